@@ -1,0 +1,82 @@
+"""Errors a client can cause. No torch, no vLLM: decode workers raise these too.
+
+Each error says what was wrong and, where there is one, the limit that applies.
+``vllm_mm_ext.media.connector`` turns them into vLLM's own 400 response.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MediaError(ValueError):
+    """The client's media cannot be served as asked.
+
+    Args:
+        message: What is wrong, in words a client can act on, naming the limit.
+        parameter: The request field at fault (``video_url``, ``input_audio``...).
+        value: The offending value, if short and safe to echo.
+    """
+
+    code = "media_error"
+
+    def __init__(self, message: str, *, parameter: str = "media", value: Any = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.parameter = parameter
+        self.value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self.parameter, self.value))
+
+
+def _rebuild(cls: type[MediaError], message: str, parameter: str, value: Any) -> MediaError:
+    return cls(message, parameter=parameter, value=value)
+
+
+class ForbiddenMediaError(MediaError):
+    """The URL, domain or local path is not allowed by the server's settings."""
+
+    code = "forbidden"
+
+
+class UnreachableMediaError(MediaError):
+    """The URL could not be fetched (DNS, refused, timeout, HTTP error)."""
+
+    code = "unreachable"
+
+
+class MediaTooLargeError(MediaError):
+    """Encoded bytes, pixels, frames or memory are past a limit."""
+
+    code = "too_large"
+
+
+class MediaTooLongError(MediaError):
+    """The duration is past a limit."""
+
+    code = "too_long"
+
+
+class UnreadableMediaError(MediaError):
+    """Not media, truncated, or corrupt beyond use."""
+
+    code = "unreadable"
+
+
+class NoSuchStreamError(MediaError):
+    """The file has no video (or no audio) stream."""
+
+    code = "no_stream"
+
+
+class DecodeTimeoutError(MediaError):
+    """Decoding ran past its time limit and was stopped."""
+
+    code = "decode_timeout"
+
+
+class DecodeCrashError(MediaError):
+    """The decoder process died on this input; the process was replaced."""
+
+    code = "decode_crash"
