@@ -138,7 +138,7 @@ class Scene:
             "pan": self._pan,
             "black": self._black,
         }
-        self._draw = draw.get(name, lambda _time: self._still)
+        self._draw = draw.get(name, self._unchanged)
         self._dark = Picture(
             np.full((height, width), 16, np.uint8),
             np.full((height, width), 128, np.uint8),
@@ -175,7 +175,8 @@ class Scene:
         return Picture(np.clip(y, 45, 185).astype(np.uint8), u, v)
 
     def _cut_times(self, duration: float) -> tuple[float, ...]:
-        times, now = [], 0.0
+        times: list[float] = []
+        now = 0.0
         while True:
             now += float(self._rng.uniform(3.0, 9.0))
             if now >= duration:
@@ -227,6 +228,9 @@ class Scene:
         shift = round(time * self.width * 0.06 * self._rate)
         still = self._still
         return Picture(*(np.roll(plane, shift, axis=1) for plane in (still.y, still.u, still.v)))
+
+    def _unchanged(self, _time: float) -> Picture:
+        return self._still
 
     def _black(self, _time: float) -> Picture:
         return self._dark
