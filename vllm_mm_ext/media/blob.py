@@ -1,0 +1,152 @@
+"""Encoded media bytes outside the Python heap, addressed by their content."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from blake3 import blake3
+
+from vllm_mm_ext.errors import MediaTooLargeError
+
+# memfd_create and file seals exist on Linux only; elsewhere an unlinked temporary file serves.
+_HAS_MEMFD = hasattr(os, "memfd_create")
+_READ_CHUNK = 1 << 20
+
+
+def digest_of(data: bytes | bytearray | memoryview) -> str:
+    """Hex BLAKE3 digest of ``data``: the name under which media is remembered."""
+    return str(blake3(data).hexdigest())
+
+
+class Blob:
+    """Immutable encoded bytes behind a file descriptor.
+
+    The descriptor can be handed to a decode worker, which must not rely on the file offset
+    (duplicates share it): use ``os.pread``, ``mmap`` or reopen ``/proc/self/fd/N``. On Linux the
+    memory is sealed, so not even a worker can change it. The descriptor closes when the blob is
+    garbage collected; views stay valid after that.
+
+    Make one with :meth:`from_bytes` or :class:`BlobWriter`.
+
+    Attributes:
+        fd: Open descriptor, owned by this object.
+        size: Length in bytes.
+        digest: Hex BLAKE3 of the bytes.
+    """
+
+    __slots__ = ("__weakref__", "_finalizer", "digest", "fd", "size")
+
+    def __init__(self, fd: int, size: int, digest: str) -> None:
+        self.fd = fd
+        self.size = size
+        self.digest = digest
+        self._finalizer = weakref.finalize(self, os.close, fd)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> Blob:
+        """Copy ``data`` into a new blob."""
+        with BlobWriter() as writer:
+            writer.append(data)
+            return writer.finish()
+
+    def view(self) -> memoryview:
+        """Read-only mapping of the bytes; no copy. Outlives the blob."""
+        if self.size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(self.fd, self.size, access=mmap.ACCESS_READ))
+
+    def read(self) -> bytes:
+        """A copy of all bytes."""
+        return b"".join(self.chunks())
+
+    def chunks(self, size: int = _READ_CHUNK) -> Iterator[bytes]:
+        """The bytes in order, at most ``size`` at a time. Does not move the file offset."""
+        offset = 0
+        while offset < self.size:
+            chunk = os.pread(self.fd, min(size, self.size - offset), offset)
+            offset += len(chunk)
+            yield chunk
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __repr__(self) -> str:
+        return f"Blob({self.digest[:12]}, {self.size} bytes)"
+
+
+class BlobWriter:
+    """Builds a :class:`Blob` chunk by chunk, hashing as it goes.
+
+    As a context manager it closes the descriptor unless :meth:`finish` was called.
+
+    Args:
+        max_bytes: Bytes accepted in all; None for no limit.
+        what: Names the source in the error message.
+    """
+
+    def __init__(self, max_bytes: int | None = None, what: str = "The media") -> None:
+        self.max_bytes = max_bytes
+        self.what = what
+        self.size = 0
+        self._hash = blake3()
+        self._fd = _create_fd()
+
+    def append(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Add ``chunk`` at the end.
+
+        Raises:
+            MediaTooLargeError: The total would pass ``max_bytes``; nothing is written.
+        """
+        check_size(self.size + len(chunk), self.max_bytes, self.what)
+        view = memoryview(chunk)
+        self._hash.update(view)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        self.size += len(chunk)
+
+    def finish(self) -> Blob:
+        """Seal the bytes and hand over the descriptor. The writer cannot be used after it."""
+        fd, self._fd = self._fd, -1
+        if _HAS_MEMFD:
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        return Blob(fd, self.size, str(self._hash.hexdigest()))
+
+    def close(self) -> None:
+        """Drop what was written. Does nothing after :meth:`finish`."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_size(size: int, max_bytes: int | None, what: str = "The media") -> None:
+    """Raise ``MediaTooLargeError`` naming the limit when ``size`` is past ``max_bytes``."""
+    if max_bytes is not None and size > max_bytes:
+        raise MediaTooLargeError(
+            f"{what} has at least {size} bytes; the limit is {max_bytes} bytes.", value=size
+        )
+
+
+def _create_fd() -> int:
+    if _HAS_MEMFD:
+        return os.memfd_create("mm_ext_media", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -1,0 +1,225 @@
+"""A byte-budgeted LRU cache and call coalescing, both usable from any thread or event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from cachetools import LRUCache
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Counters of a :class:`ByteBudgetCache` since it was made.
+
+    Attributes:
+        max_bytes: The budget.
+        num_bytes: Bytes held now.
+        entries: Entries held now.
+        hits, misses: Results of ``get``.
+        evicted: Entries dropped to make room.
+        uncacheable: Values refused because one alone is larger than the budget.
+    """
+
+    max_bytes: int
+    num_bytes: int
+    entries: int
+    hits: int
+    misses: int
+    evicted: int
+    uncacheable: int
+
+
+class _CountingLRU(LRUCache[K, V]):
+    """LRUCache that counts what it drops to make room."""
+
+    evicted = 0
+
+    def popitem(self) -> tuple[K, V]:
+        item = super().popitem()
+        self.evicted += 1
+        return item
+
+
+class ByteBudgetCache(Generic[K, V]):
+    """Least-recently-used cache bounded by the bytes of its values. Thread-safe.
+
+    A value that is still referenced elsewhere when it is evicted lives on there: the budget bounds
+    what the cache keeps alive, not what its users hold.
+
+    Args:
+        max_bytes: The budget; 0 keeps nothing.
+        size_of: Bytes of one value. It must not change while the value is cached.
+    """
+
+    def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self._size_of = size_of
+        self._entries: _CountingLRU[K, V] = _CountingLRU(max_bytes, getsizeof=size_of)
+        self._lock = threading.Lock()
+        self._hits = 0
+        self._misses = 0
+        self._uncacheable = 0
+
+    def get(self, key: K) -> V | None:
+        """The value, now most recently used, or None. Counts a hit or a miss."""
+        with self._lock:
+            value = self._entries.get(key)
+            if value is None:
+                self._misses += 1
+            else:
+                self._hits += 1
+            return value
+
+    def put(self, key: K, value: V) -> bool:
+        """Keep ``value``, evicting the least recently used. False if it exceeds the budget."""
+        size = self._size_of(value)
+        with self._lock:
+            if size > self.max_bytes:
+                self._uncacheable += 1
+                self._entries.pop(key, None)
+                return False
+            self._entries[key] = value
+            return True
+
+    def discard(self, key: K) -> None:
+        """Forget ``key`` if it is there; not counted as an eviction."""
+        with self._lock:
+            self._entries.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget everything; counters stay."""
+        with self._lock:
+            for key in list(self._entries):
+                del self._entries[key]
+
+    def __contains__(self, key: K) -> bool:
+        """Membership without touching recency or counters."""
+        with self._lock:
+            return key in self._entries
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._entries)
+
+    def stats(self) -> CacheStats:
+        """A consistent snapshot of the counters."""
+        with self._lock:
+            return CacheStats(
+                max_bytes=self.max_bytes,
+                num_bytes=self._num_bytes(),
+                entries=len(self._entries),
+                hits=self._hits,
+                misses=self._misses,
+                evicted=self._entries.evicted,
+                uncacheable=self._uncacheable,
+            )
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` if the accounting does not match the values held."""
+        with self._lock:
+            actual = sum(self._size_of(value) for value in self._entries.values())
+            recorded = self._num_bytes()
+            assert actual == recorded, f"{recorded} bytes recorded, {actual} held"
+            assert actual <= self.max_bytes, f"{actual} bytes held, budget {self.max_bytes}"
+
+    def _num_bytes(self) -> int:
+        return int(self._entries.currsize)
+
+
+class _FlightAbandonedError(Exception):
+    """The shared work was cancelled under its waiters, e.g. because its event loop closed."""
+
+
+class _Flight(Generic[V]):
+    """One running call and the number of callers that wait for it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.waiters = 0
+        self.result: Future[V] = Future()
+        # A running future refuses cancel(), so one waiter's cancellation cannot reach the others.
+        self.result.set_running_or_notify_cancel()
+        self.task: asyncio.Task[V] | None = None
+
+
+class SingleFlight(Generic[K, V]):
+    """Concurrent calls with the same key share one run of the work.
+
+    The work runs as a task of the first caller's event loop; callers may be on other loops and
+    threads. It is cancelled only when every caller has been cancelled. Results and errors go to
+    the callers of that moment and are not remembered. If the loop that does the work closes
+    under callers of other loops, one of them starts it again.
+    """
+
+    def __init__(self) -> None:
+        self._flights: dict[K, _Flight[V]] = {}
+        self._lock = threading.Lock()
+
+    async def run(self, key: K, factory: Callable[[], Awaitable[V]]) -> V:
+        """Result of ``factory()``, or of the same key's call that is already running."""
+        while True:
+            flight = self._join_or_start(key, factory)
+            try:
+                return await asyncio.wrap_future(flight.result)
+            except _FlightAbandonedError:
+                continue
+            finally:
+                self._leave(key, flight)
+
+    def __len__(self) -> int:
+        """Calls running now."""
+        with self._lock:
+            return len(self._flights)
+
+    def _join_or_start(self, key: K, factory: Callable[[], Awaitable[V]]) -> _Flight[V]:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is None or flight.loop.is_closed():
+                flight = self._flights[key] = _Flight(loop)
+                flight.task = loop.create_task(self._fly(key, flight, factory))
+                flight.task.add_done_callback(lambda task: self._land(key, flight, task))
+            flight.waiters += 1
+            return flight
+
+    async def _fly(self, key: K, flight: _Flight[V], factory: Callable[[], Awaitable[V]]) -> V:
+        try:
+            return await factory()
+        finally:
+            # Before the result is out, so that no later caller can join a finished call.
+            self._forget(key, flight)
+
+    def _land(self, key: K, flight: _Flight[V], task: asyncio.Task[V]) -> None:
+        self._forget(key, flight)
+        if task.cancelled():
+            flight.result.set_exception(_FlightAbandonedError())
+        elif (error := task.exception()) is not None:
+            flight.result.set_exception(error)
+        else:
+            flight.result.set_result(task.result())
+
+    def _leave(self, key: K, flight: _Flight[V]) -> None:
+        with self._lock:
+            flight.waiters -= 1
+            if flight.waiters or flight.result.done():
+                return
+            # Out of the map at once: a new caller must not join work that is being cancelled.
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+        if flight.task is not None and not flight.loop.is_closed():
+            flight.loop.call_soon_threadsafe(flight.task.cancel)
+
+    def _forget(self, key: K, flight: _Flight[V]) -> None:
+        with self._lock:
+            if self._flights.get(key) is flight:
+                del self._flights[key]

@@ -1,0 +1,94 @@
+"""Media inside the URL itself (RFC 2397), base64 only."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import threading
+from dataclasses import dataclass, field
+
+import pybase64
+from cachetools import LRUCache
+
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.blob import Blob, check_size, digest_of
+from vllm_mm_ext.media.source import Fetched, tighter
+
+# Below this many characters hashing and decoding take less time than a hop to a thread.
+_INLINE_CHARS = 64 << 10
+
+
+@dataclass(frozen=True)
+class DataLocation:
+    """A ``data:`` URL, equal to any other with the same encoded text.
+
+    Attributes:
+        text_digest: BLAKE3 of the base64 text.
+        text: The base64 text itself.
+    """
+
+    text_digest: str
+    text: str = field(repr=False, compare=False)
+
+
+class DataSource:
+    """Decodes ``data:`` URLs; finds the digest of one seen before without decoding it.
+
+    Args:
+        max_bytes: Limit on the decoded size, None for none.
+        max_known: URLs whose digest is remembered (two hashes each, never the text).
+    """
+
+    def __init__(self, *, max_bytes: int | None, max_known: int = 4096) -> None:
+        self._max_bytes = max_bytes
+        self._known: LRUCache[str, tuple[str, int]] = LRUCache(max_known)
+        self._lock = threading.Lock()
+
+    async def locate(self, url: str) -> DataLocation:
+        """Check the form of ``url`` and hash its text."""
+        spec, comma, text = url[len("data:") :].partition(",")
+        if not comma:
+            raise MediaError("Invalid data URL: there is no ',' before the data.")
+        _, semicolon, encoding = spec.rpartition(";")
+        if not semicolon or encoding != "base64":
+            raise MediaError("Only base64 data URLs are supported.")
+        if len(text) <= _INLINE_CHARS:
+            return _locate(text)
+        return await asyncio.to_thread(_locate, text)
+
+    async def fetch(
+        self, location: DataLocation, *, timeout_s: float, max_bytes: int | None, load: bool
+    ) -> Fetched:
+        """See ``Source.fetch``. ``timeout_s`` does not apply."""
+        del timeout_s
+        text = location.text
+        padding = len(text) - len(text.rstrip("="))
+        check_size(
+            len(text) // 4 * 3 - padding, tighter(self._max_bytes, max_bytes), "The data URL"
+        )
+        if not load:
+            with self._lock:
+                known = self._known.get(location.text_digest)
+            if known is not None:
+                return Fetched(*known, None)
+        if len(text) <= _INLINE_CHARS:
+            blob = _decode(text)
+        else:
+            blob = await asyncio.to_thread(_decode, text)
+        with self._lock:
+            self._known[location.text_digest] = (blob.digest, blob.size)
+        return Fetched.of(blob)
+
+
+def _locate(text: str) -> DataLocation:
+    try:
+        return DataLocation(digest_of(text.encode("ascii")), text)
+    except UnicodeEncodeError:
+        raise MediaError("Invalid data URL: the data is not base64.") from None
+
+
+def _decode(text: str) -> Blob:
+    try:
+        return Blob.from_bytes(pybase64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        raise MediaError("Invalid data URL: the data is not base64.") from None
