@@ -1,0 +1,270 @@
+"""The plugin's one configuration: typed, validated at start-up, read in one place.
+
+It comes from vLLM's free-form ``--additional-config '{"mm_ext": {...}}'`` (so also from the YAML
+file of ``vllm serve --config``), which vLLM hands to the API server and to the engine alike.
+``docs/configuration.md`` is generated from this module (``vllm-mm config --markdown``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+KEY = "mm_ext"
+MIB = 1 << 20
+
+
+class ConfigError(ValueError):
+    """A setting under ``additional_config.mm_ext`` is wrong; the message names key and value."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SamplingConfig(_Section):
+    """Which frames of a video the model sees."""
+
+    policy: Literal["uniform", "keyframe", "adaptive", "stock"] = Field(
+        "uniform",
+        description="`uniform`: evenly spaced in time. `keyframe`: the container's keyframes. "
+        "`adaptive`: by content, more frames where something happens. `stock`: the frames vLLM's "
+        "own loader would choose for the model.",
+    )
+    fps: float = Field(
+        1.0, gt=0, le=60, description="Frames per second asked for before the frame limits apply."
+    )
+    max_frames: int = Field(
+        32, ge=1, le=4096, description="Hard ceiling on the frames of one video."
+    )
+    min_frames: int = Field(
+        4, ge=1, le=4096, description="Floor on the frames of one video, where it has that many."
+    )
+    min_fps: float = Field(
+        0.1, ge=0, le=60, description="`adaptive`: every second keeps this rate, budget allowing."
+    )
+    max_fps: float = Field(
+        8.0, gt=0, le=60, description="`adaptive`: no second gets more than this rate."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SamplingConfig:
+        if self.min_frames > self.max_frames:
+            raise ValueError(
+                f"min_frames ({self.min_frames}) must not exceed max_frames ({self.max_frames})"
+            )
+        if self.min_fps > self.max_fps:
+            raise ValueError(f"min_fps ({self.min_fps}) must not exceed max_fps ({self.max_fps})")
+        return self
+
+
+class DecodeConfig(_Section):
+    """The pool of decode worker processes and its hard limits per job."""
+
+    backend: Literal["auto", "pyav", "decord"] = Field(
+        "auto", description="Decoder; `auto` is the measured best (docs/decoders.md)."
+    )
+    workers: int = Field(
+        0, ge=0, le=256, description="Worker processes per API server; 0: one per core, at most 8."
+    )
+    threads: int = Field(0, ge=0, le=64, description="FFmpeg threads per job; 0: one per core.")
+    timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds a job may run before its worker is killed."
+    )
+    worker_memory_mb: int = Field(
+        4096, ge=512, le=1 << 20, description="Address-space ceiling of one worker, MiB."
+    )
+    max_pixels: int = Field(
+        8192 * 4320, ge=1 << 10, description="Pixels of one source frame; larger is refused."
+    )
+    max_duration_s: float = Field(
+        4 * 3600.0, gt=0, description="Seconds of video; longer is refused."
+    )
+    max_output_mb: int = Field(
+        1024, ge=16, le=1 << 16, description="Decoded frames of one video, MiB; more is refused."
+    )
+    in_flight_mb: int = Field(
+        1024,
+        ge=16,
+        le=1 << 16,
+        description="Decoded frames of all running jobs together, MiB; further jobs wait.",
+    )
+
+
+class CacheConfig(_Section):
+    """What the front-end remembers between requests, per API server."""
+
+    encoded_mb: int = Field(
+        512, ge=0, le=1 << 20, description="Encoded media files kept in memory, MiB."
+    )
+    decoded_mb: int = Field(
+        1024, ge=0, le=1 << 20, description="Sampled frames and waveforms kept in memory, MiB."
+    )
+
+
+class AudioConfig(_Section):
+    """Waveforms: audio items and the sound of videos."""
+
+    in_video: Literal["auto", "off"] = Field(
+        "auto",
+        description="`auto`: omni models hear the sound of a `video_url`, from the same fetch. "
+        "`off`: video is silent.",
+    )
+    max_duration_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds of audio; null: vLLM's own VLLM_MAX_AUDIO_DECODE_DURATION_S. "
+        "Never looser than vLLM's.",
+    )
+    overflow: Literal["error", "truncate"] = Field(
+        "error", description="What happens to audio past the limit: a 400, or it is cut there."
+    )
+
+
+class MediaConfig(_Section):
+    """The media front-end: from URL to sampled frames and waveforms."""
+
+    enabled: bool = Field(
+        True, description="False leaves media loading to stock vLLM; the rest stays active."
+    )
+    resize: Literal["target", "native"] = Field(
+        "target",
+        description="`target`: frames leave the decoder at the size the model's processor would "
+        "resize them to. `native`: at full size, as stock vLLM delivers them.",
+    )
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    decode: DecodeConfig = Field(default_factory=DecodeConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    audio: AudioConfig = Field(default_factory=AudioConfig)
+
+
+class MMExtConfig(_Section):
+    """Everything under ``additional_config.mm_ext``."""
+
+    media: MediaConfig = Field(default_factory=MediaConfig)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> MMExtConfig:
+        """Read the plugin's part of ``VllmConfig.additional_config``.
+
+        Args:
+            additional_config: What vLLM holds: a mapping, or an object with no plugin settings.
+
+        Raises:
+            ConfigError: A key is unknown or a value is not valid; the message names the key,
+                the value and what is valid.
+        """
+        if not isinstance(additional_config, Mapping) or KEY not in additional_config:
+            return cls()
+        raw = additional_config[KEY]
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"additional_config.{KEY} must be a mapping, got {raw!r}")
+        try:
+            return cls.model_validate(dict(raw))
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = [f"invalid additional_config.{KEY}:"]
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        key = ".".join([KEY, *path])
+        if item["type"] == "extra_forbidden":
+            section = _section_at(path[:-1])
+            valid = ", ".join(section.model_fields) if section else "none"
+            lines.append(f"  {key} = {item['input']!r}: unknown key; valid keys here: {valid}")
+            continue
+        message = item["msg"].removeprefix("Value error, ")
+        field = _field_at(path)
+        valid_values = f"; valid: {describe_type(field)}" if field is not None else ""
+        lines.append(f"  {key} = {item['input']!r}: {message}{valid_values}")
+    return "\n".join(lines)
+
+
+def _section_at(path: list[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = MMExtConfig
+    for part in path:
+        field = section.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return None
+        section = inner
+    return section
+
+
+def _field_at(path: list[str]) -> FieldInfo | None:
+    section = _section_at(path[:-1]) if path else None
+    return section.model_fields.get(path[-1]) if section else None
+
+
+def describe_type(field: FieldInfo) -> str:
+    """Words for what a field accepts: its choices, or its type and bounds."""
+    annotation: Any = field.annotation
+    if get_origin(annotation) is Literal:
+        return " | ".join(repr(choice) for choice in get_args(annotation))
+    if isinstance(annotation, type):
+        name = annotation.__name__
+    else:
+        name = " | ".join(getattr(t, "__name__", str(t)) for t in get_args(annotation))
+        name = name.replace("NoneType", "null")
+    symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{symbol} {getattr(meta, attr)}"
+        for meta in field.metadata
+        for attr, symbol in symbols.items()
+        if getattr(meta, attr, None) is not None
+    ]
+    return " ".join([name, *([f"({', '.join(bounds)})"] if bounds else [])])
+
+
+def iter_fields(
+    section: type[BaseModel] = MMExtConfig, prefix: str = KEY
+) -> Iterator[tuple[str, type[BaseModel], list[tuple[str, FieldInfo]]]]:
+    """Yield ``(path, section class, its own leaf fields)`` depth first, for the documentation."""
+    leaves: list[tuple[str, FieldInfo]] = []
+    nested: list[tuple[str, type[BaseModel]]] = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            nested.append((name, inner))
+        else:
+            leaves.append((name, field))
+    yield prefix, section, leaves
+    for name, inner_section in nested:
+        yield from iter_fields(inner_section, f"{prefix}.{name}")
+
+
+def to_markdown() -> str:
+    """The reference page ``docs/configuration.md``."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated by `vllm-mm config --markdown`; a test keeps it current.",
+        "",
+        "Settings live under the key `mm_ext` of vLLM's `--additional-config`, on the command line",
+        "or in the YAML file of `vllm serve --config`:",
+        "",
+        "```yaml",
+        "additional-config:",
+        "  mm_ext:",
+        "    media:",
+        "      sampling: {policy: adaptive, max_frames: 64}",
+        "```",
+        "",
+        "An unknown key or a bad value stops the start-up with the key, the value and what is",
+        "valid there.",
+    ]
+    for path, section, leaves in iter_fields():
+        if not leaves:
+            continue
+        lines += ["", f"## `{path}`", "", (section.__doc__ or "").strip(), ""]
+        lines += ["| key | accepts | default | meaning |", "| --- | --- | --- | --- |"]
+        for name, field in leaves:
+            accepts = describe_type(field).replace("|", "\\|")
+            default = "null" if field.default is None else field.default
+            lines.append(f"| `{name}` | {accepts} | `{default}` | {field.description} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,333 @@
+"""vLLM's media connector, backed by the front-end: fetch once, decode once, remember."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from vllm import envs
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media import MediaConnector
+from vllm.multimodal.media.audio import AudioMediaIO
+from vllm.multimodal.media.base import MediaWithBytes
+from vllm.multimodal.video import get_video_loader_backend_for_processor
+
+from vllm_mm_ext import vllm_compat
+from vllm_mm_ext.config import SamplingConfig
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.frontend import AudioResult, IndexChooser, VideoPlan, VideoResult
+from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
+from vllm_mm_ext.runtime import Runtime, current_runtime
+from vllm_mm_ext.trace import VideoTrace, current_trace
+
+T = TypeVar("T")
+Video = MediaWithBytes[tuple[np.ndarray[Any, Any], dict[str, Any]]]
+
+# `--media-io-kwargs '{"video": {...}}'` keys the front-end understands itself; with any other
+# key the operator means a stock loader, and gets it.
+VIDEO_KEYS = frozenset({"fps", "num_frames", "max_frames", "min_frames"})
+MAX_REQUEST_FPS = 60.0
+# Models turn frame indices into seconds as index / fps. For a variable frame rate no single fps
+# is right, so indices are given in milliseconds.
+VFR_TICKS_PER_S = 1000.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One video as asked: its plan, or None where a stock loader was selected."""
+
+    plan: VideoPlan | None
+    loader: str
+
+
+class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
+    """Drop-in for vLLM's ``MediaConnector``; same constructor, same limits.
+
+    Video and audio go through the process's ``MediaFrontend``. Images, embeddings, JPEG-sequence
+    data URLs and videos for which a stock loader was configured take vLLM's own path.
+    """
+
+    def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
+        """Fetch, sample and decode a video; see ``fetch_video_async``."""
+        runtime = current_runtime()
+        job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
+        if job.plan is None:
+            return super().fetch_video(video_url, **kwargs)
+        return _with_client_errors(
+            lambda: runtime.run_blocking(self._video(runtime, video_url, job.plan)),
+            lambda done: self._deliver_video(done, job),
+        )
+
+    async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
+        """Fetch, sample and decode a video.
+
+        Args:
+            video_url: http(s), file or data URL.
+            **kwargs: ``image_mode`` and ``video_processor`` as vLLM passes them.
+
+        Returns:
+            vLLM's ``MediaWithBytes((frames, metadata), identity)``. ``identity`` is the digest
+            of source and plan, so vLLM's hasher never reads the frames.
+
+        Raises:
+            VLLMValidationError: The media cannot be served (a 400 naming the cause).
+        """
+        runtime = current_runtime()
+        job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
+        if job.plan is None:
+            return await super().fetch_video_async(video_url, **kwargs)
+        return self._deliver_video(
+            await _client_errors(
+                runtime.run(self._video(runtime, video_url, job.plan))
+            ),
+            job,
+        )
+
+    def fetch_audio(self, audio_url: str) -> Any:
+        """Fetch and decode audio; see ``fetch_audio_async``."""
+        runtime = current_runtime()
+        if not self._handles_audio(runtime):
+            return super().fetch_audio(audio_url)
+        return _with_client_errors(
+            lambda: runtime.run_blocking(self._audio(runtime, audio_url)), self._deliver_audio
+        )
+
+    async def fetch_audio_async(self, audio_url: str) -> Any:
+        """Fetch and decode audio to mono at the model's rate.
+
+        Returns:
+            ``(waveform float32 [samples], rate in Hz)``.
+
+        Raises:
+            VLLMValidationError: The media cannot be served (a 400 naming the cause).
+        """
+        runtime = current_runtime()
+        if not self._handles_audio(runtime):
+            return await super().fetch_audio_async(audio_url)
+        return self._deliver_audio(
+            await _client_errors(runtime.run(self._audio(runtime, audio_url)))
+        )
+
+    # --- what was asked ---------------------------------------------------------------------------
+
+    def _handles_audio(self, runtime: Runtime) -> bool:
+        # An audio backend the operator chose (`media_io_kwargs.audio`) stays in charge.
+        return runtime.config.media.enabled and not self.media_io_kwargs.get("audio")
+
+    def _video_job(self, runtime: Runtime, url: str, video_processor: str | None) -> _Job:
+        kwargs = dict(self.media_io_kwargs.get("video", {}))
+        chosen = kwargs.pop("video_backend", None)
+        model_loader = get_video_loader_backend_for_processor(video_processor)
+        env_loader = envs.VLLM_VIDEO_LOADER_BACKEND
+        loader = chosen or model_loader or env_loader
+        ours = (
+            runtime.config.media.enabled
+            and chosen in (None, vllm_compat.LOADER_NAME)
+            and kwargs.keys() <= VIDEO_KEYS
+            and url[:15].lower() != "data:video/jpeg"
+        )
+        if not ours:
+            return _Job(None, loader)
+        sampling = sampling_with(runtime.config.media.sampling, kwargs)
+        frontend = runtime.frontend
+        spec = SamplingSpec(
+            policy="uniform" if sampling.policy == "stock" else sampling.policy,
+            fps=sampling.fps,
+            max_frames=sampling.max_frames,
+            min_frames=sampling.min_frames,
+            min_fps=sampling.min_fps,
+            max_fps=sampling.max_fps,
+            multiple_of=frontend.traits.frame_multiple,
+        )
+        plan = VideoPlan(spec, frontend.size_rule, audio=frontend.wants_audio_in_video)
+        if sampling.policy == "stock":
+            stock = env_loader if loader == vllm_compat.LOADER_NAME else loader
+            plan = replace(
+                plan, chooser=_stock_chooser(stock, kwargs), chooser_name=f"{stock}{sorted(kwargs.items())}"
+            )
+            return _Job(plan, stock)
+        return _Job(plan, loader)
+
+    # --- doing it (on the front-end's loop) -------------------------------------------------------
+
+    async def _video(self, runtime: Runtime, url: str, plan: VideoPlan) -> VideoResult:
+        started = time.perf_counter()
+        fetcher = runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
+        ref = await fetcher.resolve(url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT, max_bytes=None)
+        fetched = time.perf_counter()
+        result = await runtime.frontend.video(ref, plan)
+        stages = {
+            "fetch": fetched - started,
+            **result.stages,
+            "video": time.perf_counter() - started,
+        }
+        return replace(result, stages=stages)
+
+    async def _audio(self, runtime: Runtime, url: str) -> AudioResult:
+        started = time.perf_counter()
+        fetcher = runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
+        ref = await fetcher.resolve(
+            url,
+            timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
+            max_bytes=AudioMediaIO().get_max_bytes(),
+        )
+        fetched = time.perf_counter()
+        result = await runtime.frontend.audio(ref)
+        stages = {
+            "fetch": fetched - started,
+            **result.stages,
+            "audio": time.perf_counter() - started,
+        }
+        return replace(result, stages=stages)
+
+    # --- handing it to vLLM (in the request's context) --------------------------------------------
+
+    def _deliver_video(self, result: VideoResult, job: _Job) -> Any:
+        frames, selection = result.frames, result.selection
+        if job.plan is not None and job.plan.chooser is not None:
+            loader_cls = vllm_compat.stock_loader_class(job.loader)
+            _, describe = _stock_choice(loader_cls, result.info, self._stock_kwargs())
+            metadata = describe([int(i) for i in selection.indices])
+        else:
+            metadata = metadata_of(result.info, selection, frames.digest or "")
+        if trace := current_trace():
+            trace.add_stages(result.stages)
+            trace.videos.append(
+                VideoTrace(
+                    policy=runtime_policy(job, selection),
+                    frames=len(frames),
+                    height=frames.shape[1],
+                    width=frames.shape[2],
+                    times=selection.times.tolist(),
+                    cached=result.cached,
+                    audio_s=None
+                    if frames.audio is None
+                    else len(frames.audio) / (frames.audio.rate or 1),
+                )
+            )
+        return MediaWithBytes((frames, metadata), (frames.digest or "").encode())
+
+    def _deliver_audio(self, result: AudioResult) -> tuple[Any, int]:
+        waveform = result.waveform
+        rate = waveform.rate or 0
+        if trace := current_trace():
+            trace.add_stages(result.stages)
+            seconds = round(len(waveform) / rate, 2)
+            trace.audios.append({"seconds": seconds, "cached": result.cached})
+        return waveform, rate
+
+    def _stock_kwargs(self) -> dict[str, Any]:
+        kwargs = dict(self.media_io_kwargs.get("video", {}))
+        kwargs.pop("video_backend", None)
+        return kwargs
+
+
+def sampling_with(config: SamplingConfig, kwargs: Mapping[str, Any]) -> SamplingConfig:
+    """Apply ``media_io_kwargs.video`` (server-wide, or per request where vLLM allows it).
+
+    Raises:
+        VLLMValidationError: A value is out of bounds; the message names key, value and bounds.
+    """
+    if not kwargs:
+        return config
+    bounds = {"fps": (0.0, MAX_REQUEST_FPS), "num_frames": (0, 4096)}
+    for key, value in kwargs.items():
+        low, high = bounds.get(key, (0, 4096))
+        unlimited = key in ("fps", "num_frames") and value == -1
+        if not isinstance(value, (int, float)) or not (unlimited or low < value <= high):
+            raise VLLMValidationError(
+                f"media_io_kwargs.video.{key} must be above {low} and at most {high}",
+                parameter=key,
+                value=value,
+            )
+    values: dict[str, Any] = {}
+    if kwargs.get("fps", -1) > 0:
+        values["fps"] = float(kwargs["fps"])
+    if kwargs.get("num_frames", -1) > 0:
+        values["max_frames"] = int(kwargs["num_frames"])
+    for key in ("max_frames", "min_frames"):
+        if key in kwargs:
+            values[key] = int(kwargs[key])
+    low_frames = values.get("min_frames", config.min_frames)
+    values["min_frames"] = min(low_frames, values.get("max_frames", config.max_frames))
+    return config.model_copy(update=values)
+
+
+def metadata_of(info: MediaInfo, selection: FrameSelection, digest: str) -> dict[str, Any]:
+    """The metadata vLLM's models expect, for frames this plugin chose.
+
+    Keys are exactly those of stock loaders: models build ``VideoMetadata(**metadata)`` and refuse
+    others. ``video_backend`` carries the content digest, so that different frames never share a
+    hash with a model that also hashes metadata.
+    """
+    assert info.video is not None
+    indices = [int(i) for i in selection.indices]
+    total, fps = info.video.num_frames, info.video.fps
+    if info.video.is_vfr or fps <= 0:
+        fps = VFR_TICKS_PER_S
+        indices = [round(float(t) * fps) for t in selection.times]
+        total = max(round(info.video.duration * fps), indices[-1] + 1)
+    return {
+        "total_num_frames": total,
+        "fps": fps,
+        "duration": info.video.duration,
+        "video_backend": f"mm_ext:{digest[:16]}",
+        "frames_indices": indices,
+        "do_sample_frames": False,
+    }
+
+
+def runtime_policy(job: _Job, selection: FrameSelection) -> str:
+    """Policy name as the operator wrote it."""
+    stock = job.plan is not None and job.plan.chooser is not None
+    return "stock" if stock else selection.policy
+
+
+def _stock_choice(loader_cls: Any, info: MediaInfo, kwargs: Mapping[str, Any]) -> Any:
+    assert info.video is not None
+    frames, fps = info.video.num_frames, info.video.fps
+    return vllm_compat.stock_frame_choice(
+        loader_cls,
+        num_frames=frames,
+        fps=fps,
+        # Stock vLLM derives the duration from frame count and rate.
+        duration=frames / fps if fps > 0 else 0.0,
+        kwargs=kwargs,
+    )
+
+
+def _stock_chooser(loader: str, kwargs: Mapping[str, Any]) -> IndexChooser:
+    loader_cls = vllm_compat.stock_loader_class(loader)
+
+    def choose(info: MediaInfo) -> Sequence[int]:
+        indices: Sequence[int] = _stock_choice(loader_cls, info, kwargs)[0]
+        return indices
+
+    return choose
+
+
+def as_client_error(error: MediaError) -> VLLMValidationError:
+    """vLLM's own 400 for a media error, same message."""
+    return VLLMValidationError(error.message, parameter=error.parameter, value=error.value)
+
+
+async def _client_errors(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await work
+    except MediaError as error:
+        raise as_client_error(error) from error
+    except TimeoutError as error:
+        raise VLLMValidationError("fetching the media timed out", parameter="media") from error
+
+
+def _with_client_errors(work: Any, deliver: Any) -> Any:
+    try:
+        return deliver(work())
+    except MediaError as error:
+        raise as_client_error(error) from error
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        raise VLLMValidationError("fetching the media timed out", parameter="media") from error

