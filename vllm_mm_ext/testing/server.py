@@ -1,0 +1,229 @@
+"""A real ``vllm serve`` as a subprocess, stock or with the plugin, always cleaned up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from vllm_mm_ext.testing.memory import MemoryWatch, ProcessMemory, snapshot
+
+if TYPE_CHECKING:
+    import openai
+
+MODEL_NAME = "model"
+_POLL_S = 0.25
+_TERM_GRACE_S = 15.0
+_TAIL_LINES = 40
+
+# Offline, no telemetry, and a KV cache that fits next to another server (GiB; CPU only).
+_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+class ServerError(RuntimeError):
+    """The server did not come up, or died; the message ends with the tail of its log."""
+
+
+@dataclass
+class Server:
+    """A running server.
+
+    Attributes:
+        url: Base URL, without ``/v1``.
+        pid: Process id of the API server.
+        log: File with its stdout and stderr.
+        startup_s: Seconds from the start of the process to the first healthy answer.
+        plugin: Whether the plugin is loaded.
+    """
+
+    url: str
+    pid: int
+    log: Path
+    startup_s: float
+    plugin: bool
+    model: str = MODEL_NAME
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """An OpenAI client for this server; ``options`` go to ``openai.OpenAI``."""
+        import openai
+
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", **{"max_retries": 0, **options}
+        )
+
+    def alive(self) -> bool:
+        """Whether the API server process still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def get(self, path: str, timeout: float = 30.0) -> str:
+        """Body of a GET (``/metrics``...).
+
+        Raises:
+            urllib.error.URLError: no answer, or an HTTP error.
+        """
+        with urllib.request.urlopen(self.url + path, timeout=timeout) as response:
+            body: bytes = response.read()
+        return body.decode()
+
+    def memory(self) -> list[ProcessMemory]:
+        """Memory of the API server and its descendants now."""
+        return snapshot(self.pid)
+
+    def peak_memory(self, interval_s: float = 0.1) -> MemoryWatch:
+        """Context manager that records the peak of each role while the block runs."""
+        return MemoryWatch(self.pid, interval_s)
+
+    def tail(self, lines: int = _TAIL_LINES) -> str:
+        """The last lines of the log."""
+        return _tail(self.log, lines)
+
+
+@contextlib.contextmanager
+def serve(
+    checkpoint: str | os.PathLike[str],
+    *,
+    plugin: bool,
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    additional_config: Mapping[str, Any] | None = None,
+    port: int | None = None,
+    log: Path | None = None,
+    enforce_eager: bool = True,
+    timeout_s: float = 300.0,
+) -> Iterator[Server]:
+    """Run ``vllm serve`` on loopback until the block ends, then kill its whole process group.
+
+    Args:
+        checkpoint: Model directory (or a cached model's name).
+        plugin: Load the ``mm_ext`` plugin, and no other; False loads no plugin at all.
+        args: More command-line flags.
+        env: More environment variables; they win over the defaults here.
+        additional_config: Contents of ``--additional-config``, e.g. ``{"mm_ext": {...}}``.
+        port: TCP port; default: a free one.
+        log: Log file; default: a file in a temporary directory that goes when the block ends.
+        enforce_eager: Skip compilation and graph capture.
+        timeout_s: Seconds to wait for health.
+
+    Raises:
+        ServerError: It died or was not healthy in time; says why with the tail of the log.
+    """
+    with contextlib.ExitStack() as stack:
+        if log is None:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-serve-"))
+            log = Path(directory) / "server.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        port = port or free_port()
+        command = [
+            # The console script of this very environment, without relying on PATH.
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", os.fspath(checkpoint)),
+            *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
+            *(["--enforce-eager"] if enforce_eager else []),
+            *(
+                ["--additional-config", json.dumps(additional_config)]
+                if additional_config is not None
+                else []
+            ),
+            *args,
+        ]
+        variables = {
+            **os.environ,
+            **_ENV,
+            "VLLM_PLUGINS": "mm_ext" if plugin else "",
+            **(env or {}),
+        }
+        started = time.monotonic()
+        output = stack.enter_context(open(log, "wb"))
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=variables,
+            start_new_session=True,
+        )
+        stack.callback(_kill_group, process)
+        url = f"http://127.0.0.1:{port}"
+        _wait_healthy(process, url, log, timeout_s, "plugin" if plugin else "stock")
+        yield Server(url, process.pid, log, time.monotonic() - started, plugin, _process=process)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+    return number
+
+
+def _wait_healthy(
+    process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float, name: str
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    begun = time.monotonic()
+    # On a terminal a live line; nothing otherwise.
+    with Console(stderr=True).status(f"starting vLLM ({name})") as status:
+        while True:
+            if (code := process.poll()) is not None:
+                raise ServerError(
+                    f"vllm serve ({name}) exited with code {code} before it was healthy; "
+                    f"end of its log:\n{_tail(log, _TAIL_LINES)}"
+                )
+            if _healthy(url):
+                return
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"vllm serve ({name}) was not healthy after {timeout_s:.0f} s; "
+                    f"end of its log:\n{_tail(log, _TAIL_LINES)}"
+                )
+            last = _tail(log, 1)[-100:]
+            status.update(f"starting vLLM ({name}), {time.monotonic() - begun:.0f} s: {last}")
+            time.sleep(_POLL_S)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2.0) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _tail(log: Path, lines: int) -> str:
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End every process of the group: ask the API server first, then kill what is left."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_TERM_GRACE_S)
+    # The group outlives its leader as long as a child does.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
