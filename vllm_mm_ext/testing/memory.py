@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 Role = Literal["api", "engine", "decode", "other"]
 
