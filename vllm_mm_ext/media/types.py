@@ -18,14 +18,14 @@ class VideoStream:
 
     Attributes:
         index: Stream index inside the container.
-        codec: FFmpeg codec name (``h264``, ``mpeg4``...).
+        codec: FFmpeg codec name (``h264``, ``mpeg4``, ``av1``...).
         width, height: Displayed size in pixels, after rotation.
         rotation: Clockwise display rotation in degrees: 0, 90, 180 or 270.
         fps: Average frame rate in frames per second.
         is_vfr: True when the gaps between presentation times are uneven.
         num_frames: Presentable frames (those an edit list hides are not counted).
         duration: Seconds from the first to the end of the last frame.
-        pixel_format: FFmpeg pixel format name.
+        pixel_format: FFmpeg pixel format name, empty where the headers do not tell.
     """
 
     index: int
@@ -61,6 +61,10 @@ class PacketTable:
         size: int32 ``[n]`` packet size in bytes.
         is_key: bool ``[n]`` packet is a keyframe (a seek may land there).
         time_base: Seconds per time-base unit.
+        order: int64 ``[n]`` position of each row's packet among all packets of the stream in
+            decoding order; by default the rows are in decoding order themselves.
+        exact: ``pts`` are the file's own and unique, so that a decoded frame can be told by
+            its pts. False where they had to be made up (then frames are told by counting).
     """
 
     pts: npt.NDArray[np.int64]
@@ -68,6 +72,12 @@ class PacketTable:
     size: npt.NDArray[np.int32]
     is_key: npt.NDArray[np.bool_]
     time_base: float
+    order: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.order) != len(self.pts):
+            object.__setattr__(self, "order", np.arange(len(self.pts), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.pts)

@@ -1,0 +1,105 @@
+"""Output size of frames: the size the model's own processor would resize them to.
+
+Frames that leave the decoder at that size pass the processor's resize unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.types import SizeRule
+
+# Both Qwen processors refuse a longer frame than this, as width : height or height : width.
+_MAX_ASPECT = 200
+# Qwen's lower bound of a frame's share of the whole video's pixels, in units of ``min_pixels``.
+_SHARE_FLOOR = 1.05
+
+
+def target_size(rule: SizeRule, *, width: int, height: int, num_frames: int) -> tuple[int, int]:
+    """Size at which frames should leave the decoder.
+
+    Args:
+        rule: See ``SizeRule``. ``qwen_vl`` is ``Qwen2VLVideoProcessor.resize`` of transformers
+            (with ``total_pixels`` = ``int(max_video_tokens * factor**2 * 0.9)`` it is the one
+            with ``cap_pixels_per_frame``); ``qwen3_vl`` is ``Qwen3VLVideoProcessor.resize``.
+        width, height: Displayed size of the source in pixels.
+        num_frames: Frames that will be returned.
+
+    Returns:
+        ``(height, width)`` in pixels.
+
+    Raises:
+        MediaError: The aspect ratio is past what the rule's model family accepts.
+    """
+    if rule.kind == "native":
+        return height, width
+    if rule.kind == "fixed":
+        return rule.height, rule.width
+    if rule.kind == "max_edge":
+        return _max_edge(rule.max_edge, width, height)
+    if rule.kind == "qwen_vl":
+        return _qwen_vl(rule, width, height, max(1, num_frames))
+    return _qwen3_vl(rule, width, height, max(rule.temporal_factor, num_frames))
+
+
+def _max_edge(edge: int, width: int, height: int) -> tuple[int, int]:
+    longest = max(width, height)
+    if longest <= edge:
+        return height, width
+    return max(1, round(height * edge / longest)), max(1, round(width * edge / longest))
+
+
+def _qwen_vl(rule: SizeRule, width: int, height: int, num_frames: int) -> tuple[int, int]:
+    max_pixels = rule.max_pixels
+    if rule.total_pixels:
+        share = rule.total_pixels * rule.temporal_factor // num_frames
+        max_pixels = max(min(max_pixels, share), int(rule.min_pixels * _SHARE_FLOOR))
+    _check_aspect(width, height)
+    return _fit(rule, width, height, frames=1, counted_frames=1, max_pixels=max_pixels)
+
+
+def _qwen3_vl(rule: SizeRule, width: int, height: int, num_frames: int) -> tuple[int, int]:
+    factor = rule.factor
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_aspect(width, height)
+    counted = round(num_frames / rule.temporal_factor) * rule.temporal_factor
+    return _fit(
+        rule, width, height, frames=num_frames, counted_frames=counted, max_pixels=rule.max_pixels
+    )
+
+
+def _fit(
+    rule: SizeRule, width: int, height: int, *, frames: int, counted_frames: int, max_pixels: int
+) -> tuple[int, int]:
+    """Nearest multiples of ``factor`` whose pixels over the frames are within the budget.
+
+    Qwen3 judges by the frame count rounded to the temporal patch (``counted_frames``) and
+    scales by the true one (``frames``).
+    """
+    factor = rule.factor
+    fitted_height = round(height / factor) * factor
+    fitted_width = round(width / factor) * factor
+    pixels = counted_frames * fitted_height * fitted_width
+    if pixels > max_pixels:
+        beta = math.sqrt((frames * height * width) / max_pixels)
+        fitted_height = max(factor, math.floor(height / beta / factor) * factor)
+        fitted_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif pixels < rule.min_pixels:
+        beta = math.sqrt(rule.min_pixels / (frames * height * width))
+        fitted_height = math.ceil(height * beta / factor) * factor
+        fitted_width = math.ceil(width * beta / factor) * factor
+    return fitted_height, fitted_width
+
+
+def _check_aspect(width: int, height: int) -> None:
+    aspect = max(width, height) / max(1, min(width, height))
+    if aspect > _MAX_ASPECT:
+        raise MediaError(
+            f"The video is {width}x{height}: an aspect ratio of {aspect:.0f}:1, "
+            f"past the limit of {_MAX_ASPECT}:1.",
+            parameter="video_url",
+            value=f"{width}x{height}",
+        )
