@@ -100,6 +100,9 @@ class TestHttp:
             assert (await ref.open()).read() == BODY
         assert (origin.requests["/a"], origin.body_bytes["/a"]) == (4, len(BODY))
         assert origin.statuses["/a", 304] == 3
+        stats = fetcher.stats()
+        assert (stats["http_requests"], stats["http_not_modified"]) == (4, 3)
+        assert (stats["http_bodies"], stats["http_body_bytes"]) == (1, len(BODY))
 
     async def test_changed_content_is_seen_through_its_etag(
         self, origin: Origin, make_fetcher: MakeFetcher

@@ -123,6 +123,10 @@ class MediaFetcher:
         """
         return await self._thread.run(self._resolve(url, timeout_s, max_bytes))
 
+    def stats(self) -> dict[str, int]:
+        """Counters since the start: what was read and what was found without reading."""
+        return {**self._http.counts, **self._files.counts, **self._data.counts}
+
     def close(self) -> None:
         """Cancel what runs and close connections. Blocks briefly. Also runs at exit."""
         self._finalizer()

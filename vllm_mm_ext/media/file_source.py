@@ -60,6 +60,9 @@ class FileSource:
         allowed_path: Only files below this directory are read; None forbids all.
         max_bytes: Limit on the size of one file, None for none.
         max_known: Files whose digest is remembered.
+
+    Attributes:
+        counts: Files found unchanged without reading, and files read.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class FileSource:
         self._max_bytes = max_bytes
         self._known: LRUCache[FileIdentity, str] = LRUCache(max_known)
         self._lock = threading.Lock()
+        self.counts = {"file_unchanged": 0, "file_reads": 0}
 
     async def locate(self, url: str) -> Path:
         """The resolved path of a ``file:`` URL. Says nothing about files outside the directory."""
@@ -109,6 +113,7 @@ class FileSource:
             if not load:
                 with self._lock:
                     digest = self._known.get(identity)
+                    self.counts["file_unchanged"] += digest is not None
                 if digest is not None:
                     return Fetched(digest, identity.size, None)
             started_ns = time.time_ns()
@@ -119,8 +124,9 @@ class FileSource:
             raise UnreachableMediaError(f"The file cannot be read: {error.strerror}.") from None
         finally:
             os.close(fd)
-        if identity.is_settled(started_ns):
-            with self._lock:
+        with self._lock:
+            self.counts["file_reads"] += 1
+            if identity.is_settled(started_ns):
                 self._known[identity] = blob.digest
         return Fetched.of(blob)
 

@@ -47,6 +47,9 @@ class HttpSource:
             are tried again, each with four times the timeout of the one before.
         retry_pause_s: Seconds before the second attempt, four times as long before each further.
         max_known: URLs remembered.
+
+    Attributes:
+        counts: Requests sent, answers from memory, 304 answers, whole bodies and their bytes.
     """
 
     def __init__(
@@ -69,6 +72,13 @@ class HttpSource:
         # Only touched on the fetcher's event loop, so it needs no lock.
         self._known: LRUCache[str, StoredResponse] = LRUCache(max_known)
         self._session: aiohttp.ClientSession | None = None
+        self.counts = {
+            "http_requests": 0,
+            "http_fresh": 0,
+            "http_not_modified": 0,
+            "http_bodies": 0,
+            "http_body_bytes": 0,
+        }
 
     async def locate(self, url: str) -> str:
         """The normalised URL, if its scheme and domain are allowed."""
@@ -82,6 +92,7 @@ class HttpSource:
         known = None if load else self._known.get(location)
         if known is not None and known.is_fresh(time.monotonic()):
             check_size(known.size, limit, _WHAT)
+            self.counts["http_fresh"] += 1
             return Fetched(known.digest, known.size, None)
         for attempt in range(self._max_attempts):
             attempt_timeout = timeout_s * _BACKOFF_FACTOR**attempt
@@ -128,6 +139,7 @@ class HttpSource:
         storable, fresh_until = True, math.inf
         for _ in range(_MAX_REDIRECTS + 1):
             conditional = known.conditional_headers(url) if known is not None else {}
+            self.counts["http_requests"] += 1
             sent = time.monotonic()
             async with self._client().get(
                 URL(url, encoded=True), headers=conditional, allow_redirects=False
@@ -147,6 +159,7 @@ class HttpSource:
                     continue
                 if not_modified and known is not None:
                     check_size(known.size, limit, _WHAT)
+                    self.counts["http_not_modified"] += 1
                     self._remember(location, known.refreshed(fields, fresh_until), storable)
                     return Fetched(known.digest, known.size, None, storable)
                 if response.status != 200:
@@ -156,6 +169,8 @@ class HttpSource:
                     async for chunk in response.content.iter_any():
                         writer.append(chunk)
                     blob = writer.finish()
+            self.counts["http_bodies"] += 1
+            self.counts["http_body_bytes"] += blob.size
             stored = StoredResponse(blob.digest, blob.size, url, fields, fresh_until)
             self._remember(location, stored, storable)
             return Fetched.of(blob, storable=storable)

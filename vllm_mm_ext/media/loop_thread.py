@@ -20,29 +20,32 @@ class LoopThread:
     Args:
         name: Of the thread and its helpers.
         workers: Threads for blocking calls (``asyncio.to_thread``).
+
+    Attributes:
+        loop: The event loop, for ``asyncio.run_coroutine_threadsafe``.
     """
 
     def __init__(self, name: str, workers: int = 8) -> None:
-        self._loop = asyncio.new_event_loop()
+        self.loop = asyncio.new_event_loop()
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix=name)
-        self._loop.set_default_executor(self._executor)
+        self.loop.set_default_executor(self._executor)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Result of ``coroutine``, which is cancelled when the caller is."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
 
     def stop(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what runs, run ``last``, end the thread and wait for its end."""
-        asyncio.run_coroutine_threadsafe(self._wind_down(last), self._loop)
+        asyncio.run_coroutine_threadsafe(self._wind_down(last), self.loop)
         # A garbage collection may call this on the thread itself, which cannot wait for itself.
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _serve(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
+        self.loop.run_forever()
+        self.loop.close()
 
     async def _wind_down(self, last: Coroutine[Any, Any, None]) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -53,4 +56,4 @@ class LoopThread:
             await last
         finally:
             self._executor.shutdown(wait=False)
-            self._loop.stop()
+            self.loop.stop()

@@ -1,0 +1,53 @@
+"""Options and error output shared by the commands that read a media file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_mm_ext.errors import MediaError
+
+
+class Policy(StrEnum):
+    """Sampling policies that choose frames by themselves."""
+
+    uniform = "uniform"
+    keyframe = "keyframe"
+    adaptive = "adaptive"
+
+
+MediaFile = Annotated[
+    Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="Video or audio file.")
+]
+MaxFrames = Annotated[int, typer.Option(min=1, help="Most frames to choose.")]
+MinFrames = Annotated[int, typer.Option(min=1, help="Fewest frames, where the clip has them.")]
+Fps = Annotated[
+    float, typer.Option(min=0.001, help="Frames a second asked of `uniform`; mean of `adaptive`.")
+]
+MinFps = Annotated[float, typer.Option(min=0.0, help="`adaptive`: fewest frames in any second.")]
+MaxFps = Annotated[float, typer.Option(min=0.001, help="`adaptive`: most frames in any second.")]
+
+
+@contextmanager
+def media_errors() -> Iterator[None]:
+    """Print a ``MediaError`` in one line on stderr and exit with status 1."""
+    try:
+        yield
+    except MediaError as error:
+        Console(stderr=True).print(f"[red]{error.code}:[/] {error.message}", highlight=False)
+        raise typer.Exit(1) from None
+
+
+def clock(seconds: float) -> str:
+    """``m:ss.s`` below an hour, ``h:mm:ss`` from there on."""
+    if seconds >= 3600:
+        whole = round(seconds)
+        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    tenths = round(seconds * 10)
+    return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"

@@ -1,0 +1,112 @@
+"""Tokens a clip costs in the model families the tools know by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.media.types import SizeRule, VideoStream
+
+
+@dataclass(frozen=True)
+class Family:
+    """Token arithmetic of one model family.
+
+    Attributes:
+        name: As given on the command line.
+        rule: Size its processor gives frames.
+        rule_text: The same in words.
+        visual: ``(frames, height, width)`` at the target size to visual tokens.
+        audio: Seconds of sound to audio tokens, or None if the family does not hear.
+    """
+
+    name: str
+    rule: SizeRule
+    rule_text: str
+    visual: Callable[[int, int, int], int]
+    audio: Callable[[float], int] | None = None
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Tokens of one selection: visual, audio, and the frame size they follow from."""
+
+    visual: int
+    audio: int
+    height: int
+    width: int
+
+
+def count_tokens(
+    family: Family, video: VideoStream | None, num_frames: int, audio_s: float
+) -> TokenCount:
+    """Tokens of ``num_frames`` frames of ``video`` and ``audio_s`` seconds of sound.
+
+    Text between the items (prompt, separators, written timestamps) is not counted.
+
+    Raises:
+        MediaError: The family refuses the aspect ratio.
+    """
+    height = width = visual = 0
+    if video is not None and num_frames:
+        height, width = target_size(
+            family.rule, width=video.width, height=video.height, num_frames=num_frames
+        )
+        visual = family.visual(num_frames, height, width)
+    audio = family.audio(audio_s) if family.audio is not None and audio_s > 0 else 0
+    return TokenCount(visual, audio, height, width)
+
+
+def _merged_patches(factor: int) -> Callable[[int, int, int], int]:
+    """Qwen: one token per ``factor`` x ``factor`` pixels of each pair of frames."""
+
+    def tokens(frames: int, height: int, width: int) -> int:
+        return math.ceil(frames / 2) * (height // factor) * (width // factor)
+
+    return tokens
+
+
+def _omni_audio(seconds: float) -> int:
+    # 100 mel frames a second, halved by a convolution and again by a pool; transformers,
+    # Qwen2_5OmniAudioEncoder._get_feat_extract_output_lengths.
+    mel_frames = math.ceil(seconds * 100)
+    return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
+
+
+# Sizes: defaults of the Qwen2VLVideoProcessor and LlavaOnevisionVideoProcessor classes in
+# transformers; for Qwen3-VL those of the released checkpoints.
+_QWEN_25 = SizeRule(
+    kind="qwen_vl", factor=28, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28, temporal_factor=2
+)
+_QWEN_25_TEXT = "sides in multiples of 28, 128 to 768 tokens a frame pair"
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("qwen2.5-omni", _QWEN_25, _QWEN_25_TEXT, _merged_patches(28), _omni_audio),
+        Family("qwen2.5-vl", _QWEN_25, _QWEN_25_TEXT, _merged_patches(28)),
+        Family(
+            "qwen3-vl",
+            SizeRule(
+                kind="qwen3_vl",
+                factor=32,
+                min_pixels=4096,
+                max_pixels=24576 * 32 * 32,
+                temporal_factor=2,
+            ),
+            "sides in multiples of 32, at most 24,576 x 32 x 32 pixels over all frames",
+            _merged_patches(32),
+        ),
+        Family(
+            "llava-onevision",
+            SizeRule(kind="fixed", height=384, width=384),
+            "384 x 384, 27 x 27 patches pooled to 14 x 14 a frame",
+            # One newline embedding closes the video.
+            lambda frames, height, width: (
+                frames * math.ceil(height // 14 / 2) * math.ceil(width // 14 / 2) + 1
+            ),
+        ),
+    )
+}
