@@ -1,0 +1,44 @@
+"""Which frames of a video to show a model: pure, deterministic policies on its timeline."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.errors import MediaError, NoSuchStreamError, UnreadableMediaError
+from vllm_mm_ext.media.sampling.adaptive import Thumbnails, select_adaptive
+from vllm_mm_ext.media.sampling.basic import select_explicit, select_keyframe, select_uniform
+from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
+
+__all__ = ["Thumbnails", "select"]
+
+
+def select(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> FrameSelection:
+    """Choose the frames of a video.
+
+    Args:
+        info: Probe of the file.
+        spec: Policy and budget.
+        thumbnails: Decodes the frames at the given sorted indices to gray uint8 ``[n, h, w]``,
+            longest edge about 64 pixels. Called at most once, and only by ``adaptive``.
+
+    Returns:
+        Strictly increasing indices (``explicit`` may repeat) with exact times, at most
+        ``spec.max_frames``; the same for the same arguments.
+
+    Raises:
+        NoSuchStreamError: the file has no video stream.
+        UnreadableMediaError: its video stream has no frames.
+        MediaError: the spec is impossible, or ``explicit`` indices do not fit the clip.
+    """
+    if info.video is None or info.packets is None:
+        raise NoSuchStreamError("the file has no video stream", parameter="video_url")
+    if not len(info.packets):
+        raise UnreadableMediaError("the video stream has no frames", parameter="video_url")
+    for name, least in (("max_frames", 1), ("min_frames", 0), ("multiple_of", 1)):
+        if getattr(spec, name) < least:
+            raise MediaError(f"{name} must be at least {least}", parameter=name)
+    if spec.policy == "uniform":
+        return select_uniform(info, spec)
+    if spec.policy == "keyframe":
+        return select_keyframe(info, spec)
+    if spec.policy == "explicit":
+        return select_explicit(info, spec)
+    return select_adaptive(info, spec, thumbnails)

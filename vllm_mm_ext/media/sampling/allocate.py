@@ -1,0 +1,146 @@
+"""Spend a frame budget: a floor everywhere, the best spots, then the heaviest gaps."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from vllm_mm_ext.media.sampling.timeline import Indices, Times, gop_starts, second_of
+from vllm_mm_ext.media.types import PacketTable
+
+# Slots are this many uniform spacings long at most. Each holds a frame, so no gap is wider than
+# two slots: 7 spacings, within the bound of 8 also where frames are not just where wanted.
+_SLOT_SPACINGS = 3.5
+# A frame that no spot asks for may move this share of its gap to be cheap to decode.
+_SLACK = 0.25
+
+
+def allocate(
+    packets: PacketTable,
+    count: int,
+    spots: Iterable[int],
+    weight: Times,
+    *,
+    min_fps: float,
+    max_fps: float,
+    multiple_of: int = 1,
+) -> Indices:
+    """Choose at most ``count`` frames.
+
+    The clip is cut into equal slots of at most ``1 / min_fps`` seconds (and short enough for the
+    gap bound), each of which gets a frame: the best spot in it or, failing that, one near its
+    middle. What is left goes to ``spots`` in their order, then to the middle of whichever gap
+    weighs most, until the budget is spent or every second is full.
+
+    Args:
+        packets: The clip's ``n`` packets.
+        count: Budget, 1 to ``n``.
+        spots: Frame indices, most wanted first.
+        weight: float64 ``[n]``, positive: weight of each frame for what is left over.
+        min_fps: Floor in frames per second, as far as the budget goes.
+        max_fps: Ceiling on the frames in any whole second (at least one is always allowed).
+        multiple_of: The result is cut to a multiple of this where it has that many.
+
+    Returns:
+        int64 ``[k]``, strictly increasing, ``k <= count``.
+    """
+    return _Allocation(packets, count, min_fps, max_fps).run(spots, weight, multiple_of)
+
+
+class _Allocation:
+    """The state of one allocation: what is taken, and what each second and slot holds."""
+
+    def __init__(self, packets: PacketTable, count: int, min_fps: float, max_fps: float) -> None:
+        time = packets.time
+        self._time, self._count, size = time, count, len(packets)
+        duration = float(time[-1] - time[0])
+        floor = math.ceil(duration * min_fps)
+        self._slots = min(count, max(1, floor, math.ceil(count / _SLOT_SPACINGS)))
+        part = (time - time[0]) / duration if duration > 0 else np.zeros(size)
+        self._slot = np.minimum((part * self._slots + 1e-9).astype(np.int64), self._slots - 1)
+        self._second = second_of(time)
+        self._ceiling = max(1, math.floor(max_fps), math.ceil(min_fps))
+        self._starts = gop_starts(packets)
+        self._gop = np.searchsorted(self._starts, np.arange(size), side="right") - 1
+        # Last frame of each GOP that is decoded anyway.
+        self._reach = self._starts - 1
+        self._chosen: dict[int, None] = {}
+        self._in_slot: Counter[int] = Counter()
+        self._in_second: Counter[int] = Counter()
+
+    def run(self, spots: Iterable[int], weight: Times, multiple_of: int) -> Indices:
+        occupied = len(np.unique(self._slot))
+        free = self._count - occupied
+        for index in spots:
+            new_slot = not self._in_slot[int(self._slot[index])]
+            if (new_slot or free > 0) and self._take(index):
+                free -= not new_slot
+        bounds = np.searchsorted(self._slot, np.arange(self._slots + 1))
+        for slot, (low, high) in enumerate(itertools.pairwise(bounds.tolist())):
+            if high > low and not self._in_slot[slot]:
+                self._take(self._cheapest(low - 1, high))
+        self._fill(weight)
+        chosen = sorted(self._chosen)
+        surplus = len(chosen) % multiple_of if len(chosen) >= multiple_of else 0
+        for _ in range(surplus):
+            chosen.remove(self._least_missed(chosen))
+        return np.array(chosen, np.int64)
+
+    def _take(self, index: int) -> bool:
+        second = int(self._second[index])
+        if index in self._chosen or self._in_second[second] >= self._ceiling:
+            return False
+        self._chosen[index] = None
+        self._in_second[second] += 1
+        self._in_slot[int(self._slot[index])] += 1
+        gop = self._gop[index]
+        self._reach[gop] = max(self._reach[gop], index)
+        return True
+
+    def _cheapest(self, low: int, high: int) -> int:
+        """Between two frames (exclusive), the one near their middle that costs least."""
+        last = len(self._time) - 1
+        start, end = self._time[max(low, 0)], self._time[min(high, last)]
+        middle, slack = (start + end) / 2, (end - start) * _SLACK
+        first = int(np.searchsorted(self._time, middle - slack))
+        stop = int(np.searchsorted(self._time, middle + slack, side="right"))
+        first, stop = max(low + 1, min(first, high - 1)), min(high, max(stop, low + 2))
+        stop = max(stop, first + 1)
+        window = np.arange(first, stop)
+        cost = np.maximum(0, window - self._reach[self._gop[window]])
+        # Of equal cost, the nearest to the middle.
+        aside = np.abs(self._time[window] - middle)
+        return int(window[np.lexsort((aside, cost))[0]])
+
+    def _fill(self, weight: Times) -> None:
+        """Split the heaviest gap again and again; both parts are smaller, so this ends."""
+        total = np.concatenate([[0.0], np.cumsum(weight)])
+        order = [-1, *sorted(self._chosen), len(self._time)]
+        heap: list[tuple[float, int, int]] = []
+
+        def push(low: int, high: int) -> None:
+            if high - low > 1:
+                heapq.heappush(heap, (-float(total[high] - total[low + 1]), low, high))
+
+        for low, high in itertools.pairwise(order):
+            push(low, high)
+        while heap and len(self._chosen) < self._count:
+            _, low, high = heapq.heappop(heap)
+            split = self._cheapest(low, high)
+            self._take(split)
+            push(low, split)
+            push(split, high)
+
+    def _least_missed(self, chosen: list[int]) -> int:
+        """The last taken frame that leaves its slot served, else the last taken."""
+        for index in reversed(self._chosen):
+            slot = int(self._slot[index])
+            if index in chosen and self._in_slot[slot] > 1:
+                self._in_slot[slot] -= 1
+                return index
+        return next(index for index in reversed(self._chosen) if index in chosen)

@@ -1,0 +1,87 @@
+"""The policies that need no look at the content: uniform, keyframe and explicit."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.sampling.timeline import Indices, Times, spread, target_count
+from vllm_mm_ext.media.types import FrameSelection, MediaInfo, PacketTable, SamplingSpec
+
+
+def select_uniform(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
+    """Frames evenly spaced on time, first and last included."""
+    packets = _packets(info)
+    indices = spread(packets.time, target_count(info, spec))
+    return FrameSelection("uniform", indices, packets.time[indices])
+
+
+def select_keyframe(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
+    """Keyframes, thinned evenly on time to ``max_frames``; filled up to ``min_frames``.
+
+    The count does not follow ``fps``: it is the clip's number of keyframes within
+    ``min_frames``..``max_frames``, rounded down to ``multiple_of`` as for the other policies.
+    """
+    packets = _packets(info)
+    keys = np.flatnonzero(packets.is_key).astype(np.int64)
+    most = min(len(packets), spec.max_frames)
+    wanted = max(1, min(most, max(spec.min_frames, len(keys))))
+    count = wanted - wanted % spec.multiple_of or min(most, spec.multiple_of)
+    if len(keys) >= count:
+        indices = keys[spread(packets.time[keys], count)]
+    else:
+        indices = _fill_up(packets.time, keys, count)
+    return FrameSelection("keyframe", indices, packets.time[indices])
+
+
+def select_explicit(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
+    """The frames asked for.
+
+    Raises:
+        MediaError: no indices, more than ``max_frames``, unsorted, or outside the clip.
+    """
+    packets = _packets(info)
+    indices = np.array(spec.indices or (), np.int64)
+    if not len(indices):
+        raise MediaError("explicit sampling needs at least one frame index", parameter="indices")
+    if len(indices) > spec.max_frames:
+        raise MediaError(
+            f"{len(indices)} frames asked for, the limit is {spec.max_frames}",
+            parameter="indices",
+            value=len(indices),
+        )
+    if (np.diff(indices) < 0).any():
+        raise MediaError("frame indices must be sorted", parameter="indices")
+    low, high = int(indices[0]), int(indices[-1])
+    if low < 0 or high >= len(packets):
+        raise MediaError(
+            f"frame indices must be 0 to {len(packets) - 1}, got {low} to {high}",
+            parameter="indices",
+            value=low if low < 0 else high,
+        )
+    return FrameSelection("explicit", indices, packets.time[indices])
+
+
+def _packets(info: MediaInfo) -> PacketTable:
+    assert info.packets is not None
+    return info.packets
+
+
+def _fill_up(time: Times, keys: Indices, count: int) -> Indices:
+    """Add the frames in the middle of the widest gaps until there are ``count``."""
+    chosen = sorted(keys.tolist()) or [0]
+    while len(chosen) < count:
+        bounds = [-1, *chosen, len(time)]
+        gaps = [
+            (time[min(b, len(time) - 1)] - time[max(a, 0)], b - a, a)
+            for a, b in itertools.pairwise(bounds)
+            if b - a > 1
+        ]
+        _, width, low = max(gaps, key=lambda gap: (gap[0], gap[1], -gap[2]))
+        start, end = time[max(low, 0)], time[min(low + width, len(time) - 1)]
+        middle = int(np.searchsorted(time, (start + end) / 2, side="right")) - 1
+        chosen.append(min(max(middle, low + 1), low + width - 1))
+        chosen.sort()
+    return np.array(chosen, np.int64)

@@ -1,0 +1,139 @@
+"""Stage 1 of ``adaptive``: how much is new in each frame, from packet sizes alone.
+
+A predictive codec spends bits where prediction fails: when something appears, and again when it
+leaves. What counts is the size of a packet against its neighbours, on three time scales, so that
+neither the P/B pattern nor a slow change of activity is taken for an event.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_mm_ext.media.sampling.timeline import gop_starts
+from vllm_mm_ext.media.types import PacketTable
+
+Scores = npt.NDArray[np.float64]
+
+# Seconds each side of a frame that its baseline is taken from: long against the events looked
+# for (under a second), short against changes of scene activity.
+BASELINE_S = 3.0
+# Packet sizes within this many bytes of the usual are header noise.
+_HEADER_BYTES = 16.0
+# Relative size below which a change of a window's mean is rate-control noise.
+_RELATIVE_FLOOR = 0.003
+_WINDOWS_S = (0.1, 0.3)
+# Score of a keyframe that the encoder placed by itself before the GOP was full.
+_SCENE_CUT = 12.0
+_ORDER = 32
+
+
+def innovation(packets: PacketTable) -> Scores:
+    """Robust innovation score per frame, in deviations from the local baseline.
+
+    Args:
+        packets: The clip's packet table, ``n`` rows.
+
+    Returns:
+        float64 ``[n]``, at least 0; about 0..3 is usual variation, an event's first frame and
+        the first frame after it stand out.
+    """
+    count = len(packets)
+    if count < 8:
+        return np.zeros(count)
+    rate = (count - 1) / max(1e-6, float(packets.time[-1] - packets.time[0]))
+    half = max(4, round(BASELINE_S * rate))
+    size = _without_keyframes(packets)
+    score = _single(size, half)
+    for seconds in _WINDOWS_S:
+        score = np.maximum(score, _windowed(size, max(2, round(seconds * rate)), half))
+    score = np.maximum(score, _unpredicted(size, half))
+    score = np.maximum(score, _scene_cuts(packets, rate))
+    score[: max(1, round(0.1 * rate))] = 0.0
+    return np.asarray(score)
+
+
+def _without_keyframes(packets: PacketTable) -> Scores:
+    """Sizes, with each keyframe given the size of its neighbours (its own says nothing)."""
+    size = packets.size.astype(np.float64)
+    keys = np.flatnonzero(packets.is_key)
+    inter = np.flatnonzero(~packets.is_key)
+    if len(inter) >= 2:
+        left = inter[np.clip(np.searchsorted(inter, keys) - 1, 0, len(inter) - 1)]
+        right = inter[np.clip(np.searchsorted(inter, keys), 0, len(inter) - 1)]
+        size[keys] = np.minimum(size[left], size[right])
+    return size
+
+
+def _baseline(values: Scores, half: int, quantiles: tuple[float, ...]) -> list[Scores]:
+    """Local quantiles of ``values`` over ``2 * half`` frames, on a coarse grid, interpolated."""
+    count = len(values)
+    window = min(count, 2 * half)
+    step = max(1, half // 8)
+    starts = np.arange(0, count - window + 1, step)
+    views = np.lib.stride_tricks.sliding_window_view(values, window)[starts]
+    found = np.quantile(views, quantiles, axis=1)
+    centres = starts + window / 2
+    return [np.interp(np.arange(count), centres, row) for row in found]
+
+
+def _single(size: Scores, half: int) -> Scores:
+    """One packet against the larger packets around it: finds spikes over a P/B pattern."""
+    middle, upper = _baseline(size, half, (0.5, 0.9))
+    scale = np.maximum(upper - middle, np.maximum(_HEADER_BYTES, 0.5 * _RELATIVE_FLOOR * upper))
+    return np.asarray(np.log1p(np.maximum(0.0, (size - upper) / scale)) * 4.0)
+
+
+def _windowed(size: Scores, width: int, half: int) -> Scores:
+    """A window's mean against the window before it: finds steps up and down."""
+    total = np.concatenate([[0.0], np.cumsum(size)])
+    edge = np.arange(len(size))
+    after = (total[np.minimum(edge + width, len(size))] - total[edge]) / width
+    before = (total[edge] - total[np.maximum(edge - width, 0)]) / width
+    step = np.log((after + _HEADER_BYTES) / (before + _HEADER_BYTES))
+    step[:width] = step[len(size) - width + 1 :] = 0.0
+    (spread,) = _baseline(np.abs(step), half, (0.5,))
+    floor = np.maximum(_RELATIVE_FLOOR, 0.5 * _HEADER_BYTES / (before + _HEADER_BYTES))
+    return np.asarray(np.log1p(np.abs(step) / np.maximum(1.48 * spread, floor) / 3.0) * 4.0)
+
+
+def _scene_cuts(packets: PacketTable, rate: float) -> Scores:
+    """Keyframes before the GOP was full: the encoder itself saw a new scene."""
+    score = np.zeros(len(packets))
+    starts = gop_starts(packets)
+    gaps = np.diff(starts)
+    if len(gaps) < 2:
+        return score
+    regular = np.median(gaps)
+    if regular > 1 and (np.abs(gaps - regular) <= 1).mean() > 0.5:
+        score[starts[1:][np.abs(gaps - regular) > 1]] = _SCENE_CUT
+    elif gaps.max() > 0.5 * rate:
+        score[starts[1:][gaps < gaps.max()]] = _SCENE_CUT
+    return score
+
+
+def _unpredicted(size: Scores, half: int) -> Scores:
+    """What a linear prediction from the frames before does not explain.
+
+    An autoregressive fit (Yule-Walker on clipped log sizes) learns the periodic part of the
+    sizes: P/B patterns, flicker, a pan that moves in whole pixels.
+    """
+    order = min(_ORDER, len(size) // 8)
+    level = np.log(size + _HEADER_BYTES)
+    (middle,) = _baseline(level, half, (0.5,))
+    rest = level - middle
+    (spread,) = _baseline(np.abs(rest), half, (0.5,))
+    floor = np.maximum(0.5 * _RELATIVE_FLOOR, _HEADER_BYTES / 2 / (size + _HEADER_BYTES))
+    normal = np.clip(rest / np.maximum(1.48 * spread, floor), -3.0, 3.0)
+    padded = np.fft.rfft(normal, 2 * len(normal))
+    covariance = np.fft.irfft(padded * padded.conj())[: order + 1]
+    if covariance[0] <= 0:
+        return np.zeros(len(size))
+    lags = np.abs(np.subtract.outer(np.arange(order), np.arange(order)))
+    matrix = covariance[lags] + np.eye(order) * 1e-3 * covariance[0]
+    weights = np.linalg.solve(matrix, covariance[1:])
+    expected = np.convolve(normal, np.concatenate([[0.0], weights]))[: len(normal)]
+    error = np.abs(normal - expected)
+    (usual,) = _baseline(error, half, (0.5,))
+    # The clipped series bounds the error: a spike's size is judged by the other detectors.
+    return np.asarray(np.log1p(error / np.maximum(1.48 * usual, 0.15) / 3.0) * 4.0)

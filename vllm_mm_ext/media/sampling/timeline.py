@@ -1,0 +1,101 @@
+"""Arithmetic on a clip's timeline: how many frames, and which frame is shown at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_mm_ext.media.types import MediaInfo, PacketTable, SamplingSpec
+
+Indices = npt.NDArray[np.int64]
+Times = npt.NDArray[np.float64]
+
+
+def target_count(info: MediaInfo, spec: SamplingSpec) -> int:
+    """How many frames a policy should choose.
+
+    ``floor(duration * fps)``, clamped to ``min_frames``..``max_frames`` and to the frames there
+    are, rounded down to ``multiple_of`` (but not below it, where ``max_frames`` and the clip
+    allow that many).
+    """
+    assert info.packets is not None
+    most = min(len(info.packets), spec.max_frames)
+    # A clip of exactly k seconds must not lose a frame to rounding in its timestamps.
+    wanted = math.floor(clip_duration(info) * spec.fps + 1e-6)
+    count = min(most, max(spec.min_frames, wanted, 1))
+    rounded = count - count % spec.multiple_of
+    return rounded or min(most, spec.multiple_of)
+
+
+def clip_duration(info: MediaInfo) -> float:
+    """Seconds of video, never less than its last timestamp."""
+    assert info.packets is not None
+    assert info.video is not None
+    last = float(info.packets.time[-1]) if len(info.packets) else 0.0
+    return max(info.video.duration, last)
+
+
+def is_even(time: Times) -> bool:
+    """True when frames are evenly spaced, up to the rounding of timestamps (half a gap)."""
+    if len(time) < 3:
+        return True
+    line = np.linspace(time[0], time[-1], len(time))
+    return bool(np.abs(time - line).max() < 0.5 * (time[-1] - time[0]) / (len(time) - 1))
+
+
+def spread(time: Times, count: int) -> Indices:
+    """``count`` distinct positions in ``time``, evenly spaced on time, first and last included.
+
+    Each is the frame on screen at its moment (the nearest at or before it). On an even timeline
+    this is ``numpy.linspace`` over the positions, which is also what vLLM's loaders take.
+
+    Args:
+        time: float64 ``[n]``, non-decreasing, seconds.
+        count: How many, 1 to ``n``.
+    """
+    size = len(time)
+    if is_even(time):
+        return np.linspace(0, size - 1, count, dtype=np.int64)
+    wanted = np.linspace(time[0], time[-1], count)
+    tolerance = 1e-6 * max(1.0, time[-1] - time[0])
+    return distinct(np.searchsorted(time, wanted + tolerance, side="right") - 1, size)
+
+
+def distinct(positions: Indices, size: int) -> Indices:
+    """Sorted ``positions`` moved as little as needed to be strictly increasing in ``0..size-1``.
+
+    Args:
+        positions: int64 ``[k]``, non-decreasing, ``k <= size``.
+        size: Number of positions there are.
+    """
+    step = np.arange(len(positions))
+    forward = np.maximum.accumulate(positions - step) + step
+    room = size - len(positions)
+    return np.asarray(np.minimum(forward - step, room) + step, np.int64)
+
+
+def second_of(time: Times) -> npt.NDArray[np.int64]:
+    """Whole second each time falls into (a frame at 2.9999999 s belongs to second 3)."""
+    return np.asarray(np.floor(time + 1e-6), np.int64)
+
+
+def decode_cost(packets: PacketTable, indices: Indices) -> int:
+    """Frames a decoder must decode to show ``indices``: from each one's keyframe up to it.
+
+    Args:
+        packets: The clip's packets.
+        indices: int64 ``[k]``, sorted.
+    """
+    starts = gop_starts(packets)
+    gop = np.searchsorted(starts, indices, side="right") - 1
+    reach = np.zeros(len(starts), np.int64)
+    np.maximum.at(reach, gop, indices - starts[gop] + 1)
+    return int(reach.sum())
+
+
+def gop_starts(packets: PacketTable) -> Indices:
+    """int64 ``[g]`` index of the first frame of each GOP; the first is always 0."""
+    starts = np.flatnonzero(packets.is_key).astype(np.int64)
+    return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
