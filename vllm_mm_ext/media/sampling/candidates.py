@@ -22,6 +22,8 @@ _SEEN_LIMIT = 4.0
 _HALF = 4.0
 # Weight of a peak without a partner: a cut, or an event whose other end is hidden.
 _LONE = 0.55
+# Weaker spots are worth no more than an evenly placed frame.
+_LEAST = 0.05
 # Weight left to a stage-1 peak where the pixels show no event.
 _UNSEEN = 0.35
 
@@ -52,6 +54,8 @@ def find(
     """
     spots: list[Spot] = []
     seen: list[int] = []
+    known = np.isfinite(transient)
+    looked_at, transient = looked_at[known], transient[known]
     for position in peaks(time[looked_at], transient, limit, _LONGEST_S / 2):
         seen_as = float(transient[position])
         if seen_as < _SEEN_LIMIT:
@@ -78,7 +82,8 @@ def find(
             index = _at(time, middle)
             if _looked(time, index, looked_at):
                 weight *= _UNSEEN
-            spots.append(Spot(-weight, index))
+            if weight >= _LEAST:
+                spots.append(Spot(-weight, index))
     return _apart(sorted(spots), time)
 
 

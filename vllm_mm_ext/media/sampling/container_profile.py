@@ -7,6 +7,8 @@ neither the P/B pattern nor a slow change of activity is taken for an event.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,7 +27,11 @@ _RELATIVE_FLOOR = 0.003
 _WINDOWS_S = (0.1, 0.3)
 # Score of a keyframe that the encoder placed by itself before the GOP was full.
 _SCENE_CUT = 12.0
+# Order of the linear prediction, in frames.
 _ORDER = 32
+# GOPs that must agree before a place in the GOP is known, and the score left to it.
+_FEWEST_GOPS = 5
+_USUAL = 2.0
 
 
 def innovation(packets: PacketTable) -> Scores:
@@ -48,7 +54,7 @@ def innovation(packets: PacketTable) -> Scores:
     for seconds in _WINDOWS_S:
         score = np.maximum(score, _windowed(size, max(2, round(seconds * rate)), half))
     score = np.maximum(score, _unpredicted(size, half))
-    score = np.maximum(score, _scene_cuts(packets, rate))
+    score = np.maximum(_without_phase(score, packets), _scene_cuts(packets, rate))
     score[: max(1, round(0.1 * rate))] = 0.0
     return np.asarray(score)
 
@@ -75,6 +81,24 @@ def _baseline(values: Scores, half: int, quantiles: tuple[float, ...]) -> list[S
     found = np.quantile(views, quantiles, axis=1)
     centres = starts + window / 2
     return [np.interp(np.arange(count), centres, row) for row in found]
+
+
+def _without_phase(score: Scores, packets: PacketTable) -> Scores:
+    """Less what frames at the same place in other GOPs score: a keyframe's aftermath recurs."""
+    starts = gop_starts(packets)
+    if len(starts) < _FEWEST_GOPS:
+        return score
+    place = np.arange(len(score)) - np.repeat(starts, np.diff(starts, append=len(score)))
+    order = np.argsort(place, kind="stable")
+    bounds = np.searchsorted(place[order], np.arange(int(place.max()) + 2))
+    out = score.copy()
+    for low, high in itertools.pairwise(bounds.tolist()):
+        if high - low < _FEWEST_GOPS:
+            break
+        rows = order[low:high]
+        usual = np.partition(score[rows], int(0.8 * (high - low)))[int(0.8 * (high - low))]
+        out[rows] = np.maximum(0.0, score[rows] - max(0.0, usual - _USUAL))
+    return out
 
 
 def _single(size: Scores, half: int) -> Scores:

@@ -19,11 +19,13 @@ STRIDE_S = 0.15
 MAX_THUMBNAILS = 640
 # Frames that stage 2 may decode, as a share of the clip: whatever the final selection leaves
 # unspent of one full sequential decode, but at least the smaller share.
-_FULL_DECODE = 0.95
+_FULL_DECODE = 1.0
 _LEAST_DECODE = 0.12
 # A frame is compared with frames this many seconds before and after it: beyond the longest
 # sub-second event.
 _REACH_S = 0.9
+# Comparisons needed to know what is usual in a clip.
+_FEWEST = 24
 # Changes below this many 8-bit steps are sensor and coding noise: block mean, frame mean.
 _LOCAL_FLOOR = 2.0
 _GLOBAL_FLOOR = 1.0
@@ -60,11 +62,15 @@ def plan(packets: PacketTable, score: Scores, allowance: int) -> Indices:
     gop = np.searchsorted(starts, grid, side="right") - 1
     # The most that stage 1 says of the frames since the last look; a constant for the unseen.
     value = np.maximum.reduceat(score, grid) ** 2 + 1.0
+    # A look pays off once the surroundings after it are seen too.
+    delay = round(_REACH_S / STRIDE_S) + 1
     options: list[tuple[float, float, int, int]] = []
     edges = np.flatnonzero(np.diff(gop, prepend=-1, append=len(starts)))
     for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         reach = grid[first:last] - starts[gop[first]] + 1
-        gain = np.cumsum(value[first:last]) / reach
+        gain = np.cumsum(value[first:last])
+        gain[:-1] = np.concatenate([np.zeros(delay), gain])[: last - first - 1]
+        gain /= reach
         # Ties go by the golden ratio, which visits the clip evenly.
         order = (int(gop[first]) * 0.6180339887) % 1.0
         options.append((-float(gain.max()), order, first, first + int(gain.argmax()) + 1))
@@ -101,7 +107,7 @@ def motion_score(
         both its surroundings (0 where those were not looked at): about 0..3 is usual.
     """
     count = len(thumbnails)
-    motion, transient = np.zeros(count), np.zeros(count)
+    motion, transient = np.zeros(count), np.full(count, np.nan)
     if count < 3:
         return motion, transient
     frames = _smooth(thumbnails.astype(np.float32))
@@ -113,7 +119,7 @@ def motion_score(
     known &= time - time[np.maximum(before, 0)] < 2 * _REACH_S
     known &= time[np.minimum(after, count - 1)] - time < 2 * _REACH_S
     rows = np.flatnonzero(known)
-    if len(rows) < 3:
+    if len(rows) < _FEWEST:
         return motion, transient
     local, brightness = np.zeros(len(rows)), np.zeros(len(rows))
     for at in range(0, len(rows), 256):
