@@ -44,10 +44,11 @@ def media_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def clock(seconds: float) -> str:
-    """``m:ss.s`` below an hour, ``h:mm:ss`` from there on."""
-    if seconds >= 3600:
-        whole = round(seconds)
-        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-    tenths = round(seconds * 10)
-    return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
+def clock(seconds: float, digits: int = 1) -> str:
+    """``m:ss.s`` with that many ``digits``, hours in front where there are any."""
+    ticks = round(float(seconds) * 10**digits)
+    whole, fraction = divmod(ticks, 10**digits)
+    minutes, whole = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
+    return f"{text}.{fraction:0{digits}d}" if digits else text

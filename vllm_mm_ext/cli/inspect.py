@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 from vllm_mm_ext.cli.common import (
@@ -18,7 +17,7 @@ from vllm_mm_ext.cli.common import (
     Policy,
     media_errors,
 )
-from vllm_mm_ext.cli.token_count import FAMILIES, Family, count_tokens
+from vllm_mm_ext.cli.token_count import FAMILIES, Family, FamilyName, count_tokens
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 
 if TYPE_CHECKING:
@@ -35,11 +34,8 @@ def inspect(
         str, typer.Option(help="Policies to compare, separated by commas.")
     ] = "uniform,adaptive",
     family: Annotated[
-        str,
-        typer.Option(
-            click_type=click.Choice(list(FAMILIES)), help="Model family whose tokens are counted."
-        ),
-    ] = "qwen2.5-omni",
+        FamilyName, typer.Option(help="Model family whose tokens are counted.")
+    ] = FamilyName.qwen25_omni,
     max_frames: MaxFrames = 32,
     min_frames: MinFrames = 4,
     fps: Fps = 1.0,
@@ -78,7 +74,7 @@ def _parse_policies(text: str) -> list[Policy]:
 
 def _inspect(file: Path, specs: list[SamplingSpec], family: Family) -> Inspection:
     from vllm_mm_ext.cli.inspect_page import Choice, Inspection
-    from vllm_mm_ext.media.worker import run_job
+    from vllm_mm_ext.media.job import run_job
 
     limits = DecodeLimits(max_audio_s=_MAX_AUDIO_S, truncate_audio=True)
     info = run_job(str(file), DecodeRequest(probe_only=True, limits=limits)).info

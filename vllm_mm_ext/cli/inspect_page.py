@@ -148,8 +148,7 @@ def _axis(duration: float) -> list[dict[str, Any]]:
 
 
 def _tick_text(seconds: float, step: float) -> str:
-    text = clock(seconds)
-    return text.split(".")[0] if step >= 1 else text
+    return clock(seconds, 0 if step >= 1 else 1)
 
 
 def _percent(seconds: float, duration: float) -> str:
@@ -188,7 +187,9 @@ def _keyframes(info: MediaInfo, duration: float) -> str:
 
 
 def _ticks(times: npt.NDArray[np.float64], duration: float) -> str:
-    return " ".join(f"M{t / duration * 1000:.1f} 0V100" for t in times)
+    # Kept off the edges, where half of the line would be cut away.
+    places = (times / duration * 1000).clip(1.5, 998.5)
+    return " ".join(f"M{place:.1f} 0V100" for place in places)
 
 
 def _policy(choice: Choice, color: str, duration: float) -> dict[str, Any]:
@@ -215,7 +216,7 @@ def _spans(choices: tuple[Choice, ...], duration: float) -> list[dict[str, Any]]
             [
                 {
                     "src": _jpeg(choice.frames[i]),
-                    "time": clock(choice.selection.times[i]),
+                    "time": clock(choice.selection.times[i], 2),
                     "index": int(choice.selection.indices[i]),
                 }
                 for i in np.flatnonzero(
@@ -270,7 +271,7 @@ def _spectrogram(spectrogram: Floats) -> str:
         spectrogram = np.maximum.reduceat(spectrogram, starts, axis=1)
     low, high = float(spectrogram.min()), float(spectrogram.max())
     levels = ((spectrogram - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(levels[::-1]), mode="L")
+    image = Image.fromarray(np.ascontiguousarray(levels[::-1]))
     palette = np.stack(
         [
             np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(_RAMP)), channel)

@@ -39,7 +39,7 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show which frames of FILE a sampling policy chooses, and when they are shown."""
-    from vllm_mm_ext.media.worker import run_job
+    from vllm_mm_ext.media.job import run_job
 
     spec = SamplingSpec(
         policy=policy.value,

@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.types import SizeRule, VideoStream
+
+
+class FamilyName(StrEnum):
+    """Families the tools know, by the names used on the command line."""
+
+    qwen25_omni = "qwen2.5-omni"
+    qwen25_vl = "qwen2.5-vl"
+    qwen3_vl = "qwen3-vl"
+    llava_onevision = "llava-onevision"
 
 
 @dataclass(frozen=True)
@@ -15,14 +25,14 @@ class Family:
     """Token arithmetic of one model family.
 
     Attributes:
-        name: As given on the command line.
+        name: Which family.
         rule: Size its processor gives frames.
         rule_text: The same in words.
         visual: ``(frames, height, width)`` at the target size to visual tokens.
         audio: Seconds of sound to audio tokens, or None if the family does not hear.
     """
 
-    name: str
+    name: FamilyName
     rule: SizeRule
     rule_text: str
     visual: Callable[[int, int, int], int]
@@ -82,13 +92,13 @@ _QWEN_25 = SizeRule(
 )
 _QWEN_25_TEXT = "sides in multiples of 28, 128 to 768 tokens a frame pair"
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[FamilyName, Family] = {
     family.name: family
     for family in (
-        Family("qwen2.5-omni", _QWEN_25, _QWEN_25_TEXT, _merged_patches(28), _omni_audio),
-        Family("qwen2.5-vl", _QWEN_25, _QWEN_25_TEXT, _merged_patches(28)),
+        Family(FamilyName.qwen25_omni, _QWEN_25, _QWEN_25_TEXT, _merged_patches(28), _omni_audio),
+        Family(FamilyName.qwen25_vl, _QWEN_25, _QWEN_25_TEXT, _merged_patches(28)),
         Family(
-            "qwen3-vl",
+            FamilyName.qwen3_vl,
             SizeRule(
                 kind="qwen3_vl",
                 factor=32,
@@ -100,7 +110,7 @@ FAMILIES: dict[str, Family] = {
             _merged_patches(32),
         ),
         Family(
-            "llava-onevision",
+            FamilyName.llava_onevision,
             SizeRule(kind="fixed", height=384, width=384),
             "384 x 384, 27 x 27 patches pooled to 14 x 14 a frame",
             # One newline embedding closes the video.
