@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ MODEL_NAME = "model"
 _POLL_S = 0.25
 _TERM_GRACE_S = 15.0
 _TAIL_LINES = 40
+_EXCEPTION = re.compile(r"(?m)(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 
 # Offline, no telemetry, and a KV cache that fits next to another server (GiB; CPU only).
 _ENV = {
@@ -186,15 +188,14 @@ def _wait_healthy(
         while True:
             if (code := process.poll()) is not None:
                 raise ServerError(
-                    f"vllm serve ({name}) exited with code {code} before it was healthy; "
-                    f"end of its log:\n{_tail(log, _TAIL_LINES)}"
+                    f"vllm serve ({name}) exited with code {code} before it was healthy"
+                    f"{_cause(log)}"
                 )
             if _healthy(url):
                 return
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"vllm serve ({name}) was not healthy after {timeout_s:.0f} s; "
-                    f"end of its log:\n{_tail(log, _TAIL_LINES)}"
+                    f"vllm serve ({name}) was not healthy after {timeout_s:.0f} s{_cause(log)}"
                 )
             last = _tail(log, 1)[-100:]
             status.update(f"starting vLLM ({name}), {time.monotonic() - begun:.0f} s: {last}")
@@ -207,6 +208,13 @@ def _healthy(url: str) -> bool:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def _cause(log: Path) -> str:
+    """The exceptions in the log, first one first (the root cause), and its tail."""
+    errors = dict.fromkeys(_EXCEPTION.findall(_tail(log, 1000)))
+    lines = "".join(f"\n  {error[:400]}" for error in errors)
+    return f":{lines}\nend of its log:\n{_tail(log, _TAIL_LINES)}"
 
 
 def _tail(log: Path, lines: int) -> str:

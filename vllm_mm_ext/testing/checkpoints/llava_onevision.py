@@ -86,5 +86,13 @@ def build_llava_onevision(path: Path, seed: int, sizes: Sizes) -> None:
     randomise(model, seed)
     config.architectures = [type(model).__name__]
     contents = {**config.to_dict(), "dtype": "bfloat16"}
-    save_weights(model, contents, path, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
+    save_weights(
+        model,
+        contents,
+        path,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
+        # transformers 5 dropped a level that the published checkpoints have.
+        rename=lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
+    )
     processor.save_pretrained(path)

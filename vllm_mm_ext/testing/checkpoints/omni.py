@@ -124,7 +124,12 @@ def build_qwen3_omni(path: Path, seed: int, sizes: Sizes) -> None:
             "conv_chunksize": 500,
             "downsample_hidden_size": 32,
         },
-        vision_config=qwen_vl.vision_3(sizes),
+        # vLLM reads the last two off the published config; transformers infers them.
+        vision_config={
+            **qwen_vl.vision_3(sizes),
+            "image_size": 24 * 16,
+            "apply_vit_abs_pos_embed": True,
+        },
         text_config=text,
         audio_token_id=ids["audio_token"],
         image_token_id=ids["image_token"],

@@ -1,0 +1,89 @@
+"""Timed chat requests against a running server."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_mm_ext.testing.server import Server
+
+_TIMING = re.compile(r"mm_(\w+);dur=([\d.]+)")
+QUESTIONS = (
+    "What happens in this video?",
+    "What comes first?",
+    "What moves the most?",
+    "How does it end?",
+    "Anything else worth telling?",
+)
+# Fixed, so that both servers continue the same conversation whatever they answered.
+REPLY = "There are shapes that move."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One streamed answer.
+
+    Attributes:
+        ttft_s: Seconds from sending the request to the first token.
+        total_s: Seconds to the last token.
+        prompt_tokens: Length of the prompt, media included.
+        stages: The front-end's own stage times in seconds (``Server-Timing``); empty for stock.
+    """
+
+    ttft_s: float
+    total_s: float
+    prompt_tokens: int
+    stages: Mapping[str, float]
+
+
+def ask(server: Server, messages: Sequence[Mapping[str, Any]], *, max_tokens: int = 4) -> Answer:
+    """Send one streaming chat request and time it.
+
+    Raises:
+        openai.APIError: The server refused or failed.
+        RuntimeError: The answer held no token.
+    """
+    # Plain dictionaries: the client's typed message parameters add nothing here.
+    body: Any = list(messages)
+    with server.client(timeout=600.0) as client:
+        started = time.perf_counter()
+        response = client.chat.completions.with_raw_response.create(
+            model=server.model,
+            messages=body,
+            max_tokens=max_tokens,
+            temperature=0.0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        first: float | None = None
+        prompt_tokens = 0
+        for chunk in response.parse():
+            # vLLM sends its first chunk when the first token is there.
+            if first is None and chunk.choices:
+                first = time.perf_counter()
+            if chunk.usage is not None:
+                prompt_tokens = chunk.usage.prompt_tokens
+        ended = time.perf_counter()
+    if first is None:
+        raise RuntimeError("the server answered without a token")
+    header = response.headers.get("server-timing", "")
+    stages = {name: float(ms) / 1e3 for name, ms in _TIMING.findall(header)}
+    return Answer(first - started, ended - started, prompt_tokens, stages)
+
+
+def conversation(video_url: str, turn: int) -> list[dict[str, Any]]:
+    """The messages of turn ``turn`` (from 1): the video in the first, a question in each."""
+    messages: list[dict[str, Any]] = []
+    for number in range(turn):
+        question = {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}
+        parts: list[dict[str, Any]] = [question]
+        if number == 0:
+            parts = [{"type": "video_url", "video_url": {"url": video_url}}, question]
+        messages.append({"role": "user", "content": parts})
+        if number < turn - 1:
+            messages.append({"role": "assistant", "content": REPLY})
+    return messages

@@ -1,0 +1,61 @@
+"""The benchmarks by name. Their modules are imported only when they run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from vllm_mm_ext.bench.harness import BenchContext, BenchResult
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+        name: Its name on the command line.
+        shows: One line: what it shows.
+        target: ``module:function`` under ``vllm_mm_ext.bench``, called with a ``BenchContext``.
+        repeats: Default number of repeats.
+    """
+
+    name: str
+    shows: str
+    target: str
+    repeats: int = 3
+
+    def run(self, context: BenchContext) -> BenchResult:
+        """Run it."""
+        module, _, function = self.target.partition(":")
+        run: Callable[[BenchContext], BenchResult] = getattr(
+            importlib.import_module(f"vllm_mm_ext.bench.{module}"), function
+        )
+        return run(context)
+
+
+BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
+    {
+        benchmark.name: benchmark
+        for benchmark in (
+            Benchmark(
+                "frontend",
+                "Time to frames ready on first sight, per clip and sampling policy.",
+                "frontend:run",
+                repeats=5,
+            ),
+            Benchmark(
+                "followup",
+                "Time to first token of follow-up turns about one video, file and http.",
+                "followup:run",
+            ),
+            Benchmark(
+                "load",
+                "Many videos at once: API-server memory, and one video asked for 64 times.",
+                "load:run",
+                repeats=1,
+            ),
+        )
+    }
+)
