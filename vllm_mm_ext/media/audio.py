@@ -1,0 +1,200 @@
+"""Waveforms for the model: resampling, duration limits, log-mel spectrograms.
+
+Torch is imported inside the functions, so that importing this module costs nothing. Decode workers
+do not use it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_mm_ext.errors import MediaTooLongError
+
+MODEL_RATE = 16_000
+N_FFT = 400
+HOP = 160
+WINDOW_S = 30
+
+Samples = npt.NDArray[np.float32]
+Normalization = Literal["whisper", "mean_variance"]
+
+# Torch's thread count is process-wide state that `resample` changes and puts back.
+_threads_lock = threading.Lock()
+
+
+def resample(waveform: Samples, rate: int, target: int = MODEL_RATE) -> Samples:
+    """Resample by windowed-sinc interpolation, sample for sample as vLLM's own resampler does.
+
+    Args:
+        waveform: float32 mono ``[samples]``.
+        rate: Its sampling rate in Hz.
+        target: Sampling rate wanted, in Hz.
+
+    Returns:
+        float32 ``[ceil(samples * target / rate)]``; the input itself when the rates are equal.
+    """
+    if rate == target:
+        return waveform
+    import torch
+
+    # Resampling runs in a process that may fork an engine later: OpenMP and oneDNN thread pools
+    # do not survive a fork, so none are started here.
+    with _threads_lock:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.backends.mkldnn.flags(enabled=False), torch.inference_mode():
+                samples = torch.as_tensor(np.asarray(waveform), dtype=torch.float32)
+                resampled: Samples = _resampler(rate, target)(samples).numpy()
+        finally:
+            torch.set_num_threads(threads)
+    return resampled
+
+
+@lru_cache(maxsize=32)
+def _resampler(rate: int, target: int) -> Any:
+    """``torchaudio.functional.resample`` with the kernel of one pair of rates computed once."""
+    import torchaudio
+
+    return torchaudio.transforms.Resample(rate, target)
+
+
+def limit_duration(
+    waveform: Samples,
+    rate: int,
+    max_s: float,
+    *,
+    overflow: Literal["error", "truncate"] = "error",
+) -> Samples:
+    """Keep a waveform within a duration.
+
+    Args:
+        waveform: float32 mono ``[samples]``.
+        rate: Its sampling rate in Hz.
+        max_s: Longest allowed duration in seconds.
+        overflow: ``error`` refuses a longer waveform, ``truncate`` cuts it at the limit.
+
+    Raises:
+        MediaTooLongError: The waveform is longer and ``overflow`` is ``error``.
+    """
+    limit = int(max_s * rate)
+    if len(waveform) <= limit:
+        return waveform
+    if overflow == "truncate":
+        return waveform[:limit]
+    raise MediaTooLongError(
+        f"audio of {len(waveform) / rate:.1f} s is longer than the limit of {max_s:g} s",
+        parameter="input_audio",
+    )
+
+
+def num_mel_frames(num_samples: int) -> int:
+    """Log-mel frames that hold a clip's own sound: one per ``HOP`` samples begun."""
+    return -(-num_samples // HOP)
+
+
+def log_mel(
+    waveform: Samples,
+    *,
+    n_mels: Literal[80, 128] = 128,
+    normalization: Normalization = "whisper",
+    pad_to: Literal["clip", "window"] | int = "clip",
+) -> npt.NDArray[np.float32]:
+    """Log-mel spectrogram of a whole clip.
+
+    The short-time Fourier transform has a Hann window of ``N_FFT`` samples every ``HOP`` samples,
+    centred, with the ends reflected; power is mapped to Slaney-scale, Slaney-normalised mel bins
+    between 0 and 8 kHz. ``whisper`` is the normalisation of OpenAI's Whisper and transformers'
+    ``WhisperFeatureExtractor``: log10, floored 8 below the clip's maximum, then ``(x + 4) / 4``.
+    ``mean_variance`` is the natural logarithm brought to zero mean and unit variance in each bin
+    over the clip (utterance cepstral-style normalisation). Both use statistics of the whole clip:
+    slice the result into windows, never the waveform (see ``windows``).
+
+    Args:
+        waveform: float32 mono at ``MODEL_RATE``.
+        n_mels: Mel bins.
+        normalization: See above.
+        pad_to: ``clip`` pads the sound with just enough silence that every frame equals that of
+            the clip in endless silence, and returns the clip's own frames; ``window`` pads to a
+            multiple of ``WINDOW_S``; an integer pads to that many samples.
+
+    Returns:
+        float32 ``[n_mels, frames]``, one frame per ``HOP`` samples.
+
+    Raises:
+        ValueError: The waveform is empty, or longer than ``pad_to`` samples.
+    """
+    import torch
+
+    num_samples = len(waveform)
+    if num_samples == 0:
+        raise ValueError("a log-mel spectrogram needs at least one sample")
+    if pad_to == "clip":
+        padded = padded_length(num_samples)
+    elif pad_to == "window":
+        window = WINDOW_S * MODEL_RATE
+        padded = math.ceil(num_samples / window) * window
+    else:
+        padded = pad_to
+    if padded < num_samples:
+        raise ValueError(f"{num_samples} samples do not fit in pad_to={pad_to}")
+
+    samples = torch.nn.functional.pad(
+        torch.as_tensor(np.asarray(waveform), dtype=torch.float32), (0, padded - num_samples)
+    )
+    spectrum = torch.stft(samples, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)
+    power = spectrum[:, :-1].abs().square()
+    mel = (_mel_filters(n_mels) @ power).clamp_(min=1e-10)
+    if normalization == "whisper":
+        log = mel.log10_()
+        log = (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
+    frames = num_mel_frames(num_samples)
+    if normalization == "mean_variance":
+        log = mel.log_()
+        own = log[:, :frames]
+        mean = own.mean(dim=1, keepdim=True)
+        deviation = own.std(dim=1, keepdim=True, correction=0)
+        log = (log - mean) / deviation.clamp_(min=1e-5)
+    if pad_to == "clip":
+        log = log[:, :frames]
+    result: npt.NDArray[np.float32] = log.contiguous().numpy()
+    return result
+
+
+def padded_length(num_samples: int) -> int:
+    """Samples to pad a clip to so that its own frames do not see where the padding ends.
+
+    The last frame that holds sound reaches ``N_FFT / 2`` samples past the clip, and so do the
+    frames after it that still see its tail and count towards the clip's maximum; beyond another
+    ``N_FFT / 2`` samples the transform reflects silence into silence.
+    """
+    return math.ceil((num_samples + N_FFT) / HOP) * HOP
+
+
+def windows(spectrogram: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
+    """Cut a spectrogram ``[n_mels, frames]`` into views of at most ``WINDOW_S`` seconds."""
+    step = WINDOW_S * MODEL_RATE // HOP
+    return [spectrogram[:, i : i + step] for i in range(0, spectrogram.shape[1], step)]
+
+
+@lru_cache(maxsize=4)
+def _mel_filters(n_mels: int) -> Any:
+    """Mel filter bank, torch float32 ``[n_mels, N_FFT // 2 + 1]``."""
+    import torchaudio
+
+    bank = torchaudio.functional.melscale_fbanks(
+        n_freqs=N_FFT // 2 + 1,
+        f_min=0.0,
+        f_max=8000.0,
+        n_mels=n_mels,
+        sample_rate=MODEL_RATE,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    return bank.T.contiguous()

@@ -1,0 +1,120 @@
+"""Arrays that carry their origin through vLLM's plumbing.
+
+vLLM hands decoded media on as bare arrays. These subclasses are arrays to everything that does not
+know them and tell those that do where the samples came from, so that nothing is hashed by content
+and a processor learns the real frame times and the sound of a video.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+
+class _Carrier(np.ndarray[Any, Any]):
+    """Array whose attributes hold for the whole of it only: views, slices and results drop them."""
+
+    digest: str | None
+
+    def __array_finalize__(self, obj: object) -> None:
+        self.digest = None
+
+    def __array_wrap__(
+        self, array: npt.NDArray[Any], context: Any = None, return_scalar: bool = False
+    ) -> Any:
+        # Arithmetic yields plain arrays and scalars: a result no longer is the media.
+        plain = np.asarray(array)
+        return plain[()] if return_scalar else plain
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        reduced: tuple[Any, ...] = tuple(super().__reduce__())
+        return reduced[0], reduced[1], (reduced[2], dict(self.__dict__))
+
+    def __setstate__(self, state: Any) -> None:
+        array_state, attributes = state
+        super().__setstate__(array_state)
+        self.__dict__.update(attributes)
+
+
+class Waveform(_Carrier):
+    """A mono waveform with its identity.
+
+    Args:
+        samples: float32 ``[samples]``; shared, not copied.
+        digest: Identity of the source bytes and of everything done to them.
+        rate: Sampling rate in Hz.
+
+    Attributes:
+        digest: As given; None on an array derived from a waveform.
+        rate: As given; None on an array derived from a waveform.
+
+    Raises:
+        ValueError: ``samples`` is not one-dimensional.
+    """
+
+    rate: int | None
+
+    def __new__(cls, samples: npt.NDArray[np.float32], *, digest: str, rate: int) -> Self:
+        if samples.ndim != 1:
+            raise ValueError(f"a waveform has one dimension, got shape {samples.shape}")
+        self = np.asarray(samples, dtype=np.float32).view(cls)
+        self.digest = digest
+        self.rate = rate
+        return self
+
+    def __array_finalize__(self, obj: object) -> None:
+        super().__array_finalize__(obj)
+        self.rate = None
+
+
+class SampledFrames(_Carrier):
+    """The frames of one video with their identity, their times and the video's sound.
+
+    Args:
+        frames: uint8 RGB ``[n, height, width, 3]``; shared, not copied.
+        digest: Identity of the source bytes, the frames chosen, their size, and whether sound
+            comes along.
+        times: Presentation time of each frame in seconds from the start of the video, ascending.
+            None leaves the model to assume its usual frame rate, as with any other array.
+        audio: The whole sound track at the model's rate, starting at the start of the video; None
+            for a video without sound.
+
+    Attributes:
+        digest, times, audio: As given; None on an array derived from sampled frames.
+
+    Raises:
+        ValueError: ``frames`` does not have four dimensions, or ``times`` not one per frame.
+    """
+
+    times: tuple[float, ...] | None
+    audio: Waveform | None
+
+    def __new__(
+        cls,
+        frames: npt.NDArray[np.uint8],
+        *,
+        digest: str,
+        times: tuple[float, ...] | None = None,
+        audio: Waveform | None = None,
+    ) -> Self:
+        if frames.ndim != 4:
+            raise ValueError(f"frames have four dimensions, got shape {frames.shape}")
+        if times is not None and len(times) != len(frames):
+            raise ValueError(f"{len(frames)} frames cannot have {len(times)} times")
+        self = np.asarray(frames).view(cls)
+        self.digest = digest
+        self.times = times
+        self.audio = audio
+        return self
+
+    def __array_finalize__(self, obj: object) -> None:
+        super().__array_finalize__(obj)
+        self.times = None
+        self.audio = None
+
+
+def known_digest(obj: object) -> str | None:
+    """Identity an array carries, or None where its contents must be read to tell."""
+    return obj.digest if isinstance(obj, _Carrier) else None

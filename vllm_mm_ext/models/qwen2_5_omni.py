@@ -1,0 +1,27 @@
+"""Qwen2.5-Omni (thinker) with per-video sound tracks and real frame times."""
+
+from __future__ import annotations
+
+from vllm.model_executor.models.qwen2_5_omni_thinker import (
+    Qwen2_5OmniThinkerDummyInputsBuilder,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2_5OmniThinkerProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_mm_ext.models.omni import SoundTrackModel
+from vllm_mm_ext.processing.qwen2_5_omni import Qwen2_5OmniMultiModalProcessor
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen2_5OmniMultiModalProcessor,
+    info=Qwen2_5OmniThinkerProcessingInfo,
+    dummy_inputs=Qwen2_5OmniThinkerDummyInputsBuilder,
+)
+class Qwen2_5OmniForConditionalGeneration(  # noqa: N801
+    SoundTrackModel,
+    Qwen2_5OmniThinkerForConditionalGeneration,  # type: ignore[misc]
+):
+    """vLLM's thinker, its processor replaced."""
+
+    shares_markers = True

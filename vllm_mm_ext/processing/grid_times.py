@@ -1,0 +1,199 @@
+"""When each temporal grid of a video happens, and how its tokens interleave with its sound.
+
+A video processor groups ``temporal_patch`` consecutive frames into one temporal grid, and each grid
+becomes ``tokens_per_grid`` tokens. Qwen's families place a grid by one number per video, the
+seconds between grids, which only holds for evenly spaced frames; frames chosen by content have a
+time each. Pure arithmetic: no torch, no vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Positions = npt.NDArray[np.int64]
+# Frames no further than this share of a step from an even grid count as evenly spaced: samplers
+# round to whole source frames. 2 frames per second of a 23.976 fps clip are off by up to 0.08.
+_EVEN_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class GridTimes:
+    """Times of the temporal grids of one video.
+
+    Attributes:
+        seconds: Time of each grid in seconds from the start of the video.
+        step: Seconds between grids when they are evenly spaced from 0, else None.
+    """
+
+    seconds: tuple[float, ...]
+    step: float | None
+
+    @property
+    def mean_step(self) -> float:
+        """Mean seconds between grids; 0 for a single grid."""
+        if self.step is not None:
+            return self.step
+        if len(self.seconds) < 2:
+            return 0.0
+        return (self.seconds[-1] - self.seconds[0]) / (len(self.seconds) - 1)
+
+    def temporal_positions(self, positions_per_second: float) -> Positions:
+        """Temporal M-RoPE position of each grid, relative to the start of the video.
+
+        Even steps are multiplied in float32 and cut to whole positions, as transformers'
+        ``get_rope_index`` does; other times are rounded to the nearest position.
+        """
+        if self.step is not None:
+            index = np.arange(len(self.seconds), dtype=np.float32)
+            scaled = index * np.float32(self.step) * np.float32(positions_per_second)
+            return scaled.astype(np.int64)
+        return np.rint(np.asarray(self.seconds) * positions_per_second).astype(np.int64)
+
+
+def even_grid(num_grids: int, step: float) -> GridTimes:
+    """Grids ``step`` seconds apart, the first at 0."""
+    return GridTimes(tuple(i * step for i in range(num_grids)), step)
+
+
+def grid_times(times: Sequence[float], *, temporal_patch: int, assumed_step: float) -> GridTimes:
+    """Times of the grids of a video whose frame times are known.
+
+    Args:
+        times: Presentation time of each frame in seconds, ascending, at least one.
+        temporal_patch: Frames per grid; a last incomplete grid counts.
+        assumed_step: Seconds between grids where one frame alone cannot tell.
+
+    Raises:
+        ValueError: ``times`` is empty or not ascending.
+    """
+    if not times:
+        raise ValueError("a video has at least one frame")
+    if any(b < a for a, b in pairwise(times)):
+        raise ValueError("frame times must ascend")
+    num_grids = math.ceil(len(times) / temporal_patch)
+    if len(times) == 1:
+        return even_grid(num_grids, assumed_step)
+    interval = _mean_interval(times)
+    if not _is_even(times, interval):
+        return GridTimes(tuple(times[i * temporal_patch] for i in range(num_grids)), None)
+    # Through the rate, which is the round number: 3 frames a second, not one every 0.333333 s.
+    rate = float(f"{1 / interval:.9g}")
+    return even_grid(num_grids, temporal_patch / rate)
+
+
+def step_holds(times: Sequence[float], *, temporal_patch: int, assumed_step: float) -> bool:
+    """Whether a model's own guess of the seconds between grids is right.
+
+    Families derive it from frame counts, which is exact to within one frame interval over the
+    whole video; the guess holds when the frames are evenly spaced and it is no further off.
+
+    Args:
+        times, temporal_patch: As for ``grid_times``.
+        assumed_step: The guess, in seconds.
+    """
+    if len(times) < 2:
+        return True
+    interval = _mean_interval(times)
+    drift = (assumed_step / temporal_patch - interval) * (len(times) - 1)
+    return _is_even(times, interval) and abs(drift) <= interval
+
+
+def _mean_interval(times: Sequence[float]) -> float:
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def _is_even(times: Sequence[float], interval: float) -> bool:
+    # A first frame later than one interval leaves out a part of the clip.
+    if interval <= 0 or times[0] > interval:
+        return False
+    slack = _EVEN_SHARE * interval
+    return all(abs(t - times[0] - i * interval) <= slack for i, t in enumerate(times))
+
+
+def interleave_chunks(
+    grids: GridTimes,
+    *,
+    tokens_per_grid: int,
+    num_audio_tokens: int,
+    positions_per_second: float,
+    seconds_per_chunk: float,
+) -> list[tuple[int, int]]:
+    """Interleave a video's tokens with those of its sound chunk by chunk.
+
+    Chunk ``i`` holds the visual tokens of ``[i, i + 1) * seconds_per_chunk`` and then the audio
+    tokens of the same span; one audio token lasts ``1 / positions_per_second`` seconds. For even
+    steps the result is that of ``Qwen2_5OmniProcessor.get_chunked_index``, which never leaves a
+    chunk without visual tokens: when grids are further apart than a chunk it opens at most one
+    chunk per token.
+
+    Args:
+        grids: Times of the temporal grids.
+        tokens_per_grid: Visual tokens per grid.
+        num_audio_tokens: Audio tokens of the whole sound track.
+        positions_per_second: M-RoPE positions per second.
+        seconds_per_chunk: Length of a chunk.
+
+    Returns:
+        ``(visual tokens, audio tokens)`` per chunk; the sums are all tokens of each.
+    """
+    per_chunk = int(positions_per_second * seconds_per_chunk)
+    if grids.step is not None:
+        index = np.repeat(np.arange(len(grids.seconds)), tokens_per_grid)
+        visual = _advancing_chunks(index * grids.step * positions_per_second, per_chunk)
+    else:
+        chunk_of = (np.asarray(grids.seconds) * positions_per_second // per_chunk).astype(np.int64)
+        visual = [int(n) * tokens_per_grid for n in np.bincount(chunk_of)]
+    full, rest = divmod(num_audio_tokens, per_chunk)
+    audible = [per_chunk] * full + [rest] * (rest > 0)
+    length = max(len(visual), len(audible))
+    visual += [0] * (length - len(visual))
+    audible += [0] * (length - len(audible))
+    return list(zip(visual, audible, strict=True))
+
+
+def _advancing_chunks(positions: npt.NDArray[np.float64], per_chunk: int) -> list[int]:
+    """Chunk sizes where a token past the current chunk's end opens exactly one more chunk."""
+    sizes: list[int] = []
+    start = 0
+    while True:
+        bound = (len(sizes) + 1) * per_chunk
+        # Positions ascend, but the token that opens a chunk belongs to it even when it lies
+        # past that chunk's end too: the search goes on behind it.
+        first = 0 if start == 0 else start + 1
+        end = first + int(np.searchsorted(positions[first:], bound, side="left"))
+        if end >= len(positions):
+            sizes.append(len(positions) - start)
+            return sizes
+        sizes.append(end - start)
+        start = end
+
+
+def interleave_tokens(
+    grids: GridTimes,
+    *,
+    tokens_per_grid: int,
+    num_audio_tokens: int,
+    positions_per_second: float,
+) -> list[tuple[int, int]]:
+    """Interleave a video's tokens with those of its sound by time, token by token.
+
+    A grid comes before the first audio token that does not begin earlier, as in
+    ``Qwen3OmniMoeProcessor``.
+
+    Returns:
+        ``(visual tokens, audio tokens)`` per grid, as from ``interleave_chunks``; the first entry
+        may hold only the audio before the first grid.
+    """
+    # In this order of factors even steps come out as in transformers, to the last bit.
+    positions = np.asarray(grids.seconds, dtype=np.float64) * positions_per_second
+    before = np.minimum(np.ceil(positions).astype(np.int64), num_audio_tokens)
+    runs = [(0, int(before[0]))]
+    ends = [*before[1:].tolist(), num_audio_tokens]
+    runs += [(tokens_per_grid, end - int(start)) for start, end in zip(before, ends, strict=True)]
+    return runs
