@@ -104,7 +104,7 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     info = inspection.info
     facts = [
         ("Duration", clock(info.duration)),
-        ("File", f"{info.container.split(',')[0]}, {_bytes(info.num_bytes)}"),
+        ("File", f"{_container(inspection)}, {_bytes(info.num_bytes)}"),
     ]
     if (video := info.video) is not None:
         rotated = f", turned {video.rotation}°" if video.rotation else ""
@@ -124,6 +124,13 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
         channels = {1: "mono", 2: "stereo"}.get(audio.channels, f"{audio.channels} channels")
         facts.append(("Audio", f"{audio.codec}, {audio.sample_rate / 1000:g} kHz {channels}"))
     return facts
+
+
+def _container(inspection: Inspection) -> str:
+    """One of the demuxer's names: that of the file's suffix if it is among them."""
+    names = inspection.info.container.split(",")
+    suffix = inspection.name.rpartition(".")[2].lower()
+    return suffix if suffix in names else names[0]
 
 
 def _bytes(count: int) -> str:
@@ -156,7 +163,10 @@ def _percent(seconds: float, duration: float) -> str:
 
 
 def _activity(profile: ActivityProfile, duration: float) -> dict[str, Any]:
-    """SVG paths in a 1000 x 100 box: container activity as an area, confirmed motion as bars."""
+    """SVG paths in a 1000 x 100 box: container activity as an area, confirmed motion as bars.
+
+    Activity is drawn on its own scale of 0 to 1, motion relative to the strongest.
+    """
     edges = np.append(profile.time, duration).clip(0, duration) / duration * 1000
     heights = 100 - np.nan_to_num(profile.container.clip(0, 1)) * 96
     stride = max(1, math.ceil(len(heights) / _COLUMNS))
@@ -172,9 +182,7 @@ def _activity(profile: ActivityProfile, duration: float) -> dict[str, Any]:
     known = np.flatnonzero(np.isfinite(scores))
     peak = max(float(scores[known].max()), 1e-6) if len(known) else 1.0
     centers = (edges[:-1] + edges[1:]) / 2
-    bars = " ".join(
-        f"M{centers[i]:.1f} 100V{100 - float(scores[i]) / max(peak, 1.0) * 96:.1f}" for i in known
-    )
+    bars = " ".join(f"M{centers[i]:.1f} 100V{98 - float(scores[i]) / peak * 94:.1f}" for i in known)
     return {"area": f"M0 100 {steps} L1000 100Z", "bars": bars, "confirmed": len(known)}
 
 
