@@ -17,13 +17,14 @@ _ASIDE_S = 0.08
 _PEAK_GAP_S = 0.12
 # Seeing beats guessing: a deviation seen in pixels counts this much more than one in bytes.
 _SEEN = 1.0
-_SEEN_LIMIT = 4.0
+_SEEN_LIMIT = 3.0
 # Excess of a peak at which it counts half.
 _HALF = 4.0
 # Weight of a peak without a partner: a cut, or an event whose other end is hidden.
 _LONE = 0.55
 # Weaker spots are worth no more than an evenly placed frame.
 _LEAST = 0.05
+_CROWDING = 0.7
 # Weight left to a stage-1 peak where the pixels show no event.
 _UNSEEN = 0.35
 
@@ -88,12 +89,14 @@ def find(
 
 
 def _apart(spots: list[Spot], time: Times) -> list[Spot]:
-    """Without the spots that show the same moment as a better one."""
+    """Drop spots that show the moment of a better one; the more spots near, the less each."""
     kept: list[Spot] = []
     for spot in spots:
-        if all(abs(time[spot.index] - time[other.index]) >= _SHORTEST_S for other in kept):
-            kept.append(spot)
-    return kept
+        apart = [abs(float(time[spot.index] - time[other.index])) for other in kept]
+        if min(apart, default=_LONGEST_S) >= _SHORTEST_S:
+            near = sum(seconds < _LONGEST_S / 2 for seconds in apart)
+            kept.append(Spot(spot.rank * _CROWDING**near, spot.index))
+    return sorted(kept)
 
 
 def peaks(time: Times, score: Scores, limit: int, apart: float) -> list[int]:

@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.sampling.timeline import gop_starts
+from vllm_mm_ext.media.sampling.timeline import gop_starts, is_leaf
 from vllm_mm_ext.media.types import PacketTable
 
 Scores = npt.NDArray[np.float64]
@@ -24,6 +24,8 @@ BASELINE_S = 3.0
 _HEADER_BYTES = 16.0
 # Relative size below which a change of a window's mean is rate-control noise.
 _RELATIVE_FLOOR = 0.003
+# Seconds in which an encoder's rate control settles: sizes say nothing there.
+_SETTLING_S = 0.5
 _WINDOWS_S = (0.1, 0.3)
 # Score of a keyframe that the encoder placed by itself before the GOP was full.
 _SCENE_CUT = 12.0
@@ -50,12 +52,16 @@ def innovation(packets: PacketTable) -> Scores:
     rate = (count - 1) / max(1e-6, float(packets.time[-1] - packets.time[0]))
     half = max(4, round(BASELINE_S * rate))
     size = _without_keyframes(packets)
-    score = _single(size, half)
+    score = np.zeros(count)
+    leaf = is_leaf(packets)
+    for rows in (np.flatnonzero(leaf), np.flatnonzero(~leaf)):
+        if len(rows) >= 8:
+            score[rows] = _single(size[rows], max(4, half * len(rows) // count))
     for seconds in _WINDOWS_S:
         score = np.maximum(score, _windowed(size, max(2, round(seconds * rate)), half))
     score = np.maximum(score, _unpredicted(size, half))
     score = np.maximum(_without_phase(score, packets), _scene_cuts(packets, rate))
-    score[: max(1, round(0.1 * rate))] = 0.0
+    score[: max(1, round(_SETTLING_S * rate))] = 0.0
     return np.asarray(score)
 
 
@@ -96,7 +102,8 @@ def _without_phase(score: Scores, packets: PacketTable) -> Scores:
         if high - low < _FEWEST_GOPS:
             break
         rows = order[low:high]
-        usual = np.partition(score[rows], int(0.8 * (high - low)))[int(0.8 * (high - low))]
+        middle = (high - low) * 6 // 10
+        usual = float(np.partition(score[rows], middle)[middle])
         out[rows] = np.maximum(0.0, score[rows] - max(0.0, usual - _USUAL))
     return out
 

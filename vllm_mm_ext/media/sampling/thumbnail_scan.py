@@ -10,13 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_mm_ext.media.sampling.container_profile import Scores
-from vllm_mm_ext.media.sampling.timeline import Indices, decode_cost, gop_starts
+from vllm_mm_ext.media.sampling.timeline import (
+    Indices,
+    decode_cost,
+    decode_weight,
+    gop_starts,
+    is_leaf,
+)
 from vllm_mm_ext.media.types import PacketTable
 
-# Seconds between thumbnails: an event of 0.2 s holds at least one.
-STRIDE_S = 0.15
+# Seconds between thumbnails: an event of 0.2 s holds at least one, also where the frame taken
+# is up to _EARLIER_S before the one meant, to be cheaper.
+STRIDE_S = 0.13
+_EARLIER_S = 0.07
 # Ceiling on thumbnails in one clip; each costs a scale and a copy besides its decoding.
-MAX_THUMBNAILS = 640
+MAX_THUMBNAILS = 720
 # Frames that stage 2 may decode, as a share of the clip: whatever the final selection leaves
 # unspent of one full sequential decode, but at least the smaller share.
 _FULL_DECODE = 1.0
@@ -25,30 +33,30 @@ _LEAST_DECODE = 0.12
 # sub-second event.
 _REACH_S = 0.9
 # Comparisons needed to know what is usual in a clip.
-_FEWEST = 24
+_FEWEST = 48
 # Changes below this many 8-bit steps are sensor and coding noise: block mean, frame mean.
 _LOCAL_FLOOR = 2.0
 _GLOBAL_FLOOR = 1.0
 
 
-def decode_allowance(packets: PacketTable, chosen: Indices) -> int:
-    """Frames that stage 2 may decode when the final frames are about as costly as ``chosen``.
+def decode_allowance(packets: PacketTable, chosen: Indices) -> float:
+    """Decoded frames that stage 2 may spend when the final frames are about as costly as ``chosen``.
 
     It gets what ``chosen`` leaves of a single sequential decode, so that both together stay
     near the price of one, and at least a small share of the clip.
     """
     count = len(packets)
     left = _FULL_DECODE * count - decode_cost(packets, chosen)
-    return int(max(_LEAST_DECODE * count, left))
+    return max(_LEAST_DECODE * count, left)
 
 
-def plan(packets: PacketTable, score: Scores, allowance: int) -> Indices:
+def plan(packets: PacketTable, score: Scores, allowance: float) -> Indices:
     """Which frames to look at: the most promising GOP prefixes per decoded frame.
 
     Args:
         packets: The clip's packets.
         score: float64 ``[n]`` stage-1 innovation.
-        allowance: Frames that may be decoded in all.
+        allowance: What may be spent in all, as ``decode_cost`` counts.
 
     Returns:
         int64 ``[k]`` sorted frame indices, ``k <= MAX_THUMBNAILS``, whose ``decode_cost`` is at
@@ -57,9 +65,16 @@ def plan(packets: PacketTable, score: Scores, allowance: int) -> Indices:
     duration = float(packets.time[-1] - packets.time[0])
     steps = max(1, round(duration / STRIDE_S))
     moments = packets.time[0] + np.arange(steps + 1) * (duration / steps)
-    grid = np.unique(np.searchsorted(packets.time, moments + 1e-6, side="right") - 1)
+    shown = np.searchsorted(packets.time, moments + 1e-6, side="right") - 1
+    grid = np.unique(_cheaper(packets, shown))
+    weight = decode_weight(packets)
+    total = np.concatenate([[0.0], np.cumsum(weight)])
+    # Spent when a prefix ends with each grid frame, counted from the start of the clip.
+    extra = np.cumsum(1.0 - weight[grid])
+    spent = total[grid + 1] + extra
     starts = gop_starts(packets)
     gop = np.searchsorted(starts, grid, side="right") - 1
+    opening = total[starts[gop]] + extra - (1.0 - weight[grid])
     # The most that stage 1 says of the frames since the last look; a constant for the unseen.
     value = np.maximum.reduceat(score, grid) ** 2 + 1.0
     # A look pays off once the surroundings after it are seen too.
@@ -67,10 +82,10 @@ def plan(packets: PacketTable, score: Scores, allowance: int) -> Indices:
     options: list[tuple[float, float, int, int]] = []
     edges = np.flatnonzero(np.diff(gop, prepend=-1, append=len(starts)))
     for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        reach = grid[first:last] - starts[gop[first]] + 1
+        price = spent[first:last] - opening[first]
         gain = np.cumsum(value[first:last])
         gain[:-1] = np.concatenate([np.zeros(delay), gain])[: last - first - 1]
-        gain /= reach
+        gain /= price
         # Ties go by the golden ratio, which visits the clip evenly.
         order = (int(gop[first]) * 0.6180339887) % 1.0
         options.append((-float(gain.max()), order, first, first + int(gain.argmax()) + 1))
@@ -81,14 +96,20 @@ def plan(packets: PacketTable, score: Scores, allowance: int) -> Indices:
     left, room = allowance, MAX_THUMBNAILS
     for _, _, first, end in options:
         before = taken.get(first, first)
-        start = int(starts[gop[first]])
-        paid = int(grid[before - 1]) - start + 1 if before > first else 0
-        cost = int(grid[end - 1]) - start + 1 - paid
+        cost = float(spent[end - 1] - (spent[before - 1] if before > first else opening[first]))
         if end > before and cost <= left and end - before <= room:
             left, room = left - cost, room - (end - before)
             taken[first] = end
     chosen = [grid[first:end] for first, end in sorted(taken.items())]
     return np.concatenate(chosen).astype(np.int64) if chosen else np.zeros(0, np.int64)
+
+
+def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
+    """Instead of a leaf, the frame before it, if that is no leaf and hardly earlier."""
+    leaf, time = is_leaf(packets), packets.time
+    before = np.maximum(indices - 1, 0)
+    better = leaf[indices] & ~leaf[before] & (time[indices] - time[before] <= _EARLIER_S)
+    return np.where(better, before, indices)
 
 
 def motion_score(
@@ -158,7 +179,9 @@ def _unexplained(
 
 
 def _deviations(values: Scores, floor: float) -> Scores:
-    """Robust z-score above the median, with a floor on the spread."""
-    middle = float(np.median(values))
-    spread_ = 1.48 * float(np.median(np.abs(values - middle)))
-    return np.maximum(0.0, (values - middle) / max(spread_, floor))
+    """Robust z-score above the median.
+
+    The spread is taken from the upper side: flicker and steady motion make it lopsided.
+    """
+    middle, upper = np.quantile(values, (0.5, 0.9))
+    return np.maximum(0.0, (values - middle) / max((upper - middle) / 1.28, floor))

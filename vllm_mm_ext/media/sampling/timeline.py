@@ -12,6 +12,9 @@ from vllm_mm_ext.media.types import MediaInfo, PacketTable, SamplingSpec
 Indices = npt.NDArray[np.int64]
 Times = npt.NDArray[np.float64]
 
+# A frame that is skipped still costs its demuxing and parsing.
+SKIPPED_COST = 0.1
+
 
 def target_count(info: MediaInfo, spec: SamplingSpec) -> int:
     """How many frames a policy should choose.
@@ -81,18 +84,42 @@ def second_of(time: Times) -> npt.NDArray[np.int64]:
     return np.asarray(np.floor(time + 1e-6), np.int64)
 
 
-def decode_cost(packets: PacketTable, indices: Indices) -> int:
-    """Frames a decoder must decode to show ``indices``: from each one's keyframe up to it.
+def is_leaf(packets: PacketTable) -> npt.NDArray[np.bool_]:
+    """bool ``[n]``: frames decoded after both their neighbours, so B frames nothing refers to.
+
+    This holds for B pyramids and for single B frames; other unreferenced frames are not told.
+    """
+    order = packets.order
+    leaf = np.zeros(len(order), np.bool_)
+    leaf[1:-1] = (order[1:-1] > order[:-2]) & (order[1:-1] > order[2:])
+    return leaf
+
+
+def decode_weight(packets: PacketTable) -> Times:
+    """float64 ``[n]`` what it takes to pass each frame on the way to a later one.
+
+    1 is a decoded frame; a leaf is read and skipped.
+    """
+    return np.where(is_leaf(packets), SKIPPED_COST, 1.0)
+
+
+def decode_cost(packets: PacketTable, indices: Indices) -> float:
+    """What a decoder must do to show ``indices``, in decoded frames.
+
+    Each GOP is decoded from its keyframe up to the last frame wanted in it.
 
     Args:
         packets: The clip's packets.
         indices: int64 ``[k]``, sorted.
     """
+    weight = decode_weight(packets)
+    total = np.concatenate([[0.0], np.cumsum(weight)])
     starts = gop_starts(packets)
     gop = np.searchsorted(starts, indices, side="right") - 1
-    reach = np.zeros(len(starts), np.int64)
-    np.maximum.at(reach, gop, indices - starts[gop] + 1)
-    return int(reach.sum())
+    reach = starts.copy()
+    np.maximum.at(reach, gop, indices + 1)
+    extra = (1.0 - weight[np.unique(indices)]).sum() if len(indices) else 0.0
+    return float((total[reach] - total[starts]).sum() + extra)
 
 
 def gop_starts(packets: PacketTable) -> Indices:
