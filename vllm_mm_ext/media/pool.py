@@ -113,6 +113,11 @@ class DecodePool:
         with self._change:
             return asdict(self._stats)
 
+    def worker_pids(self) -> list[int]:
+        """Process ids of the live workers, for accounting of their memory."""
+        with self._change:
+            return [worker.pid for worker in self._live]
+
     def close(self) -> None:
         """Kill all workers. Jobs that run or wait fail with ``DecodeCrashError``."""
         with self._change:
@@ -265,6 +270,10 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 env=_environment(),
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def alive(self) -> bool:

@@ -11,8 +11,8 @@ from vllm_mm_ext.media.decoders.base import UnsuitableFileError
 from vllm_mm_ext.media.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.types import MediaInfo
 
-# decord's seeks return wrong pictures for open GOPs in HEVC, for B frames in MPEG-4 part 2 and
-# for MPEG-TS (checked against sequential decoding), so only these are taken.
+# decord's seeks return wrong pictures for open GOPs, for B frames in MPEG-4 part 2 and for
+# MPEG-TS (checked against sequential decoding), so only these are taken, with closed GOPs.
 _CODECS = frozenset({"h264", "vp8", "vp9", "av1"})
 _CONTAINERS = frozenset({"mov", "matroska"})
 # Frames decoded per call: bounds the copy that decord hands out.
@@ -46,8 +46,8 @@ class DecordDecoder:
             reader = decord.VideoReader(path, width=width, height=height, num_threads=threads)
             _check_timeline(reader, info)
             for begin in range(0, len(indices), _BATCH):
-                batch = reader.get_batch(indices[begin : begin + _BATCH].tolist())
-                out[begin : begin + len(batch)] = batch.asnumpy()
+                batch = reader.get_batch(indices[begin : begin + _BATCH].tolist()).asnumpy()
+                out[begin : begin + len(batch)] = batch
         except (decord.DECORDError, RuntimeError, AssertionError, ValueError) as error:
             raise UnsuitableFileError(f"decord: {error}") from error
         return np.arange(len(indices), dtype=np.int64)
@@ -73,6 +73,9 @@ def check_suitable(info: MediaInfo) -> None:
         raise UnsuitableFileError(f"decord is not exact for {video.codec} in {info.container}")
     if not table.exact or video.rotation:
         raise UnsuitableFileError("decord needs exact timestamps and an unrotated picture")
+    latest = np.maximum.accumulate(table.order)
+    if (latest > table.order)[table.is_key].any():
+        raise UnsuitableFileError("decord is not exact for open GOPs")
 
 
 def _check_timeline(reader: Any, info: MediaInfo) -> None:
