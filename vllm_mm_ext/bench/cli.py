@@ -43,7 +43,7 @@ def _add(benchmark: Benchmark) -> None:
         ] = None,
     ) -> None:
         context = BenchContext(repeats, work_dir or cache_root() / "bench")
-        result = benchmark.run(context)
+        result = benchmark.load()(context)
         result.print(Console())
         if json is not None:
             result.write_json(json)

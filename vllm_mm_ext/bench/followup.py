@@ -11,7 +11,7 @@ from vllm_mm_ext.bench.clips import minute_720p, variant
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.origin import Origin
-from vllm_mm_ext.testing.server import Server, serve
+from vllm_mm_ext.testing.server import Server, serve_both
 
 TURNS = 5
 # 32 frames of a minute for both: stock's default for this family would be 120.
@@ -41,12 +41,8 @@ def run(context: BenchContext) -> BenchResult:
     with contextlib.ExitStack() as stack:
         media = stack.enter_context(context.scratch())
         origin = stack.enter_context(Origin())
-        servers = {
-            side: stack.enter_context(
-                serve(model, plugin=side == "plugin", args=server_args(media))
-            )
-            for side in _SIDES
-        }
+        both = stack.enter_context(serve_both(model, args=server_args(media)))
+        servers = dict(zip(_SIDES, both, strict=True))
         # The first video request of a server pays for lazy imports and worker starts.
         _warm_up(servers, variant(clip, media / "warm-up.mp4", -1))
         begin = stack.enter_context(context.steps("followup", 2 * context.repeats * len(_SIDES)))

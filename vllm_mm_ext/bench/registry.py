@@ -26,13 +26,13 @@ class Benchmark:
     target: str
     repeats: int = 3
 
-    def run(self, context: BenchContext) -> BenchResult:
-        """Run it."""
+    def load(self) -> Callable[[BenchContext], BenchResult]:
+        """Import and return its function."""
         module, _, function = self.target.partition(":")
-        run: Callable[[BenchContext], BenchResult] = getattr(
+        loaded: Callable[[BenchContext], BenchResult] = getattr(
             importlib.import_module(f"vllm_mm_ext.bench.{module}"), function
         )
-        return run(context)
+        return loaded
 
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(

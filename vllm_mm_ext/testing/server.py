@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +169,53 @@ def serve(
         url = f"http://127.0.0.1:{port}"
         _wait_healthy(process, url, log, timeout_s, "plugin" if plugin else "stock")
         yield Server(url, process.pid, log, time.monotonic() - started, plugin, _process=process)
+
+
+@contextlib.contextmanager
+def serve_both(
+    checkpoint: str | os.PathLike[str],
+    *,
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    additional_config: Mapping[str, Any] | None = None,
+    log_dir: Path | None = None,
+    timeout_s: float = 300.0,
+) -> Iterator[tuple[Server, Server]]:
+    """Run a stock server and one with the plugin side by side; they start at the same time.
+
+    Args:
+        checkpoint, args, env, timeout_s: As for ``serve``, for both.
+        additional_config: For the plugin's server only.
+        log_dir: Directory for ``stock.log`` and ``plugin.log``; default: temporary.
+
+    Yields:
+        The stock server and the plugin's.
+
+    Raises:
+        ServerError: One of them did not come up; the other is stopped.
+    """
+
+    def side(name: str, plugin: bool) -> contextlib.AbstractContextManager[Server]:
+        return serve(
+            checkpoint,
+            plugin=plugin,
+            args=args,
+            env=env,
+            additional_config=additional_config if plugin else None,
+            log=log_dir / f"{name}.log" if log_dir is not None else None,
+            timeout_s=timeout_s,
+        )
+
+    sides = (side("stock", False), side("plugin", True))
+    with ThreadPoolExecutor(len(sides)) as pool, contextlib.ExitStack() as stack:
+        starts = [pool.submit(manager.__enter__) for manager in sides]
+        wait(starts)
+        # Register every server that came up before the error of another one is raised.
+        for manager, start in zip(sides, starts, strict=True):
+            if start.exception() is None:
+                stack.push(manager)
+        stock, plugin = (start.result() for start in starts)
+        yield stock, plugin
 
 
 def free_port() -> int:

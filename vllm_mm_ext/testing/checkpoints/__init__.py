@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -22,8 +23,6 @@ from typing import Any
 from vllm_mm_ext.testing.checkpoints.sizes import Sizes
 
 _MANIFEST = "tiny_checkpoint.json"
-# Part of the manifest: raise it when builders change, so that cached checkpoints are rebuilt.
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,20 @@ def _manifest(family: str, seed: int, sizes: Sizes) -> dict[str, Any]:
     import transformers
 
     return {
-        "version": _VERSION,
+        "builders": _builders_digest(),
         "family": family,
         "seed": seed,
         "transformers": transformers.__version__,
         "sizes": dataclasses.asdict(sizes),
     }
+
+
+def _builders_digest() -> str:
+    """Changes whenever this package does, so that cached checkpoints are rebuilt."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
