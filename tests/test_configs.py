@@ -35,8 +35,9 @@ def test_vllm_and_the_plugin_accept_the_config_file(path: Path) -> None:
 
     raw = yaml.safe_load(path.read_text())
     assert "mm_ext" in raw["additional-config"]
-    assert config.media.sampling.policy == raw["additional-config"]["mm_ext"]["media"]["sampling"][
-        "policy"
-    ]
+    assert (
+        config.media.sampling.policy
+        == raw["additional-config"]["mm_ext"]["media"]["sampling"]["policy"]
+    )
     assert engine_args.max_num_batched_tokens == raw["max-num-batched-tokens"]
     assert engine_args.limit_mm_per_prompt["video"] >= 1

@@ -19,7 +19,7 @@ from pathlib import Path
 TORCHVISION_SHIM = '''\
 """Declares two torchvision operators before torchvision is imported on a CPU-only torch.
 
-Installed by vllm_mm_ext.cpu_repair; see its docstring. Costs nothing until torchvision is asked for.
+Installed by vllm_mm_ext.cpu_repair. Costs nothing until torchvision is asked for.
 """
 import sys
 

@@ -66,7 +66,8 @@ class Runtime:
                     allow_redirects=envs.VLLM_MEDIA_URL_ALLOW_REDIRECTS,
                     user_agent=f"vLLM/{vllm_version}",
                     encoded_cache=self._encoded,
-                    download_limit_bytes=envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB * MIB,
+                    # As in vLLM, zero or less means no limit.
+                    download_limit_bytes=max(envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB, 0) * MIB or None,
                     max_retries=envs.VLLM_MEDIA_FETCH_MAX_RETRIES,
                 )
             return self._fetchers[key]

@@ -7,14 +7,17 @@ left out with one warning, and vLLM behaves as without it.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -29,6 +32,9 @@ LOADER_NAME = "mm_ext"
 CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
 
 
+_OMNI = "vllm.model_executor.models.qwen2_5_omni_thinker"
+
+
 class IncompatibleError(RuntimeError):
     """A vLLM name a feature relies on is missing or takes other parameters."""
 
@@ -40,10 +46,13 @@ class VllmName:
     Attributes:
         path: ``module:attribute.path``.
         params: Parameters it must accept; empty to only require that it exists.
+        by_source: Read the signature from the source (``module:Class.method``) instead of
+            importing the module: model modules are heavy and only one is ever served.
     """
 
     path: str
     params: tuple[str, ...] = ()
+    by_source: bool = False
 
     def check(self) -> None:
         """Look the name up and check its signature.
@@ -51,6 +60,9 @@ class VllmName:
         Raises:
             IncompatibleError: The name is gone or lacks a parameter.
         """
+        if self.by_source:
+            self._check_source()
+            return
         target = self.resolve()
         if not self.params:
             return
@@ -59,6 +71,27 @@ class VllmName:
         missing = [p for p in self.params if p not in signature.parameters and not takes_any]
         if missing:
             raise IncompatibleError(f"{self.path} no longer takes {', '.join(missing)}")
+
+    def _check_source(self) -> None:
+        module_name, _, attributes = self.path.partition(":")
+        class_name, _, method = attributes.partition(".")
+        spec = importlib.util.find_spec(module_name)
+        if spec is None or spec.origin is None:
+            raise IncompatibleError(f"{self.path} is not there: no module {module_name}")
+        tree = ast.parse(Path(spec.origin).read_text())
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
+                for member in node.body:
+                    if isinstance(member, ast.FunctionDef) and member.name == method:
+                        arguments = member.args
+                        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+                        missing = set(self.params) - {argument.arg for argument in named}
+                        if missing and arguments.kwarg is None:
+                            raise IncompatibleError(
+                                f"{self.path} no longer takes {', '.join(sorted(missing))}"
+                            )
+                        return
+        raise IncompatibleError(f"{self.path} is not there")
 
     def resolve(self) -> Any:
         """Import and return the object, or raise ``IncompatibleError``."""
@@ -70,6 +103,47 @@ class VllmName:
         except (ImportError, AttributeError) as error:
             raise IncompatibleError(f"{self.path} is not there: {error}") from None
         return target
+
+
+_PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
+_OMNI_PROCESSOR = f"{_OMNI}:Qwen2_5OmniThinkerMultiModalProcessor"
+_OMNI_MODEL = f"{_OMNI}:Qwen2_5OmniThinkerForConditionalGeneration"
+
+# What ``processing`` and ``models`` override or call in vLLM's processors and models.
+MODEL_NAMES = (
+    VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
+    VllmName(f"{_PROCESSOR}._call_hf_processor", ("hf_data", "hf_kwargs")),
+    VllmName(f"{_PROCESSOR}._apply_prompt_updates", ("token_ids", "mm_prompt_updates")),
+    VllmName(f"{_PROCESSOR}._validate_mm_kwargs", ("mm_kwargs", "mm_item_counts")),
+    VllmName(f"{_PROCESSOR}._validate_mm_updates", ("mm_updates", "mm_item_counts")),
+    VllmName(f"{_PROCESSOR}._validate_mm_placeholders", ("mm_placeholders", "mm_item_counts")),
+    VllmName(
+        f"{_OMNI_PROCESSOR}._postprocess_hf_mm_data",
+        ("hf_data", "hf_kwargs", "processed_data"),
+        by_source=True,
+    ),
+    VllmName(
+        f"{_OMNI_PROCESSOR}._get_mm_fields_config",
+        ("hf_inputs", "hf_processor_mm_kwargs"),
+        by_source=True,
+    ),
+    VllmName(
+        f"{_OMNI_PROCESSOR}._get_prompt_updates",
+        ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+        by_source=True,
+    ),
+    VllmName(
+        f"{_OMNI_PROCESSOR}._maybe_apply_prompt_updates", ("mm_items", "mm_res"), by_source=True
+    ),
+    VllmName(
+        f"{_OMNI_MODEL}.get_mrope_input_positions", ("input_tokens", "mm_features"), by_source=True
+    ),
+    VllmName(
+        f"{_OMNI_MODEL}.embed_input_ids",
+        ("input_ids", "multimodal_embeddings", "is_multimodal"),
+        by_source=True,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +222,9 @@ def activate(features: Iterable[Feature]) -> list[FeatureStatus]:
 # --- wrappers around vLLM: each is idempotent and calls the original ------------------------------
 
 
-def _wrap(owner: type, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap(
+    owner: type, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
     """Replace ``owner.method`` by ``make(original)``, once."""
     original = getattr(owner, method)
     if getattr(original, "_mm_ext", False):
@@ -158,7 +234,7 @@ def _wrap(owner: type, method: str, make: Callable[[Callable[..., Any]], Callabl
     setattr(owner, method, wrapper)
 
 
-def before_engine_config(check: Callable[[object], None]) -> None:
+def before_engine_config(check: Callable[[object], object]) -> None:
     """Call ``check(additional_config)`` before vLLM builds its configuration."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -177,11 +253,11 @@ def after_renderer_created(attach: Callable[[Any, Any], None]) -> None:
     from vllm.renderers.base import BaseRenderer
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def __init__(self: Any, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        def init(self: Any, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
             original(self, config, tokenizer, *args, **kwargs)
             attach(config, self.mm_processor)
 
-        return __init__
+        return init
 
     _wrap(BaseRenderer, "__init__", make)
 

@@ -136,7 +136,9 @@ def doctor() -> None:
     table.add_column("state")
     table.add_column("detail", overflow="fold")
     for finding in findings:
-        state = "[green]ok[/]" if finding.ok else "[red]FAIL[/]" if finding.fatal else "[yellow]off[/]"
+        state = (
+            "[green]ok[/]" if finding.ok else "[red]FAIL[/]" if finding.fatal else "[yellow]off[/]"
+        )
         table.add_row(finding.name, state, finding.detail)
     console.print(table)
     if any(f.fatal and not f.ok for f in findings):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from vllm_mm_ext.cli.demo import demo
 from vllm_mm_ext.cli.inspect import inspect
 from vllm_mm_ext.cli.sample import sample
 
@@ -14,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(sample)
 app.command()(inspect)
+app.command()(demo)
 
 
 @app.command()
@@ -22,6 +26,31 @@ def doctor() -> None:
     from vllm_mm_ext.cli.doctor import doctor as run
 
     run()
+
+
+@app.command()
+def config(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/configuration.md instead of a table.")
+    ] = False,
+) -> None:
+    """Print every setting of the plugin with what it accepts, its default and its meaning."""
+    from vllm_mm_ext.config import iter_fields, to_markdown
+
+    if markdown:
+        typer.echo(to_markdown(), nl=False)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from vllm_mm_ext.config import describe_type
+
+    table = Table("key", "accepts", "default", "meaning")
+    for path, _, leaves in iter_fields():
+        for name, field in leaves:
+            key = f"{path}.{name}"
+            table.add_row(key, describe_type(field), str(field.default), field.description)
+    Console().print(table)
 
 
 @app.command(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,12 +18,14 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.config import SamplingConfig
 from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.fetch import MediaChangedError, MediaRef
 from vllm_mm_ext.media.frontend import AudioResult, IndexChooser, VideoPlan, VideoResult
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
 from vllm_mm_ext.runtime import Runtime, current_runtime
 from vllm_mm_ext.trace import VideoTrace, current_trace
 
 T = TypeVar("T")
+R = TypeVar("R", VideoResult, AudioResult)
 Video = MediaWithBytes[tuple[np.ndarray[Any, Any], dict[str, Any]]]
 
 # `--media-io-kwargs '{"video": {...}}'` keys the front-end understands itself; with any other
@@ -81,9 +82,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         if job.plan is None:
             return await super().fetch_video_async(video_url, **kwargs)
         return self._deliver_video(
-            await _client_errors(
-                runtime.run(self._video(runtime, video_url, job.plan))
-            ),
+            await _client_errors(runtime.run(self._video(runtime, video_url, job.plan))),
             job,
         )
 
@@ -147,7 +146,9 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         if sampling.policy == "stock":
             stock = env_loader if loader == vllm_compat.LOADER_NAME else loader
             plan = replace(
-                plan, chooser=_stock_chooser(stock, kwargs), chooser_name=f"{stock}{sorted(kwargs.items())}"
+                plan,
+                chooser=_stock_chooser(stock, kwargs),
+                chooser_name=f"{stock}{sorted(kwargs.items())}",
             )
             return _Job(plan, stock)
         return _Job(plan, loader)
@@ -155,32 +156,51 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
     # --- doing it (on the front-end's loop) -------------------------------------------------------
 
     async def _video(self, runtime: Runtime, url: str, plan: VideoPlan) -> VideoResult:
-        started = time.perf_counter()
-        fetcher = runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
-        ref = await fetcher.resolve(url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT, max_bytes=None)
-        fetched = time.perf_counter()
-        result = await runtime.frontend.video(ref, plan)
-        stages = {
-            "fetch": fetched - started,
-            **result.stages,
-            "video": time.perf_counter() - started,
-        }
-        return replace(result, stages=stages)
+        return await self._fetched(
+            runtime,
+            url,
+            lambda ref: runtime.frontend.video(ref, plan),
+            stage="video",
+            timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
+            max_bytes=None,
+        )
 
     async def _audio(self, runtime: Runtime, url: str) -> AudioResult:
-        started = time.perf_counter()
-        fetcher = runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
-        ref = await fetcher.resolve(
+        return await self._fetched(
+            runtime,
             url,
+            runtime.frontend.audio,
+            stage="audio",
             timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
             max_bytes=AudioMediaIO().get_max_bytes(),
         )
-        fetched = time.perf_counter()
-        result = await runtime.frontend.audio(ref)
+
+    async def _fetched(
+        self,
+        runtime: Runtime,
+        url: str,
+        use: Callable[[MediaRef], Awaitable[R]],
+        *,
+        stage: str,
+        timeout_s: float,
+        max_bytes: int | None,
+    ) -> R:
+        """Resolve ``url``, use it, and add the times of both to the result's stages."""
+        fetcher = runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
+        started = time.perf_counter()
+        ref = await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
+        try:
+            fetched = time.perf_counter()
+            result = await use(ref)
+        except MediaChangedError:
+            # It changed between looking it up and reading it: once more, with what is there now.
+            ref = await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
+            fetched = time.perf_counter()
+            result = await use(ref)
         stages = {
             "fetch": fetched - started,
             **result.stages,
-            "audio": time.perf_counter() - started,
+            stage: time.perf_counter() - started,
         }
         return replace(result, stages=stages)
 
@@ -329,5 +349,5 @@ def _with_client_errors(work: Any, deliver: Any) -> Any:
         return deliver(work())
     except MediaError as error:
         raise as_client_error(error) from error
-    except (TimeoutError, asyncio.TimeoutError) as error:
+    except TimeoutError as error:
         raise VLLMValidationError("fetching the media timed out", parameter="media") from error

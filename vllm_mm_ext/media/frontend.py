@@ -221,7 +221,8 @@ class MediaFrontend:
         frames = SampledFrames(
             done.frames,
             digest=key,
-            times=tuple(float(t) for t in done.selection.times),
+            # Stock's own choice goes with what stock tells the model about time: nothing.
+            times=None if plan.chooser else tuple(float(t) for t in done.selection.times),
             audio=waveform,
         )
         return VideoResult(frames, done.info, done.selection, stages, cached=False)

@@ -25,9 +25,7 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
     """Samples and decodes encoded bytes with the front-end of the process."""
 
     @classmethod
-    def load_bytes(
-        cls, data: bytes, **kwargs: Any
-    ) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+    def load_bytes(cls, data: bytes, **kwargs: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
         """Decode sampled frames.
 
         Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_mm_ext.media.types import SizeRule
 
@@ -18,7 +18,7 @@ class ModelTraits:
         hears_video: The model's processor takes the sound of a video along with its frames.
     """
 
-    size_rule: SizeRule = SizeRule()
+    size_rule: SizeRule = field(default_factory=SizeRule)
     frame_multiple: int = 1
     audio_rate: int | None = 16_000
     hears_video: bool = False

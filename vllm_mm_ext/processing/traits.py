@@ -51,8 +51,12 @@ def size_rule_of(video_processor: Any, overrides: dict[str, Any]) -> SizeRule:
     if names & {"Qwen3VLVideoProcessor", "Qwen2VLVideoProcessor"}:
         patch, merge = video_processor.patch_size, video_processor.merge_size
         factor = patch * merge
+        capped = bool(getattr(video_processor, "cap_pixels_per_frame", None))
+        if capped and "Qwen3VLVideoProcessor" in names:
+            # Its per-frame cap is not idempotent: a size chosen here could be resized again.
+            return SizeRule()
         total = 0
-        if getattr(video_processor, "cap_pixels_per_frame", None):
+        if capped:
             # transformers, Qwen2VLVideoProcessor.resize: 90 % of the assumed context's pixels.
             total = int(video_processor.max_video_tokens * factor * factor * 0.9)
         return SizeRule(

@@ -9,6 +9,11 @@ from vllm_mm_ext.runtime import current_runtime
 from vllm_mm_ext.serving.middleware import TraceMiddleware
 
 
+async def stats() -> dict[str, Any]:
+    """Counters of this API server's caches, fetches and decode workers."""
+    return current_runtime().stats()
+
+
 class MMExtEndpointPlugin:
     """vLLM endpoint plugin (``vllm.endpoint_plugins``), loaded when ``VLLM_PLUGINS`` names it."""
 
@@ -19,10 +24,7 @@ class MMExtEndpointPlugin:
         """Add the middleware and ``GET /mm_ext/stats`` to vLLM's FastAPI application."""
         app.add_middleware(TraceMiddleware)
 
-        @app.get("/mm_ext/stats")
-        async def stats() -> dict[str, Any]:
-            """Counters of this API server's caches, fetches and decode workers."""
-            return current_runtime().stats()
+        app.add_api_route("/mm_ext/stats", stats, methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Nothing to keep: the runtime is attached when vLLM creates its renderer."""
