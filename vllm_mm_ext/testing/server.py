@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MODEL_NAME = "model"
 _POLL_S = 0.25
 _TERM_GRACE_S = 15.0
+_GROUP_GRACE_S = 5.0
 _TAIL_LINES = 40
 _EXCEPTION = re.compile(r"(?m)(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 
@@ -166,6 +167,7 @@ def serve(
             start_new_session=True,
         )
         stack.callback(_kill_group, process)
+        stack.enter_context(_ended_with_us(process.pid))
         url = f"http://127.0.0.1:{port}"
         _wait_healthy(process, url, log, timeout_s, "plugin" if plugin else "stock")
         yield Server(url, process.pid, log, time.monotonic() - started, plugin, _process=process)
@@ -273,13 +275,35 @@ def _tail(log: Path, lines: int) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
+@contextlib.contextmanager
+def _ended_with_us(group: int) -> Iterator[None]:
+    """Have a watchdog end the process group if this process is killed inside the block."""
+    script = 'read _; kill -TERM "-$0"; sleep 5; kill -KILL "-$0"'
+    # Its standard input ends when this process does, however that happens.
+    watchdog = subprocess.Popen(
+        ["sh", "-c", script, str(group)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        watchdog.kill()
+        watchdog.wait()
+        if watchdog.stdin is not None:
+            watchdog.stdin.close()
+
+
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """End every process of the group: ask the API server first, then kill what is left."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_TERM_GRACE_S)
-    # The group outlives its leader as long as a child does.
+    # The group outlives its leader as long as a child does; multiprocessing's resource tracker
+    # needs a moment to unlink shared memory.
+    deadline = time.monotonic() + _GROUP_GRACE_S
     with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
