@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from vllm_mm_ext.config import MMExtConfig
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.fetch import MediaFetcher, MediaRef
+from vllm_mm_ext.media.file_source import _RACY_NS
 from vllm_mm_ext.media.frontend import VideoPlan
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
@@ -29,6 +31,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_clip(folder / "a.mp4", duration=4, audio=[Tone(440.0, 0.0, 4.0)], seed=1)
     make_clip(folder / "b.mp4", duration=4, seed=2)
     make_audio(folder / "tone.wav", duration=1.0, sample_rate=44_100)
+    # A file is known by its identity only once it has been left alone for longer than the
+    # granularity of its time stamps.
+    time.sleep(_RACY_NS / 1e9 + 0.1)
     return {path.stem: path for path in folder.iterdir()}
 
 
