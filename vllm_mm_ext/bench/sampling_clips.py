@@ -21,8 +21,8 @@ from vllm_mm_ext.testing.media_scenes import (
     random_events,
 )
 
-TUNING_SEEDS = range(0, 48)
-HELD_OUT_SEEDS = range(10_000, 10_064)
+TUNING_SEEDS = range(48)
+HELD_OUT_SEEDS = range(10_000, 10_032)
 
 SCENE_ORDER: tuple[SceneName, ...] = (
     "static",

@@ -33,6 +33,7 @@ _SCENE_CUT = 12.0
 _ORDER = 32
 # GOPs that must agree before a place in the GOP is known, and the score left to it.
 _FEWEST_GOPS = 5
+_AFTERMATH_S = 0.3
 _USUAL = 2.0
 
 
@@ -92,9 +93,11 @@ def _baseline(values: Scores, half: int, quantiles: tuple[float, ...]) -> list[S
 def _without_phase(score: Scores, packets: PacketTable) -> Scores:
     """Less what frames at the same place in other GOPs score: a keyframe's aftermath recurs."""
     starts = gop_starts(packets)
-    if len(starts) < _FEWEST_GOPS:
-        return score
     place = np.arange(len(score)) - np.repeat(starts, np.diff(starts, append=len(score)))
+    if len(starts) < _FEWEST_GOPS:
+        # Too few to compare; doubt the first frames of each.
+        seconds = packets.time - packets.time[starts].repeat(np.diff(starts, append=len(score)))
+        return np.where(seconds < _AFTERMATH_S, 0.5 * score, score)
     order = np.argsort(place, kind="stable")
     bounds = np.searchsorted(place[order], np.arange(int(place.max()) + 2))
     out = score.copy()

@@ -40,7 +40,7 @@ _GLOBAL_FLOOR = 1.0
 
 
 def decode_allowance(packets: PacketTable, chosen: Indices) -> float:
-    """Decoded frames that stage 2 may spend when the final frames are about as costly as ``chosen``.
+    """Decoded frames that stage 2 may spend, when the final ones will cost like ``chosen``.
 
     It gets what ``chosen`` leaves of a single sequential decode, so that both together stay
     near the price of one, and at least a small share of the clip.
@@ -83,6 +83,10 @@ def plan(packets: PacketTable, score: Scores, allowance: float) -> Indices:
     edges = np.flatnonzero(np.diff(gop, prepend=-1, append=len(starts)))
     for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         price = spent[first:last] - opening[first]
+        last = first + int(np.searchsorted(price, allowance, side="right"))
+        if last == first:
+            continue
+        price = price[: last - first]
         gain = np.cumsum(value[first:last])
         gain[:-1] = np.concatenate([np.zeros(delay), gain])[: last - first - 1]
         gain /= price
@@ -184,4 +188,4 @@ def _deviations(values: Scores, floor: float) -> Scores:
     The spread is taken from the upper side: flicker and steady motion make it lopsided.
     """
     middle, upper = np.quantile(values, (0.5, 0.9))
-    return np.maximum(0.0, (values - middle) / max((upper - middle) / 1.28, floor))
+    return np.asarray(np.maximum(0.0, (values - middle) / max((upper - middle) / 1.28, floor)))
