@@ -17,7 +17,8 @@ _ASIDE_S = 0.08
 _PEAK_GAP_S = 0.12
 # Seeing beats guessing: a deviation seen in pixels counts this much more than one in bytes.
 _SEEN = 1.0
-_SEEN_LIMIT = 3.0
+_SEEN_LIMIT = 2.0
+_CHANCE = 1.5
 # Excess of a peak at which it counts half.
 _HALF = 4.0
 # Weight of a peak without a partner: a cut, or an event whose other end is hidden.
@@ -63,7 +64,7 @@ def find(
             break
         index = int(looked_at[position])
         seen.append(index)
-        spots.append(Spot(-_SEEN * seen_as / (seen_as + _HALF), index))
+        spots.append(Spot(-_SEEN * (seen_as - _CHANCE) / (seen_as - _CHANCE + _HALF), index))
     found = peaks(time, innovation, limit, _PEAK_GAP_S)
     # The weakest of many peaks is the level that chance reaches.
     chance = float(innovation[found[-1]]) if len(found) == limit else 0.0

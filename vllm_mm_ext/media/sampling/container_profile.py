@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.sampling.timeline import gop_starts, is_leaf
+from vllm_mm_ext.media.sampling.timeline import gop_starts
 from vllm_mm_ext.media.types import PacketTable
 
 Scores = npt.NDArray[np.float64]
@@ -53,14 +53,16 @@ def innovation(packets: PacketTable) -> Scores:
     rate = (count - 1) / max(1e-6, float(packets.time[-1] - packets.time[0]))
     half = max(4, round(BASELINE_S * rate))
     size = _without_keyframes(packets)
-    score = np.zeros(count)
-    leaf = is_leaf(packets)
-    for rows in (np.flatnonzero(leaf), np.flatnonzero(~leaf)):
+    score, normal = np.zeros(count), np.zeros(count)
+    late = _is_reordered(packets)
+    for rows in (np.flatnonzero(late), np.flatnonzero(~late)):
         if len(rows) >= 8:
-            score[rows] = _single(size[rows], max(4, half * len(rows) // count))
+            part = max(4, half * len(rows) // count)
+            score[rows] = _single(size[rows], part)
+            normal[rows] = _normal(size[rows], part)
     for seconds in _WINDOWS_S:
-        score = np.maximum(score, _windowed(size, max(2, round(seconds * rate)), half))
-    score = np.maximum(score, _unpredicted(size, half))
+        score = np.maximum(score, _windowed(normal, max(2, round(seconds * rate)), half))
+    score = np.maximum(score, _unpredicted(normal, half))
     score = np.maximum(_without_phase(score, packets), _scene_cuts(packets, rate))
     score[: max(1, round(_SETTLING_S * rate))] = 0.0
     return np.asarray(score)
@@ -76,6 +78,12 @@ def _without_keyframes(packets: PacketTable) -> Scores:
         right = inter[np.clip(np.searchsorted(inter, keys), 0, len(inter) - 1)]
         size[keys] = np.minimum(size[left], size[right])
     return size
+
+
+def _is_reordered(packets: PacketTable) -> npt.NDArray[np.bool_]:
+    """bool ``[n]``: B frames, decoded after a frame that is shown later."""
+    later = np.minimum.accumulate(packets.order[::-1])[::-1]
+    return np.asarray(packets.order > later)
 
 
 def _baseline(values: Scores, half: int, quantiles: tuple[float, ...]) -> list[Scores]:
@@ -118,17 +126,25 @@ def _single(size: Scores, half: int) -> Scores:
     return np.asarray(np.log1p(np.maximum(0.0, (size - upper) / scale)) * 4.0)
 
 
-def _windowed(size: Scores, width: int, half: int) -> Scores:
-    """A window's mean against the window before it: finds steps up and down."""
-    total = np.concatenate([[0.0], np.cumsum(size)])
-    edge = np.arange(len(size))
-    after = (total[np.minimum(edge + width, len(size))] - total[edge]) / width
+def _normal(size: Scores, half: int) -> Scores:
+    """Log sizes as robust deviations from their neighbours', clipped."""
+    level = np.log(size + _HEADER_BYTES)
+    (middle,) = _baseline(level, half, (0.5,))
+    (spread,) = _baseline(np.abs(level - middle), half, (0.5,))
+    floor = np.maximum(_RELATIVE_FLOOR, 0.5 * _HEADER_BYTES / (size + _HEADER_BYTES))
+    return np.asarray(np.clip((level - middle) / np.maximum(1.48 * spread, floor), -6.0, 6.0))
+
+
+def _windowed(normal: Scores, width: int, half: int) -> Scores:
+    """A window's mean against that of the window before it: finds steps up and down."""
+    total = np.concatenate([[0.0], np.cumsum(normal)])
+    edge = np.arange(len(normal))
+    after = (total[np.minimum(edge + width, len(normal))] - total[edge]) / width
     before = (total[edge] - total[np.maximum(edge - width, 0)]) / width
-    step = np.log((after + _HEADER_BYTES) / (before + _HEADER_BYTES))
-    step[:width] = step[len(size) - width + 1 :] = 0.0
-    (spread,) = _baseline(np.abs(step), half, (0.5,))
-    floor = np.maximum(_RELATIVE_FLOOR, 0.5 * _HEADER_BYTES / (before + _HEADER_BYTES))
-    return np.asarray(np.log1p(np.abs(step) / np.maximum(1.48 * spread, floor) / 3.0) * 4.0)
+    step = np.abs(after - before)
+    step[:width] = step[len(normal) - width + 1 :] = 0.0
+    (spread,) = _baseline(step, half, (0.5,))
+    return np.asarray(np.log1p(step / np.maximum(1.48 * spread, 0.3) / 3.0) * 4.0)
 
 
 def _scene_cuts(packets: PacketTable, rate: float) -> Scores:
@@ -146,23 +162,17 @@ def _scene_cuts(packets: PacketTable, rate: float) -> Scores:
     return score
 
 
-def _unpredicted(size: Scores, half: int) -> Scores:
+def _unpredicted(normal: Scores, half: int) -> Scores:
     """What a linear prediction from the frames before does not explain.
 
     An autoregressive fit (Yule-Walker on clipped log sizes) learns the periodic part of the
     sizes: P/B patterns, flicker, a pan that moves in whole pixels.
     """
-    order = min(_ORDER, len(size) // 8)
-    level = np.log(size + _HEADER_BYTES)
-    (middle,) = _baseline(level, half, (0.5,))
-    rest = level - middle
-    (spread,) = _baseline(np.abs(rest), half, (0.5,))
-    floor = np.maximum(0.5 * _RELATIVE_FLOOR, _HEADER_BYTES / 2 / (size + _HEADER_BYTES))
-    normal = np.clip(rest / np.maximum(1.48 * spread, floor), -3.0, 3.0)
+    order = min(_ORDER, len(normal) // 8)
     padded = np.fft.rfft(normal, 2 * len(normal))
     covariance = np.fft.irfft(padded * padded.conj())[: order + 1]
     if covariance[0] <= 0:
-        return np.zeros(len(size))
+        return np.zeros(len(normal))
     lags = np.abs(np.subtract.outer(np.arange(order), np.arange(order)))
     matrix = covariance[lags] + np.eye(order) * 1e-3 * covariance[0]
     weights = np.linalg.solve(matrix, covariance[1:])

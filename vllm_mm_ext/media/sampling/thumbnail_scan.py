@@ -24,7 +24,7 @@ from vllm_mm_ext.media.types import PacketTable
 STRIDE_S = 0.13
 _EARLIER_S = 0.07
 # Ceiling on thumbnails in one clip; each costs a scale and a copy besides its decoding.
-MAX_THUMBNAILS = 720
+MAX_THUMBNAILS = 960
 # Frames that stage 2 may decode, as a share of the clip: whatever the final selection leaves
 # unspent of one full sequential decode, but at least the smaller share.
 _FULL_DECODE = 1.0
