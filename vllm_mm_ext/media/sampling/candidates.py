@@ -15,16 +15,16 @@ _SHORTEST_S, _LONGEST_S = 0.12, 0.95
 _ASIDE_S = 0.08
 # Peaks nearer than this are one peak.
 _PEAK_GAP_S = 0.12
-# Seeing beats guessing: a deviation seen in pixels counts this much more than one in bytes.
-_SEEN = 1.0
-_SEEN_LIMIT = 2.0
+# Deviations that chance reaches now and then, and the fewest that make a spot.
 _CHANCE = 1.5
+_SEEN_LIMIT = 2.0
 # Excess of a peak at which it counts half.
 _HALF = 4.0
 # Weight of a peak without a partner: a cut, or an event whose other end is hidden.
 _LONE = 0.55
 # Weaker spots are worth no more than an evenly placed frame.
 _LEAST = 0.05
+# Share of its weight a spot keeps for each better spot within half an event's length.
 _CROWDING = 0.7
 # Weight left to a stage-1 peak where the pixels show no event.
 _UNSEEN = 0.35
@@ -64,7 +64,7 @@ def find(
             break
         index = int(looked_at[position])
         seen.append(index)
-        spots.append(Spot(-_SEEN * (seen_as - _CHANCE) / (seen_as - _CHANCE + _HALF), index))
+        spots.append(Spot(-(seen_as - _CHANCE) / (seen_as - _CHANCE + _HALF), index))
     found = peaks(time, innovation, limit, _PEAK_GAP_S)
     # The weakest of many peaks is the level that chance reaches.
     chance = float(innovation[found[-1]]) if len(found) == limit else 0.0

@@ -33,6 +33,7 @@ _SCENE_CUT = 12.0
 _ORDER = 32
 # GOPs that must agree before a place in the GOP is known, and the score left to it.
 _FEWEST_GOPS = 5
+# Seconds in which a keyframe still shows in the sizes after it.
 _AFTERMATH_S = 0.3
 _USUAL = 2.0
 
