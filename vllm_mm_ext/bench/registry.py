@@ -63,6 +63,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "sampling",
+                "Sub-second events caught with 32 frames: uniform against adaptive sampling.",
+                "sampling:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "decoders",
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",
