@@ -62,7 +62,9 @@ def vision_positions(temporal: Positions, height: int, width: int) -> Positions:
     return grid
 
 
-def positions_of(tokens: Sequence[int], items: Sequence[Item], markers: Markers) -> Positions:
+def positions_of(
+    tokens: Sequence[int], items: Sequence[Item], markers: Markers | None
+) -> Positions:
     """M-RoPE positions of a prompt.
 
     Equal to transformers' ``get_rope_index`` of the two omni families where that is defined (sound
@@ -72,7 +74,7 @@ def positions_of(tokens: Sequence[int], items: Sequence[Item], markers: Markers)
     Args:
         tokens: Token ids of the prompt.
         items: Media items in the prompt, by ascending offset.
-        markers: Token ids.
+        markers: Token ids; None where no item has a track.
 
     Returns:
         int64 ``[3, len(tokens)]``.
@@ -85,6 +87,7 @@ def positions_of(tokens: Sequence[int], items: Sequence[Item], markers: Markers)
         done, following = _text(out, done, item.offset, following)
         end = item.offset + item.length
         if item.has_track:
+            assert markers is not None
             following, end = _with_track(out, ids, item, following, markers)
         elif item.temporal is None:
             _, following = _text(out, done, end, following)

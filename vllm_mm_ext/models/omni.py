@@ -11,8 +11,8 @@ import torch
 from vllm.multimodal.utils import get_mm_embedding_modalities, set_mm_embedding_modality
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from vllm_mm_ext.models.mrope import Item, Markers, positions_of
-from vllm_mm_ext.processing.grid_times import even_grid
+from vllm_mm_ext.models.frame_times import FrameTimesModel
+from vllm_mm_ext.models.mrope import Markers
 
 
 def in_prompt_order(
@@ -49,7 +49,7 @@ def in_prompt_order(
     return runs
 
 
-class SoundTrackModel:
+class SoundTrackModel(FrameTimesModel):
     """Mixin in front of an omni family's model class.
 
     Attributes:
@@ -57,51 +57,21 @@ class SoundTrackModel:
     """
 
     shares_markers: bool
-    config: Any
 
-    def get_mrope_input_positions(
-        self, input_tokens: list[int], mm_features: list[Any]
-    ) -> tuple[torch.Tensor, int]:
-        """M-RoPE positions ``[3, tokens]`` and what to add to a token's index from then on.
-
-        Prompts without sound in video and without frame times of their own go to vLLM's code.
-        """
-        videos = {f.mm_position.offset: f for f in mm_features if f.modality == "video"}
-        audios = [f for f in mm_features if f.modality == "audio"]
-        tracked = {f.mm_position.offset for f in audios} & videos.keys()
-        if not tracked and not any(_own_positions(f) is not None for f in videos.values()):
-            return super().get_mrope_input_positions(  # type: ignore[misc,no-any-return]
-                input_tokens, mm_features
-            )
-        items = [
-            self._item(feature, feature.mm_position.offset in tracked)
-            for feature in sorted(mm_features, key=lambda f: f.mm_position.offset)
-            if not (feature.modality == "audio" and feature.mm_position.offset in tracked)
-        ]
+    def markers(self) -> Markers:
+        """Token ids around sound in video."""
         config = self.config
-        markers = Markers(
+        return Markers(
             video=config.video_token_id,
             audio=config.audio_token_id,
             vision_start=config.vision_start_token_id,
             vision_end=config.vision_end_token_id,
             shared=self.shares_markers,
         )
-        positions = positions_of(input_tokens, items, markers)
-        return torch.from_numpy(positions), int(positions.max()) + 1 - len(input_tokens)
 
-    def _item(self, feature: Any, has_track: bool) -> Item:
-        offset, length = feature.mm_position.offset, feature.mm_position.length
-        if feature.modality == "audio":
-            return Item(offset, length)
-        merge = self.config.vision_config.spatial_merge_size
-        grid_t, grid_h, grid_w = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
-        temporal = _own_positions(feature)
-        if temporal is None:
-            step = feature.data.get("second_per_grid_ts")
-            seconds = 1.0 if step is None else float(step.data)
-            per_second = self.config.position_id_per_seconds
-            temporal = even_grid(grid_t, seconds).temporal_positions(per_second)
-        return Item(offset, length, temporal, grid_h // merge, grid_w // merge, has_track)
+    def positions_per_second(self) -> float:
+        """M-RoPE positions per second of video and sound."""
+        return float(self.config.position_id_per_seconds)
 
     def embed_input_ids(
         self,
@@ -126,12 +96,3 @@ class SoundTrackModel:
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )
         return embedded
-
-
-def _own_positions(feature: Any) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """Temporal positions of a video whose frame times are known, else None."""
-    field = feature.data.get("video_grid_positions") if feature.data is not None else None
-    if field is None or field.data is None or field.data.numel() == 0:
-        return None
-    positions: np.ndarray[Any, np.dtype[np.int64]] = field.data.numpy()
-    return positions

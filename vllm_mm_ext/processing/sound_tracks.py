@@ -27,7 +27,14 @@ from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform, known_digest
-from vllm_mm_ext.processing.grid_times import GridTimes, even_grid, grid_times, step_holds
+from vllm_mm_ext.processing.frame_times import (
+    assumed_steps,
+    frames_of,
+    place,
+    with_positions_field,
+    write,
+)
+from vllm_mm_ext.processing.grid_times import GridTimes, even_grid
 
 # Client-named videos whose having a track is remembered, for requests that send the name alone.
 _MAX_NAMES = 4096
@@ -51,12 +58,6 @@ class TrackedItems(MultiModalDataItems):  # type: ignore[misc]
     """
 
     owners: tuple[int, ...] = ()
-
-
-def frames_of(item: object) -> SampledFrames | None:
-    """The sampled frames inside a video item (bare, or beside metadata), if it has them."""
-    frames = item[0] if isinstance(item, tuple) else item
-    return frames if isinstance(frames, SampledFrames) else None
 
 
 class SoundTrackProcessor:
@@ -88,7 +89,7 @@ class SoundTrackProcessor:
 
     @property
     def hears_video(self) -> bool:
-        """Whether videos are heard: not where the server takes no audio, so has no encoder for it."""
+        """Whether videos are heard: not where the server takes no audio at all."""
         return bool(self.info.ctx.get_mm_config().get_limit_per_prompt("audio"))
 
     def track_of(self, frames: SampledFrames | None) -> Waveform | None:
@@ -111,18 +112,13 @@ class SoundTrackProcessor:
     def _place(
         self, frames: SampledFrames | None, num_grids: int, assumed_step: float
     ) -> GridTimes | None:
-        """Times of a video's grids, or None where the model's own assumption stands."""
-        patch = int(self.info.get_hf_processor().video_processor.temporal_patch_size)
-        if frames is None or frames.times is None:
-            return None
-        if math.ceil(len(frames) / patch) != num_grids:
-            return None  # The processor chose among the frames.
-        times = frames.times
-        if self.track_of(frames) is None and step_holds(
-            times, temporal_patch=patch, assumed_step=assumed_step
-        ):
-            return None
-        return grid_times(times, temporal_patch=patch, assumed_step=assumed_step)
+        return place(
+            frames,
+            num_grids=num_grids,
+            temporal_patch=int(self.info.get_hf_processor().video_processor.temporal_patch_size),
+            assumed_step=assumed_step,
+            exact=self.track_of(frames) is not None,
+        )
 
     # --- vLLM's processor -------------------------------------------------------------------------
 
@@ -174,12 +170,9 @@ class SoundTrackProcessor:
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, Any]:
-        fields = dict(
-            super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
-        )
-        for name in ("use_audio_in_video", "video_grid_positions"):
-            fields[name] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
-        return fields
+        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        flag = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        return {**with_positions_field(stock), "use_audio_in_video": flag}
 
     def _postprocess_hf_mm_data(
         self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object], processed_data: Any
@@ -196,22 +189,12 @@ class SoundTrackProcessor:
         data["use_audio_in_video"] = torch.tensor(
             [flag or self.track_of(frames) is not None for frames in all_frames]
         )
-        steps = data.get("second_per_grid_ts")
-        if steps is None or not hf_data.get("videos"):
-            return data
-        # The model's dtype, to which vLLM casts it, cannot hold 2/3 of a second.
-        steps = torch.as_tensor(steps, dtype=torch.float32).flatten().tolist()
-        rate = self.positions_per_second
-        positions = []
-        for index, frames in enumerate(all_frames):
-            placed = self._place(frames, int(grids[index][0]), steps[index])
-            if placed is None:
-                positions.append(torch.empty(0, dtype=torch.int64))
-            else:
-                steps[index] = placed.mean_step
-                positions.append(torch.from_numpy(placed.temporal_positions(rate)))
-        data["second_per_grid_ts"] = torch.tensor(steps, dtype=torch.float32)
-        data["video_grid_positions"] = positions
+        if hf_data.get("videos"):
+            placed = [
+                self._place(frames, int(grid[0]), step)
+                for frames, grid, step in zip(all_frames, grids, assumed_steps(data), strict=True)
+            ]
+            write(data, placed, self.positions_per_second)
         return data
 
     @property

@@ -1,0 +1,22 @@
+"""Qwen2.5-VL with real frame times."""
+
+from __future__ import annotations
+
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VLDummyInputsBuilder,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as _Stock
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_mm_ext.models.frame_times import FrameTimesModel
+from vllm_mm_ext.processing.qwen2_5_vl import Qwen2_5_VLMultiModalProcessor
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen2_5_VLMultiModalProcessor,
+    info=Qwen2_5_VLProcessingInfo,
+    dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
+)
+class Qwen2_5_VLForConditionalGeneration(FrameTimesModel, _Stock):  # type: ignore[misc]  # noqa: N801
+    """vLLM's model, its processor replaced."""

@@ -1,0 +1,27 @@
+"""Qwen3-Omni (thinker) with per-video sound tracks and real frame times."""
+
+from __future__ import annotations
+
+from vllm.model_executor.models.qwen3_omni_moe_thinker import (
+    Qwen3OmniMoeThinkerDummyInputsBuilder,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_mm_ext.models.omni import SoundTrackModel
+from vllm_mm_ext.processing.qwen3_omni import Qwen3OmniMoeMultiModalProcessor
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3OmniMoeMultiModalProcessor,
+    info=Qwen3OmniMoeThinkerProcessingInfo,
+    dummy_inputs=Qwen3OmniMoeThinkerDummyInputsBuilder,
+)
+class Qwen3OmniMoeForConditionalGeneration(
+    SoundTrackModel,
+    Qwen3OmniMoeThinkerForConditionalGeneration,  # type: ignore[misc]
+):
+    """vLLM's thinker, its processor replaced."""
+
+    shares_markers = False
