@@ -25,6 +25,9 @@ Emit = Callable[[int, VideoFrame, VideoReformatter], None]
 
 # Beyond this more parallel parts only add seeks and picture buffers.
 _MAX_LANES = 8
+# More parts than lanes, so that a lane that is done early takes over work. A part costs a
+# millisecond to open the file again.
+_PARTS_PER_LANE = 2
 # A decoder shows frames in order; after this many later ones a missing frame will not come.
 _PATIENCE = 32
 
@@ -102,14 +105,15 @@ class PyAVDecoder:
         threads = threads or os.cpu_count() or 1
         decoded: set[int] = set()
         if table.exact and len(rows):
-            parts = split_lanes(table, rows, min(threads, _MAX_LANES))
-            each = max(1, threads // len(parts))
-            if len(parts) == 1:
-                decoded = self._lane(path, info, parts[0], emit, each)
+            parts = split_lanes(table, rows, _PARTS_PER_LANE * min(threads, _MAX_LANES))
+            lanes = min(threads, _MAX_LANES, len(parts))
+            each = max(1, threads // lanes)
+            if lanes == 1:
+                decoded = self._lane(path, info, rows, emit, each)
             else:
-                with ThreadPoolExecutor(len(parts)) as pool:
-                    lanes = [pool.submit(self._lane, path, info, p, emit, each) for p in parts]
-                    decoded = set().union(*(lane.result() for lane in lanes))
+                with ThreadPoolExecutor(lanes) as pool:
+                    jobs = [pool.submit(self._lane, path, info, p, emit, each) for p in parts]
+                    decoded = set().union(*(job.result() for job in jobs))
         missing = [row for row in rows.tolist() if row not in decoded]
         if missing:
             with _Reader(path, video.index, self._max_pixels, threads, guess=True) as reader:
