@@ -60,6 +60,25 @@ def attach(vllm_config: Any, mm_processor: Any) -> None:
 _RENDERER = "vllm.renderers.base:BaseRenderer"
 _CONNECTOR = "vllm.multimodal.media:MediaConnector"
 
+_WITHOUT_FAMILY = {
+    "Qwen2.5-Omni": "it does not hear the sound of a video_url and assumes even frame times",
+    "Qwen3-Omni": "it does not hear the sound of a video_url and assumes even frame times",
+    "Qwen2.5-VL": "it assumes even frame times, whatever the sampling",
+}
+
+
+def _family_feature(family: str) -> Feature:
+    register_model = VllmName(
+        "vllm.model_executor.models:ModelRegistry.register_model", ("model_arch",)
+    )
+    return Feature(
+        family,
+        _WITHOUT_FAMILY[family],
+        (register_model, *vllm_compat.FAMILY_NAMES[family]),
+        lambda: vllm_compat.override_models(OVERRIDES[family]),
+    )
+
+
 FEATURES: tuple[Feature, ...] = (
     Feature(
         "configuration",
@@ -117,15 +136,7 @@ FEATURES: tuple[Feature, ...] = (
         (VllmName("vllm.multimodal.hasher:MultiModalHasher.serialize_item", ("obj",)),),
         _install_hashing,
     ),
-    Feature(
-        "audio in video",
-        "omni models do not hear the sound of a video_url; frame times are those stock assumes",
-        (
-            VllmName("vllm.model_executor.models:ModelRegistry.register_model", ("model_arch",)),
-            *vllm_compat.MODEL_NAMES,
-        ),
-        lambda: vllm_compat.override_models(OVERRIDES),
-    ),
+    *(_family_feature(family) for family in OVERRIDES),
 )
 
 

@@ -32,9 +32,6 @@ LOADER_NAME = "mm_ext"
 CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
 
 
-_OMNI = "vllm.model_executor.models.qwen2_5_omni_thinker"
-
-
 class IncompatibleError(RuntimeError):
     """A vLLM name a feature relies on is missing or takes other parameters."""
 
@@ -105,45 +102,76 @@ class VllmName:
         return target
 
 
+_MODELS = "vllm.model_executor.models"
 _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
-_OMNI_PROCESSOR = f"{_OMNI}:Qwen2_5OmniThinkerMultiModalProcessor"
-_OMNI_MODEL = f"{_OMNI}:Qwen2_5OmniThinkerForConditionalGeneration"
 
-# What ``processing`` and ``models`` override or call in vLLM's processors and models.
-MODEL_NAMES = (
+# Methods that ``processing`` and ``models`` override in vLLM's classes, with their parameters.
+_OVERRIDDEN = {
+    "_postprocess_hf_mm_data": ("processed_data",),
+    "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
+    "_get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+    "_maybe_apply_prompt_updates": ("mm_items", "mm_res"),
+    "get_mrope_input_positions": ("input_tokens", "mm_features"),
+    "embed_input_ids": ("input_ids", "multimodal_embeddings", "is_multimodal"),
+}
+
+# What the omni processors call in vLLM's base processor.
+_SOUND_TRACK_NAMES = (
     VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
     VllmName(f"{_PROCESSOR}._call_hf_processor", ("hf_data", "hf_kwargs")),
     VllmName(f"{_PROCESSOR}._apply_prompt_updates", ("token_ids", "mm_prompt_updates")),
     VllmName(f"{_PROCESSOR}._validate_mm_kwargs", ("mm_kwargs", "mm_item_counts")),
     VllmName(f"{_PROCESSOR}._validate_mm_updates", ("mm_updates", "mm_item_counts")),
     VllmName(f"{_PROCESSOR}._validate_mm_placeholders", ("mm_placeholders", "mm_item_counts")),
-    VllmName(
-        f"{_OMNI_PROCESSOR}._postprocess_hf_mm_data",
-        ("hf_data", "hf_kwargs", "processed_data"),
-        by_source=True,
-    ),
-    VllmName(
-        f"{_OMNI_PROCESSOR}._get_mm_fields_config",
-        ("hf_inputs", "hf_processor_mm_kwargs"),
-        by_source=True,
-    ),
-    VllmName(
-        f"{_OMNI_PROCESSOR}._get_prompt_updates",
-        ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
-        by_source=True,
-    ),
-    VllmName(
-        f"{_OMNI_PROCESSOR}._maybe_apply_prompt_updates", ("mm_items", "mm_res"), by_source=True
-    ),
-    VllmName(
-        f"{_OMNI_MODEL}.get_mrope_input_positions", ("input_tokens", "mm_features"), by_source=True
-    ),
-    VllmName(
-        f"{_OMNI_MODEL}.embed_input_ids",
-        ("input_ids", "multimodal_embeddings", "is_multimodal"),
-        by_source=True,
-    ),
 )
+
+
+def _methods(module: str, class_name: str, *methods: str) -> tuple[VllmName, ...]:
+    return tuple(
+        VllmName(f"{_MODELS}.{module}:{class_name}.{method}", _OVERRIDDEN[method], by_source=True)
+        for method in methods
+    )
+
+
+FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
+    "Qwen2.5-Omni": (
+        *_SOUND_TRACK_NAMES,
+        *_methods(
+            "qwen2_5_omni_thinker",
+            "Qwen2_5OmniThinkerMultiModalProcessor",
+            "_postprocess_hf_mm_data",
+            "_get_mm_fields_config",
+            "_get_prompt_updates",
+            "_maybe_apply_prompt_updates",
+        ),
+        *_methods(
+            "qwen2_5_omni_thinker",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            "get_mrope_input_positions",
+            "embed_input_ids",
+        ),
+    ),
+    "Qwen3-Omni": (
+        *_SOUND_TRACK_NAMES,
+        *_methods(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerMultiModalProcessor",
+            "_postprocess_hf_mm_data",
+            "_get_prompt_updates",
+            "_maybe_apply_prompt_updates",
+        ),
+        *_methods(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            "get_mrope_input_positions",
+            "embed_input_ids",
+        ),
+    ),
+    "Qwen2.5-VL": (
+        *_methods("qwen2_5_vl", "Qwen2_5_VLMultiModalProcessor", "_get_mm_fields_config"),
+        *_methods("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "get_mrope_input_positions"),
+    ),
+}
 
 
 @dataclass(frozen=True)
