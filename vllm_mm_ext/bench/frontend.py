@@ -25,7 +25,7 @@ from vllm_mm_ext.config import MMExtConfig
 from vllm_mm_ext.media.connector import MMExtMediaConnector
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SizeRule
-from vllm_mm_ext.runtime import attach_runtime, current_runtime
+from vllm_mm_ext.runtime import attach_runtime
 
 FRAMES = 32
 # The size rule of Qwen2.5-VL and Qwen2.5-Omni as published: 28 x 28 pixels a token, 128 to 768
@@ -109,14 +109,15 @@ def _plugin_runtime(case: _Case, work_dir: Path, media: Path) -> Iterator[None]:
         }
     )
     attach_runtime(config, ModelTraits(size_rule=_QWEN_SIZE))
+    # Decode workers start on first use; serving pays for that once.
+    tiny = cached_clip(work_dir, width=320, height=180, duration=2.0, gop=30)
+    for number in range(4):
+        _frames_ready("plugin", variant(tiny, media / f"tiny-{number}.mp4", number), media)
     try:
-        # Decode workers start on first use; serving pays for that once.
-        tiny = cached_clip(work_dir, width=320, height=180, duration=2.0, gop=30)
-        for number in range(4):
-            _frames_ready("plugin", variant(tiny, media / f"tiny-{number}.mp4", number), media)
         yield
     finally:
-        current_runtime().close()
+        # Attaching closes the runtime that was there, and its workers.
+        attach_runtime(MMExtConfig(), ModelTraits())
 
 
 def _frames_ready(side: str, file: Path, media: Path) -> float:
