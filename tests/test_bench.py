@@ -26,7 +26,8 @@ def test_row_holds_medians_ratio_and_every_run() -> None:
         "ratio": 0.15,
         "runs": {"stock": [10, 30, 20], "plugin": [2, 4]},
     }
-    assert row.spread("stock") == (10, 30)
+    assert row.spread("stock") == 1.0
+    assert Row.of("x", "ms", stock=[1], plugin=[]).spread("stock") is None
 
 
 @pytest.mark.parametrize(("stock", "plugin"), [([], [1.0]), ([0.0], [1.0]), ([1.0], []), ([], [])])
@@ -47,7 +48,7 @@ def test_table_shows_both_sides_ratio_and_spread() -> None:
         console
     )
     text = console.export_text()
-    for shown in ("1,500", "150", "0.100x", "1,000..2,000", "100..200", "note"):
+    for shown in ("1,500", "150", "0.100x", "67%, 67%", "note"):
         assert shown in text
 
 

@@ -61,10 +61,15 @@ class Row:
             "runs": self.runs,
         }
 
-    def spread(self, side: str) -> tuple[float, float] | None:
-        """Smallest and largest run of ``stock`` or ``plugin``; None with fewer than two runs."""
+    def spread(self, side: str) -> float | None:
+        """``(largest - smallest) / median`` of the runs of ``stock`` or ``plugin``.
+
+        None with fewer than two runs, or around a median of 0.
+        """
         values = self.runs[side]
-        return (min(values), max(values)) if len(values) > 1 else None
+        if len(values) < 2 or not (median := statistics.median(values)):
+            return None
+        return (max(values) - min(values)) / median
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,13 @@ class BenchResult:
         Path(scratch.name).replace(path)
 
     def table(self) -> Table:
-        """Stock, plugin and ratio of every row, each with its smallest and largest run."""
-        table = Table(title=self.name, title_justify="left")
-        table.add_column("what")
+        """Stock, plugin, ratio, and the spread of stock's and the plugin's runs, of every row."""
+        table = Table(title=self.name, title_justify="left", expand=True)
+        table.add_column("what", ratio=1)
         table.add_column("unit")
         for column in ("stock", "plugin", "ratio"):
-            table.add_column(column, justify="right")
-        table.add_column("spread stock", justify="right", style="dim")
-        table.add_column("spread plugin", justify="right", style="dim")
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("spread", justify="right", no_wrap=True, style="dim")
         for row in self.rows:
             table.add_row(
                 row.name,
@@ -105,8 +109,7 @@ class BenchResult:
                 format_number(row.stock),
                 format_number(row.plugin),
                 "-" if row.ratio is None else f"{row.ratio:.3f}x",
-                _range(row.spread("stock")),
-                _range(row.spread("plugin")),
+                f"{_percent(row.spread('stock'))}, {_percent(row.spread('plugin'))}",
             )
         return table
 
@@ -174,7 +177,5 @@ def format_number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def _range(spread: tuple[float, float] | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{format_number(spread[0])}..{format_number(spread[1])}"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
