@@ -133,15 +133,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return _Job(None, loader)
         sampling = sampling_with(runtime.config.media.sampling, kwargs)
         frontend = runtime.frontend
-        spec = SamplingSpec(
-            policy="uniform" if sampling.policy == "stock" else sampling.policy,
-            fps=sampling.fps,
-            max_frames=sampling.max_frames,
-            min_frames=sampling.min_frames,
-            min_fps=sampling.min_fps,
-            max_fps=sampling.max_fps,
-            multiple_of=frontend.traits.frame_multiple,
-        )
+        spec = spec_for(sampling, frontend.traits.frame_multiple)
         plan = VideoPlan(spec, frontend.size_rule, audio=frontend.wants_audio_in_video)
         if sampling.policy == "stock":
             stock = env_loader if loader == vllm_compat.LOADER_NAME else loader
@@ -275,6 +267,25 @@ def sampling_with(config: SamplingConfig, kwargs: Mapping[str, Any]) -> Sampling
     low_frames = values.get("min_frames", config.min_frames)
     values["min_frames"] = min(low_frames, values.get("max_frames", config.max_frames))
     return config.model_copy(update=values)
+
+
+def spec_for(sampling: SamplingConfig, frame_multiple: int) -> SamplingSpec:
+    """The sampling a decode worker is asked for.
+
+    Args:
+        sampling: Settings in force. For ``stock`` the indices follow from the probe; until then
+            only the limits count.
+        frame_multiple: Frame counts are rounded down to this.
+    """
+    return SamplingSpec(
+        policy="uniform" if sampling.policy == "stock" else sampling.policy,
+        fps=sampling.fps,
+        max_frames=sampling.max_frames,
+        min_frames=sampling.min_frames,
+        min_fps=sampling.min_fps,
+        max_fps=sampling.max_fps,
+        multiple_of=frame_multiple,
+    )
 
 
 def metadata_of(info: MediaInfo, selection: FrameSelection, digest: str) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from vllm.multimodal.video import VideoLoader
 
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.blob import Blob
-from vllm_mm_ext.media.connector import as_client_error, metadata_of, sampling_with
+from vllm_mm_ext.media.connector import as_client_error, metadata_of, sampling_with, spec_for
 from vllm_mm_ext.media.fetch import MediaRef
 from vllm_mm_ext.media.frontend import VideoPlan
 from vllm_mm_ext.media.source import Fetched
-from vllm_mm_ext.media.types import SamplingSpec
 from vllm_mm_ext.runtime import current_runtime
 
 
@@ -41,15 +40,7 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
         """
         runtime = current_runtime()
         sampling = sampling_with(runtime.config.media.sampling, kwargs)
-        spec = SamplingSpec(
-            policy="uniform" if sampling.policy == "stock" else sampling.policy,
-            fps=sampling.fps,
-            max_frames=sampling.max_frames,
-            min_frames=sampling.min_frames,
-            min_fps=sampling.min_fps,
-            max_fps=sampling.max_fps,
-            multiple_of=runtime.frontend.traits.frame_multiple,
-        )
+        spec = spec_for(sampling, runtime.frontend.traits.frame_multiple)
         try:
             blob = Blob.from_bytes(data)
             ref = MediaRef(Fetched.of(blob), _already_read)
