@@ -47,13 +47,18 @@ class GridTimes:
         """Temporal M-RoPE position of each grid, relative to the start of the video.
 
         Even steps are multiplied in float32 and cut to whole positions, as transformers'
-        ``get_rope_index`` does; other times are rounded to the nearest position.
+        ``get_rope_index`` does; other times are rounded to the nearest position, and each grid
+        is at least one position after the last: grids at one position would be one moment to
+        the model, and Qwen2.5-VL has two positions per second only.
         """
         if self.step is not None:
             index = np.arange(len(self.seconds), dtype=np.float32)
             scaled = index * np.float32(self.step) * np.float32(positions_per_second)
             return scaled.astype(np.int64)
-        return np.rint(np.asarray(self.seconds) * positions_per_second).astype(np.int64)
+        rounded = np.rint(np.asarray(self.seconds) * positions_per_second).astype(np.int64)
+        count = np.arange(len(rounded))
+        ascending: Positions = np.maximum.accumulate(rounded - count) + count
+        return ascending
 
 
 def even_grid(num_grids: int, step: float) -> GridTimes:
