@@ -21,7 +21,7 @@ from vllm_mm_ext.media.types import DecodeRequest, DecodeResult, SamplingSpec
 from vllm_mm_ext.testing.media import ClipTruth
 
 FRAMES = 32
-_SIZE = (1280, 720)
+_SIZE = (640, 360)
 # Scenes with one kind of difficulty, and scenes that change all the time by themselves.
 _CALM = ("static", "talking_head", "fade", "noise")
 
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def run(context: BenchContext) -> BenchResult:
-    """All held-out clips at 1280x720; every repeat times each side once more."""
+    """All held-out clips at 640x360; every repeat times each side once more."""
     directory = context.work_dir / "sampling"
     with context.steps("sampling", len(HELD_OUT_SEEDS)) as begin:
         outcomes = list(measure(HELD_OUT_SEEDS, directory, repeats=context.repeats, begin=begin))
