@@ -25,6 +25,7 @@ def wait_until_gone(pid: int, timeout_s: float = 20.0) -> bool:
     return False
 
 
+@pytest.mark.engine
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

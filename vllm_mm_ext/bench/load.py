@@ -79,7 +79,7 @@ def run(context: BenchContext) -> BenchResult:
         f"plugin budgets: {json.dumps(BUDGET)}; together {total} MiB, so at most {total + 300} "
         "MiB of growth is expected",
         "memory: highest proportional set size during the load, less that of the idle server",
-        "stock keeps no count of its decodes; it decodes for every request",
+        "stock keeps no count of its decodes; its CPU time tells",
     ]
     return BenchResult("load", rows, notes)
 
