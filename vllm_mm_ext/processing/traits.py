@@ -24,8 +24,10 @@ def read_traits(mm_processor: Any) -> ModelTraits:
     if mm_processor is None:
         return ModelTraits()
     try:
-        video_processor = getattr(mm_processor.info.get_hf_processor(), "video_processor", None)
-        size_rule = size_rule_of(video_processor, mm_processor.info.ctx.get_merged_mm_kwargs({}))
+        processor = mm_processor.info.get_hf_processor()
+        video_processor = getattr(processor, "video_processor", None)
+        overrides = mm_processor.info.ctx.get_merged_mm_kwargs({})
+        size_rule = size_rule_of(video_processor, overrides, size_default_of(processor))
         return ModelTraits(
             size_rule=size_rule,
             frame_multiple=int(getattr(video_processor, "temporal_patch_size", 1) or 1),
@@ -37,16 +39,33 @@ def read_traits(mm_processor: Any) -> ModelTraits:
         return ModelTraits(audio_rate=None)
 
 
-def size_rule_of(video_processor: Any, overrides: dict[str, Any]) -> SizeRule:
+def size_default_of(processor: Any) -> dict[str, int] | None:
+    """Size a processor class passes to its video processor when the caller gives none.
+
+    It wins over the checkpoint's own setting (transformers, ``ProcessorMixin._merge_kwargs``); the
+    omni processors have one.
+    """
+    defaults = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
+    size = defaults.get("videos_kwargs", {}).get("size")
+    return dict(size) if size else None
+
+
+def size_rule_of(
+    video_processor: Any, overrides: dict[str, Any], default: dict[str, int] | None = None
+) -> SizeRule:
     """The resizing rule of a transformers video processor.
 
     Args:
         video_processor: The model's video processor, or None.
-        overrides: The server's ``--mm-processor-kwargs``.
+        overrides: The server's ``--mm-processor-kwargs``. With one of them given, vLLM starts from
+            the video processor's own size instead of ``default``.
+        default: See ``size_default_of``.
     """
     if video_processor is None or not getattr(video_processor, "do_resize", False):
         return SizeRule()
     size = dict(getattr(video_processor, "size", None) or {}) | dict(overrides.get("size") or {})
+    if default and not overrides.keys() & {"size", "min_pixels", "max_pixels"}:
+        size = default
     names = {cls.__name__ for cls in type(video_processor).__mro__}
     if names & {"Qwen3VLVideoProcessor", "Qwen2VLVideoProcessor"}:
         patch, merge = video_processor.patch_size, video_processor.merge_size
