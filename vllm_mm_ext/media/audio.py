@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,6 +23,9 @@ MODEL_RATE = 16_000
 N_FFT = 400
 HOP = 160
 WINDOW_S = 30
+# Entries of torchaudio's filter bank, one row per output phase. Its size follows from the reduced
+# ratio of the rates: 44100 to 16000 Hz takes 0.07 million, 44101 to 16000 Hz 706 million.
+_MAX_KERNEL = 4_000_000
 
 Samples = npt.NDArray[np.float32]
 Normalization = Literal["whisper", "mean_variance"]
@@ -29,7 +35,10 @@ _threads_lock = threading.Lock()
 
 
 def resample(waveform: Samples, rate: int, target: int = MODEL_RATE) -> Samples:
-    """Resample by windowed-sinc interpolation, sample for sample as vLLM's own resampler does.
+    """Resample by windowed-sinc interpolation.
+
+    Sample for sample as vLLM's own resampler does, except between rates with hardly a common
+    divisor, where that would take gigabytes: there FFmpeg's resampler is used.
 
     Args:
         waveform: float32 mono ``[samples]``.
@@ -41,6 +50,9 @@ def resample(waveform: Samples, rate: int, target: int = MODEL_RATE) -> Samples:
     """
     if rate == target:
         return waveform
+    divisor = math.gcd(rate, target)
+    if (rate // divisor) * (target // divisor) > _MAX_KERNEL:
+        return _resample_any(waveform, rate, target)
     import torch
 
     # Resampling runs in a process that may fork an engine later: OpenMP and oneDNN thread pools
@@ -49,12 +61,38 @@ def resample(waveform: Samples, rate: int, target: int = MODEL_RATE) -> Samples:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with torch.backends.mkldnn.flags(enabled=False), torch.inference_mode():
+            with _quiet_flags(), torch.inference_mode():
                 samples = torch.as_tensor(np.asarray(waveform), dtype=torch.float32)
                 resampled: Samples = _resampler(rate, target)(samples).numpy()
         finally:
             torch.set_num_threads(threads)
     return resampled
+
+
+@contextmanager
+def _quiet_flags() -> Iterator[None]:
+    """oneDNN off. Putting its flags back makes torch warn about TF32 on GPUs that are not there."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+def _resample_any(waveform: Samples, rate: int, target: int) -> Samples:
+    """Resampling whose memory does not depend on the ratio of the rates."""
+    import av
+
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=target)
+    frame = av.AudioFrame.from_ndarray(np.asarray(waveform, np.float32)[None], "flt", "mono")
+    frame.sample_rate = rate
+    chunks = [chunk.to_ndarray()[0] for step in (frame, None) for chunk in resampler.resample(step)]
+    wanted = math.ceil(len(waveform) * target / rate)
+    samples = np.zeros(wanted, np.float32)
+    joined = np.concatenate(chunks)[:wanted] if chunks else samples[:0]
+    samples[: len(joined)] = joined
+    return samples
 
 
 @lru_cache(maxsize=32)
