@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -34,6 +36,19 @@ def test_resampling_equals_vllms_own(rate, num_samples):
 def test_resampling_gives_back_a_waveform_already_at_the_rate():
     wave = Waveform(tones(100), digest="d", rate=16000)
     assert audio.resample(wave, 16000) is wave
+
+
+@pytest.mark.parametrize("rate", [8001, 44_101, 191_999])
+def test_odd_rates_are_resampled_without_a_filter_bank_of_gigabytes(rate):
+    seconds = 0.5
+    moments = np.arange(int(seconds * rate)) / rate
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    actual = audio.resample(np.sin(2 * np.pi * 440 * moments).astype(np.float32), rate)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+    assert len(actual) == math.ceil(len(moments) * audio.MODEL_RATE / rate)
+    expected = np.sin(2 * np.pi * 440 * np.arange(len(actual)) / audio.MODEL_RATE)
+    middle = slice(200, -200)
+    np.testing.assert_allclose(actual[middle], expected[middle], atol=0.01)
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])

@@ -97,6 +97,14 @@ class TestByteBudgetCache:
         assert "b" not in cache
         assert cache.stats().evicted == 1
 
+    def test_keeps_no_more_entries_than_allowed_however_small(self) -> None:
+        cache: ByteBudgetCache[int, bytes] = ByteBudgetCache(1000, len, max_entries=3)
+        for key in range(10):
+            cache.put(key, b"x")
+            cache.check_integrity()
+        assert len(cache) == 3
+        assert all(key in cache for key in (7, 8, 9))
+
     def test_value_larger_than_the_budget_passes_through_and_evicts_nothing(self) -> None:
         cache: ByteBudgetCache[str, bytes] = ByteBudgetCache(20, len)
         cache.put("a", bytes(10))

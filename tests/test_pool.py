@@ -8,6 +8,8 @@ import gc
 import io
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ from vllm_mm_ext.errors import (
     MediaTooLongError,
     NoSuchStreamError,
 )
+from vllm_mm_ext.media import wire
 from vllm_mm_ext.media.pool import DecodePool
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 from vllm_mm_ext.media.worker import run_job
@@ -98,6 +101,9 @@ async def test_every_policy_runs_in_a_worker(pool, fd, policy):
     result = await pool.run(fd, DecodeRequest(sampling=SamplingSpec(policy, max_frames=8)))
     assert 0 < len(result.frames) <= 8
     assert [read_stamp(frame) for frame in result.frames] == result.selection.indices.tolist()
+    # What grows with the file instead of the request stays in the worker.
+    assert result.info.packets is None
+    assert result.selection.profile is None
 
 
 async def test_decord_falls_back_where_it_would_be_wrong(pool, tmp_path, fd):
@@ -378,3 +384,21 @@ def test_long_sound_is_refused_or_cut_as_asked(tmp_path):
         run_job(path, DecodeRequest(audio="required", limits=DecodeLimits(max_audio_s=1)))
     limits = DecodeLimits(max_audio_s=1, truncate_audio=True)
     assert len(run_job(path, DecodeRequest(audio="required", limits=limits)).audio) == 48000
+
+
+def test_a_sampling_rate_no_one_uses_is_refused(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(1000, np.float32), 1_000_003)
+    with pytest.raises(MediaTooLargeError, match="limit of 768000"):
+        run_job(str(path), DecodeRequest(audio="required"))
+
+
+def test_a_message_that_breaks_off_leaks_no_descriptor():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, open(os.devnull) as file:
+        socket.send_fds(theirs, [struct.pack("<QB", 100, 1)], [file.fileno()])
+        theirs.close()
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(EOFError):
+            wire.receive(ours)
+        assert len(os.listdir("/proc/self/fd")) == before

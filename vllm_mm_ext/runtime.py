@@ -24,6 +24,9 @@ from vllm_mm_ext.media.traits import ModelTraits
 
 T = TypeVar("T")
 
+# Each remembered file holds a descriptor; common limits on those begin at 1024.
+_MAX_ENCODED = 512
+
 
 class Runtime:
     """Front-end, fetchers and background loop of one process.
@@ -45,7 +48,9 @@ class Runtime:
             max_audio_s=envs.VLLM_MAX_AUDIO_DECODE_DURATION_S,
         )
         self._encoded: ByteBudgetCache[str, Blob] = ByteBudgetCache(
-            config.media.cache.encoded_mb * MIB, lambda blob: blob.size
+            config.media.cache.encoded_mb * MIB,
+            lambda blob: blob.size,
+            max_entries=_MAX_ENCODED,
         )
         self._fetchers: dict[tuple[Path | None, tuple[str, ...]], MediaFetcher] = {}
         self._lock = threading.Lock()

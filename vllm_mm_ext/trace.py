@@ -13,8 +13,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-# Header values stay well under the 8 KiB many proxies allow for all headers together.
-MAX_LISTED_FRAMES = 64
+# Many clients and proxies refuse headers past 8 KiB: at most this many frame times and items are
+# listed for one request, which keeps the value under 4 KiB.
+MAX_LISTED_FRAMES = 256
+MAX_LISTED_ITEMS = 16
 
 _current: ContextVar[RequestTrace | None] = ContextVar("mm_ext_trace", default=None)
 
@@ -62,7 +64,9 @@ class RequestTrace:
         return ", ".join(f"mm_{k};dur={v * 1e3:.2f}" for k, v in self.stages.items())
 
     def summary(self) -> str:
-        """Compact JSON for the ``X-MM-Ext`` header."""
+        """Compact JSON for the ``X-MM-Ext`` header: the first items, and times if not too many."""
+        listed = self.videos[:MAX_LISTED_ITEMS]
+        with_times = sum(v.frames for v in listed) <= MAX_LISTED_FRAMES
         videos = [
             {
                 "policy": v.policy,
@@ -70,15 +74,12 @@ class RequestTrace:
                 "size": [v.height, v.width],
                 "cached": v.cached,
                 "audio_s": None if v.audio_s is None else round(v.audio_s, 2),
-                **(
-                    {"times": [round(float(t), 2) for t in v.times]}
-                    if v.frames <= MAX_LISTED_FRAMES
-                    else {}
-                ),
+                **({"times": [round(float(t), 2) for t in v.times]} if with_times else {}),
             }
-            for v in self.videos
+            for v in listed
         ]
-        payload = {"videos": videos, "audios": self.audios, "tokens": self.tokens}
+        audios = self.audios[:MAX_LISTED_ITEMS]
+        payload = {"videos": videos, "audios": audios, "tokens": self.tokens}
         return json.dumps(payload, separators=(",", ":"))
 
 

@@ -11,6 +11,8 @@ from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, Unreadable
 from vllm_mm_ext.media.container import open_container
 from vllm_mm_ext.media.types import AudioStream, DecodeLimits
 
+# The highest rate of sampled sound in use (DXD is half of it). A header may claim any.
+MAX_SAMPLE_RATE = 768_000
 # Full scale of FFmpeg's integer sample formats (planar ones end in "p").
 _FULL_SCALE = {"s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 
@@ -20,7 +22,9 @@ def check_audio(stream: AudioStream, limits: DecodeLimits) -> None:
 
     Raises:
         MediaTooLongError: It is, and ``truncate_audio`` is off.
+        MediaTooLargeError: Its sampling rate is past ``MAX_SAMPLE_RATE``.
     """
+    _checked_rate(stream.sample_rate)
     if limits.max_audio_s and not limits.truncate_audio:
         # Half a second of grace: headers count encoder padding.
         _check_length(stream.duration - 0.5, limits)
@@ -78,7 +82,7 @@ def decode_audio(
                         parameter="input_audio",
                     )
                 # Headers of HE-AAC give half the rate that is really played.
-                rate = frame.sample_rate
+                rate = _checked_rate(frame.sample_rate)
                 chunks.append(_mono(frame))
                 total += len(chunks[-1])
             if limits.max_audio_s and total > limits.max_audio_s * rate:
@@ -94,6 +98,16 @@ def decode_audio(
     if limits.max_audio_s:
         samples = samples[: int(limits.max_audio_s * rate)]
     return samples, rate
+
+
+def _checked_rate(rate: int) -> int:
+    if rate > MAX_SAMPLE_RATE:
+        raise MediaTooLargeError(
+            f"The audio has {rate} samples a second, past the limit of {MAX_SAMPLE_RATE}.",
+            parameter="input_audio",
+            value=rate,
+        )
+    return rate
 
 
 def _mono(frame: AudioFrame) -> npt.NDArray[np.float32]:

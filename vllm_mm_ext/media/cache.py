@@ -57,13 +57,18 @@ class ByteBudgetCache(Generic[K, V]):
     Args:
         max_bytes: The budget; 0 keeps nothing.
         size_of: Bytes of one value. It must not change while the value is cached.
+        max_entries: Values kept at most; None for no limit. For values that hold something
+            scarcer than memory (descriptors, mappings).
     """
 
-    def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
+    def __init__(
+        self, max_bytes: int, size_of: Callable[[V], int], *, max_entries: int | None = None
+    ) -> None:
         if max_bytes < 0:
             raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
         self.max_bytes = max_bytes
         self._size_of = size_of
+        self._max_entries = max_entries
         self._entries: _CountingLRU[K, V] = _CountingLRU(max_bytes, getsizeof=size_of)
         self._lock = threading.Lock()
         self._hits = 0
@@ -89,6 +94,8 @@ class ByteBudgetCache(Generic[K, V]):
                 self._entries.pop(key, None)
                 return False
             self._entries[key] = value
+            while self._max_entries is not None and len(self._entries) > self._max_entries:
+                self._entries.popitem()
             return True
 
     def discard(self, key: K) -> None:

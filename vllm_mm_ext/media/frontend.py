@@ -32,6 +32,9 @@ from vllm_mm_ext.media.types import (
     SizeRule,
 )
 
+# Each remembered item holds up to two memory mappings, of which Linux allows a process 65530.
+_MAX_DECODED = 4096
+
 # Chooses frame indices from a probe; its name tells two choosers apart in cache keys.
 IndexChooser = Callable[[MediaInfo], Sequence[int]]
 
@@ -120,7 +123,7 @@ class MediaFrontend:
             max_in_flight_bytes=decode.in_flight_mb * MIB,
         )
         self.cache: ByteBudgetCache[str, VideoResult | AudioResult] = ByteBudgetCache(
-            config.cache.decoded_mb * MIB, lambda value: value.nbytes
+            config.cache.decoded_mb * MIB, lambda value: value.nbytes, max_entries=_MAX_DECODED
         )
         self._video_flights: SingleFlight[str, VideoResult] = SingleFlight()
         self._audio_flights: SingleFlight[str, AudioResult] = SingleFlight()
@@ -151,7 +154,9 @@ class MediaFrontend:
         Raises:
             MediaError: The media cannot be served; the message names cause and limit.
         """
-        key = _digest("video", ref.digest, plan.key(), str(self.traits.audio_rate))
+        # A track's limits decide what is cut off it.
+        sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}|{self.limits.truncate_audio}"
+        key = _digest("video", ref.digest, plan.key(), sound if plan.audio else "")
         found = self.cache.get(key)
         if isinstance(found, VideoResult):
             return replace(found, stages={}, cached=True)

@@ -83,7 +83,8 @@ class DecodePool:
             request: What to do.
 
         Returns:
-            The result; its arrays live in shared memory until the last view of them is gone.
+            The result, without packet table and activity profile (they grow with the file); its
+            arrays live in shared memory until the last view of them is gone.
 
         Raises:
             DecodeTimeoutError: It took longer than ``limits.timeout_s`` (time in the queue does
@@ -265,7 +266,8 @@ class _Worker:
         self.sock, theirs = socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_mm_ext.media.worker", str(theirs.fileno())],
+                # -P: no modules from the directory the server happens to run in.
+                [sys.executable, "-P", "-m", "vllm_mm_ext.media.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_environment(),

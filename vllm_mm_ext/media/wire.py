@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import struct
@@ -57,18 +58,23 @@ def receive(sock: socket.socket, deadline: float | None = None) -> tuple[Any, li
     """
     _arm(sock, deadline)
     header, fds, _, _ = socket.recv_fds(sock, _HEADER.size, _MAX_FDS)
-    while len(header) < _HEADER.size:
-        header += _some(sock, _HEADER.size - len(header), deadline)
-    length, _ = _HEADER.unpack(header)
-    payload = bytearray(length)
-    view, got = memoryview(payload), 0
-    while got < length:
-        _arm(sock, deadline)
-        count = sock.recv_into(view[got:])
-        if not count:
-            raise EOFError
-        got += count
-    return pickle.loads(payload), fds
+    try:
+        while len(header) < _HEADER.size:
+            header += _some(sock, _HEADER.size - len(header), deadline)
+        length, _ = _HEADER.unpack(header)
+        payload = bytearray(length)
+        view, got = memoryview(payload), 0
+        while got < length:
+            _arm(sock, deadline)
+            count = sock.recv_into(view[got:])
+            if not count:
+                raise EOFError
+            got += count
+        return pickle.loads(payload), fds
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 def _some(sock: socket.socket, count: int, deadline: float | None) -> bytes:

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import traceback
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,10 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
             if array is not None:
                 fds.append(memory.fd_of(array))
         result.frames = result.audio = None
+        # Per-packet tables grow with the file, not with what was asked for.
+        result.info = replace(result.info, packets=None)
+        if result.selection is not None:
+            result.selection = replace(result.selection, profile=None)
         wire.send(sock, Done(result, *shipped), fds)
     except MediaError as error:
         wire.send(sock, error)
