@@ -73,12 +73,6 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",
             ),
-            Benchmark(
-                "media-robustness",
-                "Broken and hostile media files through the server: every one a clean 4xx.",
-                "robustness:run",
-                repeats=1,
-            ),
         )
     }
 )
