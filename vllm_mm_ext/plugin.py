@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.models import OVERRIDES
 from vllm_mm_ext.vllm_compat import Feature, FeatureStatus, VllmName
+from vllm_mm_ext.vllm_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
 
 if TYPE_CHECKING:
     from vllm_mm_ext.serving.endpoints import MMExtEndpointPlugin
@@ -74,7 +75,7 @@ def _family_feature(family: str) -> Feature:
     return Feature(
         family,
         _WITHOUT_FAMILY[family],
-        (register_model, *vllm_compat.FAMILY_NAMES[family]),
+        (register_model, *FAMILY_NAMES[family]),
         lambda: vllm_compat.override_models(OVERRIDES[family]),
     )
 
@@ -112,6 +113,8 @@ FEATURES: tuple[Feature, ...] = (
             VllmName(
                 "vllm.multimodal.video:get_video_loader_backend_for_processor", ("video_processor",)
             ),
+            VllmName("vllm.multimodal.media.audio:AudioMediaIO.get_max_bytes"),
+            *STOCK_CHOICE_NAMES,
         ),
         _install_connector,
     ),

@@ -1,4 +1,4 @@
-"""The only module that touches private vLLM names.
+"""How the plugin holds on to vLLM: checks of the names it relies on, and the wrappers around vLLM.
 
 Each feature lists the vLLM names it relies on and the parameters they must take. When the plugin
 loads, every name is looked up and its signature checked; a feature whose names have changed is
@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ class VllmName:
     Attributes:
         path: ``module:attribute.path``.
         params: Parameters it must accept; empty to only require that it exists.
-        by_source: Read the signature from the source (``module:Class.method``) instead of
-            importing the module: model modules are heavy and only one is ever served.
+        by_source: Read the signature from the source instead of importing the module: model
+            modules are heavy and only one is ever served.
     """
 
     path: str
@@ -71,24 +71,21 @@ class VllmName:
 
     def _check_source(self) -> None:
         module_name, _, attributes = self.path.partition(":")
-        class_name, _, method = attributes.partition(".")
         spec = importlib.util.find_spec(module_name)
         if spec is None or spec.origin is None:
             raise IncompatibleError(f"{self.path} is not there: no module {module_name}")
-        tree = ast.parse(Path(spec.origin).read_text())
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == class_name:
-                for member in node.body:
-                    if isinstance(member, ast.FunctionDef) and member.name == method:
-                        arguments = member.args
-                        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-                        missing = set(self.params) - {argument.arg for argument in named}
-                        if missing and arguments.kwarg is None:
-                            raise IncompatibleError(
-                                f"{self.path} no longer takes {', '.join(sorted(missing))}"
-                            )
-                        return
-        raise IncompatibleError(f"{self.path} is not there")
+        found: Any = _parsed(spec.origin)
+        for part in attributes.split("."):
+            named = [node for node in found.body if part in _names_bound(node)]
+            if not named:
+                raise IncompatibleError(f"{self.path} is not there")
+            found = named[-1]
+        if isinstance(found, ast.FunctionDef):
+            takes = found.args
+            known = {a.arg for a in (*takes.posonlyargs, *takes.args, *takes.kwonlyargs)}
+            missing = sorted(set(self.params) - known)
+            if missing and takes.kwarg is None:
+                raise IncompatibleError(f"{self.path} no longer takes {', '.join(missing)}")
 
     def resolve(self) -> Any:
         """Import and return the object, or raise ``IncompatibleError``."""
@@ -102,76 +99,18 @@ class VllmName:
         return target
 
 
-_MODELS = "vllm.model_executor.models"
-_PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
-
-# Methods that ``processing`` and ``models`` override in vLLM's classes, with their parameters.
-_OVERRIDDEN = {
-    "_postprocess_hf_mm_data": ("processed_data",),
-    "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
-    "_get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
-    "_maybe_apply_prompt_updates": ("mm_items", "mm_res"),
-    "get_mrope_input_positions": ("input_tokens", "mm_features"),
-    "embed_input_ids": ("input_ids", "multimodal_embeddings", "is_multimodal"),
-}
-
-# What the omni processors call in vLLM's base processor.
-_SOUND_TRACK_NAMES = (
-    VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
-    VllmName(f"{_PROCESSOR}._call_hf_processor", ("hf_data", "hf_kwargs")),
-    VllmName(f"{_PROCESSOR}._apply_prompt_updates", ("token_ids", "mm_prompt_updates")),
-    VllmName(f"{_PROCESSOR}._validate_mm_kwargs", ("mm_kwargs", "mm_item_counts")),
-    VllmName(f"{_PROCESSOR}._validate_mm_updates", ("mm_updates", "mm_item_counts")),
-    VllmName(f"{_PROCESSOR}._validate_mm_placeholders", ("mm_placeholders", "mm_item_counts")),
-)
+# One family's names are checked one after the other; a tree is large, so only that one is kept.
+@lru_cache(maxsize=1)
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(Path(source).read_text())
 
 
-def _methods(module: str, class_name: str, *methods: str) -> tuple[VllmName, ...]:
-    return tuple(
-        VllmName(f"{_MODELS}.{module}:{class_name}.{method}", _OVERRIDDEN[method], by_source=True)
-        for method in methods
-    )
-
-
-FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
-    "Qwen2.5-Omni": (
-        *_SOUND_TRACK_NAMES,
-        *_methods(
-            "qwen2_5_omni_thinker",
-            "Qwen2_5OmniThinkerMultiModalProcessor",
-            "_postprocess_hf_mm_data",
-            "_get_mm_fields_config",
-            "_get_prompt_updates",
-            "_maybe_apply_prompt_updates",
-        ),
-        *_methods(
-            "qwen2_5_omni_thinker",
-            "Qwen2_5OmniThinkerForConditionalGeneration",
-            "get_mrope_input_positions",
-            "embed_input_ids",
-        ),
-    ),
-    "Qwen3-Omni": (
-        *_SOUND_TRACK_NAMES,
-        *_methods(
-            "qwen3_omni_moe_thinker",
-            "Qwen3OmniMoeThinkerMultiModalProcessor",
-            "_postprocess_hf_mm_data",
-            "_get_prompt_updates",
-            "_maybe_apply_prompt_updates",
-        ),
-        *_methods(
-            "qwen3_omni_moe_thinker",
-            "Qwen3OmniMoeThinkerForConditionalGeneration",
-            "get_mrope_input_positions",
-            "embed_input_ids",
-        ),
-    ),
-    "Qwen2.5-VL": (
-        *_methods("qwen2_5_vl", "Qwen2_5_VLMultiModalProcessor", "_get_mm_fields_config"),
-        *_methods("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "get_mrope_input_positions"),
-    ),
-}
+def _names_bound(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
+        return [statement.name]
+    if isinstance(statement, ast.Assign):
+        return [target.id for target in statement.targets if isinstance(target, ast.Name)]
+    return []
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""The names inside vLLM that the model families and the frame choice of ``stock`` rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm_mm_ext.vllm_compat import VllmName
+
+_MODELS = "vllm.model_executor.models"
+_PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
+
+# Methods that ``processing`` and ``models`` override in vLLM's classes, with their parameters.
+_OVERRIDDEN = {
+    "_postprocess_hf_mm_data": ("processed_data",),
+    "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
+    "_get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+    "_maybe_apply_prompt_updates": ("mm_items", "mm_res"),
+    "get_mrope_input_positions": ("input_tokens", "mm_features"),
+    "embed_input_ids": ("input_ids", "multimodal_embeddings", "is_multimodal"),
+}
+
+# What the omni processors and models call in vLLM.
+_SOUND_TRACK_NAMES = (
+    VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
+    VllmName(f"{_PROCESSOR}._call_hf_processor", ("hf_data", "hf_kwargs")),
+    VllmName(f"{_PROCESSOR}._apply_prompt_updates", ("token_ids", "mm_prompt_updates")),
+    VllmName(f"{_PROCESSOR}._validate_mm_kwargs", ("mm_kwargs", "mm_item_counts")),
+    VllmName(f"{_PROCESSOR}._validate_mm_updates", ("mm_updates", "mm_item_counts")),
+    VllmName(f"{_PROCESSOR}._validate_mm_placeholders", ("mm_placeholders", "mm_item_counts")),
+    VllmName("vllm.multimodal.processing.processor:PlaceholderFeaturesInfo", ("is_embed",)),
+    VllmName("vllm.multimodal.utils:get_mm_embedding_modalities"),
+    VllmName("vllm.multimodal.utils:set_mm_embedding_modality"),
+    VllmName("vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
+)
+
+
+def _methods(module: str, class_name: str, *methods: str) -> tuple[VllmName, ...]:
+    return tuple(
+        VllmName(f"{_MODELS}.{module}:{class_name}.{method}", _OVERRIDDEN[method], by_source=True)
+        for method in methods
+    )
+
+
+def _definitions(module: str, *names: str) -> tuple[VllmName, ...]:
+    return tuple(VllmName(f"{_MODELS}.{module}:{name}", by_source=True) for name in names)
+
+
+FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
+    "Qwen2.5-Omni": (
+        *_SOUND_TRACK_NAMES,
+        *_definitions(
+            "qwen2_5_omni_thinker",
+            "Qwen2_5OmniThinkerDummyInputsBuilder",
+            "Qwen2_5OmniThinkerProcessingInfo",
+        ),
+        *_methods(
+            "qwen2_5_omni_thinker",
+            "Qwen2_5OmniThinkerMultiModalProcessor",
+            "_postprocess_hf_mm_data",
+            "_get_mm_fields_config",
+            "_get_prompt_updates",
+            "_maybe_apply_prompt_updates",
+        ),
+        *_methods(
+            "qwen2_5_omni_thinker",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            "get_mrope_input_positions",
+            "embed_input_ids",
+        ),
+    ),
+    "Qwen3-Omni": (
+        *_SOUND_TRACK_NAMES,
+        *_definitions(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerDummyInputsBuilder",
+            "Qwen3OmniMoeThinkerProcessingInfo",
+            "_get_feat_extract_output_lengths",
+        ),
+        *_methods(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerMultiModalProcessor",
+            "_postprocess_hf_mm_data",
+            "_get_prompt_updates",
+            "_maybe_apply_prompt_updates",
+        ),
+        *_methods(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            "get_mrope_input_positions",
+            "embed_input_ids",
+        ),
+    ),
+    "Qwen2.5-VL": (
+        *_definitions("qwen2_5_vl", "Qwen2_5_VLDummyInputsBuilder", "Qwen2_5_VLProcessingInfo"),
+        *_methods("qwen2_5_vl", "Qwen2_5_VLMultiModalProcessor", "_get_mm_fields_config"),
+        *_methods("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "get_mrope_input_positions"),
+    ),
+}
+
+_LOADER = "vllm.multimodal.video:VideoLoader"
+
+# Sampling policy ``stock``: the frames a loader of vLLM's would read.
+STOCK_CHOICE_NAMES = (
+    VllmName("vllm.multimodal.video:VIDEO_LOADER_REGISTRY.load", ("cls_name",)),
+    VllmName(f"{_LOADER}.compute_frames_index_to_sample", ("source", "target")),
+    VllmName(f"{_LOADER}._prepare_source", ("source",)),
+    VllmName(f"{_LOADER}.create_hf_metadata", ("source", "valid_frame_indices", "video_backend")),
+    VllmName("vllm.multimodal.video_decoders:VideoSourceMetadata"),
+    VllmName("vllm.multimodal.video_decoders:VideoTargetMetadata"),
+)
