@@ -12,7 +12,6 @@ import pytest
 from transformers import WhisperFeatureExtractor
 from vllm.multimodal.audio import AudioResampler
 
-from vllm_mm_ext.errors import MediaTooLongError
 from vllm_mm_ext.media import audio
 from vllm_mm_ext.media.payload import SampledFrames, Waveform, known_digest
 
@@ -117,14 +116,6 @@ def test_log_mel_refuses_what_does_not_fit():
         audio.log_mel(np.zeros(0, np.float32))
     with pytest.raises(ValueError, match="pad_to=100"):
         audio.log_mel(tones(101), pad_to=100)
-
-
-def test_too_long_audio_is_refused_naming_the_limit_or_cut_there():
-    wave = tones(32_001)
-    with pytest.raises(MediaTooLongError, match=r"2\.0 s is longer than the limit of 2 s"):
-        audio.limit_duration(wave, 16000, 2)
-    assert np.array_equal(audio.limit_duration(wave, 16000, 2, overflow="truncate"), wave[:32_000])
-    assert audio.limit_duration(wave, 16000, 3) is wave
 
 
 def frames_with_sound() -> SampledFrames:

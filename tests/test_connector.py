@@ -66,6 +66,18 @@ def test_policy_stock_at_native_size_delivers_stocks_pixels_and_metadata(
     assert metadata == described
 
 
+def test_policy_stock_takes_more_frames_than_the_plugins_own_policies_may(
+    clips: dict[str, Path],
+) -> None:
+    attach({"sampling": {"policy": "stock", "max_frames": 4}, "resize": "native"})
+    stock, ours = connectors(clips["h264"].parent)
+    options = {"video_processor": "Qwen2VLVideoProcessor"}
+    expected, _ = stock.fetch_video(clips["h264"].as_uri(), **options).media
+    frames, _ = ours.fetch_video(clips["h264"].as_uri(), **options).media
+    assert len(expected) > 4
+    assert np.array_equal(frames, expected)
+
+
 async def test_asynchronous_and_synchronous_fetches_are_the_same_media(
     clips: dict[str, Path],
 ) -> None:

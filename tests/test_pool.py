@@ -402,3 +402,11 @@ def test_a_message_that_breaks_off_leaks_no_descriptor():
         with pytest.raises(EOFError):
             wire.receive(ours)
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_samples_that_are_no_numbers_are_silence(tmp_path):
+    path = tmp_path / "a.wav"
+    samples = np.array([0.5, np.nan, np.inf, -np.inf, 3e38, -1.5] * 500, np.float32)
+    soundfile.write(path, samples, 16000, subtype="FLOAT")
+    audio = run_job(str(path), DecodeRequest(audio="required")).audio
+    np.testing.assert_array_equal(audio[:6], np.float32([0.5, 0, 0, 0, 1e6, -1.5]))

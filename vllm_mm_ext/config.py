@@ -32,7 +32,7 @@ class SamplingConfig(_Section):
         "uniform",
         description="`uniform`: evenly spaced in time. `keyframe`: the container's keyframes. "
         "`adaptive`: by content, more frames where something happens. `stock`: the frames vLLM's "
-        "own loader would choose for the model.",
+        "own loader would choose for the model, whatever the settings below.",
     )
     fps: float = Field(
         1.0, gt=0, le=60, description="Frames per second asked for before the frame limits apply."

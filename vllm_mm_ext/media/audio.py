@@ -1,4 +1,4 @@
-"""Waveforms for the model: resampling, duration limits, log-mel spectrograms.
+"""Waveforms for the model: resampling, log-mel spectrograms.
 
 Torch is imported inside the functions, so that importing this module costs nothing. Decode workers
 do not use it.
@@ -16,8 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-
-from vllm_mm_ext.errors import MediaTooLongError
 
 MODEL_RATE = 16_000
 N_FFT = 400
@@ -101,35 +99,6 @@ def _resampler(rate: int, target: int) -> Any:
     import torchaudio
 
     return torchaudio.transforms.Resample(rate, target)
-
-
-def limit_duration(
-    waveform: Samples,
-    rate: int,
-    max_s: float,
-    *,
-    overflow: Literal["error", "truncate"] = "error",
-) -> Samples:
-    """Keep a waveform within a duration.
-
-    Args:
-        waveform: float32 mono ``[samples]``.
-        rate: Its sampling rate in Hz.
-        max_s: Longest allowed duration in seconds.
-        overflow: ``error`` refuses a longer waveform, ``truncate`` cuts it at the limit.
-
-    Raises:
-        MediaTooLongError: The waveform is longer and ``overflow`` is ``error``.
-    """
-    limit = int(max_s * rate)
-    if len(waveform) <= limit:
-        return waveform
-    if overflow == "truncate":
-        return waveform[:limit]
-    raise MediaTooLongError(
-        f"audio of {len(waveform) / rate:.1f} s is longer than the limit of {max_s:g} s",
-        parameter="input_audio",
-    )
 
 
 def num_mel_frames(num_samples: int) -> int:

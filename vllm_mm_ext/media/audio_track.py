@@ -13,6 +13,8 @@ from vllm_mm_ext.media.types import AudioStream, DecodeLimits
 
 # The highest rate of sampled sound in use (DXD is half of it). A header may claim any.
 MAX_SAMPLE_RATE = 768_000
+# Beyond any headroom: 120 dB above full scale.
+_MAX_AMPLITUDE = 1e6
 # Full scale of FFmpeg's integer sample formats (planar ones end in "p").
 _FULL_SCALE = {"s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 
@@ -122,7 +124,10 @@ def _mono(frame: AudioFrame) -> npt.NDArray[np.float32]:
     elif name in _FULL_SCALE:
         scaled = (data / _FULL_SCALE[name]).astype(np.float32)
     else:
-        scaled = data.astype(np.float32)
+        # Floats in a file may be anything. What is not finite, or so large that its power would not
+        # be, makes the model's features NaN, and attention kernels can carry NaN to others.
+        scaled = np.nan_to_num(data.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+        scaled = np.clip(scaled, -_MAX_AMPLITUDE, _MAX_AMPLITUDE, out=scaled)
     return np.asarray(scaled.mean(axis=0) if len(scaled) > 1 else scaled[0], np.float32)
 
 

@@ -273,8 +273,8 @@ def spec_for(sampling: SamplingConfig, frame_multiple: int) -> SamplingSpec:
     """The sampling a decode worker is asked for.
 
     Args:
-        sampling: Settings in force. For ``stock`` the indices follow from the probe; until then
-            only the limits count.
+        sampling: Settings in force. For ``stock`` they do not count: its indices follow from the
+            probe.
         frame_multiple: Frame counts are rounded down to this.
     """
     return SamplingSpec(

@@ -44,7 +44,7 @@ class VideoPlan:
     """Everything but the source that decides which pixels and samples come out.
 
     Attributes:
-        sampling: Frames wanted; for a chooser, only its limits count.
+        sampling: Frames wanted; not used with a chooser.
         size: Output size rule.
         audio: Deliver the sound track along with the frames, if there is one.
         chooser_name: Identity of ``chooser``, part of the content key.
@@ -212,7 +212,13 @@ class MediaFrontend:
             )
             stages.update(probe.timings)
             indices = tuple(int(i) for i in plan.chooser(probe.info))
-            explicit = replace(plan.sampling, policy="explicit", indices=indices)
+            # The chooser has limits of its own; the job's remain.
+            explicit = replace(
+                plan.sampling,
+                policy="explicit",
+                indices=indices,
+                max_frames=self.limits.max_frames,
+            )
             request = replace(request, sampling=explicit)
         done = await self.pool.run(blob.fd, request)
         stages.update(done.timings)
