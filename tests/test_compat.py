@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -121,3 +122,19 @@ def test_versions_inside_the_range_pass(version: str, monkeypatch: pytest.Monkey
 def test_a_missing_module_is_an_incompatibility_not_a_crash() -> None:
     with pytest.raises(IncompatibleError, match="gone"):
         VllmName("vllm.gone:Thing").check()
+
+
+def test_registering_leaves_the_environment_of_child_processes_alone() -> None:
+    from vllm import envs
+
+    register()
+    assert vllm_compat.CONNECTOR_ENV not in os.environ
+    assert vllm_compat.CONNECTOR_NAME == envs.VLLM_MEDIA_CONNECTOR
+
+
+def test_the_operator_can_choose_stocks_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    register()
+    monkeypatch.setenv(vllm_compat.CONNECTOR_ENV, "http")
+    assert envs.VLLM_MEDIA_CONNECTOR == "http"

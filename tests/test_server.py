@@ -79,4 +79,6 @@ def test_memory_counts_descendants_and_peaks() -> None:
     assert roles[os.getpid()] == "api"
     assert roles[child.pid] == "other"
     assert watch.peak["other"] >= 64 << 20
-    assert watch.front_end >= watch.before + (60 << 20)
+    # Everything but the engine counts, and what was there before is known.
+    assert watch.front_end >= watch.peak["other"]
+    assert watch.front_end >= watch.before > 0

@@ -101,6 +101,7 @@ FEATURES: tuple[Feature, ...] = (
         "media is fetched and decoded by stock vLLM on every turn",
         (
             VllmName("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY.register", ("name",)),
+            VllmName("vllm.envs:environment_variables"),
             VllmName(
                 f"{_CONNECTOR}.__init__",
                 ("media_io_kwargs", "allowed_local_media_path", "allowed_media_domains"),

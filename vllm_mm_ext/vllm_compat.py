@@ -273,11 +273,16 @@ def hash_by_digest(is_digested: Callable[[object], str | None]) -> None:
 
 
 def register_connector(cls: type) -> None:
-    """Register the media connector and make it the default unless another was chosen."""
+    """Register the media connector and make it this process's default.
+
+    ``VLLM_MEDIA_CONNECTOR`` still chooses. Only vLLM's default changes, not the environment: a
+    process started from here may run vLLM without the plugin.
+    """
+    from vllm import envs
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
     MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR_NAME)(cls)
-    os.environ.setdefault(CONNECTOR_ENV, CONNECTOR_NAME)
+    envs.environment_variables[CONNECTOR_ENV] = lambda: os.getenv(CONNECTOR_ENV, CONNECTOR_NAME)
 
 
 def register_video_loader(cls: type) -> None:
