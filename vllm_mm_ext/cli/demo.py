@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -80,10 +81,13 @@ def ask(client: Any, model: str, messages: list[dict[str, Any]], question: str) 
 
 def report(turns: list[Turn]) -> Table:
     """The table a reader of the demo wants: one row per turn."""
-    table = Table(title="What each turn took")
+    # Plain and narrow: it has to fit 80 columns.
+    table = Table(
+        title="What each turn took", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     for column in ("turn", "frames", "from", "visual", "audio", "text", "cached"):
         table.add_column(column, justify="right")
-    for column in ("front-end", "preproc.", "TTFT ms"):
+    for column in ("media", "prep", "TTFT ms"):
         table.add_column(column, justify="right")
     for number, turn in enumerate(turns, 1):
         tokens = turn.applied.get("tokens", {})
@@ -94,7 +98,7 @@ def report(turns: list[Turn]) -> Table:
         table.add_row(
             str(number),
             frames or "-",
-            "cache" if remembered else "decoded",
+            "cache" if remembered else "new",
             str(tokens.get("video", 0) + tokens.get("image", 0)),
             str(tokens.get("audio", 0)),
             str(tokens.get("text", turn.prompt_tokens)),
