@@ -83,11 +83,14 @@ def report(turns: list[Turn]) -> Table:
     """The table a reader of the demo wants: one row per turn."""
     # Plain and narrow: it has to fit 80 columns.
     table = Table(
-        title="What each turn took", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+        title="What each turn took (times in ms)",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
     )
     for column in ("turn", "frames", "from", "visual", "audio", "text", "cached"):
         table.add_column(column, justify="right")
-    for column in ("media", "prep", "TTFT ms"):
+    for column in ("media", "prep", "TTFT"):
         table.add_column(column, justify="right")
     for number, turn in enumerate(turns, 1):
         tokens = turn.applied.get("tokens", {})
