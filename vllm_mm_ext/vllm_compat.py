@@ -309,38 +309,49 @@ def audio_resampler_rate(mm_processor: Any) -> int | None:
     return int(rate) if rate else None
 
 
-def stock_loader_class(video_backend: str) -> Any:
-    """The video loader class vLLM registered under a name."""
-    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
-
-    return VIDEO_LOADER_REGISTRY.load(video_backend).__class__
-
-
-def stock_frame_choice(
-    loader_cls: Any, *, num_frames: int, fps: float, duration: float, kwargs: Mapping[str, Any]
-) -> tuple[list[int], Callable[[Sequence[int]], dict[str, Any]]]:
-    """Frames vLLM's own loader would read, and its metadata for the frames really read.
+class StockLoader:
+    """A video loader of vLLM's own, asked for its choice of frames without decoding any.
 
     Args:
-        loader_cls: A stock loader class.
-        num_frames, fps, duration: The source: frames, frames per second, seconds.
+        name: Name it is registered under.
         kwargs: ``media_io_kwargs.video`` of the server, as vLLM would pass them.
     """
-    from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
 
-    parameters = inspect.signature(loader_cls.load_bytes).parameters
-    defaults = {name: parameters[name].default for name in ("num_frames", "fps", "max_duration")}
-    # 32 is the default of VideoMediaIO, which always passes num_frames on.
-    wanted = {**defaults, "num_frames": 32, **kwargs}
-    target = VideoTargetMetadata(wanted["num_frames"], wanted["fps"], wanted["max_duration"])
-    source = loader_cls._prepare_source(VideoSourceMetadata(num_frames, fps, duration))
-    extra = {k: v for k, v in kwargs.items() if k not in defaults}
-    indices = loader_cls.compute_frames_index_to_sample(source=source, target=target, **extra)
+    def __init__(self, name: str, kwargs: Mapping[str, Any]) -> None:
+        from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    def metadata(valid: Sequence[int]) -> dict[str, Any]:
-        made: dict[str, Any] = loader_cls.create_hf_metadata(
-            source=source, valid_frame_indices=list(valid), video_backend="opencv"
+        self.name = name
+        self.kwargs = dict(kwargs)
+        self._loader: Any = type(VIDEO_LOADER_REGISTRY.load(name))
+
+    def indices(self, num_frames: int, fps: float) -> list[int]:
+        """Frames it would read of a source of so many frames and frames per second."""
+        from vllm.multimodal.video_decoders import VideoTargetMetadata
+
+        parameters = inspect.signature(self._loader.load_bytes).parameters
+        names = ("num_frames", "fps", "max_duration")
+        # 32 is the default of VideoMediaIO, which always passes num_frames on.
+        wanted = {name: parameters[name].default for name in names} | {"num_frames": 32}
+        wanted |= self.kwargs
+        chosen = self._loader.compute_frames_index_to_sample(
+            source=self._source(num_frames, fps),
+            target=VideoTargetMetadata(*(wanted[name] for name in names)),
+            **{key: value for key, value in self.kwargs.items() if key not in names},
+        )
+        return sorted(set(chosen))
+
+    def metadata(self, num_frames: int, fps: float, valid: Sequence[int]) -> dict[str, Any]:
+        """What it tells a model about the frames really read."""
+        made: dict[str, Any] = self._loader.create_hf_metadata(
+            source=self._source(num_frames, fps),
+            valid_frame_indices=list(valid),
+            video_backend="opencv",
         )
         return made
 
-    return sorted(set(indices)), metadata
+    def _source(self, num_frames: int, fps: float) -> Any:
+        from vllm.multimodal.video_decoders import VideoSourceMetadata
+
+        # Stock vLLM derives the duration from frame count and rate.
+        duration = num_frames / fps if fps > 0 else 0.0
+        return self._loader._prepare_source(VideoSourceMetadata(num_frames, fps, duration))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MediaConnector
@@ -19,19 +19,18 @@ from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.config import SamplingConfig
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.fetch import MediaChangedError, MediaRef
-from vllm_mm_ext.media.frontend import AudioResult, IndexChooser, VideoPlan, VideoResult
+from vllm_mm_ext.media.frontend import AudioResult, VideoPlan, VideoResult
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
 from vllm_mm_ext.runtime import Runtime, current_runtime
 from vllm_mm_ext.trace import VideoTrace, current_trace
 
-T = TypeVar("T")
 R = TypeVar("R", VideoResult, AudioResult)
-Video = MediaWithBytes[tuple[np.ndarray[Any, Any], dict[str, Any]]]
 
 # `--media-io-kwargs '{"video": {...}}'` keys the front-end understands itself; with any other
 # key the operator means a stock loader, and gets it.
 VIDEO_KEYS = frozenset({"fps", "num_frames", "max_frames", "min_frames"})
 MAX_REQUEST_FPS = 60.0
+MAX_REQUEST_FRAMES = 4096
 # Models turn frame indices into seconds as index / fps. For a variable frame rate no single fps
 # is right, so indices are given in milliseconds.
 VFR_TICKS_PER_S = 1000.0
@@ -39,10 +38,10 @@ VFR_TICKS_PER_S = 1000.0
 
 @dataclass(frozen=True)
 class _Job:
-    """One video as asked: its plan, or None where a stock loader was selected."""
+    """One video as asked: what to deliver, and the loader whose choice of frames it follows."""
 
-    plan: VideoPlan | None
-    loader: str
+    plan: VideoPlan
+    stock: vllm_compat.StockLoader | None = None
 
 
 class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
@@ -56,12 +55,11 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         """Fetch, sample and decode a video; see ``fetch_video_async``."""
         runtime = current_runtime()
         job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
-        if job.plan is None:
+        if job is None:
             return super().fetch_video(video_url, **kwargs)
-        return _with_client_errors(
-            lambda: runtime.run_blocking(self._video(runtime, video_url, job.plan)),
-            lambda done: self._deliver_video(done, job),
-        )
+        with client_errors():
+            result = runtime.run_blocking(self._video(runtime, video_url, job.plan))
+        return self._deliver_video(result, job)
 
     async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
         """Fetch, sample and decode a video.
@@ -79,21 +77,20 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         """
         runtime = current_runtime()
         job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
-        if job.plan is None:
+        if job is None:
             return await super().fetch_video_async(video_url, **kwargs)
-        return self._deliver_video(
-            await _client_errors(runtime.run(self._video(runtime, video_url, job.plan))),
-            job,
-        )
+        with client_errors():
+            result = await runtime.run(self._video(runtime, video_url, job.plan))
+        return self._deliver_video(result, job)
 
     def fetch_audio(self, audio_url: str) -> Any:
         """Fetch and decode audio; see ``fetch_audio_async``."""
         runtime = current_runtime()
         if not self._handles_audio(runtime):
             return super().fetch_audio(audio_url)
-        return _with_client_errors(
-            lambda: runtime.run_blocking(self._audio(runtime, audio_url)), self._deliver_audio
-        )
+        with client_errors():
+            result = runtime.run_blocking(self._audio(runtime, audio_url))
+        return self._deliver_audio(result)
 
     async def fetch_audio_async(self, audio_url: str) -> Any:
         """Fetch and decode audio to mono at the model's rate.
@@ -107,9 +104,9 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         runtime = current_runtime()
         if not self._handles_audio(runtime):
             return await super().fetch_audio_async(audio_url)
-        return self._deliver_audio(
-            await _client_errors(runtime.run(self._audio(runtime, audio_url)))
-        )
+        with client_errors():
+            result = await runtime.run(self._audio(runtime, audio_url))
+        return self._deliver_audio(result)
 
     # --- what was asked ---------------------------------------------------------------------------
 
@@ -117,12 +114,10 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         # An audio backend the operator chose (`media_io_kwargs.audio`) stays in charge.
         return runtime.config.media.enabled and not self.media_io_kwargs.get("audio")
 
-    def _video_job(self, runtime: Runtime, url: str, video_processor: str | None) -> _Job:
+    def _video_job(self, runtime: Runtime, url: str, video_processor: str | None) -> _Job | None:
+        """What to deliver; None where a stock loader is in charge."""
         kwargs = dict(self.media_io_kwargs.get("video", {}))
         chosen = kwargs.pop("video_backend", None)
-        model_loader = get_video_loader_backend_for_processor(video_processor)
-        env_loader = envs.VLLM_VIDEO_LOADER_BACKEND
-        loader = chosen or model_loader or env_loader
         ours = (
             runtime.config.media.enabled
             and chosen in (None, vllm_compat.LOADER_NAME)
@@ -130,20 +125,21 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             and url[:15].lower() != "data:video/jpeg"
         )
         if not ours:
-            return _Job(None, loader)
-        sampling = sampling_with(runtime.config.media.sampling, kwargs)
+            return None
         frontend = runtime.frontend
+        sampling = sampling_with(runtime.config.media.sampling, kwargs)
         spec = spec_for(sampling, frontend.traits.frame_multiple)
         plan = VideoPlan(spec, frontend.size_rule, audio=frontend.wants_audio_in_video)
-        if sampling.policy == "stock":
-            stock = env_loader if loader == vllm_compat.LOADER_NAME else loader
-            plan = replace(
-                plan,
-                chooser=_stock_chooser(stock, kwargs),
-                chooser_name=f"{stock}{sorted(kwargs.items())}",
-            )
-            return _Job(plan, stock)
-        return _Job(plan, loader)
+        if sampling.policy != "stock":
+            return _Job(plan)
+        of_model = None if chosen else get_video_loader_backend_for_processor(video_processor)
+        stock = vllm_compat.StockLoader(of_model or envs.VLLM_VIDEO_LOADER_BACKEND, kwargs)
+        plan = replace(
+            plan,
+            chooser=lambda info: stock.indices(*_frames_and_rate(info)),
+            chooser_name=f"{stock.name}{sorted(kwargs.items())}",
+        )
+        return _Job(plan, stock)
 
     # --- doing it (on the front-end's loop) -------------------------------------------------------
 
@@ -200,17 +196,16 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
 
     def _deliver_video(self, result: VideoResult, job: _Job) -> Any:
         frames, selection = result.frames, result.selection
-        if job.plan is not None and job.plan.chooser is not None:
-            loader_cls = vllm_compat.stock_loader_class(job.loader)
-            _, describe = _stock_choice(loader_cls, result.info, self._stock_kwargs())
-            metadata = describe([int(i) for i in selection.indices])
-        else:
+        if job.stock is None:
             metadata = metadata_of(result.info, selection, frames.digest or "")
+        else:
+            indices = [int(i) for i in selection.indices]
+            metadata = job.stock.metadata(*_frames_and_rate(result.info), indices)
         if trace := current_trace():
             trace.add_stages(result.stages)
             trace.videos.append(
                 VideoTrace(
-                    policy=runtime_policy(job, selection),
+                    policy=selection.policy if job.stock is None else "stock",
                     frames=len(frames),
                     height=frames.shape[1],
                     width=frames.shape[2],
@@ -232,11 +227,6 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             trace.audios.append({"seconds": seconds, "cached": result.cached})
         return waveform, rate
 
-    def _stock_kwargs(self) -> dict[str, Any]:
-        kwargs = dict(self.media_io_kwargs.get("video", {}))
-        kwargs.pop("video_backend", None)
-        return kwargs
-
 
 def sampling_with(config: SamplingConfig, kwargs: Mapping[str, Any]) -> SamplingConfig:
     """Apply ``media_io_kwargs.video`` (server-wide, or per request where vLLM allows it).
@@ -246,13 +236,12 @@ def sampling_with(config: SamplingConfig, kwargs: Mapping[str, Any]) -> Sampling
     """
     if not kwargs:
         return config
-    bounds = {"fps": (0.0, MAX_REQUEST_FPS), "num_frames": (0, 4096)}
     for key, value in kwargs.items():
-        low, high = bounds.get(key, (0, 4096))
+        high = MAX_REQUEST_FPS if key == "fps" else MAX_REQUEST_FRAMES
         unlimited = key in ("fps", "num_frames") and value == -1
-        if not isinstance(value, (int, float)) or not (unlimited or low < value <= high):
+        if not isinstance(value, (int, float)) or not (unlimited or 0 < value <= high):
             raise VLLMValidationError(
-                f"media_io_kwargs.video.{key} must be above {low} and at most {high}",
+                f"media_io_kwargs.video.{key} must be above 0 and at most {high}",
                 parameter=key,
                 value=value,
             )
@@ -312,53 +301,19 @@ def metadata_of(info: MediaInfo, selection: FrameSelection, digest: str) -> dict
     }
 
 
-def runtime_policy(job: _Job, selection: FrameSelection) -> str:
-    """Policy name as the operator wrote it."""
-    stock = job.plan is not None and job.plan.chooser is not None
-    return "stock" if stock else selection.policy
-
-
-def _stock_choice(loader_cls: Any, info: MediaInfo, kwargs: Mapping[str, Any]) -> Any:
+def _frames_and_rate(info: MediaInfo) -> tuple[int, float]:
     assert info.video is not None
-    frames, fps = info.video.num_frames, info.video.fps
-    return vllm_compat.stock_frame_choice(
-        loader_cls,
-        num_frames=frames,
-        fps=fps,
-        # Stock vLLM derives the duration from frame count and rate.
-        duration=frames / fps if fps > 0 else 0.0,
-        kwargs=kwargs,
-    )
+    return info.video.num_frames, info.video.fps
 
 
-def _stock_chooser(loader: str, kwargs: Mapping[str, Any]) -> IndexChooser:
-    loader_cls = vllm_compat.stock_loader_class(loader)
-
-    def choose(info: MediaInfo) -> Sequence[int]:
-        indices: Sequence[int] = _stock_choice(loader_cls, info, kwargs)[0]
-        return indices
-
-    return choose
-
-
-def as_client_error(error: MediaError) -> VLLMValidationError:
-    """vLLM's own 400 for a media error, same message."""
-    return VLLMValidationError(error.message, parameter=error.parameter, value=error.value)
-
-
-async def _client_errors(work: Coroutine[Any, Any, T]) -> T:
+@contextmanager
+def client_errors() -> Iterator[None]:
+    """Turn media errors into vLLM's own 400, same message."""
     try:
-        return await work
+        yield
     except MediaError as error:
-        raise as_client_error(error) from error
-    except TimeoutError as error:
-        raise VLLMValidationError("fetching the media timed out", parameter="media") from error
-
-
-def _with_client_errors(work: Any, deliver: Any) -> Any:
-    try:
-        return deliver(work())
-    except MediaError as error:
-        raise as_client_error(error) from error
+        raise VLLMValidationError(
+            error.message, parameter=error.parameter, value=error.value
+        ) from error
     except TimeoutError as error:
         raise VLLMValidationError("fetching the media timed out", parameter="media") from error

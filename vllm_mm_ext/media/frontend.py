@@ -16,7 +16,6 @@ import numpy as np
 from blake3 import blake3
 
 from vllm_mm_ext.config import MIB, MediaConfig
-from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media import audio as audio_ops
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.fetch import MediaRef
@@ -184,8 +183,7 @@ class MediaFrontend:
             blob = await ref.open()
             request = DecodeRequest(audio="required", limits=self.limits)
             done = await self.pool.run(blob.fd, request)
-            if done.audio is None:
-                raise MediaError("the media has no sound", parameter="audio")
+            assert done.audio is not None  # The job refuses media without sound.
             waveform, seconds = await self._resample(done.audio, done.audio_rate, key)
             stages = {**done.timings, "resample": seconds}
             result = AudioResult(waveform, stages, cached=False)

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from vllm.multimodal.video import VideoLoader
 
-from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.blob import Blob
-from vllm_mm_ext.media.connector import as_client_error, metadata_of, sampling_with, spec_for
+from vllm_mm_ext.media.connector import client_errors, metadata_of, sampling_with, spec_for
 from vllm_mm_ext.media.fetch import MediaRef
 from vllm_mm_ext.media.frontend import VideoPlan
 from vllm_mm_ext.media.source import Fetched
@@ -41,13 +40,10 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
         runtime = current_runtime()
         sampling = sampling_with(runtime.config.media.sampling, kwargs)
         spec = spec_for(sampling, runtime.frontend.traits.frame_multiple)
-        try:
-            blob = Blob.from_bytes(data)
-            ref = MediaRef(Fetched.of(blob), _already_read)
-            plan = VideoPlan(spec, runtime.frontend.size_rule)
+        plan = VideoPlan(spec, runtime.frontend.size_rule)
+        with client_errors():
+            ref = MediaRef(Fetched.of(Blob.from_bytes(data)), _already_read)
             result = runtime.run_blocking(runtime.frontend.video(ref, plan))
-        except MediaError as error:
-            raise as_client_error(error) from error
         digest = result.frames.digest or ""
         return result.frames, metadata_of(result.info, result.selection, digest)
 
