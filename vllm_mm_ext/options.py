@@ -1,0 +1,78 @@
+"""What a request may ask of its videos (the ``mm_ext`` block), as plain validated values.
+
+No room's own: the front-end plans by it, the processors lay tokens out by it, the HTTP surface reads
+it from requests.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Options(BaseModel):
+    """Base of everything a client may send: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Reduction(Options):
+    """How a video's tokens are made fewer; the count follows from the grid alone.
+
+    The steps apply in the order of the fields, to the grid of tokens after the model's own patch
+    merging, ``[grids, height, width]``.
+    """
+
+    pool: int = Field(
+        1, ge=1, le=8, description="Spatial pooling: each `pool` x `pool` tokens become one."
+    )
+    temporal: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="Temporal merging: each `temporal` neighbouring grids become one.",
+    )
+    static: Literal["none", "merge", "prune"] = Field(
+        "none",
+        description="What happens to the tokens that change least over time: `merge` averages each "
+        "into the token before it at its place, `prune` drops them.",
+    )
+    keep: float = Field(
+        1.0, gt=0, le=1, description="`static`: share of a segment's tokens that is kept."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Reduction:
+        if (self.static == "none") != (self.keep == 1.0):
+            raise ValueError(
+                f"static ({self.static!r}) and keep ({self.keep}) go together: "
+                "a share below 1 needs 'merge' or 'prune', and those need a share below 1"
+            )
+        return self
+
+    @property
+    def is_identity(self) -> bool:
+        """Nothing is reduced."""
+        return self.pool == 1 and self.temporal == 1 and self.static == "none"
+
+    def grid(self, grids: int, height: int, width: int) -> tuple[int, int, int]:
+        """Size of the token grid after pooling and temporal merging; partial cells count."""
+        return (
+            math.ceil(grids / self.temporal),
+            math.ceil(height / self.pool),
+            math.ceil(width / self.pool),
+        )
+
+    def count(self, grids: int, height: int, width: int) -> int:
+        """Tokens left of a segment of ``grids`` x ``height`` x ``width`` tokens, at least one."""
+        cells = math.prod(self.grid(grids, height, width))
+        return cells if self.static == "none" else max(1, math.ceil(cells * self.keep))
+
+    def key(self) -> str:
+        """Text that differs whenever the outcome could."""
+        return f"pool={self.pool},temporal={self.temporal},{self.static}={self.keep!r}"
+
+
+NO_REDUCTION = Reduction()
