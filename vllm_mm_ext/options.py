@@ -1,7 +1,7 @@
 """What a request may ask of its videos (the ``mm_ext`` block), as plain validated values.
 
-No room's own: the front-end plans by it, the processors lay tokens out by it, the HTTP surface reads
-it from requests.
+Shared by all rooms: the front-end plans by it, the processors lay tokens out by it, the HTTP
+surface reads it from requests.
 """
 
 from __future__ import annotations
