@@ -7,11 +7,14 @@ file of ``vllm serve --config``), which vLLM hands to the API server and to the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+
+from vllm_mm_ext.options import NO_REDUCTION, Reduction
 
 KEY = "mm_ext"
 MIB = 1 << 20
@@ -141,10 +144,40 @@ class MediaConfig(_Section):
     audio: AudioConfig = Field(default_factory=AudioConfig)
 
 
+class SegmentsConfig(_Section):
+    """How videos are cut into segments, each an mm item that is encoded and cached on its own."""
+
+    tokens: int = Field(
+        1024,
+        ge=0,
+        le=1 << 20,
+        description="Tokens a segment should not exceed (before any reduction); at least one "
+        "temporal patch of frames is always together. 0: a video is one segment.",
+    )
+
+
+class CompressionConfig(_Section):
+    """Token reduction, and how much the encoder does at once."""
+
+    reduction: Reduction = Field(
+        NO_REDUCTION,
+        description="How the tokens of videos are made fewer unless a request says otherwise.",
+    )
+    encoder_max_patches: int = Field(
+        16384,
+        ge=0,
+        le=1 << 24,
+        description="Patches per forward of the vision encoder, which bounds its transient memory; "
+        "one image, or one temporal patch of frames, is never divided. 0: no bound.",
+    )
+
+
 class MMExtConfig(_Section):
     """Everything under ``additional_config.mm_ext``."""
 
     media: MediaConfig = Field(default_factory=MediaConfig)
+    segments: SegmentsConfig = Field(default_factory=SegmentsConfig)
+    compression: CompressionConfig = Field(default_factory=CompressionConfig)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> MMExtConfig:
@@ -261,7 +294,7 @@ def to_markdown() -> str:
     for path, section, leaves in iter_fields():
         if not leaves:
             continue
-        lines += ["", f"## `{path}`", "", (section.__doc__ or "").strip(), ""]
+        lines += ["", f"## `{path}`", "", inspect.cleandoc(section.__doc__ or ""), ""]
         lines += ["| key | accepts | default | meaning |", "| --- | --- | --- | --- |"]
         for name, field in leaves:
             accepts = describe_type(field).replace("|", "\\|")

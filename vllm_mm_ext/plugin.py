@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _install_config() -> None:
     from vllm_mm_ext.config import MMExtConfig
 
-    vllm_compat.before_engine_config(MMExtConfig.from_additional_config)
+    vllm_compat.around_engine_config(MMExtConfig.from_additional_config)
 
 
 def _install_frontend() -> None:

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from packaging.version import Version
+
+from vllm_mm_ext.config import MMExtConfig
 
 # Not vllm.logger: this module also runs where vLLM itself cannot be imported (`doctor`).
 logger = logging.getLogger("vllm.mm_ext")
@@ -30,6 +32,9 @@ BELOW_VERSION = Version("0.34")
 CONNECTOR_NAME = "mm_ext"
 LOADER_NAME = "mm_ext"
 CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
+_SETTINGS = "mm_ext_settings"
+
+T = TypeVar("T")
 
 
 class IncompatibleError(RuntimeError):
@@ -201,14 +206,20 @@ def _wrap(
     setattr(owner, method, wrapper)
 
 
-def before_engine_config(check: Callable[[object], object]) -> None:
-    """Call ``check(additional_config)`` before vLLM builds its configuration."""
+def around_engine_config(read: Callable[[object], T]) -> None:
+    """Read ``additional_config`` before vLLM builds its configuration, and keep what was read.
+
+    vLLM hands multimodal processors and their profiling nothing but the ``ModelConfig``, in the API
+    server and in the engine alike; what ``read`` returned travels with it (see ``settings_of``).
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check(self.additional_config)
-            return original(self, *args, **kwargs)
+            settings = read(self.additional_config)
+            vllm_config = original(self, *args, **kwargs)
+            setattr(vllm_config.model_config, _SETTINGS, settings)
+            return vllm_config
 
         return create_engine_config
 
@@ -301,6 +312,12 @@ def override_models(overrides: Mapping[str, str]) -> None:
 
 
 # --- reading vLLM ---------------------------------------------------------------------------------
+
+
+def settings_of(model_config: Any) -> MMExtConfig:
+    """The plugin's settings that travel with a ``ModelConfig``; the defaults without any."""
+    settings = getattr(model_config, _SETTINGS, None)
+    return settings if isinstance(settings, MMExtConfig) else MMExtConfig()
 
 
 def audio_resampler_rate(mm_processor: Any) -> int | None:
