@@ -32,6 +32,7 @@ PLACEHOLDERS = {
         "video": "<|vision_start|><|video_pad|><|vision_end|>",
     },
     "llava_onevision": {"image": "<image>", "video": "<video>"},
+    "internvl": {"image": "<IMG_CONTEXT>", "video": "<video>"},
     "qwen2_audio": {"audio": "<|audio_bos|><|AUDIO|><|audio_eos|>"},
 }
 

@@ -53,6 +53,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _family("qwen2_5_vl", "qwen_vl", "image", "video"),
             _family("qwen3_vl", "qwen_vl", "image", "video"),
             _family("llava_onevision", "llava_onevision", "image", "video"),
+            _family("internvl", "internvl", "image", "video"),
             _family("qwen2_audio", "qwen2_audio", "audio"),
         )
     }
