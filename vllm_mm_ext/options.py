@@ -76,3 +76,66 @@ class Reduction(Options):
 
 
 NO_REDUCTION = Reduction()
+
+
+class Floor(Options):
+    """What a video is never lowered below, by a budget or under load."""
+
+    fps: float | None = Field(
+        None, gt=0, le=60, description="Frames per second; null: the server's floor."
+    )
+    frames: int | None = Field(None, ge=1, le=4096, description="Frames; null: the server's floor.")
+    resolution: int | None = Field(
+        None,
+        ge=28,
+        le=8192,
+        description="A frame keeps this many pixels squared, where the source and the request "
+        "have them; null: the server's floor.",
+    )
+
+
+class RequestOptions(Options):
+    """The `mm_ext` block of a request. Whatever is left out is as the server is configured."""
+
+    fps: float | None = Field(
+        None, gt=0, le=60, description="Frames per second of each video, before the limits apply."
+    )
+    min_frames: int | None = Field(
+        None, ge=1, le=4096, description="Frames of each video at least, where it has that many."
+    )
+    max_frames: int | None = Field(None, ge=1, le=4096, description="Frames of each video at most.")
+    total_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 24,
+        description="Prompt tokens all videos of the request may take together. Their frames, "
+        "resolution and token reduction are lowered to fit, down to the floors.",
+    )
+    resolution: int | None = Field(
+        None, ge=28, le=8192, description="A frame has at most this many pixels squared."
+    )
+    quality: Literal["auto", "fixed"] = Field(
+        "auto",
+        description="`auto`: resolution and frame rate follow the server's load. `fixed`: they do "
+        "not; a budget still applies.",
+    )
+    reduction: Reduction | None = Field(
+        None, description="Token reduction; null: the server's default."
+    )
+    floor: Floor = Field(default_factory=Floor, description="Lower limits of what is asked.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RequestOptions:
+        pairs = (
+            ("min_frames", self.min_frames, "max_frames", self.max_frames),
+            ("floor.frames", self.floor.frames, "max_frames", self.max_frames),
+            ("floor.fps", self.floor.fps, "fps", self.fps),
+            ("floor.resolution", self.floor.resolution, "resolution", self.resolution),
+        )
+        for low_name, low, high_name, high in pairs:
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{low_name} ({low}) must not exceed {high_name} ({high})")
+        return self
+
+
+DEFAULT_OPTIONS = RequestOptions()
