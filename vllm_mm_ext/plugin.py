@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.models import OVERRIDES
+from vllm_mm_ext.serving.features import SERVING_FEATURES
 from vllm_mm_ext.vllm_compat import Feature, FeatureStatus, VllmName
 from vllm_mm_ext.vllm_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
 
@@ -35,12 +36,6 @@ def _install_loader() -> None:
     vllm_compat.register_video_loader(MMExtVideoLoader)
 
 
-def _install_timing() -> None:
-    from vllm_mm_ext.serving.preprocessing import finished, started
-
-    vllm_compat.around_preprocessing(started, finished)
-
-
 def _install_hashing() -> None:
     from vllm_mm_ext.media.payload import known_digest
 
@@ -62,9 +57,10 @@ _RENDERER = "vllm.renderers.base:BaseRenderer"
 _CONNECTOR = "vllm.multimodal.media:MediaConnector"
 
 _WITHOUT_FAMILY = {
-    "Qwen2.5-Omni": "it does not hear the sound of a video_url and assumes even frame times",
-    "Qwen3-Omni": "it does not hear the sound of a video_url and assumes even frame times",
-    "Qwen2.5-VL": "it assumes even frame times, whatever the sampling",
+    "Qwen2.5-Omni": "videos are whole and silent, and frame times assumed even",
+    "Qwen3-Omni": "videos are whole and silent, and frame times assumed even",
+    "Qwen2.5-VL": "videos are whole, no tokens are reduced, and frame times assumed even",
+    "Qwen3-VL": "videos are whole and no tokens are reduced",
 }
 
 
@@ -129,18 +125,13 @@ FEATURES: tuple[Feature, ...] = (
         _install_loader,
     ),
     Feature(
-        "stage times",
-        "response headers lack preprocessing time and token counts",
-        (VllmName(f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time")),),
-        _install_timing,
-    ),
-    Feature(
         "digest hashing",
         "vLLM hashes every sample of a waveform on every turn",
         (VllmName("vllm.multimodal.hasher:MultiModalHasher.serialize_item", ("obj",)),),
         _install_hashing,
     ),
     *(_family_feature(family) for family in OVERRIDES),
+    *SERVING_FEATURES,
 )
 
 

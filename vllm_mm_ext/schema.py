@@ -1,6 +1,6 @@
 """Words for pydantic models: what a field accepts, what is wrong with a value, reference tables.
 
-Serves the server's configuration and the options of requests, so that both explain themselves alike.
+Serves the configuration and the options of requests, so that both explain themselves alike.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+# Longer values are cut in messages: they go to logs and over the network.
+_MAX_SHOWN = 120
 
 
 class Problem(NamedTuple):
@@ -27,7 +30,9 @@ class Problem(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{self.key} = {self.value!r}: {self.text}"
+        value = repr(self.value)
+        shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
+        return f"{self.key} = {shown}: {self.text}"
 
 
 def problems(error: ValidationError, root: type[BaseModel], prefix: str) -> list[Problem]:
@@ -43,8 +48,10 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str) -> list
             continue
         message = item["msg"].removeprefix("Value error, ")
         field = _field_at(root, path)
-        valid_values = f"; valid: {describe_type(field)}" if field is not None else ""
-        found.append(Problem(key, item["input"], f"{message}{valid_values}"))
+        # What a whole section says about itself names its keys already.
+        if field is not None and section_of(field) is None:
+            message += f"; valid: {describe_type(field)}"
+        found.append(Problem(key, item["input"], message))
     return found
 
 

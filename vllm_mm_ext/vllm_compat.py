@@ -194,15 +194,16 @@ def activate(features: Iterable[Feature]) -> list[FeatureStatus]:
 # --- wrappers around vLLM: each is idempotent and calls the original ------------------------------
 
 
-def _wrap(
+def wrap(
     owner: type, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
-    """Replace ``owner.method`` by ``make(original)``, once."""
+    """Replace ``owner.method`` by ``make(original)``, once for each place ``make`` comes from."""
     original = getattr(owner, method)
-    if getattr(original, "_mm_ext", False):
+    done: frozenset[str] = getattr(original, "_mm_ext", frozenset())
+    if make.__qualname__ in done:
         return
     wrapper = wraps(original)(make(original))
-    wrapper._mm_ext = True  # type: ignore[attr-defined]
+    wrapper._mm_ext = done | {make.__qualname__}  # type: ignore[attr-defined]
     setattr(owner, method, wrapper)
 
 
@@ -223,7 +224,7 @@ def around_engine_config(read: Callable[[object], T]) -> None:
 
         return create_engine_config
 
-    _wrap(EngineArgs, "create_engine_config", make)
+    wrap(EngineArgs, "create_engine_config", make)
 
 
 def after_renderer_created(attach: Callable[[Any, Any], None]) -> None:
@@ -237,34 +238,7 @@ def after_renderer_created(attach: Callable[[Any, Any], None]) -> None:
 
         return init
 
-    _wrap(BaseRenderer, "__init__", make)
-
-
-def around_preprocessing(
-    before: Callable[[], Any], after: Callable[[Any, Mapping[str, int], int], None]
-) -> None:
-    """Observe the step that turns media into model inputs.
-
-    ``before()`` runs first and its result comes back to ``after(token, embeddings, prompt_len)``,
-    with the embeddings per modality and the prompt length in tokens.
-    """
-    from vllm.renderers.base import BaseRenderer
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def process_for_engine_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-            token = before()
-            engine_input = await original(self, *args, **kwargs)
-            placeholders = engine_input.get("mm_placeholders") or {}
-            embeddings = {
-                modality: sum(int(p.get_num_embeds()) for p in ranges)
-                for modality, ranges in placeholders.items()
-            }
-            after(token, embeddings, len(engine_input.get("prompt_token_ids") or ()))
-            return engine_input
-
-        return process_for_engine_async
-
-    _wrap(BaseRenderer, "process_for_engine_async", make)
+    wrap(BaseRenderer, "__init__", make)
 
 
 def hash_by_digest(is_digested: Callable[[object], str | None]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vllm_mm_ext.trace import current_trace
+from vllm_mm_ext.vllm_wrappers import Span
 
 
 def started() -> float:
@@ -13,14 +14,22 @@ def started() -> float:
     return time.perf_counter()
 
 
-def finished(start: float, embeddings: Mapping[str, int], prompt_tokens: int) -> None:
+def finished(start: float, spans: Mapping[str, Sequence[Span]], prompt_tokens: int) -> None:
     """Record how long preprocessing took and what it made.
 
     Args:
         start: What ``started`` returned.
-        embeddings: Encoder embeddings per modality (audio inside video counts as audio).
+        spans: mm items per modality, in the order of the prompt.
         prompt_tokens: Length of the whole prompt in tokens.
     """
     if trace := current_trace():
         trace.add_stages({"preprocess": time.perf_counter() - start})
+        embeddings = {m: sum(span.embeddings for span in found) for m, found in spans.items()}
         trace.set_tokens(embeddings, prompt_tokens)
+        trace.set_items({m: [(s.start, s.end) for s in found] for m, found in spans.items()})
+
+
+def looked_up(is_cached: Mapping[str, Sequence[bool]]) -> None:
+    """Record which items of the request the processor cache held."""
+    if trace := current_trace():
+        trace.preprocessed = {modality: list(hits) for modality, hits in is_cached.items()}

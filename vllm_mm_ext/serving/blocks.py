@@ -1,0 +1,55 @@
+"""Puts the `mm_ext` block into answers: one object, or the last chunk of an event stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+KEY = "mm_ext"
+_DATA = "data: "
+_DONE = "data: [DONE]"
+
+
+async def with_block(
+    chunks: AsyncGenerator[str, None], choices: int, block: Callable[[], dict[str, Any]]
+) -> AsyncGenerator[str, None]:
+    """Pass a stream of chunks on, with the block in the last one before ``[DONE]``.
+
+    Only a chunk that may be the last one waits for what follows it: the one that finishes the last
+    choice, and the one with the usage. Both are followed at once, so no token is held back.
+
+    Args:
+        chunks: Server-sent events of an OpenAI completion.
+        choices: How many choices the answer has.
+        block: Makes the block; called when the stream ends.
+    """
+    finished: set[int] = set()
+    held: str | None = None
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if held is not None:
+                yield _with(held, block()) if chunk.startswith(_DONE) else held
+                held = None
+            if _may_be_last(chunk, choices, finished):
+                held = chunk
+            else:
+                yield chunk
+        if held is not None:
+            yield _with(held, block())
+
+
+def _may_be_last(chunk: str, choices: int, finished: set[int]) -> bool:
+    # Quotes inside a JSON string are escaped, so these never match generated text.
+    if '"finish_reason":"' not in chunk and '"choices":[]' not in chunk:
+        return False
+    event = json.loads(chunk.removeprefix(_DATA))
+    finished.update(choice["index"] for choice in event["choices"] if choice.get("finish_reason"))
+    return len(finished) == choices
+
+
+def _with(chunk: str, block: dict[str, Any]) -> str:
+    # Spliced in as text: whatever else the chunk says stays as vLLM wrote it.
+    last = chunk.rindex("}")
+    return f'{chunk[:last]},"{KEY}":{json.dumps(block, separators=(",", ":"))}{chunk[last:]}'
