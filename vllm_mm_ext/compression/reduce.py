@@ -32,18 +32,16 @@ def reduce_tokens(
             Qwen3-VL appends the channels of its deepstack layers to those of the token.
 
     Returns:
-        ``[reduction.count(*grid), channels]`` in the dtype of ``tokens``.
+        ``[reduction.count(*grid), channels]`` (with ``kept``, one row for each of it) in the dtype
+        of ``tokens``.
 
     Raises:
-        ValueError: ``grid`` or ``kept`` do not fit.
+        ValueError: ``grid`` does not fit, or ``kept`` is missing or too much.
     """
     if len(tokens) != math.prod(grid):
         raise ValueError(f"{len(tokens)} tokens are not a grid of {grid}")
-    selects = reduction.static != "none"
-    if selects != (kept is not None) or (kept is not None and len(kept) != reduction.count(*grid)):
-        raise ValueError(
-            f"{'no' if kept is None else len(kept)} kept cells for {reduction.key()} of {grid}"
-        )
+    if (reduction.static != "none") != (kept is not None):
+        raise ValueError(f"kept cells and static={reduction.static!r} go together")
     if reduction.is_identity:
         return tokens
     cells = pooled(tokens.float().view(*grid, -1), reduction.pool)
