@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_a_call_ends_only_where_the_next_grid_does_not_fit(
     grids: list[list[int]], max_patches: int
 ) -> None:
     batches = cut_batches(grids, max_patches)
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         patches = sum(math.prod(shape) for _, shape in batch)
         _, (_, h, w) = following[0]
         assert patches + h * w > max_patches

@@ -32,7 +32,7 @@ def cut_batches(grids: Sequence[Grid], max_patches: int) -> list[list[tuple[int,
             continue
         while grids_left:
             fitting = room // (height * width)
-            if not fitting and batches[-1]:
+            if fitting < 1 and batches[-1]:
                 batches.append([])
                 room = max_patches
                 continue
