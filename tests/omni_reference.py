@@ -124,3 +124,8 @@ def rope_index(hf_class: Any, config: Any, input_ids: torch.Tensor, **kwargs: An
         model, input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs
     )
     return found[:, 0].numpy(), int(delta)
+
+
+def without_video(by_modality: Any) -> dict[str, Any]:
+    """Everything but the videos, which are other items than stock's: segments."""
+    return {kind: values for kind, values in by_modality.items() if kind != "video"}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from vllm_mm_ext.vllm_compat import VllmName
 
 _MODELS = "vllm.model_executor.models"
+_QWEN3_VL = f"{_MODELS}.qwen3_vl"
 _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
 
 # Methods that ``processing`` and ``models`` override in vLLM's classes, with their parameters.
@@ -17,11 +18,24 @@ _OVERRIDDEN = {
     "_maybe_apply_prompt_updates": ("mm_items", "mm_res"),
     "get_mrope_input_positions": ("input_tokens", "mm_features"),
     "embed_input_ids": ("input_ids", "multimodal_embeddings", "is_multimodal"),
+    "embed_multimodal": (),
+    "get_max_video_tokens": ("seq_len", "mm_counts"),
+    "get_num_frames_with_most_features": ("seq_len", "mm_counts"),
 }
+
+# What splitting a video into segments overrides and calls in vLLM's base classes.
+_SEGMENT_NAMES = (
+    VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
+    VllmName(f"{_PROCESSOR}._apply_hf_processor_main", ("mm_items", "hf_kwargs")),
+    VllmName("vllm.multimodal.parse:VideoProcessorItems", ("data", "metadata")),
+    VllmName("vllm.multimodal.parse:MultiModalDataItems"),
+    VllmName("vllm.multimodal.processing:PromptReplacement", ("modality", "target", "replacement")),
+    VllmName("vllm.multimodal.inputs:MultiModalFieldConfig.batched", ("modality", "keep_on_cpu")),
+)
 
 # What the omni processors and models call in vLLM.
 _SOUND_TRACK_NAMES = (
-    VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
+    *_SEGMENT_NAMES,
     VllmName(f"{_PROCESSOR}._call_hf_processor", ("hf_data", "hf_kwargs")),
     VllmName(f"{_PROCESSOR}._apply_prompt_updates", ("token_ids", "mm_prompt_updates")),
     VllmName(f"{_PROCESSOR}._validate_mm_kwargs", ("mm_kwargs", "mm_item_counts")),
@@ -32,6 +46,12 @@ _SOUND_TRACK_NAMES = (
     VllmName("vllm.multimodal.utils:set_mm_embedding_modality"),
     VllmName("vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
 )
+
+
+def _sizes(info: str) -> tuple[VllmName, ...]:
+    """The methods that say how large an item is profiled for."""
+    names = ("get_max_video_tokens", "get_num_frames_with_most_features")
+    return _methods("qwen2_vl", info, *names)
 
 
 def _methods(module: str, class_name: str, *methods: str) -> tuple[VllmName, ...]:
@@ -48,6 +68,7 @@ def _definitions(module: str, *names: str) -> tuple[VllmName, ...]:
 FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
     "Qwen2.5-Omni": (
         *_SOUND_TRACK_NAMES,
+        *_sizes("Qwen2VLProcessingInfo"),
         *_definitions(
             "qwen2_5_omni_thinker",
             "Qwen2_5OmniThinkerDummyInputsBuilder",
@@ -66,10 +87,12 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
             "Qwen2_5OmniThinkerForConditionalGeneration",
             "get_mrope_input_positions",
             "embed_input_ids",
+            "embed_multimodal",
         ),
     ),
     "Qwen3-Omni": (
         *_SOUND_TRACK_NAMES,
+        *_sizes("Qwen2VLProcessingInfo"),
         *_definitions(
             "qwen3_omni_moe_thinker",
             "Qwen3OmniMoeThinkerDummyInputsBuilder",
@@ -88,12 +111,67 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
             "Qwen3OmniMoeThinkerForConditionalGeneration",
             "get_mrope_input_positions",
             "embed_input_ids",
+            "embed_multimodal",
         ),
     ),
     "Qwen2.5-VL": (
+        *_SEGMENT_NAMES,
+        *_sizes("Qwen2VLProcessingInfo"),
         *_definitions("qwen2_5_vl", "Qwen2_5_VLDummyInputsBuilder", "Qwen2_5_VLProcessingInfo"),
-        *_methods("qwen2_5_vl", "Qwen2_5_VLMultiModalProcessor", "_get_mm_fields_config"),
-        *_methods("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "get_mrope_input_positions"),
+        *_methods(
+            "qwen2_5_vl",
+            "Qwen2_5_VLMultiModalProcessor",
+            "_get_mm_fields_config",
+            "_get_prompt_updates",
+        ),
+        *_methods(
+            "qwen2_5_vl",
+            "Qwen2_5_VLForConditionalGeneration",
+            "get_mrope_input_positions",
+            "embed_multimodal",
+        ),
+    ),
+    "Qwen3-VL": (
+        *_SEGMENT_NAMES,
+        *_definitions("qwen3_vl", "Qwen3VLDummyInputsBuilder"),
+        *_definitions("qwen3_vl_moe", "Qwen3VLMoeProcessingInfo"),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor.get_video_repl",
+            ("tokens_per_frame", "timestamps", "tokenizer", "select_token_id"),
+            by_source=True,
+        ),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor._get_per_video_kwargs",
+            ("kwargs",),
+            by_source=True,
+        ),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor._expands_only_video_token",
+            ("hf_processor",),
+            by_source=True,
+        ),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLProcessingInfo._calculate_timestamps",
+            ("indices", "video_fps", "merge_size"),
+            by_source=True,
+        ),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLProcessingInfo._get_video_second_idx",
+            ("metadata", "do_sample_frames"),
+            by_source=True,
+        ),
+        *_methods(
+            "qwen3_vl",
+            "Qwen3VLMultiModalProcessor",
+            "_get_mm_fields_config",
+            "_get_prompt_updates",
+        ),
+        *_methods(
+            "qwen3_vl",
+            "Qwen3VLForConditionalGeneration",
+            "get_mrope_input_positions",
+            "embed_multimodal",
+        ),
     ),
 }
 

@@ -18,6 +18,12 @@ OVERRIDES: dict[str, dict[str, str]] = {
             f"{_PACKAGE}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration"
         ),
     },
+    "Qwen3-VL": {
+        "Qwen3VLForConditionalGeneration": f"{_PACKAGE}.qwen3_vl:Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration": (
+            f"{_PACKAGE}.qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration"
+        ),
+    },
 }
 """Family to its architectures, each with the ``module:Class`` that replaces vLLM's. Imported by
 vLLM only when the architecture is served."""

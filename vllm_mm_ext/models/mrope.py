@@ -22,18 +22,15 @@ class Item:
     Attributes:
         offset: First token of the item.
         length: Tokens of the item.
-        temporal: int64 ``[grids]`` position of each temporal grid relative to the item's start;
-            None for audio.
-        height, width: Tokens per grid vertically and horizontally.
-        has_track: The tokens are those of a video and of its sound, between a start and an end
-            token of audio.
+        visual: int64 ``[3, visual tokens]`` positions relative to the item's start; None for
+            audio.
+        has_track: The tokens are those of a video and of its sound, and stand between a start and
+            an end token of audio.
     """
 
     offset: int
     length: int
-    temporal: Positions | None = None
-    height: int = 1
-    width: int = 1
+    visual: Positions | None = None
     has_track: bool = False
 
 
@@ -84,15 +81,17 @@ def positions_of(
     done = 0
     following = 0
     for item in items:
-        done, following = _text(out, done, item.offset, following)
+        # The start token of audio before a video with sound belongs to it.
+        begin = item.offset - item.has_track
+        done, following = _text(out, done, begin, following)
         end = item.offset + item.length
         if item.has_track:
             assert markers is not None
             following, end = _with_track(out, ids, item, following, markers)
-        elif item.temporal is None:
+        elif item.visual is None:
             _, following = _text(out, done, end, following)
         else:
-            block = vision_positions(item.temporal, item.height, item.width) + following
+            block = item.visual + following
             out[:, item.offset : end] = block
             following = int(block.max()) + 1
         done = end
@@ -109,8 +108,8 @@ def _with_track(
     out: Positions, ids: npt.NDArray[np.int64], item: Item, following: int, markers: Markers
 ) -> tuple[int, int]:
     """Fill in a video with sound; return the next position and the first token not filled in."""
-    assert item.temporal is not None
-    begin, end = item.offset, item.offset + item.length
+    assert item.visual is not None
+    begin, end = item.offset - 1, item.offset + item.length + 1
     start_shared = markers.shared and begin > 0 and ids[begin - 1] == markers.vision_start
     start = following - 1 if start_shared else following
     out[:, begin] = start
@@ -118,7 +117,7 @@ def _with_track(
     is_video = ids[inside] == markers.video
     is_audio = ids[inside] == markers.audio
     block = out[:, inside]
-    block[:, is_video] = start + 1 + vision_positions(item.temporal, item.height, item.width)
+    block[:, is_video] = start + 1 + item.visual
     block[:, is_audio] = start + 1 + np.arange(int(is_audio.sum()))
     changes = np.flatnonzero(is_video[1:] != is_video[:-1])
     last_run = int(changes[-1]) + 1 if len(changes) else 0

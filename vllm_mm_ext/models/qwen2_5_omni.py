@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni (thinker) with per-video sound tracks and real frame times."""
+"""Qwen2.5-Omni (thinker) with segments, per-video sound tracks and real frame times."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from vllm.model_executor.models.qwen2_5_omni_thinker import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_mm_ext.models.omni import SoundTrackModel
+from vllm_mm_ext.models.reduced import ReducedVideoModel
 from vllm_mm_ext.processing.qwen2_5_omni import Qwen2_5OmniMultiModalProcessor
+from vllm_mm_ext.processing.segment_info import SegmentInfo
+
+
+class Qwen2_5OmniSegmentInfo(SegmentInfo, Qwen2_5OmniThinkerProcessingInfo):  # type: ignore[misc]  # noqa: N801
+    """vLLM's info, sized for segments."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen2_5OmniMultiModalProcessor,
-    info=Qwen2_5OmniThinkerProcessingInfo,
+    info=Qwen2_5OmniSegmentInfo,
     dummy_inputs=Qwen2_5OmniThinkerDummyInputsBuilder,
 )
 class Qwen2_5OmniForConditionalGeneration(  # noqa: N801
     SoundTrackModel,
+    ReducedVideoModel,
     Qwen2_5OmniThinkerForConditionalGeneration,  # type: ignore[misc]
 ):
     """vLLM's thinker, its processor replaced."""

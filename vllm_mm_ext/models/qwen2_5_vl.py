@@ -1,4 +1,4 @@
-"""Qwen2.5-VL with real frame times."""
+"""Qwen2.5-VL with segments, token reduction and real frame times."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_mm_ext.models.frame_times import FrameTimesModel
+from vllm_mm_ext.models.reduced import ReducedVideoModel
 from vllm_mm_ext.processing.qwen2_5_vl import Qwen2_5_VLMultiModalProcessor
+from vllm_mm_ext.processing.segment_info import SegmentInfo
+
+
+class Qwen2_5_VLSegmentInfo(SegmentInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]  # noqa: N801
+    """vLLM's info, sized for segments."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen2_5_VLMultiModalProcessor,
-    info=Qwen2_5_VLProcessingInfo,
+    info=Qwen2_5_VLSegmentInfo,
     dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
 )
-class Qwen2_5_VLForConditionalGeneration(FrameTimesModel, _Stock):  # type: ignore[misc]  # noqa: N801
+class Qwen2_5_VLForConditionalGeneration(FrameTimesModel, ReducedVideoModel, _Stock):  # type: ignore[misc]  # noqa: N801
     """vLLM's model, its processor replaced."""

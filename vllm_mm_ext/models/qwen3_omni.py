@@ -1,4 +1,4 @@
-"""Qwen3-Omni (thinker) with per-video sound tracks and real frame times."""
+"""Qwen3-Omni (thinker) with segments, per-video sound tracks and real frame times."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from vllm.model_executor.models.qwen3_omni_moe_thinker import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_mm_ext.models.omni import SoundTrackModel
+from vllm_mm_ext.models.reduced import ReducedVideoModel
 from vllm_mm_ext.processing.qwen3_omni import Qwen3OmniMoeMultiModalProcessor
+from vllm_mm_ext.processing.segment_info import SegmentInfo
+
+
+class Qwen3OmniMoeSegmentInfo(SegmentInfo, Qwen3OmniMoeThinkerProcessingInfo):  # type: ignore[misc]
+    """vLLM's info, sized for segments."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3OmniMoeMultiModalProcessor,
-    info=Qwen3OmniMoeThinkerProcessingInfo,
+    info=Qwen3OmniMoeSegmentInfo,
     dummy_inputs=Qwen3OmniMoeThinkerDummyInputsBuilder,
 )
 class Qwen3OmniMoeForConditionalGeneration(
     SoundTrackModel,
+    ReducedVideoModel,
     Qwen3OmniMoeThinkerForConditionalGeneration,  # type: ignore[misc]
 ):
     """vLLM's thinker, its processor replaced."""

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerMultiModalProcessor
 
 from vllm_mm_ext.media.audio import padded_length
+from vllm_mm_ext.media.payload import Waveform
+from vllm_mm_ext.processing.cuts import Run
 from vllm_mm_ext.processing.grid_times import GridTimes, interleave_chunks
 from vllm_mm_ext.processing.sound_tracks import SoundTrackProcessor
+
+# Two strides of two (``Qwen2_5OmniAudioEncoder``).
+_MEL_FRAMES_PER_TOKEN = 4
 
 
 class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMultiModalProcessor):  # type: ignore[misc]  # noqa: N801
     """Processor of the thinker."""
 
+    assumed_fps = 2.0
+
     def audio_tokens(self, num_mel_frames: int) -> int:
-        """One token per four frames (``Qwen2_5OmniAudioEncoder``: two strides of two)."""
+        """One token per four frames."""
         return max(0, ((num_mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
+
+    def audio_window(self) -> tuple[int, int, int]:
+        """Windows of two seconds, convolved and attended to one by one."""
+        mel_frames = 2 * int(self.info.get_hf_config().audio_config.n_window)
+        return mel_frames // _MEL_FRAMES_PER_TOKEN, mel_frames, 1
 
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int
-    ) -> list[tuple[int, int]]:
+    ) -> list[Run]:
         """Chunks of ``seconds_per_chunk`` (two seconds)."""
         return interleave_chunks(
             grids,
@@ -30,6 +45,19 @@ class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMult
             positions_per_second=self.positions_per_second,
             seconds_per_chunk=self.info.get_hf_config().seconds_per_chunk,
         )
+
+    def track_features(self, track: Waveform) -> torch.Tensor:
+        """Features for the length of the track."""
+        extractor = self.info.get_feature_extractor()
+        out = extractor(
+            np.asarray(track),
+            sampling_rate=extractor.sampling_rate,
+            padding="max_length",
+            max_length=padded_length(len(track)),
+            return_tensors="pt",
+        )
+        features: torch.Tensor = out["input_features"][0]
+        return features[:, : math.ceil(len(track) / extractor.hop_length)]
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> Any:
         """Compute audio features for the length of the audio.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from vllm.model_executor.models.qwen3_omni_moe_thinker import (
     Qwen3OmniMoeThinkerMultiModalProcessor,
     _get_feat_extract_output_lengths,
 )
 
+from vllm_mm_ext.media.payload import Waveform
+from vllm_mm_ext.processing.cuts import Run
 from vllm_mm_ext.processing.grid_times import GridTimes, interleave_tokens
 from vllm_mm_ext.processing.sound_tracks import SoundTrackProcessor
 
@@ -15,15 +18,29 @@ from vllm_mm_ext.processing.sound_tracks import SoundTrackProcessor
 class Qwen3OmniMoeMultiModalProcessor(SoundTrackProcessor, Qwen3OmniMoeThinkerMultiModalProcessor):  # type: ignore[misc]
     """Processor of the thinker."""
 
+    assumed_fps = 1.0
+
     def audio_tokens(self, num_mel_frames: int) -> int:
         """Thirteen tokens per second of one hundred frames."""
         if num_mel_frames == 0:
             return 0
         return int(_get_feat_extract_output_lengths(torch.tensor(num_mel_frames)))
 
+    def audio_window(self) -> tuple[int, int, int]:
+        """Chunks of ``2 * n_window`` frames are convolved, ``n_window_infer`` frames attended to.
+
+        The last chunk is padded to the longest of its batch before it is convolved, so a piece
+        needs a whole one.
+        """
+        audio = self.info.get_hf_config().audio_config
+        chunk = 2 * int(audio.n_window)
+        chunks = int(audio.n_window_infer) // chunk
+        tokens = self.audio_tokens(chunk)
+        return tokens * chunks, chunk * chunks, tokens
+
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int
-    ) -> list[tuple[int, int]]:
+    ) -> list[Run]:
         """By time, grid by grid."""
         return interleave_tokens(
             grids,
@@ -31,3 +48,18 @@ class Qwen3OmniMoeMultiModalProcessor(SoundTrackProcessor, Qwen3OmniMoeThinkerMu
             num_audio_tokens=num_audio_tokens,
             positions_per_second=self.positions_per_second,
         )
+
+    def track_features(self, track: Waveform) -> torch.Tensor:
+        """Features of the track padded to a whole number of frames, as vLLM pads all audio."""
+        extractor = self.info.get_feature_extractor()
+        hop = extractor.hop_length
+        padded = np.pad(np.asarray(track), (0, -len(track) % hop))
+        out = extractor(
+            padded,
+            sampling_rate=extractor.sampling_rate,
+            padding=True,
+            truncation=False,
+            return_tensors="pt",
+        )
+        features: torch.Tensor = out["input_features"][0]
+        return features[:, : len(padded) // hop]

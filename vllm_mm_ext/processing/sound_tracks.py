@@ -1,13 +1,13 @@
-"""The sound of a video as a hidden audio item, paired with it per item.
+"""The sound of a video as hidden audio items, paired with its segments.
 
 vLLM's omni processors take sound in video from a flag that holds for a whole request and an audio
 item per video, paired by order. Here the frames of a video carry their own sound track
-(``media.payload.SampledFrames.audio``): a video that has one becomes a video item and an audio item
-that share one run of prompt tokens; any other item is left as it is.
+(``media.payload.SampledFrames.audio``): a segment that has a piece of it becomes a video item and
+an audio item that share one run of prompt tokens; any other item is left as it is.
 
-The track becomes an item inside ``apply``, after vLLM has checked the number of items a client
-sent against ``--limit-mm-per-prompt``. Everything that shapes the prompt follows from the video
-item alone (its frame times and the length of its track), so that the two can be cached apart.
+The pieces become items inside ``apply``, after vLLM has checked the number of items a client sent
+against ``--limit-mm-per-prompt``. Everything that shapes the prompt follows from the segment alone,
+so that the two can be cached apart.
 """
 
 from __future__ import annotations
@@ -27,17 +27,15 @@ from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform, known_digest
-from vllm_mm_ext.processing.frame_times import (
-    assumed_steps,
-    frames_of,
-    place,
-    with_positions_field,
-    write,
-)
-from vllm_mm_ext.processing.grid_times import GridTimes, even_grid
+from vllm_mm_ext.processing.cuts import Run
+from vllm_mm_ext.processing.grid_times import GridTimes
+from vllm_mm_ext.processing.patch_segments import PatchSegmentProcessor
+from vllm_mm_ext.processing.segment_processor import segment_at
+from vllm_mm_ext.processing.segments import Segment, Sound, VideoLayout, VideoShape
+from vllm_mm_ext.processing.track_pieces import TrackPiece, piece_of
 
-# Client-named videos whose having a track is remembered, for requests that send the name alone.
-_MAX_NAMES = 4096
+# Client-named segments whose having sound is remembered, for requests that send the name alone.
+_MAX_NAMES = 1 << 16
 
 
 class DigestAudioItems(AudioProcessorItems):  # type: ignore[misc]
@@ -51,23 +49,26 @@ class DigestAudioItems(AudioProcessorItems):  # type: ignore[misc]
 
 
 class TrackedItems(MultiModalDataItems):  # type: ignore[misc]
-    """Data items whose last audio items are sound tracks.
+    """Data items whose last audio items are pieces of sound tracks.
 
     Attributes:
-        owners: For each track, in the order of the audio items, the index of its video.
+        owners: For each piece, in the order of the audio items, the index of its video item.
     """
 
     owners: tuple[int, ...] = ()
 
 
-class SoundTrackProcessor:
+class SoundTrackProcessor(PatchSegmentProcessor):
     """Mixin in front of an omni family's multimodal processor.
 
     A family says how many tokens a waveform becomes and how tokens interleave.
+
+    Attributes:
+        assumed_fps: Frames per second that transformers assumes where nobody says.
     """
 
-    info: Any
     data_parser: Any
+    assumed_fps: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,56 +80,105 @@ class SoundTrackProcessor:
         """Tokens that a waveform of so many log-mel frames becomes."""
         raise NotImplementedError
 
+    def audio_window(self) -> tuple[int, int, int]:
+        """Audio tokens of an attention window, log-mel frames of one, and tokens of a chunk.
+
+        Sound is cut between windows; a chunk is what the encoder's convolutions see at once.
+        """
+        raise NotImplementedError
+
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int
-    ) -> list[tuple[int, int]]:
+    ) -> list[Run]:
         """Runs of ``(visual tokens, audio tokens)`` of a video with sound."""
         raise NotImplementedError
 
-    # --- media properties -------------------------------------------------------------------------
+    def track_features(self, track: Waveform) -> torch.Tensor:
+        """Log-mel spectrogram ``[bins, frames]`` of a whole track, as of any other audio."""
+        raise NotImplementedError
+
+    # --- layout -----------------------------------------------------------------------------------
 
     @property
     def hears_video(self) -> bool:
         """Whether videos are heard: not where the server takes no audio at all."""
         return bool(self.info.ctx.get_mm_config().get_limit_per_prompt("audio"))
 
-    def track_of(self, frames: SampledFrames | None) -> Waveform | None:
-        """The sound track to attach to a video, if it has one long enough for a token.
+    @property
+    def positions_per_second(self) -> float:
+        """M-RoPE positions per second of video and sound."""
+        return float(self.info.get_hf_config().position_id_per_seconds)
+
+    def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
+        """A client's own flag for sound in video leaves everything to vLLM."""
+        return not hf_kwargs.get("use_audio_in_video") and super().splits(hf_kwargs)
+
+    def seconds_per_grid(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> float:
+        """One rate for all videos, from the options of the server or the request."""
+        merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        given = merged | dict(merged.get("videos_kwargs") or {})
+        patch = int(self.info.get_hf_processor().video_processor.temporal_patch_size)
+        return patch / float(given.get("fps") or self.assumed_fps)
+
+    def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
+        """What decides the tokens of a video; a track at another rate is an error.
 
         Raises:
             ValueError: The track is not at the model's sampling rate.
         """
-        if frames is None or frames.audio is None or not self.hears_video:
-            return None
         rate = self.info.get_feature_extractor().sampling_rate
-        if frames.audio.rate != rate:
+        if frames.audio is not None and frames.audio.rate != rate and self.hears_video:
             raise ValueError(f"a sound track at {frames.audio.rate} Hz; the model takes {rate} Hz")
-        return frames.audio if self._track_tokens(frames.audio) else None
+        return super().shape_of(frames, metadata)
 
-    def _track_tokens(self, track: Waveform) -> int:
+    def sound(self, shape: VideoShape, grids: GridTimes, per_grid: int) -> Sound | None:
+        """How a video interleaves with its sound."""
         hop = self.info.get_feature_extractor().hop_length
-        return self.audio_tokens(math.ceil(len(track) / hop))
+        num_tokens = self.audio_tokens(math.ceil(shape.audio_samples / hop))
+        if not num_tokens or not self.hears_video:
+            return None
+        unit, _, chunk = self.audio_window()
+        return Sound(tuple(self.interleave(grids, per_grid, num_tokens)), unit, chunk)
 
-    def _place(
-        self, frames: SampledFrames | None, num_grids: int, assumed_step: float
-    ) -> GridTimes | None:
-        return place(
-            frames,
-            num_grids=num_grids,
-            temporal_patch=int(self.info.get_hf_processor().video_processor.temporal_patch_size),
-            assumed_step=assumed_step,
-            exact=self.track_of(frames) is not None,
-        )
+    def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The start and end tokens of audio around a video with sound."""
+        if layout.sound is None:
+            return (), ()
+        config = self.info.get_hf_config()
+        return (config.audio_start_token_id,), (config.audio_end_token_id,)
+
+    def track_piece(self, frames: SampledFrames, part: Segment) -> Waveform | None:
+        """A segment's log-mel frames, cut from those of the whole track."""
+        if part.layout.sound is None or part.audio[0] == part.audio[1]:
+            return None
+        assert frames.audio is not None
+        if "mel" not in frames.memo:
+            # The transform clamps to the clip's maximum, so pieces cannot be computed apart.
+            frames.memo["mel"] = self.track_features(frames.audio)
+        unit, mel_frames, _ = self.audio_window()
+        begin = part.audio[0] // unit * mel_frames
+        total = part.layout.sound.runs
+        to_the_end = part.audio[1] == sum(audio for _, audio in total)
+        end = None if to_the_end else part.audio[1] // unit * mel_frames
+        return piece_of(frames.audio, frames.memo["mel"][:, begin:end])
+
+    def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
+        """Tokens of a segment; with sound, only the visual ones take the video's embeddings."""
+        if part.audio[0] == part.audio[1]:
+            return super().placeholder(part)
+        config = self.info.get_hf_config()
+        tokens: list[int] = []
+        for visual, audible in part.runs:
+            tokens += [config.video_token_id] * visual + [config.audio_token_id] * audible
+        return PromptUpdateDetails.select_token_id(tokens, embed_token_id=config.video_token_id)
 
     # --- vLLM's processor -------------------------------------------------------------------------
 
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """Attach sound tracks, then process as usual."""
-        if not inputs.hf_processor_mm_kwargs.get("use_audio_in_video"):
-            inputs = self._attach_tracks(inputs)
-        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
-
-    def _attach_tracks(self, inputs: Any) -> Any:
+    def split(self, inputs: Any) -> Any:
+        """Split videos, and attach to each segment its piece of sound."""
+        inputs = super().split(inputs)
+        if inputs.hf_processor_mm_kwargs.get("use_audio_in_video"):
+            return inputs
         items = TrackedItems(dict(inputs.mm_data_items))
         uuids = dict(inputs.mm_uuid_items or {})
         videos, audios = items.get("video"), items.get("audio")
@@ -140,75 +190,92 @@ class SoundTrackProcessor:
             return dataclasses.replace(inputs, mm_data_items=items)
 
         names: Sequence[str | None] = uuids.get("video") or [None] * len(videos)
-        tracks = {
-            index: track
+        pieces = {
+            index: piece
             for index, name in enumerate(names)
-            for track, present in [self._find_track(videos.get(index), name)]
+            for piece, present in [self._find_piece(videos, index, name)]
             if present
         }
-        if tracks:
-            items.owners = tuple(tracks)
-            items["audio"] = DigestAudioItems([*own, *tracks.values()])
+        if pieces:
+            items.owners = tuple(pieces)
+            items["audio"] = DigestAudioItems([*own, *pieces.values()])
             uuids["audio"] = [
                 *(uuids.get("audio") or [None] * len(own)),
-                *(names[index] and f"{names[index]}#audio" for index in tracks),
+                *(names[index] and f"{names[index]}#audio" for index in pieces),
             ]
         return dataclasses.replace(inputs, mm_data_items=items, mm_uuid_items=uuids)
 
-    def _find_track(self, video: object, name: str | None) -> tuple[Waveform | None, bool]:
-        """A video's track and whether it has one; a video sent by name alone has it remembered."""
-        if video is None:
+    def _find_piece(
+        self, videos: VideoProcessorItems, index: int, name: str | None
+    ) -> tuple[Waveform | None, bool]:
+        """A segment's sound and whether it has one; one sent by name alone has it remembered."""
+        if videos.data[index] is None:
             return None, name is not None and self._has_track.get(name, False)
-        track = self.track_of(frames_of(video))
+        segment = segment_at(videos, index)
+        piece = None if segment is None else segment.audio
         if name is not None:
-            self._has_track[name] = track is not None
+            self._has_track[name] = piece is not None
             self._has_track.move_to_end(name)
             while len(self._has_track) > _MAX_NAMES:
                 self._has_track.popitem(last=False)
-        return track, track is not None
+        return piece, piece is not None
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        """Pieces of tracks bring their features along; only other audio is transformed."""
+        audios = mm_items.get("audio")
+        heard = list(audios.data) if isinstance(audios, AudioProcessorItems) else []
+        pieces = [audio for audio in heard if isinstance(audio, TrackPiece)]
+        if not pieces:
+            return super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        others = MultiModalDataItems({k: v for k, v in mm_items.items() if k != "audio"})
+        if own := heard[: len(heard) - len(pieces)]:
+            others["audio"] = DigestAudioItems(own)
+        data = super()._apply_hf_processor_main(others, hf_kwargs)
+        mel = [piece.mel.to(self.info.ctx.model_config.dtype) for piece in pieces]
+        lengths = torch.tensor([features.shape[1] for features in mel])
+        before = data.get("input_audio_features")
+        if before is None:
+            data["audio_feature_lengths"] = lengths
+            data["feature_attention_mask"] = []
+            data["input_audio_features"] = torch.cat(mel, dim=1)
+        else:
+            data["audio_feature_lengths"] = torch.cat([data["audio_feature_lengths"], lengths])
+            data["input_audio_features"] = torch.cat([before, *mel], dim=1)
+        masks = list(data["feature_attention_mask"])
+        data["feature_attention_mask"] = masks + [torch.ones(int(n)) for n in lengths]
+        return data
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
-    ) -> Mapping[str, Any]:
-        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         flag = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
-        return {**with_positions_field(stock), "use_audio_in_video": flag}
+        return {**stock, "use_audio_in_video": flag}
+
+    def encode_inputs(
+        self, segments: Sequence[Any], hf_kwargs: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """As for silent video, and which segments are heard."""
+        heard = torch.tensor([segment.audio is not None for segment in segments])
+        return {**super().encode_inputs(segments, hf_kwargs), "use_audio_in_video": heard}
 
     def _postprocess_hf_mm_data(
         self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object], processed_data: Any
     ) -> Any:
-        """Replace what one flag or rate says about all videos by what holds for each."""
+        """Make the request's one flag a flag per video."""
         data = super()._postprocess_hf_mm_data(hf_data, hf_kwargs, processed_data)  # type: ignore[misc]
         grids = data.get("video_grid_thw")
-        flag = bool(hf_kwargs.get("use_audio_in_video", False))
-        if grids is None or not len(grids):
-            data.pop("use_audio_in_video", None)
-            return data
-        videos = hf_data.get("videos") or [None] * len(grids)
-        all_frames = [frames_of(video) for video in videos]
-        data["use_audio_in_video"] = torch.tensor(
-            [flag or self.track_of(frames) is not None for frames in all_frames]
-        )
-        if hf_data.get("videos"):
-            placed = [
-                self._place(frames, int(grid[0]), step)
-                for frames, grid, step in zip(all_frames, grids, assumed_steps(data), strict=True)
-            ]
-            write(data, placed, self.positions_per_second)
+        data.pop("use_audio_in_video", None)
+        if grids is not None and len(grids):
+            flag = bool(hf_kwargs.get("use_audio_in_video", False))
+            data["use_audio_in_video"] = torch.tensor([flag] * len(grids))
         return data
-
-    @property
-    def positions_per_second(self) -> float:
-        """M-RoPE positions per second of video and sound."""
-        return float(self.info.get_hf_config().position_id_per_seconds)
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[Any]:
         if hf_processor_mm_kwargs.get("use_audio_in_video"):
-            return super()._get_prompt_updates(  # type: ignore[misc,no-any-return]
-                mm_items, hf_processor_mm_kwargs, out_mm_kwargs
-            )
+            return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         config = self.info.get_hf_config()
         merge = int(config.vision_config.spatial_merge_size) ** 2
 
@@ -223,34 +290,19 @@ class SoundTrackProcessor:
                 )
             return [config.audio_token_id] * tokens
 
-        def image(index: int) -> list[int]:
-            grid = out_mm_kwargs["image"][index]["image_grid_thw"].data
-            return [config.image_token_id] * (int(grid.prod()) // merge)
+        def vision(kind: str, token: int) -> PromptReplacement:
+            def tokens(index: int) -> list[int]:
+                grid = out_mm_kwargs[kind][index][f"{kind}_grid_thw"].data
+                return [token] * (int(grid.prod()) // merge)
 
-        def video(index: int) -> Any:
-            item = out_mm_kwargs["video"][index]
-            grid_t, grid_h, grid_w = item["video_grid_thw"].data.tolist()
-            per_grid = grid_h * grid_w // merge
-            videos = mm_items["video"]
-            frames = frames_of(
-                videos.get(index) if isinstance(videos, VideoProcessorItems) else None
-            )
-            track = self.track_of(frames)
-            if track is None:
-                return [config.video_token_id] * (grid_t * per_grid)
-            step = float(item["second_per_grid_ts"].data)
-            grids = self._place(frames, grid_t, step) or even_grid(grid_t, step)
-            tokens = [config.audio_start_token_id]
-            for visual, audible in self.interleave(grids, per_grid, self._track_tokens(track)):
-                tokens += [config.video_token_id] * visual + [config.audio_token_id] * audible
-            tokens.append(config.audio_end_token_id)
-            return PromptUpdateDetails.select_token_id(tokens, embed_token_id=config.video_token_id)
+            return PromptReplacement(modality=kind, target=[token], replacement=tokens)
 
-        targets = {"audio": (config.audio_token_id, audio), "image": (config.image_token_id, image)}
-        targets["video"] = (config.video_token_id, video)
+        videos = mm_items.get("video")
+        segmented = bool(videos) and segment_at(videos, 0) is not None
         return [
-            PromptReplacement(modality=modality, target=[token], replacement=replacement)
-            for modality, (token, replacement) in targets.items()
+            PromptReplacement(modality="audio", target=[config.audio_token_id], replacement=audio),
+            vision("image", config.image_token_id),
+            self.segment_update(videos) if segmented else vision("video", config.video_token_id),
         ]
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> tuple[list[int], Any]:

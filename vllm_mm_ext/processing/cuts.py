@@ -1,0 +1,145 @@
+"""Where one video is cut into segments. Pure arithmetic: no torch, no vLLM.
+
+A cut depends on what comes before it only (the size of the frames, the time of the grids, the
+sound), never on how long the clip goes on, so that a clip that was extended keeps its segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Run = tuple[int, int]
+"""Visual tokens, then audio tokens, next to each other in the prompt."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One segment of a video.
+
+    Attributes:
+        grids: First temporal grid and the one past the last.
+        audio: First audio token and the one past the last.
+        runs: The segment's tokens before any reduction; one run without sound.
+    """
+
+    grids: tuple[int, int]
+    audio: tuple[int, int]
+    runs: tuple[Run, ...]
+
+
+def cut_silent(num_grids: int, tokens_per_grid: int, target: int, unit: int = 1) -> list[Cut]:
+    """Cut a video without sound.
+
+    Args:
+        num_grids: Temporal grids of the video, at least one.
+        tokens_per_grid: Tokens of each.
+        target: Tokens a segment should not exceed; one unit of grids is never cut. 0: no cuts.
+        unit: Grids that belong together (a temporal merge), as far as ``target`` allows.
+
+    Returns:
+        The segments in order; together they are the whole video.
+    """
+    per_segment = max(1, target // tokens_per_grid) if target else num_grids
+    if target and per_segment > unit:
+        per_segment -= per_segment % unit
+    return [
+        Cut((begin, end), (0, 0), (((end - begin) * tokens_per_grid, 0),))
+        for begin in range(0, num_grids, per_segment)
+        for end in [min(begin + per_segment, num_grids)]
+    ]
+
+
+def cut_sounding(
+    runs: Sequence[Run],
+    tokens_per_grid: int,
+    target: int,
+    *,
+    audio_unit: int,
+    audio_least: int = 1,
+) -> list[Cut]:
+    """Cut a video whose tokens interleave with those of its sound.
+
+    Cuts lie where a whole number of grids and a whole number of the audio encoder's windows have
+    gone by. Every segment has at least one grid, and sound after the last grid stays with it.
+
+    Args:
+        runs: ``(visual, audio)`` tokens of the whole video in prompt order.
+        tokens_per_grid: Visual tokens of a temporal grid.
+        target: Tokens a segment should not exceed, where there is a place to cut. 0: no cuts.
+        audio_unit: Audio tokens of one window, which the encoder attends within.
+        audio_least: The last piece of sound is not cut off if it has fewer tokens than this.
+
+    Returns:
+        The segments in order; together they are all runs.
+    """
+    pieces = _windows(runs, audio_unit)
+    total_visual = sum(visual for visual, _ in runs)
+    total_audio = sum(audio for _, audio in runs)
+    cuts: list[Cut] = []
+    done = (0, 0)  # Visual and audio tokens in finished segments.
+    here = (0, 0)
+    open_runs: list[Run] = []
+    best: tuple[int, tuple[int, int]] | None = None  # Runs in, tokens at, the last place to cut.
+
+    def close(count: int, at: tuple[int, int]) -> None:
+        nonlocal done, open_runs, best
+        grids = done[0] // tokens_per_grid, at[0] // tokens_per_grid
+        cuts.append(Cut(grids, (done[1], at[1]), tuple(open_runs[:count])))
+        done, open_runs, best = at, open_runs[count:], None
+
+    for visual, audio in pieces:
+        # What sounds on after the last grid must not move the cuts before it.
+        picture_goes_on = here[0] < total_visual
+        if target and best and picture_goes_on and _size(open_runs) + visual + audio > target:
+            close(*best)
+        open_runs.append((visual, audio))
+        here = here[0] + visual, here[1] + audio
+        left = total_audio - here[1]
+        audible = left == 0 or (here[1] % audio_unit == 0 and left >= audio_least)
+        if audible and here[0] % tokens_per_grid == 0 and done[0] < here[0] < total_visual:
+            best = len(open_runs), here
+    close(len(open_runs), here)
+    return cuts
+
+
+def _size(runs: Sequence[Run]) -> int:
+    return sum(visual + audio for visual, audio in runs)
+
+
+def _windows(runs: Sequence[Run], audio_unit: int) -> list[Run]:
+    """Split runs where a window of the audio encoder ends."""
+    pieces: list[Run] = []
+    heard = 0
+    for visual, audio in runs:
+        while audio > (room := audio_unit - heard % audio_unit):
+            pieces.append((visual, room))
+            heard += room
+            visual, audio = 0, audio - room
+        pieces.append((visual, audio))
+        heard += audio
+    return pieces
+
+
+def reduced_runs(
+    runs: Sequence[Run], tokens_per_grid: int, left: Sequence[int], temporal: int
+) -> list[Run]:
+    """Runs of a segment after token reduction.
+
+    What is left of a group of merged grids stands where the first token of the group stood.
+
+    Args:
+        runs: The segment's runs before reduction.
+        tokens_per_grid: Visual tokens of a grid before reduction.
+        left: Visual tokens left of each group of grids.
+        temporal: Grids per group.
+    """
+    reduced: list[Run] = []
+    seen = groups = 0
+    for visual, audio in runs:
+        seen += visual
+        # Groups whose first token is among the tokens seen.
+        begun = min(len(left), -(-seen // (tokens_per_grid * temporal)))
+        reduced.append((sum(left[groups:begun]), audio))
+        groups = begun
+    return reduced
