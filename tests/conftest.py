@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from planned import PlannedServer
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
-from vllm_mm_ext.testing.server import Server, serve_both
+from vllm_mm_ext.testing.server import Server, serve, serve_both
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,22 @@ def golden_pair(
         log_dir=tmp_path_factory.mktemp(family),
     ) as (stock, plugin):
         yield ServerPair(family, stock, plugin)
+
+
+@pytest.fixture(scope="session")
+def planned_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlannedServer]:
+    """A tiny Qwen2.5-VL with a context that a long clip does not fit at full quality."""
+    files = tmp_path_factory.mktemp("planned")
+    make_clip(files / "short.mp4", duration=4, seed=11)
+    make_clip(files / "other.mp4", duration=6, scene="pan", seed=12)
+    make_clip(files / "long.mp4", width=320, height=240, fps=4, duration=120, seed=13)
+    config = {
+        "media": {"sampling": {"fps": 2.0, "max_frames": 64, "min_frames": 2}},
+        "segments": {"tokens": 64},
+    }
+    args = ["--allowed-local-media-path", str(files), "--max-model-len", "2048"]
+    args += ["--limit-mm-per-prompt", '{"video": 4, "image": 2}']
+    args += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    model = checkpoint("qwen2_5_vl")
+    with serve(model, plugin=True, args=args, additional_config={"mm_ext": config}) as server:
+        yield PlannedServer(server, server.client(), files)
