@@ -19,7 +19,8 @@ from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.config import SamplingConfig
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.fetch import MediaChangedError, MediaRef
-from vllm_mm_ext.media.frontend import AudioResult, VideoPlan, VideoResult
+from vllm_mm_ext.media.frontend import AudioResult, VideoResult
+from vllm_mm_ext.media.plan import VideoPlan, planned, resolved
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
 from vllm_mm_ext.runtime import Runtime, current_runtime
 from vllm_mm_ext.trace import VideoTrace, current_trace
@@ -37,11 +38,65 @@ VFR_TICKS_PER_S = 1000.0
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One video as asked: what to deliver, and the loader whose choice of frames it follows."""
+class VideoJob:
+    """One video as asked.
+
+    Attributes:
+        plan: What to deliver.
+        stock: The loader whose choice of frames the plan follows, or None.
+        ref: The media, where planning resolved it already.
+    """
 
     plan: VideoPlan
     stock: vllm_compat.StockLoader | None = None
+    ref: MediaRef | None = None
+
+
+def server_job(
+    runtime: Runtime, options: Mapping[str, Any], url: str, video_processor: str | None
+) -> VideoJob | None:
+    """What the server's settings make of a video.
+
+    Args:
+        runtime: Of the process.
+        options: ``media_io_kwargs.video`` in force.
+        url: As the request spells it.
+        video_processor: vLLM's name of the model's video processor class, or None.
+
+    Returns:
+        None where a stock loader is in charge.
+
+    Raises:
+        VLLMValidationError: An option is out of bounds.
+    """
+    kwargs = dict(options)
+    chosen = kwargs.pop("video_backend", None)
+    ours = (
+        runtime.config.media.enabled
+        and chosen in (None, vllm_compat.LOADER_NAME)
+        and kwargs.keys() <= VIDEO_KEYS
+        and url[:15].lower() != "data:video/jpeg"
+    )
+    if not ours:
+        return None
+    frontend = runtime.frontend
+    sampling = sampling_with(runtime.config.media.sampling, kwargs)
+    plan = VideoPlan(
+        spec_for(sampling, frontend.traits.frame_multiple),
+        frontend.size_rule,
+        audio=frontend.wants_audio_in_video,
+        reduction=runtime.config.compression.reduction,
+    )
+    if sampling.policy != "stock":
+        return VideoJob(plan)
+    of_model = None if chosen else get_video_loader_backend_for_processor(video_processor)
+    stock = vllm_compat.StockLoader(of_model or envs.VLLM_VIDEO_LOADER_BACKEND, kwargs)
+    plan = replace(
+        plan,
+        chooser=lambda info: stock.indices(*_frames_and_rate(info)),
+        chooser_name=f"{stock.name}{sorted(kwargs.items())}",
+    )
+    return VideoJob(plan, stock)
 
 
 class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
@@ -58,8 +113,8 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         if job is None:
             return super().fetch_video(video_url, **kwargs)
         with client_errors():
-            result = runtime.run_blocking(self._video(runtime, video_url, job.plan))
-        return self._deliver_video(result, job)
+            result = runtime.run_blocking(self._video(runtime, video_url, job))
+        return self._deliver_video(result, job, video_url)
 
     async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
         """Fetch, sample and decode a video.
@@ -80,8 +135,8 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         if job is None:
             return await super().fetch_video_async(video_url, **kwargs)
         with client_errors():
-            result = await runtime.run(self._video(runtime, video_url, job.plan))
-        return self._deliver_video(result, job)
+            result = await runtime.run(self._video(runtime, video_url, job))
+        return self._deliver_video(result, job, video_url)
 
     def fetch_audio(self, audio_url: str) -> Any:
         """Fetch and decode audio; see ``fetch_audio_async``."""
@@ -114,40 +169,29 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         # An audio backend the operator chose (`media_io_kwargs.audio`) stays in charge.
         return runtime.config.media.enabled and not self.media_io_kwargs.get("audio")
 
-    def _video_job(self, runtime: Runtime, url: str, video_processor: str | None) -> _Job | None:
-        """What to deliver; None where a stock loader is in charge."""
-        kwargs = dict(self.media_io_kwargs.get("video", {}))
-        chosen = kwargs.pop("video_backend", None)
-        ours = (
-            runtime.config.media.enabled
-            and chosen in (None, vllm_compat.LOADER_NAME)
-            and kwargs.keys() <= VIDEO_KEYS
-            and url[:15].lower() != "data:video/jpeg"
-        )
-        if not ours:
+    def _video_job(
+        self, runtime: Runtime, url: str, video_processor: str | None
+    ) -> VideoJob | None:
+        """The request's plan for the video, else the server's; None for a stock loader.
+
+        Called in the request's own task: plans are in its context, which the front-end's loop
+        does not inherit.
+        """
+        options = self.media_io_kwargs.get("video", {})
+        job = server_job(runtime, options, url, video_processor)
+        if job is None:
             return None
-        frontend = runtime.frontend
-        sampling = sampling_with(runtime.config.media.sampling, kwargs)
-        spec = spec_for(sampling, frontend.traits.frame_multiple)
-        plan = VideoPlan(spec, frontend.size_rule, audio=frontend.wants_audio_in_video)
-        if sampling.policy != "stock":
-            return _Job(plan)
-        of_model = None if chosen else get_video_loader_backend_for_processor(video_processor)
-        stock = vllm_compat.StockLoader(of_model or envs.VLLM_VIDEO_LOADER_BACKEND, kwargs)
-        plan = replace(
-            plan,
-            chooser=lambda info: stock.indices(*_frames_and_rate(info)),
-            chooser_name=f"{stock.name}{sorted(kwargs.items())}",
-        )
-        return _Job(plan, stock)
+        plan = planned(url) or job.plan
+        return VideoJob(plan, job.stock if plan.chooser else None, resolved(url))
 
     # --- doing it (on the front-end's loop) -------------------------------------------------------
 
-    async def _video(self, runtime: Runtime, url: str, plan: VideoPlan) -> VideoResult:
+    async def _video(self, runtime: Runtime, url: str, job: VideoJob) -> VideoResult:
         return await self._fetched(
             runtime,
             url,
-            lambda ref: runtime.frontend.video(ref, plan),
+            lambda ref: runtime.frontend.video(ref, job.plan),
+            ref=job.ref,
             stage="video",
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
             max_bytes=None,
@@ -158,6 +202,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             runtime,
             url,
             runtime.frontend.audio,
+            ref=None,
             stage="audio",
             timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
             max_bytes=AudioMediaIO().get_max_bytes(),
@@ -169,14 +214,16 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         url: str,
         use: Callable[[MediaRef], Awaitable[R]],
         *,
+        ref: MediaRef | None,
         stage: str,
         timeout_s: float,
         max_bytes: int | None,
     ) -> R:
-        """Resolve ``url``, use it, and add the times of both to the result's stages."""
+        """Resolve ``url`` unless it is, use it, and add the times of both to the stages."""
         fetcher = runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
         started = time.perf_counter()
-        ref = await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
+        if ref is None:
+            ref = await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
         try:
             fetched = time.perf_counter()
             result = await use(ref)
@@ -194,7 +241,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
 
     # --- handing it to vLLM (in the request's context) --------------------------------------------
 
-    def _deliver_video(self, result: VideoResult, job: _Job) -> Any:
+    def _deliver_video(self, result: VideoResult, job: VideoJob, url: str) -> Any:
         frames, selection = result.frames, result.selection
         if job.stock is None:
             metadata = metadata_of(result.info, selection, frames.digest or "")
@@ -214,6 +261,9 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
                     audio_s=None
                     if frames.audio is None
                     else len(frames.audio) / (frames.audio.rate or 1),
+                    url=url,
+                    duration_s=result.info.duration,
+                    reduction=frames.reduction,
                 )
             )
         return MediaWithBytes((frames, metadata), (frames.digest or "").encode())

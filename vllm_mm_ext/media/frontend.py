@@ -8,57 +8,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from blake3 import blake3
 
 from vllm_mm_ext.config import MIB, MediaConfig
+from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media import audio as audio_ops
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.fetch import MediaRef
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.media.plan import VideoPlan
 from vllm_mm_ext.media.pool import DecodePool
+from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import (
     DecodeLimits,
     DecodeRequest,
     FrameSelection,
     MediaInfo,
-    SamplingSpec,
     SizeRule,
 )
+
+__all__ = ["AudioResult", "MediaFrontend", "VideoPlan", "VideoResult"]
 
 # Each remembered item holds up to two memory mappings, of which Linux allows a process 65530.
 _MAX_DECODED = 4096
 
-# Chooses frame indices from a probe; its name tells two choosers apart in cache keys.
-IndexChooser = Callable[[MediaInfo], Sequence[int]]
-
-
-@dataclass(frozen=True)
-class VideoPlan:
-    """Everything but the source that decides which pixels and samples come out.
-
-    Attributes:
-        sampling: Frames wanted; not used with a chooser.
-        size: Output size rule.
-        audio: Deliver the sound track along with the frames, if there is one.
-        chooser_name: Identity of ``chooser``, part of the content key.
-        chooser: Picks explicit indices after probing (stock vLLM's own choice).
-    """
-
-    sampling: SamplingSpec
-    size: SizeRule
-    audio: bool = False
-    chooser_name: str = ""
-    chooser: IndexChooser | None = field(default=None, compare=False, repr=False)
-
-    def key(self) -> str:
-        """Text that differs whenever the delivered content could."""
-        return f"{self.sampling}|{self.size}|audio={self.audio}|{self.chooser_name}"
+# Probes remembered; each is a few hundred bytes.
+_MAX_PROBED = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +106,8 @@ class MediaFrontend:
         )
         self._video_flights: SingleFlight[str, VideoResult] = SingleFlight()
         self._audio_flights: SingleFlight[str, AudioResult] = SingleFlight()
+        self._probed: ByteBudgetCache[str, MediaInfo] = ByteBudgetCache(_MAX_PROBED, lambda _: 1)
+        self._probe_flights: SingleFlight[str, MediaInfo] = SingleFlight()
         self.limits = DecodeLimits(
             timeout_s=decode.timeout_s,
             memory_bytes=decode.worker_memory_mb * MIB,
@@ -147,26 +129,52 @@ class MediaFrontend:
         """Whether videos are delivered with their sound."""
         return self.traits.hears_video and self.config.audio.in_video == "auto"
 
+    async def probe(self, ref: MediaRef) -> MediaInfo:
+        """Return what the container says, without its packet table. Nothing is decoded.
+
+        Raises:
+            MediaError: It is no readable media, or past a limit.
+        """
+        found = self._probed.get(ref.digest)
+        if found is not None:
+            return found
+
+        async def read() -> MediaInfo:
+            blob = await ref.open()
+            done = await self.pool.run(blob.fd, DecodeRequest(probe_only=True, limits=self.limits))
+            self._remember(ref, done.info)
+            return done.info
+
+        return await self._probe_flights.run(ref.digest, read)
+
     async def video(self, ref: MediaRef, plan: VideoPlan) -> VideoResult:
         """Return the sampled video, from the cache, a running decode, or a new one.
+
+        Plans that differ in their reduction alone share one decode.
 
         Raises:
             MediaError: The media cannot be served; the message names cause and limit.
         """
         # A track's limits decide what is cut off it.
         sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}|{self.limits.truncate_audio}"
-        key = _digest("video", ref.digest, plan.key(), sound if plan.audio else "")
+        key = _digest("video", ref.digest, plan.decode_key(), sound if plan.audio else "")
         found = self.cache.get(key)
         if isinstance(found, VideoResult):
-            return replace(found, stages={}, cached=True)
+            result = replace(found, stages={}, cached=True)
+        else:
+            result = await self._video_flights.run(key, lambda: self._new_video(ref, plan, key))
+        return replace(result, frames=result.frames.reduced(plan.reduction))
 
-        async def decode() -> VideoResult:
-            result = await self._decode_video(ref, plan, key)
-            if ref.storable:
-                self.cache.put(key, result)
-            return result
+    async def _new_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
+        result = await self._decode_video(ref, plan, key)
+        self._remember(ref, result.info)
+        if ref.storable:
+            self.cache.put(key, result)
+        return result
 
-        return await self._video_flights.run(key, decode)
+    def _remember(self, ref: MediaRef, info: MediaInfo) -> None:
+        if ref.storable:
+            self._probed.put(ref.digest, info)
 
     async def audio(self, ref: MediaRef) -> AudioResult:
         """Return the media's sound as mono at the model's rate.
@@ -205,11 +213,12 @@ class MediaFrontend:
         )
         stages: dict[str, float] = {}
         if plan.chooser is not None:
-            probe = await self.pool.run(
-                blob.fd, DecodeRequest(probe_only=True, sampling=plan.sampling, limits=self.limits)
-            )
-            stages.update(probe.timings)
-            indices = tuple(int(i) for i in plan.chooser(probe.info))
+            started = time.perf_counter()
+            info = await self.probe(ref)
+            stages["probe"] = time.perf_counter() - started
+            if info.video is None:
+                raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
+            indices = tuple(int(i) for i in plan.chooser(info))
             # The chooser has limits of its own; the job's remain.
             explicit = replace(
                 plan.sampling,
@@ -219,7 +228,8 @@ class MediaFrontend:
             )
             request = replace(request, sampling=explicit)
         done = await self.pool.run(blob.fd, request)
-        stages.update(done.timings)
+        for stage, seconds in done.timings.items():
+            stages[stage] = stages.get(stage, 0.0) + seconds
         assert done.frames is not None
         assert done.selection is not None
         waveform: Waveform | None = None
@@ -233,6 +243,8 @@ class MediaFrontend:
             # Stock's own choice goes with what stock tells the model about time: nothing.
             times=None if plan.chooser else tuple(float(t) for t in done.selection.times),
             audio=waveform,
+            step=done.selection.step,
+            pinned=_is_pinned(plan.size, done.info, done.frames.shape),
         )
         return VideoResult(frames, done.info, done.selection, stages, cached=False)
 
@@ -253,6 +265,16 @@ class MediaFrontend:
         """Stop the workers and forget everything."""
         self.pool.close()
         self.cache.clear()
+        self._probed.clear()
+
+
+def _is_pinned(rule: SizeRule, info: MediaInfo, shape: tuple[int, ...]) -> bool:
+    """Whether frames of ``shape`` are as the rule wants them, for as many as there are."""
+    if rule.kind == "native" or info.video is None:
+        return False
+    video = info.video
+    size = target_size(rule, width=video.width, height=video.height, num_frames=shape[0])
+    return shape[1:3] == size
 
 
 def _digest(kind: Literal["video", "audio", "track"], *parts: str) -> str:

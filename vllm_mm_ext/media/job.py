@@ -169,7 +169,9 @@ def _frames(
     """Decode the selection into ``result``."""
     out = np.asarray(allocate(shape, np.uint8), np.uint8)
     decoder = get_decoder(request.decoder, max_pixels=request.limits.max_pixels)
-    size = None if request.size.kind == "native" else (shape[1], shape[2])
+    assert info.video is not None
+    own_size = request.size.kind == "native" and shape[1:3] == (info.video.height, info.video.width)
+    size = None if own_size else (shape[1], shape[2])
     work = (path, info, selection.indices, size, out, request.threads)
     try:
         positions = decoder.decode(*work)
@@ -185,7 +187,11 @@ def _frames(
             out[place] = out[position]
         out = out[: len(positions)]
         selection = replace(
-            selection, indices=selection.indices[positions], times=selection.times[positions]
+            selection,
+            indices=selection.indices[positions],
+            times=selection.times[positions],
+            # Frames missing at the end leave the others where they were.
+            step=selection.step if positions[-1] == len(positions) - 1 else None,
         )
     result.frames, result.selection, result.decoder = out, selection, decoder.name
 

@@ -14,7 +14,7 @@ from vllm.multimodal.video import VideoLoader
 from vllm_mm_ext.media.blob import Blob
 from vllm_mm_ext.media.connector import client_errors, metadata_of, sampling_with, spec_for
 from vllm_mm_ext.media.fetch import MediaRef
-from vllm_mm_ext.media.frontend import VideoPlan
+from vllm_mm_ext.media.plan import VideoPlan
 from vllm_mm_ext.media.source import Fetched
 from vllm_mm_ext.runtime import current_runtime
 
@@ -40,7 +40,9 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
         runtime = current_runtime()
         sampling = sampling_with(runtime.config.media.sampling, kwargs)
         spec = spec_for(sampling, runtime.frontend.traits.frame_multiple)
-        plan = VideoPlan(spec, runtime.frontend.size_rule)
+        plan = VideoPlan(
+            spec, runtime.frontend.size_rule, reduction=runtime.config.compression.reduction
+        )
         with client_errors():
             ref = MediaRef(Fetched.of(Blob.from_bytes(data)), _already_read)
             result = runtime.run_blocking(runtime.frontend.video(ref, plan))

@@ -11,6 +11,12 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
+
+from vllm_mm_ext.options import NO_REDUCTION, Reduction
+
+# Reductions of one video that are remembered with it; requests choose them.
+_MAX_REDUCTIONS = 4
 
 
 class _Carrier(np.ndarray[Any, Any]):
@@ -30,7 +36,8 @@ class _Carrier(np.ndarray[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         reduced: tuple[Any, ...] = tuple(super().__reduce__())
-        return reduced[0], reduced[1], (reduced[2], dict(self.__dict__))
+        carried = {name: value for name, value in self.__dict__.items() if name != "memo"}
+        return reduced[0], reduced[1], (reduced[2], carried)
 
     def __setstate__(self, state: Any) -> None:
         array_state, attributes = state
@@ -74,15 +81,22 @@ class SampledFrames(_Carrier):
 
     Args:
         frames: uint8 RGB ``[n, height, width, 3]``; shared, not copied.
-        digest: Identity of the source bytes, the frames chosen, their size, and whether sound
-            comes along.
+        digest: Identity of the source bytes, the frames chosen, their size, whether sound comes
+            along, and ``reduction``.
         times: Presentation time of each frame in seconds from the start of the video, ascending.
             None leaves the model to assume its usual frame rate, as with any other array.
         audio: The whole sound track at the model's rate, starting at the start of the video; None
             for a video without sound.
+        step: Seconds between the moments 0, ``step``, 2 ``step``... that the frames show; None
+            where they were not taken on such a grid.
+        reduction: How the model's tokens of these frames are made fewer.
+        pinned: The frames have their final size: the model's processor must not resize them.
 
     Attributes:
-        digest, times, audio: As given; None on an array derived from sampled frames.
+        digest, times, audio, step, reduction, pinned: As given; None, None, None, None, no
+            reduction and False on an array derived from sampled frames.
+        memo: Values derived from the frames, kept with them for later turns; empty on a derived
+            or unpickled array.
 
     Raises:
         ValueError: ``frames`` does not have four dimensions, or ``times`` not one per frame.
@@ -90,6 +104,10 @@ class SampledFrames(_Carrier):
 
     times: tuple[float, ...] | None
     audio: Waveform | None
+    step: float | None
+    reduction: Reduction
+    pinned: bool
+    memo: dict[Any, Any]
 
     def __new__(
         cls,
@@ -98,6 +116,9 @@ class SampledFrames(_Carrier):
         digest: str,
         times: tuple[float, ...] | None = None,
         audio: Waveform | None = None,
+        step: float | None = None,
+        reduction: Reduction = NO_REDUCTION,
+        pinned: bool = False,
     ) -> Self:
         if frames.ndim != 4:
             raise ValueError(f"frames have four dimensions, got shape {frames.shape}")
@@ -107,12 +128,66 @@ class SampledFrames(_Carrier):
         self.digest = digest
         self.times = times
         self.audio = audio
+        self.step = step
+        self.reduction = reduction
+        self.pinned = pinned
         return self
 
     def __array_finalize__(self, obj: object) -> None:
         super().__array_finalize__(obj)
         self.times = None
         self.audio = None
+        self.step = None
+        self.reduction = NO_REDUCTION
+        self.pinned = False
+        self.memo = {}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.memo = {}
+
+    def frame_digests(self) -> tuple[bytes, ...]:
+        """BLAKE3 of each frame's bytes, 32 bytes each; computed once and remembered."""
+        made = self._shared_digests()
+        if not made:
+            pixels = np.ascontiguousarray(np.asarray(self))
+            made.append(tuple(blake3(frame.reshape(-1)).digest() for frame in pixels))
+        return made[0]
+
+    def _shared_digests(self) -> list[tuple[bytes, ...]]:
+        """Holds the frame digests once they are made, for all reductions of these frames."""
+        shared: list[tuple[bytes, ...]] = self.memo.setdefault("frame_digests", [])
+        return shared
+
+    def reduced(self, reduction: Reduction) -> SampledFrames:
+        """The same frames and sound, to be given to the model with another ``reduction``.
+
+        Pixels and frame digests are shared. The same call gives the same object, for the last few
+        reductions asked for.
+
+        Args:
+            reduction: In place of no reduction, which ``self`` must have.
+        """
+        if reduction == self.reduction:
+            return self
+        made: dict[Reduction, SampledFrames] = self.memo.setdefault("reduced", {})
+        found = made.pop(reduction, None)
+        if found is None:
+            digest = blake3(f"{self.digest}|{reduction.key()}".encode()).hexdigest()
+            found = SampledFrames(
+                np.asarray(self),
+                digest=str(digest),
+                times=self.times,
+                audio=self.audio,
+                step=self.step,
+                reduction=reduction,
+                pinned=self.pinned,
+            )
+            found.memo["frame_digests"] = self._shared_digests()
+        made[reduction] = found
+        while len(made) > _MAX_REDUCTIONS:
+            made.pop(next(iter(made)))
+        return found
 
 
 def known_digest(obj: object) -> str | None:

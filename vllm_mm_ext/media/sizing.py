@@ -32,6 +32,14 @@ def target_size(rule: SizeRule, *, width: int, height: int, num_frames: int) -> 
     Raises:
         MediaError: The aspect ratio is past what the rule's model family accepts.
     """
+    fitted = _by_kind(rule, width, height, num_frames)
+    if rule.kind == "fixed" or not 0 < rule.max_frame_pixels < fitted[0] * fitted[1]:
+        return fitted
+    factor = rule.factor if rule.kind in ("qwen_vl", "qwen3_vl") else 1
+    return _capped(rule.max_frame_pixels, factor, width, height)
+
+
+def _by_kind(rule: SizeRule, width: int, height: int, num_frames: int) -> tuple[int, int]:
     if rule.kind == "native":
         return height, width
     if rule.kind == "fixed":
@@ -41,6 +49,16 @@ def target_size(rule: SizeRule, *, width: int, height: int, num_frames: int) -> 
     if rule.kind == "qwen_vl":
         return _qwen_vl(rule, width, height, max(1, num_frames))
     return _qwen3_vl(rule, width, height, max(rule.temporal_factor, num_frames))
+
+
+def _capped(most: int, factor: int, width: int, height: int) -> tuple[int, int]:
+    """Multiples of ``factor`` at about the source's aspect ratio, of at most ``most`` pixels."""
+    beta = math.sqrt(height * width / most)
+    short = max(factor, math.floor(min(height, width) / beta / factor) * factor)
+    # A short side that was raised to one factor takes its pixels from the long side.
+    long = min(max(height, width) / beta, most / short)
+    long = max(factor, math.floor(long / factor) * factor)
+    return (long, short) if height > width else (short, long)
 
 
 def _max_edge(edge: int, width: int, height: int) -> tuple[int, int]:

@@ -154,12 +154,15 @@ class FrameSelection:
             (non-decreasing for ``explicit``).
         times: float64 ``[n]`` their exact presentation times in seconds.
         profile: Activity profile for ``adaptive``, else None.
+        step: Seconds between the moments 0, ``step``, 2 ``step``... of which the frames are those
+            on screen; None where they were not taken on such a grid.
     """
 
     policy: PolicyName
     indices: npt.NDArray[np.int64]
     times: npt.NDArray[np.float64]
     profile: ActivityProfile | None = None
+    step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,9 @@ class SizeRule:
             per video (``qwen3_vl``).
         temporal_factor: Temporal patch size (``qwen3_vl``).
         total_pixels: For ``qwen_vl``: cap on the pixels of all frames, 0 for none.
+        max_frame_pixels: Cap on the pixels of one frame, applied last and above ``min_pixels``;
+            0 for none. Without effect on ``fixed``. A qwen kind's frame has at least ``factor`` x
+            ``factor`` pixels nevertheless.
     """
 
     kind: Literal["native", "fixed", "max_edge", "qwen_vl", "qwen3_vl"] = "native"
@@ -186,6 +192,7 @@ class SizeRule:
     max_pixels: int = 0
     temporal_factor: int = 2
     total_pixels: int = 0
+    max_frame_pixels: int = 0
 
 
 @dataclass(frozen=True)
