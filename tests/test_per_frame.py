@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 from typing import Any
@@ -51,9 +52,8 @@ def clip(num_frames: int, seed: int = 0, side: int = SIDE) -> np.ndarray[Any, An
 
 
 def reduced(frames: np.ndarray[Any, Any], reduction: Reduction) -> SampledFrames:
-    sampled = SampledFrames(frames, digest=f"{reduction.key()}-{frames.shape}-{frames.sum()}")
-    sampled.reduction = reduction
-    return sampled
+    digest = f"{reduction.key()}-{frames.shape}-{frames.sum()}"
+    return SampledFrames(frames, digest=digest, reduction=reduction)
 
 
 def embeds(result: dict[str, Any]) -> list[int]:
@@ -88,7 +88,7 @@ def test_placeholders_of_segments_follow_each_other_without_a_gap(family: str) -
     places = render(ours(family), "see <video> what", {"video": [video(clip(11))]})[
         "mm_placeholders"
     ]["video"]
-    for before, after in zip(places, places[1:], strict=False):
+    for before, after in itertools.pairwise(places):
         assert after.offset == before.offset + before.length
 
 

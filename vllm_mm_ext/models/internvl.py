@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from vllm.model_executor.models.interns1 import InternS1DummyInputsBuilder
 from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration as _Stock
@@ -34,6 +37,10 @@ class InternVLForConditionalGeneration(PerFrameModel, _Stock):  # type: ignore[m
         vision = self.config.vision_config
         side = vision.image_size[0] // vision.patch_size[0]
         return (int(side * self.config.downsample_ratio),) * 2
+
+    def frames_of(self, kwargs: Mapping[str, Any]) -> Sequence[int]:
+        """A frame is one tile."""
+        return [int(frames) for frames in kwargs["video_num_patches"]]
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Tokens ``[frames, tokens, channels]`` of frames or tiles, in bounded calls."""

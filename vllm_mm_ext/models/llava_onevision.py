@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,10 @@ class LlavaOnevisionForConditionalGeneration(PerFrameModel, _Stock):  # type: ig
     def _side(self) -> int:
         vision = self.config.vision_config
         return int(vision.image_size // vision.patch_size)
+
+    def frames_of(self, kwargs: Mapping[str, Any]) -> Sequence[int]:
+        """Frames come as one tensor per video."""
+        return [len(frames) for frames in kwargs["pixel_values_videos"]]
 
     def _image_pixels_to_features(
         self, vision_tower: Any, pixel_values: torch.Tensor

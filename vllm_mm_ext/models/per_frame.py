@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from vllm_mm_ext.compression.reduce import reduce_tokens
-from vllm_mm_ext.processing import fields
+from vllm_mm_ext.models.encoder_batches import encode_frames_in_batches
+from vllm_mm_ext.models.reduced_outputs import ReducedOutputs
 
 
-class PerFrameModel:
-    """Mixin in front of a model class; the class bounds its encoder calls with `in_batches`.
+class PerFrameModel(ReducedOutputs):
+    """Mixin in front of a model class; the class passes its encoder through `in_batches`.
 
     Attributes:
-        encoder_max_patches: Patches per encoder call, 0 for no bound.
+        encoder_max_patches: Patches of one encoder call; a frame, or a tile of an image, is never
+            cut. 0: no bound.
     """
 
     encoder_max_patches: int = 0
@@ -30,49 +31,23 @@ class PerFrameModel:
         """Tokens of a frame of video vertically and horizontally, after the model's own pooling."""
         raise NotImplementedError
 
+    def frames_of(self, kwargs: Mapping[str, Any]) -> Sequence[int]:
+        """Frames of each video among the model's inputs."""
+        raise NotImplementedError
+
+    def token_grids(self, kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        """A grid per frame."""
+        return [(frames, *self.frame_tokens) for frames in self.frames_of(kwargs)]
+
     def in_batches(
         self, encode: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor
     ) -> torch.Tensor:
-        """Encode frames in calls of at most ``encoder_max_patches`` patches, or one frame each.
+        """Encode frames in calls of bounded size.
 
         Args:
             encode: The encoder: ``[frames, ...]`` to ``[frames, tokens, channels]``.
             pixels: ``[frames, 3, height, width]``.
         """
-        frames = max(1, self.encoder_max_patches // self.patches_per_frame)
-        if not self.encoder_max_patches or len(pixels) <= frames:
-            return encode(pixels)
-        return torch.cat([encode(part) for part in pixels.split(frames)])
-
-    def embed_multimodal(self, **kwargs: Any) -> Any:
-        """Embeddings per item; those of segments after their reduction."""
-        made = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        if fields.REDUCTION not in kwargs:
-            return made
-        # vLLM batches items of one modality at a time, so these are all segments.
-        return tuple(
-            self.reduced(tokens.flatten(0, -2), values, kept)
-            for tokens, values, kept in _per_item(made, kwargs)
-        )
-
-    def reduced(
-        self, tokens: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
-    ) -> torch.Tensor:
-        """Tokens of one segment made fewer.
-
-        Args:
-            tokens: ``[frames * rows * columns, channels]``.
-            values: The segment's field ``fields.REDUCTION``.
-            kept: The segment's field ``fields.KEPT``.
-        """
-        rows, columns = self.frame_tokens
-        reduction = fields.reduction_of(values)
-        selected = None if reduction.static == "none" else kept
-        grid = (len(tokens) // (rows * columns), rows, columns)
-        return reduce_tokens(tokens, grid, reduction, selected)
-
-
-def _per_item(
-    made: Iterable[torch.Tensor], kwargs: dict[str, Any]
-) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    return zip(made, kwargs[fields.REDUCTION], kwargs[fields.KEPT], strict=True)
+        bound = self.encoder_max_patches
+        frames = max(1, bound // self.patches_per_frame) if bound else 0
+        return encode_frames_in_batches(encode, pixels, frames)
