@@ -1,14 +1,22 @@
-"""Content-adaptive sampling: container profile, a bounded look at the pixels, allocation."""
+"""Content-adaptive sampling: container profile, a bounded look at the pixels, allocation.
+
+Where a budget binds, the whole clip competes for it. Otherwise the clip is chosen from window by
+window (see ``windows``), and nothing after a window's end takes part in its choice.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_mm_ext.media.sampling import allocate, candidates, container_profile, thumbnail_scan
-from vllm_mm_ext.media.sampling.timeline import target_count
+from vllm_mm_ext.media.sampling.container_profile import Scores
+from vllm_mm_ext.media.sampling.timeline import Indices, Times, second_of
+from vllm_mm_ext.media.sampling.windows import Window, rows, windows_of
 from vllm_mm_ext.media.types import (
     ActivityProfile,
     FrameSelection,
@@ -24,65 +32,125 @@ _BIN_S = 0.25
 _MOST_BINS = 4000
 
 
-def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> FrameSelection:
-    """Choose frames where something happens. See ``sampling.select``.
+@dataclass(eq=False)
+class _Part:
+    """One window while it is chosen from.
 
-    ``thumbnails`` is called at most once, with at most ``thumbnail_scan.MAX_THUMBNAILS``
-    indices whose decoding costs at most ``thumbnail_scan.decode_allowance`` frames.
+    Attributes:
+        window: Its place in the clip.
+        packets: Its packets alone.
+        score: float64 ``[n]`` their stage-1 innovation.
+        looked_at: int64 ``[k]`` frames stage 2 looks at, counted from the window's first.
+        motion, transient: float64 ``[k]`` what it saw.
     """
-    packets = info.packets
-    assert packets is not None
-    count = target_count(info, spec)
-    score = container_profile.innovation(packets)
-    looked_at = np.zeros(0, np.int64)
-    motion = transient = np.zeros(0)
 
-    def chosen() -> npt.NDArray[np.int64]:
-        spots = candidates.find(packets.time, score, looked_at, transient, 3 * count)
-        return allocate.allocate(
-            packets,
+    window: Window
+    packets: PacketTable
+    score: Scores
+    looked_at: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    motion: Scores = field(default_factory=lambda: np.zeros(0))
+    transient: Scores = field(default_factory=lambda: np.zeros(0))
+
+    @classmethod
+    def of(cls, packets: PacketTable, window: Window) -> _Part:
+        known = rows(packets, window.back, window.high)
+        score = container_profile.innovation(known)[window.low - window.back :]
+        return cls(window, rows(packets, window.low, window.high), score)
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether a look at the pixels could change anything."""
+        return 2 < self.window.count < len(self.packets)
+
+    def choose(self, spec: SamplingSpec, taken: Counter[int]) -> Indices:
+        """Frames counted from the window's first; adds them to ``taken``, frames per second."""
+        if not self.window.count:
+            return np.zeros(0, np.int64)
+        time, count = self.packets.time, self.window.count
+        spots = candidates.find(time, self.score, self.looked_at, self.transient, 3 * count)
+        chosen = allocate.allocate(
+            self.packets,
             count,
             [spot.index for spot in spots],
-            _weights(packets, score),
+            _weights(self.packets, self.score),
             min_fps=spec.min_fps,
             max_fps=spec.max_fps,
             multiple_of=spec.multiple_of,
+            taken=taken,
         )
-
-    indices = chosen()
-    if 2 < count < len(packets):
-        # What this choice leaves of the price of one full decode is spent on looking.
-        allowance = thumbnail_scan.decode_allowance(packets, indices)
-        looked_at = thumbnail_scan.plan(packets, score, allowance)
-        if len(looked_at) >= 3:
-            pixels = thumbnails(looked_at.tolist())
-            motion, transient = thumbnail_scan.motion_score(pixels, packets.time[looked_at])
-            indices = chosen()
-        else:
-            looked_at = looked_at[:0]
-    profile = _profile(packets, score, looked_at, motion)
-    return FrameSelection("adaptive", indices, packets.time[indices], profile)
+        taken.update(second_of(time[chosen]).tolist())
+        return chosen
 
 
-def _weights(packets: PacketTable, score: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> FrameSelection:
+    """Choose frames where something happens. See ``sampling.select``.
+
+    ``thumbnails`` is called at most once, with at most ``thumbnail_scan.MAX_THUMBNAILS`` indices
+    of each window, whose decoding costs at most ``thumbnail_scan.decode_allowance`` frames.
+    """
+    packets = info.packets
+    assert packets is not None
+    parts = [_Part.of(packets, window) for window in windows_of(info, spec)]
+    chosen = _choose(parts, spec)
+    for part, indices in zip(parts, chosen, strict=True):
+        if part.has_choice:
+            # What this choice leaves of the price of one full decode is spent on looking.
+            allowance = thumbnail_scan.decode_allowance(part.packets, indices)
+            part.looked_at = thumbnail_scan.plan(
+                part.packets, part.score, allowance, part.window.lead_in
+            )
+    if sum(len(part.looked_at) for part in parts) >= 3:
+        _look(parts, packets, thumbnails)
+        chosen = _choose(parts, spec)
+    else:
+        for part in parts:
+            part.looked_at = part.looked_at[:0]
+    found = np.concatenate(
+        [part.window.low + indices for part, indices in zip(parts, chosen, strict=True)]
+    )
+    # Windows with few frames may end on an odd one.
+    if len(found) >= spec.multiple_of:
+        found = found[: len(found) - len(found) % spec.multiple_of]
+    return FrameSelection("adaptive", found, packets.time[found], _profile(packets, parts))
+
+
+def _choose(parts: Sequence[_Part], spec: SamplingSpec) -> list[Indices]:
+    taken: Counter[int] = Counter()
+    return [part.choose(spec, taken) for part in parts]
+
+
+def _look(parts: Sequence[_Part], packets: PacketTable, thumbnails: Thumbnails) -> None:
+    """Score what the pixels show, each window against itself and the one before it."""
+    indices = [part.window.low + part.looked_at for part in parts]
+    pixels = thumbnails(np.concatenate(indices).tolist())
+    bounds = np.cumsum([0, *(len(part) for part in indices)]).tolist()
+    whole = parts[0].window.is_clip
+    fewest = thumbnail_scan.FEWEST if whole else thumbnail_scan.FEWEST_IN_WINDOW
+    for number, part in enumerate(parts):
+        first = max(0, number - 1)
+        time = packets.time[np.concatenate(indices[first : number + 1])]
+        motion, transient = thumbnail_scan.motion_score(
+            pixels[bounds[first] : bounds[number + 1]], time, fewest
+        )
+        own = bounds[number] - bounds[first]
+        part.motion, part.transient = motion[own:], transient[own:]
+
+
+def _weights(packets: PacketTable, score: Scores) -> Times:
     """Share of the left-over budget per frame: its time on screen, more where it is busy."""
     time = packets.time
     gaps = np.diff(time, append=time[-1] + (time[-1] - time[0]) / max(1, len(time) - 1))
     return np.asarray(np.maximum(gaps, 1e-9) * (1.0 + np.minimum(score, 10.0) / 10.0))
 
 
-def _profile(
-    packets: PacketTable,
-    score: npt.NDArray[np.float64],
-    looked_at: npt.NDArray[np.int64],
-    motion: npt.NDArray[np.float64],
-) -> ActivityProfile:
+def _profile(packets: PacketTable, parts: Sequence[_Part]) -> ActivityProfile:
     end = float(packets.time[-1])
     bins = min(_MOST_BINS, int(end / _BIN_S) + 1)
     width = max(_BIN_S, end / bins * (1 + 1e-9))
     container = np.zeros(bins, np.float32)
-    place = np.minimum((packets.time / width).astype(np.int64), bins - 1)
-    np.maximum.at(container, place, (score / (score + 6.0)).astype(np.float32))
     confirmed = np.full(bins, np.nan, np.float32)
-    np.fmax.at(confirmed, place[looked_at], motion.astype(np.float32))
+    for part in parts:
+        place = np.minimum((part.packets.time / width).astype(np.int64), bins - 1)
+        np.maximum.at(container, place, (part.score / (part.score + 6.0)).astype(np.float32))
+        np.fmax.at(confirmed, place[part.looked_at], part.motion.astype(np.float32))
     return ActivityProfile(np.arange(bins, dtype=np.float64) * width, container, confirmed)

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -29,6 +29,7 @@ def allocate(
     min_fps: float,
     max_fps: float,
     multiple_of: int = 1,
+    taken: Mapping[int, int] | None = None,
 ) -> Indices:
     """Choose at most ``count`` frames.
 
@@ -45,17 +46,27 @@ def allocate(
         min_fps: Floor in frames per second, as far as the budget goes.
         max_fps: Ceiling on the frames in any whole second (at least one is always allowed).
         multiple_of: The result is cut to a multiple of this where it has that many.
+        taken: Frames already chosen elsewhere in each whole second; they count for ``max_fps``.
 
     Returns:
         int64 ``[k]``, strictly increasing, ``k <= count``.
     """
-    return _Allocation(packets, count, min_fps, max_fps).run(spots, weight, multiple_of)
+    return _Allocation(packets, count, min_fps, max_fps, taken or {}).run(
+        spots, weight, multiple_of
+    )
 
 
 class _Allocation:
     """The state of one allocation: what is taken, and what each second and slot holds."""
 
-    def __init__(self, packets: PacketTable, count: int, min_fps: float, max_fps: float) -> None:
+    def __init__(
+        self,
+        packets: PacketTable,
+        count: int,
+        min_fps: float,
+        max_fps: float,
+        taken: Mapping[int, int],
+    ) -> None:
         time = packets.time
         self._time, self._count, size = time, count, len(packets)
         duration = float(time[-1] - time[0])
@@ -71,7 +82,7 @@ class _Allocation:
         self._reach = self._starts - 1
         self._chosen: dict[int, None] = {}
         self._in_slot: Counter[int] = Counter()
-        self._in_second: Counter[int] = Counter()
+        self._in_second: Counter[int] = Counter(taken)
 
     def run(self, spots: Iterable[int], weight: Times, multiple_of: int) -> Indices:
         occupied = len(np.unique(self._slot))

@@ -7,15 +7,55 @@ import itertools
 import numpy as np
 
 from vllm_mm_ext.errors import MediaError
-from vllm_mm_ext.media.sampling.timeline import Indices, Times, spread, target_count
+from vllm_mm_ext.media.sampling.timeline import (
+    Indices,
+    Times,
+    asked_count,
+    is_unbound,
+    shown_at,
+    spread,
+    target_count,
+)
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, PacketTable, SamplingSpec
 
 
 def select_uniform(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
-    """Frames evenly spaced on time, first and last included."""
+    """Frames on a fixed grid of time, or spread evenly where a budget binds.
+
+    While ``fps`` asks for no more than ``max_frames`` and no less than ``min_frames``, frame k is
+    the one on screen at k / fps, whatever the length of the clip. A frame on screen at several of
+    these moments is taken once. Otherwise the frames are evenly spaced from the first to the last.
+    """
     packets = _packets(info)
+    if is_unbound(info, spec):
+        indices, step = _on_grid(info, packets, spec)
+        if len(indices) >= _least(packets, spec):
+            return FrameSelection("uniform", indices, packets.time[indices], step=step)
     indices = spread(packets.time, target_count(info, spec))
     return FrameSelection("uniform", indices, packets.time[indices])
+
+
+def _on_grid(
+    info: MediaInfo, packets: PacketTable, spec: SamplingSpec
+) -> tuple[Indices, float | None]:
+    """Frames on screen at k / fps, and the step they are apart."""
+    moments = np.arange(asked_count(info, spec)) / spec.fps
+    shown = shown_at(packets.time, moments)
+    indices = np.unique(shown)
+    assert info.video is not None
+    step: float | None = None
+    if len(indices) == len(shown):
+        step = 1.0 / spec.fps
+    elif len(indices) == int(indices[-1]) + 1 and not info.video.is_vfr and info.video.fps > 0:
+        # All frames there are, which come slower than asked for.
+        step = 1.0 / info.video.fps
+    return indices[: len(indices) - len(indices) % spec.multiple_of], step
+
+
+def _least(packets: PacketTable, spec: SamplingSpec) -> int:
+    """Frames a selection must have: ``min_frames``, as far as there are, and one at all."""
+    least = min(spec.min_frames, len(packets))
+    return max(1, least - least % spec.multiple_of)
 
 
 def select_keyframe(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
@@ -29,7 +69,10 @@ def select_keyframe(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
     most = min(len(packets), spec.max_frames)
     wanted = max(1, min(most, max(spec.min_frames, len(keys))))
     count = wanted - wanted % spec.multiple_of or min(most, spec.multiple_of)
-    if len(keys) >= count:
+    if count <= len(keys) <= spec.max_frames:
+        # Rounding takes from the end: a longer clip keeps its leading keyframes.
+        indices = keys[:count]
+    elif len(keys) >= count:
         indices = keys[spread(packets.time[keys], count)]
     else:
         indices = _fill_up(packets.time, keys, count)

@@ -32,8 +32,9 @@ _LEAST_DECODE = 0.12
 # A frame is compared with frames this many seconds before and after it: beyond the longest
 # sub-second event.
 _REACH_S = 0.9
-# Comparisons needed to know what is usual in a clip.
-_FEWEST = 48
+# Comparisons needed to know what is usual in a clip, and in a window of one.
+FEWEST = 48
+FEWEST_IN_WINDOW = 32
 # Changes below this many 8-bit steps are sensor and coding noise: block mean, frame mean.
 _LOCAL_FLOOR = 2.0
 _GLOBAL_FLOOR = 1.0
@@ -50,13 +51,15 @@ def decode_allowance(packets: PacketTable, chosen: Indices) -> float:
     return max(_LEAST_DECODE * count, left)
 
 
-def plan(packets: PacketTable, score: Scores, allowance: float) -> Indices:
+def plan(packets: PacketTable, score: Scores, allowance: float, lead_in: float = 0.0) -> Indices:
     """Which frames to look at: the most promising GOP prefixes per decoded frame.
 
     Args:
         packets: The clip's packets.
         score: float64 ``[n]`` stage-1 innovation.
         allowance: What may be spent in all, as ``decode_cost`` counts.
+        lead_in: What decoding must spend before the first packet, where that is no keyframe;
+            infinity keeps away from the first GOP.
 
     Returns:
         int64 ``[k]`` sorted frame indices, ``k <= MAX_THUMBNAILS``, whose ``decode_cost`` is at
@@ -75,6 +78,7 @@ def plan(packets: PacketTable, score: Scores, allowance: float) -> Indices:
     starts = gop_starts(packets)
     gop = np.searchsorted(starts, grid, side="right") - 1
     opening = total[starts[gop]] + extra - (1.0 - weight[grid])
+    opening[gop == 0] -= lead_in
     # The most that stage 1 says of the frames since the last look; a constant for the unseen.
     value = np.maximum.reduceat(score, grid) ** 2 + 1.0
     # A look pays off once the surroundings after it are seen too.
@@ -117,13 +121,14 @@ def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
 
 
 def motion_score(
-    thumbnails: npt.NDArray[np.uint8], time: npt.NDArray[np.float64]
+    thumbnails: npt.NDArray[np.uint8], time: npt.NDArray[np.float64], fewest: int = FEWEST
 ) -> tuple[Scores, Scores]:
     """Score thumbnails: how much each shows that is there neither before nor after.
 
     Args:
         thumbnails: uint8 gray ``[k, h, w]``.
         time: float64 ``[k]`` their times in seconds, increasing.
+        fewest: Comparisons needed to know what is usual.
 
     Returns:
         ``(motion, transient)``, float64 ``[k]`` each. ``motion`` is the mean absolute pixel
@@ -144,7 +149,7 @@ def motion_score(
     known &= time - time[np.maximum(before, 0)] < 2 * _REACH_S
     known &= time[np.minimum(after, count - 1)] - time < 2 * _REACH_S
     rows = np.flatnonzero(known)
-    if len(rows) < _FEWEST:
+    if len(rows) < fewest:
         return motion, transient
     local, brightness = np.zeros(len(rows)), np.zeros(len(rows))
     for at in range(0, len(rows), 256):

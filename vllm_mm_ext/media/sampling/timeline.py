@@ -23,21 +23,45 @@ def target_count(info: MediaInfo, spec: SamplingSpec) -> int:
     are, rounded down to ``multiple_of`` (but not below it, where ``max_frames`` and the clip
     allow that many).
     """
-    assert info.packets is not None
-    most = min(len(info.packets), spec.max_frames)
-    # A clip of exactly k seconds must not lose a frame to rounding in its timestamps.
-    wanted = math.floor(clip_duration(info) * spec.fps + 1e-6)
-    count = min(most, max(spec.min_frames, wanted, 1))
+    assert info.video is not None
+    most = min(info.video.num_frames, spec.max_frames)
+    count = min(most, max(spec.min_frames, asked_count(info, spec), 1))
     rounded = count - count % spec.multiple_of
     return rounded or min(most, spec.multiple_of)
 
 
+def is_unbound(info: MediaInfo, spec: SamplingSpec) -> bool:
+    """True when the frames asked for by ``fps`` are within ``min_frames``..``max_frames``.
+
+    A policy may then let the choice for a moment follow from what is before it alone, so that a
+    longer version of the clip gets the same leading frames.
+    """
+    asked = asked_count(info, spec)
+    return max(spec.min_frames, spec.multiple_of) <= asked <= spec.max_frames
+
+
+def asked_count(info: MediaInfo, spec: SamplingSpec) -> int:
+    # A clip of exactly k seconds must not lose a frame to rounding in its timestamps.
+    return math.floor(clip_duration(info) * spec.fps + 1e-6)
+
+
 def clip_duration(info: MediaInfo) -> float:
-    """Seconds of video, never less than its last timestamp."""
-    assert info.packets is not None
+    """Seconds of video, never less than its last timestamp (where those are at hand)."""
     assert info.video is not None
-    last = float(info.packets.time[-1]) if len(info.packets) else 0.0
+    table = info.packets
+    last = float(table.time[-1]) if table is not None and len(table) else 0.0
     return max(info.video.duration, last)
+
+
+def shown_at(time: Times, moments: Times) -> Indices:
+    """Frame on screen at each moment: the last one at or before it, up to a microsecond.
+
+    Args:
+        time: float64 ``[n]``, non-decreasing, seconds; the first frame counts from -infinity.
+        moments: float64 ``[k]`` seconds.
+    """
+    found = np.searchsorted(time, moments + 1e-6, side="right") - 1
+    return np.asarray(np.maximum(found, 0), np.int64)
 
 
 def is_even(time: Times) -> bool:
