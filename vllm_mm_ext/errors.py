@@ -80,3 +80,15 @@ class DecodeCrashError(MediaError):
     """The decoder process died on this input; the process was replaced."""
 
     code = "decode_crash"
+
+
+class OverBudgetError(MediaError):
+    """Even at its lowest quality the media takes more tokens than there are."""
+
+    code = "over_budget"
+
+
+class OptionBoundError(MediaError):
+    """An option asks for more than this server allows, or for what its model cannot do."""
+
+    code = "option"
