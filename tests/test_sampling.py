@@ -187,11 +187,35 @@ def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, cou
         assert timeline.decode_cost(packets, np.array(indices)) <= len(packets) + 1e-6
 
 
-def test_uniform_equals_the_choice_of_stock_loaders() -> None:
-    for count in (1, 2, 31, 32, 33, 300, 1801):
+def test_uniform_equals_the_choice_of_stock_loaders_where_a_budget_binds() -> None:
+    for count in (1, 2, 31, 32, 33, 119, 1801):
         wanted = min(32, count, max(4, count // 30))
         expected = np.linspace(0, count - 1, wanted, dtype=int)
-        assert (chosen(even(count)).indices == expected).all()
+        selection = chosen(even(count))
+        assert (selection.indices == expected).all()
+        assert selection.step is None
+
+
+def test_uniform_takes_the_frame_on_screen_at_each_moment_of_a_fixed_grid() -> None:
+    selection = chosen(even(610, fps=30.5), fps=1.5, multiple_of=2)
+    moments = np.arange(30) / 1.5
+    assert (selection.times <= moments + 1e-6).all()
+    assert (selection.times > moments - 1 / 30.5).all()
+    assert selection.step == pytest.approx(1 / 1.5)
+
+
+def test_a_source_slower_than_asked_gives_all_its_frames_at_its_own_step() -> None:
+    selection = chosen(even(50, fps=5.0), fps=25.0, max_frames=1000)
+    assert selection.indices.tolist() == list(range(50))
+    assert selection.step == pytest.approx(1 / 5)
+
+
+def test_a_still_picture_in_an_uneven_clip_is_taken_once() -> None:
+    time = np.concatenate([np.arange(60) / 10, [12.0], 18.0 + np.arange(60) / 10])
+    selection = chosen(media(time))
+    assert (np.diff(selection.indices) > 0).all()
+    assert selection.times.tolist() == [0, 1, 2, 3, 4, 5, 5.9, 12, *range(18, 24)]
+    assert selection.step is None
 
 
 def test_uniform_follows_time_not_index_on_uneven_clips() -> None:
