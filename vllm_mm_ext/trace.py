@@ -57,11 +57,11 @@ class PlanTrace:
 
     Attributes:
         level: Load level it is served at; 0 is full quality.
-        lowered: What it does not get of what was asked, and why.
+        lowered: What it does not get of what was asked: ``what``, ``wanted``, ``given``, ``why``.
     """
 
     level: int
-    lowered: tuple[str, ...]
+    lowered: tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class RequestTrace:
             so a stage holds the longest of its items.
         videos, audios: One entry per media item that passed through the front-end.
         tokens: Embeddings per modality plus ``text``, once the prompt is built.
+        asked: The request carries options, so it is reported on even without media.
         order: URLs of the request's planned videos, as they follow each other in the messages.
         plans: What was decided about each of those.
         items: The mm items of the prompt, once it is built.
@@ -100,6 +101,7 @@ class RequestTrace:
     videos: list[VideoTrace] = field(default_factory=list)
     audios: list[dict[str, Any]] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
+    asked: bool = False
     order: list[str] = field(default_factory=list)
     plans: dict[str, PlanTrace] = field(default_factory=dict)
     items: list[ItemTrace] = field(default_factory=list)

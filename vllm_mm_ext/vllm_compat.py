@@ -294,6 +294,21 @@ def settings_of(model_config: Any) -> MMExtConfig:
     return settings if isinstance(settings, MMExtConfig) else MMExtConfig()
 
 
+def media_connector(
+    model_config: Any, media_io_kwargs: Mapping[str, Mapping[str, Any]] | None
+) -> Any:
+    """The connector vLLM gives a request with these options: the server's, whichever that is."""
+    from vllm import envs
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+    return MEDIA_CONNECTOR_REGISTRY.load(
+        envs.VLLM_MEDIA_CONNECTOR,
+        media_io_kwargs=media_io_kwargs,
+        allowed_local_media_path=model_config.allowed_local_media_path,
+        allowed_media_domains=model_config.allowed_media_domains,
+    )
+
+
 def audio_resampler_rate(mm_processor: Any) -> int | None:
     """Sampling rate in Hz the model's data parser resamples to; None when it takes any rate."""
     rate = mm_processor.info.data_parser.audio_resampler.target_sr

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_mm_ext.media.connector import client_errors
 from vllm_mm_ext.serving import report
 from vllm_mm_ext.serving.blocks import KEY, with_block
-from vllm_mm_ext.serving.requests import current_request, open_request, refuse_options
+from vllm_mm_ext.serving.requests import open_request, refuse_options
 from vllm_mm_ext.trace import RequestTrace, current_trace, open_trace, resume_trace
 
 
@@ -16,8 +16,8 @@ def begin(raw: Any, session: str | None) -> None:
     """Start a request; see ``open_request``. A wrong option becomes vLLM's own 400."""
     with client_errors():
         open_request(raw, session)
-    if current_trace() is None:
-        open_trace()
+    trace = current_trace() or open_trace()
+    trace.asked = raw is not None
 
 
 def begin_without_media(raw: Any) -> None:
@@ -61,6 +61,6 @@ def observer() -> Callable[[int | None], None] | None:
 def _reported() -> RequestTrace | None:
     """The current trace if the client gets to see it: it sent media, or options."""
     trace = current_trace()
-    if trace is None or not (report.has_media(trace) or current_request().asked):
+    if trace is None or not (trace.asked or report.has_media(trace)):
         return None
     return trace

@@ -9,6 +9,7 @@ _OPENAI = "vllm.entrypoints.openai"
 _CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
 _RESPONSES = f"{_OPENAI}.responses.serving:OpenAIServingResponses"
 _ROUTE = ("request", "raw_request")
+_RENDER = ("conversations", "chat_params", "tok_params")
 
 
 def _install_timing() -> None:
@@ -25,6 +26,13 @@ def _install_options() -> None:
     vllm_wrappers.around_chat(answers.begin, answers.answered, answers.streamed)
     vllm_wrappers.around_responses(answers.begin, answers.resume, answers.answered)
     vllm_wrappers.before_completion(answers.begin_without_media)
+
+
+def _install_planning() -> None:
+    from vllm_mm_ext import vllm_wrappers
+    from vllm_mm_ext.serving.planning import plan, plan_blocking
+
+    vllm_wrappers.around_chat_rendering(plan, plan_blocking)
 
 
 def _install_cache_reports() -> None:
@@ -61,6 +69,23 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             ),
         ),
         _install_options,
+    ),
+    Feature(
+        "planning",
+        "videos get what the server's settings say, whatever the context, the budget and the load",
+        (
+            VllmName(f"{_RENDERER}.render_chat_async", _RENDER),
+            VllmName(f"{_RENDERER}.render_chat", _RENDER),
+            VllmName(f"{_RENDERER}.tokenize_prompt_async", ("prompt", "params")),
+            VllmName(f"{_RENDERER}.tokenize_prompt", ("prompt", "params")),
+            VllmName(f"{_RENDERER}.default_chat_tok_params"),
+            VllmName("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY.load", ("cls_name",)),
+            VllmName(
+                "vllm.multimodal.processing:BaseProcessingInfo.validate_num_items",
+                ("modality", "num_items"),
+            ),
+        ),
+        _install_planning,
     ),
     Feature(
         "cache reports",

@@ -46,7 +46,7 @@ def _video(trace: RequestTrace, video: VideoTrace) -> dict[str, Any]:
         "audio_s": None if video.audio_s is None else round(video.audio_s, 2),
         "reduction": video.reduction.model_dump(),
         "level": 0 if plan is None else plan.level,
-        "lowered": [] if plan is None else list(plan.lowered),
+        "lowered": [] if plan is None else [dict(lowered) for lowered in plan.lowered],
         "decoded_cache": video.cached,
     }
 

@@ -27,12 +27,10 @@ class RequestContext:
     Attributes:
         options: Its `mm_ext` block; the defaults without one.
         session: The conversation it says it belongs to, if it says so.
-        asked: It carries a block, so it gets one back even without media.
     """
 
     options: RequestOptions = DEFAULT_OPTIONS
     session: str | None = None
-    asked: bool = False
 
 
 _NOTHING_ASKED = RequestContext()
@@ -54,7 +52,7 @@ def open_request(raw: Any, session: str | None) -> RequestContext:
     Raises:
         OptionError: An option is wrong; the message names its key, the value and what is valid.
     """
-    context = RequestContext(read_options(raw), session, raw is not None)
+    context = RequestContext(read_options(raw), session)
     _current.set(context)
     return context
 

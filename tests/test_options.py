@@ -1,0 +1,106 @@
+"""Options of a request: bounds, error messages a client can act on, and the generated page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_mm_ext.options import DEFAULT_OPTIONS, Reduction, RequestOptions
+from vllm_mm_ext.options_page import to_markdown
+from vllm_mm_ext.schema import iter_fields
+from vllm_mm_ext.serving.requests import OptionError, read_options, refuse_options
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_no_block_asks_for_nothing() -> None:
+    assert read_options(None) == read_options({}) == DEFAULT_OPTIONS == RequestOptions()
+
+
+def test_a_block_is_read_as_sent() -> None:
+    raw = {
+        "fps": 2,
+        "max_frames": 16,
+        "total_tokens": 4096,
+        "resolution": 336,
+        "quality": "fixed",
+        "reduction": {"pool": 2, "static": "merge", "keep": 0.5},
+        "floor": {"frames": 4, "fps": 0.5, "resolution": 224},
+    }
+    assert read_options(raw).model_dump(exclude_unset=True) == raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "words"),
+    [
+        ({"reduction": {"pool": 9}}, "mm_ext.reduction.pool", ["9", "<= 8"]),
+        ({"reduction": {"pol": 2}}, "mm_ext.reduction.pol", ["pool, temporal, static, keep"]),
+        ({"reduction": {"static": "merge"}}, "mm_ext.reduction", ["go together"]),
+        ({"reduction": "strong"}, "mm_ext.reduction", ["strong"]),
+        ({"speed": 1}, "mm_ext.speed", ["unknown key", "total_tokens"]),
+        ({"fps": 0}, "mm_ext.fps", ["> 0"]),
+        ({"fps": "2"}, "mm_ext.fps", ["number"]),
+        ({"fps": float("nan")}, "mm_ext.fps", ["nan"]),
+        ({"fps": True}, "mm_ext.fps", ["number"]),
+        ({"max_frames": 2.5}, "mm_ext.max_frames", ["integer"]),
+        ({"quality": "best"}, "mm_ext.quality", ["'auto'", "'fixed'"]),
+        ({"min_frames": 9, "max_frames": 3}, "mm_ext", ["min_frames (9)", "max_frames (3)"]),
+        ({"fps": 1, "floor": {"fps": 2}}, "mm_ext", ["floor.fps (2.0)", "fps (1.0)"]),
+        ({"floor": {"resolution": 448}, "resolution": 224}, "mm_ext", ["floor.resolution"]),
+        ([], "mm_ext", ["object"]),
+        ("fast", "mm_ext", ["object"]),
+    ],
+)
+def test_a_wrong_option_names_its_key_and_what_is_valid(
+    raw: Any, key: str, words: list[str]
+) -> None:
+    with pytest.raises(OptionError) as error:
+        read_options(raw)
+    assert error.value.parameter == key
+    assert all(word in error.value.message for word in [key, *words])
+
+
+@given(st.text(min_size=200), st.sampled_from(["fps", "quality", "unknown"]))
+def test_messages_stay_short_whatever_was_sent(text: str, key: str) -> None:
+    with pytest.raises(OptionError) as error:
+        read_options({key: text * 50})
+    assert len(error.value.message) < 500
+
+
+def test_a_route_without_media_takes_no_block() -> None:
+    refuse_options(None, "/v1/completions")
+    with pytest.raises(OptionError, match="/v1/completions takes none"):
+        refuse_options({}, "/v1/completions")
+
+
+def test_the_reference_page_is_current_and_names_every_option() -> None:
+    page = (ROOT / "docs" / "options.md").read_text()
+    assert page == to_markdown(), "run: python -m vllm_mm_ext.options_page > docs/options.md"
+    for path, _, leaves in iter_fields(RequestOptions, "mm_ext"):
+        assert f"## `{path}`" in page
+        assert all(f"| `{name}` |" in page for name, _ in leaves)
+
+
+grids = st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(1, 30))
+plain = st.builds(Reduction, pool=st.integers(1, 8), temporal=st.integers(1, 8))
+kept = st.builds(
+    Reduction,
+    pool=st.integers(1, 8),
+    temporal=st.integers(1, 8),
+    static=st.sampled_from(["merge", "prune"]),
+    keep=st.floats(0.01, 0.99),
+)
+
+
+@given(grids, st.one_of(plain, kept))
+def test_a_reduction_never_adds_tokens_and_leaves_at_least_one(
+    grid: tuple[int, int, int], reduction: Reduction
+) -> None:
+    count = reduction.count(*grid)
+    assert 1 <= count <= grid[0] * grid[1] * grid[2]
+    if reduction.is_identity:
+        assert count == grid[0] * grid[1] * grid[2]

@@ -1,0 +1,70 @@
+"""What a conversation holds, read from OpenAI messages without touching them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# Tokens a chat template puts around a message or a media item (role names, start and end markers),
+# and around the whole conversation (a default system prompt, the answer's header). Generous: a
+# plan that is a little small is served, one that is a little large is not.
+_PER_MESSAGE = 12
+_PER_PART = 4
+_PER_CONVERSATION = 48
+
+
+def video_urls(messages: Sequence[Any]) -> list[str]:
+    """URLs of the videos in the order of the messages, as the client spelled them.
+
+    Both spellings that vLLM takes count: ``{"type": "video_url", "video_url": {"url": ...}}``, and
+    the URL as a plain string (where a uuid is given, or no type). Parts without a URL name a video
+    sent before and are left out.
+    """
+    found = []
+    for part in _parts(messages):
+        if part.get("type") in ("video_url", None):
+            url = part.get("video_url")
+            url = url.get("url") if isinstance(url, Mapping) else url
+            if isinstance(url, str) and url:
+                found.append(url)
+    return found
+
+
+def text_of(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
+    """All text of a conversation, for counting its tokens.
+
+    Args:
+        messages: OpenAI chat messages.
+        tools: Tool definitions the chat template writes into the prompt.
+    """
+    texts = [message["content"] for message in messages if isinstance(_content(message), str)]
+    for part in _parts(messages):
+        texts += [
+            text
+            for key in ("text", "thinking", "refusal")
+            if isinstance(text := part.get(key), str)
+        ]
+    for message in messages:
+        if isinstance(message, Mapping):
+            texts += [str(message[k]) for k in ("tool_calls", "reasoning") if message.get(k)]
+    if tools:
+        texts.append(json.dumps(tools, default=str))
+    return "\n".join(texts)
+
+
+def template_tokens(messages: Sequence[Any]) -> int:
+    """An upper estimate of the tokens a chat template adds to a conversation's text."""
+    parts = sum(1 for _ in _parts(messages))
+    return _PER_CONVERSATION + _PER_MESSAGE * len(messages) + _PER_PART * parts
+
+
+def _content(message: Any) -> Any:
+    return message.get("content") if isinstance(message, Mapping) else None
+
+
+def _parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+    for message in messages:
+        content = _content(message)
+        if isinstance(content, list):
+            yield from (part for part in content if isinstance(part, Mapping))
