@@ -1,0 +1,46 @@
+"""The load of a service as all its API servers see it: samples in, one tier out."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.quality.board import Board
+from vllm_mm_ext.quality.settings import TierSettings
+from vllm_mm_ext.quality.tiers import LoadSample, LoadTiers, mean_of
+
+
+class LoadSignal:
+    """The tier on a board.
+
+    vLLM sends the figures of an engine step to one API server only, so whichever gets them moves
+    the tier on; the others read it.
+
+    Args:
+        settings: The ``tiers`` section.
+        board: Shared by the service.
+    """
+
+    def __init__(self, settings: TierSettings, board: Board) -> None:
+        self._settings = settings
+        self._board = board
+        self._tiers = LoadTiers(settings)
+
+    def report(self, engine: int, sample: LoadSample, engines: int = 1) -> None:
+        """Take an engine's newest sample into account.
+
+        Args:
+            engine: Index of the engine.
+            sample: How busy it is.
+            engines: Engines of the service; those never heard of do not count.
+        """
+        board = self._board
+        with board.writing() as held:
+            if not held:
+                return
+            board.write_sample(engine, sample)
+            heard = board.samples(range(engines))
+            mean = mean_of(heard, sample.time, self._settings.stale_s)
+            if mean is not None:
+                board.write_tier(self._tiers.observe(board.tier(), mean))
+
+    def level(self, now: float) -> int:
+        """The tier at ``now``, in seconds on the clock of the samples."""
+        return self._tiers.settle(self._board.tier(), now).level
