@@ -51,8 +51,10 @@ class PerFrameProcessor(SegmentProcessor):
         return super().splits(hf_kwargs) and not chooses
 
     def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout | None:
-        """One grid per frame."""
-        size = self.info.get_hf_processor(**hf_kwargs).video_processor.size
+        """One grid per frame; None where the processor leaves frames without a fixed size."""
+        size = dict(self.info.get_hf_processor(**hf_kwargs).video_processor.size)
+        if not size.get("height") or not size.get("width"):
+            return None
         rows, columns = self.info.frame_tokens()
         return VideoLayout(
             size=(int(size["height"]), int(size["width"])),
