@@ -157,14 +157,18 @@ def test_what_follows_a_full_window_does_not_change_its_frames(
     short = shortened(info, max(1, round(part * len(info.packets))))
     if not (is_unbound(short, spec) and is_unbound(info, spec)):
         return
+    few, many = (select(clip, spec, noise).times.tolist() for clip in (short, info))
+    if policy == "uniform":
+        # The end of the last frame of all is known only once another follows.
+        assert few[:-1] == many[: len(few) - 1]
+        return
     seconds, frames = windows.length(fps, multiple_of)
     end = seconds * (asked_count(short, spec) // frames) - 1e-6
-    few, many = (select(clip, spec, noise) for clip in (short, info))
-    few_times, many_times = few.times[few.times < end], many.times[many.times < end]
+    few, many = ([time for time in times if time < end] for times in (few, many))
     # Where frames come in bursts, a last one that is not a whole multiple waits for the others.
-    shared = min(len(few_times), len(many_times))
-    assert abs(len(few_times) - len(many_times)) < multiple_of
-    assert few_times[:shared].tolist() == many_times[:shared].tolist()
+    shared = min(len(few), len(many))
+    assert abs(len(few) - len(many)) < multiple_of
+    assert few[:shared] == many[:shared]
 
 
 @given(
