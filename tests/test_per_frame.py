@@ -178,6 +178,16 @@ def test_a_segment_seen_before_is_not_preprocessed_again(
     assert sizes == [10, 6]
 
 
+def test_frames_that_are_no_bytes_are_left_to_stock(family: str) -> None:
+    frames = clip(9).astype(np.float32)
+    whole, split = (
+        render(p, "<video>", {"video": [frames]}) for p in (stock(family), ours(family))
+    )
+    assert split["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert split["mm_hashes"] == whole["mm_hashes"]
+    assert torch.equal(frames_seen(split), frames_seen(whole))
+
+
 def test_without_a_segment_size_a_video_is_one_item(family: str) -> None:
     data = {"video": [video(clip(40))]}
     split = render(ours(family, 0), "<video>", data)
