@@ -7,14 +7,14 @@ file of ``vllm serve --config``), which vLLM hands to the API server and to the 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
+from vllm_mm_ext import schema
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
+from vllm_mm_ext.quality.settings import QualitySettings
 
 KEY = "mm_ext"
 MIB = 1 << 20
@@ -178,6 +178,7 @@ class MMExtConfig(_Section):
     media: MediaConfig = Field(default_factory=MediaConfig)
     segments: SegmentsConfig = Field(default_factory=SegmentsConfig)
     compression: CompressionConfig = Field(default_factory=CompressionConfig)
+    quality: QualitySettings = Field(default_factory=QualitySettings)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> MMExtConfig:
@@ -202,73 +203,8 @@ class MMExtConfig(_Section):
 
 
 def _explain(error: ValidationError) -> str:
-    lines = [f"invalid additional_config.{KEY}:"]
-    for item in error.errors():
-        path = [str(part) for part in item["loc"]]
-        key = ".".join([KEY, *path])
-        if item["type"] == "extra_forbidden":
-            section = _section_at(path[:-1])
-            valid = ", ".join(section.model_fields) if section else "none"
-            lines.append(f"  {key} = {item['input']!r}: unknown key; valid keys here: {valid}")
-            continue
-        message = item["msg"].removeprefix("Value error, ")
-        field = _field_at(path)
-        valid_values = f"; valid: {describe_type(field)}" if field is not None else ""
-        lines.append(f"  {key} = {item['input']!r}: {message}{valid_values}")
-    return "\n".join(lines)
-
-
-def _section_at(path: list[str]) -> type[BaseModel] | None:
-    section: type[BaseModel] = MMExtConfig
-    for part in path:
-        field = section.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return None
-        section = inner
-    return section
-
-
-def _field_at(path: list[str]) -> FieldInfo | None:
-    section = _section_at(path[:-1]) if path else None
-    return section.model_fields.get(path[-1]) if section else None
-
-
-def describe_type(field: FieldInfo) -> str:
-    """Words for what a field accepts: its choices, or its type and bounds."""
-    annotation: Any = field.annotation
-    if get_origin(annotation) is Literal:
-        return " | ".join(repr(choice) for choice in get_args(annotation))
-    if isinstance(annotation, type):
-        name = annotation.__name__
-    else:
-        name = " | ".join(getattr(t, "__name__", str(t)) for t in get_args(annotation))
-        name = name.replace("NoneType", "null")
-    symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [
-        f"{symbol} {getattr(meta, attr)}"
-        for meta in field.metadata
-        for attr, symbol in symbols.items()
-        if getattr(meta, attr, None) is not None
-    ]
-    return " ".join([name, *([f"({', '.join(bounds)})"] if bounds else [])])
-
-
-def iter_fields(
-    section: type[BaseModel] = MMExtConfig, prefix: str = KEY
-) -> Iterator[tuple[str, type[BaseModel], list[tuple[str, FieldInfo]]]]:
-    """Yield ``(path, section class, its own leaf fields)`` depth first, for the documentation."""
-    leaves: list[tuple[str, FieldInfo]] = []
-    nested: list[tuple[str, type[BaseModel]]] = []
-    for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            nested.append((name, inner))
-        else:
-            leaves.append((name, field))
-    yield prefix, section, leaves
-    for name, inner_section in nested:
-        yield from iter_fields(inner_section, f"{prefix}.{name}")
+    found = schema.problems(error, MMExtConfig, KEY)
+    return "\n".join([f"invalid additional_config.{KEY}:", *(f"  {problem}" for problem in found)])
 
 
 def to_markdown() -> str:
@@ -291,13 +227,5 @@ def to_markdown() -> str:
         "An unknown key or a bad value stops the start-up with the key, the value and what is",
         "valid there.",
     ]
-    for path, section, leaves in iter_fields():
-        if not leaves:
-            continue
-        lines += ["", f"## `{path}`", "", inspect.cleandoc(section.__doc__ or ""), ""]
-        lines += ["| key | accepts | default | meaning |", "| --- | --- | --- | --- |"]
-        for name, field in leaves:
-            accepts = describe_type(field).replace("|", "\\|")
-            default = "null" if field.default is None else field.default
-            lines.append(f"| `{name}` | {accepts} | `{default}` | {field.description} |")
+    lines += schema.reference_tables(MMExtConfig, KEY)
     return "\n".join(lines) + "\n"

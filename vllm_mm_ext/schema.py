@@ -98,6 +98,22 @@ def describe_type(field: FieldInfo) -> str:
     return " ".join([name, *([f"({', '.join(bounds)})"] if bounds else [])])
 
 
+def shown_default(field: FieldInfo) -> str:
+    """A field's default as one would write it in a settings file."""
+    return _written(field.default)
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, BaseModel):
+        inner = ", ".join(f"{k}: {_written(v)}" for k, v in value if k in value.model_fields_set)
+        return f"{{{inner}}}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_written, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def iter_fields(
     section: type[BaseModel], prefix: str
 ) -> Iterator[tuple[str, type[BaseModel], list[tuple[str, FieldInfo]]]]:
@@ -125,6 +141,7 @@ def reference_tables(root: type[BaseModel], prefix: str) -> list[str]:
         lines += ["| key | accepts | default | meaning |", "| --- | --- | --- | --- |"]
         for name, field in leaves:
             accepts = describe_type(field).replace("|", "\\|")
-            default = "null" if field.default is None else field.default
-            lines.append(f"| `{name}` | {accepts} | `{default}` | {field.description} |")
+            lines.append(
+                f"| `{name}` | {accepts} | `{shown_default(field)}` | {field.description} |"
+            )
     return lines

@@ -35,21 +35,21 @@ def config(
     ] = False,
 ) -> None:
     """Print every setting of the plugin with what it accepts, its default and its meaning."""
-    from vllm_mm_ext.config import iter_fields, to_markdown
+    from vllm_mm_ext.config import KEY, MMExtConfig, to_markdown
 
     if markdown:
         typer.echo(to_markdown(), nl=False)
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    from vllm_mm_ext.config import describe_type
+    from vllm_mm_ext.schema import describe_type, iter_fields, shown_default
 
-    table = Table("key", "accepts", "default", "meaning")
-    for path, _, leaves in iter_fields():
+    table = Table(Column("key", overflow="fold"), "accepts", "default", "meaning")
+    for path, _, leaves in iter_fields(MMExtConfig, KEY):
         for name, field in leaves:
             key = f"{path}.{name}"
-            table.add_row(key, describe_type(field), str(field.default), field.description)
+            table.add_row(key, describe_type(field), shown_default(field), field.description)
     Console().print(table)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ REDUCTION = "video_reduction"
 KEPT = "video_kept"
 """int64 ``[tokens]`` per item: cells kept by a static reduction, else empty."""
 
-_STATIC = ("none", "merge", "prune")
+_STATIC: tuple[Literal["none", "merge", "prune"], ...] = ("none", "merge", "prune")
 
 
 def configuration() -> dict[str, MultiModalFieldConfig]:

@@ -235,8 +235,9 @@ class SegmentProcessor:
             return None
         if metadata is not None and metadata.get("do_sample_frames"):
             return None
-        sampled = frames if isinstance(frames, SampledFrames) else _wrapped(frames)
-        video = self._remembered_split(sampled, metadata, hf_kwargs)
+        if not isinstance(frames, SampledFrames):
+            frames = _wrapped(frames, self.default_reduction)
+        video = self._remembered_split(frames, metadata, hf_kwargs)
         if video is None or name is None:
             return video
         named = [f"{name}#{segment.digest}" for segment in video.segments if segment is not None]
@@ -360,8 +361,8 @@ def part_of(segment: VideoSegment) -> Segment:
     return segment.part
 
 
-def _wrapped(frames: npt.NDArray[np.uint8]) -> SampledFrames:
+def _wrapped(frames: npt.NDArray[np.uint8], reduction: Reduction) -> SampledFrames:
     """Frames that came as a bare array."""
     contiguous = np.ascontiguousarray(frames)
     digest = blake3(repr(contiguous.shape).encode() + b"|").update(contiguous.data).hexdigest()
-    return SampledFrames(contiguous, digest=str(digest))
+    return SampledFrames(contiguous, digest=str(digest), reduction=reduction)
