@@ -1,0 +1,41 @@
+"""vLLM's models behind ``ReducedVideoModel``: bounded encoder calls, reduced videos."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_mm_ext.testing.checkpoints import checkpoint
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "qwen3_omni"])
+def test_encoder_calls_are_bounded_and_each_video_is_reduced_as_its_fields_ask(
+    family: str,
+) -> None:
+    checkpoint(family)
+    run = subprocess.run(
+        [sys.executable, str(HERE / "reduced_model.py"), family, "float32"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    answer = json.loads(run.stdout.splitlines()[-1])
+    assert answer["calls_unbounded"] == [6 * 96 + 96 + 5 * 72]
+    assert answer["calls_bounded"] == [192, 192, 192, 168, 144, 144]
+    # Only the order of additions inside a matrix product may differ between sizes of calls.
+    for name, value in answer.items():
+        if name.startswith("difference"):
+            assert value < 2e-5, name
+    # Of 3 x 2 x 3 cells 0.3 are kept; no reduction; 2 x 2 x 1 cells.
+    assert answer["counts"] == [6, 24, 4]
+    assert max(answer.get("calls_manager", [0])) <= 200
+    assert ("calls_manager" in answer) == family.endswith("_vl")
