@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,15 @@ from vllm.multimodal.media import MediaConnector
 
 from vllm_mm_ext import runtime as runtime_module
 from vllm_mm_ext.config import MMExtConfig, SamplingConfig
-from vllm_mm_ext.media.connector import MMExtMediaConnector, sampling_with
+from vllm_mm_ext.media.connector import MMExtMediaConnector, sampling_with, server_job
+from vllm_mm_ext.media.plan import VideoPlan, set_plans
 from vllm_mm_ext.media.traits import ModelTraits
-from vllm_mm_ext.media.types import SizeRule
+from vllm_mm_ext.media.types import SamplingSpec, SizeRule
+from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.plugin import register
 from vllm_mm_ext.runtime import attach_runtime, current_runtime
 from vllm_mm_ext.testing.media import make_audio, make_clip
+from vllm_mm_ext.testing.origin import Origin
 
 PROCESSORS = (None, "Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
 
@@ -195,3 +201,75 @@ def test_video_options_override_the_configuration() -> None:
     changed = sampling_with(SamplingConfig(), {"fps": 2, "num_frames": 3})
     assert (changed.fps, changed.max_frames, changed.min_frames) == (2.0, 3, 3)
     assert sampling_with(SamplingConfig(), {"fps": -1, "num_frames": -1}) == SamplingConfig()
+
+
+PLAN = VideoPlan(
+    SamplingSpec(fps=2.0, max_frames=6, min_frames=1), SizeRule(), reduction=Reduction(pool=2)
+)
+
+
+async def test_a_request_gets_what_it_planned_and_another_the_servers_defaults(
+    clips: dict[str, Path],
+) -> None:
+    attach({"sampling": {"max_frames": 4}})
+    _, ours = connectors(clips["h264"].parent)
+    url = clips["h264"].as_uri()
+
+    async def request(plans: dict[str, VideoPlan]) -> Any:
+        set_plans(plans)
+        # As vLLM does it: one task for each item.
+        item = await asyncio.gather(ours.fetch_video_async(url))
+        return item[0].media[0]
+
+    planned, default = await asyncio.gather(request({url: PLAN}), request({}))
+    assert (len(planned), planned.reduction) == (6, Reduction(pool=2))
+    assert (len(default), default.reduction) == (4, Reduction())
+
+
+def test_a_plan_replaces_stocks_choice_and_a_plan_with_it_keeps_stocks_metadata(
+    clips: dict[str, Path],
+) -> None:
+    attach({"sampling": {"policy": "stock"}, "resize": "native"})
+    stock, ours = connectors(clips["h264"].parent)
+    url = clips["h264"].as_uri()
+    described = stock.fetch_video(url).media[1]
+
+    def fetch(plan: VideoPlan) -> Any:
+        set_plans({url: plan})
+        return ours.fetch_video(url).media
+
+    frames, metadata = contextvars.copy_context().run(fetch, PLAN)
+    assert (len(frames), metadata["video_backend"][:7]) == (6, "mm_ext:")
+    job = server_job(current_runtime(), {}, url, None)
+    assert job is not None
+    frames, metadata = contextvars.copy_context().run(
+        fetch, dataclasses.replace(job.plan, reduction=Reduction(pool=2))
+    )
+    assert metadata == described
+    assert frames.reduction == Reduction(pool=2)
+
+
+def test_what_planning_resolved_is_not_fetched_again(clips: dict[str, Path]) -> None:
+    attach({})
+    with Origin() as origin:
+        url = origin.serve_file(clips["h264"], cache_control="no-store")
+        _, ours = connectors(clips["h264"].parent)
+        runtime = current_runtime()
+        fetcher = runtime.fetcher(ours.allowed_local_media_path, ours.allowed_media_domains)
+
+        def plan_and_fetch() -> int:
+            ref = runtime.run_blocking(fetcher.resolve(url, timeout_s=5))
+            info = runtime.run_blocking(runtime.frontend.probe(ref))
+            assert info.video is not None
+            set_plans({url: PLAN}, {url: ref})
+            return len(ours.fetch_video(url).media[0])
+
+        assert contextvars.copy_context().run(plan_and_fetch) == 6
+        assert origin.requests.total() == 1
+
+
+def test_the_servers_default_reduction_comes_with_the_frames(clips: dict[str, Path]) -> None:
+    config = {"mm_ext": {"compression": {"reduction": {"pool": 2}}}}
+    attach_runtime(MMExtConfig.from_additional_config(config), ModelTraits())
+    _, ours = connectors(clips["h264"].parent)
+    assert ours.fetch_video(clips["h264"].as_uri()).media[0].reduction == Reduction(pool=2)

@@ -15,9 +15,10 @@ from vllm_mm_ext.config import MMExtConfig
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.fetch import MediaFetcher, MediaRef
 from vllm_mm_ext.media.file_source import _RACY_NS
-from vllm_mm_ext.media.frontend import VideoPlan
+from vllm_mm_ext.media.plan import VideoPlan
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
+from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.runtime import Runtime
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin
@@ -102,8 +103,9 @@ async def test_a_changed_file_is_seen(
         replace(PLAN, size=SizeRule()),
         replace(PLAN, audio=True),
         replace(PLAN, chooser_name="stock"),
+        replace(PLAN, reduction=Reduction(pool=2)),
     ],
-    ids=["frames", "policy", "size", "native", "sound", "stock choice"],
+    ids=["frames", "policy", "size", "native", "sound", "stock choice", "reduction"],
 )
 async def test_another_plan_never_shares_a_digest(
     runtime: Runtime, clips: dict[str, Path], other: VideoPlan
@@ -112,6 +114,7 @@ async def test_another_plan_never_shares_a_digest(
     first = await runtime.frontend.video(ref, PLAN)
     second = await runtime.frontend.video(ref, other)
     assert first.frames.digest != second.frames.digest
+    assert PLAN.key() != other.key()
 
 
 async def test_sound_comes_with_the_frames_of_one_fetch(
@@ -164,3 +167,71 @@ async def test_what_an_origin_forbids_to_store_is_not_remembered(
             result = await runtime.frontend.video(ref, PLAN)
             assert not result.cached
     assert runtime.stats()["decoded_cache"]["entries"] == 0
+
+
+async def test_reductions_share_one_decode_and_each_keeps_its_frames_object(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    plans = [PLAN, *(replace(PLAN, reduction=Reduction(pool=n)) for n in (2, 3))]
+    first = [await runtime.frontend.video(ref, plan) for plan in plans]
+    second = [await runtime.frontend.video(ref, plan) for plan in plans]
+    assert jobs(runtime) == 1
+    assert len({result.frames.digest for result in first}) == 3
+    for before, after, plan in zip(first, second, plans, strict=True):
+        assert after.frames is before.frames
+        assert after.frames.reduction == plan.reduction
+
+
+async def test_frames_say_their_step_and_that_they_have_their_final_size(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    sized = (await runtime.frontend.video(ref, PLAN)).frames
+    assert (sized.step, sized.pinned) == (1.0, True)
+    assert sized.times == (0.0, 1.0, 2.0, 3.0)
+    budget = replace(PLAN, sampling=SamplingSpec(max_frames=3, min_frames=1), size=SizeRule())
+    spread = (await runtime.frontend.video(ref, budget)).frames
+    assert (spread.step, spread.pinned) == (None, False)
+
+
+async def test_a_cap_on_pixels_reaches_the_decoder(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    rule = SizeRule("qwen_vl", factor=28, min_pixels=784, max_pixels=10**6)
+    for size, pinned in (
+        (replace(rule, max_frame_pixels=112 * 112), True),
+        (SizeRule(max_frame_pixels=112 * 112), False),
+    ):
+        frames = (await runtime.frontend.video(ref, replace(PLAN, size=size))).frames
+        assert 0 < frames.shape[1] * frames.shape[2] <= 112 * 112
+        assert frames.pinned == pinned
+
+
+async def test_a_probe_reads_the_container_once_and_decodes_nothing(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    infos = await asyncio.gather(*(runtime.frontend.probe(ref) for _ in range(16)))
+    assert jobs(runtime) == 1
+    assert {info.video.num_frames for info in infos if info.video} == {120}
+    assert infos[0].packets is None
+    assert len(runtime.frontend.cache) == 0
+    result = await runtime.frontend.video(ref, PLAN)
+    assert result.info == infos[0]
+
+
+async def test_a_decoded_video_needs_no_probe(runtime: Runtime, clips: dict[str, Path]) -> None:
+    ref = await resolve(runtime, clips["b"])
+    result = await runtime.frontend.video(ref, PLAN)
+    assert await runtime.frontend.probe(ref) is result.info
+    assert jobs(runtime) == 1
+
+
+async def test_stocks_choice_of_a_file_without_video_is_a_client_error(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    plan = replace(PLAN, chooser_name="first", chooser=lambda _: [0])
+    with pytest.raises(NoSuchStreamError):
+        await runtime.frontend.video(await resolve(runtime, clips["tone"]), plan)

@@ -106,3 +106,35 @@ def test_native_and_fixed_say_what_they_mean():
     assert target_size(SizeRule(), width=64, height=48, num_frames=1) == (48, 64)
     fixed = SizeRule("fixed", height=30, width=20)
     assert target_size(fixed, width=64, height=48, num_frames=1) == (30, 20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    width=SIDES,
+    height=SIDES,
+    frames=FRAMES,
+    cap=st.integers(1024, 1 << 22),
+    kind=st.sampled_from(["qwen_vl", "qwen3_vl", "max_edge", "native"]),
+)
+def test_a_frame_has_at_most_the_capped_pixels_in_whole_factors(width, height, frames, cap, kind):
+    if max(width, height) / min(width, height) > 200:
+        return
+    options = {"max_edge": 3000, "factor": 32, "min_pixels": 65536, "max_pixels": 1 << 26}
+    free = target_size(SizeRule(kind, **options), width=width, height=height, num_frames=frames)
+    rule = SizeRule(kind, **options, max_frame_pixels=cap)
+    capped = target_size(rule, width=width, height=height, num_frames=frames)
+    if free[0] * free[1] <= cap:
+        assert capped == free
+        return
+    assert capped[0] * capped[1] <= cap
+    unit = 32 if kind.startswith("qwen") else 1
+    assert capped[0] % unit == capped[1] % unit == 0
+    assert min(capped) >= unit
+    # A rounded-down side costs at most one unit of itself.
+    if max(capped) < 3 * min(capped) and min(capped) >= 4 * unit:
+        assert capped[0] * capped[1] > 0.5 * cap
+
+
+def test_a_cap_leaves_fixed_frames_alone():
+    fixed = SizeRule("fixed", height=384, width=384, max_frame_pixels=1000)
+    assert target_size(fixed, width=64, height=48, num_frames=1) == (384, 384)
