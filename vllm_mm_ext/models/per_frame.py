@@ -12,14 +12,7 @@ from vllm_mm_ext.models.reduced_outputs import ReducedOutputs
 
 
 class PerFrameModel(ReducedOutputs):
-    """Mixin in front of a model class; the class passes its encoder through `in_batches`.
-
-    Attributes:
-        encoder_max_patches: Patches of one encoder call; a frame, or a tile of an image, is never
-            cut. 0: no bound.
-    """
-
-    encoder_max_patches: int = 0
+    """Mixin in front of a model class; the class passes its encoder through `in_batches`."""
 
     @property
     def patches_per_frame(self) -> int:

@@ -15,14 +15,8 @@ _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
 class ReducedVideoModel(ReducedOutputs):
-    """Mixin in front of a model class whose encoder takes patches and ``grid_thw``.
+    """Mixin in front of a model class whose encoder takes patches and ``grid_thw``."""
 
-    Attributes:
-        encoder_max_patches: Patches of one encoder call; one image, or one temporal grid of a
-            video, is never cut. 0: no bound.
-    """
-
-    encoder_max_patches: int = 0
     config: Any
 
     def token_grids(self, kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:

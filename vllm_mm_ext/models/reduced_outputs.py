@@ -13,15 +13,27 @@ from typing import Any
 
 import torch
 
+from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.compression.reduce import reduce_tokens
 from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.processing.fields import KEPT, REDUCTION, reduction_of
 
 
 class ReducedOutputs:
-    """Mixin in front of a model class. A family says which grid its video tokens form."""
+    """Mixin in front of a model class. A family says which grid its video tokens form.
+
+    Attributes:
+        encoder_max_patches: Patches of one encoder call, which the family keeps to; what the
+            encoder must see at once (an image, a temporal grid) is never cut. 0: no bound.
+    """
 
     multimodal_config: Any
+    encoder_max_patches: int
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        settings = vllm_compat.settings_of(vllm_config.model_config)
+        self.encoder_max_patches = settings.compression.encoder_max_patches
 
     def token_grids(self, kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         """Grids, height and width of each video's tokens before reduction.
