@@ -71,9 +71,9 @@ def test_messages_stay_short_whatever_was_sent(text: str, key: str) -> None:
     assert len(error.value.message) < 500
 
 
-def test_a_route_without_media_takes_no_block() -> None:
+def test_a_route_without_options_takes_no_block() -> None:
     refuse_options(None, "/v1/completions")
-    with pytest.raises(OptionError, match="/v1/completions takes none"):
+    with pytest.raises(OptionError, match="/v1/completions takes no mm_ext"):
         refuse_options({}, "/v1/completions")
 
 

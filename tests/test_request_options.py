@@ -204,5 +204,5 @@ def test_completions_take_no_media_and_so_no_options(planned_server: PlannedServ
     client = planned_server.client
     asked: dict[str, Any] = {"model": planned_server.server.model, "prompt": "hi", "max_tokens": 2}
     assert not hasattr(client.completions.create(**asked), "mm_ext")
-    with pytest.raises(openai.BadRequestError, match="/v1/completions takes none"):
+    with pytest.raises(openai.BadRequestError, match="/v1/completions takes no mm_ext"):
         client.completions.create(**asked, extra_body={"mm_ext": {"fps": 1}})

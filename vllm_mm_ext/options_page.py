@@ -36,6 +36,7 @@ message says what is valid. The server has bounds of its own (`mm_ext.quality` i
 | `/v1/chat/completions` | `video_url`, `audio_url`, `input_audio`, `image_url` | all options |
 | `/v1/responses` | `input_image` | checked; there is no video for it to change |
 | `/v1/completions` | none | a 400 |
+| `/v1/chat/completions/batch` | as chat | a 400; the server's settings apply |
 
 `media_io_kwargs` and `mm_processor_kwargs` stay closed to requests."""
 

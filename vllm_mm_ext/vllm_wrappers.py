@@ -121,18 +121,27 @@ async def _resumed(events: AsyncGenerator[Any, None], resume: Callable[[], None]
             yield event
 
 
-def before_completion(begin: Callable[[Any], None]) -> None:
-    """Call ``begin`` with the `mm_ext` of each request of ``/v1/completions``; it may raise."""
+def before_other_routes(begin: Callable[[Any, str], None]) -> None:
+    """Call ``begin`` with the `mm_ext` of each request to OpenAI routes without options.
+
+    It is given the route's path as well, and may raise.
+    """
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def create_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            begin(_block(request))
-            return await original(self, request, *args, **kwargs)
+    def on_route(route: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+                begin(_block(request), route)
+                return await original(self, request, *args, **kwargs)
 
-        return create_completion
+            return create
 
-    wrap(OpenAIServingCompletion, "create_completion", make)
+        return make
+
+    batch = "create_batch_chat_completion"
+    wrap(OpenAIServingCompletion, "create_completion", on_route("/v1/completions"))
+    wrap(OpenAIServingChatBatch, batch, on_route("/v1/chat/completions/batch"))
 
 
 def _block(request: Any) -> Any:

@@ -20,10 +20,10 @@ def begin(raw: Any, session: str | None) -> None:
     trace.asked = raw is not None
 
 
-def begin_without_media(raw: Any) -> None:
-    """Start a request of ``/v1/completions``, whose prompts are text, tokens or embeddings."""
+def begin_without_options(raw: Any, route: str) -> None:
+    """Start a request of a route that takes none; a block becomes vLLM's own 400."""
     with client_errors():
-        refuse_options(raw, "/v1/completions")
+        refuse_options(raw, route)
 
 
 def answered(response: Any) -> None:

@@ -25,7 +25,7 @@ def _install_options() -> None:
 
     vllm_wrappers.around_chat(answers.begin, answers.answered, answers.streamed)
     vllm_wrappers.around_responses(answers.begin, answers.resume, answers.answered)
-    vllm_wrappers.before_completion(answers.begin_without_media)
+    vllm_wrappers.before_other_routes(answers.begin_without_options)
 
 
 def _install_planning() -> None:
@@ -66,6 +66,11 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             VllmName(f"{_OPENAI}.responses.protocol:ResponsesResponse"),
             VllmName(
                 f"{_OPENAI}.completion.serving:OpenAIServingCompletion.create_completion", _ROUTE
+            ),
+            VllmName(
+                f"{_OPENAI}.chat_completion.batch_serving:OpenAIServingChatBatch"
+                ".create_batch_chat_completion",
+                _ROUTE,
             ),
         ),
         _install_options,

@@ -90,6 +90,7 @@ class _Conversation:
         self.tok_params = tok_params or renderer.default_chat_tok_params
         self.request = current_request()
         self.jobs: dict[str, VideoJob] = {}
+        self.stages: list[dict[str, float]] = []
         asked = self.request.options != DEFAULT_OPTIONS
         if asked:
             self.controller.check(self.request.options)
@@ -135,11 +136,8 @@ class _Conversation:
         fetcher = self.runtime.fetcher(
             self.connector.allowed_local_media_path, self.connector.allowed_media_domains
         )
-        uses = Counter(self.urls)
-        started = time.perf_counter()
         probed = await asyncio.gather(*(self._probe_one(fetcher, url) for url in self.jobs))
-        if trace := current_trace():
-            trace.add_stages({"probe": time.perf_counter() - started})
+        uses = Counter(self.urls)
         return [
             PlannedVideo(url, uses[url], ref, info, info.video, self.jobs[url].plan)
             for url, (ref, info) in zip(self.jobs, probed, strict=True)
@@ -148,14 +146,18 @@ class _Conversation:
         ]
 
     async def _probe_one(self, fetcher: MediaFetcher, url: str) -> tuple[MediaRef, MediaInfo]:
-        timeout_s = envs.VLLM_VIDEO_FETCH_TIMEOUT
-        ref = await fetcher.resolve(url, timeout_s=timeout_s)
+        started = time.perf_counter()
+        ref = await fetcher.resolve(url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT)
         try:
-            return ref, await self.runtime.frontend.probe(ref)
+            fetched = time.perf_counter()
+            info = await self.runtime.frontend.probe(ref)
         except MediaChangedError:
             # It changed between looking it up and reading it: once more, with what is there now.
-            ref = await fetcher.resolve(url, timeout_s=timeout_s)
-            return ref, await self.runtime.frontend.probe(ref)
+            ref = await fetcher.resolve(url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT)
+            fetched = time.perf_counter()
+            info = await self.runtime.frontend.probe(ref)
+        self.stages.append({"fetch": fetched - started, "probe": time.perf_counter() - fetched})
+        return ref, info
 
     # --- deciding ---------------------------------------------------------------------------------
 
@@ -174,6 +176,8 @@ class _Conversation:
             {v.url: v.ref for v in videos},
         )
         if trace := current_trace():
+            for stages in self.stages:
+                trace.add_stages(stages)
             trace.order = list(self.urls)
             trace.plans = {
                 video.url: PlanTrace(

@@ -76,13 +76,10 @@ def read_options(raw: Any) -> RequestOptions:
 
 
 def refuse_options(raw: Any, route: str) -> None:
-    """Refuse a block where no media can be sent.
+    """Refuse a block on a route without options.
 
     Raises:
         OptionError: There is one.
     """
     if raw is not None:
-        raise OptionError(
-            f"{KEY} is about media, and {route} takes none; use /v1/chat/completions",
-            parameter=KEY,
-        )
+        raise OptionError(f"{route} takes no {KEY}; send it to /v1/chat/completions", parameter=KEY)
