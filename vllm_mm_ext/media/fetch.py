@@ -71,6 +71,7 @@ class MediaFetcher:
         max_retries: Attempts per download, at least one.
         retry_pause_s: Seconds before the second attempt; each further pause is four times longer.
         max_known: URLs, files and data URLs remembered, each.
+        max_in_flight_bytes: Bound on the bodies being downloaded together; see ``HttpSource``.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class MediaFetcher:
         max_retries: int = 3,
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
+        max_in_flight_bytes: int = 1 << 30,
     ) -> None:
         self.encoded_cache = encoded_cache
         self._files = FileSource(
@@ -100,6 +102,7 @@ class MediaFetcher:
             max_retries=max_retries,
             retry_pause_s=retry_pause_s,
             max_known=max_known,
+            max_in_flight_bytes=max_in_flight_bytes,
         )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
         self._thread = LoopThread("mm-ext-fetch")

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from urllib.parse import urljoin
 
 import aiohttp
@@ -17,6 +18,7 @@ from yarl import URL
 
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
 from vllm_mm_ext.media.blob import BlobWriter, check_size
+from vllm_mm_ext.media.byte_gate import ByteGate
 from vllm_mm_ext.media.freshness import StoredResponse, freshness_fields, judge
 from vllm_mm_ext.media.source import Fetched, tighter
 
@@ -47,6 +49,9 @@ class HttpSource:
             are tried again, each with four times the timeout of the one before.
         retry_pause_s: Seconds before the second attempt, four times as long before each further.
         max_known: URLs remembered.
+        max_in_flight_bytes: Bound on the bodies being downloaded together. One waits for room
+            before it is read, which does not count towards its timeout; one of unknown length
+            needs room for the largest allowed.
 
     Attributes:
         counts: Requests sent, answers from memory, 304 answers, whole bodies and their bytes.
@@ -62,6 +67,7 @@ class HttpSource:
         max_retries: int,
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
+        max_in_flight_bytes: int = 1 << 30,
     ) -> None:
         self._allowed_domains = frozenset(domain.lower() for domain in allowed_domains)
         self._allow_redirects = allow_redirects
@@ -72,6 +78,8 @@ class HttpSource:
         # Only touched on the fetcher's event loop, so it needs no lock.
         self._known: LRUCache[str, StoredResponse] = LRUCache(max_known)
         self._session: aiohttp.ClientSession | None = None
+        self._gate = ByteGate(max_in_flight_bytes)
+        self._max_in_flight = max_in_flight_bytes
         self.counts = {
             "http_requests": 0,
             "http_fresh": 0,
@@ -116,8 +124,8 @@ class HttpSource:
     ) -> Fetched:
         host = _host(parse_url(location))
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._follow(location, known, limit)
+            async with asyncio.timeout(timeout_s) as clock:
+                return await self._follow(location, known, limit, clock)
         except TimeoutError:
             raise _TransientError(f"{host} did not deliver the media in {timeout_s:g} s.") from None
         except aiohttp.ClientConnectorDNSError:
@@ -133,7 +141,11 @@ class HttpSource:
             raise UnreachableMediaError(f"{host} did not answer with valid HTTP.") from None
 
     async def _follow(
-        self, location: str, known: StoredResponse | None, limit: int | None
+        self,
+        location: str,
+        known: StoredResponse | None,
+        limit: int | None,
+        clock: asyncio.Timeout,
     ) -> Fetched:
         url = location
         storable, fresh_until = True, math.inf
@@ -165,10 +177,11 @@ class HttpSource:
                 if response.status != 200:
                     _raise_for_status(response.status, _host(parse_url(url)))
                 check_size(response.content_length or 0, limit, _WHAT)
-                with BlobWriter(limit, _WHAT) as writer:
-                    async for chunk in response.content.iter_any():
-                        writer.append(chunk)
-                    blob = writer.finish()
+                async with self._room(response.content_length, limit, clock):
+                    with BlobWriter(limit, _WHAT) as writer:
+                        async for chunk in response.content.iter_any():
+                            writer.append(chunk)
+                        blob = writer.finish()
             self.counts["http_bodies"] += 1
             self.counts["http_body_bytes"] += blob.size
             stored = StoredResponse(blob.digest, blob.size, url, fields, fresh_until)
@@ -177,6 +190,19 @@ class HttpSource:
         raise UnreachableMediaError(
             f"{_host(parse_url(location))} redirects more than {_MAX_REDIRECTS} times."
         )
+
+    @asynccontextmanager
+    async def _room(
+        self, announced: int | None, limit: int | None, clock: asyncio.Timeout
+    ) -> AsyncIterator[None]:
+        """Room for a body, waited for with the clock stopped."""
+        size = announced if announced is not None else tighter(limit, self._max_in_flight)
+        now = asyncio.get_running_loop().time
+        stopped, deadline = now(), clock.when()
+        clock.reschedule(None)
+        async with self._gate.room(size or 0):
+            clock.reschedule(None if deadline is None else deadline + now() - stopped)
+            yield
 
     def _remember(self, location: str, stored: StoredResponse, storable: bool) -> None:
         # Without lifetime and validators the entry could never be used.
