@@ -41,7 +41,7 @@ _LOCK_POLL_S = 0.001
 _CRC = struct.Struct("<I")
 _SAMPLE = struct.Struct("<5d")
 _STATE = struct.Struct("<iidd")
-_DECISION = struct.Struct(f"<{KEY_BYTES}siQdd")
+_DECISION = struct.Struct(f"<{KEY_BYTES}si?Qdd")
 # struct flock of 64-bit Linux; len 0 is the whole file.
 _FLOCK = struct.Struct("hhqqi4x")
 
@@ -52,12 +52,14 @@ class Decision:
 
     Attributes:
         level: Load tier.
+        lowered: Something is lower than asked.
         tokens: Prompt tokens granted to it, 0 where they were not counted.
         made: When it was decided, in seconds.
         used: When it was last used.
     """
 
     level: int
+    lowered: bool
     tokens: int
     made: float
     used: float
@@ -194,8 +196,8 @@ class Board:
             if not held:
                 return
             place = self._place_for(key)
-            values = (decision.level, decision.tokens, decision.made, decision.used)
-            _TABLE.write(self._view, place, key, *values)
+            values = (decision.level, decision.lowered, decision.tokens)
+            _TABLE.write(self._view, place, key, *values, decision.made, decision.used)
 
     def _place_for(self, key: bytes) -> int:
         oldest, oldest_used = -1, float("inf")

@@ -160,6 +160,7 @@ class QualityController:
                 video.digest,
                 options,
                 level=decision.level,
+                lowered=bool(decision.lowered),
                 tokens=decision.tokens or 0,
                 now=now,
             )

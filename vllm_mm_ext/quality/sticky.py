@@ -63,13 +63,18 @@ class Stickiness:
         options: RequestOptions,
         *,
         level: int,
+        lowered: bool,
         tokens: int,
         now: float,
     ) -> None:
         """Let a decision stand from now on; see ``find`` for the arguments.
 
+        What stands for the video itself is left alone where it still does, and where the session
+        already had a decision: others may be in the middle of a conversation that goes by it.
+
         Args:
             level: Tier of the video.
+            lowered: Something is lower than asked.
             tokens: Prompt tokens it was given, 0 where they cannot be counted.
         """
         if not self._settings.enabled:
@@ -77,19 +82,18 @@ class Stickiness:
         for owner in dict.fromkeys((session, None)):
             key = _key(owner, digest, options)
             earlier = self._board.find(key)
-            if earlier is not None and not self._stands(earlier, owner, now):
-                earlier = None
-            if earlier is not None and owner is None and session is not None:
-                # Others may be in the middle of a conversation that goes by it.
-                continue
-            made = now if earlier is None else earlier.made
-            self._board.keep(key, Decision(level, tokens, made, now))
+            standing = earlier is not None and self._stands(earlier, owner, now)
+            if not standing or owner == session:
+                made = earlier.made if earlier is not None and standing else now
+                self._board.keep(key, Decision(level, lowered, tokens, made, now))
+            if standing:
+                return
 
     def _stands(self, decision: Decision, owner: str | None, now: float) -> bool:
         ttl = self._settings.ttl_s
         if now - decision.used > ttl:
             return False
-        return owner is not None or not decision.level or now - decision.made <= _MAX_LIVES * ttl
+        return owner is not None or not decision.lowered or now - decision.made <= _MAX_LIVES * ttl
 
 
 def _key(session: str | None, digest: str, options: RequestOptions) -> bytes:

@@ -1,0 +1,194 @@
+"""Fit-to-budget: always within it, monotone in it, in the documented order, down to the floors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from quality_costs import FAMILY, FIXED, QWEN2_5_VL, QWEN3_VL, RuleCosts, video
+
+from vllm_mm_ext.options import NO_REDUCTION, Reduction
+from vllm_mm_ext.quality.fit import Ladder, Step, Wish, over_budget, share, strongest
+from vllm_mm_ext.quality.settings import BudgetSettings
+from vllm_mm_ext.quality.videos import Family, VideoSource
+
+REDUCTIONS = BudgetSettings().reductions
+FLOOR_PIXELS = 224 * 224
+
+sources = st.builds(
+    video,
+    seconds=st.floats(1, 7200),
+    width=st.integers(64, 1920),
+    height=st.integers(64, 1920),
+)
+rules = st.sampled_from([QWEN2_5_VL, QWEN3_VL, FIXED])
+reductions = st.sampled_from([NO_REDUCTION, Reduction(pool=2), Reduction(static="prune", keep=0.6)])
+
+
+def ladder(
+    source: VideoSource | None = None,
+    *,
+    fps: float = 1.0,
+    most: int = 768,
+    cap: int = 0,
+    rule: object = QWEN2_5_VL,
+    reduction: Reduction = NO_REDUCTION,
+    floor_frames: int = 4,
+    family: Family = FAMILY,
+) -> tuple[Ladder, RuleCosts]:
+    source = source or video()
+    costs = RuleCosts([source], rule=rule)  # type: ignore[arg-type]
+    family = replace(family, resizable=family.resizable and rule is not FIXED)
+    frames = costs.frames(0, fps, 4, most)
+    wish = Wish(
+        source,
+        frames=frames,
+        sparse_frames=32,
+        floor_frames=min(frames, floor_frames),
+        cap=cap,
+        pixels=costs.pixels(0, frames, cap),
+        floor_pixels=FLOOR_PIXELS,
+        reduction=reduction,
+        reductions=REDUCTIONS,
+    )
+    return Ladder(0, wish, costs, family), costs
+
+
+def is_no_better(later: Step, earlier: Step, wish: Wish) -> bool:
+    ours, theirs = later.reduction, earlier.reduction
+    return (
+        later.frames <= earlier.frames
+        and (later.cap or wish.pixels) <= (earlier.cap or wish.pixels)
+        and ours.pool >= theirs.pool
+        and ours.temporal >= theirs.temporal
+        and ours.keep <= theirs.keep
+    )
+
+
+@given(sources, rules, reductions, st.floats(0.1, 8), st.integers(1, 768), st.integers(1, 64))
+def test_each_step_lowers_and_never_raises_and_costs_no_more(
+    source: VideoSource, rule: object, reduction: Reduction, fps: float, most: int, floor: int
+) -> None:
+    found, _ = ladder(
+        source, fps=fps, most=most, rule=rule, reduction=reduction, floor_frames=floor
+    )
+    for place in range(1, len(found.steps)):
+        assert is_no_better(found.steps[place], found.steps[place - 1], found.wish)
+        assert found.cost(place) <= found.cost(place - 1)
+    last = found.steps[-1]
+    assert last.frames >= min(found.wish.frames, floor)
+    assert (last.cap or found.wish.pixels) >= min(found.wish.pixels, FLOOR_PIXELS)
+
+
+@given(sources, rules, st.integers(1, 200_000), st.integers(0, 200_000))
+def test_the_best_plan_is_within_the_budget_and_no_worse_for_a_larger_one(
+    source: VideoSource, rule: object, budget: int, more: int
+) -> None:
+    found, costs = ladder(source, rule=rule)
+    place = found.best(budget)
+    if found.floor <= budget:
+        assert found.cost(place) <= budget
+        assert place == 0 or found.cost(place - 1) > budget
+    assert found.best(budget + more) <= place
+    assert found.best(budget) == place
+    assert len(costs.calls) < 40
+
+
+def test_frames_go_first_then_resolution_then_tokens_then_frames_again() -> None:
+    found, _ = ladder(video(seconds=300), fps=2.0)
+    wish, changes = found.wish, []
+    for earlier, later in zip(found.steps, found.steps[1:], strict=False):
+        if later.frames < earlier.frames:
+            changed = "frames" if later.frames >= wish.sparse_frames else "frames below sparse"
+        elif later.reduction != earlier.reduction:
+            changed = "reduction"
+        else:
+            changed = "resolution"
+        if not changes or changes[-1] != changed:
+            changes.append(changed)
+    assert changes == ["frames", "resolution", "reduction", "frames below sparse"]
+    assert found.steps[-1] == Step(4, FLOOR_PIXELS, REDUCTIONS[-1])
+
+
+def test_frames_that_share_a_pixel_budget_do_not_grow_when_they_get_fewer() -> None:
+    found, costs = ladder(video(seconds=600, width=1920, height=1080), rule=QWEN3_VL)
+    wanted = costs.pixels(0, found.wish.frames, 0)
+    fewer = found.steps[40]
+    assert costs.pixels(0, fewer.frames, 0) > wanted
+    assert costs.pixels(0, fewer.frames, fewer.cap) <= wanted
+
+
+def test_a_family_is_only_lowered_in_what_it_can_do() -> None:
+    plain = replace(FAMILY, resizable=False, reducible=False)
+    found, _ = ladder(family=plain)
+    assert {(step.cap, step.reduction) for step in found.steps} == {(0, NO_REDUCTION)}
+
+
+def test_a_reduction_asked_for_is_only_made_stronger() -> None:
+    asked = Reduction(pool=3, static="prune", keep=0.6)
+    assert strongest(asked, REDUCTIONS[0]) == asked
+    assert strongest(asked, REDUCTIONS[-1]) == Reduction(
+        pool=3, temporal=2, static="prune", keep=0.5
+    )
+
+
+demands = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 5000)), min_size=1, max_size=8)
+
+
+@given(demands, st.integers(0, 50_000), st.integers(0, 5000))
+def test_shares_respect_floors_and_the_budget_and_grow_with_it(
+    pairs: list[tuple[int, int]], extra: int, more: int
+) -> None:
+    wanted, floors = [a + b for a, b in pairs], [b for _, b in pairs]
+    budget = sum(floors) + extra
+    shares = share(wanted, floors, budget)
+    assert sum(shares) <= budget
+    assert all(f <= s <= w for f, s, w in zip(floors, shares, wanted, strict=True))
+    larger = share(wanted, floors, budget + more)
+    assert all(a <= b for a, b in zip(shares, larger, strict=True))
+    if sum(wanted) <= budget:
+        assert shares == wanted
+    else:
+        # Nobody is held below what a lucky one gets above its floor.
+        top = max((s for s, f in zip(shares, floors, strict=True) if s > f), default=0)
+        assert all(s >= top - 1 or s == w for s, w in zip(shares, wanted, strict=True))
+
+
+def test_small_videos_get_all_they_want_and_large_ones_the_same() -> None:
+    assert share([100, 5000, 9000], [10, 10, 10], 2100) == [100, 1000, 1000]
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    found, costs = ladder(video(seconds=600), floor_frames=300)
+    error = over_budget([found], 500, costs, "the context of 1000 tokens")
+    assert error.code == "over_budget"
+    assert str(found.floor) in error.message
+    assert "leaves 500" in error.message
+    assert "lower floor.frames" in error.message
+    frames = int(error.message.split("at most ")[-1].split()[0])
+    lowest = found.steps[-1]
+    assert costs.tokens(0, frames, lowest.cap, lowest.reduction) <= 500
+    assert costs.tokens(0, frames + 2, lowest.cap, lowest.reduction) > 500
+
+
+def test_too_many_videos_are_refused_with_how_many_would_fit() -> None:
+    videos = [video(str(index)) for index in range(5)]
+    costs = RuleCosts(videos)
+    ladders = [
+        Ladder(index, replace(ladder()[0].wish, source=source), costs, FAMILY)
+        for index, source in enumerate(videos)
+    ]
+    error = over_budget(ladders, 3 * ladders[0].floor, costs, "total_tokens")
+    assert "3 of the videos" in error.message
+
+
+@pytest.mark.parametrize("seconds", [600.0, 7200.0])
+def test_sound_that_fills_the_budget_is_refused_with_a_duration(seconds: float) -> None:
+    source = video(seconds=seconds)
+    costs = RuleCosts([source], sound_rate=25)
+    frames = costs.frames(0, 1.0, 4, 64)
+    wish = replace(ladder()[0].wish, source=source, frames=frames)
+    error = over_budget([Ladder(0, wish, costs, FAMILY)], 1000, costs, "the context")
+    assert "a video of at most about" in error.message
