@@ -15,9 +15,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import renderer_from_config
 
 from vllm_mm_ext import plugin
+from vllm_mm_ext.media.connector import server_job
 from vllm_mm_ext.media.plan import set_plans
+from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.runtime import current_runtime
 from vllm_mm_ext.serving import answers, report
+from vllm_mm_ext.serving.costs import FrontendCosts, PlannedVideo
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_audio, make_clip
 from vllm_mm_ext.trace import RequestTrace, current_trace, open_trace
@@ -247,3 +250,34 @@ def test_a_request_leaves_nothing_behind_in_the_context(front: Front) -> None:
     assert current_trace() is None
     (video,) = front.render("short.mp4").videos
     assert video["frames"] == 8
+
+
+@pytest.mark.parametrize("reduction", [Reduction(), Reduction(pool=2), Reduction(temporal=2)])
+def test_a_plan_costs_what_it_was_said_to_cost(front: Front, reduction: Reduction) -> None:
+    runtime = current_runtime()
+    url = (front.files / "other.mp4").as_uri()
+    fetcher = runtime.fetcher(front.files.resolve(), ())
+
+    async def probed() -> PlannedVideo:
+        ref = await fetcher.resolve(url, timeout_s=5)
+        info = await runtime.frontend.probe(ref)
+        assert info.video is not None
+        job = server_job(runtime, {}, url, None)
+        assert job is not None
+        return PlannedVideo(url, 1, ref, info, info.video, job.plan)
+
+    video = runtime.run_blocking(probed())
+    frontend = runtime.frontend
+    processor = front.renderer.mm_processor
+    costs = FrontendCosts([video], processor, frontend.traits, frontend.limits)
+    assert costs.knows_tokens
+    for fps, cap in ((1.0, 0), (2.0, 112**2)):
+        options = {
+            "fps": fps,
+            "reduction": reduction.model_dump(),
+            "resolution": 112 if cap else None,
+        }
+        made = front.render("other.mp4", options=options)
+        frames = costs.frames(0, fps, 2, 64)
+        assert frames == made.videos[0]["frames"]
+        assert costs.tokens(0, frames, cap, reduction) == made.video_tokens
