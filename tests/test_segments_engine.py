@@ -1,0 +1,113 @@
+"""A video in segments gets the answer that stock vLLM gives to the whole video."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from segments_engine import make_media
+
+FAMILIES = (
+    "qwen2_5_omni",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_omni",
+    "llava_onevision",
+    "internvl",
+)
+# Qwen3-VL numbers the frames of a video in its prompt, LLaVA-OneVision has plain positions.
+MERGE_POSITIONS = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_omni")
+OMNI = ("qwen2_5_omni", "qwen3_omni")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+SPLIT = ("smallest", "larger")
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What both modes say, by mode and family; one process for all families of a mode."""
+    media = tmp_path_factory.mktemp("segments")
+    make_media(media)
+    script = Path(__file__).with_name("segments_engine.py")
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env["HF_HUB_OFFLINE"] = "1"
+    found = {}
+    for mode in ("stock", "plugin"):
+        done = subprocess.run(
+            [sys.executable, str(script), mode, str(media), *FAMILIES],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=560,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[mode] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def assert_equal(got: list[Any], expected: list[Any], dtype: str, case: str) -> None:
+    assert len(got) == len(expected) == 3
+    for one, other in zip(got, expected, strict=True):
+        assert one["prompt"] == other["prompt"], case
+        assert one["tokens"] == other["tokens"], case
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=TOLERANCE[dtype]), case
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segments_change_no_answer_of_stock(outcomes: dict[str, Any], family: str) -> None:
+    stock = {
+        case.split(",")[0]: asked["silent"] for case, asked in outcomes["stock"][family].items()
+    }
+    for case, asked in outcomes["plugin"][family].items():
+        dtype = case.split(",")[0]
+        for name, got in asked["silent"].items():
+            if name != "not merged":
+                assert_equal(got, stock[dtype], dtype, f"{case}, {name}")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("family", OMNI)
+def test_segments_with_sound_change_no_answer_of_the_whole(
+    outcomes: dict[str, Any], family: str
+) -> None:
+    """The whole is what transformers' models answer (``test_omni_engine``); stock is not."""
+    whole = {
+        case.split(",")[0]: asked["sounding"]["whole"]
+        for case, asked in outcomes["plugin"][family].items()
+        if "whole" in asked["sounding"]
+    }
+    for case, asked in outcomes["plugin"][family].items():
+        dtype = case.split(",")[0]
+        for name in SPLIT:
+            if name in asked["sounding"]:
+                got = asked["sounding"][name]
+                assert_equal(got, whole[dtype], dtype, f"{case}, {name}")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_videos_really_are_several_segments(outcomes: dict[str, Any], family: str) -> None:
+    for case, asked in outcomes["plugin"][family].items():
+        for kind, by_size in asked.items():
+            for name in set(SPLIT) & by_size.keys():
+                assert min(one["items"] for one in by_size[name]) >= 3, (case, kind, name)
+            if "whole" in by_size:
+                assert {one["items"] for one in by_size["whole"]} == {1}
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("family", MERGE_POSITIONS)
+def test_segments_at_positions_of_their_own_change_answers(
+    outcomes: dict[str, Any], family: str
+) -> None:
+    """Otherwise equal answers would prove nothing about positions."""
+    for kind, by_size in outcomes["plugin"][family]["float32, steps of 4096"].items():
+        tokens = [one["tokens"] for one in by_size["whole"]]
+        assert [one["tokens"] for one in by_size["not merged"]] != tokens, kind
