@@ -1,7 +1,7 @@
 """Greedy answers of in-process engines, stock and in segments, as JSON on the last line of output.
 
 Run by ``test_per_frame_engine.py`` in a process of its own:
-``python per_frame_engine.py FAMILY DTYPE CHUNK MODE``.
+``python per_frame_engine.py FAMILY MODE``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from omni_reference import pixels, video
+import numpy as np
+import torch
+from omni_reference import pixels, render, video
 
+from vllm_mm_ext.media.payload import SampledFrames
+from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
-CLIPS = (5, 12, 23)
+# Computation, and tokens of a step: the last cuts prefill inside segments.
+CASES = (("float32", 4096), ("bfloat16", 4096), ("float32", 96))
+# Stock takes no more frames of LLaVA-OneVision where a step is small.
+CLIPS = (5, 12, 16)
 SEGMENTS = (4, 7)
+SIDE = 112
 FRAME_TOKENS = 16
 MAX_PATCHES = 200
 TOKENS = 8
@@ -27,11 +35,23 @@ ARCHITECTURES = {
 }
 
 
-def request(frames: int) -> dict[str, Any]:
-    return {
-        "prompt": "see <video> what",
-        "multi_modal_data": {"video": [video(pixels(frames, 112, 112, frames))]},
-    }
+IMAGE_TOKENS = {"llava_onevision": "<image>", "internvl": "<IMG_CONTEXT>"}
+REDUCTIONS = (
+    Reduction(pool=4),
+    Reduction(temporal=3),
+    Reduction(static="prune", keep=0.4),
+)
+
+
+def requests_of(family: str) -> list[dict[str, Any]]:
+    clips = [video(pixels(frames, SIDE, SIDE, frames)) for frames in CLIPS]
+    # Not bytes: served whole, by the same model class.
+    clips.append(pixels(6, SIDE, SIDE).astype(np.float32))
+    image = pixels(1, 2 * SIDE, 2 * SIDE)[0]
+    return [
+        *({"prompt": "see <video> what", "multi_modal_data": {"video": [c]}} for c in clips),
+        {"prompt": f"see {IMAGE_TOKENS[family]} what", "multi_modal_data": {"image": [image]}},
+    ]
 
 
 def start(family: str, dtype: str, chunk: int) -> Any:
@@ -44,7 +64,7 @@ def start(family: str, dtype: str, chunk: int) -> Any:
         max_model_len=4096,
         max_num_batched_tokens=chunk,
         max_num_seqs=4,
-        limit_mm_per_prompt={"video": 1, "image": 0},
+        limit_mm_per_prompt={"video": 1, "image": 1},
     )
 
 
@@ -84,34 +104,97 @@ def watch_encoder(model: Any) -> None:
     tower.forward = forward
 
 
-def main(family: str, dtype: str, chunk: int, mode: str) -> None:
-    requests = [request(frames) for frames in CLIPS]
-    if mode == "stock":
-        print(json.dumps(answers(start(family, dtype, chunk), requests)))
-        return
-    from vllm_mm_ext import vllm_compat
-
-    vllm_compat.override_models(
-        {ARCHITECTURES[family]: f"vllm_mm_ext.models.{family}:{ARCHITECTURES[family]}"}
-    )
-    engine = start(family, dtype, chunk)
+def split_answers(engine: Any, requests: Sequence[Any]) -> dict[str, Any]:
+    """Answers for each size of segments, and with bounded encoder calls, whose frames are told."""
     engine.apply_model(watch_encoder)
-    result: dict[str, Any] = {}
+    found = {}
     for frames in SEGMENTS:
         engine.renderer.mm_processor.segment_tokens = frames * FRAME_TOKENS
-        result[f"segments of {frames}"] = answers(engine, requests)
+        found[f"segments of {frames}"] = answers(engine, requests)
 
     def bound(model: Any) -> None:
         model.calls.clear()
         model.encoder_max_patches = MAX_PATCHES
 
     engine.apply_model(bound)
-    result["bounded"] = answers(engine, requests)
+    found["bounded"] = answers(engine, requests)
     calls = engine.apply_model(lambda model: model.calls)[0]
-    print(json.dumps({"answers": result, "calls": calls}))
+    return {"answers": found, "calls": calls, "reduction_error": reduction_error(engine)}
+
+
+def segments_of(engine: Any, reduction: Reduction) -> tuple[list[Any], list[int]]:
+    """Inputs of a video's segments as vLLM batches them, and how many tokens each is to have."""
+    from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+    frames = SampledFrames(pixels(9, SIDE, SIDE), digest=reduction.key(), reduction=reduction)
+    made = render(engine.renderer.mm_processor, "<video>", {"video": [frames]})
+    items = [("video", item) for item in made["mm_kwargs"]["video"]]
+    batches = [batch for _, _, batch in group_and_batch_mm_kwargs(items)]
+    return batches, [p.get_num_embeds() for p in made["mm_placeholders"]["video"]]
+
+
+def reduction_error(engine: Any) -> float:
+    """Largest difference of a reduced token to what it is to be made of."""
+    # A multiple of the frames that merge: the same cuts with and without a reduction.
+    engine.renderer.mm_processor.segment_tokens = 6 * FRAME_TOKENS
+    whole, _ = segments_of(engine, NO_REDUCTION)
+    embed = {r.key(): segments_of(engine, r) for r in REDUCTIONS}
+
+    def worst(model: Any) -> float:
+        plain = [tokens for batch in whole for tokens in model.embed_multimodal(**batch)]
+        errors = []
+        for reduction in REDUCTIONS:
+            batches, counts = embed[reduction.key()]
+            got = [tokens for batch in batches for tokens in model.embed_multimodal(**batch)]
+            kept = [k for batch in batches for k in batch["video_kept"]]
+            assert [len(tokens) for tokens in got] == counts
+            for before, after, cells in zip(plain, got, kept, strict=True):
+                errors.append(_difference(before, after, cells, reduction))
+        return max(errors)
+
+    with torch.inference_mode():
+        return float(engine.apply_model(worst)[0])
+
+
+def _difference(
+    before: torch.Tensor, after: torch.Tensor, kept: torch.Tensor, reduction: Reduction
+) -> float:
+    count = len(before) // FRAME_TOKENS * FRAME_TOKENS
+    frames, tail = before[:count].float().unflatten(0, (-1, FRAME_TOKENS)), before[count:]
+    if reduction.pool > 1:  # One token is left of a frame.
+        expected = frames.mean(dim=1)
+    elif reduction.static == "prune":
+        expected = frames.flatten(0, 1)[kept]
+    else:  # An average of its group lies within it.
+        groups = frames.split(reduction.temporal)
+        low, high = (torch.stack([pick(group) for group in groups]) for pick in (_low, _high))
+        expected = after[: len(after) - len(tail)].float().unflatten(0, low.shape[:2])
+        expected = expected.clamp(low, high).flatten(0, 1)
+    expected = torch.cat([expected, tail.float()])
+    return float((after.float() - expected).abs().max())
+
+
+def _low(group: torch.Tensor) -> torch.Tensor:
+    return group.amin(dim=0)
+
+
+def _high(group: torch.Tensor) -> torch.Tensor:
+    return group.amax(dim=0)
+
+
+def main(family: str, mode: str) -> None:
+    from vllm_mm_ext import vllm_compat
+
+    if mode == "plugin":
+        vllm_compat.override_models(
+            {ARCHITECTURES[family]: f"vllm_mm_ext.models.{family}:{ARCHITECTURES[family]}"}
+        )
+    requests = requests_of(family)
+    ask = split_answers if mode == "plugin" else answers
+    print(json.dumps([ask(start(family, *case), requests) for case in CASES]))
 
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_PLUGINS"] = ""
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], sys.argv[2])

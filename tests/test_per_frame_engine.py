@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from per_frame_engine import ARCHITECTURES, MAX_PATCHES
+from per_frame_engine import ARCHITECTURES, CASES, MAX_PATCHES
 
 # Patches of a frame of the tiny checkpoints: 112 pixels in patches of 14.
 PATCHES = 64
@@ -33,16 +32,19 @@ def run(*arguments: str) -> Any:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("family", list(ARCHITECTURES))
-@pytest.mark.parametrize(
-    ("dtype", "chunk", "tolerance"),
-    [("float32", 4096, 1e-4), ("bfloat16", 4096, 1e-2), ("float32", 96, 1e-4)],
-)
-def test_segments_change_no_answer(family: str, dtype: str, chunk: int, tolerance: float) -> None:
-    whole = run(family, dtype, str(chunk), "stock")
-    split = run(family, dtype, str(chunk), "plugin")
-    for (name, answers), number in itertools.product(split["answers"].items(), range(len(whole))):
-        expected, got = whole[number], answers[number]
-        assert got["prompt"] == expected["prompt"], name
-        assert got["tokens"] == expected["tokens"], name
-        assert got["logprobs"] == pytest.approx(expected["logprobs"], abs=tolerance), name
-    assert max(split["calls"]) == MAX_PATCHES // PATCHES
+def test_segments_and_bounded_encoder_calls_change_no_answer(family: str) -> None:
+    for (dtype, _), whole, split in zip(
+        CASES, run(family, "stock"), run(family, "plugin"), strict=True
+    ):
+        for name, answers in split["answers"].items():
+            # A bfloat16 product may be rounded the other way where a call holds fewer frames; a
+            # logit between 2 and 4 then moves by 2**-6.
+            exact = dtype == "float32" or name != "bounded"
+            tolerance = {"float32": 1e-4, "bfloat16": 1e-2}[dtype] if exact else 2**-6 + 1e-3
+            for expected, got in zip(whole, answers, strict=True):
+                assert got["prompt"] == expected["prompt"]
+                assert got["tokens"] == expected["tokens"], (name, dtype)
+                assert got["logprobs"] == pytest.approx(expected["logprobs"], abs=tolerance)
+        assert max(split["calls"]) == MAX_PATCHES // PATCHES
+        # One rounding of a value up to 8.
+        assert split["reduction_error"] <= {"float32": 1e-5, "bfloat16": 2**-6}[dtype]

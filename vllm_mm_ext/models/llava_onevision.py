@@ -63,8 +63,10 @@ class LlavaOnevisionForConditionalGeneration(PerFrameModel, _Stock):  # type: ig
 
     def _process_video_pixels(self, inputs: Any) -> list[torch.Tensor]:
         """Tokens ``[frames * tokens, channels]`` of each item, without a newline."""
-        videos = list(inputs["pixel_values_videos"])
-        tokens = self._video_pixels_to_features(self.vision_tower, torch.cat(videos))
+        videos = inputs["pixel_values_videos"]
+        stacked = isinstance(videos, torch.Tensor)
+        frames = videos.flatten(0, 1) if stacked else torch.cat(videos)
+        tokens = self._video_pixels_to_features(self.vision_tower, frames)
         return [part.flatten(0, 1) for part in tokens.split([len(video) for video in videos])]
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
