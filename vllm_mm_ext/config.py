@@ -33,7 +33,7 @@ class SamplingConfig(_Section):
 
     policy: Literal["uniform", "keyframe", "adaptive", "stock"] = Field(
         "uniform",
-        description="`uniform`: evenly spaced in time. `keyframe`: the container's keyframes. "
+        description="`uniform`: at a fixed step while the limits allow, else evenly spaced. `keyframe`: the container's keyframes. "
         "`adaptive`: by content, more frames where something happens. `stock`: the frames vLLM's "
         "own loader would choose for the model, whatever the settings below.",
     )
@@ -105,6 +105,12 @@ class CacheConfig(_Section):
     )
     decoded_mb: int = Field(
         1024, ge=0, le=1 << 20, description="Sampled frames and waveforms kept in memory, MiB."
+    )
+    in_flight_mb: int = Field(
+        1024,
+        ge=16,
+        le=1 << 16,
+        description="Media being downloaded by all requests together, MiB; further ones wait.",
     )
 
 

@@ -71,6 +71,7 @@ class Runtime:
                     allow_redirects=envs.VLLM_MEDIA_URL_ALLOW_REDIRECTS,
                     user_agent=f"vLLM/{vllm_version}",
                     encoded_cache=self._encoded,
+                    max_in_flight_bytes=self.config.media.cache.in_flight_mb * MIB,
                     # As in vLLM, zero or less means no limit.
                     download_limit_bytes=max(envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB, 0) * MIB or None,
                     max_retries=envs.VLLM_MEDIA_FETCH_MAX_RETRIES,
