@@ -5,9 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -16,11 +13,21 @@ from pathlib import Path
 import pytest
 
 from vllm_mm_ext.quality import board as board_module
-from vllm_mm_ext.quality.board import DECISIONS, KEY_BYTES, Board, Decision, remove_abandoned
+from vllm_mm_ext.quality.board import (
+    DECISIONS,
+    KEY_BYTES,
+    Board,
+    Decision,
+    join,
+    private,
+    remove_abandoned,
+)
 from vllm_mm_ext.quality.settings import TierSettings
 from vllm_mm_ext.quality.signal import LoadSignal
 from vllm_mm_ext.quality.tiers import LoadSample
 
+# More users than join, so that the file keeps its name.
+MANY = 99
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -31,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def board(path: Path) -> Iterator[Board]:
-    made = Board(path)
+    made = join(path, MANY)
     yield made
     made.close()
 
@@ -48,7 +55,7 @@ def decision(number: int, used: float = 0.0) -> Decision:
 def test_keeps_decisions_samples_and_the_tier_for_every_user_of_the_file(
     board: Board, path: Path
 ) -> None:
-    other = Board(path)
+    other = join(path, MANY)
     assert other.find(key(7)) is None
     board.keep(key(7), decision(7))
     assert other.find(key(7)) == decision(7)
@@ -61,8 +68,9 @@ def test_keeps_decisions_samples_and_the_tier_for_every_user_of_the_file(
     other.close()
 
 
-def test_only_the_owner_can_read_it(board: Board) -> None:
-    assert board.path.stat().st_mode & 0o777 == 0o600
+@pytest.mark.usefixtures("board")
+def test_only_the_owner_can_read_it(path: Path) -> None:
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_full_stretch_of_the_table_gives_up_its_longest_unused_decision(board: Board) -> None:
@@ -90,7 +98,7 @@ def test_a_half_written_record_counts_as_absent_and_is_replaced(board: Board, pa
 
 
 def _write_much(path: Path, start: int) -> None:
-    board = Board(path)
+    board = join(path, MANY)
     signal_ = LoadSignal(TierSettings(), board)
     for turn in range(300):
         for slot in range(4):
@@ -122,7 +130,7 @@ def test_concurrent_writers_lose_nothing_and_readers_see_whole_records(
 
 
 def _hold_lock(path: Path, ready: Connection) -> None:
-    with Board(path).writing() as held:
+    with join(path, MANY).writing() as held:
         ready.send(held)
         threading.Event().wait()
 
@@ -159,35 +167,27 @@ def test_a_killed_writer_leaves_no_lock(
 # --- the file's life ------------------------------------------------------------------------------
 
 
-def test_the_last_user_removes_the_file(path: Path) -> None:
-    first, second = Board(path), Board(path)
-    first.close()
+def test_the_name_goes_when_all_processes_have_the_board(path: Path) -> None:
+    first = join(path, 2)
     assert path.exists()
+    second = join(path, 2)
+    assert not path.exists()
+    second.keep(key(3), decision(3))
+    assert first.find(key(3)) == decision(3)
+    first.close()
     second.close()
-    assert not path.exists()
 
 
-def _attach(path: Path) -> None:
-    Board(path)
-
-
-def test_a_process_that_ends_leaves_the_board(path: Path) -> None:
-    child = SPAWN.Process(target=_attach, args=(path,))
-    child.start()
-    child.join()
-    assert not path.exists()
-    script = f"""
-        from pathlib import Path
-        from vllm_mm_ext.quality.board import Board
-        kept = Board(Path({str(path)!r}))
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
-    assert not path.exists()
+def test_a_private_board_has_no_name_and_works_alike() -> None:
+    board = private()
+    board.keep(key(3), decision(3))
+    assert board.find(key(3)) == decision(3)
+    board.close()
 
 
 def test_what_a_killed_service_left_is_removed_and_what_is_in_use_is_not(path: Path) -> None:
-    used = Board(path)
     left = path.with_name(f"{path.name}-killed")
+    used = join(path, MANY)
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=_hold_lock, args=(left, theirs))
     process.start()
@@ -208,27 +208,27 @@ def test_a_file_of_that_name_that_is_a_link_is_not_followed(tmp_path: Path, path
     target.write_text("kept")
     path.symlink_to(target)
     with pytest.raises(OSError, match="symbolic"):
-        Board(path)
+        join(path, 1)
     remove_abandoned(tmp_path)
     assert target.read_text() == "kept"
 
 
-def test_joining_while_the_last_user_leaves_never_ends_on_a_removed_file(
+def test_joining_a_file_that_is_removed_meanwhile_makes_a_new_one(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = Board(path)
     real: Callable[[Path, os.stat_result], bool] = board_module._is_at
     looks: list[bool] = []
 
-    def leave_first(where: Path, found: os.stat_result) -> bool:
+    def remove_first(where: Path, found: os.stat_result) -> bool:
         if not looks:
             looks.append(True)
             path.unlink()
         return real(where, found)
 
-    monkeypatch.setattr(board_module, "_is_at", leave_first)
-    second = Board(path)
-    assert path.stat().st_ino == os.fstat(second._descriptor).st_ino
-    second.close()
+    monkeypatch.setattr(board_module, "_is_at", remove_first)
+    first = join(path, 2)
+    second = join(path, 2)
+    first.keep(key(1), decision(1))
+    assert second.find(key(1)) == decision(1)
     first.close()
-    assert not path.exists()
+    second.close()

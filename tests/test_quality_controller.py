@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +12,7 @@ from quality_costs import FAMILY, FIXED, QWEN2_5_VL, RuleCosts, defaults, video
 
 from vllm_mm_ext.errors import OptionBoundError, OverBudgetError
 from vllm_mm_ext.options import NO_REDUCTION, Floor, Reduction, RequestOptions
-from vllm_mm_ext.quality.board import Board
+from vllm_mm_ext.quality.board import private
 from vllm_mm_ext.quality.controller import QualityController
 from vllm_mm_ext.quality.settings import (
     BoundSettings,
@@ -35,9 +34,9 @@ WIDE = ContextUse(length=1 << 20, text=100, output=100)
 class Setup:
     """A controller on a board of its own, a clock that is set by hand, and one family."""
 
-    def __init__(self, path: Path, settings: QualitySettings | None = None) -> None:
+    def __init__(self, settings: QualitySettings | None = None) -> None:
         self.now = 1000.0
-        self.board = Board(path)
+        self.board = private()
         self.controller = QualityController(
             settings or QualitySettings(), self.board, clock=lambda: self.now
         )
@@ -67,14 +66,14 @@ class Setup:
 
 
 @pytest.fixture
-def setup(tmp_path: Path) -> Iterator[Setup]:
-    made = Setup(tmp_path / "board")
+def setup() -> Iterator[Setup]:
+    made = Setup()
     yield made
     made.board.close()
 
 
-def with_settings(tmp_path: Path, **sections: object) -> Setup:
-    return Setup(tmp_path / "other", QualitySettings.model_validate(sections))
+def with_settings(**sections: object) -> Setup:
+    return Setup(QualitySettings.model_validate(sections))
 
 
 def total(decisions: Sequence[VideoDecision]) -> int:
@@ -141,8 +140,8 @@ def test_fixed_quality_ignores_load(setup: Setup) -> None:
     assert (decision.level, decision.lowered) == (0, ())
 
 
-def test_load_tiers_can_be_turned_off(tmp_path: Path) -> None:
-    setup = with_settings(tmp_path, enabled=False)
+def test_load_tiers_can_be_turned_off() -> None:
+    setup = with_settings(enabled=False)
     setup.busy(1.0)
     assert setup.plan(video())[0].level == 0
 
@@ -226,8 +225,8 @@ def test_other_options_are_decided_on_their_own(setup: Setup) -> None:
     assert setup.plan(video(), options=RequestOptions(max_frames=63))[0].level == 2
 
 
-def test_stickiness_can_be_turned_off(tmp_path: Path) -> None:
-    setup = with_settings(tmp_path, sticky={"enabled": False})
+def test_stickiness_can_be_turned_off() -> None:
+    setup = with_settings(sticky={"enabled": False})
     setup.plan(video(), session="talk")
     setup.busy(1.0)
     assert setup.plan(video(), session="talk")[0].level == 2
@@ -283,8 +282,8 @@ def test_total_tokens_is_named_as_the_reason(setup: Setup) -> None:
     assert {one.why for one in decision.lowered} == {"total_tokens"}
 
 
-def test_the_servers_limit_holds_for_requests_that_set_none(tmp_path: Path) -> None:
-    setup = with_settings(tmp_path, bounds={"max_total_tokens": 2000})
+def test_the_servers_limit_holds_for_requests_that_set_none() -> None:
+    setup = with_settings(bounds={"max_total_tokens": 2000})
     (decision,) = setup.plan(video())
     assert (decision.tokens or 0) <= 2000
     assert {one.why for one in decision.lowered} == {"limit"}
@@ -329,14 +328,13 @@ def test_below_the_floors_the_request_is_refused(setup: Setup) -> None:
     turns=st.lists(st.integers(0, 3000), min_size=1, max_size=4),
 )
 def test_every_plan_of_a_conversation_fits_its_context(
-    tmp_path_factory: pytest.TempPathFactory,
     seconds: list[float],
     length: int,
     kv: float,
     options: RequestOptions,
     turns: list[int],
 ) -> None:
-    setup = Setup(tmp_path_factory.mktemp("b") / "board")
+    setup = Setup()
     try:
         setup.busy(kv)
         videos = [video(str(index), length) for index, length in enumerate(seconds)]
@@ -382,10 +380,10 @@ def test_every_plan_of_a_conversation_fits_its_context(
     ],
 )
 def test_options_past_the_servers_bounds_are_refused_by_name(
-    tmp_path: Path, given: dict[str, object], named: str
+    given: dict[str, object], named: str
 ) -> None:
     bounds = BoundSettings(max_total_tokens=4000, min_resolution=112)
-    setup = with_settings(tmp_path, bounds=bounds)
+    setup = with_settings(bounds=bounds)
     with pytest.raises(OptionBoundError, match=named):
         setup.controller.check(RequestOptions.model_validate(given))
     setup.controller.check(RequestOptions())

@@ -6,8 +6,9 @@ One file, mapped by every process. Its records are written whole, each with a ch
   fails its checksum and counts as absent.
 - Writers exclude each other by a lock that the kernel drops with its holder. A writer that waits
   too long (its holder was stopped) gives up: a lost sample or decision is made again.
-- The last process to close the file removes it. What a killed service leaves behind is removed
-  when the next one starts.
+- The file loses its name as soon as all processes of the service have it. So nothing is left when
+  they end, however that happens. What a service leaves that failed to start is removed when the
+  next one does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import util as mp_util
 from pathlib import Path
 
 from vllm_mm_ext.quality.tiers import LoadSample, TierState
@@ -39,6 +39,7 @@ _PREFIX = "mm_ext-board-"
 _LOCK_WAIT_S = 0.05
 _LOCK_POLL_S = 0.001
 _CRC = struct.Struct("<I")
+_COUNT = struct.Struct("<I")
 _SAMPLE = struct.Struct("<5d")
 _STATE = struct.Struct("<iidd")
 _DECISION = struct.Struct(f"<{KEY_BYTES}si?Qdd")
@@ -94,36 +95,31 @@ def _checksum(body: bytes) -> int:
     return zlib.crc32(body) ^ 0xFFFFFFFF
 
 
-_ENGINES = _Region(_SAMPLE, ENGINES, 0)
+_JOINED = _Region(_COUNT, 1, 0)
+_ENGINES = _Region(_SAMPLE, ENGINES, _JOINED.end)
 _TIER = _Region(_STATE, 1, _ENGINES.end)
 _TABLE = _Region(_DECISION, DECISIONS, _TIER.end)
 
 
 class Board:
-    """One service's shared file.
+    """One service's shared file, as ``join`` opens it.
 
     Args:
-        path: The file; made if it is not there, readable by this user only.
+        descriptor: The open file, which the board closes.
 
     Raises:
-        OSError: It cannot be made or mapped.
+        OSError: It cannot be mapped.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, descriptor: int) -> None:
         self._thread_lock = threading.Lock()
-        self._descriptor = _join(path)
-        try:
-            self._view = mmap.mmap(self._descriptor, _TABLE.end)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        # Runs at the exit of a main process and of one started by multiprocessing alike.
-        self._at_exit = mp_util.Finalize(self, _leave, (self._descriptor, path), exitpriority=0)
+        self._descriptor = descriptor
+        self._view = mmap.mmap(descriptor, _TABLE.end)
 
     def close(self) -> None:
-        """Leave the board; the last process to do so removes the file."""
-        self._at_exit()
+        """Leave the board, which must not be used any more."""
+        self._view.close()
+        os.close(self._descriptor)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[bool]:
@@ -152,6 +148,15 @@ class Board:
         # Of the open file description: unlike a process's own locks it does not end when another
         # descriptor of the file is closed.
         fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+
+    def count_user(self) -> int:
+        """Count one more process that uses the board, and return how many do so far."""
+        with self.writing() as held:
+            values = _JOINED.read(self._view, 0)
+            count = 1 if values is None else int(values[0]) + 1  # type: ignore[call-overload]
+            if held:
+                _JOINED.write(self._view, 0, count)
+            return count
 
     # --- load -------------------------------------------------------------------------------------
 
@@ -235,16 +240,50 @@ def file_name(service: str) -> str:
     return f"{_PREFIX}{os.getuid()}-{service}"
 
 
+def join(path: Path, users: int) -> Board:
+    """Open the board of a service, or make it if this is the first process to ask.
+
+    Args:
+        path: Where the service has it; only this user can read it.
+        users: Processes of the service. The last of them to join removes the name.
+
+    Raises:
+        OSError: It cannot be made or mapped.
+    """
+    descriptor = _open(path)
+    try:
+        board = Board(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if board.count_user() >= users:
+        path.unlink(missing_ok=True)
+    return board
+
+
+def private() -> Board:
+    """A board for this process alone."""
+    descriptor = os.memfd_create("mm_ext-board", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, _TABLE.end)
+    return Board(descriptor)
+
+
 def remove_abandoned(directory: Path) -> None:
-    """Remove the boards of this user's services that ended without a chance to do so."""
+    """Remove the boards of this user's services that ended before all their processes had one."""
     for path in directory.glob(f"{_PREFIX}{os.getuid()}-*"):
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            _leave(descriptor, path)
+            try:
+                # Refused while anyone uses it.
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(path, os.fstat(descriptor)):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
-def _join(path: Path) -> int:
-    """Open the board and count as one of its users: each holds a shared lock on it."""
+def _open(path: Path) -> int:
+    """Open or make the file; a shared lock, held as long as it is open, says that it is in use."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         descriptor = os.open(path, flags, 0o600)
@@ -261,17 +300,8 @@ def _join(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        # It was removed in between by the last user of an earlier board of this name.
+        # It was removed in between, as abandoned.
         os.close(descriptor)
-
-
-def _leave(descriptor: int, path: Path) -> None:
-    with contextlib.suppress(OSError):
-        # Only the last user gets this lock.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(path, os.fstat(descriptor)):
-            path.unlink()
-    os.close(descriptor)
 
 
 def _is_at(path: Path, found: os.stat_result) -> bool:

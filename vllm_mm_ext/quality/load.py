@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import threading
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from vllm_mm_ext.quality.board import Board, directories, file_name, remove_abandoned
+from vllm_mm_ext.quality.board import Board, directories, file_name, join, private, remove_abandoned
 from vllm_mm_ext.quality.controller import QualityController
 from vllm_mm_ext.quality.settings import QualitySettings
 from vllm_mm_ext.vllm_compat import settings_of
@@ -20,15 +18,11 @@ from vllm_mm_ext.vllm_compat import settings_of
 logger = logging.getLogger("vllm.mm_ext")
 
 _lock = threading.Lock()
-_boards: dict[str, Board] = {}
+_board: Board | None = None
 
 
 def controller_for(vllm_config: Any) -> QualityController:
-    """The process's quality controller for a vLLM configuration; cheap after the first call.
-
-    Raises:
-        OSError: No directory takes a small file; the message of the last one.
-    """
+    """The process's quality controller for a vLLM configuration; cheap after the first call."""
     return _controller(quality_settings(vllm_config), board_for(vllm_config))
 
 
@@ -44,38 +38,26 @@ def quality_settings(vllm_config: Any) -> QualitySettings:
 
 
 def board_for(vllm_config: Any) -> Board:
-    """The board that this process shares with the other API servers of its service.
-
-    Raises:
-        OSError: See ``controller_for``.
-    """
-    service = _service(vllm_config.parallel_config._api_process_count)
+    """The board that this process shares with the other API servers of its service."""
+    global _board
     with _lock:
-        if service not in _boards:
-            _boards[service] = _open(service)
-        return _boards[service]
+        if _board is None:
+            _board = _join(vllm_config.parallel_config._api_process_count)
+        return _board
 
 
-def _service(api_servers: int) -> str:
-    """A name that the API servers of one service agree on: that of their common parent process.
-
-    A single one runs in the main process itself. The start time tells it from an earlier process
-    with the same id.
-    """
-    parent = multiprocessing.parent_process() if api_servers > 1 else None
-    pid = parent.pid if parent is not None and parent.pid is not None else os.getpid()
-    return f"{pid}-{psutil.Process(pid).create_time():.2f}"
-
-
-def _open(service: str) -> Board:
-    problem: OSError | None = None
+def _join(api_servers: int) -> Board:
+    parent = multiprocessing.parent_process()
+    if api_servers == 1 or parent is None or parent.pid is None:
+        return private()
+    # The start time tells the service from an earlier one whose main process had the same id.
+    started = psutil.Process(parent.pid).create_time()
+    name = file_name(f"{parent.pid}-{started:.2f}")
     for directory in directories():
         remove_abandoned(directory)
-        path: Path = directory / file_name(service)
         try:
-            return Board(path)
+            return join(directory / name, api_servers)
         except OSError as error:
-            logger.warning("mm_ext: no board for load and quality in %s: %s", directory, error)
-            problem = error
-    assert problem is not None
-    raise problem
+            logger.warning("mm_ext: no file for load and quality in %s: %s", directory, error)
+    logger.warning("mm_ext: API servers do not share what they know of load and quality")
+    return private()

@@ -41,19 +41,18 @@ class BoardStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
             vllm_config.parallel_config.data_parallel_size, *(index + 1 for index in engine_indexes)
         )
         self._capacity = vllm_config.scheduler_config.max_num_seqs
-        settings = quality_settings(vllm_config)
-        if not settings.enabled:
-            return
         missing = [name for name in _NEEDED if not hasattr(SchedulerStats, name)]
         if missing:
-            what = f"vLLM no longer reports {', '.join(missing)}"
-        else:
-            try:
-                self._signal = LoadSignal(settings.tiers, board_for(vllm_config))
-                return
-            except OSError as error:
-                what = str(error)
-        logger.warning("mm_ext: quality does not follow load: %s", what)
+            logger.warning(
+                "mm_ext: quality does not follow load: vLLM no longer reports %s",
+                ", ".join(missing),
+            )
+            return
+        settings = quality_settings(vllm_config)
+        # Joined in any case: the board loses its name when all API servers have it.
+        board = board_for(vllm_config)
+        if settings.enabled:
+            self._signal = LoadSignal(settings.tiers, board)
 
     def record(
         self,
