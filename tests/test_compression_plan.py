@@ -164,7 +164,8 @@ def test_every_place_keeps_its_first_cell_before_any_later_cell_is_kept() -> Non
     frames = noise(2, 6, 64, 64, 3)
     scores = static_scores(frames, 4, 4, 1, NO_REDUCTION)
     few = kept_cells(scores, Reduction(static="prune", keep=10 / 96))
-    assert few.tolist() == list(range(10))
+    # Not enough for all places: spread over the first grid.
+    assert few.tolist() == [0, 2, 4, 5, 7, 8, 10, 12, 13, 15]
     more = kept_cells(scores, Reduction(static="prune", keep=20 / 96))
     assert more[:16].tolist() == list(range(16))
     assert len(more) == 20

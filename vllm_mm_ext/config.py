@@ -33,7 +33,8 @@ class SamplingConfig(_Section):
 
     policy: Literal["uniform", "keyframe", "adaptive", "stock"] = Field(
         "uniform",
-        description="`uniform`: at a fixed step while the limits allow, else evenly spaced. `keyframe`: the container's keyframes. "
+        description="`uniform`: at a fixed step while the limits allow, else spaced evenly. "
+        "`keyframe`: the container's keyframes. "
         "`adaptive`: by content, more frames where something happens. `stock`: the frames vLLM's "
         "own loader would choose for the model, whatever the settings below.",
     )

@@ -16,7 +16,8 @@ def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indice
     """Cells that stay: those with the highest scores, the lower index first among equals.
 
     ``scores.static_scores`` gives the first grid infinite scores, so each place keeps its first
-    cell, in grid order, before any later cell is looked at.
+    cell before any later cell is looked at; where there are not enough for that, cells spread
+    evenly over the first grid stay.
 
     Args:
         scores: ``[grids, height, width]`` of the pooled and merged grid, without NaN.
@@ -29,6 +30,10 @@ def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indice
     quota = (
         flat.size if reduction.static == "none" else max(1, math.ceil(flat.size * reduction.keep))
     )
+    first = np.flatnonzero(np.isinf(flat))
+    if quota < len(first):
+        chosen = first[(2 * np.arange(quota) + 1) * len(first) // (2 * quota)]
+        return chosen.astype(np.int64)
     return np.sort(np.argsort(-flat, kind="stable")[:quota]).astype(np.int64)
 
 
