@@ -61,6 +61,8 @@ _WITHOUT_FAMILY = {
     "Qwen3-Omni": "videos are whole and silent, and frame times assumed even",
     "Qwen2.5-VL": "videos are whole, no tokens are reduced, and frame times assumed even",
     "Qwen3-VL": "videos are whole and no tokens are reduced",
+    "LLaVA-OneVision": "videos are whole and no tokens are reduced",
+    "InternVL": "videos are whole and no tokens are reduced",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vllm_mm_ext.vllm_compat import VllmName
+from vllm_mm_ext.vllm_names_per_frame import PER_FRAME_NAMES
 
 _MODELS = "vllm.model_executor.models"
 _QWEN3_VL = f"{_MODELS}.qwen3_vl"
@@ -19,9 +20,26 @@ _OVERRIDDEN = {
     "get_mrope_input_positions": ("input_tokens", "mm_features"),
     "embed_input_ids": ("input_ids", "multimodal_embeddings", "is_multimodal"),
     "embed_multimodal": (),
+    "_process_image_input": ("image_input",),
+    "_process_video_input": ("video_input",),
+    "get_encoder_cudagraph_config": (),
+    "get_input_modality": ("mm_kwargs",),
+    "select_encoder_cudagraph_items": ("mm_kwargs", "indices"),
+    "encoder_eager_forward": ("mm_kwargs",),
     "get_max_video_tokens": ("seq_len", "mm_counts"),
     "get_num_frames_with_most_features": ("seq_len", "mm_counts"),
 }
+
+# Methods of a model that bound its encoder calls and reduce what comes of them.
+_ENCODER = (
+    "embed_multimodal",
+    "_process_image_input",
+    "_process_video_input",
+    "get_encoder_cudagraph_config",
+    "get_input_modality",
+    "select_encoder_cudagraph_items",
+    "encoder_eager_forward",
+)
 
 # What splitting a video into segments overrides and calls in vLLM's base classes.
 _SEGMENT_NAMES = (
@@ -66,6 +84,7 @@ def _definitions(module: str, *names: str) -> tuple[VllmName, ...]:
 
 
 FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
+    **{family: (*_SEGMENT_NAMES, *names) for family, names in PER_FRAME_NAMES.items()},
     "Qwen2.5-Omni": (
         *_SOUND_TRACK_NAMES,
         *_sizes("Qwen2VLProcessingInfo"),
@@ -128,7 +147,7 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
             "qwen2_5_vl",
             "Qwen2_5_VLForConditionalGeneration",
             "get_mrope_input_positions",
-            "embed_multimodal",
+            *_ENCODER,
         ),
     ),
     "Qwen3-VL": (
@@ -170,7 +189,7 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
             "qwen3_vl",
             "Qwen3VLForConditionalGeneration",
             "get_mrope_input_positions",
-            "embed_multimodal",
+            *_ENCODER,
         ),
     ),
 }

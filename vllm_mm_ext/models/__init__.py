@@ -24,6 +24,14 @@ OVERRIDES: dict[str, dict[str, str]] = {
             f"{_PACKAGE}.qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration"
         ),
     },
+    "LLaVA-OneVision": {
+        "LlavaOnevisionForConditionalGeneration": (
+            f"{_PACKAGE}.llava_onevision:LlavaOnevisionForConditionalGeneration"
+        ),
+    },
+    "InternVL": {
+        "InternVLForConditionalGeneration": f"{_PACKAGE}.internvl:InternVLForConditionalGeneration",
+    },
 }
 """Family to its architectures, each with the ``module:Class`` that replaces vLLM's. Imported by
 vLLM only when the architecture is served."""

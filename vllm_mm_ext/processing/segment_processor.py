@@ -198,7 +198,7 @@ class SegmentProcessor:
         items["video"] = SegmentItems(
             [None if pair[0] is None else pair for pair in data], [pair[1] for pair in data]
         )
-        uuids = dict(inputs.mm_uuid_items or {})
+        uuids = {k: v for k, v in (inputs.mm_uuid_items or {}).items() if k != "video"}
         if any(name is not None for name in names):
             uuids["video"] = [name for video in found for name in video.names]
         return dataclasses.replace(
