@@ -32,8 +32,8 @@ def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indice
     )
     first = np.flatnonzero(np.isinf(flat))
     if quota < len(first):
-        chosen = first[(2 * np.arange(quota) + 1) * len(first) // (2 * quota)]
-        return chosen.astype(np.int64)
+        spread: Indices = first[(2 * np.arange(quota) + 1) * len(first) // (2 * quota)]
+        return spread
     return np.sort(np.argsort(-flat, kind="stable")[:quota]).astype(np.int64)
 
 
