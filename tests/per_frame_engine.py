@@ -47,7 +47,7 @@ def requests_of(family: str) -> list[dict[str, Any]]:
     clips = [video(pixels(frames, SIDE, SIDE, frames)) for frames in CLIPS]
     # Not bytes: served whole, by the same model class.
     clips.append(pixels(6, SIDE, SIDE).astype(np.float32))
-    image = pixels(1, 2 * SIDE, 2 * SIDE)[0]
+    image = pixels(1, SIDE, 2 * SIDE)[0]
     return [
         *({"prompt": "see <video> what", "multi_modal_data": {"video": [c]}} for c in clips),
         {"prompt": f"see {IMAGE_TOKENS[family]} what", "multi_modal_data": {"image": [image]}},
