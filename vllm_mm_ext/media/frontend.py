@@ -39,6 +39,8 @@ _MAX_DECODED = 4096
 
 # Probes remembered; each is a few hundred bytes.
 _MAX_PROBED = 4096
+# Packet tables of probes remembered: about 30 bytes a frame of the source, 6 MB for two hours.
+_MAX_TABLE_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +109,12 @@ class MediaFrontend:
         self._video_flights: SingleFlight[str, VideoResult] = SingleFlight()
         self._audio_flights: SingleFlight[str, AudioResult] = SingleFlight()
         self._probed: ByteBudgetCache[str, MediaInfo] = ByteBudgetCache(_MAX_PROBED, lambda _: 1)
+        # What a probe read of all packets is there for the decode that follows it.
+        self._tables: ByteBudgetCache[str, MediaInfo] = ByteBudgetCache(
+            _MAX_TABLE_BYTES,
+            lambda info: 0 if info.packets is None else info.packets.nbytes,
+            max_entries=_MAX_PROBED,
+        )
         self._probe_flights: SingleFlight[str, MediaInfo] = SingleFlight()
         self.limits = DecodeLimits(
             timeout_s=decode.timeout_s,
@@ -142,8 +150,11 @@ class MediaFrontend:
         async def read() -> MediaInfo:
             blob = await ref.open()
             done = await self.pool.run(blob.fd, DecodeRequest(probe_only=True, limits=self.limits))
-            self._remember(ref, done.info)
-            return done.info
+            if ref.storable:
+                self._tables.put(ref.digest, done.info)
+            info = replace(done.info, packets=None)
+            self._remember(ref, info)
+            return info
 
         return await self._probe_flights.run(ref.digest, read)
 
@@ -210,6 +221,7 @@ class MediaFrontend:
             decoder=self.config.decode.backend,
             threads=self.config.decode.threads,
             limits=self.limits,
+            info=self._tables.get(ref.digest),
         )
         stages: dict[str, float] = {}
         if plan.chooser is not None:
@@ -226,7 +238,7 @@ class MediaFrontend:
                 indices=indices,
                 max_frames=self.limits.max_frames,
             )
-            request = replace(request, sampling=explicit)
+            request = replace(request, sampling=explicit, info=self._tables.get(ref.digest))
         done = await self.pool.run(blob.fd, request)
         for stage, seconds in done.timings.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
@@ -266,6 +278,7 @@ class MediaFrontend:
         self.pool.close()
         self.cache.clear()
         self._probed.clear()
+        self._tables.clear()
 
 
 def _is_pinned(rule: SizeRule, info: MediaInfo, shape: tuple[int, ...]) -> bool:

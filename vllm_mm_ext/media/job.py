@@ -57,7 +57,7 @@ def run_job(
     timings: dict[str, float] = {}
     try:
         with _timed(timings, "probe"):
-            info = probe(path, request.limits)
+            info = request.info or probe(path, request.limits)
         if request.probe_only:
             return DecodeResult(info=info, timings=timings)
         return _decode(path, info, request, allocate, reserve, timings)

@@ -82,6 +82,12 @@ class PacketTable:
     def __len__(self) -> int:
         return len(self.pts)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns."""
+        columns = (self.pts, self.time, self.size, self.is_key, self.order)
+        return sum(column.nbytes for column in columns)
+
 
 @dataclass(frozen=True)
 class MediaInfo:
@@ -231,7 +237,8 @@ class DecodeRequest:
             ``DecodeResult.audio`` is None) or ``none``.
         decoder: Backend; ``auto`` picks the measured best.
         threads: FFmpeg threads, 0 for one per core.
-        probe_only: Return only ``info``.
+        probe_only: Return only ``info``, packet table included.
+        info: What ``probe_only`` said about the same file, which is then not read again.
     """
 
     sampling: SamplingSpec | None = None
@@ -240,6 +247,7 @@ class DecodeRequest:
     decoder: DecoderName = "auto"
     threads: int = 0
     probe_only: bool = False
+    info: MediaInfo | None = None
     limits: DecodeLimits = DecodeLimits()
 
 

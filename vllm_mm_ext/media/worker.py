@@ -87,8 +87,9 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
             if array is not None:
                 fds.append(memory.fd_of(array))
         result.frames = result.audio = None
-        # Per-packet tables grow with the file, not with what was asked for.
-        result.info = replace(result.info, packets=None)
+        if not request.probe_only:
+            # Per-packet tables grow with the file, not with what was asked for.
+            result.info = replace(result.info, packets=None)
         if result.selection is not None:
             result.selection = replace(result.selection, profile=None)
         wire.send(sock, Done(result, *shipped), fds)
