@@ -80,17 +80,6 @@ class QualityController:
         """The service's load tier now, 0 for no load."""
         return self.signal.level(self._clock()) if self.settings.enabled else 0
 
-    def level_for(self, session: str | None, digest: str, options: RequestOptions) -> int:
-        """The tier a video gets: the one it has been given before, else that of the load.
-
-        Args:
-            session: Session of the request, None without one.
-            digest: Digest of the video.
-            options: What the request asks.
-        """
-        standing = self._sticky.find(session, digest, options, self._clock())
-        return self._level(options, standing)
-
     def _level(self, options: RequestOptions, standing: Decision | None) -> int:
         if options.quality == "fixed" or not self.settings.enabled:
             return 0

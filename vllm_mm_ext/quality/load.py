@@ -33,8 +33,7 @@ def _controller(settings: QualitySettings, board: Board) -> QualityController:
 
 def quality_settings(vllm_config: Any) -> QualitySettings:
     """The ``quality`` section that travels with a vLLM configuration; the defaults without one."""
-    section = getattr(settings_of(vllm_config.model_config), "quality", None)
-    return section if isinstance(section, QualitySettings) else QualitySettings()
+    return settings_of(vllm_config.model_config).quality
 
 
 def board_for(vllm_config: Any) -> Board:

@@ -111,7 +111,12 @@ _REDUCTIONS = (
 
 
 class BudgetSettings(_Section):
-    """How videos are made to fit, and what they are never lowered below."""
+    """How videos are made to fit, and what they are never lowered below.
+
+    In this order: frames down to a sparse but even coverage, resolution down to its floor, token
+    reduction as far as `reductions` goes, frames down to their floor. Of several videos small ones
+    get what they want first. What does not fit then is a 400 that says what would.
+    """
 
     context_share: float = Field(
         0.8,
@@ -198,7 +203,11 @@ class BoundSettings(_Section):
 
 
 class QualitySettings(_Section):
-    """Budgets per request, and quality that follows the load of the service."""
+    """Budgets per request, and quality that follows the load of the service.
+
+    Load is known from vLLM's engine statistics: with `--disable-log-stats` and several API servers
+    there are none, and quality does not follow it.
+    """
 
     enabled: bool = Field(
         True, description="Quality follows load. False: tier 0 always; budgets still apply."
