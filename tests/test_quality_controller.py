@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quality_costs import FAMILY, FIXED, QWEN2_5_VL, RuleCosts, defaults, video
 
-from vllm_mm_ext.errors import OptionBoundError, OverBudgetError
+from vllm_mm_ext.errors import OverBudgetError
 from vllm_mm_ext.options import NO_REDUCTION, Floor, Reduction, RequestOptions
 from vllm_mm_ext.quality.board import private
 from vllm_mm_ext.quality.controller import QualityController
 from vllm_mm_ext.quality.settings import (
-    BoundSettings,
     QualitySettings,
     StickySettings,
 )
@@ -361,44 +360,3 @@ def test_every_plan_of_a_conversation_fits_its_context(
         assert len(tiers) <= 1
     finally:
         setup.board.close()
-
-
-# --- bounds ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({"fps": 30.0}, "mm_ext.fps = 30.0: this server allows at most 8.0"),
-        ({"max_frames": 800}, "mm_ext.max_frames = 800: .* at most 768"),
-        ({"min_frames": 800}, "mm_ext.min_frames"),
-        ({"floor": {"frames": 800}}, "mm_ext.floor.frames"),
-        ({"floor": {"fps": 9.0}}, "mm_ext.floor.fps"),
-        ({"resolution": 4096}, "mm_ext.resolution = 4096: .* at most 2048"),
-        ({"resolution": 100}, "mm_ext.resolution = 100: .* at least 112"),
-        ({"total_tokens": 5000}, "mm_ext.total_tokens = 5000: .* at most 4000"),
-    ],
-)
-def test_options_past_the_servers_bounds_are_refused_by_name(
-    given: dict[str, object], named: str
-) -> None:
-    bounds = BoundSettings(max_total_tokens=4000, min_resolution=112)
-    setup = with_settings(bounds=bounds)
-    with pytest.raises(OptionBoundError, match=named):
-        setup.controller.check(RequestOptions.model_validate(given))
-    setup.controller.check(RequestOptions())
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (RequestOptions(reduction=Reduction(pool=2)), "mm_ext.reduction"),
-        (RequestOptions(total_tokens=100), "mm_ext.total_tokens"),
-    ],
-)
-def test_what_the_model_cannot_do_is_refused_by_name(
-    setup: Setup, options: RequestOptions, named: str
-) -> None:
-    family = Family(resizable=True, reducible=False, countable=False)
-    with pytest.raises(OptionBoundError, match=named):
-        setup.plan(video(), options=options, family=family)

@@ -41,7 +41,7 @@ def board_for(vllm_config: Any) -> Board:
     global _board
     with _lock:
         if _board is None:
-            _board = _join(vllm_config.parallel_config._api_process_count)
+            _board = _join(getattr(vllm_config.parallel_config, "_api_process_count", 1))
         return _board
 
 
