@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_clip
 from vllm_mm_ext.testing.step_trace import record_steps
@@ -89,7 +91,7 @@ def answers(engine: Any, files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def split_answers(engine: Any, files: Sequence[Path]) -> dict[str, Any]:
-    """Answers for whole videos, for two sizes of segments, and without merging of positions."""
+    """Answers for whole videos, two sizes of segments, and (once) without merging positions."""
     processor = engine.renderer.mm_processor
     processor.segment_tokens = 0
     found = {"whole": answers(engine, files)}
@@ -98,8 +100,8 @@ def split_answers(engine: Any, files: Sequence[Path]) -> dict[str, Any]:
     found["smallest"] = answers(engine, files)
     processor.segment_tokens = 5 * max(answer["first"] for answer in found["smallest"]) // 2
     found["larger"] = answers(engine, files)
-    merging = engine.apply_model(lambda model: hasattr(model, "merges_segments"))[0]
-    if merging:
+    merges = engine.apply_model(lambda model: hasattr(model, "merges_segments"))[0]
+    if merges and engine.model_config.dtype == torch.float32:
         engine.apply_model(lambda model: setattr(model, "merges_segments", False))
         found["not merged"] = answers(engine, files)
         engine.apply_model(lambda model: setattr(model, "merges_segments", True))

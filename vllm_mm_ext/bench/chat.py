@@ -30,17 +30,34 @@ class Answer:
         ttft_s: Seconds from sending the request to the first token.
         total_s: Seconds to the last token.
         prompt_tokens: Length of the prompt, media included.
+        cached_tokens: How much of it came from the prefix cache, where the server tells
+            (``--enable-prompt-tokens-details``), else 0.
         stages: The front-end's own stage times in seconds (``Server-Timing``); empty for stock.
+        report: The answer's own ``mm_ext`` block; empty for stock.
     """
 
     ttft_s: float
     total_s: float
     prompt_tokens: int
+    cached_tokens: int
     stages: Mapping[str, float]
+    report: Mapping[str, Any]
 
 
-def ask(server: Server, messages: Sequence[Mapping[str, Any]], *, max_tokens: int = 4) -> Answer:
+def ask(
+    server: Server,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int = 4,
+    options: Mapping[str, Any] | None = None,
+) -> Answer:
     """Send one streaming chat request and time it.
+
+    Args:
+        server: Who is asked.
+        messages: OpenAI chat messages.
+        max_tokens: Tokens of the answer, all of which are generated.
+        options: The request's ``mm_ext`` block; None sends none.
 
     Raises:
         openai.APIError: The server refused or failed.
@@ -57,22 +74,26 @@ def ask(server: Server, messages: Sequence[Mapping[str, Any]], *, max_tokens: in
             temperature=0.0,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True} | ({"mm_ext": options} if options else {}),
         )
         first: float | None = None
-        prompt_tokens = 0
+        prompt_tokens = cached_tokens = 0
+        report: Mapping[str, Any] = {}
         for chunk in response.parse():
             # vLLM sends its first chunk when the first token is there.
             if first is None and chunk.choices:
                 first = time.perf_counter()
             if chunk.usage is not None:
                 prompt_tokens = chunk.usage.prompt_tokens
+                details = chunk.usage.prompt_tokens_details
+                cached_tokens = (details.cached_tokens if details else None) or 0
+            report = (chunk.model_extra or {}).get("mm_ext", report)
         ended = time.perf_counter()
     if first is None:
         raise RuntimeError("the server answered without a token")
     header = response.headers.get("server-timing", "")
     stages = {name: float(ms) / 1e3 for name, ms in _TIMING.findall(header)}
-    return Answer(first - started, ended - started, prompt_tokens, stages)
+    return Answer(first - started, ended - started, prompt_tokens, cached_tokens, stages, report)
 
 
 def conversation(video_url: str, turn: int) -> list[dict[str, Any]]:

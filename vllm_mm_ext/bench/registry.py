@@ -69,6 +69,33 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "segments",
+                "Videos larger than the encoder cache, clips that grew, lost KV, first tokens.",
+                "segments:run",
+            ),
+            Benchmark(
+                "preprocessing",
+                "Time on the preprocessing thread per video, first and later turns.",
+                "preprocessing:run",
+            ),
+            Benchmark(
+                "reduction",
+                "Tokens, prefill time, first token and KV cache per token reduction.",
+                "reduction:run",
+            ),
+            Benchmark(
+                "fit",
+                "Two hours of video asked of a 32k context: fitted, or refused before decoding.",
+                "fit:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "load-ramp",
+                "Load up to twice the capacity and back: quality tiers on against off.",
+                "load_ramp:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "decoders",
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",
