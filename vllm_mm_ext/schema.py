@@ -56,7 +56,9 @@ def problems(error: ValidationError, root: type[BaseModel], prefix: str) -> list
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The model a field holds (possibly optional); None for a plain value."""
+    """The model a field holds (possibly optional); None for a plain value or a list."""
+    if get_origin(field.annotation) in (tuple, list):
+        return None
     for annotation in (field.annotation, *get_args(field.annotation)):
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             return annotation

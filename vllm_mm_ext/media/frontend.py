@@ -37,6 +37,8 @@ __all__ = ["AudioResult", "MediaFrontend", "VideoPlan", "VideoResult"]
 # Each remembered item holds up to two memory mappings, of which Linux allows a process 65530.
 _MAX_DECODED = 4096
 
+# What settings and requests are allowed to ask for; the bytes of the result are bounded too.
+_MAX_FRAMES = 4096
 # Probes remembered; each is a few hundred bytes.
 _MAX_PROBED = 4096
 # Packet tables of probes remembered: about 30 bytes a frame of the source, 6 MB for two hours.
@@ -97,7 +99,7 @@ class MediaFrontend:
     ) -> None:
         self.config = config
         self.traits = traits
-        decode, sampling, sound = config.decode, config.sampling, config.audio
+        decode, sound = config.decode, config.audio
         self.pool = DecodePool(
             workers=decode.workers,
             threads=decode.threads,
@@ -120,7 +122,7 @@ class MediaFrontend:
             timeout_s=decode.timeout_s,
             memory_bytes=decode.worker_memory_mb * MIB,
             max_pixels=min(decode.max_pixels, max_pixels or decode.max_pixels),
-            max_frames=max(sampling.max_frames, 768),
+            max_frames=_MAX_FRAMES,
             max_output_bytes=decode.max_output_mb * MIB,
             max_duration_s=decode.max_duration_s,
             max_audio_s=min(sound.max_duration_s or max_audio_s, max_audio_s),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor as _Stock
@@ -12,12 +13,20 @@ from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.processing.patch_segments import PatchSegmentProcessor
 from vllm_mm_ext.processing.segments import Segment, VideoLayout, VideoShape, group_means
 
+# Tenths of a second in more than an hour.
+_MAX_TIMES = 1 << 16
+
 
 class Qwen3VLMultiModalProcessor(PatchSegmentProcessor, _Stock):  # type: ignore[misc]
     """vLLM's processor, given segments."""
 
     # Times are text here, and M-RoPE starts anew at every pair of frames.
     positions_per_second = 1.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Fitting a long video counts the same times again and again.
+        self._written_length = lru_cache(maxsize=_MAX_TIMES)(self._encoded_length)
 
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
         """A list of options, one per video of the request, leaves everything to vLLM."""
@@ -58,9 +67,8 @@ class Qwen3VLMultiModalProcessor(PatchSegmentProcessor, _Stock):  # type: ignore
     def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
         """Written times, and a start and an end of vision around each group."""
         assert layout.timestamps is not None
-        tokenizer = self.info.get_tokenizer()
         times = group_means(layout.timestamps[slice(*grids)], reduction.temporal)
-        return sum(
-            2 + len(tokenizer.encode(f"<{seconds:.1f} seconds>", add_special_tokens=False))
-            for seconds in times
-        )
+        return sum(2 + self._written_length(f"<{seconds:.1f} seconds>") for seconds in times)
+
+    def _encoded_length(self, text: str) -> int:
+        return len(self.info.get_tokenizer().encode(text, add_special_tokens=False))

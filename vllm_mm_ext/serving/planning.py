@@ -62,7 +62,11 @@ async def plan(renderer: Any, messages: Sequence[Any], chat_params: Any, tok_par
             return
         videos = await jobs.runtime.run(jobs.probe())
         prompt = await renderer.tokenize_prompt_async(*jobs.text())
-        jobs.decide(videos, len(prompt["prompt_token_ids"]))
+        # Counting tokens of hours of video takes its time, which others need not wait for.
+        text = len(prompt["prompt_token_ids"])
+        started = time.perf_counter()
+        decisions = await asyncio.to_thread(jobs.decisions, videos, text)
+        jobs.plan_by(videos, decisions, time.perf_counter() - started)
 
 
 def plan_blocking(
@@ -75,7 +79,9 @@ def plan_blocking(
             return
         videos = jobs.runtime.run_blocking(jobs.probe())
         prompt = renderer.tokenize_prompt(*jobs.text())
-        jobs.decide(videos, len(prompt["prompt_token_ids"]))
+        started = time.perf_counter()
+        decisions = jobs.decisions(videos, len(prompt["prompt_token_ids"]))
+        jobs.plan_by(videos, decisions, time.perf_counter() - started)
 
 
 class _Conversation:
@@ -165,12 +171,12 @@ class _Conversation:
         """The conversation's text and how to tokenize it, for vLLM's tokenizer threads."""
         return {"prompt": text_of(self.messages, self.tools)}, self.tok_params
 
-    def decide(self, videos: Sequence[PlannedVideo], text_tokens: int) -> None:
-        """Let the controller decide, and plan by it."""
+    def plan_by(
+        self, videos: Sequence[PlannedVideo], decisions: Sequence[VideoDecision], seconds: float
+    ) -> None:
+        """Plan by what the controller decided in so many seconds, in the request's context."""
         if not videos:
             return
-        started = time.perf_counter()
-        decisions = self._decisions(videos, text_tokens)
         set_plans(
             {v.url: _plan_of(v, d) for v, d in zip(videos, decisions, strict=True)},
             {v.url: v.ref for v in videos},
@@ -185,11 +191,14 @@ class _Conversation:
                 )
                 for video, decision in zip(videos, decisions, strict=True)
             }
-            trace.add_stages({"plan": time.perf_counter() - started})
+            trace.add_stages({"plan": seconds})
 
-    def _decisions(
+    def decisions(
         self, videos: Sequence[PlannedVideo], text_tokens: int
     ) -> tuple[VideoDecision, ...]:
+        """What the controller decides about the videos."""
+        if not videos:
+            return ()
         traits, limits = self.runtime.frontend.traits, self.runtime.frontend.limits
         costs = FrontendCosts(videos, self.renderer.mm_processor, traits, limits)
         controller = self.controller
@@ -201,6 +210,7 @@ class _Conversation:
             reducible=countable,
             countable=countable,
             frame_multiple=traits.frame_multiple,
+            max_item_tokens=self._largest_item(),
         )
         defaults = SamplingDefaults(
             plan.sampling.fps, plan.sampling.min_frames, plan.sampling.max_frames, plan.reduction
@@ -224,6 +234,14 @@ class _Conversation:
             session=self.request.session,
             context=self._context(controller, text_tokens),
         )
+
+    def _largest_item(self) -> int:
+        """Tokens that vLLM's encoder cache surely holds, where a video is one item; 0: no limit."""
+        config = self.renderer.config
+        if vllm_compat.settings_of(config.model_config).segments.tokens:
+            return 0
+        tokens: int = config.scheduler_config.max_num_batched_tokens
+        return tokens
 
     def _context(self, controller: QualityController, text_tokens: int) -> ContextUse:
         length: int = self.tok_params.max_total_tokens or self.renderer.model_config.max_model_len
