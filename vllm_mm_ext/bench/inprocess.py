@@ -56,8 +56,8 @@ def start(model: Path, media: Path, **options: Any) -> Any:
     """
     from vllm import LLM
 
-    # Blocks as small as on a GPU; the CPU's default of 128 would round cache hits coarsely.
-    defaults = {"enforce_eager": True, "block_size": 16, "max_num_seqs": 8}
+    # Small blocks; the CPU's default of 128 would round cache hits coarsely.
+    defaults = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8}
     return LLM(str(model), allowed_local_media_path=str(media), **(defaults | options))
 
 

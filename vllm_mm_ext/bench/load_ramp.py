@@ -90,7 +90,7 @@ def _server(model: Path, media: Path, side: str) -> Any:
         args=[
             *("--allowed-local-media-path", str(media)),
             *("--max-model-len", "8192", "--max-num-seqs", str(SEQUENCES)),
-            *("--max-num-batched-tokens", "4096", "--block-size", "16"),
+            *("--max-num-batched-tokens", "4096", "--block-size", "32"),
             *("--limit-mm-per-prompt", '{"video": 1, "image": 0}'),
             *("--media-io-kwargs", '{"video": {"fps": 1, "max_frames": 32}}'),
             "--enable-prompt-tokens-details",

@@ -53,7 +53,7 @@ def run(context: BenchContext) -> BenchResult:
                     *("--allowed-local-media-path", str(media)),
                     *("--max-model-len", "8192", "--max-num-batched-tokens", "8192"),
                     *("--media-io-kwargs", f'{{"video": {{"fps": 1, "max_frames": {FRAMES}}}}}'),
-                    *("--block-size", "16", "--limit-mm-per-prompt", '{"video": 1, "image": 0}'),
+                    *("--block-size", "32", "--limit-mm-per-prompt", '{"video": 1, "image": 0}'),
                 ],
             )
         )

@@ -28,6 +28,7 @@ SEGMENT_TOKENS = 128
 ENCODER_PATCHES = 1024
 CONFIG = {
     "mm_ext": {
+        "media": {"sampling": {"fps": FPS, "max_frames": MAX_FRAMES}},
         "segments": {"tokens": SEGMENT_TOKENS},
         "compression": {"encoder_max_patches": ENCODER_PATCHES},
     }
@@ -86,7 +87,7 @@ def evict(llm: Any, tokens: int) -> None:
 def reuse(side: str, model: Path, media: Path) -> dict[str, dict[str, float]]:
     """Clips that grew or were trimmed, and a clip whose last KV blocks are gone."""
     # KV cache for less than two of the clips.
-    small = {"max_model_len": WHOLE, "num_gpu_blocks_override": 320}
+    small = {"max_model_len": WHOLE, "num_gpu_blocks_override": 160}
     llm = start(model, media, **(options(side, WHOLE) | small))
     found = {}
     with asked_again(llm, media / "short.mp4", media / "clip.mp4") as found["extended"]:
