@@ -43,8 +43,8 @@ def measure(side: str, family: str, media: Path) -> dict[str, list[float]]:
     llm = start(
         checkpoint(family),
         media,
-        max_model_len=8192,
-        max_num_batched_tokens=8192,
+        max_model_len=16384,
+        max_num_batched_tokens=16384,
         limit_mm_per_prompt={"video": 1, "image": 0} | ({"audio": 1} if omni else {}),
         media_io_kwargs={"video": {"fps": 1, "max_frames": 32}},
         additional_config=config if side == "plugin" else {},
