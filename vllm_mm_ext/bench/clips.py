@@ -56,11 +56,25 @@ def cached_clip(work_dir: Path, *, sound: bool = False, **options: Any) -> Path:
     return target
 
 
+def other_pictures(work_dir: Path, number: int, **options: Any) -> Path:
+    """A clip without a picture in common with those of other numbers.
+
+    The plugin knows videos by their pictures: to its caches, a ``variant`` of a clip is the clip.
+    Few frames a second, so that many are made quickly.
+
+    Args:
+        work_dir: As for ``cached_clip``.
+        number: Which one.
+        options: Of ``cached_clip``; ``width``, ``height`` and ``duration`` at least.
+    """
+    return cached_clip(work_dir, fps=4, gop=4, seed=1000 + number, **options)
+
+
 def variant(source: Path, target: Path, number: int) -> Path:
     """A copy that decodes to the same frames and has other bytes.
 
     An ISO media ``free`` box (ISO/IEC 14496-12, 8.1.2) with the number in it is appended; readers
-    skip such boxes. Caches keyed by content or by file see a new video.
+    skip such boxes. Caches keyed by file see a new video, those keyed by pictures do not.
     """
     payload = f"variant {number}".encode()
     box = struct.pack(">I4s", 8 + len(payload), b"free") + payload

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import openai
 
 from vllm_mm_ext.bench.chat import Answer, ask, conversation
-from vllm_mm_ext.bench.clips import cached_clip, variant
+from vllm_mm_ext.bench.clips import other_pictures
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.testing.checkpoints import build
 from vllm_mm_ext.testing.server import Server, serve
@@ -67,18 +67,21 @@ def run(context: BenchContext) -> BenchResult:
         layers=6,
         vision_layers=6,
     )
-    clip = cached_clip(context.work_dir, width=448, height=448, duration=16.0, fps=10, gop=10)
+
+    def clip(number: int) -> Path:
+        return other_pictures(context.work_dir, number, width=448, height=448, duration=16.0)
+
     sides: dict[str, list[_Side]] = {name: [] for name in _SIDES}
     capacity = 0.0
     with context.steps("load-ramp", 1 + len(_SIDES) * context.repeats) as begin:
         begin("capacity, tiers off")
-        with context.scratch() as media, _server(model, media, "tiers off") as server:
-            capacity = _capacity(server, clip, media)
+        with _server(model, context.work_dir, "tiers off") as server:
+            capacity = _capacity(server, clip)
         for repeat in range(context.repeats):
             for name in _SIDES:
                 begin(f"{name}, repeat {repeat + 1}")
-                with context.scratch() as media, _server(model, media, name) as server:
-                    sides[name].append(_ramp(server, clip, media, capacity))
+                with _server(model, context.work_dir, name) as server:
+                    sides[name].append(_ramp(server, clip, capacity))
     return BenchResult("load-ramp", _rows(sides), _notes(sides, capacity))
 
 
@@ -99,9 +102,9 @@ def _server(model: Path, media: Path, side: str) -> Any:
     )
 
 
-def _capacity(server: Server, clip: Path, media: Path) -> float:
+def _capacity(server: Server, clip: Callable[[int], Path]) -> float:
     """Conversations a second that the server manages when it is never short of requests."""
-    files = [variant(clip, media / f"{number}.mp4", number) for number in range(_PROBES + 1)]
+    files = [clip(number) for number in range(_PROBES + 1)]
     side = _Side()
     # The first video request of a server pays for lazy imports and worker starts.
     _converse(server, files[0], side, threading.Lock())
@@ -112,9 +115,9 @@ def _capacity(server: Server, clip: Path, media: Path) -> float:
     return _PROBES / (time.perf_counter() - started)
 
 
-def _ramp(server: Server, clip: Path, media: Path, capacity: float) -> _Side:
+def _ramp(server: Server, clip: Callable[[int], Path], capacity: float) -> _Side:
     arrivals = timetable(capacity)
-    files = [variant(clip, media / f"{number}.mp4", number) for number in range(len(arrivals) + 1)]
+    files = [clip(number) for number in range(len(arrivals) + 1)]
     side, lock = _Side(), threading.Lock()
     _converse(server, files[0], _Side(), lock)
     started = time.perf_counter()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_mm_ext.bench.clips import cached_clip, variant
+import shutil
+
+from vllm_mm_ext.bench.clips import other_pictures
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.bench.inprocess import measure
 from vllm_mm_ext.bench.preprocessing_engine import FAMILIES, TURNS
@@ -21,9 +23,9 @@ def run(context: BenchContext) -> BenchResult:
     found = {}
     with context.scratch() as media, context.steps("preprocessing", 3) as begin:
         begin("clips")
-        clip = cached_clip(context.work_dir, width=1280, height=720, duration=30.0, gop=60)
         for number in range(context.repeats + 1):
-            variant(clip, media / f"{number}.mp4", number)
+            clip = other_pictures(context.work_dir, number, width=1280, height=720, duration=30.0)
+            shutil.copy(clip, media / f"{number}.mp4")
             tone = Tone(300.0 + 50 * number, 0.0, AUDIO_S)
             make_audio(media / f"{number}.wav", duration=AUDIO_S, tones=[tone], sample_rate=16000)
         for side in _SIDES:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_mm_ext.bench.chat import ask, conversation
-from vllm_mm_ext.bench.clips import cached_clip, variant
+from vllm_mm_ext.bench.clips import other_pictures
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.testing.checkpoints import build
 from vllm_mm_ext.testing.server import Server, serve_both
@@ -41,16 +41,20 @@ def run(context: BenchContext) -> BenchResult:
         hidden_size=512,
         layers=6,
     )
-    clip = cached_clip(context.work_dir, width=448, height=448, duration=32.0, fps=10, gop=10)
+
+    def clip(number: int) -> str:
+        """A clip of its own for every request, or caches would answer."""
+        size = {"width": 448, "height": 448, "duration": 32.0}
+        return other_pictures(context.work_dir, number, **size).as_uri()
+
     measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     asked = [("stock", "as it is"), *(("plugin", name) for name in REDUCTIONS)]
     with contextlib.ExitStack() as stack:
-        media = stack.enter_context(context.scratch())
         both = stack.enter_context(
             serve_both(
                 model,
                 args=[
-                    *("--allowed-local-media-path", str(media)),
+                    *("--allowed-local-media-path", str(context.work_dir)),
                     *("--max-model-len", "8192", "--max-num-batched-tokens", "8192"),
                     *("--media-io-kwargs", f'{{"video": {{"fps": 1, "max_frames": {FRAMES}}}}}'),
                     *("--block-size", "32", "--limit-mm-per-prompt", '{"video": 1, "image": 0}'),
@@ -58,16 +62,14 @@ def run(context: BenchContext) -> BenchResult:
             )
         )
         servers = dict(zip(("stock", "plugin"), both, strict=True))
-        for side, server in servers.items():
-            file = variant(clip, media / f"{side}-warm-up.mp4", -1)
-            ask(server, conversation(file.as_uri(), 1))
+        for server in servers.values():
+            ask(server, conversation(clip(0), 1))
         begin = stack.enter_context(context.steps("reduction", context.repeats * len(asked)))
         for repeat in range(context.repeats):
             for number, (side, name) in enumerate(asked):
                 begin(f"{side}, {name}, repeat {repeat + 1}")
-                number += repeat * len(asked)
-                file = variant(clip, media / f"{number}.mp4", number)
-                for what, value in _ask(servers[side], file.as_uri(), REDUCTIONS[name]).items():
+                url = clip(1 + number + repeat * len(asked))
+                for what, value in _ask(servers[side], url, REDUCTIONS[name]).items():
                     measured[f"{name}: {what}"][side].append(value)
     units = {"prompt tokens": "tokens", "KV cache": "% of it"}
     rows = [

@@ -12,7 +12,7 @@ import openai
 
 from vllm_mm_ext.bench import segments_engine
 from vllm_mm_ext.bench.chat import Answer, ask, conversation
-from vllm_mm_ext.bench.clips import cached_clip, variant
+from vllm_mm_ext.bench.clips import other_pictures
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.bench.inprocess import measure
 from vllm_mm_ext.bench.segments_engine import CHUNK, CONFIG, CONTEXT, FPS, MAX_FRAMES
@@ -33,20 +33,19 @@ def checkpoint(context: BenchContext) -> Path:
 
 
 def make_media(context: BenchContext, media: Path) -> None:
-    """The clips, all of 448 x 224 pixels: two parts of one clip, a long and a huge one."""
+    """The clips, all of 448 x 224 pixels: a clip and parts of it, long ones and a huge one."""
 
-    def clip(name: str, seconds: float, seed: int) -> Path:
-        made = cached_clip(
-            context.work_dir, width=448, height=224, duration=seconds, fps=10, gop=20, seed=seed
-        )
+    def clip(name: str, seconds: float, number: int) -> Path:
+        made = other_pictures(context.work_dir, number, width=448, height=224, duration=seconds)
         return Path(shutil.copy(made, media / name))
 
-    whole = clip("clip.mp4", 20.0, 21)
+    whole = clip("clip.mp4", 20.0, 0)
     keep_first(whole, media / "short.mp4", seconds=16.0)
     keep_first(whole, media / "trimmed.mp4", seconds=15.0)
-    # Just under what stock takes; four times that.
-    clip("long.mp4", 13.0, 22)
-    clip("huge.mp4", 57.0, 23)
+    clip("huge.mp4", 57.0, 1)
+    # Just under what stock takes; the engines have their own.
+    for repeat in range(-1, context.repeats):
+        clip(f"long-{repeat}.mp4" if repeat >= 0 else "long.mp4", 13.0, 3 + repeat)
 
 
 def run(context: BenchContext) -> BenchResult:
@@ -69,12 +68,12 @@ def run(context: BenchContext) -> BenchResult:
         served = {side: _is_served(server, media / "huge.mp4") for side, server in servers.items()}
         # The first video request of a server pays for lazy imports and worker starts.
         for server in servers.values():
-            ask(server, conversation((media / "short.mp4").as_uri(), 1))
+            ask(server, conversation((media / "long.mp4").as_uri(), 1))
         answers: dict[str, list[Answer]] = defaultdict(list)
         for repeat in range(context.repeats):
             for side in _SIDES if repeat % 2 == 0 else _SIDES[::-1]:
                 begin(f"{side}, first token, repeat {repeat + 1}")
-                file = variant(media / "long.mp4", media / f"{side}-{repeat}.mp4", repeat)
+                file = media / f"long-{repeat}.mp4"
                 answers[side].append(ask(servers[side], conversation(file.as_uri(), 1)))
     _write_steps(context.work_dir / "segments-steps.txt", engines)
     rows = [*_rows(engines, served)]
