@@ -15,6 +15,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.media import MediaWithBytes
 
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 RATE = 16_000
@@ -58,13 +59,14 @@ def video(
     times: Any = None,
     track: Waveform | None = None,
     digest: str = "",
+    reduction: Reduction = NO_REDUCTION,
 ) -> MediaWithBytes:
     """A video as the media connector delivers it."""
     times = None if times is None else tuple(float(t) for t in times)
     digest = digest or f"video-{frames.shape}-{int(frames[0, 0, 0, 0])}-{times}"
     if track is not None:
         digest += f"+{track.digest}"
-    sampled = SampledFrames(frames, digest=digest, times=times, audio=track)
+    sampled = SampledFrames(frames, digest=digest, times=times, audio=track, reduction=reduction)
     fps = len(frames) / (times[-1] or 1.0) if times else 2.0
     metadata = {
         "total_num_frames": len(frames),

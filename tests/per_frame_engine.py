@@ -1,11 +1,12 @@
 """Greedy answers of in-process engines, stock and in segments, as JSON on the last line of output.
 
 Run by ``test_per_frame_engine.py`` in a process of its own:
-``python per_frame_engine.py FAMILY MODE``.
+``python per_frame_engine.py MODE FAMILY...``.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -29,11 +30,7 @@ SIDE = 112
 FRAME_TOKENS = 16
 MAX_PATCHES = 200
 TOKENS = 8
-ARCHITECTURES = {
-    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-    "internvl": "InternVLForConditionalGeneration",
-}
-
+FAMILIES = ("llava_onevision", "internvl")
 
 IMAGE_TOKENS = {"llava_onevision": "<image>", "internvl": "<IMG_CONTEXT>"}
 REDUCTIONS = (
@@ -182,19 +179,24 @@ def _high(group: torch.Tensor) -> torch.Tensor:
     return group.amax(dim=0)
 
 
-def main(family: str, mode: str) -> None:
-    from vllm_mm_ext import vllm_compat
-
-    if mode == "plugin":
-        vllm_compat.override_models(
-            {ARCHITECTURES[family]: f"vllm_mm_ext.models.{family}:{ARCHITECTURES[family]}"}
-        )
+def run(family: str, mode: str) -> list[Any]:
+    """What a family answers in each case."""
     requests = requests_of(family)
     ask = split_answers if mode == "plugin" else answers
-    print(json.dumps([ask(start(family, *case), requests) for case in CASES]))
+    found = []
+    for case in CASES:
+        engine = start(family, *case)
+        found.append(ask(engine, requests))
+        del engine
+        gc.collect()
+    return found
+
+
+def main(mode: str, families: Sequence[str]) -> None:
+    print(json.dumps({family: run(family, mode) for family in families}))
 
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_PLUGINS"] = ""
-    main(sys.argv[1], sys.argv[2])
+    os.environ["VLLM_PLUGINS"] = "mm_ext" if sys.argv[1] == "plugin" else ""
+    main(sys.argv[1], sys.argv[2:])

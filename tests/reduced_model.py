@@ -1,6 +1,6 @@
 """What a family's model makes of videos behind ``ReducedVideoModel``, as JSON on the last line.
 
-Run by ``test_reduced_models.py`` in a process of its own: ``reduced_model.py FAMILY DTYPE``. The
+Run by ``test_reduced_models.py`` in a process of its own: ``reduced_model.py DTYPE FAMILY...``. The
 model is vLLM's, with the weights of the tiny checkpoint, but no engine is started.
 """
 
@@ -33,7 +33,11 @@ MAX_PATCHES = 200
 def load(family: str, dtype: str) -> tuple[Any, Any]:
     """A family's model, and vLLM's configuration it was made from."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import (
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import (
@@ -50,8 +54,11 @@ def load(family: str, dtype: str) -> tuple[Any, Any]:
         limit_mm_per_prompt={"video": 4, "image": 1},
     ).create_engine_config()
     with set_current_vllm_config(config):
-        store = tempfile.NamedTemporaryFile()  # noqa: SIM115
-        init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
+        if not torch.distributed.is_initialized():
+            store = tempfile.NamedTemporaryFile()  # noqa: SIM115
+            init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
+        # Which groups there are depends on the model.
+        destroy_model_parallel()
         initialize_model_parallel(1, 1)
         # As ``get_model`` does it, which frees memory of an accelerator in between.
         with set_default_torch_dtype(config.model_config.dtype):
@@ -67,7 +74,7 @@ def difference(got: Any, expected: Any) -> float:
 
 
 @torch.inference_mode()
-def main(family: str, dtype: str) -> None:
+def answer_of(family: str, dtype: str) -> dict[str, Any]:
     from vllm.v1.worker.encoder_cudagraph import EncoderCudaGraphManager
 
     from vllm_mm_ext.models.reduced import ReducedVideoModel
@@ -129,9 +136,9 @@ def main(family: str, dtype: str) -> None:
         got = manager.execute({**inputs, **fields})
         answer["difference_manager"] = difference(got, expected)
         answer["calls_manager"] = list(calls)
-    print(json.dumps(answer))
+    return answer
 
 
 if __name__ == "__main__":
     os.environ["VLLM_PLUGINS"] = "mm_ext"
-    main(sys.argv[1], sys.argv[2])
+    print(json.dumps({family: answer_of(family, sys.argv[1]) for family in sys.argv[2:]}))

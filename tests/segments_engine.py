@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omni_reference import pixels, video
 
+from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_clip
 from vllm_mm_ext.testing.step_trace import record_steps
@@ -27,6 +29,23 @@ STOCK_CASES = (("float32", WHOLE_PROMPT), ("bfloat16", WHOLE_PROMPT))
 PLUGIN_CASES = (*STOCK_CASES, ("float32", 160))
 SILENT = ("shapes.mp4", "pan.mp4", "cuts.mp4")
 SOUNDING = ("sound_a.mp4", "sound_b.mp4", "sound_c.mp4")
+REDUCED_FRAMES = 12
+REDUCTIONS = (
+    NO_REDUCTION,
+    Reduction(pool=2),
+    Reduction(temporal=2),
+    Reduction(static="merge", keep=0.5),
+    Reduction(static="prune", keep=0.3),
+    Reduction(pool=2, temporal=3, static="merge", keep=0.6),
+)
+_QWEN = "see <|vision_start|><|video_pad|><|vision_end|> what"
+PLACEHOLDERS = {
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_omni": _QWEN,
+    "qwen2_5_omni": "see <|vision_bos|><|VIDEO|><|vision_eos|> what",
+    "llava_onevision": "see <video> what",
+}
 # Stock's own frames at native size, so that nothing but the segments differs.
 CONFIG = {"mm_ext": {"media": {"sampling": {"policy": "stock"}, "resize": "native"}}}
 
@@ -108,6 +127,36 @@ def split_answers(engine: Any, files: Sequence[Path]) -> dict[str, Any]:
     return found
 
 
+def reduced_counts(engine: Any, family: str) -> list[dict[str, Any]]:
+    """Answers about a video with its tokens reduced, and how many tokens were foretold."""
+    from vllm import SamplingParams
+
+    processor = engine.renderer.mm_processor
+    processor.segment_tokens = 300
+    times = [i / 2 for i in range(REDUCED_FRAMES)]
+    found = []
+    for reduction in REDUCTIONS:
+        frames = pixels(REDUCED_FRAMES, 112, 168)
+        clip = video(frames, times, digest=reduction.key(), reduction=reduction)
+        sampled, metadata = clip.media
+        size = processor.layout(processor.shape_of(sampled, metadata), {}).size
+        count = processor.video_tokens(
+            REDUCED_FRAMES, *size, times=times, audio_samples=0, reduction=reduction
+        )
+        request = {"prompt": PLACEHOLDERS[family], "multi_modal_data": {"video": [clip]}}
+        greedy = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
+        (answer,) = engine.generate([request], greedy, use_tqdm=False)
+        plain = len(engine.get_tokenizer().encode(PLACEHOLDERS[family], add_special_tokens=False))
+        found.append(
+            {
+                "foretold": plain - 1 + count.total,
+                "prompt": len(answer.prompt_token_ids),
+                "tokens": list(answer.outputs[0].token_ids),
+            }
+        )
+    return found
+
+
 def chunked_answers(engine: Any, files: Sequence[Path]) -> dict[str, Any]:
     """Answers for the smallest segments alone: what is larger than a step is not served whole."""
     engine.renderer.mm_processor.segment_tokens = 1
@@ -125,6 +174,8 @@ def run(family: str, media: Path, plugin: bool) -> dict[str, Any]:
         case["silent"] = ask(engine, silent) if plugin else answers(engine, silent)
         if plugin and family.endswith("omni"):
             case["sounding"] = ask(engine, [media / name for name in SOUNDING])
+        if plugin and (dtype, chunk) == PLUGIN_CASES[0]:
+            case["reduced"] = reduced_counts(engine, family)
         del engine
         gc.collect()
     return found

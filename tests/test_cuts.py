@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,11 @@ from vllm_mm_ext.processing.grid_times import (
     interleave_tokens,
 )
 
+
+def tokens(per_grid: int, temporal: int = 1) -> Callable[[int], int]:
+    return lambda grids: -(-grids // temporal) * per_grid
+
+
 silent = st.tuples(
     st.integers(1, 200), st.integers(1, 700), st.integers(0, 4096), st.integers(1, 4)
 )
@@ -24,27 +30,33 @@ silent = st.tuples(
 @given(silent)
 def test_silent_segments_are_the_whole_video_within_the_target(case: tuple[int, int, int, int]):
     grids, per_grid, target, unit = case
-    cuts = cut_silent(grids, per_grid, target, unit)
+    cuts = cut_silent(grids, per_grid, target, tokens(per_grid), unit)
     assert cuts[0].grids[0] == 0
     assert cuts[-1].grids[1] == grids
     assert all(a.grids[1] == b.grids[0] for a, b in pairwise(cuts))
     for cut in cuts:
         size = cut.grids[1] - cut.grids[0]
         assert size >= 1
-        assert not target or size == 1 or size * per_grid <= target
+        assert not target or size <= unit or size * per_grid <= target
     assert target or len(cuts) == 1
 
 
 @given(silent, st.integers(1, 50))
 def test_a_longer_silent_video_keeps_all_but_the_last_segment(case, longer):
     grids, per_grid, target, unit = case
-    short = cut_silent(grids, per_grid, target, unit)
-    assert cut_silent(grids + longer, per_grid, target, unit)[: len(short) - 1] == short[:-1]
+    short = cut_silent(grids, per_grid, target, tokens(per_grid), unit)
+    long = cut_silent(grids + longer, per_grid, target, tokens(per_grid), unit)
+    if target:
+        assert long[: len(short) - 1] == short[:-1]
 
 
 def test_grids_that_merge_stay_together():
-    assert [c.grids for c in cut_silent(10, 100, 500, 2)] == [(0, 4), (4, 8), (8, 10)]
-    assert [c.grids for c in cut_silent(4, 100, 100, 2)] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert [c.grids for c in cut_silent(10, 100, 500, tokens(100), 2)] == [(0, 4), (4, 8), (8, 10)]
+    assert [c.grids for c in cut_silent(4, 100, 100, tokens(100), 2)] == [(0, 2), (2, 4)]
+
+
+def test_segments_hold_as_many_grids_as_their_reduced_tokens_allow():
+    assert [c.grids for c in cut_silent(9, 100, 100, lambda n: 25 * n)] == [(0, 4), (4, 8), (8, 9)]
 
 
 sounding = st.tuples(
@@ -90,8 +102,13 @@ def check(cuts: list[Cut], runs: list[tuple[int, int]], per_grid: int, unit: int
 def test_sounding_segments_hold_whole_grids_and_whole_windows(family, unit, case):
     grids, per_grid, step, audio, target = case
     runs = runs_of(family, even_grid(grids, step), per_grid, audio)
-    check(cut_sounding(runs, per_grid, target, audio_unit=unit), runs, per_grid, unit)
-    assert len(cut_sounding(runs, per_grid, 0, audio_unit=unit)) == 1
+    check(
+        cut_sounding(runs, per_grid, target, tokens(per_grid), audio_unit=unit),
+        runs,
+        per_grid,
+        unit,
+    )
+    assert len(cut_sounding(runs, per_grid, 0, tokens(per_grid), audio_unit=unit)) == 1
 
 
 @given(case=sounding, more=st.integers(1, 10))
@@ -99,7 +116,11 @@ def test_a_longer_video_keeps_the_segments_before_the_end_of_the_shorter(case, m
     grids, per_grid, step, audio, target = case
     whole = [
         cut_sounding(
-            runs_of("chunks", even_grid(n, step), per_grid, sound), per_grid, target, audio_unit=50
+            runs_of("chunks", even_grid(n, step), per_grid, sound),
+            per_grid,
+            target,
+            tokens(per_grid),
+            audio_unit=50,
         )
         for n, sound in ((grids, audio), (grids + more, audio + 50 * more))
     ]
@@ -110,9 +131,9 @@ def test_a_longer_video_keeps_the_segments_before_the_end_of_the_shorter(case, m
 
 def test_a_last_piece_of_sound_that_is_too_short_stays_with_its_neighbour():
     runs = [(10, 50), (10, 50), (10, 3)]
-    cuts = cut_sounding(runs, 10, 40, audio_unit=50, audio_least=13)
+    cuts = cut_sounding(runs, 10, 40, tokens(10), audio_unit=50, audio_least=13)
     assert [cut.audio for cut in cuts] == [(0, 50), (50, 103)]
-    cuts = cut_sounding(runs, 10, 40, audio_unit=50, audio_least=3)
+    cuts = cut_sounding(runs, 10, 40, tokens(10), audio_unit=50, audio_least=3)
     assert [cut.audio for cut in cuts] == [(0, 50), (50, 100), (100, 103)]
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,21 +15,32 @@ from vllm_mm_ext.testing.checkpoints import checkpoint
 HERE = Path(__file__).parent
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "qwen3_omni"])
-def test_encoder_calls_are_bounded_and_each_video_is_reduced_as_its_fields_ask(
-    family: str,
-) -> None:
-    checkpoint(family)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "qwen3_omni")
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    """What the models of all families make of the same videos; one process for all."""
+    for family in FAMILIES:
+        checkpoint(family)
     run = subprocess.run(
-        [sys.executable, str(HERE / "reduced_model.py"), family, "float32"],
+        [sys.executable, str(HERE / "reduced_model.py"), "float32", *FAMILIES],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    answer = json.loads(run.stdout.splitlines()[-1])
+    answers: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return answers
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoder_calls_are_bounded_and_each_video_is_reduced_as_its_fields_ask(
+    outcomes: dict[str, Any], family: str
+) -> None:
+    answer = outcomes[family]
     assert answer["calls_unbounded"] == [6 * 96 + 96 + 5 * 72]
     assert answer["calls_bounded"] == [192, 192, 192, 168, 144, 144]
     # Only the order of additions inside a matrix product may differ between sizes of calls.

@@ -18,7 +18,6 @@ FAMILIES = (
     "qwen3_vl",
     "qwen3_omni",
     "llava_onevision",
-    "internvl",
 )
 # Qwen3-VL numbers the frames of a video in its prompt, LLaVA-OneVision has plain positions.
 MERGE_POSITIONS = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_omni")
@@ -93,9 +92,22 @@ def test_segments_with_sound_change_no_answer_of_the_whole(
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("family", FAMILIES)
+def test_reduced_videos_take_as_many_tokens_as_foretold(
+    outcomes: dict[str, Any], family: str
+) -> None:
+    whole, *reduced = outcomes["plugin"][family]["float32, steps of 4096"]["reduced"]
+    for one in (whole, *reduced):
+        assert one["prompt"] == one["foretold"]
+    assert all(one["prompt"] < whole["prompt"] for one in reduced)
+    assert len({tuple(one["tokens"]) for one in (whole, *reduced)}) > 1
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_videos_really_are_several_segments(outcomes: dict[str, Any], family: str) -> None:
     for case, asked in outcomes["plugin"][family].items():
-        for kind, by_size in asked.items():
+        for kind in {"silent", "sounding"} & asked.keys():
+            by_size = asked[kind]
             for name in set(SPLIT) & by_size.keys():
                 least = 3 if name == "smallest" else 2
                 assert min(one["items"] for one in by_size[name]) >= least, (case, kind, name)
@@ -109,6 +121,8 @@ def test_segments_at_positions_of_their_own_change_answers(
     outcomes: dict[str, Any], family: str
 ) -> None:
     """Otherwise equal answers would prove nothing about positions."""
-    for kind, by_size in outcomes["plugin"][family]["float32, steps of 4096"].items():
+    asked = outcomes["plugin"][family]["float32, steps of 4096"]
+    for kind in {"silent", "sounding"} & asked.keys():
+        by_size = asked[kind]
         tokens = [one["tokens"] for one in by_size["whole"]]
         assert [one["tokens"] for one in by_size["not merged"]] != tokens, kind

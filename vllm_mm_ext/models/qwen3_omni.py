@@ -11,12 +11,17 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vllm_mm_ext.models.omni import SoundTrackModel
 from vllm_mm_ext.models.reduced import ReducedVideoModel
-from vllm_mm_ext.processing.qwen3_omni import Qwen3OmniMoeMultiModalProcessor
+from vllm_mm_ext.processing.qwen3_omni import Qwen3OmniMoeMultiModalProcessor, audio_window
 from vllm_mm_ext.processing.segment_info import SegmentInfo
+from vllm_mm_ext.processing.track_pieces import AudioWindow
 
 
 class Qwen3OmniMoeSegmentInfo(SegmentInfo, Qwen3OmniMoeThinkerProcessingInfo):  # type: ignore[misc]
     """vLLM's info, sized for segments."""
+
+    def audio_window(self) -> AudioWindow:
+        """What the audio encoder attends within."""
+        return audio_window(self.get_hf_config().audio_config)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

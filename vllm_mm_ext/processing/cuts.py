@@ -6,11 +6,13 @@ sound), never on how long the clip goes on, so that a clip that was extended kee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Run = tuple[int, int]
 """Visual tokens, then audio tokens, next to each other in the prompt."""
+Reduced = Callable[[int], int]
+"""Tokens left of so many temporal grids; never fewer for more grids."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,24 @@ class Cut:
     runs: tuple[Run, ...]
 
 
-def cut_silent(num_grids: int, tokens_per_grid: int, target: int, unit: int = 1) -> list[Cut]:
+def cut_silent(
+    num_grids: int, tokens_per_grid: int, target: int, reduced: Reduced, unit: int = 1
+) -> list[Cut]:
     """Cut a video without sound.
 
     Args:
         num_grids: Temporal grids of the video, at least one.
-        tokens_per_grid: Tokens of each.
-        target: Tokens a segment should not exceed; one unit of grids is never cut. 0: no cuts.
-        unit: Grids that belong together (a temporal merge), as far as ``target`` allows.
+        tokens_per_grid: Tokens of each before reduction.
+        target: Tokens a segment should not exceed after it; one unit is never cut. 0: no cuts.
+        reduced: Tokens left of so many consecutive grids.
+        unit: Grids that merge and so belong together.
 
     Returns:
         The segments in order; together they are the whole video.
     """
-    per_segment = max(1, target // tokens_per_grid) if target else num_grids
-    if target and per_segment > unit:
-        per_segment -= per_segment % unit
+    per_segment = unit if target else num_grids
+    while per_segment < num_grids and reduced(per_segment + unit) <= target:
+        per_segment += unit
     return [
         Cut((begin, end), (0, 0), (((end - begin) * tokens_per_grid, 0),))
         for begin in range(0, num_grids, per_segment)
@@ -54,9 +59,11 @@ def cut_sounding(
     runs: Sequence[Run],
     tokens_per_grid: int,
     target: int,
+    reduced: Reduced,
     *,
     audio_unit: int,
     audio_least: int = 1,
+    unit: int = 1,
 ) -> list[Cut]:
     """Cut a video whose tokens interleave with those of its sound.
 
@@ -64,11 +71,14 @@ def cut_sounding(
     gone by. Every segment has at least one grid, and sound after the last grid stays with it.
 
     Args:
-        runs: ``(visual, audio)`` tokens of the whole video in prompt order.
-        tokens_per_grid: Visual tokens of a temporal grid.
-        target: Tokens a segment should not exceed, where there is a place to cut. 0: no cuts.
+        runs: ``(visual, audio)`` tokens of the whole video in prompt order, before reduction.
+        tokens_per_grid: Visual tokens of a temporal grid before reduction.
+        target: Tokens a segment should not exceed after it, where there is a place to cut. 0: no
+            cuts.
+        reduced: Visual tokens left of so many consecutive grids.
         audio_unit: Audio tokens of one window, which the encoder attends within.
         audio_least: The last piece of sound is not cut off if it has fewer tokens than this.
+        unit: Grids that merge and so belong together.
 
     Returns:
         The segments in order; together they are all runs.
@@ -90,21 +100,19 @@ def cut_sounding(
 
     for visual, audio in pieces:
         # What sounds on after the last grid must not move the cuts before it.
-        picture_goes_on = here[0] < total_visual
-        if target and best and picture_goes_on and _size(open_runs) + visual + audio > target:
-            close(*best)
+        if target and best and here[0] < total_visual:
+            grids = -(-(here[0] + visual - done[0]) // tokens_per_grid)
+            if reduced(grids) + here[1] + audio - done[1] > target:
+                close(*best)
         open_runs.append((visual, audio))
         here = here[0] + visual, here[1] + audio
         left = total_audio - here[1]
         audible = left == 0 or (here[1] % audio_unit == 0 and left >= audio_least)
-        if audible and here[0] % tokens_per_grid == 0 and done[0] < here[0] < total_visual:
+        whole = (here[0] - done[0]) % (tokens_per_grid * unit) == 0
+        if audible and whole and done[0] < here[0] < total_visual:
             best = len(open_runs), here
     close(len(open_runs), here)
     return cuts
-
-
-def _size(runs: Sequence[Run]) -> int:
-    return sum(visual + audio for visual, audio in runs)
 
 
 def _windows(runs: Sequence[Run], audio_unit: int) -> list[Run]:

@@ -55,7 +55,9 @@ class PatchSegmentProcessor(SegmentProcessor):
         processor = self.info.get_hf_processor().video_processor
         factor = processor.patch_size * processor.merge_size
         size = (shape.height, shape.width)
-        if not shape.final or size[0] % factor or size[1] % factor:
+        # A request that sets a size wants another one than the front-end was told.
+        final = shape.final and not _sets_size(hf_kwargs)
+        if not final or size[0] % factor or size[1] % factor:
             chosen = self._size_of_processor(shape, hf_kwargs)
             if chosen is None:
                 return None
@@ -136,3 +138,9 @@ class PatchSegmentProcessor(SegmentProcessor):
                 dtype=torch.float32,
             ),
         }
+
+
+def _sets_size(hf_kwargs: Mapping[str, object]) -> bool:
+    scoped = hf_kwargs.get("videos_kwargs")
+    given = hf_kwargs.keys() | (scoped.keys() if isinstance(scoped, Mapping) else set())
+    return bool(given & {"size", "min_pixels", "max_pixels"})

@@ -15,9 +15,16 @@ from vllm_mm_ext.media.payload import Waveform
 from vllm_mm_ext.processing.cuts import Run
 from vllm_mm_ext.processing.grid_times import GridTimes, interleave_chunks
 from vllm_mm_ext.processing.sound_tracks import SoundTrackProcessor
+from vllm_mm_ext.processing.track_pieces import AudioWindow
 
 # Two strides of two (``Qwen2_5OmniAudioEncoder``).
 _MEL_FRAMES_PER_TOKEN = 4
+
+
+def audio_window(audio_config: Any) -> AudioWindow:
+    """Windows are convolved and attended to one by one."""
+    mel_frames = 2 * int(audio_config.n_window)
+    return AudioWindow(mel_frames // _MEL_FRAMES_PER_TOKEN, mel_frames, 1)
 
 
 class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMultiModalProcessor):  # type: ignore[misc]  # noqa: N801
@@ -29,10 +36,9 @@ class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMult
         """One token per four frames."""
         return max(0, ((num_mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
 
-    def audio_window(self) -> tuple[int, int, int]:
-        """Windows of two seconds, convolved and attended to one by one."""
-        mel_frames = 2 * int(self.info.get_hf_config().audio_config.n_window)
-        return mel_frames // _MEL_FRAMES_PER_TOKEN, mel_frames, 1
+    def audio_window(self) -> AudioWindow:
+        """Windows of two seconds."""
+        return audio_window(self.info.get_hf_config().audio_config)
 
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int

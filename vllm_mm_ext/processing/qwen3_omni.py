@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from vllm.model_executor.models.qwen3_omni_moe_thinker import (
@@ -13,6 +15,19 @@ from vllm_mm_ext.media.payload import Waveform
 from vllm_mm_ext.processing.cuts import Run
 from vllm_mm_ext.processing.grid_times import GridTimes, interleave_tokens
 from vllm_mm_ext.processing.sound_tracks import SoundTrackProcessor
+from vllm_mm_ext.processing.track_pieces import AudioWindow
+
+
+def audio_window(audio_config: Any) -> AudioWindow:
+    """Chunks of ``2 * n_window`` frames are convolved, ``n_window_infer`` frames attended to.
+
+    The last chunk is padded to the longest of its batch before it is convolved, so a piece needs a
+    whole one.
+    """
+    chunk = 2 * int(audio_config.n_window)
+    chunks = int(audio_config.n_window_infer) // chunk
+    tokens = int(_get_feat_extract_output_lengths(torch.tensor(chunk)))
+    return AudioWindow(tokens * chunks, chunk * chunks, tokens)
 
 
 class Qwen3OmniMoeMultiModalProcessor(SoundTrackProcessor, Qwen3OmniMoeThinkerMultiModalProcessor):  # type: ignore[misc]
@@ -26,17 +41,9 @@ class Qwen3OmniMoeMultiModalProcessor(SoundTrackProcessor, Qwen3OmniMoeThinkerMu
             return 0
         return int(_get_feat_extract_output_lengths(torch.tensor(num_mel_frames)))
 
-    def audio_window(self) -> tuple[int, int, int]:
-        """Chunks of ``2 * n_window`` frames are convolved, ``n_window_infer`` frames attended to.
-
-        The last chunk is padded to the longest of its batch before it is convolved, so a piece
-        needs a whole one.
-        """
-        audio = self.info.get_hf_config().audio_config
-        chunk = 2 * int(audio.n_window)
-        chunks = int(audio.n_window_infer) // chunk
-        tokens = self.audio_tokens(chunk)
-        return tokens * chunks, chunk * chunks, tokens
+    def audio_window(self) -> AudioWindow:
+        """Windows of ``n_window_infer`` frames."""
+        return audio_window(self.info.get_hf_config().audio_config)
 
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_mm_ext import vllm_compat
+from vllm_mm_ext.processing.track_pieces import AudioWindow
 from vllm_mm_ext.processing.traits import size_default_of, size_rule_of
 
 
@@ -15,12 +17,28 @@ class SegmentInfo:
     ctx: Any
 
     def largest_segment(self) -> int | None:
-        """Tokens of the largest segment: the configured size, or one grid of the largest frames.
+        """Tokens of the largest segment: the configured size, or what cannot be cut.
 
-        None where videos are not cut.
+        That is one grid of the largest frames and, for a family that hears, the grids of one window
+        of its audio encoder at the configured frame rate, with their sound. None where videos are
+        not cut.
         """
-        target = vllm_compat.settings_of(self.ctx.model_config).segments.tokens
-        return max(target, self._largest_grid()) if target else None
+        settings = vllm_compat.settings_of(self.ctx.model_config)
+        target, grid = settings.segments.tokens, self._largest_grid()
+        if not target:
+            return None
+        window = self.audio_window()
+        frames = settings.media.sampling.fps * (window.seconds if window else 0.0)
+        grids = max(1, math.ceil(frames / self._temporal_patch()))
+        return max(target, grids * grid + (window.tokens if window else 0))
+
+    def audio_window(self) -> AudioWindow | None:
+        """Where sound may be cut; None for a family that hears none."""
+        return None
+
+    def _temporal_patch(self) -> int:
+        info: Any = self
+        return int(info.get_hf_processor().video_processor.temporal_patch_size)
 
     def _largest_grid(self) -> int:
         info: Any = self
@@ -32,9 +50,11 @@ class SegmentInfo:
 
     def get_max_video_tokens(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
         """Most embeddings of one video item."""
-        stock: int = super().get_max_video_tokens(seq_len, mm_counts)  # type: ignore[misc]
         largest = self.largest_segment()
-        return stock if largest is None else min(stock, largest)
+        if largest is not None:
+            return min(seq_len, largest)
+        stock: int = super().get_max_video_tokens(seq_len, mm_counts)  # type: ignore[misc]
+        return stock
 
     def get_num_frames_with_most_features(
         self, seq_len: int, mm_counts: Mapping[str, int], *args: Any, **kwargs: Any
@@ -46,6 +66,4 @@ class SegmentInfo:
         largest = self.largest_segment()
         if largest is None:
             return stock
-        info: Any = self
-        patch = int(info.get_hf_processor().video_processor.temporal_patch_size)
-        return min(stock, patch * max(1, largest // max(1, self._largest_grid())))
+        return min(stock, self._temporal_patch() * max(1, largest // max(1, self._largest_grid())))

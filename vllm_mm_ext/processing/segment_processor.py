@@ -35,6 +35,10 @@ from vllm_mm_ext.processing.segments import (
 )
 from vllm_mm_ext.processing.token_counts import TokenCount
 
+# Pixels of one request may take this share of vLLM's processor cache; other items go there too.
+_CACHE_SHARE = 0.5
+# Ways in which one video is split that are remembered with its frames.
+_MAX_SPLITS = 4
 # Client-named videos whose segments are remembered, for requests that send the name alone.
 _MAX_NAMES = 4096
 
@@ -84,6 +88,7 @@ class SegmentProcessor:
         super().__init__(*args, **kwargs)
         settings = vllm_compat.settings_of(self.info.ctx.model_config)
         self.segment_tokens = settings.segments.tokens
+        self._frames_are_final = settings.media.enabled and settings.media.resize == "target"
         self.default_reduction = settings.compression.reduction
         self._named: OrderedDict[str, SplitVideo] = OrderedDict()
 
@@ -152,8 +157,9 @@ class SegmentProcessor:
             times=None if times is None else tuple(times),
             audio_samples=audio_samples,
             reduction=reduction,
+            final=self._frames_are_final,
         )
-        layout = self.layout(shape, {})
+        layout = self.layout(shape, {}) if self.splits({}) else None
         if layout is None:
             raise ValueError("stock vLLM lays this video out")
         visual = text = audio = 0
@@ -173,7 +179,24 @@ class SegmentProcessor:
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Split the videos of a request, then process as usual."""
-        return super().apply(self.split(inputs), timing_ctx)  # type: ignore[misc]
+        inputs = self.split(inputs)
+        if inputs.cache is not None and not self._fits_cache(inputs.mm_data_items.get("video")):
+            # vLLM counts on what it found in its cache still being there when it has put the rest
+            # in. A whole video of that size it would not have kept either.
+            inputs = dataclasses.replace(inputs, cache=None)
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _fits_cache(self, videos: Any) -> bool:
+        if not isinstance(videos, SegmentItems):
+            return True
+        config = self.info.ctx.model_config
+        capacity = self.info.ctx.get_mm_config().mm_processor_cache_gb * (1 << 30)
+        values = 0
+        for index in range(len(videos)):
+            if (segment := segment_at(videos, index)) is not None:
+                height, width = part_of(segment).layout.size
+                values += len(segment) * 3 * height * width
+        return bool(values * config.dtype.itemsize <= _CACHE_SHARE * capacity)
 
     def split(self, inputs: Any) -> Any:
         """Replace the videos of a request by their segments, in items and prompt alike."""
@@ -206,17 +229,18 @@ class SegmentProcessor:
         )
 
     def expand_prompt(self, prompt: list[int], videos: Sequence[SplitVideo]) -> list[int] | None:
-        """The prompt with one video token per segment; None if it does not hold the videos."""
+        """The prompt with one video token per segment; None if it has too few for the videos.
+
+        As in vLLM, the first tokens stand for the videos, and any further ones are text.
+        """
         expanded: list[int] = []
         left = iter(videos)
         for token in prompt:
-            if token != self.video_token_id:
-                expanded.append(token)
-                continue
-            video = next(left, None)
+            video = next(left, None) if token == self.video_token_id else None
             if video is None:
-                return None
-            expanded += [*video.before, *[token] * len(video.segments), *video.after]
+                expanded.append(token)
+            else:
+                expanded += [*video.before, *[token] * len(video.segments), *video.after]
         return expanded if next(left, None) is None else None
 
     def _split_one(
@@ -256,11 +280,13 @@ class SegmentProcessor:
         hf_kwargs: Mapping[str, object],
     ) -> SplitVideo | None:
         """A follow-up turn gets the same frames object, and with it the work of the first turn."""
-        key = ("segments", self.segment_tokens, repr(sorted(hf_kwargs.items())), repr(metadata))
-        if key not in frames.memo:
-            frames.memo[key] = self._split_frames(frames, metadata, hf_kwargs)
-        remembered: SplitVideo | None = frames.memo[key]
-        return remembered
+        key = (self.segment_tokens, repr(sorted(hf_kwargs.items())), repr(metadata))
+        made: dict[Any, SplitVideo | None] = frames.memo.setdefault("segments", {})
+        if key not in made:
+            while len(made) >= _MAX_SPLITS:
+                made.pop(next(iter(made)))
+            made[key] = self._split_frames(frames, metadata, hf_kwargs)
+        return made[key]
 
     def _split_frames(
         self,
@@ -280,7 +306,7 @@ class SegmentProcessor:
         segments = []
         for part in segments_of(layout, shape.reduction, self.segment_tokens, pixels):
             track = self.track_piece(frames, part)
-            digest = segment_digest(part, digests[part.frames], track)
+            digest = segment_digest(part, frames.shape[1:3], digests[part.frames], track)
             segments.append(
                 VideoSegment.of(np.asarray(frames[part.frames]), part, digest=digest, track=track)
             )

@@ -201,16 +201,25 @@ def cut_video(layout: VideoLayout, reduction: Reduction, target: int) -> list[Cu
 
     Args:
         layout: Of the whole video.
-        reduction: Grids that merge stay together as far as ``target`` allows.
-        target: Tokens a segment should not exceed, before reduction: they are what the encoder
-            computes. 0: no cuts.
+        reduction: How its tokens are made fewer; grids that merge stay together.
+        target: Tokens a segment should not exceed after reduction: they are what the prompt and
+            the encoder cache hold. 0: no cuts.
     """
-    per_grid = layout.tokens_per_grid
-    if layout.sound is None:
-        return cut_silent(layout.grids, per_grid, target, reduction.temporal)
-    sound = layout.sound
+    per_grid, sound = layout.tokens_per_grid, layout.sound
+
+    def reduced(grids: int) -> int:
+        return reduction.count(grids, layout.height, layout.width)
+
+    if sound is None:
+        return cut_silent(layout.grids, per_grid, target, reduced, reduction.temporal)
     return cut_sounding(
-        sound.runs, per_grid, target, audio_unit=sound.unit, audio_least=sound.least
+        sound.runs,
+        per_grid,
+        target,
+        reduced,
+        audio_unit=sound.unit,
+        audio_least=sound.least,
+        unit=reduction.temporal,
     )
 
 
@@ -257,15 +266,19 @@ def segments_of(
     return segments
 
 
-def segment_digest(part: Segment, frames: Sequence[bytes], track: Waveform | None) -> str:
+def segment_digest(
+    part: Segment, size: tuple[int, ...], frames: Sequence[bytes], track: Waveform | None
+) -> str:
     """Identity of a segment's content: its frames, its layout, its piece of sound.
 
     Args:
         part: Its place in the video.
+        size: Height and width of the frames as delivered.
         frames: Digest of each of its frames.
         track: Its piece of the sound track.
     """
     hasher = blake3(part.key())
+    hasher.update(repr(tuple(size)).encode())
     for frame in frames:
         hasher.update(frame)
     hasher.update(b"-" if track is None else (track.digest or "").encode())

@@ -32,7 +32,7 @@ from vllm_mm_ext.processing.grid_times import GridTimes
 from vllm_mm_ext.processing.patch_segments import PatchSegmentProcessor
 from vllm_mm_ext.processing.segment_processor import segment_at
 from vllm_mm_ext.processing.segments import Segment, Sound, VideoLayout, VideoShape
-from vllm_mm_ext.processing.track_pieces import TrackPiece, piece_of
+from vllm_mm_ext.processing.track_pieces import AudioWindow, TrackPiece, piece_of
 
 # Client-named segments whose having sound is remembered, for requests that send the name alone.
 _MAX_NAMES = 1 << 16
@@ -80,11 +80,8 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         """Tokens that a waveform of so many log-mel frames becomes."""
         raise NotImplementedError
 
-    def audio_window(self) -> tuple[int, int, int]:
-        """Audio tokens of an attention window, log-mel frames of one, and tokens of a chunk.
-
-        Sound is cut between windows; a chunk is what the encoder's convolutions see at once.
-        """
+    def audio_window(self) -> AudioWindow:
+        """What the audio encoder attends within: sound is cut between such windows."""
         raise NotImplementedError
 
     def interleave(
@@ -137,8 +134,9 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         num_tokens = self.audio_tokens(math.ceil(shape.audio_samples / hop))
         if not num_tokens or not self.hears_video:
             return None
-        unit, _, chunk = self.audio_window()
-        return Sound(tuple(self.interleave(grids, per_grid, num_tokens)), unit, chunk)
+        window = self.audio_window()
+        runs = tuple(self.interleave(grids, per_grid, num_tokens))
+        return Sound(runs, window.tokens, window.least)
 
     def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The start and end tokens of audio around a video with sound."""
@@ -155,11 +153,11 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         if "mel" not in frames.memo:
             # The transform clamps to the clip's maximum, so pieces cannot be computed apart.
             frames.memo["mel"] = self.track_features(frames.audio)
-        unit, mel_frames, _ = self.audio_window()
-        begin = part.audio[0] // unit * mel_frames
+        window = self.audio_window()
+        begin = part.audio[0] // window.tokens * window.mel_frames
         total = part.layout.sound.runs
         to_the_end = part.audio[1] == sum(audio for _, audio in total)
-        end = None if to_the_end else part.audio[1] // unit * mel_frames
+        end = None if to_the_end else part.audio[1] // window.tokens * window.mel_frames
         return piece_of(frames.audio, frames.memo["mel"][:, begin:end])
 
     def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
@@ -176,17 +174,19 @@ class SoundTrackProcessor(PatchSegmentProcessor):
 
     def split(self, inputs: Any) -> Any:
         """Split videos, and attach to each segment its piece of sound."""
-        inputs = super().split(inputs)
-        if inputs.hf_processor_mm_kwargs.get("use_audio_in_video"):
+        audios = inputs.mm_data_items.get("audio")
+        embedded = audios is not None and not isinstance(audios, AudioProcessorItems)
+        if embedded or inputs.hf_processor_mm_kwargs.get("use_audio_in_video"):
+            # Pieces of sound cannot stand beside audio that comes as embeddings.
             return inputs
+        inputs = super().split(inputs)
         items = TrackedItems(dict(inputs.mm_data_items))
         uuids = dict(inputs.mm_uuid_items or {})
-        videos, audios = items.get("video"), items.get("audio")
-        own: list[Any] = []
-        if isinstance(audios, AudioProcessorItems):
-            own = list(audios.data)
+        videos = items.get("video")
+        own: list[Any] = [] if audios is None else list(audios.data)
+        if own:
             items["audio"] = DigestAudioItems(own)
-        if not isinstance(videos, VideoProcessorItems) or (audios is not None and not own):
+        if not isinstance(videos, VideoProcessorItems):
             return dataclasses.replace(inputs, mm_data_items=items)
 
         names: Sequence[str | None] = uuids.get("video") or [None] * len(videos)

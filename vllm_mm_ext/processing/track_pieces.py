@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from blake3 import blake3
 
 from vllm_mm_ext.media.payload import Waveform
+
+# Log-mel frames per second: 16 kHz, hop 160 (Whisper's front end, which the families share).
+MEL_RATE = 100
+
+
+class AudioWindow(NamedTuple):
+    """Where an audio encoder may be cut.
+
+    Attributes:
+        tokens: Audio tokens of a window that is attended within.
+        mel_frames: Log-mel frames of a window.
+        least: Audio tokens that a piece needs for the encoder to see it as it sees the whole.
+    """
+
+    tokens: int
+    mel_frames: int
+    least: int
+
+    @property
+    def seconds(self) -> float:
+        """Length of a window."""
+        return self.mel_frames / MEL_RATE
 
 
 class TrackPiece(Waveform):
