@@ -126,13 +126,18 @@ class RequestTrace:
                 hit = index < len(hits) and hits[index]
                 self.items.append(ItemTrace(modality, start, end, hit))
 
+    def videos_in_order(self) -> list[VideoTrace]:
+        """The videos in the order of the messages; they finish decoding in any order."""
+        place = {url: index for index, url in reversed(list(enumerate(self.order)))}
+        return sorted(self.videos, key=lambda video: place.get(video.url, len(place)))
+
     def server_timing(self) -> str:
         """Value of the standard ``Server-Timing`` header (milliseconds, W3C Server Timing)."""
         return ", ".join(f"mm_{k};dur={v * 1e3:.2f}" for k, v in self.stages.items())
 
     def summary(self) -> str:
         """Compact JSON for the ``X-MM-Ext`` header: the first items, and times if not too many."""
-        listed = self.videos[:MAX_LISTED_ITEMS]
+        listed = self.videos_in_order()[:MAX_LISTED_ITEMS]
         with_times = sum(v.frames for v in listed) <= MAX_LISTED_FRAMES
         videos = [
             {

@@ -18,7 +18,7 @@ def has_media(trace: RequestTrace) -> bool:
 def block(trace: RequestTrace) -> dict[str, Any]:
     """What is reported to the client, as plain JSON values (docs/options.md describes the keys)."""
     return {
-        "videos": [_video(trace, video) for video in _in_order(trace)],
+        "videos": [_video(trace, video) for video in trace.videos_in_order()],
         "audios": [
             {"seconds": audio["seconds"], "decoded_cache": audio["cached"]}
             for audio in trace.audios
@@ -27,12 +27,6 @@ def block(trace: RequestTrace) -> dict[str, Any]:
         "cache": _cache(trace),
         "stages_ms": {name: round(s * 1e3, 2) for name, s in trace.stages.items()},
     }
-
-
-def _in_order(trace: RequestTrace) -> list[VideoTrace]:
-    """Videos finish decoding in any order; a client reads them in that of its messages."""
-    place = {url: index for index, url in reversed(list(enumerate(trace.order)))}
-    return sorted(trace.videos, key=lambda video: place.get(video.url, len(place)))
 
 
 def _video(trace: RequestTrace, video: VideoTrace) -> dict[str, Any]:
