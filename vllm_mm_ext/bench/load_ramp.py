@@ -63,13 +63,12 @@ def run(context: BenchContext) -> BenchResult:
         "qwen2_5_vl",
         context.work_dir / "qwen2_5_vl-busy",
         video_max_pixels=448 * 448,
-        hidden_size=512,
-        layers=6,
-        vision_layers=6,
+        hidden_size=256,
+        layers=4,
     )
 
     def clip(number: int) -> Path:
-        return other_pictures(context.work_dir, number, width=448, height=448, duration=16.0)
+        return other_pictures(context.work_dir, number, width=448, height=448, duration=8.0)
 
     sides: dict[str, list[_Side]] = {name: [] for name in _SIDES}
     capacity = 0.0
