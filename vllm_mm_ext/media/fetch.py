@@ -17,9 +17,9 @@ from vllm_mm_ext.media.data_source import DataSource
 from vllm_mm_ext.media.file_source import FileSource
 from vllm_mm_ext.media.http_source import HttpSource
 from vllm_mm_ext.media.loop_thread import LoopThread
-from vllm_mm_ext.media.source import Fetched, MediaChangedError, Source
+from vllm_mm_ext.media.source import BusyError, Fetched, MediaChangedError, Source
 
-__all__ = ["MediaChangedError", "MediaFetcher", "MediaRef"]
+__all__ = ["BusyError", "MediaChangedError", "MediaFetcher", "MediaRef"]
 
 
 class MediaRef:
@@ -122,6 +122,7 @@ class MediaFetcher:
             ForbiddenMediaError: Scheme, domain or path is not allowed.
             UnreachableMediaError: It cannot be fetched.
             MediaTooLargeError: It is past a size limit.
+            BusyError: Other downloads left no room for it for as long as ``timeout_s``.
             MediaError: The URL is malformed, or the file not a regular one.
         """
         return await self._thread.run(self._resolve(url, timeout_s, max_bytes))

@@ -17,10 +17,10 @@ from urllib3.util import Url, parse_url
 from yarl import URL
 
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
-from vllm_mm_ext.media.blob import BlobWriter, check_size
-from vllm_mm_ext.media.byte_gate import ByteGate
+from vllm_mm_ext.media.blob import Blob, BlobWriter, check_size
+from vllm_mm_ext.media.byte_gate import ByteGate, NoRoomError, Room
 from vllm_mm_ext.media.freshness import StoredResponse, freshness_fields, judge
-from vllm_mm_ext.media.source import Fetched, tighter
+from vllm_mm_ext.media.source import BusyError, Fetched, tighter
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,23 @@ _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 # Same growth of timeout and pause per retry as vLLM's own media client.
 _BACKOFF_FACTOR = 4
 _WHAT = "The remote media"
+# Bodies up to this size need no room: the session's limit on connections (100, aiohttp's default)
+# bounds them together.
+_SMALL_BYTES = 1 << 20
+# Room that a body of unknown length takes at a time.
+_STEP_BYTES = 8 << 20
 
 
 class _TransientError(UnreachableMediaError):
-    """A failure that another attempt may not meet."""
+    """A failure that another attempt may not meet; ``lasting`` says it after the last one."""
+
+    lasting: type[MediaError] = UnreachableMediaError
+
+
+class _CrowdedOutError(_TransientError):
+    """A body outgrew the room it had while others held the rest."""
+
+    lasting = BusyError
 
 
 class HttpSource:
@@ -50,8 +63,9 @@ class HttpSource:
         retry_pause_s: Seconds before the second attempt, four times as long before each further.
         max_known: URLs remembered.
         max_in_flight_bytes: Bound on the bodies being downloaded together. One waits for room
-            before it is read, which does not count towards its timeout; one of unknown length
-            needs room for the largest allowed.
+            before it is read, at most as long as its timeout and without counting towards it.
+            Small bodies do not wait. One of unknown length takes more room as it arrives; where
+            none is left it is given up and tried again, except for the oldest.
 
     Attributes:
         counts: Requests sent, answers from memory, 304 answers, whole bodies and their bytes.
@@ -79,7 +93,6 @@ class HttpSource:
         self._known: LRUCache[str, StoredResponse] = LRUCache(max_known)
         self._session: aiohttp.ClientSession | None = None
         self._gate = ByteGate(max_in_flight_bytes)
-        self._max_in_flight = max_in_flight_bytes
         self.counts = {
             "http_requests": 0,
             "http_fresh": 0,
@@ -108,7 +121,7 @@ class HttpSource:
                 return await self._attempt(location, known, limit, attempt_timeout)
             except _TransientError as error:
                 if attempt + 1 == self._max_attempts:
-                    raise UnreachableMediaError(error.message) from None
+                    raise error.lasting(error.message) from None
                 logger.info("%s Trying again.", error.message)
             await asyncio.sleep(self._retry_pause_s * _BACKOFF_FACTOR**attempt)
         raise AssertionError("unreachable")
@@ -125,7 +138,7 @@ class HttpSource:
         host = _host(parse_url(location))
         try:
             async with asyncio.timeout(timeout_s) as clock:
-                return await self._follow(location, known, limit, clock)
+                return await self._follow(location, known, limit, clock, timeout_s)
         except TimeoutError:
             raise _TransientError(f"{host} did not deliver the media in {timeout_s:g} s.") from None
         except aiohttp.ClientConnectorDNSError:
@@ -146,6 +159,7 @@ class HttpSource:
         known: StoredResponse | None,
         limit: int | None,
         clock: asyncio.Timeout,
+        patience_s: float,
     ) -> Fetched:
         url = location
         storable, fresh_until = True, math.inf
@@ -177,11 +191,13 @@ class HttpSource:
                 if response.status != 200:
                     _raise_for_status(response.status, _host(parse_url(url)))
                 check_size(response.content_length or 0, limit, _WHAT)
-                async with self._room(response.content_length, limit, clock):
-                    with BlobWriter(limit, _WHAT) as writer:
-                        async for chunk in response.content.iter_any():
-                            writer.append(chunk)
-                        blob = writer.finish()
+                announced = _announced(response)
+                if announced is not None and announced <= _SMALL_BYTES:
+                    blob = await _read(response, limit)
+                else:
+                    size = announced or tighter(limit, _STEP_BYTES) or _STEP_BYTES
+                    async with self._room(size, clock, patience_s) as room:
+                        blob = await _read(response, limit, room)
             self.counts["http_bodies"] += 1
             self.counts["http_body_bytes"] += blob.size
             stored = StoredResponse(blob.digest, blob.size, url, fields, fresh_until)
@@ -193,16 +209,22 @@ class HttpSource:
 
     @asynccontextmanager
     async def _room(
-        self, announced: int | None, limit: int | None, clock: asyncio.Timeout
-    ) -> AsyncIterator[None]:
+        self, num_bytes: int, clock: asyncio.Timeout, patience_s: float
+    ) -> AsyncIterator[Room]:
         """Room for a body, waited for with the clock stopped."""
-        size = announced if announced is not None else tighter(limit, self._max_in_flight)
         now = asyncio.get_running_loop().time
         stopped, deadline = now(), clock.when()
         clock.reschedule(None)
-        async with self._gate.room(size or 0):
-            clock.reschedule(None if deadline is None else deadline + now() - stopped)
-            yield
+        try:
+            async with self._gate.room(num_bytes, patience_s) as room:
+                clock.reschedule(None if deadline is None else deadline + now() - stopped)
+                yield room
+        except NoRoomError:
+            raise BusyError(
+                "The server is busy downloading other media and had no room for this one within "
+                f"{patience_s:g} s (at most {self._gate.max_bytes} bytes at a time). "
+                "Try again later."
+            ) from None
 
     def _remember(self, location: str, stored: StoredResponse, storable: bool) -> None:
         # Without lifetime and validators the entry could never be used.
@@ -261,6 +283,34 @@ class HttpSource:
 
 def _host(spec: Url) -> str:
     return spec.hostname or "the host"
+
+
+def _announced(response: aiohttp.ClientResponse) -> int | None:
+    """Length of the body as it will be read, None where the headers do not tell."""
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        return None  # What arrives is decompressed on the way.
+    return response.content_length
+
+
+async def _read(
+    response: aiohttp.ClientResponse, limit: int | None, room: Room | None = None
+) -> Blob:
+    """The body. It takes more of ``room`` as it outgrows it; without, its length is known."""
+    with BlobWriter(limit, _WHAT) as writer:
+        async for chunk in response.content.iter_any():
+            writer.append(chunk)
+            if room is not None:
+                _make_room(room, writer.size)
+        return writer.finish()
+
+
+def _make_room(room: Room, size: int) -> None:
+    while size > room.num_bytes:
+        if not room.grow(_STEP_BYTES):
+            raise _CrowdedOutError(
+                "The server is busy downloading other media and has no room for the rest of this "
+                "one, whose length was not known. Try again later."
+            )
 
 
 def _raise_for_status(status: int, host: str) -> None:

@@ -18,6 +18,12 @@ class MediaChangedError(MediaError):
     code = "changed"
 
 
+class BusyError(MediaError):
+    """Too much other media is being downloaded at the moment; the same request may do later."""
+
+    code = "busy"
+
+
 @dataclass(frozen=True)
 class Fetched:
     """Content a source found.
@@ -62,6 +68,7 @@ class Source(Protocol[L]):
             load: Return the bytes even if the digest is known without them.
 
         Raises:
+            BusyError: There was no room for the download for too long.
             MediaError: Unreachable, too large, or not readable.
         """
 
