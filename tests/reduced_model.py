@@ -26,6 +26,8 @@ REDUCTIONS = [
     NO_REDUCTION,
     Reduction(pool=3, temporal=3),
 ]
+# Every group of processes is made through this file.
+_STORE = tempfile.NamedTemporaryFile()  # noqa: SIM115
 # A temporal grid has at most 96 patches, so that only whole grids are in the way of this bound.
 MAX_PATCHES = 200
 
@@ -55,8 +57,7 @@ def load(family: str, dtype: str) -> tuple[Any, Any]:
     ).create_engine_config()
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
-            store = tempfile.NamedTemporaryFile()  # noqa: SIM115
-            init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
+            init_distributed_environment(1, 0, f"file://{_STORE.name}", 0, "gloo")
         # Which groups there are depends on the model.
         destroy_model_parallel()
         initialize_model_parallel(1, 1)
