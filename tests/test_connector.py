@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import dataclasses
+import gc
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.plugin import register
 from vllm_mm_ext.runtime import attach_runtime, current_runtime
 from vllm_mm_ext.testing.media import make_audio, make_clip
-from vllm_mm_ext.testing.origin import Origin
+from vllm_mm_ext.testing.origin import Origin, Resource
 
 PROCESSORS = (None, "Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
 
@@ -266,6 +269,79 @@ def test_what_planning_resolved_is_not_fetched_again(clips: dict[str, Path]) -> 
 
         assert contextvars.copy_context().run(plan_and_fetch) == 6
         assert origin.requests.total() == 1
+
+
+class Planned:
+    """A clip that planning resolved, from an origin whose content no cache may keep."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        _, self.connector = connectors(folder)
+        self.url = url
+        runtime = current_runtime()
+        fetcher = runtime.fetcher(
+            self.connector.allowed_local_media_path, self.connector.allowed_media_domains
+        )
+        self.ref = runtime.run_blocking(fetcher.resolve(url, timeout_s=5))
+        assert self.ref._blob is not None
+        self.blob = weakref.ref(self.ref._blob)
+        set_plans({url: PLAN}, {url: self.ref})
+
+    async def bytes_are_held(self) -> bool:
+        # Event loops may still be returning from the calls that used them.
+        deadline = time.monotonic() + 5
+        while self.blob() is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+            gc.collect()
+        return self.blob() is not None
+
+
+async def test_encoded_bytes_are_let_go_after_the_last_use_of_a_url(clips: dict[str, Path]) -> None:
+    attach({})
+    with Origin() as origin:
+        url = origin.serve_file(clips["h264"], cache_control="no-store")
+        planned = Planned(clips["h264"].parent, url)
+        items = await asyncio.gather(*(planned.connector.fetch_video_async(url) for _ in range(3)))
+        assert [len(item.media[0]) for item in items] == [6, 6, 6]
+        assert not await planned.bytes_are_held()
+        assert origin.requests.total() == 1
+        # Whoever asks after that gets them again.
+        assert len((await planned.connector.fetch_video_async(url)).media[0]) == 6
+        assert not await planned.bytes_are_held()
+        assert origin.requests.total() == 2
+
+
+def test_encoded_bytes_are_let_go_without_an_event_loop_too(clips: dict[str, Path]) -> None:
+    attach({})
+    with Origin() as origin:
+        url = origin.serve_file(clips["h264"], cache_control="no-store")
+
+        def request() -> bool:
+            planned = Planned(clips["h264"].parent, url)
+            planned.connector.fetch_video(url)
+            return asyncio.run(planned.bytes_are_held())
+
+        assert not contextvars.copy_context().run(request)
+
+
+async def test_encoded_bytes_are_let_go_when_a_video_fails_or_its_client_leaves(
+    clips: dict[str, Path],
+) -> None:
+    attach({})
+    with Origin() as origin:
+        headers = {"Cache-Control": "no-store"}
+        url = origin.serve("/junk", Resource(b"no video at all" * 1000, headers=headers))
+        planned = Planned(clips["h264"].parent, url)
+        with pytest.raises(VLLMValidationError):
+            await planned.connector.fetch_video_async(url)
+        assert not await planned.bytes_are_held()
+
+        url = origin.serve_file(clips["h264"], cache_control="no-store")
+        planned = Planned(clips["h264"].parent, url)
+        task = asyncio.create_task(planned.connector.fetch_video_async(url))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert planned.ref._blob is None
 
 
 def test_the_servers_default_reduction_comes_with_the_frames(clips: dict[str, Path]) -> None:

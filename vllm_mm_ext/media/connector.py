@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -50,6 +50,10 @@ class VideoJob:
     plan: VideoPlan
     stock: vllm_compat.StockLoader | None = None
     ref: MediaRef | None = None
+
+    def using_ref(self) -> AbstractContextManager[None]:
+        """While this is open, ``ref`` keeps its bytes; the request keeps ``ref`` to its end."""
+        return nullcontext() if self.ref is None else self.ref.in_use()
 
 
 def server_job(
@@ -112,7 +116,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
         if job is None:
             return super().fetch_video(video_url, **kwargs)
-        with client_errors():
+        with client_errors(), job.using_ref():
             result = runtime.run_blocking(self._video(runtime, video_url, job))
         return self._deliver_video(result, job, video_url)
 
@@ -134,7 +138,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
         if job is None:
             return await super().fetch_video_async(video_url, **kwargs)
-        with client_errors():
+        with client_errors(), job.using_ref():
             result = await runtime.run(self._video(runtime, video_url, job))
         return self._deliver_video(result, job, video_url)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ __all__ = ["BusyError", "MediaChangedError", "MediaFetcher", "MediaRef"]
 class MediaRef:
     """Resolved media: the digest is known, the bytes are read when they are asked for.
 
-    Meant to live as long as one request: it holds on to bytes that resolving had to read.
+    Meant for one request: it holds on to bytes that resolving had to read, until they were used
+    (``in_use``).
 
     Attributes:
         digest: Hex BLAKE3 of the encoded bytes.
@@ -40,6 +42,7 @@ class MediaRef:
         self.storable = fetched.storable
         self._blob = fetched.blob
         self._load = load
+        self._users = 0
 
     async def open(self) -> Blob:
         """The bytes: those just read, else the cached ones, else read or downloaded again.
@@ -48,9 +51,24 @@ class MediaRef:
             MediaChangedError: The content is no longer that of ``digest``. Resolve again.
             MediaError: It can no longer be read.
         """
-        if self._blob is None:
-            self._blob = await self._load()
-        return self._blob
+        blob = self._blob
+        if blob is None:
+            blob = self._blob = await self._load()
+        return blob
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let go of the bytes after the last of the uses that overlap, however they end.
+
+        Uses are entered and left in one thread. What is opened after that is read again.
+        """
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._blob = None
 
 
 class MediaFetcher:
@@ -139,10 +157,12 @@ class MediaFetcher:
         source = self._source_of(url)
         location = await source.locate(url)
         fetched = await self._fetch(source, location, timeout_s, max_bytes, load=False)
+        digest = fetched.digest
 
         async def load() -> Blob:
+            # Not with `fetched`, which would keep the bytes as long as the reference.
             return await self._thread.run(
-                self._load(source, location, fetched.digest, timeout_s, max_bytes)
+                self._load(source, location, digest, timeout_s, max_bytes)
             )
 
         return MediaRef(fetched, load)

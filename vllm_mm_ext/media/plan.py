@@ -53,7 +53,8 @@ def set_plans(plans: Mapping[str, VideoPlan], refs: Mapping[str, MediaRef] | Non
     Args:
         plans: Plan by URL, as the request spells it.
         refs: Media that planning resolved, by URL: what was planned is what will be decoded, and
-            it is not fetched or revalidated once more.
+            it is not fetched or revalidated once more. Its bytes are let go when it has been
+            delivered; the context may live as long as the answer.
     """
     _plans.set(plans)
     _refs.set(refs or {})
