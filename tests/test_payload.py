@@ -35,6 +35,8 @@ def test_another_reduction_shares_pixels_but_not_the_digest() -> None:
     pooled = made.reduced(POOLED)
     assert np.shares_memory(pooled, made)
     assert pooled.frame_digests() is made.frame_digests()
+    assert pooled.shared is made.shared
+    assert pooled.memo is not made.memo
     assert pooled.digest not in (made.digest, made.reduced(Reduction(pool=3)).digest)
     assert (pooled.reduction, pooled.pinned, pooled.step) == (POOLED, True, 0.5)
     assert (pooled.times, pooled.audio) == (made.times, made.audio)
@@ -54,18 +56,18 @@ def test_only_the_last_few_reductions_are_remembered() -> None:
 
 def test_views_drop_what_holds_for_the_whole() -> None:
     made = frames(reduction=POOLED)
-    made.memo["key"] = "value"
+    made.memo["key"] = made.shared["key"] = "value"
     part = made[:2]
     assert (part.digest, part.times, part.step, part.pinned) == (None, None, None, False)
-    assert (part.memo, part.reduction) == ({}, NO_REDUCTION)
+    assert (part.memo, part.shared, part.reduction) == ({}, {}, NO_REDUCTION)
 
 
 def test_pickling_keeps_the_origin_and_leaves_the_memo() -> None:
     made = frames(reduction=POOLED)
-    made.memo["key"] = "value"
+    made.memo["key"] = made.shared["key"] = "value"
     for other in (pickle.loads(pickle.dumps(made)), copy.copy(made)):
         assert np.array_equal(other, made)
     loaded = pickle.loads(pickle.dumps(made))
     assert (loaded.digest, loaded.step, loaded.reduction, loaded.pinned) == ("d", 0.5, POOLED, True)
-    assert loaded.memo == {}
+    assert (loaded.memo, loaded.shared) == ({}, {})
     assert loaded.frame_digests() == made.frame_digests()

@@ -39,6 +39,9 @@ _MAX_DECODED = 4096
 
 # What settings and requests are allowed to ask for; the bytes of the result are bounded too.
 _MAX_FRAMES = 4096
+# Of one log-mel frame of a track, which the processor keeps with the frames: float32, the 128 bins
+# of Whisper large-v3's front end, which the omni families share.
+_MEL_FRAME_BYTES = 128 * 4
 # Probes remembered; each is a few hundred bytes.
 _MAX_PROBED = 4096
 # Packet tables of probes remembered: about 30 bytes a frame of the source, 6 MB for two hours.
@@ -65,9 +68,12 @@ class VideoResult:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the cache accounts for this entry."""
+        """Bytes the cache accounts for this entry, with the log-mel frames its track will get."""
         audio = self.frames.audio
-        return int(self.frames.nbytes + (0 if audio is None else audio.nbytes))
+        if audio is None:
+            return int(self.frames.nbytes)
+        mel = audio_ops.padded_length(len(audio)) // audio_ops.HOP * _MEL_FRAME_BYTES
+        return int(self.frames.nbytes + audio.nbytes + mel)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ class _Carrier(np.ndarray[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         reduced: tuple[Any, ...] = tuple(super().__reduce__())
-        carried = {name: value for name, value in self.__dict__.items() if name != "memo"}
+        carried = {k: v for k, v in self.__dict__.items() if k not in ("memo", "shared")}
         return reduced[0], reduced[1], (reduced[2], carried)
 
     def __setstate__(self, state: Any) -> None:
@@ -97,6 +97,8 @@ class SampledFrames(_Carrier):
             reduction and False on an array derived from sampled frames.
         memo: Values derived from the frames, kept with them for later turns; empty on a derived
             or unpickled array.
+        shared: As ``memo``, of what does not depend on ``reduction``: one for all reductions of
+            these frames.
 
     Raises:
         ValueError: ``frames`` does not have four dimensions, or ``times`` not one per frame.
@@ -108,6 +110,7 @@ class SampledFrames(_Carrier):
     reduction: Reduction
     pinned: bool
     memo: dict[Any, Any]
+    shared: dict[Any, Any]
 
     def __new__(
         cls,
@@ -141,28 +144,26 @@ class SampledFrames(_Carrier):
         self.reduction = NO_REDUCTION
         self.pinned = False
         self.memo = {}
+        self.shared = {}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         self.memo = {}
+        self.shared = {}
 
     def frame_digests(self) -> tuple[bytes, ...]:
         """BLAKE3 of each frame's bytes, 32 bytes each; computed once and remembered."""
-        made = self._shared_digests()
-        if not made:
+        made: tuple[bytes, ...] | None = self.shared.get("frame_digests")
+        if made is None:
             pixels = np.ascontiguousarray(np.asarray(self))
-            made.append(tuple(blake3(frame.reshape(-1)).digest() for frame in pixels))
-        return made[0]
-
-    def _shared_digests(self) -> list[tuple[bytes, ...]]:
-        """Holds the frame digests once they are made, for all reductions of these frames."""
-        shared: list[tuple[bytes, ...]] = self.memo.setdefault("frame_digests", [])
-        return shared
+            made = tuple(blake3(frame.reshape(-1)).digest() for frame in pixels)
+            self.shared["frame_digests"] = made
+        return made
 
     def reduced(self, reduction: Reduction) -> SampledFrames:
         """The same frames and sound, to be given to the model with another ``reduction``.
 
-        Pixels and frame digests are shared. The same call gives the same object, for the last few
+        Pixels and ``shared`` are the same. The same call gives the same object, for the last few
         reductions asked for.
 
         Args:
@@ -183,7 +184,7 @@ class SampledFrames(_Carrier):
                 reduction=reduction,
                 pinned=self.pinned,
             )
-            found.memo["frame_digests"] = self._shared_digests()
+            found.shared = self.shared
         made[reduction] = found
         while len(made) > _MAX_REDUCTIONS:
             made.pop(next(iter(made)))
