@@ -14,6 +14,7 @@ from vllm_mm_ext.bench import registry
 from vllm_mm_ext.bench.cli import app
 from vllm_mm_ext.bench.clips import cached_clip, variant
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
+from vllm_mm_ext.bench.load_ramp import PHASES, timetable
 
 
 def test_row_holds_medians_ratio_and_every_run() -> None:
@@ -79,3 +80,13 @@ def test_a_variant_has_other_bytes_and_the_same_frames(tmp_path: Path) -> None:
         with av.open(str(file)) as container:
             frames.append([frame.to_ndarray().tobytes() for frame in container.decode(video=0)])
     assert frames[0] == frames[1] == frames[2]
+
+
+def test_arrivals_of_a_ramp_follow_its_phases() -> None:
+    times = timetable(5.0)
+    assert times == sorted(times)
+    begin = 0.0
+    for share, seconds in PHASES:
+        inside = [t for t in times if begin <= t < begin + seconds]
+        assert len(inside) == round(5.0 * share * seconds)
+        begin += seconds

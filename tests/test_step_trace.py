@@ -8,7 +8,6 @@ import json
 import pytest
 from rich.console import Console
 
-from vllm_mm_ext.bench.load_ramp import PHASE_S, PHASES, timetable
 from vllm_mm_ext.testing.step_trace import EncodedItem, RequestWork, Step, StepTrace, record_steps
 
 
@@ -57,11 +56,3 @@ def test_an_engine_in_another_process_is_refused() -> None:
         record_steps(Elsewhere()),
     ):
         pass
-
-
-def test_arrivals_of_a_ramp_follow_its_phases() -> None:
-    times = timetable(5.0)
-    assert times == sorted(times)
-    for phase, share in enumerate(PHASES):
-        inside = [t for t in times if phase * PHASE_S <= t < (phase + 1) * PHASE_S]
-        assert len(inside) == round(5.0 * share * PHASE_S)
