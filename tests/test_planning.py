@@ -3,109 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.engine.arg_utils import EngineArgs
+from front import CONTEXT, Front, opened
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.renderers import renderer_from_config
 
-from vllm_mm_ext import plugin
 from vllm_mm_ext.media.connector import server_job
 from vllm_mm_ext.media.plan import set_plans
 from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.runtime import current_runtime
-from vllm_mm_ext.serving import answers, report
+from vllm_mm_ext.serving import report
 from vllm_mm_ext.serving.costs import FrontendCosts, PlannedVideo
-from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_audio, make_clip
-from vllm_mm_ext.trace import RequestTrace, current_trace, open_trace
-
-CONTEXT = 2048
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A rendered request: its prompt's length and what was recorded on the way."""
-
-    prompt_tokens: int
-    trace: RequestTrace
-
-    @property
-    def videos(self) -> list[dict[str, Any]]:
-        """As reported to the client."""
-        found: list[dict[str, Any]] = report.block(self.trace)["videos"]
-        return found
-
-    @property
-    def video_tokens(self) -> int:
-        """All embeddings of videos."""
-        return self.trace.tokens["video"]
-
-
-@dataclass(frozen=True)
-class Front:
-    """vLLM's renderer with the plugin, as an API server has it."""
-
-    renderer: Any
-    files: Path
-
-    def messages(self, *names: str, text: str = "What is this?") -> list[Any]:
-        parts = [
-            {"type": "video_url", "video_url": {"url": (self.files / name).as_uri()}}
-            for name in names
-        ]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-    def render(
-        self,
-        *names: str,
-        options: dict[str, Any] | None = None,
-        session: str | None = None,
-        text: str = "What is this?",
-        **more: Any,
-    ) -> Rendered:
-        request = ChatCompletionRequest(
-            model="m", messages=self.messages(*names, text=text), **more
-        )
-
-        async def run() -> Rendered:
-            trace = open_trace()
-            answers.begin(options, session)
-            _, (made,) = await self.renderer.render_chat_async(
-                [request.messages],
-                request.build_chat_params(None, "auto"),
-                request.build_tok_params(self.renderer.model_config),
-            )
-            return Rendered(len(made["prompt_token_ids"]), trace)
-
-        return asyncio.run(run())
+from vllm_mm_ext.testing.origin import Origin, Resource
+from vllm_mm_ext.trace import current_trace
 
 
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    plugin.register()
     files = tmp_path_factory.mktemp("front")
     make_clip(files / "short.mp4", duration=4, seed=1)
     make_clip(files / "other.mp4", duration=6, scene="pan", seed=2)
     make_clip(files / "long.mp4", width=320, height=240, fps=4, duration=100, seed=3)
     make_audio(files / "tone.wav", duration=1.0)
     (files / "page.mp4").write_text("<!doctype html>")
-    config = {"media": {"sampling": {"fps": 2.0, "max_frames": 64, "min_frames": 2}}}
-    args = EngineArgs(
-        model=str(checkpoint("qwen2_5_vl")),
-        max_model_len=CONTEXT,
-        allowed_local_media_path=str(files),
-        limit_mm_per_prompt={"video": 3},
-        additional_config={"mm_ext": config},
-    )
-    renderer = renderer_from_config(args.create_engine_config())
-    yield Front(renderer, files)
-    renderer.shutdown()
+    with opened(files) as made:
+        yield made
 
 
 def test_without_options_and_pressure_the_server_s_settings_hold(front: Front) -> None:
@@ -155,6 +84,15 @@ def test_one_video_shown_twice_counts_twice(front: Front) -> None:
     assert made.video_tokens <= 120
     first, second = made.videos
     assert first["frames"] == second["frames"]
+
+
+def test_a_video_sent_again_in_a_later_turn_keeps_its_plan_and_its_caches(front: Front) -> None:
+    once = front.render("other.mp4", session="again")
+    twice = front.render("other.mp4", "other.mp4", session="again")
+    assert twice.video_tokens == 2 * once.video_tokens
+    for video in twice.videos:
+        assert (video["times"], video["lowered"]) == (once.videos[0]["times"], [])
+        assert video["decoded_cache"]
 
 
 def test_a_long_video_is_fitted_into_the_context(front: Front) -> None:
@@ -215,16 +153,23 @@ def test_too_many_videos_are_refused_before_any_is_fetched(front: Front) -> None
 
 def test_options_where_a_stock_loader_is_in_charge_are_refused(front: Front) -> None:
     data = [{"role": "user", "content": [{"video_url": "data:video/jpeg;base64,AAAA"}]}]
-    request = ChatCompletionRequest(model="m", messages=data)
-
-    async def run() -> None:
-        answers.begin({"fps": 1}, None)
-        await front.renderer.render_chat_async(
-            [request.messages], request.build_chat_params(None, "auto")
-        )
-
     with pytest.raises(VLLMValidationError, match="takes no mm_ext options"):
-        asyncio.run(run())
+        front.render_messages(data, {"fps": 1})
+
+
+@pytest.mark.parametrize("extra", [[], ["other.mp4"]])
+def test_options_for_a_video_named_by_its_uuid_alone_are_refused(
+    front: Front, extra: list[str]
+) -> None:
+    messages = front.messages("short.mp4", *extra)
+    part = messages[0]["content"][0]
+    part["uuid"] = "clip"
+    named = front.render_messages(messages)
+    part["video_url"] = None
+    assert front.render_messages(messages).prompt_tokens == named.prompt_tokens
+    for options in ({"reduction": {"pool": 2}}, {"max_frames": 2}, {"total_tokens": 40}):
+        with pytest.raises(VLLMValidationError, match=r"mm_ext options.*uuid alone"):
+            front.render_messages(messages, options)
 
 
 def test_text_alone_is_neither_planned_nor_reported(front: Front) -> None:
@@ -242,6 +187,62 @@ def test_offline_conversations_are_planned_one_by_one(front: Front) -> None:
     alone = [front.renderer.render_chat([one], params)[1][0] for one in lists]
     ids = [prompt["prompt_token_ids"] for prompt in prompts]
     assert ids == [prompt["prompt_token_ids"] for prompt in alone]
+
+
+def test_tokenize_counts_what_a_completion_without_a_block_would_take(front: Front) -> None:
+    made = TokenizeChatRequest(messages=front.messages("long.mp4"))
+
+    async def counted() -> int:
+        _, (prompt,) = await front.renderer.render_chat_async(
+            [made.messages],
+            made.build_chat_params(None, "auto"),
+            made.build_tok_params(front.renderer.model_config),
+        )
+        return len(prompt["prompt_token_ids"])
+
+    answered = front.render("long.mp4", session="its own")
+    assert asyncio.run(counted()) == answered.prompt_tokens
+
+
+def test_a_request_arrives_before_it_is_planned(front: Front) -> None:
+    with Origin() as origin:
+        clip = (front.files / "short.mp4").read_bytes()
+        url = origin.serve("/slow.mp4", Resource(clip, delay_s=0.3))
+        messages = front.messages("short.mp4")
+        messages[0]["content"][0]["video_url"]["url"] = url
+        made = front.render_messages(messages)
+    assert time.time() - made.arrived >= 0.3
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one request", "several"])
+def test_what_is_refused_fetches_nothing_more(front: Front, together: bool) -> None:
+    hold = threading.Event()
+    with Origin() as origin:
+        clip = (front.files / "short.mp4").read_bytes() + b"\0" * (1 << 20)
+        good = origin.serve("/held.mp4", Resource(clip, hold=hold))
+        urls = (good, origin.url("/none.mp4"))
+        contents: list[list[Any]] = [
+            [{"type": "video_url", "video_url": {"url": url}}] for url in urls
+        ]
+        if together:
+            contents = [[*contents[0], *contents[1]]]
+        lists = [[{"role": "user", "content": content}] for content in contents]
+        params = ChatCompletionRequest(model="m", messages=lists[0]).build_chat_params(None, "auto")
+
+        async def run() -> None:
+            frontend = current_runtime().loop.loop
+            before = asyncio.all_tasks(frontend)
+            with pytest.raises(VLLMValidationError, match="404"):
+                await front.renderer.render_chat_async(lists, params)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            async with asyncio.timeout(5):
+                while asyncio.all_tasks(frontend) - before:
+                    await asyncio.sleep(0.01)
+
+        try:
+            asyncio.run(run())
+        finally:
+            hold.set()
 
 
 def test_a_request_leaves_nothing_behind_in_the_context(front: Front) -> None:

@@ -76,6 +76,7 @@ def with_settings(**sections: object) -> Setup:
 
 
 def total(decisions: Sequence[VideoDecision]) -> int:
+    """Tokens of videos that are shown once."""
     return sum(decision.tokens or 0 for decision in decisions)
 
 
@@ -241,6 +242,37 @@ def test_tokens_once_granted_stay_while_the_context_holds_them(setup: Setup) -> 
     (squeezed,) = setup.plan(video(), session="talk", context=full)
     assert (squeezed.tokens or 0) <= full.left
     assert (squeezed.tokens or 0) < total(first)
+
+
+@pytest.mark.parametrize("session", [None, "talk"])
+@pytest.mark.parametrize("family", [FAMILY, replace(FAMILY, max_item_tokens=6000)])
+def test_a_video_shown_again_keeps_its_plan(
+    setup: Setup, session: str | None, family: Family
+) -> None:
+    once = setup.plan(video(), session=session, family=family)
+    for uses in (2, 3, 1):
+        again = replace(video(), uses=uses)
+        assert setup.plan(again, session=session, family=family) == once
+
+
+def test_a_video_shown_too_often_for_its_tokens_is_lowered_until_all_uses_fit(
+    setup: Setup,
+) -> None:
+    context = ContextUse(length=8192, text=100, output=400)
+    (once,) = setup.plan(video(), context=context)
+    (thrice,) = setup.plan(replace(video(), uses=3), context=context)
+    assert 0 < 3 * (thrice.tokens or 0) <= context.left < 3 * (once.tokens or 0)
+
+
+def test_a_standing_grant_below_the_floor_takes_nothing_from_the_context(setup: Setup) -> None:
+    context = ContextUse(length=8000, text=100, output=400)
+    options = RequestOptions(floor=Floor(frames=8))
+    setup.plan(video("a"), options=options, context=replace(context, length=2500))
+    videos = [video("a"), video("b")]
+    # Long sound, so that the floor is above what was granted.
+    costs = RuleCosts([replace(videos[0], duration=4000.0), videos[1]], sound_rate=1)
+    decisions = setup.plan(*videos, options=options, context=context, costs=costs)
+    assert total(decisions) <= context.left
 
 
 def test_a_second_video_leaves_the_first_as_it_is(setup: Setup) -> None:

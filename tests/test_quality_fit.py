@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import mul
 
 import pytest
 from hypothesis import given
@@ -98,7 +99,8 @@ def test_the_best_plan_is_within_the_budget_and_no_worse_for_a_larger_one(
 
 def test_frames_go_first_then_resolution_then_tokens_then_frames_again() -> None:
     found, _ = ladder(video(seconds=300), fps=2.0)
-    wish, changes = found.wish, []
+    wish = found.wish
+    changes: list[str] = []
     for earlier, later in zip(found.steps, found.steps[1:], strict=False):
         if later.frames < earlier.frames:
             changed = "frames" if later.frames >= wish.sparse_frames else "frames below sparse"
@@ -134,21 +136,24 @@ def test_a_reduction_asked_for_is_only_made_stronger() -> None:
     )
 
 
-demands = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 5000)), min_size=1, max_size=8)
+demands = st.lists(
+    st.tuples(st.integers(0, 5000), st.integers(0, 5000), st.integers(1, 4)), min_size=1, max_size=8
+)
 
 
 @given(demands, st.integers(0, 50_000), st.integers(0, 5000))
 def test_shares_respect_floors_and_the_budget_and_grow_with_it(
-    pairs: list[tuple[int, int]], extra: int, more: int
+    pairs: list[tuple[int, int, int]], extra: int, more: int
 ) -> None:
-    wanted, floors = [a + b for a, b in pairs], [b for _, b in pairs]
-    budget = sum(floors) + extra
-    shares = share(wanted, floors, budget)
-    assert sum(shares) <= budget
+    wanted, floors = [a + b for a, b, _ in pairs], [b for _, b, _ in pairs]
+    uses = [c for _, _, c in pairs]
+    budget = sum(map(mul, uses, floors)) + extra
+    shares = share(wanted, floors, uses, budget)
+    assert sum(map(mul, uses, shares)) <= budget
     assert all(f <= s <= w for f, s, w in zip(floors, shares, wanted, strict=True))
-    larger = share(wanted, floors, budget + more)
+    larger = share(wanted, floors, uses, budget + more)
     assert all(a <= b for a, b in zip(shares, larger, strict=True))
-    if sum(wanted) <= budget:
+    if sum(map(mul, uses, wanted)) <= budget:
         assert shares == wanted
     else:
         # Nobody is held below what a lucky one gets above its floor.
@@ -157,7 +162,8 @@ def test_shares_respect_floors_and_the_budget_and_grow_with_it(
 
 
 def test_small_videos_get_all_they_want_and_large_ones_the_same() -> None:
-    assert share([100, 5000, 9000], [10, 10, 10], 2100) == [100, 1000, 1000]
+    assert share([100, 5000, 9000], [10, 10, 10], [1, 1, 1], 2100) == [100, 1000, 1000]
+    assert share([100, 5000, 9000], [10, 10, 10], [2, 3, 1], 4200) == [100, 1000, 1000]
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
@@ -182,6 +188,15 @@ def test_too_many_videos_are_refused_with_how_many_would_fit() -> None:
     ]
     error = over_budget(ladders, 3 * ladders[0].floor, costs, "total_tokens")
     assert "3 of the videos" in error.message
+
+
+def test_a_video_shown_several_times_counts_as_several_videos() -> None:
+    source = replace(video(), uses=3)
+    costs = RuleCosts([source])
+    found = Ladder(0, replace(ladder()[0].wish, source=source), costs, FAMILY)
+    error = over_budget([found], 2 * found.floor, costs, "total_tokens")
+    assert f"The 3 videos of this request need {3 * found.floor} tokens" in error.message
+    assert "2 of the videos" in error.message
 
 
 @pytest.mark.parametrize("seconds", [600.0, 7200.0])

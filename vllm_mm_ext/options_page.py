@@ -37,6 +37,10 @@ message says what is valid. The server has bounds of its own (`mm_ext.quality` i
 | `/v1/responses` | `input_image` | checked; there is no video for it to change |
 | `/v1/completions` | none | a 400 |
 | `/v1/chat/completions/batch` | as chat | a 400; the server's settings apply |
+| `/tokenize`, `/v1/chat/completions/render` | as chat | a 400; the server's settings apply |
+
+`/tokenize` fetches and plans the videos of a conversation as a chat completion without a block
+would, so its count is that completion's.
 
 `media_io_kwargs` and `mm_processor_kwargs` stay closed to requests."""
 

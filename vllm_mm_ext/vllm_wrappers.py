@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -19,6 +20,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, NamedTuple
 
+from vllm_mm_ext.tasks import all_or_none
 from vllm_mm_ext.vllm_compat import wrap
 
 Stream = AsyncGenerator[str, None]
@@ -122,12 +124,14 @@ async def _resumed(events: AsyncGenerator[Any, None], resume: Callable[[], None]
 
 
 def before_other_routes(begin: Callable[[Any, str], None]) -> None:
-    """Call ``begin`` with the `mm_ext` of each request to OpenAI routes without options.
+    """Call ``begin`` with the `mm_ext` of each request to routes without options.
 
     It is given the route's path as well, and may raise.
     """
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 
     def on_route(route: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,9 +143,11 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
 
         return make
 
-    batch = "create_batch_chat_completion"
+    batch, render = "create_batch_chat_completion", "render_chat_request"
     wrap(OpenAIServingCompletion, "create_completion", on_route("/v1/completions"))
     wrap(OpenAIServingChatBatch, batch, on_route("/v1/chat/completions/batch"))
+    wrap(ServingRender, render, on_route("/v1/chat/completions/render"))
+    wrap(ServingTokenization, "create_tokenize", on_route("/tokenize"))
 
 
 def _block(request: Any) -> Any:
@@ -154,6 +160,8 @@ def around_chat_rendering(
 ) -> None:
     """Call a planner for each conversation, before any of its media is fetched.
 
+    Requests arrive before they are planned, so that vLLM's latency metrics hold planning as well.
+
     Args:
         plan: Called with ``(renderer, messages, chat_params, tok_params)``; ``tok_params`` may be
             None. Its context is that in which the conversation is then rendered.
@@ -165,14 +173,16 @@ def around_chat_rendering(
         async def render_chat_async(
             self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
+            arrived = time.time()
+
             async def one(messages: Any) -> Any:
                 await plan(self, messages, chat_params, tok_params)
-                return await original(self, [messages], chat_params, tok_params, **kwargs)
+                rendered = await original(self, [messages], chat_params, tok_params, **kwargs)
+                return _arrived_at(arrived, rendered)
 
             if len(conversations) == 1:
                 return await one(conversations[0])
-            # Each in a task, and so in a context, of its own.
-            return _joined(await asyncio.gather(*map(one, conversations)))
+            return _joined(await all_or_none(map(one, conversations)))
 
         return render_chat_async
 
@@ -180,9 +190,12 @@ def around_chat_rendering(
         def render_chat(
             self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
+            arrived = time.time()
+
             def one(messages: Any) -> Any:
                 plan_blocking(self, messages, chat_params, tok_params)
-                return original(self, [messages], chat_params, tok_params, **kwargs)
+                rendered = original(self, [messages], chat_params, tok_params, **kwargs)
+                return _arrived_at(arrived, rendered)
 
             return _joined(
                 [contextvars.copy_context().run(one, messages) for messages in conversations]
@@ -192,6 +205,14 @@ def around_chat_rendering(
 
     wrap(BaseRenderer, "render_chat_async", make_async)
     wrap(BaseRenderer, "render_chat", make_sync)
+
+
+def _arrived_at(
+    seconds: float, rendered: tuple[list[Any], list[Any]]
+) -> tuple[list[Any], list[Any]]:
+    for engine_input in rendered[1]:
+        engine_input["arrival_time"] = seconds
+    return rendered
 
 
 def _joined(rendered: Sequence[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:

@@ -54,7 +54,7 @@ class Decision:
     Attributes:
         level: Load tier.
         lowered: Something is lower than asked.
-        tokens: Prompt tokens granted to it, 0 where they were not counted.
+        tokens: Prompt tokens granted to each use of it, 0 where they were not counted.
         made: When it was decided, in seconds.
         used: When it was last used.
     """

@@ -45,13 +45,16 @@ def check_family(options: RequestOptions, family: Family) -> None:
     if options.reduction not in (None, NO_REDUCTION) and not family.reducible:
         assert options.reduction is not None
         raise _refusal(
-            "reduction", options.reduction.key(), "the served model's tokens cannot be reduced"
+            "reduction",
+            options.reduction.key(),
+            "the served model, as this server is set up, allows no token reductions",
         )
     if options.total_tokens is not None and not family.countable:
         raise _refusal(
             "total_tokens",
             options.total_tokens,
-            "the served model's video tokens cannot be told in advance; max_frames can be set",
+            "the served model's video tokens, as this server is set up, cannot be told in advance; "
+            "max_frames can be set",
         )
 
 

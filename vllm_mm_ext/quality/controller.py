@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from vllm_mm_ext.options import NO_REDUCTION, Reduction, RequestOptions
 from vllm_mm_ext.quality.board import Board, Decision
 from vllm_mm_ext.quality.bounds import check_bounds, check_family
-from vllm_mm_ext.quality.fit import Ladder, Wish, over_budget, share
+from vllm_mm_ext.quality.fit import Ladder, Wish, floors_of, over_budget, share
 from vllm_mm_ext.quality.settings import QualitySettings
 from vllm_mm_ext.quality.signal import LoadSignal
 from vllm_mm_ext.quality.sticky import Stickiness
@@ -264,16 +264,16 @@ class QualityController:
             for ladder in ladders:
                 if ladder.floor > family.max_item_tokens:
                     raise over_budget([ladder], family.max_item_tokens, costs, words)
-        needed = sum(ladder.floor for ladder in ladders)
-        if needed > limit.tokens:
+        if floors_of(ladders) > limit.tokens:
             raise over_budget(ladders, limit.tokens, costs, limit.words)
         granted = self._grants(ladders, standing, limit, context)
         fitted = []
         for ladder, tokens, decision in zip(ladders, granted, decisions, strict=True):
-            why = limit.why
-            if family.max_item_tokens and family.max_item_tokens < tokens:
-                tokens, why = family.max_item_tokens, "limit"
-            fitted.append(_lower(decision, ladder, ladder.best(tokens), why))
+            place, why = ladder.best(tokens), limit.why
+            # A standing grant may be what this left of an earlier one.
+            if family.max_item_tokens and place <= ladder.best(family.max_item_tokens):
+                place, why = ladder.best(family.max_item_tokens), "limit"
+            fitted.append(_lower(decision, ladder, place, why))
         return fitted
 
     def _grants(
@@ -283,19 +283,24 @@ class QualityController:
         limit: _Limit,
         context: ContextUse,
     ) -> list[int]:
-        """Tokens for each video, whose floors fit together.
+        """Tokens for each use of each video, whose floors fit together.
 
-        What was granted before stays as long as there is room: the plan, and with it every cache
-        entry, stays the same. Others share what a first request may take, or if their floors need
-        more, all that is left.
+        What a use was granted before stays as long as there is room: the plan, and with it every
+        cache entry, stays the same. Others share what a first request may take, or if their floors
+        need more, all that is left.
         """
         first = min(limit.tokens, int(context.length * self.settings.budget.context_share))
         kept = [
-            decision.tokens if decision is not None and decision.tokens else None
-            for decision in standing
+            # A floor may be higher than it was then, and no plan is below it.
+            max(ladder.floor, decision.tokens) if decision is not None and decision.tokens else None
+            for ladder, decision in zip(ladders, standing, strict=True)
         ]
         fresh = [ladder for ladder, tokens in zip(ladders, kept, strict=True) if tokens is None]
-        taken = sum(tokens for tokens in kept if tokens is not None)
+        taken = sum(
+            ladder.uses * tokens
+            for ladder, tokens in zip(ladders, kept, strict=True)
+            if tokens is not None
+        )
         for budget in (first - taken, limit.tokens - taken):
             shared = _shared(fresh, budget)
             if shared is not None:
@@ -309,11 +314,15 @@ class QualityController:
 
 
 def _shared(ladders: Sequence[Ladder], budget: int) -> list[int] | None:
-    """A budget divided; None if the floors do not fit into it."""
-    floors = [ladder.floor for ladder in ladders]
-    if budget < 0 or sum(floors) > budget:
+    """Tokens for each use when a budget is divided; None if the floors do not fit into it."""
+    if floors_of(ladders) > budget:
         return None
-    return share([ladder.demand for ladder in ladders], floors, budget)
+    return share(
+        [ladder.demand for ladder in ladders],
+        [ladder.floor for ladder in ladders],
+        [ladder.uses for ladder in ladders],
+        budget,
+    )
 
 
 def _decision(

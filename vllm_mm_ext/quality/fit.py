@@ -16,6 +16,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from vllm_mm_ext.errors import OverBudgetError
 from vllm_mm_ext.options import Reduction
@@ -62,7 +63,7 @@ class Step:
 
 
 class Ladder:
-    """The plans of one video from best to least, and what each costs.
+    """The plans of one video from best to least, and what each costs per use of the video.
 
     Args:
         index: The video's place in its request.
@@ -88,6 +89,11 @@ class Ladder:
         return self._known[place]
 
     @property
+    def uses(self) -> int:
+        """How often the request shows the video."""
+        return self.wish.source.uses
+
+    @property
     def demand(self) -> int:
         """Tokens of the plan that was asked."""
         return self.cost(0)
@@ -105,17 +111,20 @@ class Ladder:
         return bisect_left(range(last), True, key=lambda place: self.cost(place) <= budget)
 
 
-def share(demands: Sequence[int], floors: Sequence[int], budget: int) -> list[int]:
+def share(
+    demands: Sequence[int], floors: Sequence[int], uses: Sequence[int], budget: int
+) -> list[int]:
     """Divide a budget: small demands are met in full, larger ones get equal shares.
 
     Args:
-        demands: Tokens each video wants.
-        floors: Tokens each needs; together they must not exceed the budget.
+        demands: Tokens each video wants per use.
+        floors: Tokens each needs per use; all uses together must not exceed the budget.
+        uses: How often each is shown.
         budget: Tokens for all.
 
     Returns:
-        Tokens for each, at least its floor, together at most ``budget``. None shrinks when the
-        budget grows.
+        Tokens for a use of each, at least its floor, all uses together at most ``budget``. None
+        shrinks when the budget grows.
     """
 
     def at(level: int) -> list[int]:
@@ -123,10 +132,18 @@ def share(demands: Sequence[int], floors: Sequence[int], budget: int) -> list[in
             max(floor, min(demand, level)) for demand, floor in zip(demands, floors, strict=True)
         ]
 
+    def total(tokens: Sequence[int]) -> int:
+        return sum(map(mul, uses, tokens))
+
     ceiling = max((*demands, *floors), default=0)
     # The highest water level whose sum fits.
-    level = bisect_left(range(ceiling + 1), True, key=lambda mark: sum(at(mark)) > budget) - 1
+    level = bisect_left(range(ceiling + 1), True, key=lambda mark: total(at(mark)) > budget) - 1
     return at(max(0, level))
+
+
+def floors_of(ladders: Sequence[Ladder]) -> int:
+    """Tokens of all uses of some videos at their lowest plans."""
+    return sum(ladder.uses * ladder.floor for ladder in ladders)
 
 
 def over_budget(
@@ -140,8 +157,8 @@ def over_budget(
         costs: What plans cost.
         reason: What sets the budget, in words.
     """
-    needed = sum(ladder.floor for ladder in ladders)
-    count = len(ladders)
+    needed = floors_of(ladders)
+    count = sum(ladder.uses for ladder in ladders)
     many = f"The {count} videos of this request need" if count > 1 else "The video needs"
     lowest = ", ".join(dict.fromkeys(_words(ladder) for ladder in ladders))
     hints = [*_fewer_videos(ladders, budget), *_less_of_one(ladders, budget, costs)]
@@ -211,15 +228,17 @@ def _words(ladder: Ladder) -> str:
 
 def _fewer_videos(ladders: Sequence[Ladder], budget: int) -> list[str]:
     used = fitting = 0
-    for floor in sorted(ladder.floor for ladder in ladders):
+    floors = sorted(ladder.floor for ladder in ladders for _ in range(ladder.uses))
+    for floor in floors:
         used += floor
         fitting += used <= budget
-    return [f"{fitting} of the videos"] if 0 < fitting < len(ladders) else []
+    return [f"{fitting} of the videos"] if 0 < fitting < len(floors) else []
 
 
 def _less_of_one(ladders: Sequence[Ladder], budget: int, costs: VideoCosts) -> list[str]:
     """Hints that hold if every video had an equal part."""
-    part = budget // len(ladders)
+    count = sum(ladder.uses for ladder in ladders)
+    part = budget // count
     greediest = max(range(len(ladders)), key=lambda place: ladders[place].floor)
     ladder = ladders[greediest]
     lowest = ladder.steps[-1]
@@ -228,14 +247,13 @@ def _less_of_one(ladders: Sequence[Ladder], budget: int, costs: VideoCosts) -> l
         return costs.tokens(ladder.index, frames, lowest.cap, lowest.reduction)
 
     fewer = _largest(lowest.frames - 1, lambda frames: cost(frames) <= part)
-    each = " each" if len(ladders) > 1 else ""
+    each = " each" if count > 1 else ""
     if fewer:
         return [f"at most {fewer} frames{each} (lower floor.frames, floor.fps or min_frames)"]
     seconds = ladder.wish.source.duration * part / ladder.floor
     shorter = f"videos of at most about {seconds:.0f} s each" if each else ""
     shorter = shorter or f"a video of at most about {seconds:.0f} s"
-    needed = sum(one.floor for one in ladders)
-    return [shorter] * (seconds >= 1) + [f"a budget of {needed} tokens"]
+    return [shorter] * (seconds >= 1) + [f"a budget of {floors_of(ladders)} tokens"]
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:

@@ -75,7 +75,7 @@ class Stickiness:
         Args:
             level: Tier of the video.
             lowered: Something is lower than asked.
-            tokens: Prompt tokens it was given, 0 where they cannot be counted.
+            tokens: Prompt tokens each use of it was given, 0 where they cannot be counted.
         """
         if not self._settings.enabled:
             return

@@ -19,6 +19,7 @@ class VideoSource:
         duration: Seconds.
         num_frames: Frames it has.
         width, height: Displayed size in pixels.
+        uses: How often the request shows it; all uses have one plan.
     """
 
     digest: str
@@ -26,6 +27,7 @@ class VideoSource:
     num_frames: int
     width: int
     height: int
+    uses: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class VideoCosts(Protocol):
         """Pixels of one delivered frame if none may have more than ``cap`` (0: no cap)."""
 
     def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
-        """Prompt tokens, with sound and markers. Fewer frames, a lower cap or a stronger
+        """Prompt tokens of one use, with sound and markers. Fewer frames, a lower cap or a stronger
         reduction never cost more.
         """
 
@@ -119,7 +121,7 @@ class VideoDecision:
         frame_pixels: Cap on the pixels of one frame, 0 for none.
         reduction: How its tokens are made fewer.
         frames: Frames expected.
-        tokens: Prompt tokens expected; None where the family cannot tell.
+        tokens: Prompt tokens expected of each use; None where the family cannot tell.
         lowered: What is lower than asked.
     """
 

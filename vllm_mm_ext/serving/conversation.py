@@ -21,14 +21,13 @@ def video_urls(messages: Sequence[Any]) -> list[str]:
     the URL as a plain string (where a uuid is given, or no type). Parts without a URL name a video
     sent before and are left out.
     """
-    found = []
-    for part in _parts(messages):
-        if part.get("type") in ("video_url", None):
-            url = part.get("video_url")
-            url = url.get("url") if isinstance(url, Mapping) else url
-            if isinstance(url, str) and url:
-                found.append(url)
-    return found
+    return [url for part in _video_parts(messages) if (url := _url(part)) is not None]
+
+
+def videos_without_url(messages: Sequence[Any]) -> int:
+    """How many videos are there by the uuid of one sent before, or as embeddings."""
+    named = sum(1 for part in _video_parts(messages) if _url(part) is None)
+    return named + sum(1 for part in _parts(messages) if "video_embeds" in part)
 
 
 def text_of(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
@@ -57,6 +56,18 @@ def template_tokens(messages: Sequence[Any]) -> int:
     """An upper estimate of the tokens a chat template adds to a conversation's text."""
     parts = sum(1 for _ in _parts(messages))
     return _PER_CONVERSATION + _PER_MESSAGE * len(messages) + _PER_PART * parts
+
+
+def _video_parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+    for part in _parts(messages):
+        if "video_url" in part and part.get("type") in ("video_url", None):
+            yield part
+
+
+def _url(part: Mapping[str, Any]) -> str | None:
+    url = part["video_url"]
+    url = url.get("url") if isinstance(url, Mapping) else url
+    return url if isinstance(url, str) and url else None
 
 
 def _content(message: Any) -> Any:

@@ -67,7 +67,7 @@ class FrontendCosts:
             for index in range(len(self._videos)):
                 self.tokens(index, self._traits.frame_multiple, 0, NO_REDUCTION)
         except ValueError:
-            # The family leaves such a video to stock vLLM.
+            # Such a video, or every video as the server is set up, is left to stock vLLM.
             return False
         return True
 
@@ -83,7 +83,7 @@ class FrontendCosts:
         return height * width
 
     def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
-        """Prompt tokens of all uses of the video, its sound included."""
+        """Prompt tokens of one use of the video, its sound included."""
         video = self._videos[index]
         height, width = self._size(index, frames, cap)
         # Only families that write times into the prompt look at them, and only at their digits.
@@ -97,7 +97,7 @@ class FrontendCosts:
             audio_samples=self._samples(video),
             reduction=reduction,
         )
-        return video.uses * int(count.total)
+        return int(count.total)
 
     def _size(self, index: int, frames: int, cap: int) -> tuple[int, int]:
         video = self._videos[index]

@@ -72,6 +72,14 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 ".create_batch_chat_completion",
                 _ROUTE,
             ),
+            VllmName(
+                "vllm.entrypoints.scale_out.render.serving:ServingRender.render_chat_request",
+                _ROUTE,
+            ),
+            VllmName(
+                "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
+                _ROUTE,
+            ),
         ),
         _install_options,
     ),

@@ -37,9 +37,15 @@ from vllm_mm_ext.quality.videos import (
     VideoSource,
 )
 from vllm_mm_ext.runtime import Runtime, current_runtime
-from vllm_mm_ext.serving.conversation import template_tokens, text_of, video_urls
+from vllm_mm_ext.serving.conversation import (
+    template_tokens,
+    text_of,
+    video_urls,
+    videos_without_url,
+)
 from vllm_mm_ext.serving.costs import FrontendCosts, PlannedVideo
 from vllm_mm_ext.serving.requests import OptionError, current_request
+from vllm_mm_ext.tasks import all_or_none
 from vllm_mm_ext.trace import PlanTrace, current_trace
 
 
@@ -100,6 +106,12 @@ class _Conversation:
         asked = self.request.options != DEFAULT_OPTIONS
         if asked:
             self.controller.check(self.request.options)
+            if videos_without_url(messages):
+                raise OptionError(
+                    "mm_ext options apply to videos that are sent with their URL; this request has "
+                    "one that is named by its uuid alone, or sent as embeddings",
+                    parameter="mm_ext",
+                )
         self.urls = video_urls(messages)
         if not self.urls or renderer.mm_processor is None:
             return
@@ -142,7 +154,7 @@ class _Conversation:
         fetcher = self.runtime.fetcher(
             self.connector.allowed_local_media_path, self.connector.allowed_media_domains
         )
-        probed = await asyncio.gather(*(self._probe_one(fetcher, url) for url in self.jobs))
+        probed = await all_or_none(self._probe_one(fetcher, url) for url in self.jobs)
         uses = Counter(self.urls)
         return [
             PlannedVideo(url, uses[url], ref, info, info.video, self.jobs[url].plan)
@@ -222,6 +234,7 @@ class _Conversation:
                 video.stream.num_frames,
                 video.stream.width,
                 video.stream.height,
+                video.uses,
             )
             for video in videos
         ]
