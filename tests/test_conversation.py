@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from vllm_mm_ext.serving.conversation import template_tokens, text_of, video_urls
+from vllm_mm_ext.serving.conversation import (
+    template_tokens,
+    text_of,
+    video_urls,
+    videos_without_url,
+)
 
 CLIP = "https://host/clip.mp4"
 
@@ -41,6 +46,22 @@ def test_every_spelling_of_a_video_is_found(part: dict[str, Any]) -> None:
 )
 def test_nothing_else_is_taken_for_a_video(part: dict[str, Any]) -> None:
     assert video_urls(messages(part)) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "count"),
+    [
+        ({"type": "video_url", "video_url": None, "uuid": "a"}, 1),
+        ({"video_url": None, "uuid": "a"}, 1),
+        ({"type": "video_url", "video_url": {"url": ""}}, 1),
+        ({"type": "video_embeds", "video_embeds": "AAAA"}, 1),
+        ({"type": "video_url", "video_url": {"url": CLIP}, "uuid": "a"}, 0),
+        ({"type": "image_url", "image_url": None, "uuid": "a"}, 0),
+        ({"type": "text", "text": CLIP}, 0),
+    ],
+)
+def test_videos_that_come_without_a_url_are_counted(part: dict[str, Any], count: int) -> None:
+    assert videos_without_url([{"role": "user", "content": [part]}]) == count
 
 
 def test_videos_keep_their_order_and_repeats() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from front import CONTEXT, Front, opened
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMValidationError
 
 from vllm_mm_ext.media.connector import server_job
@@ -202,6 +204,16 @@ def test_tokenize_counts_what_a_completion_without_a_block_would_take(front: Fro
 
     answered = front.render("long.mp4", session="its own")
     assert asyncio.run(counted()) == answered.prompt_tokens
+
+
+def test_routes_that_only_render_take_no_options(front: Front) -> None:
+    block = {"messages": front.messages("short.mp4"), "mm_ext": {"fps": 1}}
+    made = ServingTokenization.create_tokenize(Any, TokenizeChatRequest(**block), None)
+    with pytest.raises(VLLMValidationError, match="/tokenize takes no mm_ext"):
+        asyncio.run(made)
+    request = ChatCompletionRequest(model="m", **block)
+    with pytest.raises(VLLMValidationError, match="/render takes no mm_ext"):
+        asyncio.run(ServingRender.render_chat_request(Any, request))
 
 
 def test_a_request_arrives_before_it_is_planned(front: Front) -> None:
