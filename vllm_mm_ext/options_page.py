@@ -19,10 +19,15 @@ client it goes into `extra_body`:
 ```python
 client.chat.completions.create(
     model="...",
-    messages=[{"role": "user", "content": [
-        {"type": "video_url", "video_url": {"url": "https://example.com/clip.mp4"}},
-        {"type": "text", "text": "What happens?"},
-    ]}],
+    messages=[
+        {
+            "role": "user",
+            "content": [
+                {"type": "video_url", "video_url": {"url": "https://example.com/clip.mp4"}},
+                {"type": "text", "text": "What happens?"},
+            ],
+        }
+    ],
     extra_body={"mm_ext": {"fps": 2, "total_tokens": 8192, "reduction": {"pool": 2}}},
 )
 ```
