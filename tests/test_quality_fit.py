@@ -200,10 +200,13 @@ def test_a_video_shown_several_times_counts_as_several_videos() -> None:
 
 
 @pytest.mark.parametrize("seconds", [600.0, 7200.0])
-def test_sound_that_fills_the_budget_is_refused_with_a_duration(seconds: float) -> None:
+def test_sound_that_fills_the_budget_is_refused_with_what_would_fit(seconds: float) -> None:
     source = video(seconds=seconds)
     costs = RuleCosts([source], sound_rate=25)
     frames = costs.frames(0, 1.0, 4, 64)
     wish = replace(ladder()[0].wish, source=source, frames=frames)
-    error = over_budget([Ladder(0, wish, costs, FAMILY)], 1000, costs, "the context")
-    assert "a video of at most about" in error.message
+    found = Ladder(0, wish, costs, FAMILY)
+    cure = "total_tokens of at least {needed}, {missing} more"
+    error = over_budget([found], 1000, costs, "total_tokens", cure)
+    assert "a shorter video or" in error.message
+    assert f"total_tokens of at least {found.floor}, {found.floor - 1000} more" in error.message

@@ -45,6 +45,7 @@ class _Limit:
     tokens: int
     why: Reason
     words: str
+    cure: str = ""
 
 
 class QualityController:
@@ -241,10 +242,12 @@ class QualityController:
                 "context",
                 f"the context of {context.length} tokens with {context.text} of text and "
                 f"{context.output} kept for the answer",
+                "{missing} tokens less of text or kept for the answer (lower max_tokens)",
             )
         ]
-        if options.total_tokens is not None:
-            limits.append(_Limit(options.total_tokens, "total_tokens", "total_tokens"))
+        if (asked := options.total_tokens) is not None:
+            cure = "total_tokens of at least {needed}"
+            limits.append(_Limit(asked, "total_tokens", "total_tokens", cure))
         if bound := self.settings.bounds.max_total_tokens:
             limits.append(_Limit(bound, "limit", "this server's limit"))
         return min(limits, key=lambda limit: limit.tokens)
@@ -265,7 +268,7 @@ class QualityController:
                 if ladder.floor > family.max_item_tokens:
                     raise over_budget([ladder], family.max_item_tokens, costs, words)
         if floors_of(ladders) > limit.tokens:
-            raise over_budget(ladders, limit.tokens, costs, limit.words)
+            raise over_budget(ladders, limit.tokens, costs, limit.words, limit.cure)
         granted = self._grants(ladders, standing, limit, context)
         fitted = []
         for ladder, tokens, decision in zip(ladders, granted, decisions, strict=True):

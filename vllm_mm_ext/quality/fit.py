@@ -147,7 +147,7 @@ def floors_of(ladders: Sequence[Ladder]) -> int:
 
 
 def over_budget(
-    ladders: Sequence[Ladder], budget: int, costs: VideoCosts, reason: str
+    ladders: Sequence[Ladder], budget: int, costs: VideoCosts, reason: str, cure: str = ""
 ) -> OverBudgetError:
     """The error for videos whose lowest plans do not fit, with what would.
 
@@ -156,14 +156,18 @@ def over_budget(
         budget: Tokens they have.
         costs: What plans cost.
         reason: What sets the budget, in words.
+        cure: What would give more of it, in words; ``{needed}`` and ``{missing}`` are filled in.
     """
     needed = floors_of(ladders)
     count = sum(ladder.uses for ladder in ladders)
     many = f"The {count} videos of this request need" if count > 1 else "The video needs"
+    whose = "their" if count > 1 else "its"
     lowest = ", ".join(dict.fromkeys(_words(ladder) for ladder in ladders))
     hints = [*_fewer_videos(ladders, budget), *_less_of_one(ladders, budget, costs)]
+    if cure:
+        hints.append(cure.format(needed=needed, missing=needed - budget))
     return OverBudgetError(
-        f"{many} {needed} tokens at their lowest quality ({lowest}), but {reason} leaves "
+        f"{many} {needed} tokens at {whose} lowest quality ({lowest}), but {reason} leaves "
         f"{budget}. What would fit: {' or '.join(hints)}.",
         parameter="video_url",
         value=needed,
@@ -250,10 +254,7 @@ def _less_of_one(ladders: Sequence[Ladder], budget: int, costs: VideoCosts) -> l
     each = " each" if count > 1 else ""
     if fewer:
         return [f"at most {fewer} frames{each} (lower floor.frames, floor.fps or min_frames)"]
-    seconds = ladder.wish.source.duration * part / ladder.floor
-    shorter = f"videos of at most about {seconds:.0f} s each" if each else ""
-    shorter = shorter or f"a video of at most about {seconds:.0f} s"
-    return [shorter] * (seconds >= 1) + [f"a budget of {floors_of(ladders)} tokens"]
+    return ["shorter videos" if each else "a shorter video"]
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
