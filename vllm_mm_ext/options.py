@@ -120,7 +120,8 @@ class RequestOptions(Options):
         "not; a budget still applies.",
     )
     reduction: Reduction | None = Field(
-        None, description="Token reduction; null: the server's default."
+        None,
+        description="Token reduction, in place of the server's default; `{}`: none, null: the default.",
     )
     floor: Floor = Field(default_factory=Floor, description="Lower limits of what is asked.")
 

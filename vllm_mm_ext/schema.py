@@ -146,4 +146,9 @@ def reference_tables(root: type[BaseModel], prefix: str) -> list[str]:
             lines.append(
                 f"| `{name}` | {accepts} | `{shown_default(field)}` | {field.description} |"
             )
+        lines += [
+            f"| `{name}` | `{path}.{name}` below | | {field.description} |"
+            for name, field in section.model_fields.items()
+            if section_of(field) is not None and field.description
+        ]
     return lines
