@@ -121,7 +121,7 @@ class RequestOptions(Options):
     )
     reduction: Reduction | None = Field(
         None,
-        description="Token reduction, in place of the server's default; `{}`: none, null: the default.",
+        description="Token reduction, in place of the default; `{}`: none, null: the default.",
     )
     floor: Floor = Field(default_factory=Floor, description="Lower limits of what is asked.")
 
