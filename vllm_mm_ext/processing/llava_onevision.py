@@ -15,7 +15,8 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
-from vllm_mm_ext.processing.per_frame import PerFrameInfo, PerFrameProcessor, part_of
+from vllm_mm_ext.processing.per_frame import PerFrameInfo, PerFrameProcessor
+from vllm_mm_ext.processing.segment_processor import part_of
 from vllm_mm_ext.processing.segments import Segment, VideoSegment
 
 ENDS = "video_ends"

@@ -13,7 +13,7 @@ import torch
 
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.processing.segment_processor import SegmentProcessor
-from vllm_mm_ext.processing.segments import Segment, VideoLayout, VideoSegment, VideoShape
+from vllm_mm_ext.processing.segments import VideoLayout, VideoSegment, VideoShape
 
 
 class PerFrameInfo:
@@ -88,12 +88,6 @@ class PerFrameProcessor(SegmentProcessor):
         pixels = made["pixel_values_videos"][0]
         dtype = self.info.ctx.model_config.dtype if pixels.is_floating_point() else None
         return pixels.to(device="cpu", dtype=dtype)
-
-
-def part_of(segment: VideoSegment) -> Segment:
-    """A segment's place in its video."""
-    assert segment.part is not None  # Only views of a segment have none.
-    return segment.part
 
 
 def _channels_first(frames: VideoSegment) -> torch.Tensor:
