@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -123,6 +124,10 @@ def segments_of(engine: Any, reduction: Reduction) -> tuple[list[Any], list[int]
     """Inputs of a video's segments as vLLM batches them, and how many tokens each is to have."""
     from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
+    # A multiple of the frames that merge; segments are sized by what is left of them, and so cut
+    # at the same places with and without a reduction.
+    grid = math.isqrt(FRAME_TOKENS)
+    engine.renderer.mm_processor.segment_tokens = reduction.count(6, grid, grid)
     frames = SampledFrames(pixels(9, SIDE, SIDE), digest=reduction.key(), reduction=reduction)
     made = render(engine.renderer.mm_processor, "<video>", {"video": [frames]})
     items = [("video", item) for item in made["mm_kwargs"]["video"]]
@@ -132,8 +137,6 @@ def segments_of(engine: Any, reduction: Reduction) -> tuple[list[Any], list[int]
 
 def reduction_error(engine: Any) -> float:
     """Largest difference of a reduced token to what it is to be made of."""
-    # A multiple of the frames that merge: the same cuts with and without a reduction.
-    engine.renderer.mm_processor.segment_tokens = 6 * FRAME_TOKENS
     whole, _ = segments_of(engine, NO_REDUCTION)
     embed = {r.key(): segments_of(engine, r) for r in REDUCTIONS}
 
