@@ -34,6 +34,10 @@ def test_a_block_is_read_as_sent() -> None:
     assert read_options(raw).model_dump(exclude_unset=True) == raw
 
 
+def test_null_means_left_out() -> None:
+    assert read_options(dict.fromkeys(RequestOptions.model_fields)) == DEFAULT_OPTIONS
+
+
 @pytest.mark.parametrize(
     ("raw", "key", "words"),
     [
@@ -42,6 +46,7 @@ def test_a_block_is_read_as_sent() -> None:
         ({"reduction": {"static": "merge"}}, "mm_ext.reduction", ["go together"]),
         ({"reduction": "strong"}, "mm_ext.reduction", ["strong"]),
         ({"speed": 1}, "mm_ext.speed", ["unknown key", "total_tokens"]),
+        ({"speed": None}, "mm_ext.speed", ["unknown key"]),
         ({"fps": 0}, "mm_ext.fps", ["> 0"]),
         ({"fps": "2"}, "mm_ext.fps", ["number"]),
         ({"fps": float("nan")}, "mm_ext.fps", ["nan"]),

@@ -158,8 +158,8 @@ class SegmentsConfig(_Section):
         1024,
         ge=0,
         le=1 << 20,
-        description="Tokens a segment should not exceed. One temporal patch of frames, or as many "
-        "as merge, is always together. 0: a video is one segment.",
+        description="Tokens a segment should not exceed after reduction. One temporal patch of "
+        "frames, or as many as merge, is always together. 0: a video is one segment.",
     )
 
 

@@ -7,7 +7,7 @@ surface reads it from requests.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -95,7 +95,7 @@ class Floor(Options):
 
 
 class RequestOptions(Options):
-    """The `mm_ext` block of a request. Whatever is left out is as the server is configured."""
+    """The `mm_ext` block of a request. What is left out, or null, is as the server is configured."""
 
     fps: float | None = Field(
         None, gt=0, le=60, description="Frames per second of each video, before the limits apply."
@@ -124,6 +124,13 @@ class RequestOptions(Options):
         description="Token reduction, in place of the default; `{}`: none, null: the default.",
     )
     floor: Floor = Field(default_factory=Floor, description="Lower limits of what is asked.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {k: v for k, v in given.items() if v is not None or k not in cls.model_fields}
 
     @model_validator(mode="after")
     def _ordered(self) -> RequestOptions:
