@@ -95,7 +95,7 @@ class Floor(Options):
 
 
 class RequestOptions(Options):
-    """The `mm_ext` block of a request. What is left out, or null, is as the server is configured."""
+    """The `mm_ext` block of a request. What is left out, or null, is as configured."""
 
     fps: float | None = Field(
         None, gt=0, le=60, description="Frames per second of each video, before the limits apply."
