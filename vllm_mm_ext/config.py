@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vllm_mm_ext import schema
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.quality.settings import QualitySettings
+from vllm_mm_ext.scheduler.settings import SchedulerSettings
 
 KEY = "mm_ext"
 MIB = 1 << 20
@@ -186,6 +187,7 @@ class MMExtConfig(_Section):
     segments: SegmentsConfig = Field(default_factory=SegmentsConfig)
     compression: CompressionConfig = Field(default_factory=CompressionConfig)
     quality: QualitySettings = Field(default_factory=QualitySettings)
+    scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> MMExtConfig:

@@ -1,0 +1,172 @@
+"""Which items the encoder takes on in a step. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An mm item whose encoder output is missing.
+
+    Attributes:
+        index: Its place among the items of the request.
+        tokens: Encoder outputs it makes.
+        digest: Items of equal digest are encoded once.
+        start: Where its placeholder begins in the prompt.
+    """
+
+    index: int
+    tokens: int
+    digest: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderDemand:
+    """A request with encoder work.
+
+    Attributes:
+        key: Its id.
+        items: What it still needs, in the order of the prompt.
+        reach: End of the tokens that its prefill could get to in this step.
+        running: It holds a slot.
+        promoted: It has waited so long that no later request may pass it.
+    """
+
+    key: str
+    items: tuple[Item, ...]
+    reach: int
+    running: bool
+    promoted: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Encoder work it needs in all."""
+        return sum(item.tokens for item in self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderRoom:
+    """What a step has for encoder work.
+
+    Attributes:
+        tokens: Encoder outputs it may compute.
+        items: Items it may encode.
+        cache_tokens: Space in the encoder cache, counting what can be evicted.
+        slots: Waiting requests with encoder work that may be given a slot.
+        lookahead: Items per request that may be encoded ahead of its prefill.
+    """
+
+    tokens: int
+    items: int
+    cache_tokens: int
+    slots: int
+    lookahead: int
+
+
+@dataclass
+class EncoderPlan:
+    """What is to be encoded.
+
+    Attributes:
+        items: By request, the items it may have encoded; a request without any waits.
+        tokens: Encoder outputs in all.
+    """
+
+    items: dict[str, tuple[Item, ...]] = field(default_factory=dict)
+    tokens: int = 0
+
+
+def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
+    """Put waiting requests behind half-encoded ones unless they need at most half as much.
+
+    A running request whose encoder work stands still holds a slot for nothing. With this rule each
+    that passes it needs at most half of what it needs, so at most log2 of the longest video (in
+    tokens) over the shortest hold one, whatever comes.
+
+    Args:
+        demands: By rank.
+    """
+    started = [demand.tokens for demand in demands if demand.running]
+    least = min(started, default=0)
+    if not least:
+        return list(demands)
+
+    def behind(demand: EncoderDemand) -> bool:
+        return not demand.running and not demand.promoted and 2 * demand.tokens > least
+
+    # sorted is stable: ranks are kept within both groups.
+    return sorted(demands, key=behind)
+
+
+def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
+    """Give out a step's encoder work in the order of rank.
+
+    First what prefill gets to in this step, then what lies ahead. The first request that finds no
+    room ends each round: smaller items behind it do not slip past. A waiting request counts only
+    if it gets its first item; without one it would take a slot just to wait.
+
+    Args:
+        demands: By rank.
+        room: What the step has.
+    """
+    order = serving_order(demands)
+    giver = _Giver(room)
+    for demand in order:
+        if not giver.needed(demand):
+            break
+    for demand in order:
+        if not giver.ahead(demand):
+            break
+    return giver.plan
+
+
+class _Giver:
+    def __init__(self, room: EncoderRoom) -> None:
+        self.plan = EncoderPlan()
+        self._room = room
+        self._tokens = min(room.tokens, room.cache_tokens)
+        self._items = room.items
+        self._slots = room.slots
+        self._digests: set[str] = set()
+
+    def needed(self, demand: EncoderDemand) -> bool:
+        """Give what the request's prefill gets to; False if something did not fit."""
+        if not demand.items:
+            return True
+        if not demand.running and not self._slots:
+            # Others that wait are no better off, but running ones need no slot.
+            return True
+        wanted = [item for item in demand.items if item.start < demand.reach]
+        if not demand.running:
+            wanted = wanted or list(demand.items[:1])
+        given = self._give(demand.key, wanted)
+        if given and not demand.running:
+            self._slots -= 1
+        return given == len(wanted)
+
+    def ahead(self, demand: EncoderDemand) -> bool:
+        """Give what comes next; False if something did not fit."""
+        given = self.plan.items.get(demand.key)
+        if given is None:
+            return True
+        wanted = [item for item in demand.items if item.start >= demand.reach and item not in given]
+        wanted = wanted[: self._room.lookahead]
+        return self._give(demand.key, wanted) == len(wanted)
+
+    def _give(self, key: str, wanted: Iterable[Item]) -> int:
+        count = 0
+        for item in wanted:
+            tokens = 0 if item.digest in self._digests else item.tokens
+            if tokens and (tokens > self._tokens or not self._items):
+                break
+            if tokens:
+                self._items -= 1
+            self._tokens -= tokens
+            self.plan.tokens += tokens
+            self._digests.add(item.digest)
+            self.plan.items[key] = (*self.plan.items.get(key, ()), item)
+            count += 1
+        return count

@@ -1,0 +1,367 @@
+"""vLLM's schedulers with encoder work apart from prefill and decoding.
+
+Each step is prepared before vLLM's own ``schedule`` runs: requests are put into order, and what
+they may do is limited. What happens within these limits is vLLM's code.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from vllm_mm_ext.scheduler.encoder_plan import EncoderDemand, EncoderPlan, EncoderRoom, Item, plan
+from vllm_mm_ext.scheduler.media_work import MediaWork
+from vllm_mm_ext.scheduler.order import Candidate, is_promoted, rank
+from vllm_mm_ext.scheduler.queue import ArrangedQueue
+from vllm_mm_ext.scheduler.step_budget import Demand, StepBudget, StepLimits, fair_level
+from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
+from vllm_mm_ext.vllm_compat import settings_of
+
+logger = logging.getLogger("vllm.mm_ext")
+
+# Steps for which a waiting request is left alone after vLLM found no room for it against the plan.
+_BACK_OFF = 8
+# Steps whose end is still awaited; more were given up.
+_MOST_IN_FLIGHT = 64
+
+
+class _Turn(NamedTuple):
+    """A request without its first token, as one step sees it."""
+
+    request: Any
+    candidate: Candidate
+    computed: int
+    left: int
+    items: tuple[Item, ...]
+    ready: bool
+
+    @property
+    def prefill_need(self) -> int:
+        """Tokens it could compute in this step, if its next item were encoded."""
+        if not self.items:
+            return self.left
+        first = self.items[0]
+        return max(0, first.start - self.computed) + first.tokens
+
+
+class _Begun(NamedTuple):
+    """A step that was scheduled."""
+
+    at: float
+    work: StepWork
+
+
+class MMExtScheduler(Scheduler):  # type: ignore[misc]
+    """For ``--scheduler-cls``; asynchronous where vLLM schedules asynchronously."""
+
+    def __new__(cls, vllm_config: Any, *_args: Any, **_kwargs: Any) -> MMExtScheduler:
+        """Choose the variant that fits the configuration."""
+        if cls is MMExtScheduler and vllm_config.scheduler_config.async_scheduling:
+            cls = MMExtAsyncScheduler
+        return object.__new__(cls)
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        if vllm_config.model_config.is_diffusion:
+            raise ValueError("mm_ext: diffusion models need vLLM's own scheduler")
+        self._settings = settings_of(vllm_config.model_config).scheduler
+        self._clock: Callable[[], float] = time.monotonic
+        self._times = StepTimes()
+        self._budget = StepBudget(
+            self._settings, self.max_num_scheduled_tokens, self.max_num_encoder_input_tokens
+        )
+        self._media = MediaWork(self)
+        self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
+        # Where vLLM must compute prompts or blocks in one piece, a limit could stop them for good.
+        self._limits_prefill = not (
+            self.need_mamba_block_aligned_split
+            or self.scheduler_config.disable_chunked_mm_input
+            or not self.scheduler_config.enable_chunked_prefill
+        )
+        self._say_what_is_off()
+        self._since: dict[str, tuple[float, int]] = {}
+        self._came = 0
+        self._plan = EncoderPlan()
+        self._waits_for_encoder: set[str] = set()
+        self._back_off: dict[str, int] = {}
+        self._begun: OrderedDict[int, _Begun] = OrderedDict()
+        self._ended = -math.inf
+        waiting = ArrangedQueue()
+        self.waiting = waiting
+
+    def _say_what_is_off(self) -> None:
+        if self.is_encoder_decoder:
+            logger.warning("mm_ext: encoder work of encoder-decoder models is left to vLLM")
+        if not self._limits_prefill:
+            logger.warning(
+                "mm_ext: prefill is not limited while something decodes: chunked prefill is off, "
+                "mm items must not be chunked, or prompts are computed in whole Mamba blocks"
+            )
+
+    # --- a step -----------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        """Prepare a step, and let vLLM fill it."""
+        now = self._clock()
+        decoding = [request for request in self.running if not request.is_prefill_chunk]
+        turns = self._turns(now)
+        self._arrange(decoding, turns)
+        limits, chunk = self._limits(decoding, turns)
+        self._plan_encoder(turns, limits, now)
+        with self._limited(limits, chunk):
+            output = super().schedule(throttle_prefills)
+        self._note(output, {request.request_id for request in decoding}, now)
+        return output
+
+    def _turns(self, now: float) -> list[_Turn]:
+        """All requests without their first token, by rank."""
+        found = [self._turn(r, now) for r in self.running if r.is_prefill_chunk]
+        found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *self.waiting)]
+        aging_s = self._settings.aging_s
+        return sorted(found, key=lambda turn: rank(turn.candidate, now, aging_s))
+
+    def _turn(self, request: Any, now: float) -> _Turn:
+        key = request.request_id
+        if key not in self._since:
+            self._came += 1
+            self._since[key] = (now, self._came)
+        since, number = self._since[key]
+        computed, items = request.num_computed_tokens, ()
+        if self._plans_encoder and request.has_encoder_inputs:
+            computed = self._media.computed(request, now)
+            items = self._media.missing(request, computed)
+        left = max(0, request.num_tokens - computed)
+        by_priority = self.policy == SchedulingPolicy.PRIORITY
+        candidate = Candidate(
+            key,
+            since,
+            number,
+            priority=request.priority if by_priority else 0,
+            encoder_tokens=sum(item.tokens for item in items),
+            prefill_steps=-(-left // self.max_num_scheduled_tokens),
+            resumes=request.status == RequestStatus.PREEMPTED,
+        )
+        blocked = self._is_blocked_waiting_status(request.status)
+        ready = not blocked and not self._backs_off(key, self.current_step + 1)
+        return _Turn(request, candidate, computed, left, items, ready)
+
+    def _backs_off(self, key: str, step: int) -> bool:
+        return step <= self._back_off.get(key, 0)
+
+    def _arrange(self, decoding: list[Any], turns: list[_Turn]) -> None:
+        """Decodes first. The last one in ``running`` is the first that vLLM preempts."""
+        running = [turn.request for turn in turns if turn.request.status == RequestStatus.RUNNING]
+        self.running[:] = [*decoding, *running]
+        queued = set(self.waiting)
+        self.waiting.arrange(turn.request for turn in turns if turn.request in queued)
+
+    def _free_slots(self) -> int:
+        used = len(self.running) + self.num_waiting_for_streaming_input
+        return max(0, self.max_num_active_reqs - used)
+
+    def _limits(self, decoding: list[Any], turns: list[_Turn]) -> tuple[StepLimits, int]:
+        """Limits of the step, and the most prompt tokens of one request (0: no such limit)."""
+        running = [turn for turn in turns if turn.request.status == RequestStatus.RUNNING]
+        slots = self._free_slots()
+        text = [
+            turn
+            for turn in turns
+            if turn.ready and not turn.items and turn.request.status != RequestStatus.RUNNING
+        ][:slots]
+        media = [turn for turn in turns if turn.items and turn.ready]
+        demand = Demand(
+            decode_tokens=sum(_left(request) for request in decoding),
+            decoding=bool(decoding),
+            text_due=bool(text) or any(not turn.request.mm_features for turn in running),
+            prefill_tokens=sum(turn.prefill_need for turn in (*running, *text)),
+            encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
+            next_item=media[0].items[0].tokens if media else 0,
+        )
+        limits = self._budget.limits(demand, self._times)
+        if not self._limits_prefill:
+            most = self.max_num_scheduled_tokens
+            return StepLimits(most, most, limits.encoder_tokens), 0
+        return limits, _chunk(limits, running, text, turns)
+
+    def _plan_encoder(self, turns: list[_Turn], limits: StepLimits, now: float) -> None:
+        slots = self._free_slots()
+        reserved = min(self._settings.text_slots, self.max_num_active_reqs // 4)
+        room = EncoderRoom(
+            tokens=limits.encoder_tokens,
+            items=self._settings.max_encoder_batch,
+            cache_tokens=self._cache_room(),
+            slots=max(0, slots - reserved),
+            lookahead=self._settings.lookahead_items,
+        )
+        reach = limits.prefill_tokens + self.num_prefill_lookahead
+        media = [turn for turn in turns if turn.items]
+        self._plan = plan(
+            [
+                EncoderDemand(
+                    turn.candidate.key,
+                    turn.items,
+                    turn.computed + reach,
+                    running=turn.request.status == RequestStatus.RUNNING,
+                    promoted=is_promoted(turn.candidate, now, self._settings.aging_s),
+                )
+                for turn in media
+                if turn.ready
+            ],
+            room,
+        )
+        self._waits_for_encoder = {turn.candidate.key for turn in media}
+        self._waits_for_encoder -= self._plan.items.keys()
+
+    def _cache_room(self) -> int:
+        """Encoder outputs the cache can take, where its manager says so."""
+        room = getattr(self.encoder_cache_manager, "num_freeable_slots", None)
+        return self.max_num_encoder_input_tokens if room is None else int(room)
+
+    @contextmanager
+    def _limited(self, limits: StepLimits, chunk: int) -> Iterator[None]:
+        """Put the limits where vLLM's ``schedule`` reads them, for the time it runs."""
+        config = self.scheduler_config
+        tokens, threshold = self.max_num_scheduled_tokens, config.long_prefill_token_threshold
+        self.max_num_scheduled_tokens = limits.tokens
+        if chunk:
+            config.long_prefill_token_threshold = min(chunk, threshold or chunk)
+        try:
+            yield
+        finally:
+            self.max_num_scheduled_tokens = tokens
+            config.long_prefill_token_threshold = threshold
+
+    def _note(self, output: Any, decoding: set[str], now: float) -> None:
+        """Account for what was scheduled; its time is taken when its output comes."""
+        encoded = sum(
+            self.requests[key].get_num_encoder_embeds(index)
+            for key, indices in output.scheduled_encoder_inputs.items()
+            for index in indices
+        )
+        self._budget.spent(encoded)
+        scheduled = output.num_scheduled_tokens
+        work = StepWork(
+            decodes=len(decoding & scheduled.keys()),
+            prefill_tokens=sum(n for key, n in scheduled.items() if key not in decoding),
+            encoder_tokens=encoded,
+        )
+        self._begun[id(output)] = _Begun(now, work)
+        if len(self._begun) > _MOST_IN_FLIGHT:
+            self._begun.popitem(last=False)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Learn what the step took."""
+        begun = self._begun.pop(id(scheduler_output), None)
+        now = self._clock()
+        if begun is not None:
+            # Of overlapping steps, a later one starts when the one before it ends.
+            self._times.observe(begun.work, now - max(begun.at, self._ended))
+        self._ended = now
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    # --- what vLLM's schedule asks ----------------------------------------------------------------
+
+    def _handle_blocked_waiting_request(self, request: Any) -> bool:
+        """Pass a request over that waits for the encoder: it gets no slot and stops nobody."""
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        key = request.request_id
+        return key not in self._waits_for_encoder and not self._backs_off(key, self.current_step)
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Any,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """Encode what the plan gives the request, lookahead included."""
+        if not self._plans_encoder:
+            found = super()._try_schedule_encoder_inputs(
+                request,
+                num_computed_tokens,
+                num_new_tokens,
+                encoder_compute_budget,
+                shift_computed_tokens,
+            )
+            return found  # type: ignore[no-any-return]
+        given = self._plan.items.get(request.request_id, ())
+        own = sum(item.tokens for item in given)
+        own += self._media.from_elsewhere(request, num_computed_tokens)
+        items, tokens, left, external, duplicates = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, own, shift_computed_tokens
+        )
+        if tokens:
+            taken = {*items, *external, *duplicates}
+            left = self._look_ahead(request, given, items, taken, left)
+        elif request.status != RequestStatus.RUNNING:
+            # vLLM ends its walk over waiting requests here. Others get their turn in later steps.
+            self._back_off[request.request_id] = self.current_step + _BACK_OFF
+            self.encoder_cache_manager.free(request)
+        return items, tokens, encoder_compute_budget - (own - left), external, duplicates
+
+    def _look_ahead(
+        self, request: Any, given: tuple[Item, ...], items: list[int], taken: set[int], left: int
+    ) -> int:
+        """Add planned items that prefill does not reach yet; returns what is left to spend."""
+        manager = self.encoder_cache_manager
+        known = {request.mm_features[index].identifier for index in taken}
+        scheduled = sum(request.get_num_encoder_embeds(index) for index in taken)
+        for item in given:
+            if item.index in taken or item.digest in known:
+                continue
+            if manager.check_and_update_cache(request, item.index):
+                continue
+            if not manager.can_allocate(request, item.index, left, scheduled):
+                break
+            items.append(item.index)
+            known.add(item.digest)
+            scheduled += item.tokens
+            left -= item.tokens
+        return left
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Forget the request."""
+        key = request.request_id
+        self._since.pop(key, None)
+        self._back_off.pop(key, None)
+        self._media.forget(key)
+        return super()._free_request(request, *args, **kwargs)
+
+
+class MMExtAsyncScheduler(MMExtScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The same over vLLM's asynchronous scheduler."""
+
+
+def _left(request: Any) -> int:
+    """Tokens a decoding request takes in a step, drafts included."""
+    ahead = request.num_tokens_with_spec + request.num_output_placeholders
+    return max(0, int(ahead - request.num_computed_tokens))
+
+
+def _chunk(limits: StepLimits, running: list[_Turn], text: list[_Turn], turns: list[_Turn]) -> int:
+    """Most prompt tokens of one request, so that better-ranked text that waits finds room.
+
+    vLLM goes through running requests first, so without a bound one long prompt among them takes
+    all there is.
+    """
+    if not running or not text:
+        return 0
+    place = {turn.candidate.key: position for position, turn in enumerate(turns)}
+    last = max(place[turn.candidate.key] for turn in running)
+    before = [turn for turn in text if place[turn.candidate.key] < last]
+    wanted = sum(turn.prefill_need for turn in before)
+    room = limits.prefill_tokens - min(wanted, limits.prefill_tokens // 2)
+    level = fair_level([turn.prefill_need for turn in running], room)
+    return 0 if math.isinf(level) else max(1, int(level))

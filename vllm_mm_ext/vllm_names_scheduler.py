@@ -1,0 +1,59 @@
+"""The names inside vLLM that the scheduler overrides, calls and sets."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.vllm_compat import VllmName
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_ENCODER = (
+    "request",
+    "num_computed_tokens",
+    "num_new_tokens",
+    "encoder_compute_budget",
+    "shift_computed_tokens",
+)
+_MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
+
+SCHEDULER_NAMES = (
+    VllmName(_SCHEDULER, ("vllm_config", "kv_cache_config", "structured_output_manager")),
+    VllmName(f"{_SCHEDULER}.schedule", ("throttle_prefills",)),
+    VllmName(f"{_SCHEDULER}.update_from_output", ("scheduler_output", "model_runner_output")),
+    VllmName(f"{_SCHEDULER}._try_schedule_encoder_inputs", _ENCODER),
+    VllmName(f"{_SCHEDULER}._handle_blocked_waiting_request", ("request",)),
+    VllmName(f"{_SCHEDULER}._is_blocked_waiting_status", ("status",)),
+    VllmName(f"{_SCHEDULER}._free_request", ("request",)),
+    VllmName(f"{_SCHEDULER}.get_request_counts"),
+    VllmName("vllm.v1.core.sched.async_scheduler:AsyncScheduler"),
+    VllmName("vllm.v1.core.sched.request_queue:FCFSRequestQueue"),
+    VllmName("vllm.v1.core.sched.request_queue:SchedulingPolicy.PRIORITY"),
+    VllmName("vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks", ("request",)),
+    VllmName("vllm.v1.request:RequestStatus.PREEMPTED"),
+    VllmName(f"{_MANAGER}.get_cached_num_encoder_embeds", ("request", "input_id")),
+    VllmName(f"{_MANAGER}.check_and_update_cache", ("request", "input_id")),
+    VllmName(
+        f"{_MANAGER}.can_allocate",
+        ("request", "input_id", "encoder_compute_budget", "num_embeds_to_schedule"),
+    ),
+    VllmName(f"{_MANAGER}.free", ("request",)),
+)
+
+# What ``Scheduler.__init__`` sets and the plugin's scheduler reads or sets.
+SCHEDULER_ATTRIBUTES = (
+    "current_step",
+    "ec_connector",
+    "encoder_cache_manager",
+    "is_encoder_decoder",
+    "kv_cache_manager",
+    "kv_holding_waiting",
+    "max_num_active_reqs",
+    "max_num_encoder_input_tokens",
+    "max_num_scheduled_tokens",
+    "need_mamba_block_aligned_split",
+    "num_prefill_lookahead",
+    "num_waiting_for_streaming_input",
+    "policy",
+    "requests",
+    "running",
+    "scheduler_config",
+    "waiting",
+)
