@@ -16,6 +16,22 @@ from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
 from vllm_mm_ext.testing.server import Server, serve, serve_both
 
 
+# Files with the most engines; two files run at a time, so the longest begin.
+LONGEST = ("test_segments_engine.py", "test_golden_stock.py", "test_per_frame_engine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, then the others with engines, then the rest."""
+
+    def rank(item: pytest.Item) -> int:
+        if item.path.name in LONGEST:
+            return LONGEST.index(item.path.name)
+        return len(LONGEST) + (item.path not in with_engines)
+
+    with_engines = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=rank)
+
+
 @dataclass(frozen=True)
 class ServerPair:
     """Stock vLLM and the plugin on the same checkpoint, side by side."""
