@@ -13,6 +13,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_mm_ext import schema
+from vllm_mm_ext.encoder_cache.settings import EncoderCacheSettings
+from vllm_mm_ext.kv.settings import KVSettings
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.quality.settings import QualitySettings
 from vllm_mm_ext.scheduler.settings import SchedulerSettings
@@ -187,7 +189,9 @@ class MMExtConfig(_Section):
     segments: SegmentsConfig = Field(default_factory=SegmentsConfig)
     compression: CompressionConfig = Field(default_factory=CompressionConfig)
     quality: QualitySettings = Field(default_factory=QualitySettings)
+    encoder_cache: EncoderCacheSettings = Field(default_factory=EncoderCacheSettings)
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
+    kv: KVSettings = Field(default_factory=KVSettings)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> MMExtConfig:

@@ -9,6 +9,7 @@ from vllm_mm_ext.models import OVERRIDES
 from vllm_mm_ext.serving.features import SERVING_FEATURES
 from vllm_mm_ext.vllm_compat import Feature, FeatureStatus, VllmName
 from vllm_mm_ext.vllm_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
+from vllm_mm_ext.vllm_names_kv import CONTROL_NAMES, POOL_NAMES
 
 if TYPE_CHECKING:
     from vllm_mm_ext.serving.endpoints import MMExtEndpointPlugin
@@ -40,6 +41,18 @@ def _install_hashing() -> None:
     from vllm_mm_ext.media.payload import known_digest
 
     vllm_compat.hash_by_digest(known_digest)
+
+
+def _install_kv() -> None:
+    from vllm_mm_ext.kv import adapter
+
+    adapter.install()
+
+
+def _install_kv_control() -> None:
+    from vllm_mm_ext.kv import adapter
+
+    adapter.install_control()
 
 
 def attach(vllm_config: Any, mm_processor: Any) -> None:
@@ -131,6 +144,18 @@ FEATURES: tuple[Feature, ...] = (
         "vLLM hashes every sample of a waveform on every turn",
         (VllmName("vllm.multimodal.hasher:MultiModalHasher.serialize_item", ("obj",)),),
         _install_hashing,
+    ),
+    Feature(
+        "KV blocks",
+        "cached media give way to text in the order of their last use",
+        POOL_NAMES,
+        _install_kv,
+    ),
+    Feature(
+        "KV control",
+        "conversations cannot be pinned or released over HTTP",
+        CONTROL_NAMES,
+        _install_kv_control,
     ),
     *(_family_feature(family) for family in OVERRIDES),
     *SERVING_FEATURES,

@@ -1,0 +1,258 @@
+"""vLLM's block pool, with blocks that know what they hold and media that stay cached longer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from vllm_mm_ext.kv.free_queue import KeepingQueue
+from vllm_mm_ext.kv.placement import end_of
+from vllm_mm_ext.kv.registry import CachedItem, CachedMedia, Registry, merge
+from vllm_mm_ext.kv.retention import Retention
+from vllm_mm_ext.kv.sessions import Sessions
+from vllm_mm_ext.kv.tagging import Kind, Prefix, Tagger
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much may be kept.
+
+    Attributes:
+        quota: Kept blocks that no request uses, at most.
+        floor: Blocks that are to be free and not kept; below it items are given up.
+        min_items: Idle items that quota and floor leave kept.
+        hidden_size: Of the language model, for what recomputing takes.
+        block_bytes: Size of a KV block.
+    """
+
+    quota: int
+    floor: int
+    min_items: int
+    hidden_size: int
+    block_bytes: int
+
+
+class MMExtBlockPool(BlockPool):  # type: ignore[misc]
+    """A block pool that keeps media and the text before them.
+
+    Every operation costs O(1) per block, and O(log n) for each of n items that is affected.
+
+    Args:
+        args, kwargs: As vLLM's.
+        limits: How much may be kept.
+        sessions: Conversations whose media go last.
+    """
+
+    def __init__(self, *args: Any, limits: Limits, sessions: Sessions, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limits = limits
+        self.sessions = sessions
+        self.registry = Registry()
+        self.retention = Retention(sessions)
+        self.kinds = bytearray(self.num_gpu_blocks)
+        self.free_block_queue = KeepingQueue(self.blocks, self.retention, self._make_room)
+        # The new list holds all blocks again; the first is the null block, as before.
+        assert self.free_block_queue.popleft() is self.null_block
+        self._tagger = Tagger(
+            self.free_block_queue,
+            self.registry,
+            self.retention,
+            sessions,
+            self.hash_block_size,
+            limits.hidden_size,
+            self.kinds,
+        )
+
+    def true_pressure(self) -> float:
+        """Share of the pool that requests use or that is kept, 0 to 1; other text does not count.
+
+        vLLM's own usage counts kept blocks as free, which they are.
+        """
+        total = self.num_gpu_blocks - 1
+        return 1.0 - self.free_block_queue.listed / total if total else 0.0
+
+    # --- what blocks hold -------------------------------------------------------------------------
+
+    def cache_full_blocks(
+        self,
+        request: Request,
+        blocks: list[KVCacheBlock],
+        num_cached_blocks: int,
+        num_full_blocks: int,
+        block_size: int,
+        kv_cache_group_id: int,
+        block_mask: list[bool] | None = None,
+    ) -> None:
+        """As vLLM's; and blocks of media become part of their item."""
+        super().cache_full_blocks(
+            request,
+            blocks,
+            num_cached_blocks,
+            num_full_blocks,
+            block_size,
+            kv_cache_group_id,
+            block_mask,
+        )
+        features = request.mm_features
+        if features and num_cached_blocks * block_size < end_of(features[-1]):
+            prefix = Prefix(request, blocks, block_size, kv_cache_group_id, hit=False)
+            self._tagger.tag(prefix, range(num_cached_blocks, num_full_blocks))
+            return
+        kinds = self.kinds
+        for block in blocks[num_cached_blocks:num_full_blocks]:
+            kinds[block.block_id] = Kind.TEXT
+
+    def found(
+        self, request: Request, blocks: Sequence[KVCacheBlock], block_size: int, group: int
+    ) -> None:
+        """Note that a request was admitted with a cached prefix.
+
+        Items of it that had been given up, but are still there, are kept again.
+
+        Args:
+            request: The request; it uses the blocks by now.
+            blocks: Its cached blocks, from the first on.
+            block_size: Tokens per block.
+            group: KV cache group.
+        """
+        if request.mm_features:
+            prefix = Prefix(request, blocks, block_size, group, hit=True)
+            self._tagger.tag(prefix, range(len(blocks)))
+
+    # --- who goes first ---------------------------------------------------------------------------
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """As vLLM's; kept items are given up where nothing else is free."""
+        taken: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
+        queue = self.free_block_queue
+        if queue.kept and queue.listed < self.limits.floor:
+            self._balance()
+        return taken
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """As vLLM's; blocks of items are kept."""
+        super().free_blocks(ordered_blocks)
+        if self.free_block_queue.kept:
+            self._balance()
+
+    def release(self, items: Iterable[int]) -> None:
+        """Stop keeping items, and all that follow them; they stay cached like any text.
+
+        Args:
+            items: Their numbers; those that are not kept are ignored.
+        """
+        for number in items:
+            item = self.registry.numbered(number)
+            if item is not None:
+                for each in self.registry.descendants(item):
+                    self._release(each)
+
+    def reprotect(self, items: Iterable[int]) -> None:
+        """Note that sessions protect items in another way than before."""
+        for number in items:
+            item = self.registry.numbered(number)
+            if item is not None:
+                self.retention.reconsider(item)
+
+    def _balance(self) -> None:
+        queue, limits = self.free_block_queue, self.limits
+        self.reprotect(self.sessions.expire())
+        while queue.kept > limits.quota or queue.listed < limits.floor:
+            item = self.retention.victim() if self.retention.idle > limits.min_items else None
+            if item is None:
+                return
+            self._release(item)
+
+    def _make_room(self, num_blocks: int) -> None:
+        queue = self.free_block_queue
+        self.reprotect(self.sessions.expire())
+        while queue.listed < num_blocks and (item := self.retention.victim()) is not None:
+            self._release(item)
+        # Attention windows free the first blocks of items that are in use.
+        for item in sorted(self.registry, key=lambda item: -item.number):
+            if queue.listed >= num_blocks:
+                return
+            self._release(item)
+
+    def _release(self, item: CachedItem) -> None:
+        """Give the blocks of an item without children to the list, the last one first."""
+        queue = self.free_block_queue
+        self.retention.give_up(item)
+        self.sessions.forget_item(item.number)
+        self.registry.remove(item)
+        if item.parent is not None:
+            self.retention.reconsider(item.parent)
+        for block_id in item.blocks.values():
+            queue.owners[block_id] = None
+        freed = []
+        for block_id in (*reversed(item.blocks.values()), *reversed(item.before.values())):
+            queue.claims[block_id] -= 1
+            block = self.blocks[block_id]
+            if not queue.claims[block_id] and block.ref_cnt == 0:
+                freed.append(block)
+        queue.give_back(freed)
+
+    # --- what else may happen to blocks -----------------------------------------------------------
+
+    def _remove_cached_block_hashes(self, block: KVCacheBlock) -> Any:
+        # A block that is found no more: nothing after it is found either.
+        if self.free_block_queue.claims[block.block_id]:
+            self.release([item.number for item in self.registry.holding(block.block_id)])
+        return super()._remove_cached_block_hashes(block)
+
+    def reset_prefix_cache(self) -> bool:
+        """As vLLM's: False while requests run, else nothing is cached afterwards."""
+        if not super().reset_prefix_cache():
+            return False
+        queue = self.free_block_queue
+        kept = [block for block in self.blocks if queue.claims[block.block_id]]
+        queue.claims[:] = [0] * len(queue.claims)
+        queue.owners[:] = [None] * len(queue.owners)
+        queue.give_back(kept)
+        self.registry.clear()
+        self.retention.clear()
+        self.sessions.clear_items()
+        return True
+
+    def media(self) -> list[CachedMedia]:
+        """What is cached, latest use first."""
+        sessions = {item.number: self.sessions.ids(item.number) for item in self.registry}
+        return merge(self.registry, self.limits.block_bytes, sessions)
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` if blocks, items and the free list disagree. O(pool)."""
+        queue = self.free_block_queue
+        listed = queue.get_all_free_blocks()
+        ids = {block.block_id for block in listed}
+        assert len(ids) == len(listed) == queue.listed
+        claims = [0] * self.num_gpu_blocks
+        owners: list[CachedItem | None] = [None] * self.num_gpu_blocks
+        for item in self.registry:
+            for block_id in (*item.blocks.values(), *item.before.values()):
+                claims[block_id] += 1
+            for block_id in item.blocks.values():
+                assert owners[block_id] is None
+                owners[block_id] = item
+            assert item.free == sum(self.blocks[i].ref_cnt == 0 for i in item.blocks.values())
+        assert claims == queue.claims
+        assert all(a is b for a, b in zip(owners, queue.owners, strict=True))
+        kept = 0
+        for block in self.blocks:
+            held = claims[block.block_id] > 0
+            if held:
+                assert not block.is_null
+                key = block.block_hash
+                assert key is not None
+                assert self.cached_block_hash_to_block.contain(key, block.block_id)
+            free = block.ref_cnt == 0 and not block.is_null
+            kept += free and held
+            assert (block.block_id in ids) == (free and not held), block
+        assert kept == queue.kept
+        self.registry.check_integrity()
+        self.retention.check_integrity(self.registry)
+        self.sessions.check_integrity()

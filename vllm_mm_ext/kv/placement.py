@@ -1,0 +1,133 @@
+"""Which mm item of a prompt a KV block belongs to. Pure.
+
+An item takes the blocks that end inside its placeholder, and those between the item before and
+itself, which must be cached for it to be found. A block in which a placeholder ends and other text
+begins is the next item's, or nobody's: a request that goes on differently has another such block.
+Items share a name (block hash) exactly where they and all that comes before them are the same.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class _Range(Protocol):
+    offset: int
+    length: int
+
+
+class Feature(Protocol):
+    """An mm item of a request, as vLLM's ``MultiModalFeatureSpec``, in prompt order."""
+
+    modality: str
+    identifier: str
+    mm_position: _Range
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive blocks of one item.
+
+    Attributes:
+        item: Index of the item; None after the last one.
+        text: Block indices before the first that holds tokens of the item.
+        own: Block indices from that one on.
+    """
+
+    item: int | None
+    text: range
+    own: range
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where mm items stand in a prompt.
+
+    Args:
+        features: The items in prompt order.
+        hash_block_size: Tokens per block hash; KV blocks are a multiple of it.
+    """
+
+    features: Sequence[Feature]
+    hash_block_size: int
+
+    def owner(self, block_end: int) -> int | None:
+        """Index of the item that a block belongs to.
+
+        Args:
+            block_end: Position after the block's last token.
+
+        Returns:
+            None where the block goes beyond the last item.
+        """
+        index = bisect_left(self.features, block_end, key=end_of)
+        while index < len(self.features):
+            if self.hash_index(index) is not None:
+                return index
+            index += 1
+        return None
+
+    def runs(self, blocks: range, block_size: int) -> Iterator[Run]:
+        """Blocks by the item they belong to.
+
+        Args:
+            blocks: Their indices in the prompt.
+            block_size: Tokens per block.
+        """
+        first = blocks.start
+        while first < blocks.stop:
+            item = self.owner((first + 1) * block_size)
+            if item is None:
+                yield Run(None, range(first, blocks.stop), range(0))
+                return
+            feature = self.features[item]
+            stop = min(blocks.stop, end_of(feature) // block_size)
+            own = min(max(first, feature.mm_position.offset // block_size), stop)
+            yield Run(item, range(first, own), range(own, stop))
+            first = stop
+
+    def before(self, index: int, block_size: int) -> range:
+        """Indices of the blocks between an item and its parent."""
+        parent = self.parent(index)
+        start = end_of(self.features[parent]) if parent is not None else 0
+        return range(start // block_size, self.features[index].mm_position.offset // block_size)
+
+    def medium_at(self, start: int) -> str | None:
+        """Modality of the item that a position is in or, beyond it, None.
+
+        Args:
+            start: A position in the prompt.
+        """
+        index = bisect_right(self.features, start, key=end_of)
+        if index == len(self.features):
+            return None
+        feature = self.features[index]
+        return feature.modality if feature.mm_position.offset <= start else None
+
+    def hash_index(self, index: int) -> int | None:
+        """Which block hash names an item: the first one over its tokens; None if it has none."""
+        position = self.features[index].mm_position
+        found = position.offset // self.hash_block_size
+        ends = (found + 1) * self.hash_block_size
+        return found if ends <= position.offset + position.length else None
+
+    def parent(self, index: int) -> int | None:
+        """Index of the item before that owns blocks, None for the first."""
+        own = self.hash_index(index)
+        end = end_of(self.features[index])
+        while (index := bisect_left(self.features, end, key=end_of) - 1) >= 0:
+            end = end_of(self.features[index])
+            # Of items that end together (a video and its sound) the first owns the blocks.
+            index = bisect_left(self.features, end, key=end_of)
+            found = self.hash_index(index)
+            if found is not None and found != own:
+                return index
+        return None
+
+
+def end_of(feature: Feature) -> int:
+    """Position after an item's placeholder."""
+    return feature.mm_position.offset + feature.mm_position.length

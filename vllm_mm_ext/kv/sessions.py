@@ -1,0 +1,172 @@
+"""Which conversations are alive or pinned, and so whose media go last. Pure."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+# Sessions remembered at most. Ids come from clients, who may send a new one with every request.
+MAX_SESSIONS = 1 << 16
+
+
+class Protection(IntEnum):
+    """When an item is given up: those of a lower value first."""
+
+    NONE = 0
+    SESSION = 1
+    PINNED = 2
+
+
+@dataclass(slots=True)
+class Session:
+    """One conversation.
+
+    Attributes:
+        last_use_s: When it last had a request, on the clock of ``Sessions``.
+        pinned: It is kept until it is unpinned or released.
+        items: Keys of its cached items.
+    """
+
+    last_use_s: float
+    pinned: bool = False
+    items: set[int] = field(default_factory=set)
+
+
+class Sessions:
+    """Sessions by id, in the order of their last use.
+
+    Every operation is O(1) per session and item concerned.
+
+    Args:
+        ttl_s: Seconds after its last use for which a session protects its items; 0: never.
+        clock: Seconds, never going back.
+    """
+
+    def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._live: OrderedDict[str, Session] = OrderedDict()
+        self._pinned: dict[str, Session] = {}
+        self._of_item: dict[int, set[str]] = {}
+
+    def __contains__(self, session_id: object) -> bool:
+        return session_id in self._live or session_id in self._pinned
+
+    def __len__(self) -> int:
+        return len(self._live) + len(self._pinned)
+
+    def now(self) -> float:
+        """The clock, in seconds."""
+        return self._clock()
+
+    def use(self, session_id: str, item: int) -> None:
+        """Note that a request of a session uses an item."""
+        session = self._pinned.get(session_id)
+        if session is None:
+            if self._ttl_s <= 0:
+                return
+            session = self._live.setdefault(session_id, Session(0.0))
+            self._live.move_to_end(session_id)
+        session.last_use_s = self._clock()
+        session.items.add(item)
+        self._of_item.setdefault(item, set()).add(session_id)
+
+    def pin(self, session_id: str) -> set[int]:
+        """Keep a session's items, present and future, until it is unpinned; returns those now."""
+        session = self._pinned.get(session_id)
+        if session is None:
+            session = self._live.pop(session_id, None) or Session(self._clock())
+            session.pinned = True
+            self._pinned[session_id] = session
+        return set(session.items)
+
+    def unpin(self, session_id: str) -> set[int]:
+        """End a pin; the TTL counts from now. Returns the session's items."""
+        session = self._pinned.pop(session_id, None)
+        if session is None:
+            return set()
+        if self._ttl_s <= 0:
+            return self._dropped(session_id, session)
+        session.pinned = False
+        session.last_use_s = self._clock()
+        self._live[session_id] = session
+        return set(session.items)
+
+    def release(self, session_id: str) -> set[int]:
+        """Forget a session, pinned or not; returns the items that were its."""
+        session = self._pinned.pop(session_id, None) or self._live.pop(session_id, None)
+        return self._dropped(session_id, session) if session is not None else set()
+
+    def expire(self) -> set[int]:
+        """Forget sessions past their TTL, and the oldest where there are too many.
+
+        Returns:
+            Items that may have lost protection.
+        """
+        items: set[int] = set()
+        now = self._clock()
+        while self._live:
+            session_id, session = next(iter(self._live.items()))
+            if session.last_use_s + self._ttl_s > now and len(self._live) <= MAX_SESSIONS:
+                break
+            del self._live[session_id]
+            items |= self._dropped(session_id, session)
+        return items
+
+    def forget_item(self, item: int) -> None:
+        """Note that an item is no longer cached; its sessions go on."""
+        for session_id in self._of_item.pop(item, ()):
+            self._session(session_id).items.discard(item)
+
+    def clear_items(self) -> None:
+        """Note that nothing is cached any more; sessions and pins go on."""
+        self._of_item.clear()
+        for session in (*self._live.values(), *self._pinned.values()):
+            session.items.clear()
+
+    def protection(self, item: int) -> Protection:
+        """How an item is protected by the sessions that use it."""
+        ids = self._of_item.get(item)
+        if not ids:
+            return Protection.NONE
+        if any(session_id in self._pinned for session_id in ids):
+            return Protection.PINNED
+        return Protection.SESSION
+
+    def protected(self, item: int) -> bool:
+        """Whether any session protects an item."""
+        return item in self._of_item
+
+    def ids(self, item: int) -> tuple[str, ...]:
+        """Sessions that use an item."""
+        return tuple(sorted(self._of_item.get(item, ())))
+
+    def items(self, session_id: str) -> set[int]:
+        """Items of a session; none if it is unknown."""
+        return set(self._session(session_id).items) if session_id in self else set()
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` if sessions and items disagree."""
+        assert not set(self._live) & set(self._pinned)
+        uses = [session.last_use_s for session in self._live.values()]
+        assert uses == sorted(uses)
+        found: dict[int, set[str]] = {}
+        for session_id, session in (*self._live.items(), *self._pinned.items()):
+            assert session.pinned == (session_id in self._pinned)
+            for item in session.items:
+                found.setdefault(item, set()).add(session_id)
+        assert found == self._of_item
+
+    def _session(self, session_id: str) -> Session:
+        return self._pinned.get(session_id) or self._live[session_id]
+
+    def _dropped(self, session_id: str, session: Session) -> set[int]:
+        for item in session.items:
+            ids = self._of_item[item]
+            ids.discard(session_id)
+            if not ids:
+                del self._of_item[item]
+        return session.items

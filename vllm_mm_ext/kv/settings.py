@@ -1,0 +1,47 @@
+"""Settings of the KV blocks, the section ``mm_ext.kv`` of the configuration."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class KVSettings(BaseModel):
+    """What stays in the KV cache when nobody uses it at the moment.
+
+    Media and the text before them are kept longer than other text, up to a quota. Kept blocks stay
+    available: a request that needs them takes them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = Field(True, description="False: stock vLLM's block pool.")
+    max_visual_cache_gb: float | None = Field(
+        None,
+        gt=0,
+        le=1 << 16,
+        description="GiB of one engine's KV cache (of each of its GPUs) that media without a "
+        "running request may keep; null: `max_visual_cache_share`.",
+    )
+    max_visual_cache_share: float = Field(
+        0.6, ge=0, le=1, description="The same as a share of the KV cache."
+    )
+    pressure_limit: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Share of the KV cache, in use or kept, above which media are given up even "
+        "within the quota.",
+    )
+    min_items: int = Field(
+        4,
+        ge=0,
+        le=1 << 20,
+        description="Mm items (a segment of a video is one) that quota and pressure leave kept.",
+    )
+    session_ttl_s: float = Field(
+        600.0,
+        ge=0,
+        le=7 * 86400,
+        description="Seconds after its last request for which media of a `session_id` are given "
+        "up after all others. 0: sessions do not matter.",
+    )
