@@ -15,7 +15,6 @@ from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
 from vllm_mm_ext.testing.server import Server, serve, serve_both
 
-
 # Files with the most engines; two files run at a time, so the longest begin.
 LONGEST = ("test_segments_engine.py", "test_golden_stock.py", "test_per_frame_engine.py")
 
