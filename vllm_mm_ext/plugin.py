@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext import vllm_compat
+from vllm_mm_ext.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.models import OVERRIDES
 from vllm_mm_ext.serving.features import SERVING_FEATURES
 from vllm_mm_ext.vllm_compat import Feature, FeatureStatus, VllmName
@@ -158,6 +159,7 @@ FEATURES: tuple[Feature, ...] = (
         _install_kv_control,
     ),
     *(_family_feature(family) for family in OVERRIDES),
+    *ENCODER_CACHE_FEATURES,
     *SERVING_FEATURES,
 )
 

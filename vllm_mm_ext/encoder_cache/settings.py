@@ -1,0 +1,31 @@
+"""Settings of the encoder cache, the section ``mm_ext.encoder_cache`` of the configuration."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EncoderCacheSettings(BaseModel):
+    """Encoder outputs kept between requests, per engine.
+
+    The device tier takes effect with `--ec-manager-config`, the host tier with both it and
+    `--ec-transfer-config` (docs/architecture.md has the values). What is evicted is what is
+    expected to save the least encoder work per byte.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device_mb: int = Field(
+        0,
+        ge=0,
+        le=1 << 20,
+        description="Encoder outputs on the device, MiB; 0: as many tokens as vLLM's own cache, "
+        "which its memory profiling covers. More must be left free by `--gpu-memory-utilization`. "
+        "One output larger than this is kept while it is needed, beside the others.",
+    )
+    host_mb: int = Field(
+        4096,
+        ge=1,
+        le=1 << 22,
+        description="Encoder outputs in host memory, MiB; pinned where there is a GPU.",
+    )
