@@ -56,6 +56,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         cache: Bookkeeping of the budget.
         sizes: Bytes of an embedding.
         host: The host tier, if there is one.
+        largest_item: Embeddings of the largest item that vLLM admits.
         preempts_scheduled: Whether a request may be preempted in the pass that scheduled it.
     """
 
@@ -65,10 +66,12 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         sizes: OutputBytes,
         host: HostSide | None = None,
         *,
+        largest_item: int,
         preempts_scheduled: bool = False,
     ) -> None:
-        # Not of vLLM's own bookkeeping: nothing of it is used.
+        # Nothing of vLLM's own bookkeeping is used.
         self.cache_size = cache.capacity // sizes.largest
+        self._largest_item = largest_item
         self._cache = cache
         self._sizes = sizes
         self._host = host
@@ -104,8 +107,17 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             ByteCache(max(capacity, 1)),
             sizes,
             getattr(vllm_config.ec_transfer_config, _HOST_TIER, None),
+            largest_item=cache_size,
             preempts_scheduled=vllm_config.scheduler_config.policy == "priority",
         )
+
+    @property
+    def num_freeable_slots(self) -> int:
+        """Embeddings that can be allocated now, by evicting or as an item that passes through."""
+        room = (self._cache.capacity - self._cache.busy) // self._sizes.largest
+        if self._cache.passing is None and self._largest_item > self.cache_size:
+            room = max(room, self._largest_item)
+        return max(room, 0)
 
     def reset(self) -> None:
         """Forget everything, in the host tier, too: the model's weights have changed."""
