@@ -119,6 +119,7 @@ class Engine:
     window: int | None = None
     manager: KVCacheManager = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
     hit_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -148,6 +149,7 @@ class Engine:
             return None
         new.num_computed_tokens = hit + tokens
         self.running[new.request_id] = new
+        self.cached[new.request_id] = int(hit)
         self.hit_tokens += hit
         return int(hit)
 
