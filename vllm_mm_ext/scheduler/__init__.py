@@ -1,4 +1,4 @@
-"""Decodes first, encoder work apart, nobody waits for ever: the scheduler of ``--scheduler-cls``."""
+"""Decodes first, encoder work apart, nobody passed for long: what ``--scheduler-cls`` names."""
 
 from __future__ import annotations
 

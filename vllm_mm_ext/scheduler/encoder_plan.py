@@ -55,7 +55,8 @@ class EncoderRoom:
         tokens: Encoder outputs it may compute.
         items: Items it may encode.
         cache_tokens: Space in the encoder cache, counting what can be evicted.
-        slots: Waiting requests with encoder work that may be given a slot.
+        slots: Free slots.
+        reserved: Of these, slots that only promoted requests and those without encoder work get.
         lookahead: Items per request that may be encoded ahead of its prefill.
     """
 
@@ -63,6 +64,7 @@ class EncoderRoom:
     items: int
     cache_tokens: int
     slots: int
+    reserved: int
     lookahead: int
 
 
@@ -136,8 +138,8 @@ class _Giver:
         """Give what the request's prefill gets to; False if something did not fit."""
         if not demand.items:
             return True
-        if not demand.running and not self._slots:
-            # Others that wait are no better off, but running ones need no slot.
+        if not demand.running and self._slots <= (0 if demand.promoted else self._room.reserved):
+            # Running requests behind it need no slot.
             return True
         wanted = [item for item in demand.items if item.start < demand.reach]
         if not demand.running:

@@ -46,9 +46,9 @@ def rank(candidate: Candidate, now: float, aging_s: float) -> Rank:
     """Sort key of a candidate at ``now``; lower goes first.
 
     Promoted requests come first, in the order of their coming. The others follow by priority,
-    encoder work, steps of prefill and order of coming. Hence the guarantee: once a request has waited
-    ``promotion_s``, every request ranked before it came before it, or was preempted. That set only
-    shrinks but for preemption, so it is served as soon as those before it are.
+    encoder work, steps of prefill and order of coming. Hence the guarantee: once a request has
+    waited ``promotion_s``, every request ranked before it came before it, or was preempted. No
+    request can join that set but by preemption, so it is served as soon as those before it are.
     """
     if is_promoted(candidate, now, aging_s):
         return (0, 0.0, 0.0, 0.0, candidate.number)

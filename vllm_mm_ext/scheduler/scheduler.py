@@ -44,6 +44,7 @@ class _Turn(NamedTuple):
     left: int
     items: tuple[Item, ...]
     ready: bool
+    promoted: bool
 
     @property
     def prefill_need(self) -> int:
@@ -77,8 +78,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._settings = settings_of(vllm_config.model_config).scheduler
         self._clock: Callable[[], float] = time.monotonic
         self._times = StepTimes()
+        self._max_tokens: int = self.max_num_scheduled_tokens
         self._budget = StepBudget(
-            self._settings, self.max_num_scheduled_tokens, self.max_num_encoder_input_tokens
+            self._settings, self._max_tokens, self.max_num_encoder_input_tokens
         )
         self._media = MediaWork(self)
         self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
@@ -93,6 +95,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._came = 0
         self._plan = EncoderPlan()
         self._waits_for_encoder: set[str] = set()
+        self._promoted: set[str] = set()
+        self._kept_slots = 0
         self._back_off: dict[str, int] = {}
         self._begun: OrderedDict[int, _Begun] = OrderedDict()
         self._ended = -math.inf
@@ -117,7 +121,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         turns = self._turns(now)
         self._arrange(decoding, turns)
         limits, chunk = self._limits(decoding, turns)
-        self._plan_encoder(turns, limits, now)
+        self._plan_encoder(turns, limits)
         with self._limited(limits, chunk):
             output = super().schedule(throttle_prefills)
         self._note(output, {request.request_id for request in decoding}, now)
@@ -136,7 +140,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             self._came += 1
             self._since[key] = (now, self._came)
         since, number = self._since[key]
-        computed, items = request.num_computed_tokens, ()
+        computed: int = request.num_computed_tokens
+        items: tuple[Item, ...] = ()
         if self._plans_encoder and request.has_encoder_inputs:
             computed = self._media.computed(request, now)
             items = self._media.missing(request, computed)
@@ -148,12 +153,13 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             number,
             priority=request.priority if by_priority else 0,
             encoder_tokens=sum(item.tokens for item in items),
-            prefill_steps=-(-left // self.max_num_scheduled_tokens),
+            prefill_steps=-(-left // self._max_tokens),
             resumes=request.status == RequestStatus.PREEMPTED,
         )
         blocked = self._is_blocked_waiting_status(request.status)
         ready = not blocked and not self._backs_off(key, self.current_step + 1)
-        return _Turn(request, candidate, computed, left, items, ready)
+        promoted = is_promoted(candidate, now, self._settings.aging_s)
+        return _Turn(request, candidate, computed, left, items, ready, promoted)
 
     def _backs_off(self, key: str, step: int) -> bool:
         return step <= self._back_off.get(key, 0)
@@ -167,7 +173,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
 
     def _free_slots(self) -> int:
         used = len(self.running) + self.num_waiting_for_streaming_input
-        return max(0, self.max_num_active_reqs - used)
+        return max(0, int(self.max_num_active_reqs - used))
 
     def _limits(self, decoding: list[Any], turns: list[_Turn]) -> tuple[StepLimits, int]:
         """Limits of the step, and the most prompt tokens of one request (0: no such limit)."""
@@ -189,18 +195,17 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         )
         limits = self._budget.limits(demand, self._times)
         if not self._limits_prefill:
-            most = self.max_num_scheduled_tokens
+            most = self._max_tokens
             return StepLimits(most, most, limits.encoder_tokens), 0
         return limits, _chunk(limits, running, text, turns)
 
-    def _plan_encoder(self, turns: list[_Turn], limits: StepLimits, now: float) -> None:
-        slots = self._free_slots()
-        reserved = min(self._settings.text_slots, self.max_num_active_reqs // 4)
+    def _plan_encoder(self, turns: list[_Turn], limits: StepLimits) -> None:
         room = EncoderRoom(
             tokens=limits.encoder_tokens,
             items=self._settings.max_encoder_batch,
             cache_tokens=self._cache_room(),
-            slots=max(0, slots - reserved),
+            slots=self._free_slots(),
+            reserved=min(self._settings.text_slots, self.max_num_active_reqs // 4),
             lookahead=self._settings.lookahead_items,
         )
         reach = limits.prefill_tokens + self.num_prefill_lookahead
@@ -212,15 +217,17 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                     turn.items,
                     turn.computed + reach,
                     running=turn.request.status == RequestStatus.RUNNING,
-                    promoted=is_promoted(turn.candidate, now, self._settings.aging_s),
+                    promoted=turn.promoted,
                 )
                 for turn in media
                 if turn.ready
             ],
             room,
         )
-        self._waits_for_encoder = {turn.candidate.key for turn in media}
-        self._waits_for_encoder -= self._plan.items.keys()
+        waits = {turn.candidate.key for turn in media} - self._plan.items.keys()
+        self._waits_for_encoder = waits
+        self._promoted = {turn.candidate.key for turn in turns if turn.promoted}
+        self._kept_slots = 0
 
     def _cache_room(self) -> int:
         """Encoder outputs the cache can take, where its manager says so."""
@@ -231,7 +238,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _limited(self, limits: StepLimits, chunk: int) -> Iterator[None]:
         """Put the limits where vLLM's ``schedule`` reads them, for the time it runs."""
         config = self.scheduler_config
-        tokens, threshold = self.max_num_scheduled_tokens, config.long_prefill_token_threshold
+        tokens: int = self._max_tokens
+        threshold = config.long_prefill_token_threshold
         self.max_num_scheduled_tokens = limits.tokens
         if chunk:
             config.long_prefill_token_threshold = min(chunk, threshold or chunk)
@@ -272,11 +280,18 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     # --- what vLLM's schedule asks ----------------------------------------------------------------
 
     def _handle_blocked_waiting_request(self, request: Any) -> bool:
-        """Pass a request over that waits for the encoder: it gets no slot and stops nobody."""
+        """Pass a request over that waits for the encoder: it gets no slot and stops nobody.
+
+        But a slot is kept for each promoted one among them.
+        """
         if not super()._handle_blocked_waiting_request(request):
             return False
         key = request.request_id
-        return key not in self._waits_for_encoder and not self._backs_off(key, self.current_step)
+        promoted = key in self._promoted
+        if key in self._waits_for_encoder or self._backs_off(key, self.current_step):
+            self._kept_slots += promoted
+            return False
+        return promoted or self._free_slots() > self._kept_slots
 
     def _try_schedule_encoder_inputs(
         self,

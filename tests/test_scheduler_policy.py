@@ -1,0 +1,383 @@
+"""Order, budgets and encoder plan of a step: pure policy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_mm_ext.scheduler.encoder_plan import (
+    EncoderDemand,
+    EncoderPlan,
+    EncoderRoom,
+    Item,
+    plan,
+    serving_order,
+)
+from vllm_mm_ext.scheduler.order import Candidate, ordered, promotion_s, rank
+from vllm_mm_ext.scheduler.settings import SchedulerSettings
+from vllm_mm_ext.scheduler.step_budget import (
+    LEAST_PREFILL_TOKENS,
+    LEAST_SHARE,
+    Demand,
+    StepBudget,
+    fair_level,
+    fair_shares,
+)
+from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
+
+AGING_S = 20.0
+MOST = 2048
+ROOM = EncoderRoom(tokens=1000, items=64, cache_tokens=4000, slots=4, reserved=0, lookahead=2)
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        key=st.just(""),
+        since=st.floats(0, 100),
+        number=st.just(0),
+        priority=st.integers(-3, 3),
+        encoder_tokens=st.integers(0, 50_000),
+        prefill_steps=st.integers(1, 20),
+        resumes=st.booleans(),
+    ),
+    max_size=20,
+).map(
+    lambda found: [
+        replace(one, key=str(number), number=number)
+        for number, one in enumerate(sorted(found, key=lambda one: one.since))
+    ]
+)
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+@given(candidates, st.floats(100, 200))
+def test_once_promoted_a_request_goes_before_all_that_came_later(
+    found: list[Candidate], now: float
+) -> None:
+    served = ordered(found, now, AGING_S)
+    for place, one in enumerate(served):
+        if now - one.since < promotion_s(AGING_S):
+            continue
+        assert all(before.number < one.number for before in served[:place])
+
+
+@given(candidates, st.floats(100, 200), st.floats(0, 100))
+def test_nobody_gets_before_a_promoted_request_as_time_goes_by(
+    found: list[Candidate], now: float, later: float
+) -> None:
+    def ahead(one: Candidate, at: float) -> set[str]:
+        mine = rank(one, at, AGING_S)
+        return {other.key for other in found if rank(other, at, AGING_S) < mine}
+
+    for one in found:
+        if now - one.since >= promotion_s(AGING_S):
+            assert ahead(one, now + later) <= {o.key for o in found if o.number < one.number}
+
+
+def test_text_goes_before_short_videos_and_these_before_long_ones() -> None:
+    long = Candidate("long", 0.0, 0, encoder_tokens=9000)
+    short = Candidate("short", 1.0, 1, encoder_tokens=500)
+    text = Candidate("text", 2.0, 2)
+    assert ordered([long, short, text], 3.0, AGING_S) == [text, short, long]
+
+
+def test_priority_goes_before_size_until_promotion() -> None:
+    urgent = Candidate("urgent", 9.0, 1, priority=-1, encoder_tokens=9000)
+    text = Candidate("text", 0.0, 0)
+    assert ordered([text, urgent], 9.0, AGING_S) == [urgent, text]
+    assert ordered([text, urgent], 10.0, AGING_S) == [text, urgent]
+
+
+def test_prompts_of_many_steps_go_behind_prompts_of_one() -> None:
+    book = Candidate("book", 0.0, 0, prefill_steps=40)
+    line = Candidate("line", 1.0, 1)
+    other = Candidate("other", 2.0, 2)
+    assert ordered([book, line, other], 3.0, AGING_S) == [line, other, book]
+
+
+def test_a_preempted_request_keeps_its_place_in_the_order_of_coming() -> None:
+    preempted = Candidate("preempted", 1.0, 1, encoder_tokens=9000, resumes=True)
+    text = Candidate("text", 2.0, 2)
+    assert ordered([text, preempted], 3.0, AGING_S) == [preempted, text]
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+def learned(base: float = 0.010, prefill: float = 20e-6, encoder: float = 100e-6) -> StepTimes:
+    times = StepTimes()
+    for _ in range(50):
+        for work in (StepWork(3, 0, 0), StepWork(3, 400, 0), StepWork(3, 300, 512)):
+            times.observe(
+                work, base + work.prefill_tokens * prefill + work.encoder_tokens * encoder
+            )
+    return times
+
+
+@given(st.floats(0.001, 0.1), st.floats(1e-6, 1e-3), st.floats(1e-6, 1e-3))
+def test_prices_are_recovered_where_prefill_and_encoder_work_come_together(
+    base: float, prefill: float, encoder: float
+) -> None:
+    times = learned(base, prefill, encoder)
+    assert times.base_s == pytest.approx(base)
+    assert times.prefill_s == pytest.approx(prefill, rel=1e-3)
+    assert times.encoder_s == pytest.approx(encoder, rel=1e-3)
+
+
+def test_a_slow_first_call_is_forgotten() -> None:
+    times = StepTimes()
+    times.observe(StepWork(1, 0, 512), 5.0)
+    for _ in range(80):
+        times.observe(StepWork(1, 0, 0), 0.010)
+        times.observe(StepWork(1, 0, 512), 0.010 + 512 * 100e-6)
+    assert times.encoder_s == pytest.approx(100e-6, rel=0.05)
+
+
+def test_prices_are_unknown_before_there_was_a_step() -> None:
+    times = StepTimes()
+    assert (times.base_s, times.itl_s, times.prefill_s, times.encoder_s) == (0.0, 0.0, None, None)
+
+
+# --- budget ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=6), st.floats(0, 1e6))
+def test_fair_shares_use_all_there_is_and_give_nobody_too_much(
+    needs: list[float], total: float
+) -> None:
+    shares = fair_shares(needs, total)
+    assert sum(shares) == pytest.approx(min(sum(needs), total), rel=1e-6, abs=1e-3)
+    assert all(share <= need for share, need in zip(shares, needs, strict=True))
+    short = [share for share, need in zip(shares, needs, strict=True) if share < need * (1 - 1e-9)]
+    assert not short or max(shares) <= min(short) + 1e-6
+
+
+def test_there_is_no_level_where_all_get_what_they_need() -> None:
+    assert math.isinf(fair_level([1.0, 2.0], 3.0))
+
+
+def demand(**changes: object) -> Demand:
+    usual = Demand(
+        decode_tokens=8,
+        decoding=True,
+        text_due=False,
+        prefill_tokens=4000,
+        encoder_tokens=20_000,
+        next_item=512,
+    )
+    return replace(usual, **changes)  # type: ignore[arg-type]
+
+
+def budget(**settings: object) -> StepBudget:
+    return StepBudget(SchedulerSettings(**settings), MOST, 8192)  # type: ignore[arg-type]
+
+
+def test_a_step_in_which_nothing_decodes_has_all_there_is() -> None:
+    limits = budget().limits(demand(decoding=False), learned())
+    assert limits.tokens == limits.prefill_tokens == MOST
+    assert limits.encoder_tokens == 8192
+
+
+def test_idle_encoder_work_is_bounded_by_time_but_one_item_always_goes() -> None:
+    short = budget(encoder_step_idle_ms=100.0).limits(demand(decoding=False), learned())
+    assert short.encoder_tokens == pytest.approx(1000, rel=0.01)
+    shorter = budget(encoder_step_idle_ms=1.0).limits(demand(decoding=False), learned())
+    assert shorter.encoder_tokens == 512
+
+
+def test_work_of_a_step_fits_the_target_while_something_decodes() -> None:
+    times = learned()
+    found = budget(target_itl_ms=100.0)
+    for _ in range(20):
+        limits = found.limits(demand(), times)
+        found.spent(limits.encoder_tokens)
+        took = limits.prefill_tokens * 20e-6 + limits.encoder_tokens * 100e-6
+        assert took <= 0.090 * 1.01
+
+
+@given(
+    target=st.floats(0.1, 1000),
+    base=st.floats(1e-4, 1.0),
+    item=st.integers(1, 8192),
+)
+def test_an_item_larger_than_the_allowance_is_encoded_after_as_many_steps_as_it_takes(
+    target: float, base: float, item: int
+) -> None:
+    times = learned(base)
+    free = max(target / 1e3 - base, LEAST_SHARE * max(target / 1e3, base))
+    # Prefill may take half of what is free.
+    allowance = max(1.0, min(8192, free / 2 / (times.encoder_s or 1.0)) - 2)
+    found = budget(target_itl_ms=target)
+    steps = 1
+    while found.limits(demand(next_item=item), times).encoder_tokens < item:
+        steps += 1
+    assert steps <= math.ceil(item / allowance)
+
+
+@given(st.lists(st.integers(0, 4000), max_size=50), st.integers(1, 4000))
+def test_encoder_work_stays_within_the_allowance_on_average(
+    wanted: list[int], allowance: int
+) -> None:
+    found = budget(encoder_tokens_decoding=allowance)
+    times, spent, largest = learned(), 0, 0
+    for step, item in enumerate(wanted, 1):
+        limits = found.limits(demand(next_item=item, encoder_tokens=item), times)
+        if item <= limits.encoder_tokens:
+            found.spent(item)
+            spent += item
+            largest = max(largest, item)
+        assert spent <= step * allowance + largest
+
+
+def test_prefill_never_takes_the_whole_step_while_something_decodes() -> None:
+    limits = budget(prefill_share=0.5).limits(demand(), StepTimes())
+    assert limits.prefill_tokens <= MOST // 2
+
+
+def test_prefill_and_encoder_work_go_on_where_decoding_takes_all_of_the_target() -> None:
+    times = learned(base=1.0)
+    found = budget(target_itl_ms=10.0)
+    limits = found.limits(demand(), times)
+    assert limits.prefill_tokens >= LEAST_PREFILL_TOKENS
+    assert limits.encoder_tokens > 0
+
+
+def test_text_that_is_due_is_not_kept_waiting_by_encoder_work_alone() -> None:
+    limits = budget().limits(demand(decoding=False, text_due=True), learned())
+    assert limits.prefill_tokens == MOST
+    assert limits.encoder_tokens < 1000
+
+
+def test_one_item_is_encoded_to_learn_what_encoding_costs() -> None:
+    limits = budget().limits(demand(), StepTimes())
+    assert limits.encoder_tokens == 512
+
+
+# --- encoder plan ---------------------------------------------------------------------------------
+
+
+def video(
+    name: str, *tokens: int, running: bool = False, reach: int = 10**6, promoted: bool = False
+) -> EncoderDemand:
+    starts = [sum(tokens[:number]) for number in range(len(tokens))]
+    items = tuple(
+        Item(number, size, f"{name}#{number}", start)
+        for number, (size, start) in enumerate(zip(tokens, starts, strict=True))
+    )
+    return EncoderDemand(name, items, reach, running, promoted)
+
+
+def counts(found: EncoderPlan) -> dict[str, int]:
+    return {key: len(items) for key, items in found.items.items()}
+
+
+demands = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 900), min_size=1, max_size=6),
+        st.booleans(),
+        st.booleans(),
+        st.integers(0, 3000),
+    ),
+    max_size=8,
+).map(
+    lambda found: [
+        video(str(number), *tokens, running=running, reach=reach, promoted=promoted)
+        for number, (tokens, running, promoted, reach) in enumerate(found)
+    ]
+)
+rooms = st.builds(
+    EncoderRoom,
+    tokens=st.integers(0, 3000),
+    items=st.integers(0, 10),
+    cache_tokens=st.integers(0, 3000),
+    slots=st.integers(0, 4),
+    reserved=st.integers(0, 2),
+    lookahead=st.integers(0, 3),
+)
+
+
+@given(demands, rooms)
+def test_a_plan_keeps_to_its_room(found: list[EncoderDemand], room: EncoderRoom) -> None:
+    made = plan(found, room)
+    by_key = {one.key: one for one in found}
+    total = sum(item.tokens for items in made.items.values() for item in items)
+    assert made.tokens == total <= min(room.tokens, room.cache_tokens)
+    assert sum(counts(made).values()) <= room.items
+    assert sum(not by_key[key].running for key in made.items) <= room.slots
+    for key, items in made.items.items():
+        assert items == by_key[key].items[: len(items)]
+
+
+@given(demands, rooms)
+def test_nobody_behind_gets_what_one_before_it_found_no_room_for(
+    found: list[EncoderDemand], room: EncoderRoom
+) -> None:
+    made = plan(found, replace(room, slots=100))
+    refused = False
+    for one in serving_order(found):
+        got = made.items.get(one.key, ())
+        assert not (refused and got)
+        reached = [item for item in one.items if item.start < one.reach]
+        refused = refused or len(got) < len(reached)
+
+
+@given(demands, rooms)
+def test_the_first_in_order_gets_its_first_item_if_it_fits(
+    found: list[EncoderDemand], room: EncoderRoom
+) -> None:
+    if not found or not room.items:
+        return
+    first = serving_order(found)[0]
+    fits = first.items[0].tokens <= min(room.tokens, room.cache_tokens)
+    reached = first.items[0].start < first.reach or not first.running
+    slot = first.running or room.slots > (0 if first.promoted else room.reserved)
+    assert (first.key in plan(found, room).items) == (fits and reached and slot)
+
+
+def test_a_waiting_request_is_let_in_only_with_its_first_item() -> None:
+    made = plan([video("a", 600, 600), video("b", 300)], ROOM)
+    assert counts(made) == {"a": 1}
+
+
+def test_what_prefill_reaches_goes_before_what_lies_ahead() -> None:
+    ahead = video("ahead", 300, 300, 300, running=True, reach=100)
+    made = plan([ahead, video("b", 300, running=True)], replace(ROOM, tokens=800))
+    assert counts(made) == {"ahead": 1, "b": 1}
+    made = plan([ahead, video("b", 300, running=True)], ROOM)
+    assert counts(made) == {"ahead": 2, "b": 1}
+
+
+def test_lookahead_is_bounded() -> None:
+    one = video("one", *[100] * 8, running=True, reach=100)
+    assert counts(plan([one], ROOM)) == {"one": 3}
+    assert counts(plan([one], replace(ROOM, lookahead=0))) == {"one": 1}
+
+
+def test_equal_items_are_encoded_once() -> None:
+    one, other = video("same", 900), replace(video("same", 900), key="twin")
+    made = plan([one, other], ROOM)
+    assert counts(made) == {"same": 1, "twin": 1}
+    assert made.tokens == 900
+
+
+def test_few_half_encoded_requests_hold_slots_whatever_comes() -> None:
+    """An adversary sends videos ever shorter; each would pass the others and hold a slot."""
+    running: list[EncoderDemand] = []
+    for size in range(4096, 15, -16):
+        comes = video(f"v{size}", *[16] * (size // 16))
+        order = serving_order(sorted([comes, *running], key=lambda one: one.tokens))
+        if order[0] is comes:
+            running.append(replace(comes, running=True))
+    assert len(running) <= 1 + math.log2(4096 / 16)
+
+
+def test_the_reserved_slot_is_for_text_and_promoted_requests() -> None:
+    room = replace(ROOM, slots=1, reserved=1)
+    assert counts(plan([video("a", 100)], room)) == {}
+    assert counts(plan([video("a", 100, promoted=True)], room)) == {"a": 1}

@@ -1,0 +1,289 @@
+"""The scheduler over vLLM's real classes: who holds a slot, what a step holds, what is left behind.
+
+``scheduler_harness`` plays the model runner.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from scheduler_harness import MAX_TOKENS, Costs, Play, make_scheduler, request
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from vllm_mm_ext import vllm_names_scheduler
+from vllm_mm_ext.scheduler import choice
+from vllm_mm_ext.vllm_compat import VllmName
+
+VIDEO = [512] * 10
+
+
+def running(play: Play) -> set[str]:
+    return {one.request_id for one in play.scheduler.running}
+
+
+def encoded(output: Any) -> dict[str, list[int]]:
+    return dict(output.scheduled_encoder_inputs)
+
+
+def test_text_is_answered_before_the_second_of_six_videos_on_four_slots() -> None:
+    play = Play(make_scheduler(slots=4))
+    play.add(*[request(f"v{number}", items=VIDEO, answer=8) for number in range(6)])
+    for _ in range(3):
+        play.step()
+    play.add(request("text", text=64, answer=8))
+    play.run()
+    ends = sorted(play.timings[f"v{number}"].ended or 0.0 for number in range(6))
+    assert (play.timings["text"].ended or 0.0) < ends[1]
+
+
+def test_a_request_that_waits_for_the_encoder_holds_no_slot() -> None:
+    play = Play(make_scheduler(slots=4))
+    play.add(request("text", text=32, answer=400))
+    play.step()
+    play.add(*[request(f"v{number}", items=VIDEO) for number in range(6)])
+    while play.timings["text"].ended is None:
+        before = {one.request_id for one in play.scheduler.running if one.mm_features}
+        output = play.step()
+        # Only what is being encoded or prefilled is in.
+        for name in running(play) - before - {"text"}:
+            assert encoded(output).get(name)
+        unfinished = [
+            one
+            for one in play.scheduler.running
+            if one.mm_features and not one.num_output_tokens and one.is_prefill_chunk
+        ]
+        assert len(unfinished) <= 2
+
+
+def test_decoding_goes_first_and_goes_on_in_every_step() -> None:
+    play = Play(make_scheduler(slots=4))
+    play.add(request("text", text=32, answer=200))
+    play.step()
+    play.add(request("video", items=VIDEO, answer=4), request("book", text=20_000, answer=4))
+    while play.timings["text"].ended is None:
+        output = play.step()
+        assert "text" in output.num_scheduled_tokens
+    assert play.timings["video"].tokens
+
+
+def test_steps_keep_to_the_target_while_something_decodes() -> None:
+    times = {}
+    for plugin in (False, True):
+        scheduler = make_scheduler(plugin=plugin, settings={"target_itl_ms": 60.0})
+        play = Play(scheduler)
+        play.add(request("text", text=32, answer=300))
+        for _ in range(5):
+            play.step()
+        play.add(*[request(f"v{number}", items=VIDEO, answer=2) for number in range(3)])
+        play.run()
+        gaps = sorted(play.timings["text"].gaps)
+        times[plugin] = gaps[int(0.99 * len(gaps))]
+    # Items cost 51 ms each: one and its prefill fit, no two do.
+    assert times[True] <= 0.080
+    assert times[True] <= 0.35 * times[False]
+
+
+def test_short_text_is_not_held_up_by_a_long_prompt_in_front_of_it() -> None:
+    play = Play(make_scheduler(slots=4, max_tokens=512))
+    play.add(request("book", text=30_000, answer=2))
+    play.step()
+    play.add(request("line", text=40, answer=2))
+    output = play.step()
+    assert output.num_scheduled_tokens["line"] == 40
+    play.run()
+    assert play.timings["book"].ended is not None
+
+
+def test_everything_is_used_where_nothing_decodes() -> None:
+    play = Play(make_scheduler(slots=4))
+    play.add(request("video", text=20, items=VIDEO))
+    output = play.step()
+    assert output.num_scheduled_tokens["video"] == MAX_TOKENS
+    assert len(encoded(output)["video"]) == 4
+
+
+def test_items_ahead_of_prefill_are_encoded() -> None:
+    play = Play(make_scheduler(slots=4, max_tokens=512, encoder_tokens=4096))
+    play.add(request("video", text=16, items=[256] * 8))
+    first = encoded(play.step())["video"]
+    # Two are within the first 512 tokens, two lie ahead.
+    assert first == [0, 1, 2, 3]
+    play.run()
+    assert [index for output in play.steps for index in encoded(output).get("video", [])] == list(
+        range(8)
+    )
+
+
+def test_equal_media_are_encoded_once_for_several_requests() -> None:
+    play = Play(make_scheduler(slots=8, encoder_tokens=8192))
+    play.add(*[request(f"n{number}", items=VIDEO, digest="same", prompt=7) for number in range(4)])
+    play.run()
+    items = [index for output in play.steps for one in encoded(output).values() for index in one]
+    assert sorted(items) == list(range(10))
+
+
+def test_requests_whose_media_are_encoded_pass_those_that_wait() -> None:
+    play = Play(make_scheduler(slots=4, encoder_tokens=8192))
+    play.add(request("first", items=VIDEO, digest="known", prompt=7, answer=2))
+    play.run()
+    play.add(request("text", text=32, answer=100))
+    play.step()
+    play.add(*[request(f"v{number}", items=VIDEO) for number in range(4)])
+    play.add(request("again", items=VIDEO, digest="known", prompt=7, answer=2))
+    play.run()
+    assert play.timings["again"].wait < min(play.timings[f"v{n}"].wait for n in range(4))
+
+
+def test_priority_is_respected() -> None:
+    play = Play(make_scheduler(slots=1, policy="priority"))
+    play.add(request("now", text=32, answer=4))
+    play.step()
+    play.add(request("later", text=32, priority=5), request("urgent", items=VIDEO, priority=-5))
+    play.run()
+    assert play.timings["urgent"].tokens[0] < play.timings["later"].tokens[0]
+
+
+def test_limits_are_put_back_after_each_step() -> None:
+    scheduler = make_scheduler(settings={"target_itl_ms": 1.0})
+    play = Play(scheduler)
+    play.add(request("text", text=32, answer=20), request("video", items=VIDEO))
+    while play.busy:
+        play.step()
+        assert scheduler.max_num_scheduled_tokens == MAX_TOKENS
+        assert scheduler.scheduler_config.long_prefill_token_threshold == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_variant_follows_async_scheduling(asynchronous: bool) -> None:
+    scheduler = make_scheduler(asynchronous=asynchronous)
+    assert isinstance(scheduler, AsyncScheduler) == asynchronous
+    assert isinstance(scheduler, Scheduler)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_where_vllm_changed_its_own_scheduler_is_used(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = VllmName("vllm.v1.core.sched.scheduler:Scheduler.gone")
+    monkeypatch.setattr(choice, "SCHEDULER_NAMES", (*choice.SCHEDULER_NAMES, gone))
+    scheduler = make_scheduler(asynchronous=asynchronous)
+    assert type(scheduler) is (AsyncScheduler if asynchronous else Scheduler)
+    monkeypatch.undo()
+    missing = (*vllm_names_scheduler.SCHEDULER_ATTRIBUTES, "gone")
+    monkeypatch.setattr(choice, "SCHEDULER_ATTRIBUTES", missing)
+    assert type(make_scheduler()) is Scheduler
+
+
+# --- whatever comes -------------------------------------------------------------------------------
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"),
+            st.integers(1, 1500),
+            st.lists(st.integers(1, 700), max_size=5),
+            st.integers(1, 30),
+            st.integers(0, 3),
+        ),
+        st.tuples(st.just("step"), st.integers(1, 12)),
+        st.tuples(st.just("abort"), st.integers(0, 30)),
+        st.tuples(st.just("reset")),
+    ),
+    max_size=40,
+)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+)
+@given(
+    actions=actions,
+    plan=st.sampled_from(["sync", "async", "priority"]),
+    blocks=st.sampled_from([400, 700, 4096]),
+    target_ms=st.sampled_from([1.0, 50.0, 1000.0]),
+)
+def test_every_request_is_answered_in_full_and_nothing_is_left(
+    actions: list[Any], plan: str, blocks: int, target_ms: float
+) -> None:
+    """Few blocks: preemption. Aborts and cache resets in between."""
+    scheduler = make_scheduler(
+        slots=4,
+        blocks=blocks,
+        asynchronous=plan == "async",
+        policy="priority" if plan == "priority" else "fcfs",
+        settings={"target_itl_ms": target_ms},
+    )
+    play = Play(scheduler, depth=2 if plan == "async" else 1)
+    wanted: dict[str, int] = {}
+    for number, action in enumerate(actions):
+        if action[0] == "add":
+            _, text, items, answer, shared = action
+            name = f"r{number}"
+            digest = f"shared{shared}-{items}" if shared < 2 else None
+            play.add(
+                request(name, text=text, items=items, answer=answer, digest=digest, priority=shared)
+            )
+            wanted[name] = answer
+        elif action[0] == "step":
+            for _ in range(action[1]):
+                if play.busy:
+                    play.step()
+        elif action[0] == "abort":
+            name = f"r{action[1]}"
+            if name in wanted and play.timings[name].ended is None:
+                play.abort(name)
+                del wanted[name]
+        else:
+            play.drain()
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+    play.run(most=20_000)
+    for name, answer in wanted.items():
+        assert len(play.timings[name].tokens) == answer, name
+    assert not scheduler.requests
+    assert not scheduler._since
+    assert not scheduler._media._media
+    manager = scheduler.encoder_cache_manager
+    assert manager.num_freeable_slots == manager.cache_size
+    assert not any(manager.cached.values())
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == blocks - 1
+
+
+def test_preempted_requests_are_resumed_in_their_turn() -> None:
+    play = Play(make_scheduler(slots=8, blocks=150))
+    play.add(*[request(f"r{number}", text=200, answer=300) for number in range(6)])
+    play.run()
+    assert any(output.preempted_req_ids for output in play.steps)
+    assert all(len(timing.tokens) == 300 for timing in play.timings.values())
+
+
+def test_a_finished_request_is_forgotten_also_while_it_waits() -> None:
+    scheduler = make_scheduler(slots=1)
+    play = Play(scheduler)
+    play.add(request("a", text=32, answer=50), request("b", items=VIDEO))
+    play.step()
+    scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
+    play.run()
+    assert not scheduler._since
+
+
+def test_costs_are_learned_from_the_steps_themselves() -> None:
+    costs = Costs(step_s=0.02, prefill_s=50e-6, encoder_s=200e-6)
+    scheduler = make_scheduler()
+    play = Play(scheduler, costs)
+    play.add(request("text", text=64, answer=400))
+    play.step()
+    for number in range(6):
+        play.add(request(f"t{number}", text=400, answer=20))
+        play.add(request(f"v{number}", items=VIDEO))
+    play.run()
+    assert scheduler._times.base_s == pytest.approx(0.02, rel=0.1)
+    assert scheduler._times.encoder_s == pytest.approx(200e-6, rel=0.15)
