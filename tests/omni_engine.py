@@ -12,6 +12,7 @@ import sys
 from omni_reference import pixels, sound, video
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 # Frames, frames per second, seconds of sound. Without frames: the waveform alone.
 CLIPS = ((8, 2.0, 4.2), (2, 2.0, 0.9), (12, 1.0, 7.0), (0, 0.0, 0.9))
@@ -35,6 +36,7 @@ def main(family: str, chunk: int) -> None:
         str(checkpoint(family)),
         dtype="float32",
         enforce_eager=True,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         max_model_len=4096,
         max_num_batched_tokens=chunk,
         max_num_seqs=4,

@@ -21,6 +21,7 @@ from omni_reference import pixels, render, video
 from vllm_mm_ext.media.payload import SampledFrames
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 # Computation, and tokens of a step: the last cuts prefill inside segments.
 CASES = (("float32", 4096), ("bfloat16", 4096), ("float32", 96))
@@ -59,6 +60,7 @@ def start(family: str, dtype: str, chunk: int) -> Any:
         str(checkpoint(family)),
         dtype=dtype,
         enforce_eager=True,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         max_model_len=4096,
         max_num_batched_tokens=chunk,
         max_num_seqs=4,

@@ -20,6 +20,7 @@ from omni_reference import pixels, video
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_clip
+from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 from vllm_mm_ext.testing.step_trace import record_steps
 
 TOKENS = 8
@@ -69,6 +70,7 @@ def start(family: str, dtype: str, chunk: int, media: Path, plugin: bool) -> Any
         str(checkpoint(family)),
         dtype=dtype,
         enforce_eager=True,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         max_model_len=4096,
         max_num_batched_tokens=chunk,
         max_num_seqs=4,

@@ -87,7 +87,6 @@ def test_answers_about_videos_with_sound_equal_transformers(family):
     script = Path(__file__).with_name("omni_engine.py")
     environment = {
         **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }

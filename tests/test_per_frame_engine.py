@@ -18,7 +18,7 @@ PATCHES = 64
 
 def run(*arguments: str) -> Any:
     script = Path(__file__).with_name("per_frame_engine.py")
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
         env=env,

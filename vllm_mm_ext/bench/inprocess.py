@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mm_ext.bench.chat import conversation
+from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 _TAIL = 3000
 
@@ -32,7 +33,6 @@ def measure(module: str, side: str, arguments: Sequence[str], *, timeout_s: floa
         "VLLM_PLUGINS": "mm_ext" if side == "plugin" else "",
         # The engine in this process, where its steps can be watched.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
@@ -57,7 +57,12 @@ def start(model: Path, media: Path, **options: Any) -> Any:
     from vllm import LLM
 
     # Small blocks; the CPU's default of 128 would round cache hits coarsely.
-    defaults = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 8}
+    defaults = {
+        "enforce_eager": True,
+        "block_size": 32,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    }
     return LLM(str(model), allowed_local_media_path=str(media), **(defaults | options))
 
 

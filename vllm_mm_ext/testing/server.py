@@ -34,13 +34,15 @@ _GROUP_GRACE_S = 5.0
 _TAIL_LINES = 40
 _EXCEPTION = re.compile(r"(?m)(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 
-# Offline, no telemetry, and a KV cache that fits next to another server (GiB; CPU only).
+# A KV cache that fits next to others. Said in bytes, vLLM does not ask for most of the memory to be
+# free when it starts.
+KV_CACHE_BYTES = 1 << 30
+# Offline, no telemetry.
 _ENV = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 
 
@@ -142,6 +144,7 @@ def serve(
             # The console script of this very environment, without relying on PATH.
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", os.fspath(checkpoint)),
             *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
+            *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
             *(["--enforce-eager"] if enforce_eager else []),
             *(
                 ["--additional-config", json.dumps(additional_config)]
