@@ -182,7 +182,9 @@ class Play:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.has_unfinished_requests() or self._flying)
+        if not self.scheduler.has_unfinished_requests():
+            self.drain()
+        return bool(self.scheduler.has_unfinished_requests())
 
     def step(self) -> Any:
         """Schedule a step, and finish the oldest one once as many are in flight as may be."""

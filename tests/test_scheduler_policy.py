@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_mm_ext.scheduler.encoder_plan import (
@@ -31,6 +32,8 @@ from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
 
 AGING_S = 20.0
 MOST = 2048
+# No deadline: the machine may be busy.
+QUICK = settings(deadline=None, max_examples=60)
 ROOM = EncoderRoom(tokens=1000, items=64, cache_tokens=4000, slots=4, reserved=0, lookahead=2)
 
 candidates = st.lists(
@@ -56,6 +59,7 @@ candidates = st.lists(
 # --- order ----------------------------------------------------------------------------------------
 
 
+@QUICK
 @given(candidates, st.floats(100, 200))
 def test_once_promoted_a_request_goes_before_all_that_came_later(
     found: list[Candidate], now: float
@@ -67,6 +71,7 @@ def test_once_promoted_a_request_goes_before_all_that_came_later(
         assert all(before.number < one.number for before in served[:place])
 
 
+@QUICK
 @given(candidates, st.floats(100, 200), st.floats(0, 100))
 def test_nobody_gets_before_a_promoted_request_as_time_goes_by(
     found: list[Candidate], now: float, later: float
@@ -110,6 +115,7 @@ def test_a_preempted_request_keeps_its_place_in_the_order_of_coming() -> None:
 # --- times ----------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=64)
 def learned(base: float = 0.010, prefill: float = 20e-6, encoder: float = 100e-6) -> StepTimes:
     times = StepTimes()
     for _ in range(50):
@@ -120,6 +126,7 @@ def learned(base: float = 0.010, prefill: float = 20e-6, encoder: float = 100e-6
     return times
 
 
+@QUICK
 @given(st.floats(0.001, 0.1), st.floats(1e-6, 1e-3), st.floats(1e-6, 1e-3))
 def test_prices_are_recovered_where_prefill_and_encoder_work_come_together(
     base: float, prefill: float, encoder: float
@@ -147,6 +154,7 @@ def test_prices_are_unknown_before_there_was_a_step() -> None:
 # --- budget ---------------------------------------------------------------------------------------
 
 
+@QUICK
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=6), st.floats(0, 1e6))
 def test_fair_shares_use_all_there_is_and_give_nobody_too_much(
     needs: list[float], total: float
@@ -174,8 +182,8 @@ def demand(**changes: object) -> Demand:
     return replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def budget(**settings: object) -> StepBudget:
-    return StepBudget(SchedulerSettings(**settings), MOST, 8192)  # type: ignore[arg-type]
+def budget(**chosen: object) -> StepBudget:
+    return StepBudget(SchedulerSettings(**chosen), MOST, 8192)  # type: ignore[arg-type]
 
 
 def test_a_step_in_which_nothing_decodes_has_all_there_is() -> None:
@@ -201,10 +209,11 @@ def test_work_of_a_step_fits_the_target_while_something_decodes() -> None:
         assert took <= 0.090 * 1.01
 
 
+@QUICK
 @given(
     target=st.floats(0.1, 1000),
     base=st.floats(1e-4, 1.0),
-    item=st.integers(1, 8192),
+    item=st.integers(1, 2048),
 )
 def test_an_item_larger_than_the_allowance_is_encoded_after_as_many_steps_as_it_takes(
     target: float, base: float, item: int
@@ -220,6 +229,7 @@ def test_an_item_larger_than_the_allowance_is_encoded_after_as_many_steps_as_it_
     assert steps <= math.ceil(item / allowance)
 
 
+@QUICK
 @given(st.lists(st.integers(0, 4000), max_size=50), st.integers(1, 4000))
 def test_encoder_work_stays_within_the_allowance_on_average(
     wanted: list[int], allowance: int
@@ -302,6 +312,7 @@ rooms = st.builds(
 )
 
 
+@QUICK
 @given(demands, rooms)
 def test_a_plan_keeps_to_its_room(found: list[EncoderDemand], room: EncoderRoom) -> None:
     made = plan(found, room)
@@ -314,6 +325,7 @@ def test_a_plan_keeps_to_its_room(found: list[EncoderDemand], room: EncoderRoom)
         assert items == by_key[key].items[: len(items)]
 
 
+@QUICK
 @given(demands, rooms)
 def test_nobody_behind_gets_what_one_before_it_found_no_room_for(
     found: list[EncoderDemand], room: EncoderRoom
@@ -327,6 +339,7 @@ def test_nobody_behind_gets_what_one_before_it_found_no_room_for(
         refused = refused or len(got) < len(reached)
 
 
+@QUICK
 @given(demands, rooms)
 def test_the_first_in_order_gets_its_first_item_if_it_fits(
     found: list[EncoderDemand], room: EncoderRoom
