@@ -94,7 +94,7 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         self._cache = CostAwareEmbeddingCache(self._region.num_blocks)
         self._widths = vllm_config.ec_transfer_config.mm_encoder_output_widths
         # By item to be saved, the request and index it is encoded for.
-        self._planned: dict[str, tuple[str, int]] = {}
+        self._planned: dict[str, tuple[Request, int]] = {}
         # Items that were being copied when the model's weights changed.
         self._stale: set[str] = set()
 
@@ -103,28 +103,29 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         return identifier not in self._stale and super().has_cache_item(identifier)
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
-        """The device tier has room for an item now: plan its load or save."""
+        """The device tier has room for an item now: plan its load or save.
+
+        Blocks for what is to be saved are taken at the end of the pass: what ``has_cache_item``
+        found must not be evicted before it is loaded.
+        """
         feature = request.mm_features[index]
         key = feature.identifier
         # A width that was not measured: the client's own embeddings, nothing is encoded.
         if key in self._stale or feature.modality not in self._widths:
             return
-        if key in self._pending_loads:
-            return
-        if self._cache.get(key) is not None:
+        if self._cache.get(key) is None:
+            self._planned.setdefault(key, (request, index))
+        elif key not in self._pending_loads:
             self._cache.ranks.hit(key)
-        self._cache.next_cost = feature_cost(feature)
-        super().update_state_after_alloc(request, index)
-        if key in self._pending_saves:
-            self._planned.setdefault(key, (request.request_id, index))
+            super().update_state_after_alloc(request, index)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
-        """End the pass; saves of items that are not encoded after all are given up."""
+        """End the pass; what is not encoded after all is not saved."""
         scheduled = scheduler_output.scheduled_encoder_inputs
-        for key, (request, index) in self._planned.items():
-            if index not in scheduled.get(request, ()):
-                del self._pending_saves[key]
-                self._cache.discard(key)
+        for request, index in self._planned.values():
+            if index in scheduled.get(request.request_id, ()):
+                self._cache.next_cost = feature_cost(request.mm_features[index])
+                super().update_state_after_alloc(request, index)
         self._planned.clear()
         return super().build_connector_meta(scheduler_output)
 

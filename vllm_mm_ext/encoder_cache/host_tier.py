@@ -25,21 +25,28 @@ class HostPlan:
     saves: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class _Save:
+    size: int
+    cost: float
+    request: str
+    index: int
+
+
 @dataclass
 class _Pass:
     """What a scheduling pass has found so far."""
 
     clear: bool = False
-    drops: set[str] = field(default_factory=set)
     loads: dict[str, None] = field(default_factory=dict)
-    # By item, the request and index it is encoded for.
-    saves: dict[str, tuple[str, int]] = field(default_factory=dict)
+    saves: dict[str, _Save] = field(default_factory=dict)
 
 
 class HostTier:
     """Plans the copies between device and host: written through when encoded, read when needed.
 
-    Workers execute plans in order, so what one plan saves the next may load.
+    Nothing is evicted while a pass goes on: what was found here will be there to load. Workers
+    execute plans in order, so what one plan saves the next may load.
 
     Args:
         capacity: Bytes of host memory, above 0.
@@ -51,7 +58,7 @@ class HostTier:
 
     def __contains__(self, key: object) -> bool:
         """Whether an item can be loaded in this pass."""
-        return key in self._cache and key not in self._pass.saves
+        return key in self._cache
 
     def __len__(self) -> int:
         return len(self._cache)
@@ -71,15 +78,11 @@ class HostTier:
             request: The request that needs it.
             index: The item's place in that request.
         """
-        if key in self._pass.saves:
-            return
         if key in self._cache:
             self._pass.loads[key] = None
             self._cache.use(key, request)
-        elif self._cache.fits(size):
-            self._pass.drops.update(self._cache.make_room(size))
-            self._cache.add(key, size, cost, request)
-            self._pass.saves[key] = (request, index)
+        else:
+            self._pass.saves.setdefault(key, _Save(size, cost, request, index))
 
     def used(self, key: str) -> None:
         """The device tier had an item: a use that counts here, too."""
@@ -98,29 +101,30 @@ class HostTier:
             scheduled: By request, the indices of the items that are encoded in this step; what was
                 to be saved and is not among them has been given up.
         """
-        now = self._pass
-        for key, (request, index) in list(now.saves.items()):
-            if index not in scheduled.get(request, ()):
-                del now.saves[key]
-                self._cache.drop(key)
-        for key in (*now.loads, *now.saves):
+        now, self._pass = self._pass, _Pass()
+        drops: list[str] = []
+        saves = []
+        for key, save in now.saves.items():
+            if save.index in scheduled.get(save.request, ()) and self._cache.fits(save.size):
+                drops += self._cache.make_room(save.size)
+                self._cache.add(key, save.size, save.cost, save.request)
+                saves.append(key)
+        for key in (*now.loads, *saves):
             self._release(key)
-        self._pass = _Pass()
-        return HostPlan(now.clear, frozenset(now.drops), tuple(now.loads), frozenset(now.saves))
+        return HostPlan(now.clear, frozenset(drops), tuple(now.loads), frozenset(saves))
 
     def reset(self) -> None:
         """Forget everything; the worker is told with the next plan."""
         self._cache.clear()
         self._pass = _Pass(clear=True)
 
-    def _release(self, key: str) -> None:
-        for user in self._cache.users(key):
-            self._cache.release(key, user)
-
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless plans and cache agree; for tests."""
         self._cache.check_integrity()
         assert self._cache.passing is None
-        assert all(key in self._cache for key in self._pass.loads)
-        assert all(self._cache.users(key) for key in self._pass.saves)
-        assert not self._pass.loads.keys() & self._pass.saves.keys()
+        assert all(self._cache.users(key) for key in self._pass.loads)
+        assert not any(key in self._cache for key in self._pass.saves)
+
+    def _release(self, key: str) -> None:
+        for user in self._cache.users(key):
+            self._cache.release(key, user)

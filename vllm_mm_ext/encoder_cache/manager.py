@@ -101,7 +101,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             return EncoderCacheManager(cache_size)
         settings = MMExtConfig.from_additional_config(vllm_config.additional_config).encoder_cache
         sizes = output_bytes(vllm_config)
-        capacity = settings.device_mb * MIB or cache_size * sizes.largest
+        capacity = int(settings.device_mb * MIB) or cache_size * sizes.largest
         return cls(
             # A text-only engine has no encoder and asks for nothing.
             ByteCache(max(capacity, 1)),

@@ -15,17 +15,17 @@ class EncoderCacheSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    device_mb: int = Field(
-        0,
+    device_mb: float = Field(
+        0.0,
         ge=0,
         le=1 << 20,
         description="Encoder outputs on the device, MiB; 0: as many tokens as vLLM's own cache, "
         "which its memory profiling covers. More must be left free by `--gpu-memory-utilization`. "
         "One output larger than this is kept while it is needed, beside the others.",
     )
-    host_mb: int = Field(
-        4096,
-        ge=1,
+    host_mb: float = Field(
+        4096.0,
+        gt=0,
         le=1 << 22,
         description="Encoder outputs in host memory, MiB; pinned where there is a GPU.",
     )

@@ -44,7 +44,7 @@ def check_host_tier(vllm_config: VllmConfig) -> None:
 def host_bytes(vllm_config: VllmConfig) -> int:
     """Size of the host tier in bytes, from the plugin's settings."""
     settings = MMExtConfig.from_additional_config(vllm_config.additional_config).encoder_cache
-    return settings.host_mb * MIB
+    return max(1, int(settings.host_mb * MIB))
 
 
 def keep_raw_embeddings_out() -> None:

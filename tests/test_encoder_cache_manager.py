@@ -1,0 +1,159 @@
+"""Both tiers of the encoder cache under vLLM's real scheduler."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from encoder_cache_harness import WIDTH, Engine, Item, request
+from vllm.v1.request import Request
+
+MIB = 1 << 20
+EMBEDDING = 4 * WIDTH
+
+
+def item_for(rng: random.Random, number: int) -> list[Item]:
+    name = f"item {number}"
+    made = [Item(name, 40 + 37 * (number % 7))]
+    if number % 9 == 8:
+        made = [Item(name, 600)]  # More than the device tier's budget.
+    if number % 5 == 4:
+        made.append(Item(f"{name}, sound", 24, joins=True))
+    del rng
+    return made
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("seed", range(2))
+def test_long_random_runs_keep_scheduler_and_worker_together(seed: int, policy: str) -> None:
+    """Extend, preempt, abort, reset, evict; the harness checks every step."""
+    rng = random.Random(seed)
+    engine = Engine(device_mb=1, host_mb=2, blocks=160, policy=policy)
+    added = 0
+    for _ in range(500):
+        roll = rng.random()
+        if roll < 0.25 and len(engine.scheduler.requests) < 8:
+            items = [
+                one
+                for number in rng.sample(range(24), rng.randint(0, 3))
+                for one in item_for(rng, number)
+            ]
+            if items and rng.random() < 0.2:
+                items.append(items[0])  # An item twice in a conversation.
+            engine.add(request(f"r{added}", items, priority=rng.randrange(3)))
+            added += 1
+        elif roll < 0.29 and engine.scheduler.requests:
+            engine.abort(rng.choice(sorted(engine.scheduler.requests)))
+        elif roll < 0.30:
+            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+        elif roll < 0.305 and not engine.busy:
+            engine.reset()
+        elif engine.busy:
+            engine.step()
+    engine.run()
+    assert added > 50
+    assert engine.loaded
+    # The budget, one item that passes through it, and sounds that could not wait.
+    assert engine.most_device <= MIB + 600 * EMBEDDING + 4 * 24 * EMBEDDING
+
+
+def test_an_item_larger_than_the_budget_is_served() -> None:
+    engine = Engine(device_mb=1, host_mb=8)
+    engine.add(request("a", [Item("huge", 700)]), request("b", [Item("also huge", 800)]))
+    engine.run()
+    assert sorted(engine.encoded) == ["also huge", "huge"]
+    assert engine.most_device <= 800 * EMBEDDING
+    engine.step()
+    assert not engine.device
+
+
+def test_two_videos_with_sound_larger_than_the_budget_do_not_wait_for_each_other() -> None:
+    engine = Engine(device_mb=1, host_mb=1, slots=8)
+    for name in "abcd":
+        engine.add(request(name, [Item(f"{name}1", 250), Item(f"{name}2", 40, joins=True)]))
+    engine.run(most=60)
+    assert len(engine.encoded) == 8
+
+
+def test_what_the_device_lost_is_loaded_and_not_encoded_again() -> None:
+    engine = Engine(device_mb=1, host_mb=8)
+    for turn in range(3):
+        for number in range(6):
+            engine.add(request(f"{turn}/{number}", [Item(f"video {number}", 200)]))
+            engine.run()
+        engine.scheduler.reset_prefix_cache()
+    assert len(engine.encoded) == 6
+    assert len(engine.loaded) >= 10
+
+
+def test_host_hits_spend_no_encoder_budget() -> None:
+    engine = Engine(device_mb=2, host_mb=8, encoder_tokens=200, chunk=1024)
+    for number in range(4):
+        engine.add(request(f"before {number}", [Item(f"video {number}", 200)]))
+        engine.run()
+    engine.scheduler.reset_prefix_cache()
+    # All four, and one that has to be encoded, in one step.
+    for key in list(engine.device):
+        engine.manager._cache.drop(key)
+        del engine.manager._embeds[key], engine.device[key]
+    engine.encoded.clear()
+    items = [Item(f"video {number}", 200) for number in (0, 1)]
+    engine.add(request("again", [*items, Item("new", 40)]))
+    engine.step()
+    assert sorted(engine.loaded) == ["video 0", "video 1"]
+    assert engine.encoded == ["new"]
+    engine.run()
+
+
+def test_a_request_preempted_in_its_own_pass_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With priorities vLLM may take back what it has just scheduled: it is never encoded."""
+    taken_back = 0
+    for blocks in range(20, 30):
+        engine = Engine(device_mb=1, blocks=blocks, policy="priority", chunk=128, slots=8)
+        engine.scheduler.scheduler_config.long_prefill_token_threshold = 64
+        manager = engine.manager
+        free = manager.free
+
+        def watched(one: Request, manager: Any = manager, free: Any = free) -> None:
+            nonlocal taken_back
+            taken_back += one.request_id in manager._fresh.values()
+            free(one)
+
+        monkeypatch.setattr(manager, "free", watched)
+        items = [Item(f"video {number}", 30) for number in range(9)]
+        engine.add(request("low", items, priority=5, answer=2))
+        engine.step()
+        engine.add(*(request(f"high {number}", [], answer=30) for number in range(4)))
+        engine.run()
+    assert taken_back
+
+
+def test_new_weights_make_everything_be_encoded_again() -> None:
+    engine = Engine(device_mb=1, host_mb=8)
+    engine.add(request("a", [Item("video", 100)]))
+    engine.run()
+    engine.reset()
+    engine.scheduler.reset_prefix_cache()
+    engine.add(request("b", [Item("video", 100)]))
+    engine.run()
+    assert engine.encoded == ["video", "video"]
+
+
+def test_an_evicted_item_that_is_cached_again_in_the_same_pass_is_not_reported() -> None:
+    engine = Engine(device_mb=1)
+    manager = engine.manager
+    first, second = request("a", [Item("x", 200)]), request("b", [Item("y", 200)])
+    assert manager.can_allocate(first, 0, 1000, 0)
+    manager.allocate(first, 0)
+    manager.get_freed_mm_hashes()
+    manager.free(first)
+    assert manager.can_allocate(second, 0, 1000, 0)
+    manager.allocate(second, 0)
+    manager.free(second)
+    assert manager.can_allocate(first, 0, 1000, 0)
+    manager.allocate(first, 0)
+    assert manager.get_freed_mm_hashes() == ["y"]
+    manager.check_integrity()
