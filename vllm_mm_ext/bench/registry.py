@@ -96,6 +96,18 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "cache-policies",
+                "Cost saved by eviction on Zipf, session and scan traces, next to the optimum.",
+                "cache_policies:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "encoder-cache",
+                "Many videos asked about again: encoder work and first token, device and host.",
+                "encoder_cache:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "decoders",
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",
