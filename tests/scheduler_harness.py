@@ -98,6 +98,8 @@ def make_scheduler(
     scheduler = config.scheduler_config.get_scheduler_cls()(
         config, kv, StructuredOutputManager(config), BLOCK, log_stats=True
     )
+    if hasattr(scheduler, "_publisher"):
+        scheduler._publisher.close()
     manager = scheduler.encoder_cache_manager
     scheduler.max_num_encoder_input_tokens = encoder_tokens
     manager.cache_size = manager.num_free_slots = manager.num_freeable_slots = encoder_tokens
@@ -113,6 +115,7 @@ def request(
     digest: str | None = None,
     priority: int = 0,
     prompt: int = 0,
+    sound: int = 0,
 ) -> Request:
     """A request: text, then items of so many tokens each, then text.
 
@@ -124,18 +127,22 @@ def request(
         digest: What its media are known by; its name without.
         priority: vLLM's priority.
         prompt: First token, which makes prompts differ.
+        sound: Tokens of each item that are a second item's, in the same placeholder.
     """
     init_none_hash(sha256)
     features, offset = [], text
     for number, tokens in enumerate(items):
-        features.append(
-            MultiModalFeatureSpec(
-                data=None,
-                modality="video",
-                identifier=f"{digest or name}#{number}",
-                mm_position=PlaceholderRange(offset=offset, length=tokens),
-            )
-        )
+        heard = torch.arange(tokens) < sound
+        for kind, mask in (("video", ~heard), ("audio", heard)):
+            if mask.any():
+                features.append(
+                    MultiModalFeatureSpec(
+                        data=None,
+                        modality=kind,
+                        identifier=f"{digest or name}#{kind}{number}",
+                        mm_position=PlaceholderRange(offset, tokens, mask if sound else None),
+                    )
+                )
         offset += tokens
     length = offset + (text if items else 0)
     start = prompt or sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 50_000

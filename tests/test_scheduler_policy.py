@@ -277,7 +277,7 @@ def video(
 ) -> EncoderDemand:
     starts = [sum(tokens[:number]) for number in range(len(tokens))]
     items = tuple(
-        Item(number, size, f"{name}#{number}", start)
+        Item(number, size, f"{name}#{number}", start, start + size)
         for number, (size, start) in enumerate(zip(tokens, starts, strict=True))
     )
     return EncoderDemand(name, items, reach, running, promoted)
@@ -319,7 +319,7 @@ def test_a_plan_keeps_to_its_room(found: list[EncoderDemand], room: EncoderRoom)
     by_key = {one.key: one for one in found}
     total = sum(item.tokens for items in made.items.values() for item in items)
     assert made.tokens == total <= min(room.tokens, room.cache_tokens)
-    assert sum(counts(made).values()) <= room.items
+    assert sum(counts(made).values()) <= room.items  # none of these share a placeholder
     assert sum(not by_key[key].running for key in made.items) <= room.slots
     for key, items in made.items.items():
         assert items == by_key[key].items[: len(items)]
@@ -394,3 +394,12 @@ def test_the_reserved_slot_is_for_text_and_promoted_requests() -> None:
     room = replace(ROOM, slots=1, reserved=1)
     assert counts(plan([video("a", 100)], room)) == {}
     assert counts(plan([video("a", 100, promoted=True)], room)) == {"a": 1}
+
+
+def test_items_that_share_a_placeholder_are_encoded_together() -> None:
+    picture, sound = Item(0, 300, "picture", 0, 400), Item(1, 100, "sound", 0, 400)
+    later = Item(2, 300, "later", 400, 700)
+    both = EncoderDemand("both", (picture, sound, later), reach=10, running=False)
+    assert counts(plan([both], replace(ROOM, tokens=399))) == {}
+    assert counts(plan([both], replace(ROOM, tokens=400))) == {"both": 2}
+    assert counts(plan([both], replace(ROOM, items=1))) == {"both": 2}

@@ -148,6 +148,18 @@ def test_priority_is_respected() -> None:
     assert play.timings["urgent"].tokens[0] < play.timings["later"].tokens[0]
 
 
+def test_videos_with_sound_go_on_where_a_step_has_room_for_one_of_both() -> None:
+    settings = {"encoder_tokens_decoding": 100, "max_encoder_batch": 1}
+    play = Play(make_scheduler(settings=settings))
+    play.add(request("text", text=32, answer=400))
+    play.step()
+    play.add(request("video", items=[300] * 4, sound=50, answer=2))
+    play.run()
+    # 1200 encoder tokens at 100 a step.
+    assert play.timings["video"].wait < 20 * 0.060
+    assert len(play.timings["video"].tokens) == 2
+
+
 def test_limits_are_put_back_after_each_step() -> None:
     scheduler = make_scheduler(settings={"target_itl_ms": 1.0})
     play = Play(scheduler)
@@ -171,7 +183,7 @@ def test_where_vllm_changed_its_own_scheduler_is_used(
 ) -> None:
     gone = VllmName("vllm.v1.core.sched.scheduler:Scheduler.gone")
     monkeypatch.setattr(choice, "SCHEDULER_NAMES", (*choice.SCHEDULER_NAMES, gone))
-    scheduler = make_scheduler(asynchronous=asynchronous)
+    scheduler = make_scheduler(asynchronous=asynchronous, plugin=True)
     assert type(scheduler) is (AsyncScheduler if asynchronous else Scheduler)
     monkeypatch.undo()
     missing = (*vllm_names_scheduler.SCHEDULER_ATTRIBUTES, "gone")
@@ -189,6 +201,7 @@ actions = st.lists(
             st.lists(st.integers(1, 700), max_size=5),
             st.integers(1, 30),
             st.integers(0, 3),
+            st.sampled_from([0, 0, 40]),
         ),
         st.tuples(st.just("step"), st.integers(1, 12)),
         st.tuples(st.just("abort"), st.integers(0, 30)),
@@ -199,7 +212,7 @@ actions = st.lists(
 
 
 @settings(
-    max_examples=60,
+    max_examples=120,
     deadline=None,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[HealthCheck.too_slow],
@@ -226,9 +239,9 @@ def test_every_request_is_answered_in_full_and_nothing_is_left(
     wanted: dict[str, int] = {}
     for number, action in enumerate(actions):
         if action[0] == "add":
-            _, text, items, answer, shared = action
+            _, text, items, answer, shared, sound = action
             name = f"r{number}"
-            digest = f"shared{shared}-{items}" if shared < 2 else None
+            digest = f"shared{shared}-{items}-{sound}" if shared < 2 else None
             play.add(
                 request(name, text=text, items=items, answer=answer, digest=digest, priority=shared)
             )

@@ -40,7 +40,7 @@ _LOCK_WAIT_S = 0.05
 _LOCK_POLL_S = 0.001
 _CRC = struct.Struct("<I")
 _COUNT = struct.Struct("<I")
-_SAMPLE = struct.Struct("<5d")
+_SAMPLE = struct.Struct("<6d")
 _STATE = struct.Struct("<iidd")
 _DECISION = struct.Struct(f"<{KEY_BYTES}si?Qdd")
 # struct flock of 64-bit Linux; len 0 is the whole file.
@@ -168,6 +168,7 @@ class Board:
             sample.waiting,
             sample.capacity,
             sample.time,
+            sample.backlog_s,
         )
         _ENGINES.write(self._view, engine % ENGINES, *values)
 

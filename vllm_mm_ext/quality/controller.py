@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_mm_ext.options import NO_REDUCTION, Reduction, RequestOptions
@@ -14,6 +14,7 @@ from vllm_mm_ext.quality.fit import Ladder, Wish, floors_of, over_budget, share
 from vllm_mm_ext.quality.settings import QualitySettings
 from vllm_mm_ext.quality.signal import LoadSignal
 from vllm_mm_ext.quality.sticky import Stickiness
+from vllm_mm_ext.quality.tiers import LoadSample
 from vllm_mm_ext.quality.videos import (
     ContextUse,
     Family,
@@ -55,6 +56,7 @@ class QualityController:
         settings: The ``quality`` section.
         board: Shared by the processes of the service.
         clock: Seconds, the same for all of them.
+        published: What engines publish by themselves, by index.
     """
 
     def __init__(
@@ -63,9 +65,10 @@ class QualityController:
         board: Board,
         *,
         clock: Callable[[], float] = time.monotonic,
+        published: Callable[[], Iterable[tuple[int, LoadSample]]] | None = None,
     ) -> None:
         self.settings = settings
-        self.signal = LoadSignal(settings.tiers, board)
+        self.signal = LoadSignal(settings.tiers, board, published)
         self._sticky = Stickiness(settings.sticky, board)
         self._clock = clock
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +15,8 @@ import psutil  # type: ignore[import-untyped]
 from vllm_mm_ext.quality.board import Board, directories, file_name, join, private, remove_abandoned
 from vllm_mm_ext.quality.controller import QualityController
 from vllm_mm_ext.quality.settings import QualitySettings
+from vllm_mm_ext.quality.tiers import LoadSample
+from vllm_mm_ext.scheduler.signal import EngineLoad, LoadReader, load_file
 from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -23,12 +27,46 @@ _board: Board | None = None
 
 def controller_for(vllm_config: Any) -> QualityController:
     """The process's quality controller for a vLLM configuration; cheap after the first call."""
-    return _controller(quality_settings(vllm_config), board_for(vllm_config))
+    engines = vllm_config.parallel_config.data_parallel_size
+    return _controller(
+        quality_settings(vllm_config), board_for(vllm_config), published(vllm_config), engines
+    )
 
 
 @lru_cache(maxsize=8)
-def _controller(settings: QualitySettings, board: Board) -> QualityController:
-    return QualityController(settings, board)
+def _controller(
+    settings: QualitySettings, board: Board, loads: LoadReader, engines: int
+) -> QualityController:
+    def samples() -> Iterator[tuple[int, LoadSample]]:
+        for engine, load in loads.loads(engines):
+            yield engine, sample_of(load)
+
+    return QualityController(settings, board, published=samples)
+
+
+def sample_of(load: EngineLoad) -> LoadSample:
+    """What tiers look at, of what an engine publishes."""
+    return LoadSample(
+        kv_usage=load.kv_usage,
+        running=load.running,
+        waiting=load.waiting,
+        capacity=load.slots,
+        time=load.time,
+        backlog_s=load.backlog_s,
+    )
+
+
+@lru_cache(maxsize=1)
+def _reader(main: int) -> LoadReader:
+    return LoadReader(load_file(main))
+
+
+def published(vllm_config: Any) -> LoadReader:
+    """What the engines of this service publish, if they run the plugin's scheduler."""
+    parent = multiprocessing.parent_process()
+    several = getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1
+    main = parent.pid if several and parent is not None else None
+    return _reader(main or os.getpid())
 
 
 def quality_settings(vllm_config: Any) -> QualitySettings:

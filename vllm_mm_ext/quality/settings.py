@@ -16,7 +16,7 @@ class _Section(BaseModel):
 class TierSettings(_Section):
     """When quality steps down under load, and by how much.
 
-    Tier 0 is what a request asks for. Tier `i` begins where any of the three signals reaches the
+    Tier 0 is what a request asks for. Tier `i` begins where any of the four signals reaches the
     `i`-th value of its list. The signals are means over the engines of a service.
     """
 
@@ -30,6 +30,11 @@ class TierSettings(_Section):
         (0.6, 0.8),
         description="Running and waiting requests, as a share of `--max-num-seqs`, at which tiers "
         "1, 2... begin.",
+    )
+    backlog_s: tuple[float, ...] = Field(
+        (4.0, 12.0),
+        description="Seconds of encoder work that wait at which tiers 1, 2... begin; known with "
+        "the plugin's scheduler.",
     )
     resolution: tuple[int, ...] = Field(
         (448, 336, 224),
@@ -58,7 +63,7 @@ class TierSettings(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TierSettings:
-        for name in ("kv", "batch", "load"):
+        for name in ("kv", "batch", "load", "backlog_s"):
             values = getattr(self, name)
             if any(value <= 0 for value in values) or any(a >= b for a, b in pairwise(values)):
                 raise ValueError(f"{name} {list(values)} must be above 0 and ascend")
@@ -205,8 +210,8 @@ class BoundSettings(_Section):
 class QualitySettings(_Section):
     """Budgets per request, and quality that follows the load of the service.
 
-    Load is known from vLLM's engine statistics: with `--disable-log-stats` and several API servers
-    there are none, and quality does not follow it.
+    Load is known from the plugin's scheduler, or else from vLLM's engine statistics: with
+    `--disable-log-stats` and several API servers there are none, and quality does not follow it.
     """
 
     enabled: bool = Field(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from vllm_mm_ext.quality.board import Board
 from vllm_mm_ext.quality.settings import TierSettings
 from vllm_mm_ext.quality.tiers import LoadSample, LoadTiers, mean_of
@@ -16,10 +18,18 @@ class LoadSignal:
     Args:
         settings: The ``tiers`` section.
         board: Shared by the service.
+        published: What engines publish by themselves, by index; asked when the tier is.
     """
 
-    def __init__(self, settings: TierSettings, board: Board) -> None:
+    def __init__(
+        self,
+        settings: TierSettings,
+        board: Board,
+        published: Callable[[], Iterable[tuple[int, LoadSample]]] | None = None,
+    ) -> None:
         self._settings = settings
+        self._published = published
+        self._heard: dict[int, float] = {}
         self._board = board
         self._tiers = LoadTiers(settings)
 
@@ -43,4 +53,9 @@ class LoadSignal:
 
     def level(self, now: float) -> int:
         """The tier at ``now``, in seconds on the clock of the samples."""
+        samples = list(self._published()) if self._published else []
+        for engine, sample in samples:
+            if self._heard.get(engine) != sample.time:
+                self._heard[engine] = sample.time
+                self.report(engine, sample, len(samples))
         return self._tiers.settle(self._board.tier(), now).level

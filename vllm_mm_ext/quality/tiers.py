@@ -17,6 +17,7 @@ class LoadSample:
         running, waiting: Requests being served and queued.
         capacity: Requests it can run at once (``max_num_seqs``).
         time: Seconds on a clock all processes share.
+        backlog_s: Seconds of encoder work that wait, where the engine tells.
     """
 
     kv_usage: float
@@ -24,6 +25,7 @@ class LoadSample:
     waiting: float
     capacity: float
     time: float
+    backlog_s: float = 0.0
 
 
 def mean_of(samples: list[LoadSample], now: float, stale_s: float) -> LoadSample | None:
@@ -41,6 +43,7 @@ def mean_of(samples: list[LoadSample], now: float, stale_s: float) -> LoadSample
         waiting=sum(s.waiting for s in heard) / count,
         capacity=sum(s.capacity for s in samples) / count,
         time=now,
+        backlog_s=sum(s.backlog_s for s in heard) / count,
     )
 
 
@@ -74,7 +77,9 @@ class LoadTiers:
 
     def __init__(self, settings: TierSettings) -> None:
         self._settings = settings
-        self._steps = tuple(zip(settings.kv, settings.batch, settings.load, strict=True))
+        self._steps = tuple(
+            zip(settings.kv, settings.batch, settings.load, settings.backlog_s, strict=True)
+        )
 
     def settle(self, state: TierState, now: float) -> TierState:
         """The state at ``now`` if nothing was heard since."""
@@ -105,7 +110,7 @@ class LoadTiers:
         """How many thresholds, scaled by ``share``, any signal has reached."""
         batch = sample.running + sample.waiting
         load = batch / sample.capacity if sample.capacity > 0 else 0.0
-        signals = (sample.kv_usage, batch, load)
+        signals = (sample.kv_usage, batch, load, sample.backlog_s)
         reached = [
             any(signal >= limit * share for signal, limit in zip(signals, limits, strict=True))
             for limits in self._steps

@@ -15,12 +15,14 @@ class Item:
         tokens: Encoder outputs it makes.
         digest: Items of equal digest are encoded once.
         start: Where its placeholder begins in the prompt.
+        end: Where it ends.
     """
 
     index: int
     tokens: int
     digest: str
     start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,19 @@ class EncoderDemand:
         return sum(item.tokens for item in self.items)
 
 
+def groups(items: Iterable[Item]) -> list[tuple[Item, ...]]:
+    """Items that share a placeholder, together: none of its tokens can do without any of them."""
+    found: list[list[Item]] = []
+    end = -1
+    for item in items:
+        if item.start < end:
+            found[-1].append(item)
+        else:
+            found.append([item])
+        end = max(end, item.end)
+    return [tuple(group) for group in found]
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderRoom:
     """What a step has for encoder work.
@@ -57,7 +72,8 @@ class EncoderRoom:
         cache_tokens: Space in the encoder cache, counting what can be evicted.
         slots: Free slots.
         reserved: Of these, slots that only promoted requests and those without encoder work get.
-        lookahead: Items per request that may be encoded ahead of its prefill.
+        lookahead: Items (those of one placeholder count once) per request that may be encoded
+            ahead of its prefill.
     """
 
     tokens: int
@@ -141,9 +157,9 @@ class _Giver:
         if not demand.running and self._slots <= (0 if demand.promoted else self._room.reserved):
             # Running requests behind it need no slot.
             return True
-        wanted = [item for item in demand.items if item.start < demand.reach]
+        wanted = groups(item for item in demand.items if item.start < demand.reach)
         if not demand.running:
-            wanted = wanted or list(demand.items[:1])
+            wanted = wanted or groups(demand.items)[:1]
         given = self._give(demand.key, wanted)
         if given and not demand.running:
             self._slots -= 1
@@ -154,21 +170,23 @@ class _Giver:
         given = self.plan.items.get(demand.key)
         if given is None:
             return True
-        wanted = [item for item in demand.items if item.start >= demand.reach and item not in given]
-        wanted = wanted[: self._room.lookahead]
+        ahead = (i for i in demand.items if i.start >= demand.reach and i not in given)
+        wanted = groups(ahead)[: self._room.lookahead]
         return self._give(demand.key, wanted) == len(wanted)
 
-    def _give(self, key: str, wanted: Iterable[Item]) -> int:
+    def _give(self, key: str, wanted: Iterable[tuple[Item, ...]]) -> int:
+        """Give as many groups as fit; a group of many items fits if it is the first."""
         count = 0
-        for item in wanted:
-            tokens = 0 if item.digest in self._digests else item.tokens
-            if tokens and (tokens > self._tokens or not self._items):
+        for group in wanted:
+            fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
+            tokens = sum(fresh.values())
+            full = len(fresh) > self._items and self._items < self._room.items
+            if fresh and (tokens > self._tokens or full or not self._items):
                 break
-            if tokens:
-                self._items -= 1
+            self._items = max(0, self._items - len(fresh))
             self._tokens -= tokens
             self.plan.tokens += tokens
-            self._digests.add(item.digest)
-            self.plan.items[key] = (*self.plan.items.get(key, ()), item)
+            self._digests |= fresh.keys()
+            self.plan.items[key] = (*self.plan.items.get(key, ()), *group)
             count += 1
         return count

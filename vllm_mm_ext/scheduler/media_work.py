@@ -92,8 +92,11 @@ def _read(request: Any) -> _Media:
     items, ends, reached = [], [], 0
     for index, feature in enumerate(request.mm_features):
         position = feature.mm_position
-        items.append(Item(index, position.get_num_embeds(), feature.identifier, position.offset))
+        end = position.offset + position.length
+        items.append(
+            Item(index, position.get_num_embeds(), feature.identifier, position.offset, end)
+        )
         # Sound within a video shares its placeholder, so ends need not ascend by themselves.
-        reached = max(reached, position.offset + position.length)
+        reached = max(reached, end)
         ends.append(reached)
     return _Media(tuple(items), tuple(ends))

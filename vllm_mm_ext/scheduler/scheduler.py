@@ -19,12 +19,20 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.scheduler.encoder_plan import EncoderDemand, EncoderPlan, EncoderRoom, Item, plan
+from vllm_mm_ext.scheduler.encoder_plan import (
+    EncoderDemand,
+    EncoderPlan,
+    EncoderRoom,
+    Item,
+    plan,
+)
+from vllm_mm_ext.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.scheduler.media_work import MediaWork
 from vllm_mm_ext.scheduler.order import Candidate, is_promoted, rank
 from vllm_mm_ext.scheduler.queue import ArrangedQueue
-from vllm_mm_ext.scheduler.step_budget import Demand, StepBudget, StepLimits, fair_level
+from vllm_mm_ext.scheduler.step_budget import Demand, StepBudget, StepLimits
 from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
+from vllm_mm_ext.scheduler.turns import Turn, chunk_limit, decode_tokens
 from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -33,26 +41,6 @@ logger = logging.getLogger("vllm.mm_ext")
 _BACK_OFF = 8
 # Steps whose end is still awaited; more were given up.
 _MOST_IN_FLIGHT = 64
-
-
-class _Turn(NamedTuple):
-    """A request without its first token, as one step sees it."""
-
-    request: Any
-    candidate: Candidate
-    computed: int
-    left: int
-    items: tuple[Item, ...]
-    ready: bool
-    promoted: bool
-
-    @property
-    def prefill_need(self) -> int:
-        """Tokens it could compute in this step, if its next item were encoded."""
-        if not self.items:
-            return self.left
-        first = self.items[0]
-        return max(0, first.start - self.computed) + first.tokens
 
 
 class _Begun(NamedTuple):
@@ -100,6 +88,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._back_off: dict[str, int] = {}
         self._begun: OrderedDict[int, _Begun] = OrderedDict()
         self._ended = -math.inf
+        self._backlog = 0
+        self._publisher = LoadPublisher(self)
         waiting = ArrangedQueue()
         self.waiting = waiting
 
@@ -127,14 +117,14 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._note(output, {request.request_id for request in decoding}, now)
         return output
 
-    def _turns(self, now: float) -> list[_Turn]:
+    def _turns(self, now: float) -> list[Turn]:
         """All requests without their first token, by rank."""
         found = [self._turn(r, now) for r in self.running if r.is_prefill_chunk]
         found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *self.waiting)]
         aging_s = self._settings.aging_s
         return sorted(found, key=lambda turn: rank(turn.candidate, now, aging_s))
 
-    def _turn(self, request: Any, now: float) -> _Turn:
+    def _turn(self, request: Any, now: float) -> Turn:
         key = request.request_id
         if key not in self._since:
             self._came += 1
@@ -159,12 +149,12 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         blocked = self._is_blocked_waiting_status(request.status)
         ready = not blocked and not self._backs_off(key, self.current_step + 1)
         promoted = is_promoted(candidate, now, self._settings.aging_s)
-        return _Turn(request, candidate, computed, left, items, ready, promoted)
+        return Turn(request, candidate, computed, left, items, ready, promoted)
 
     def _backs_off(self, key: str, step: int) -> bool:
         return step <= self._back_off.get(key, 0)
 
-    def _arrange(self, decoding: list[Any], turns: list[_Turn]) -> None:
+    def _arrange(self, decoding: list[Any], turns: list[Turn]) -> None:
         """Decodes first. The last one in ``running`` is the first that vLLM preempts."""
         running = [turn.request for turn in turns if turn.request.status == RequestStatus.RUNNING]
         self.running[:] = [*decoding, *running]
@@ -175,7 +165,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         used = len(self.running) + self.num_waiting_for_streaming_input
         return max(0, int(self.max_num_active_reqs - used))
 
-    def _limits(self, decoding: list[Any], turns: list[_Turn]) -> tuple[StepLimits, int]:
+    def _limits(self, decoding: list[Any], turns: list[Turn]) -> tuple[StepLimits, int]:
         """Limits of the step, and the most prompt tokens of one request (0: no such limit)."""
         running = [turn for turn in turns if turn.request.status == RequestStatus.RUNNING]
         slots = self._free_slots()
@@ -186,20 +176,21 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         ][:slots]
         media = [turn for turn in turns if turn.items and turn.ready]
         demand = Demand(
-            decode_tokens=sum(_left(request) for request in decoding),
+            decode_tokens=sum(decode_tokens(request) for request in decoding),
             decoding=bool(decoding),
             text_due=bool(text) or any(not turn.request.mm_features for turn in running),
             prefill_tokens=sum(turn.prefill_need for turn in (*running, *text)),
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
-            next_item=media[0].items[0].tokens if media else 0,
+            next_item=media[0].next_tokens if media else 0,
         )
+        self._backlog = sum(turn.candidate.encoder_tokens for turn in turns)
         limits = self._budget.limits(demand, self._times)
         if not self._limits_prefill:
             most = self._max_tokens
             return StepLimits(most, most, limits.encoder_tokens), 0
-        return limits, _chunk(limits, running, text, turns)
+        return limits, chunk_limit(limits, running, text, turns)
 
-    def _plan_encoder(self, turns: list[_Turn], limits: StepLimits) -> None:
+    def _plan_encoder(self, turns: list[Turn], limits: StepLimits) -> None:
         room = EncoderRoom(
             tokens=limits.encoder_tokens,
             items=self._settings.max_encoder_batch,
@@ -257,6 +248,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             for index in indices
         )
         self._budget.spent(encoded)
+        self._backlog = max(0, self._backlog - encoded)
         scheduled = output.num_scheduled_tokens
         work = StepWork(
             decodes=len(decoding & scheduled.keys()),
@@ -275,7 +267,14 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             # Of overlapping steps, a later one starts when the one before it ends.
             self._times.observe(begun.work, now - max(begun.at, self._ended))
         self._ended = now
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._publisher.publish(self._backlog, self._times)
+        return outputs
+
+    def shutdown(self) -> None:
+        """Take the engine's figures back."""
+        self._publisher.close()
+        super().shutdown()
 
     # --- what vLLM's schedule asks ----------------------------------------------------------------
 
@@ -357,26 +356,3 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
 
 class MMExtAsyncScheduler(MMExtScheduler, AsyncScheduler):  # type: ignore[misc]
     """The same over vLLM's asynchronous scheduler."""
-
-
-def _left(request: Any) -> int:
-    """Tokens a decoding request takes in a step, drafts included."""
-    ahead = request.num_tokens_with_spec + request.num_output_placeholders
-    return max(0, int(ahead - request.num_computed_tokens))
-
-
-def _chunk(limits: StepLimits, running: list[_Turn], text: list[_Turn], turns: list[_Turn]) -> int:
-    """Most prompt tokens of one request, so that better-ranked text that waits finds room.
-
-    vLLM goes through running requests first, so without a bound one long prompt among them takes
-    all there is.
-    """
-    if not running or not text:
-        return 0
-    place = {turn.candidate.key: position for position, turn in enumerate(turns)}
-    last = max(place[turn.candidate.key] for turn in running)
-    before = [turn for turn in text if place[turn.candidate.key] < last]
-    wanted = sum(turn.prefill_need for turn in before)
-    room = limits.prefill_tokens - min(wanted, limits.prefill_tokens // 2)
-    level = fair_level([turn.prefill_need for turn in running], room)
-    return 0 if math.isinf(level) else max(1, int(level))

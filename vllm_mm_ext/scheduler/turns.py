@@ -1,0 +1,69 @@
+"""Requests without their first token, as one step of the scheduler sees them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from vllm_mm_ext.scheduler.encoder_plan import Item, groups
+from vllm_mm_ext.scheduler.order import Candidate
+from vllm_mm_ext.scheduler.step_budget import StepLimits, fair_level
+
+
+class Turn(NamedTuple):
+    """A request without its first token, as one step sees it.
+
+    Attributes:
+        request: vLLM's request.
+        candidate: What its rank depends on.
+        computed: Tokens that need not be computed.
+        left: Tokens that must be.
+        items: Items whose encoder output is missing.
+        ready: It could be scheduled, as far as it is known before vLLM tries.
+        promoted: No later request may pass it.
+    """
+
+    request: Any
+    candidate: Candidate
+    computed: int
+    left: int
+    items: tuple[Item, ...]
+    ready: bool
+    promoted: bool
+
+    @property
+    def prefill_need(self) -> int:
+        """Tokens it could compute in this step, if its next item were encoded."""
+        if not self.items:
+            return self.left
+        return max(0, self.items[0].start - self.computed) + self.next_tokens
+
+    @property
+    def next_tokens(self) -> int:
+        """Encoder outputs of what is encoded first."""
+        return sum(item.tokens for item in groups(self.items)[0])
+
+
+def decode_tokens(request: Any) -> int:
+    """Tokens a decoding request takes in a step, drafts included."""
+    ahead = request.num_tokens_with_spec + request.num_output_placeholders
+    return max(0, int(ahead - request.num_computed_tokens))
+
+
+def chunk_limit(
+    limits: StepLimits, running: list[Turn], text: list[Turn], turns: list[Turn]
+) -> int:
+    """Most prompt tokens of one request, so that better-ranked text that waits finds room.
+
+    vLLM goes through running requests first, so without a bound one long prompt among them takes
+    all there is.
+    """
+    if not running or not text:
+        return 0
+    place = {turn.candidate.key: position for position, turn in enumerate(turns)}
+    last = max(place[turn.candidate.key] for turn in running)
+    before = [turn for turn in text if place[turn.candidate.key] < last]
+    wanted = sum(turn.prefill_need for turn in before)
+    room = limits.prefill_tokens - min(wanted, limits.prefill_tokens // 2)
+    level = fair_level([turn.prefill_need for turn in running], room)
+    return 0 if math.isinf(level) else max(1, int(level))
