@@ -11,6 +11,7 @@ from kv_harness import BLOCK, Clock, Engine, Media, Part, Text, request
 from vllm.v1.request import Request
 
 from vllm_mm_ext.kv.control import KVControl
+from vllm_mm_ext.kv.free_queue import is_kept
 from vllm_mm_ext.kv.settings import KVSettings
 
 # What a block holds: its group, all tokens up to its end, and the media they are placeholders of.
@@ -129,11 +130,11 @@ def run(seed: int, steps: int, settings: KVSettings, *, blocks: int, window: int
 
 
 def _kept(engine: Engine) -> dict[int, object]:
-    claims = engine.pool.free_block_queue.claims
+    holders = engine.pool.free_block_queue.holders
     return {
         block.block_id: block.block_hash
         for block in engine.pool.blocks
-        if claims[block.block_id] and block.ref_cnt == 0
+        if is_kept(holders[block.block_id]) and block.ref_cnt == 0
     }
 
 

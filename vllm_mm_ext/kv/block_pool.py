@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,12 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_mm_ext.kv.free_queue import KeepingQueue
+from vllm_mm_ext.kv.free_queue import KeepingQueue, is_kept
 from vllm_mm_ext.kv.placement import end_of
 from vllm_mm_ext.kv.registry import CachedItem, CachedMedia, Registry, merge
 from vllm_mm_ext.kv.retention import Retention
 from vllm_mm_ext.kv.sessions import Sessions
-from vllm_mm_ext.kv.tagging import Kind, Prefix, Tagger
+from vllm_mm_ext.kv.tagging import Prefix, Tagger
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         self.sessions = sessions
         self.registry = Registry()
         self.retention = Retention(sessions)
-        self.kinds = bytearray(self.num_gpu_blocks)
-        self.free_block_queue = KeepingQueue(self.blocks, self.retention, self._make_room)
+        self.free_block_queue = KeepingQueue(self.blocks, self._make_room)
         # The new list holds all blocks again; the first is the null block, as before.
         assert self.free_block_queue.popleft() is self.null_block
         self._tagger = Tagger(
@@ -65,7 +65,6 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             sessions,
             self.hash_block_size,
             limits.hidden_size,
-            self.kinds,
         )
 
     def true_pressure(self) -> float:
@@ -100,12 +99,9 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         )
         features = request.mm_features
         if features and num_cached_blocks * block_size < end_of(features[-1]):
-            prefix = Prefix(request, blocks, block_size, kv_cache_group_id, hit=False)
+            sparse = block_mask is not None
+            prefix = Prefix(request, blocks, block_size, kv_cache_group_id, False, sparse)
             self._tagger.tag(prefix, range(num_cached_blocks, num_full_blocks))
-            return
-        kinds = self.kinds
-        for block in blocks[num_cached_blocks:num_full_blocks]:
-            kinds[block.block_id] = Kind.TEXT
 
     def found(
         self, request: Request, blocks: Sequence[KVCacheBlock], block_size: int, group: int
@@ -121,7 +117,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             group: KV cache group.
         """
         if request.mm_features:
-            prefix = Prefix(request, blocks, block_size, group, hit=True)
+            prefix = Prefix(request, blocks, block_size, group, True, sparse=True)
             self._tagger.tag(prefix, range(len(blocks)))
 
     # --- who goes first ---------------------------------------------------------------------------
@@ -130,15 +126,71 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         """As vLLM's; kept items are given up where nothing else is free."""
         taken: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
         queue = self.free_block_queue
+        # They may have held media before.
+        holders = queue.holders
+        for block in taken:
+            holders[block.block_id] = None
         if queue.kept and queue.listed < self.limits.floor:
             self._balance()
         return taken
 
+    def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """As vLLM's; items of which a block is used cannot be given up."""
+        others, kept, holders = self._parted(blocks)
+        super().touch(others)
+        if not kept:
+            return
+        idle = self._counted(kept, holders)
+        self.free_block_queue.keep(-sum(idle.values()))
+        for holder, count in idle.items():
+            if not isinstance(holder, int):
+                holder.free -= count
+                if holder.free + count == len(holder.blocks):
+                    self.retention.busy(holder)
+        for block in kept:
+            block.ref_cnt += 1
+            if self.metrics_collector:
+                self.metrics_collector.on_block_accessed(block)
+
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """As vLLM's; blocks of items are kept."""
-        super().free_blocks(ordered_blocks)
-        if self.free_block_queue.kept:
-            self._balance()
+        others, kept, holders = self._parted(list(ordered_blocks))
+        super().free_blocks(others)
+        if not kept:
+            return
+        for block in kept:
+            block.ref_cnt -= 1
+        idle = self._counted(kept, holders)
+        self.free_block_queue.keep(sum(idle.values()))
+        # In the order they are met: of a request, the last item first.
+        for holder, count in idle.items():
+            if not isinstance(holder, int):
+                holder.free += count
+                if holder.free == len(holder.blocks):
+                    self.retention.settle(holder)
+        self._balance()
+
+    def _parted(
+        self, blocks: Sequence[KVCacheBlock]
+    ) -> tuple[Sequence[KVCacheBlock], list[KVCacheBlock], list[CachedItem | int]]:
+        """Blocks that are vLLM's matter, those of items, and the holders of the latter."""
+        all_holders = self.free_block_queue.holders
+        held = [all_holders[block.block_id] for block in blocks]
+        if not any(held):
+            return blocks, [], []
+        if not all(is_kept(holder) for holder in set(held) if holder):
+            held = [holder if is_kept(holder) else None for holder in held]
+        others = [block for block, holder in zip(blocks, held, strict=True) if not holder]
+        kept = [block for block, holder in zip(blocks, held, strict=True) if holder]
+        return others, kept, [holder for holder in held if holder]
+
+    def _counted(
+        self, blocks: list[KVCacheBlock], holders: list[CachedItem | int]
+    ) -> Counter[CachedItem | int]:
+        """How many of the blocks that nobody uses have which holder."""
+        if any(block.ref_cnt for block in blocks):
+            holders = [h for b, h in zip(blocks, holders, strict=True) if not b.ref_cnt]
+        return Counter(holders)
 
     def release(self, items: Iterable[int]) -> None:
         """Stop keeping items, and all that follow them; they stay cached like any text.
@@ -161,9 +213,11 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
 
     def _balance(self) -> None:
         queue, limits = self.free_block_queue, self.limits
-        self.reprotect(self.sessions.expire())
-        while queue.kept > limits.quota or queue.listed < limits.floor:
-            item = self.retention.victim() if self.retention.idle > limits.min_items else None
+        while queue.kept > limits.quota or queue.num_free_blocks - queue.kept < limits.floor:
+            item = None
+            if self.retention.idle > limits.min_items:
+                self.reprotect(self.sessions.expire())
+                item = self.retention.victim()
             if item is None:
                 return
             self._release(item)
@@ -181,43 +235,74 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
 
     def _release(self, item: CachedItem) -> None:
         """Give the blocks of an item without children to the list, the last one first."""
-        queue = self.free_block_queue
+        queue, blocks = self.free_block_queue, self.blocks
         self.retention.give_up(item)
         self.sessions.forget_item(item.number)
         self.registry.remove(item)
         if item.parent is not None:
             self.retention.reconsider(item.parent)
-        for block_id in item.blocks.values():
-            queue.owners[block_id] = None
-        freed = []
-        for block_id in (*reversed(item.blocks.values()), *reversed(item.before.values())):
-            queue.claims[block_id] -= 1
-            block = self.blocks[block_id]
-            if not queue.claims[block_id] and block.ref_cnt == 0:
-                freed.append(block)
+        holders = queue.holders
+        freed = [blocks[block_id] for block_id in reversed(item.blocks)]
+        if item.free < len(freed):
+            freed = [block for block in freed if block.ref_cnt == 0]
+        for block_id in reversed(item.before):
+            needed = holders[block_id]
+            assert isinstance(needed, int)
+            holders[block_id] = needed - 1 or None
+            if needed == 1 and blocks[block_id].ref_cnt == 0:
+                freed.append(blocks[block_id])
         queue.give_back(freed)
+        # Its blocks go on naming it until they hold something else.
+        item.parent = None
+        item.blocks, item.before = [], []
 
     # --- what else may happen to blocks -----------------------------------------------------------
 
-    def _remove_cached_block_hashes(self, block: KVCacheBlock) -> Any:
-        # A block that is found no more: nothing after it is found either.
-        if self.free_block_queue.claims[block.block_id]:
-            self.release([item.number for item in self.registry.holding(block.block_id)])
-        return super()._remove_cached_block_hashes(block)
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """As vLLM's; nothing after them is found any more, so it is not kept either."""
+        for block_id in block_ids:
+            self._let_go(block_id)
+        super().evict_blocks(block_ids)
+
+    def unpin_blocks(
+        self, blocks: Iterable[KVCacheBlock], on_reuse: Callable[[KVCacheBlock], None]
+    ) -> None:
+        """As vLLM's; they are not kept."""
+        blocks = list(blocks)
+        for block in blocks:
+            self._let_go(block.block_id)
+        super().unpin_blocks(blocks, on_reuse)
+
+    def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
+        """As vLLM's; the copy is not kept."""
+        self._let_go(src_block.block_id)
+        super().move_block_hashes(src_block, dst_block)
+
+    def _let_go(self, block_id: int) -> None:
+        if is_kept(self.free_block_queue.holders[block_id]):
+            self.release([item.number for item in self.registry.holding(block_id)])
 
     def reset_prefix_cache(self) -> bool:
         """As vLLM's: False while requests run, else nothing is cached afterwards."""
         if not super().reset_prefix_cache():
             return False
         queue = self.free_block_queue
-        kept = [block for block in self.blocks if queue.claims[block.block_id]]
-        queue.claims[:] = [0] * len(queue.claims)
-        queue.owners[:] = [None] * len(queue.owners)
+        kept = [block for block in self.blocks if is_kept(queue.holders[block.block_id])]
+        queue.holders[:] = [None] * len(queue.holders)
         queue.give_back(kept)
         self.registry.clear()
         self.retention.clear()
         self.sessions.clear_items()
         return True
+
+    def holds(self, block_id: int) -> CachedItem | None:
+        """The mm item whose tokens fill a cached block, kept or not; None for text.
+
+        A block in which an item ends and other text begins is the next item's or text.
+        """
+        holder = self.free_block_queue.holders[block_id]
+        cached = self.blocks[block_id].block_hash is not None
+        return holder if cached and isinstance(holder, CachedItem) else None
 
     def media(self) -> list[CachedMedia]:
         """What is cached, latest use first."""
@@ -230,25 +315,27 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         listed = queue.get_all_free_blocks()
         ids = {block.block_id for block in listed}
         assert len(ids) == len(listed) == queue.listed
-        claims = [0] * self.num_gpu_blocks
-        owners: list[CachedItem | None] = [None] * self.num_gpu_blocks
+        holders: list[CachedItem | int | None] = [None] * self.num_gpu_blocks
         for item in self.registry:
-            for block_id in (*item.blocks.values(), *item.before.values()):
-                claims[block_id] += 1
-            for block_id in item.blocks.values():
-                assert owners[block_id] is None
-                owners[block_id] = item
-            assert item.free == sum(self.blocks[i].ref_cnt == 0 for i in item.blocks.values())
-        assert claims == queue.claims
-        assert all(a is b for a, b in zip(owners, queue.owners, strict=True))
+            for block_id in item.blocks:
+                assert holders[block_id] is None
+                holders[block_id] = item
+            assert item.free == sum(self.blocks[i].ref_cnt == 0 for i in item.blocks)
+        for item in self.registry:
+            for block_id in item.before:
+                needed = holders[block_id] or 0
+                assert isinstance(needed, int)
+                holders[block_id] = needed + 1
+        current = [held if is_kept(held) else None for held in queue.holders]
+        assert all(a is b or a == b for a, b in zip(holders, current, strict=True))
         kept = 0
         for block in self.blocks:
-            held = claims[block.block_id] > 0
+            held = holders[block.block_id] is not None
             if held:
                 assert not block.is_null
+                # vLLM drops hashes of Mamba states that requests in progress replace.
                 key = block.block_hash
-                assert key is not None
-                assert self.cached_block_hash_to_block.contain(key, block.block_id)
+                assert key is None or self.cached_block_hash_to_block.contain(key, block.block_id)
             free = block.ref_cnt == 0 and not block.is_null
             kept += free and held
             assert (block.block_id in ids) == (free and not held), block

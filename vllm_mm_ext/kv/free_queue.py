@@ -11,7 +11,6 @@ from collections.abc import Callable
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from vllm_mm_ext.kv.registry import CachedItem
-from vllm_mm_ext.kv.retention import Retention
 
 
 class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
@@ -19,27 +18,19 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
 
     Args:
         blocks: All blocks of the pool, all free.
-        retention: Told when items become idle and busy.
         make_room: Called with a number of blocks when the list holds fewer; it must then hold
             that many, if as many are free.
 
     Attributes:
-        claims: By block id, how many items hold the block.
-        owners: By block id, the item whose own tokens it holds.
-        kept: Free blocks outside the list.
+        holders: By block id: the item whose tokens the block holds, or how many items need the
+            text in it, or None. An item that is not kept does not count as one.
+        kept: Free blocks outside the list: those with holders.
     """
 
-    def __init__(
-        self,
-        blocks: list[KVCacheBlock],
-        retention: Retention,
-        make_room: Callable[[int], None],
-    ) -> None:
+    def __init__(self, blocks: list[KVCacheBlock], make_room: Callable[[int], None]) -> None:
         super().__init__(blocks)
-        self._retention = retention
         self._make_room = make_room
-        self.claims = [0] * len(blocks)
-        self.owners: list[CachedItem | None] = [None] * len(blocks)
+        self.holders: list[CachedItem | int | None] = [None] * len(blocks)
         self.kept = 0
 
     @property
@@ -62,44 +53,17 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
         taken: list[KVCacheBlock] = super().popleft_n(n)
         return taken
 
-    def remove(self, block: KVCacheBlock) -> None:
-        """Take one block out, because a request hits it."""
-        if not self.claims[block.block_id]:
-            super().remove(block)
-            return
-        self.kept -= 1
-        self.num_free_blocks -= 1
-        item = self.owners[block.block_id]
-        if item is not None:
-            was_idle = item.idle
-            item.free -= 1
-            if was_idle:
-                self._retention.busy(item)
-
-    def append(self, block: KVCacheBlock) -> None:
-        """Take back one block."""
-        self.append_n([block])
-
-    def append_n(self, blocks: list[KVCacheBlock]) -> None:
-        """Take back blocks that are cached: those of items are kept, others go to the end."""
-        claims = self.claims
-        others = [block for block in blocks if not claims[block.block_id]]
-        if len(others) != len(blocks):
-            self._keep([block.block_id for block in blocks if claims[block.block_id]])
-        super().append_n(others)
+    def keep(self, blocks: int) -> None:
+        """Note that so many free blocks are kept, which are not in the list."""
+        self.kept += blocks
+        self.num_free_blocks += blocks
 
     def give_back(self, blocks: list[KVCacheBlock]) -> None:
         """Put kept blocks, which no item holds any more, at the end of the list."""
-        self.kept -= len(blocks)
-        self.num_free_blocks -= len(blocks)
-        super().append_n(blocks)
+        self.keep(-len(blocks))
+        self.append_n(blocks)
 
-    def _keep(self, block_ids: list[int]) -> None:
-        self.kept += len(block_ids)
-        self.num_free_blocks += len(block_ids)
-        for block_id in block_ids:
-            item = self.owners[block_id]
-            if item is not None:
-                item.free += 1
-                if item.idle:
-                    self._retention.settle(item)
+
+def is_kept(holder: CachedItem | int | None) -> bool:
+    """Whether a block with that holder is kept."""
+    return holder is not None and (isinstance(holder, int) or holder.kept)

@@ -8,7 +8,7 @@ Items share a name (block hash) exactly where they and all that comes before the
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,21 +25,6 @@ class Feature(Protocol):
     modality: str
     identifier: str
     mm_position: _Range
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive blocks of one item.
-
-    Attributes:
-        item: Index of the item; None after the last one.
-        text: Block indices before the first that holds tokens of the item.
-        own: Block indices from that one on.
-    """
-
-    item: int | None
-    text: range
-    own: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +55,23 @@ class Placement:
             index += 1
         return None
 
-    def runs(self, blocks: range, block_size: int) -> Iterator[Run]:
-        """Blocks by the item they belong to.
+    def runs(self, blocks: range, block_size: int) -> Iterator[tuple[int, range]]:
+        """Items with tokens in some blocks, each with the indices of all its blocks up to there.
 
         Args:
-            blocks: Their indices in the prompt.
+            blocks: Indices in the prompt.
             block_size: Tokens per block.
         """
         first = blocks.start
         while first < blocks.stop:
             item = self.owner((first + 1) * block_size)
             if item is None:
-                yield Run(None, range(first, blocks.stop), range(0))
                 return
             feature = self.features[item]
             stop = min(blocks.stop, end_of(feature) // block_size)
-            own = min(max(first, feature.mm_position.offset // block_size), stop)
-            yield Run(item, range(first, own), range(own, stop))
+            own = range(feature.mm_position.offset // block_size, stop)
+            if own:
+                yield item, own
             first = stop
 
     def before(self, index: int, block_size: int) -> range:
@@ -94,18 +79,6 @@ class Placement:
         parent = self.parent(index)
         start = end_of(self.features[parent]) if parent is not None else 0
         return range(start // block_size, self.features[index].mm_position.offset // block_size)
-
-    def medium_at(self, start: int) -> str | None:
-        """Modality of the item that a position is in or, beyond it, None.
-
-        Args:
-            start: A position in the prompt.
-        """
-        index = bisect_right(self.features, start, key=end_of)
-        if index == len(self.features):
-            return None
-        feature = self.features[index]
-        return feature.modality if feature.mm_position.offset <= start else None
 
     def hash_index(self, index: int) -> int | None:
         """Which block hash names an item: the first one over its tokens; None if it has none."""

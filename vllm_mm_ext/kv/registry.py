@@ -43,14 +43,16 @@ class CachedItem:
         modality: `video`, `audio`, `image`...
         parent: The mm item before it, which must be cached as long as this one.
         children: Items after it, by number.
-        blocks: Block ids that hold its tokens, by (KV cache group, index in the request).
+        blocks: Ids of the blocks that hold its tokens, in prompt order (by KV cache group).
         before: The same for the text between its parent and itself; other items may share them.
+        reached: By KV cache group, the index in a request of the block after the last of these.
         tokens: Prompt tokens of ``blocks`` and ``before`` in the first KV cache group.
         cost: What computing those again takes, in prefills of one token at the start of a prompt.
         hits: Requests that found it.
         last_use_s: When a request last used it.
         free: How many of ``blocks`` no request uses.
         renewed: It was used since it was last ranked.
+        kept: It is in the registry.
     """
 
     number: int
@@ -59,14 +61,16 @@ class CachedItem:
     modality: str
     parent: CachedItem | None
     children: dict[int, CachedItem] = field(default_factory=dict)
-    blocks: dict[tuple[int, int], int] = field(default_factory=dict)
-    before: dict[tuple[int, int], int] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)
+    reached: dict[int, int] = field(default_factory=dict)
     tokens: int = 0
     cost: float = 0.0
     hits: int = 0
     last_use_s: float = 0.0
     free: int = 0
     renewed: bool = True
+    kept: bool = True
 
     @property
     def size(self) -> int:
@@ -160,11 +164,14 @@ class Registry:
             raise ValueError(f"{item.identifier} has {len(item.children)} cached items after it")
         del self._items[item.number]
         del self._by_key[item.key]
+        item.kept = False
         if item.parent is not None:
             del item.parent.children[item.number]
 
     def clear(self) -> None:
         """Drop everything. Numbers are not used again."""
+        for item in self._items.values():
+            item.kept = False
         self._items.clear()
         self._by_key.clear()
 
@@ -179,16 +186,13 @@ class Registry:
 
     def holding(self, block_id: int) -> list[CachedItem]:
         """Items with a block. O(all blocks): for what is rare."""
-        return [
-            item
-            for item in self
-            if block_id in item.blocks.values() or block_id in item.before.values()
-        ]
+        return [item for item in self if block_id in item.blocks or block_id in item.before]
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` if the tree is not one."""
         assert len(self._by_key) == len(self._items)
         for number, item in self._items.items():
+            assert item.kept
             assert item.number == number < self._next
             assert self._by_key[item.key] is item
             assert 0 <= item.free <= len(item.blocks)

@@ -9,14 +9,21 @@ goes whole, and only after all that follow it in their prompts.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vllm_mm_ext.caching.cost_aware import CostAware
 from vllm_mm_ext.kv.registry import CachedItem
 from vllm_mm_ext.kv.sessions import Protection, Sessions
 
-# Of more candidates so many are drawn, and the worst of them goes; as ``CostAware`` does it.
-_SAMPLE = 64
+# Of more candidates the worst goes of some drawn at random, and the next worst are remembered until
+# only a few are left, which compete with those drawn then (cf. Psounis and Prabhakar, "Efficient
+# randomized web-cache replacement schemes using samples from past eviction times", IEEE/ACM Trans.
+# Networking 10(4), 2002).
+_DRAWN = 24
+_REMEMBERED = 16
+_LEFT = 4
+
+_Ranked = tuple[tuple[float, int], int, CachedItem]
 
 
 class Retention:
@@ -62,7 +69,7 @@ class Retention:
         """The item to give up next; None if all are in use. It stays until ``give_up``."""
         for candidates in self._candidates.values():
             if len(candidates):
-                return min(candidates.draw(self._random), key=self._rank)
+                return candidates.worst(self._random, self._rank)
         return None
 
     def give_up(self, item: CachedItem) -> None:
@@ -106,11 +113,12 @@ class Retention:
 
 
 class _Bag:
-    """A set to draw from."""
+    """Items of which the worst is asked for."""
 
     def __init__(self) -> None:
         self._items: list[CachedItem] = []
         self._place: dict[int, int] = {}
+        self._remembered: dict[int, _Ranked] = {}
 
     def __len__(self) -> int:
         return len(self._items)
@@ -123,12 +131,23 @@ class _Bag:
         self._items.append(item)
 
     def remove(self, item: CachedItem) -> None:
+        self._remembered.pop(item.number, None)
         place, last = self._place.pop(item.number), self._items.pop()
         if last is not item:
             self._items[place] = last
             self._place[last.number] = place
 
-    def draw(self, source: random.Random) -> list[CachedItem]:
-        if len(self._items) <= _SAMPLE:
-            return self._items
-        return source.sample(self._items, _SAMPLE)
+    def worst(
+        self, source: random.Random, rank: Callable[[CachedItem], tuple[float, int]]
+    ) -> CachedItem:
+        """The item of the lowest rank, of few exactly and of many probably."""
+        items, known = self._items, self._remembered
+        if len(items) <= _DRAWN:
+            return min(items, key=rank)
+        if len(known) <= _LEFT:
+            for _ in range(_DRAWN):
+                item = items[int(source.random() * len(items))]
+                known[item.number] = (rank(item), item.number, item)
+            worst = sorted(known.values())[:_REMEMBERED]
+            known = self._remembered = {ranked[1]: ranked for ranked in worst}
+        return next(iter(known.values()))[2]

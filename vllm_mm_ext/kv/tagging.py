@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_mm_ext.kv.free_queue import KeepingQueue
 from vllm_mm_ext.kv.placement import Placement
-from vllm_mm_ext.kv.registry import ENCODE_COST, CachedItem, Registry, prefill_cost
+from vllm_mm_ext.kv.registry import (
+    ENCODE_COST,
+    CachedItem,
+    Registry,
+    prefill_cost,
+)
 from vllm_mm_ext.kv.retention import Retention
 from vllm_mm_ext.kv.sessions import Sessions
-
-
-class Kind(IntEnum):
-    """What a cached block holds; where an item begins or ends inside, that of its first token."""
-
-    TEXT = 0
-    IMAGE = 1
-    AUDIO = 2
-    VIDEO = 3
-    OTHER = 4
-
-
-_KINDS: dict[str | None, Kind] = {
-    None: Kind.TEXT,
-    "image": Kind.IMAGE,
-    "audio": Kind.AUDIO,
-    "video": Kind.VIDEO,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +30,7 @@ class Prefix:
         block_size: Tokens per block.
         group: KV cache group.
         hit: They were found in the cache, not computed.
+        sparse: Some of them are not looked up, and so have no hash.
     """
 
     request: Request
@@ -51,6 +38,7 @@ class Prefix:
     block_size: int
     group: int
     hit: bool
+    sparse: bool = False
 
 
 class Tagger:
@@ -63,7 +51,6 @@ class Tagger:
         sessions: Told which session uses which item.
         hash_block_size: Tokens per block hash.
         hidden_size: Of the language model.
-        kinds: By block id, a ``Kind``; changed.
     """
 
     def __init__(
@@ -74,7 +61,6 @@ class Tagger:
         sessions: Sessions,
         hash_block_size: int,
         hidden_size: int,
-        kinds: bytearray,
     ) -> None:
         self._queue = queue
         self._registry = registry
@@ -82,28 +68,21 @@ class Tagger:
         self._sessions = sessions
         self._hash_block_size = hash_block_size
         self._hidden_size = hidden_size
-        self._kinds = kinds
 
     def tag(self, prefix: Prefix, indices: range) -> None:
-        """Note what some blocks of a request hold, and keep what belongs to an item.
+        """Keep what belongs to an item.
 
         Args:
             prefix: The request's blocks, which it uses.
-            indices: Which of them.
+            indices: Those that are new to it.
         """
         placement = Placement(prefix.request.mm_features, self._hash_block_size)
-        for run in placement.runs(indices, prefix.block_size):
-            for i in (*run.text, *run.own):
-                kind = _KINDS.get(placement.medium_at(i * prefix.block_size), Kind.OTHER)
-                self._kinds[prefix.blocks[i].block_id] = kind
-            # Attention windows leave holes, and blocks that are never looked up.
-            if run.item is None or not any(_is_cached(prefix.blocks[i]) for i in run.own):
-                continue
-            item = self._use(prefix, placement, run.item)
+        for index, own in placement.runs(indices, prefix.block_size):
+            # Attention windows leave holes.
+            blocks = _cached(prefix, own)
+            item = self._use(prefix, placement, index) if blocks else None
             if item is not None:
-                before = placement.before(run.item, prefix.block_size)
-                self._claim(item, item.before, prefix, before)
-                self._claim(item, item.blocks, prefix, run.own)
+                self._claim(item, prefix, placement.before(index, prefix.block_size), own)
 
     def _use(self, prefix: Prefix, placement: Placement, index: int) -> CachedItem | None:
         """A request's item, kept from now on; None if what comes before it cannot be."""
@@ -150,32 +129,51 @@ class Tagger:
         assert found is not None
         return bytes(request.block_hashes[found])
 
-    def _claim(
-        self,
-        item: CachedItem,
-        table: dict[tuple[int, int], int],
-        prefix: Prefix,
-        indices: Iterable[int],
-    ) -> None:
-        own = table is item.blocks
-        was_idle = bool(item.blocks) and item.idle
-        for i in indices:
-            block = prefix.blocks[i]
-            # Requests that computed the same at the same time have a block each; one is enough.
-            if (prefix.group, i) in table or not _is_cached(block):
-                continue
-            table[prefix.group, i] = block.block_id
-            self._queue.claims[block.block_id] += 1
-            if own:
-                self._queue.owners[block.block_id] = item
-            if prefix.group == 0:
-                start, stop = i * prefix.block_size, (i + 1) * prefix.block_size
-                item.tokens += prefix.block_size
-                item.cost += prefill_cost(start, stop, self._hidden_size)
-                item.cost += ENCODE_COST * prefix.block_size * own
-        if was_idle and not item.idle:
+    def _claim(self, item: CachedItem, prefix: Prefix, before: range, own: range) -> None:
+        """Let an item hold a request's blocks, where it does not hold equal ones already.
+
+        Requests that computed the same at the same time have a block each; one is enough.
+        """
+        reached = item.reached.get(prefix.group)
+        if reached is None:
+            self._claim_text(item, prefix, before)
+            reached = own.start
+        if reached >= own.stop:
+            return
+        new = range(reached, own.stop)
+        item.reached[prefix.group] = own.stop
+        blocks = _cached(prefix, new)
+        if blocks and item.blocks and item.idle:
             self._retention.busy(item)
+        holders = self._queue.holders
+        for block_id in blocks:
+            holders[block_id] = item
+        item.blocks += blocks
+        self._count(item, prefix, new, len(blocks), ENCODE_COST)
+
+    def _claim_text(self, item: CachedItem, prefix: Prefix, indices: range) -> None:
+        holders = self._queue.holders
+        blocks = _cached(prefix, indices)
+        for block_id in blocks:
+            needed = holders[block_id]
+            holders[block_id] = needed + 1 if isinstance(needed, int) else 1
+        item.before += blocks
+        self._count(item, prefix, indices, len(blocks), 0.0)
+
+    def _count(
+        self, item: CachedItem, prefix: Prefix, indices: range, blocks: int, encode: float
+    ) -> None:
+        """Add blocks to an item's tokens and cost; ``encode`` is that of encoding a token."""
+        if prefix.group == 0 and blocks:
+            size = prefix.block_size
+            item.tokens += blocks * size
+            prefill = prefill_cost(indices.start * size, indices.stop * size, self._hidden_size)
+            item.cost += prefill * blocks / len(indices) + encode * blocks * size
 
 
-def _is_cached(block: KVCacheBlock) -> bool:
-    return not block.is_null and block.block_hash is not None
+def _cached(prefix: Prefix, indices: range) -> list[int]:
+    """Ids of a request's blocks that a later one can find."""
+    blocks = prefix.blocks[indices.start : indices.stop]
+    if prefix.sparse:
+        return [block.block_id for block in blocks if block.block_hash is not None]
+    return [block.block_id for block in blocks if not block.is_null]
