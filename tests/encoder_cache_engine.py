@@ -132,8 +132,12 @@ def main(media: Path) -> None:
     del engine
     gc.collect()
 
+    from vllm.model_executor.model_loader import utils
+
     from vllm_mm_ext import plugin
 
+    # The class of the model, which the plugin replaces, is remembered.
+    utils._MODEL_ARCH_BY_HASH.clear()
     statuses = plugin.register()
     engine = start(media, **PLUGIN)
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler

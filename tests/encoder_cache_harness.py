@@ -35,8 +35,9 @@ TRANSFER = {
     "ec_role": "ec_both",
     "ec_connector_module_path": "vllm_mm_ext.encoder_cache.connector",
 }
-# Values of an embedding, so that 1 MiB is 256 embeddings.
-WIDTH = 1024
+# Values of an embedding.
+WIDTH = 64
+EMBEDDING_MB = 4 * WIDTH / (1 << 20)
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class Engine:
     """A scheduler and its worker.
 
     Args:
-        device_mb: Budget of the device tier, MiB.
-        host_mb: Budget of the host tier, MiB.
+        device: Budget of the device tier in embeddings.
+        host: Budget of the host tier in embeddings.
         blocks: KV blocks.
         chunk: Tokens of a step.
         policy: vLLM's scheduling policy.
@@ -121,8 +122,8 @@ class Engine:
     def __init__(
         self,
         *,
-        device_mb: int = 1,
-        host_mb: int = 2,
+        device: int = 256,
+        host: int = 512,
         blocks: int = 400,
         chunk: int = 256,
         encoder_tokens: int = 1024,
@@ -135,9 +136,8 @@ class Engine:
         config.scheduler_config.max_num_batched_tokens = chunk
         config.scheduler_config.policy = policy
         config.cache_config.num_gpu_blocks = blocks
-        config.additional_config = {
-            "mm_ext": {"encoder_cache": {"device_mb": device_mb, "host_mb": host_mb}}
-        }
+        sizes = {"device_mb": device * EMBEDDING_MB, "host_mb": host * EMBEDDING_MB}
+        config.additional_config = {"mm_ext": {"encoder_cache": sizes}}
         widths = config.ec_transfer_config.mm_encoder_output_widths
         widths |= {"video": WIDTH, "audio": WIDTH}
         spec = FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)

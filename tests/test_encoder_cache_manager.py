@@ -7,29 +7,30 @@ from typing import Any
 
 import pytest
 from encoder_cache_harness import WIDTH, Engine, Item, request
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-MIB = 1 << 20
+from vllm_mm_ext.scheduler import MMExtScheduler
+
 EMBEDDING = 4 * WIDTH
 
 
-def item_for(rng: random.Random, number: int) -> list[Item]:
+def items_of(number: int) -> list[Item]:
     name = f"item {number}"
     made = [Item(name, 40 + 37 * (number % 7))]
     if number % 9 == 8:
         made = [Item(name, 600)]  # More than the device tier's budget.
     if number % 5 == 4:
         made.append(Item(f"{name}, sound", 24, joins=True))
-    del rng
     return made
 
 
+@pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-@pytest.mark.parametrize("seed", range(2))
-def test_long_random_runs_keep_scheduler_and_worker_together(seed: int, policy: str) -> None:
+def test_long_random_runs_keep_scheduler_and_worker_together(policy: str, scheduler: Any) -> None:
     """Extend, preempt, abort, reset, evict; the harness checks every step."""
-    rng = random.Random(seed)
-    engine = Engine(device_mb=1, host_mb=2, blocks=160, policy=policy)
+    rng = random.Random(policy)
+    engine = Engine(device=256, host=512, blocks=160, policy=policy, scheduler=scheduler)
     added = 0
     for _ in range(500):
         roll = rng.random()
@@ -37,7 +38,7 @@ def test_long_random_runs_keep_scheduler_and_worker_together(seed: int, policy: 
             items = [
                 one
                 for number in rng.sample(range(24), rng.randint(0, 3))
-                for one in item_for(rng, number)
+                for one in items_of(number)
             ]
             if items and rng.random() < 0.2:
                 items.append(items[0])  # An item twice in a conversation.
@@ -55,11 +56,11 @@ def test_long_random_runs_keep_scheduler_and_worker_together(seed: int, policy: 
     assert added > 50
     assert engine.loaded
     # The budget, one item that passes through it, and sounds that could not wait.
-    assert engine.most_device <= MIB + 600 * EMBEDDING + 4 * 24 * EMBEDDING
+    assert engine.most_device <= (256 + 600 + 4 * 24) * EMBEDDING
 
 
 def test_an_item_larger_than_the_budget_is_served() -> None:
-    engine = Engine(device_mb=1, host_mb=8)
+    engine = Engine(device=256, host=2048)
     engine.add(request("a", [Item("huge", 700)]), request("b", [Item("also huge", 800)]))
     engine.run()
     assert sorted(engine.encoded) == ["also huge", "huge"]
@@ -69,7 +70,7 @@ def test_an_item_larger_than_the_budget_is_served() -> None:
 
 
 def test_two_videos_with_sound_larger_than_the_budget_do_not_wait_for_each_other() -> None:
-    engine = Engine(device_mb=1, host_mb=1, slots=8)
+    engine = Engine(device=256, host=256, slots=8)
     for name in "abcd":
         engine.add(request(name, [Item(f"{name}1", 250), Item(f"{name}2", 40, joins=True)]))
     engine.run(most=60)
@@ -77,7 +78,7 @@ def test_two_videos_with_sound_larger_than_the_budget_do_not_wait_for_each_other
 
 
 def test_what_the_device_lost_is_loaded_and_not_encoded_again() -> None:
-    engine = Engine(device_mb=1, host_mb=8)
+    engine = Engine(device=256, host=2048)
     for turn in range(3):
         for number in range(6):
             engine.add(request(f"{turn}/{number}", [Item(f"video {number}", 200)]))
@@ -88,7 +89,7 @@ def test_what_the_device_lost_is_loaded_and_not_encoded_again() -> None:
 
 
 def test_host_hits_spend_no_encoder_budget() -> None:
-    engine = Engine(device_mb=2, host_mb=8, encoder_tokens=200, chunk=1024)
+    engine = Engine(device=512, host=2048, encoder_tokens=200, chunk=1024)
     for number in range(4):
         engine.add(request(f"before {number}", [Item(f"video {number}", 200)]))
         engine.run()
@@ -112,7 +113,7 @@ def test_a_request_preempted_in_its_own_pass_leaves_nothing_behind(
     """With priorities vLLM may take back what it has just scheduled: it is never encoded."""
     taken_back = 0
     for blocks in range(20, 30):
-        engine = Engine(device_mb=1, blocks=blocks, policy="priority", chunk=128, slots=8)
+        engine = Engine(device=256, blocks=blocks, policy="priority", chunk=128, slots=8)
         engine.scheduler.scheduler_config.long_prefill_token_threshold = 64
         manager = engine.manager
         free = manager.free
@@ -132,7 +133,7 @@ def test_a_request_preempted_in_its_own_pass_leaves_nothing_behind(
 
 
 def test_new_weights_make_everything_be_encoded_again() -> None:
-    engine = Engine(device_mb=1, host_mb=8)
+    engine = Engine(device=256, host=2048)
     engine.add(request("a", [Item("video", 100)]))
     engine.run()
     engine.reset()
@@ -143,7 +144,7 @@ def test_new_weights_make_everything_be_encoded_again() -> None:
 
 
 def test_an_evicted_item_that_is_cached_again_in_the_same_pass_is_not_reported() -> None:
-    engine = Engine(device_mb=1)
+    engine = Engine(device=256)
     manager = engine.manager
     first, second = request("a", [Item("x", 200)]), request("b", [Item("y", 200)])
     assert manager.can_allocate(first, 0, 1000, 0)

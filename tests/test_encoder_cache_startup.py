@@ -149,7 +149,7 @@ def test_blocks_of_the_least_worthy_item_go_first_and_of_none_in_use() -> None:
 @pytest.fixture
 def cuda(config: Any) -> Iterator[CostAwareScheduler]:
     """Room for 1,024 embeddings."""
-    config.ec_transfer_config.ec_connector_extra_config["ec_cpu_bytes"] = 4 << 20
+    config.ec_transfer_config.ec_connector_extra_config["ec_cpu_bytes"] = 1024 * WIDTH * 4
     made = CostAwareScheduler(config)
     made._cache = CostAwareEmbeddingCache(1024 * WIDTH * 4 // made._region.block_size_bytes)
     yield made

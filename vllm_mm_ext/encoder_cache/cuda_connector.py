@@ -19,7 +19,7 @@ from vllm.distributed.ec_transfer.ec_connector.cpu.scheduler.embedding_cache imp
 from vllm_mm_ext.caching.cost_aware import CostAware
 from vllm_mm_ext.encoder_cache.features import feature_cost
 from vllm_mm_ext.encoder_cache.manager import attach_host_tier
-from vllm_mm_ext.encoder_cache.startup import check_host_tier, host_bytes
+from vllm_mm_ext.encoder_cache.startup import HostTierError, check_host_tier, host_bytes
 from vllm_mm_ext.vllm_names_encoder_cache import CUDA_HOST_TIER_NAMES
 
 if TYPE_CHECKING:
@@ -163,6 +163,9 @@ class CudaECConnector(ECCPUConnector):  # type: ignore[misc]
         for name in CUDA_HOST_TIER_NAMES:
             name.check()
         check_host_tier(vllm_config)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            # Reports of finished copies come from the last stage, and copies are made in the first.
+            raise HostTierError("the host tier on CUDA does not go with pipeline parallelism")
         extra = vllm_config.ec_transfer_config.ec_connector_extra_config
         extra["ec_cpu_bytes"] = host_bytes(vllm_config)
         super().__init__(vllm_config, role)

@@ -27,5 +27,6 @@ class EncoderCacheSettings(BaseModel):
         4096.0,
         gt=0,
         le=1 << 22,
-        description="Encoder outputs in host memory, MiB; pinned where there is a GPU.",
+        description="Encoder outputs in host memory, MiB. With vLLM's second model runner (CUDA) "
+        "it is taken at start-up, pinned, from `/dev/shm`; else as outputs come, per worker.",
     )
