@@ -50,6 +50,7 @@ def ask(
     *,
     max_tokens: int = 4,
     options: Mapping[str, Any] | None = None,
+    session: str | None = None,
 ) -> Answer:
     """Send one streaming chat request and time it.
 
@@ -58,6 +59,7 @@ def ask(
         messages: OpenAI chat messages.
         max_tokens: Tokens of the answer, all of which are generated.
         options: The request's ``mm_ext`` block; None sends none.
+        session: Its session id; None sends none.
 
     Raises:
         openai.APIError: The server refused or failed.
@@ -65,6 +67,9 @@ def ask(
     """
     # Plain dictionaries: the client's typed message parameters add nothing here.
     body: Any = list(messages)
+    extra: dict[str, Any] = {"ignore_eos": True}
+    extra |= {"mm_ext": options} if options else {}
+    extra |= {"session_id": session} if session is not None else {}
     with server.client(timeout=600.0) as client:
         started = time.perf_counter()
         response = client.chat.completions.with_raw_response.create(
@@ -74,7 +79,7 @@ def ask(
             temperature=0.0,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True} | ({"mm_ext": options} if options else {}),
+            extra_body=extra,
         )
         first: float | None = None
         prompt_tokens = cached_tokens = 0

@@ -108,6 +108,17 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "conversations",
+                "12 conversations about their own videos with KV for half: what is found again.",
+                "conversations:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "kv-pool",
+                "Time per KV block allocated, cached and freed, in pools of 10^3 to 10^6 blocks.",
+                "kv_pool:run",
+            ),
+            Benchmark(
                 "decoders",
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",

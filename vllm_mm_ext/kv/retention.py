@@ -9,21 +9,12 @@ goes whole, and only after all that follow it in their prompts.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from vllm_mm_ext.caching.cost_aware import CostAware
 from vllm_mm_ext.kv.registry import CachedItem
 from vllm_mm_ext.kv.sessions import Protection, Sessions
-
-# Of more candidates the worst goes of some drawn at random, and the next worst are remembered until
-# only a few are left, which compete with those drawn then (cf. Psounis and Prabhakar, "Efficient
-# randomized web-cache replacement schemes using samples from past eviction times", IEEE/ACM Trans.
-# Networking 10(4), 2002).
-_DRAWN = 24
-_REMEMBERED = 16
-_LEFT = 4
-
-_Ranked = tuple[tuple[float, int], int, CachedItem]
+from vllm_mm_ext.kv.worst import Worst
 
 
 class Retention:
@@ -69,7 +60,7 @@ class Retention:
         """The item to give up next; None if all are in use. It stays until ``give_up``."""
         for candidates in self._candidates.values():
             if len(candidates):
-                return candidates.worst(self._random, self._rank)
+                return candidates.worst()
         return None
 
     def give_up(self, item: CachedItem) -> None:
@@ -86,7 +77,9 @@ class Retention:
         self._idle: dict[int, int] = {}
         self._turn = 0
         # Those of them that nothing kept follows, in the order they may go.
-        self._candidates = {protection: _Bag() for protection in Protection}
+        self._candidates = {
+            protection: Worst(self._rank, self._random) for protection in Protection
+        }
         self._protection: dict[int, Protection] = {}
 
     def check_integrity(self, items: Iterable[CachedItem]) -> None:
@@ -99,7 +92,9 @@ class Retention:
             protection = self._sessions.protection(number)
             assert self._protection[number] == protection
             assert idle[number] in self._candidates[protection]
-        assert sum(len(bag) for bag in self._candidates.values()) == len(leaves)
+        assert sum(len(some) for some in self._candidates.values()) == len(leaves)
+        for candidates in self._candidates.values():
+            candidates.check_integrity()
         self._scores.check_integrity()
 
     def _withdraw(self, item: CachedItem) -> None:
@@ -110,44 +105,3 @@ class Retention:
     def _rank(self, item: CachedItem) -> tuple[float, int]:
         # Of equals the longest idle one: of a video, whose segments score alike, the last.
         return self._scores.score(item.key), self._idle[item.number]
-
-
-class _Bag:
-    """Items of which the worst is asked for."""
-
-    def __init__(self) -> None:
-        self._items: list[CachedItem] = []
-        self._place: dict[int, int] = {}
-        self._remembered: dict[int, _Ranked] = {}
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __contains__(self, item: CachedItem) -> bool:
-        return item.number in self._place
-
-    def add(self, item: CachedItem) -> None:
-        self._place[item.number] = len(self._items)
-        self._items.append(item)
-
-    def remove(self, item: CachedItem) -> None:
-        self._remembered.pop(item.number, None)
-        place, last = self._place.pop(item.number), self._items.pop()
-        if last is not item:
-            self._items[place] = last
-            self._place[last.number] = place
-
-    def worst(
-        self, source: random.Random, rank: Callable[[CachedItem], tuple[float, int]]
-    ) -> CachedItem:
-        """The item of the lowest rank, of few exactly and of many probably."""
-        items, known = self._items, self._remembered
-        if len(items) <= _DRAWN:
-            return min(items, key=rank)
-        if len(known) <= _LEFT:
-            for _ in range(_DRAWN):
-                item = items[int(source.random() * len(items))]
-                known[item.number] = (rank(item), item.number, item)
-            worst = sorted(known.values())[:_REMEMBERED]
-            known = self._remembered = {ranked[1]: ranked for ranked in worst}
-        return next(iter(known.values()))[2]
