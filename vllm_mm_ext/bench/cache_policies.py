@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
-from vllm_mm_ext.caching.simulate import POLICIES, cost_saved, optimum
-from vllm_mm_ext.caching.traces import FAMILIES, Trace
+from vllm_mm_ext.caching.simulate import POLICIES, Policy, cost_saved, optimum
+from vllm_mm_ext.caching.traces import FAMILIES, Trace, popularity
 
-OURS = "cost-aware"
+OURS, INFORMED = "cost-aware", "informed"
 SEEDS = 3
 # Of each family, the number of items that are asked for again and again at any time.
 WORKING_SET = {"zipf": 400, "sessions": 60, "scans": 100}
@@ -54,7 +54,10 @@ def shares_of_optimum(case: Case, seed: int, *, length: int = 4000) -> dict[str,
     trace = FAMILIES[case.family](seed, length=length, equal=case.equal)
     capacity = case.share * WORKING_SET[case.family] * _mean_size(trace)
     most = optimum(trace, capacity)
-    return {name: cost_saved(make(), trace, capacity) / most for name, make in POLICIES.items()}
+    policies: dict[str, Callable[[], Policy]] = dict(POLICIES)
+    if known := popularity(case.family):
+        policies[INFORMED] = lambda: _Informed(known)
+    return {name: cost_saved(make(), trace, capacity) / most for name, make in policies.items()}
 
 
 def run(context: BenchContext) -> BenchResult:
@@ -76,6 +79,30 @@ def run(context: BenchContext) -> BenchResult:
     return BenchResult("cache-policies", rows, [*_notes(found), f"plot: {target.name}"])
 
 
+class _Informed:
+    """Keeps what is asked for most, per byte and cost: it knows the popularity of all items.
+
+    Args:
+        popularity: By item; 0 for those that are not asked for again.
+    """
+
+    def __init__(self, popularity: Mapping[int, float]) -> None:
+        self._popularity = popularity
+        self._worth: dict[int, float] = {}
+
+    def admit(self, key: int, size: float, cost: float) -> None:
+        self._worth[key] = self._popularity.get(key, 0.0) * cost / size
+
+    def hit(self, key: int) -> None:
+        """Nothing to learn."""
+
+    def victim(self) -> int | None:
+        return min(self._worth, key=lambda key: self._worth[key], default=None)
+
+    def evict(self, key: int) -> None:
+        del self._worth[key]
+
+
 def _mean_size(trace: Trace) -> float:
     return statistics.mean({request.key: request.size for request in trace}.values())
 
@@ -94,6 +121,12 @@ def _notes(found: Mapping[Case, Mapping[str, Sequence[float]]]) -> list[str]:
         "the optimum saves, which knows the whole trace",
         f"of {len(ours)} traces {sum(share >= 0.85 for share in ours)} reach 85 %; "
         f"FIFO: {sum(share >= 0.85 for share in fifo)}",
+        "who knows the popularity of all items from the start, but not the future, saves: "
+        + "; ".join(
+            f"{case.name}: {statistics.median(shares[INFORMED]):.2f}"
+            for case, shares in found.items()
+            if INFORMED in shares
+        ),
         f"the plugin's worst trace, next to LRU on the same one: {worst:.3f}x",
     ]
 

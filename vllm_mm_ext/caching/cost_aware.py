@@ -21,8 +21,9 @@ K = TypeVar("K", bound=Hashable)
 # Of more items than this so many are drawn, and the worst of them goes. On average it is among the
 # worst 1.5 % of all (cf. Psounis and Prabhakar, IEEE/ACM Trans. Networking 10(4), 2002).
 _SAMPLE = 64
-# Events after which the model learns; at least one per item, so the work per event is constant.
-_LESSON = 256
+# Events after which the model learns: few at first, then this many, and more where there are more
+# items, so that the work per event is constant.
+_FIRST_LESSON, _LESSON = 32, 256
 
 
 @dataclass(slots=True)
@@ -166,7 +167,8 @@ class CostAware(Generic[K]):
 
     def _lesson(self) -> None:
         self._events += 1
-        if self._events < max(_LESSON, len(self._items) + len(self._ghosts)):
+        pause = min(max(self._clock // 2, _FIRST_LESSON), _LESSON)
+        if self._events < max(pause, (len(self._items) + len(self._ghosts)) // 4):
             return
         self._events = 0
         known = (*self._items.values(), *self._ghosts.values())

@@ -24,6 +24,8 @@ class Request:
 
 
 Trace = Sequence[Request]
+ZIPF, SCANNED = 1.0, 0.7
+"""Exponents of the popularity in ``zipf``, and in the working set of ``scans``."""
 
 
 class _Items:
@@ -56,8 +58,7 @@ def zipf(seed: int, *, length: int = 4000, items: int = 400, equal: bool = False
     rng = random.Random(seed)
     made = _Items(rng, equal)
     population = [made.new() for _ in range(items)]
-    weights = [1.0 / rank for rank in range(1, items + 1)]
-    return rng.choices(population, weights, k=length)
+    return rng.choices(population, _zipf_weights(items, ZIPF), k=length)
 
 
 def sessions(
@@ -114,12 +115,27 @@ def scans(
     rng = random.Random(seed)
     made = _Items(rng, equal)
     population = [made.new() for _ in range(items)]
-    weights = [rank**-0.7 for rank in range(1, items + 1)]
+    weights = _zipf_weights(items, SCANNED)
     trace: list[Request] = []
     while len(trace) < length:
         trace += rng.choices(population, weights, k=round(scan * (1 - share) / share))
         trace += [made.new() for _ in range(scan)]
     return trace[:length]
+
+
+def popularity(family: str) -> dict[int, float]:
+    """How often each item is asked for, relative to others; empty where that changes with time.
+
+    Args:
+        family: Of ``FAMILIES``, with the numbers of items its trace has by default.
+    """
+    if family == "zipf":
+        return dict(enumerate(_zipf_weights(400, ZIPF)))
+    return dict(enumerate(_zipf_weights(100, SCANNED))) if family == "scans" else {}
+
+
+def _zipf_weights(items: int, exponent: float) -> list[float]:
+    return [rank**-exponent for rank in range(1, items + 1)]
 
 
 FAMILIES: dict[str, Callable[..., Trace]] = {"zipf": zipf, "sessions": sessions, "scans": scans}
