@@ -158,3 +158,21 @@ def test_an_evicted_item_that_is_cached_again_in_the_same_pass_is_not_reported()
     manager.allocate(first, 0)
     assert manager.get_freed_mm_hashes() == ["y"]
     manager.check_integrity()
+
+
+def test_a_load_that_another_request_relies_on_outlives_a_preemption() -> None:
+    engine = Engine(policy="priority")
+    manager, connector = engine.manager, engine.connector
+    connector._tier.allocated("x", 100, 1.0, "earlier", 0)
+    connector._tier.plan({"earlier": [0]})
+    first, second = request("a", [Item("x", 20)]), request("b", [Item("x", 20)])
+    for one in (first, second):
+        # The second cannot rely on what is about to be done for the first.
+        assert not manager.check_and_update_cache(one, 0)
+        assert manager.can_allocate(one, 0, 1000, 0)
+        manager.allocate(one, 0)
+        connector.update_state_after_alloc(one, 0)
+    manager.free(first)
+    assert manager.check_and_update_cache(second, 0)
+    assert connector._tier.plan({}).loads == ("x",)
+    manager.check_integrity()

@@ -215,11 +215,12 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         if self._fresh.get(key) == request.request_id:
             # Preempted in the pass that scheduled it: nobody will encode it.
             del self._fresh[key]
-            if key in self._cache and not self._cache.users(key):
-                self._cache.drop(key)
-                self._forget([key])
-            if self._host is not None:
-                self._host.cancel(key)
+            if not self._cache.users(key):
+                if key in self._cache:
+                    self._cache.drop(key)
+                    self._forget([key])
+                if self._host is not None:
+                    self._host.cancel(key)
 
     def get_freed_mm_hashes(self) -> list[str]:
         """Items evicted since the last call that are not cached again. Ends a scheduling pass."""
