@@ -14,6 +14,7 @@ from vllm.multimodal.cache import MultiModalProcessorOnlyCache
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.media import MediaWithBytes
 
+from vllm_mm_ext import plugin
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.testing.checkpoints import checkpoint
@@ -23,6 +24,8 @@ RATE = 16_000
 
 @cache
 def model_config(family: str, audio_limit: int = 8) -> ModelConfig:
+    # vLLM remembers by the configuration which class a model has: for the other tests as well.
+    plugin.register()
     return ModelConfig(
         model=str(checkpoint(family)),
         max_model_len=16_384,
