@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.models import OVERRIDES
+from vllm_mm_ext.scheduler.routing import ROUTING_FEATURE
 from vllm_mm_ext.serving.features import SERVING_FEATURES
 from vllm_mm_ext.vllm_compat import Feature, FeatureStatus, VllmName
 from vllm_mm_ext.vllm_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
@@ -161,6 +162,7 @@ FEATURES: tuple[Feature, ...] = (
     *(_family_feature(family) for family in OVERRIDES),
     *ENCODER_CACHE_FEATURES,
     *SERVING_FEATURES,
+    ROUTING_FEATURE,
 )
 
 

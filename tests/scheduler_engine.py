@@ -1,0 +1,129 @@
+"""Greedy answers of 200 mixed requests in a small KV cache, as JSON on the last line.
+
+Run by ``test_scheduler_engine.py`` in a process of its own:
+``python scheduler_engine.py stock|plugin|async``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from vllm_mm_ext.testing.checkpoints import checkpoint
+
+REQUESTS = 200
+VIDEOS = 12
+PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
+SCHEDULER = "vllm_mm_ext.scheduler.MMExtScheduler"
+CONFIG = {
+    "mm_ext": {
+        "media": {"sampling": {"policy": "stock"}, "resize": "native"},
+        "segments": {"tokens": 48},
+        "scheduler": {"target_itl_ms": 20.0},
+    }
+}
+
+
+def start(mode: str) -> Any:
+    from vllm import LLM
+
+    extra: dict[str, Any] = {}
+    if mode != "stock":
+        extra = {
+            "scheduler_cls": SCHEDULER,
+            "additional_config": CONFIG,
+            "async_scheduling": mode == "async",
+        }
+    return LLM(
+        str(checkpoint("qwen2_5_vl")),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=2048,
+        max_num_batched_tokens=1024,
+        max_num_seqs=8,
+        block_size=32,
+        # A few requests of 500 tokens at once.
+        num_gpu_blocks_override=65,
+        limit_mm_per_prompt={"video": 1, "image": 0},
+        **extra,
+    )
+
+
+def requests() -> tuple[list[Any], list[Any]]:
+    """Prompts and sampling: text of all lengths, videos (some twice), n = 2, a JSON schema."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    rng = np.random.default_rng(3)
+    clips = [
+        rng.integers(0, 255, (2 * int(rng.integers(2, 9)), 112, 168, 3), dtype=np.uint8)
+        for _ in range(VIDEOS)
+    ]
+    prompts: list[Any] = []
+    sampling = []
+    for number in range(REQUESTS):
+        shape = {}
+        if number % 3 == 0:
+            clip = clips[int(rng.integers(VIDEOS))]
+            metadata = {
+                "total_num_frames": len(clip),
+                "fps": 2.0,
+                "duration": len(clip) / 2,
+                "video_backend": "opencv",
+                "frames_indices": list(range(len(clip))),
+                "do_sample_frames": False,
+            }
+            media = {"video": [(clip, metadata)]}
+            prompts.append({"prompt": f"{PROMPT} {number % 7}", "multi_modal_data": media})
+        else:
+            length = int(rng.integers(4, 400))
+            prompts.append({"prompt_token_ids": rng.integers(5, 250, length).tolist()})
+        if number % 10 == 7:
+            shape["structured_outputs"] = StructuredOutputsParams(choice=["yes", "no", "perhaps"])
+        sampling.append(
+            SamplingParams(
+                max_tokens=int(rng.integers(1, 60)),
+                temperature=0,
+                ignore_eos="structured_outputs" not in shape,
+                n=2 if number % 25 == 4 else 1,
+                **shape,
+            )
+        )
+    return prompts, sampling
+
+
+def main(mode: str) -> None:
+    llm = start(mode)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    seen = {"preempted": 0, "items": 0}
+    schedule = scheduler.schedule
+
+    def counted(*args: Any) -> Any:
+        output = schedule(*args)
+        seen["preempted"] += len(output.preempted_req_ids or ())
+        seen["items"] += sum(len(one) for one in output.scheduled_encoder_inputs.values())
+        return output
+
+    scheduler.schedule = counted
+    prompts, sampling = requests()
+    answers = llm.generate(prompts, sampling, use_tqdm=False)
+    found = {
+        "scheduler": type(scheduler).__name__,
+        "tokens": [[list(one.token_ids) for one in answer.outputs] for answer in answers],
+        "left": len(scheduler.requests),
+        **seen,
+    }
+    del llm, scheduler
+    gc.collect()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_PLUGINS"] = "" if sys.argv[1] == "stock" else "mm_ext"
+    main(sys.argv[1])
