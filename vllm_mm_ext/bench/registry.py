@@ -119,6 +119,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "kv_pool:run",
             ),
             Benchmark(
+                "mixed-traffic",
+                "Text beside a new video every 2 s: ITL, TTFT and videos per minute; full slots.",
+                "mixed_traffic:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "decoders",
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",

@@ -9,10 +9,10 @@ import time
 import weakref
 from typing import Any
 
-from vllm import envs
-
 from vllm_mm_ext.scheduler.signal import EngineLoad, LoadWriter, load_file, remove_abandoned
 from vllm_mm_ext.scheduler.step_times import StepTimes
+
+_ENGINE_PROCESS = "EngineCore"
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -28,8 +28,8 @@ class LoadPublisher:
         self._scheduler = scheduler
         self._writer: LoadWriter | None = None
         parent = multiprocessing.parent_process()
-        # An engine of its own process was started by the service's main process.
-        apart = envs.VLLM_ENABLE_V1_MULTIPROCESSING and parent is not None
+        # An engine with a process of its own was started by the service's main process.
+        apart = multiprocessing.current_process().name.startswith(_ENGINE_PROCESS)
         main = parent.pid if apart and parent is not None else None
         try:
             path = load_file(main or os.getpid())
