@@ -6,6 +6,7 @@ Only the model is played: what is encoded is a tensor that tells by its values w
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,6 +118,7 @@ class Engine:
         chunk: Tokens of a step.
         policy: vLLM's scheduling policy.
         scheduler: vLLM's scheduler class, or a subclass.
+        depth: Steps in flight: 2 with an asynchronous scheduler.
     """
 
     def __init__(
@@ -130,11 +132,13 @@ class Engine:
         policy: str = "fcfs",
         slots: int = 4,
         scheduler: Any = Scheduler,
+        depth: int = 1,
     ) -> None:
         config = copy.deepcopy(engine_config())
         config.scheduler_config.max_num_seqs = slots
         config.scheduler_config.max_num_batched_tokens = chunk
         config.scheduler_config.policy = policy
+        config.scheduler_config.async_scheduling = depth > 1
         config.cache_config.num_gpu_blocks = blocks
         sizes = {"device_mb": device * EMBEDDING_MB, "host_mb": host * EMBEDDING_MB}
         config.additional_config = {"mm_ext": {"encoder_cache": sizes}}
@@ -152,6 +156,8 @@ class Engine:
         self.loaded: list[str] = []
         self.most_device = 0
         self._features: dict[str, Any] = {}
+        self._depth = depth
+        self._flying: deque[Any] = deque()
 
     def add(self, *requests: Request) -> None:
         for one in requests:
@@ -168,20 +174,29 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.has_unfinished_requests())
+        return bool(self.scheduler.has_unfinished_requests() or self._flying)
 
     def run(self, most: int = 2000) -> None:
         for _ in range(most):
             if not self.busy:
+                self.check()
                 return
             self.step()
         raise AssertionError(f"not done after {most} steps")
 
-    def step(self) -> Any:
-        """Schedule and execute one step; everything that belongs together must agree."""
-        output = self.scheduler.schedule()
+    def step(self) -> None:
+        """Schedule a step and execute the oldest one that is due; what belongs together agrees."""
+        self._flying.append(self.scheduler.schedule())
+        self.manager.check_integrity()
+        while self._flying and (
+            len(self._flying) >= self._depth or not self.scheduler.has_unfinished_requests()
+        ):
+            self._finish(self._flying.popleft())
+
+    def _finish(self, output: Any) -> None:
         self._execute(output)
-        self.check()
+        if not self._flying:
+            self.check()
         names = list(output.num_scheduled_tokens)
         result = ModelRunnerOutput(
             req_ids=names,
@@ -190,7 +205,6 @@ class Engine:
         )
         self.scheduler.update_from_output(output, result)
         self.manager.check_integrity()
-        return output
 
     def check(self) -> None:
         """The worker holds what the scheduler believes, within the budgets."""
@@ -235,7 +249,9 @@ class Engine:
                 assert torch.equal(self.device[feature.identifier][one:other], expected[one:other])
 
     def _samples(self, name: str, output: Any) -> bool:
-        one = self.scheduler.requests[name]
+        one = self.scheduler.requests.get(name)
+        if one is None:
+            return False
         begin, count = next((b, c) for n, b, c in _computed(output) if n == name)
         return bool(begin + count >= one.num_tokens)
 

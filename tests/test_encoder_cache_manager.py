@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from encoder_cache_harness import WIDTH, Engine, Item, request
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -25,12 +26,19 @@ def items_of(number: int) -> list[Item]:
     return made
 
 
-@pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])
+@pytest.mark.parametrize(
+    ("scheduler", "depth"),
+    [(Scheduler, 1), (MMExtScheduler, 1), (AsyncScheduler, 2), (MMExtScheduler, 2)],
+)
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_long_random_runs_keep_scheduler_and_worker_together(policy: str, scheduler: Any) -> None:
+def test_long_random_runs_keep_scheduler_and_worker_together(
+    policy: str, scheduler: Any, depth: int
+) -> None:
     """Extend, preempt, abort, reset, evict; the harness checks every step."""
     rng = random.Random(policy)
-    engine = Engine(device=256, host=512, blocks=160, policy=policy, scheduler=scheduler)
+    engine = Engine(
+        device=256, host=512, blocks=160, policy=policy, scheduler=scheduler, depth=depth
+    )
     added = 0
     for _ in range(500):
         roll = rng.random()
