@@ -12,7 +12,7 @@ K = TypeVar("K", bound=Hashable)
 # only a few are left, which compete with those drawn then (cf. Psounis and Prabhakar, "Efficient
 # randomized web-cache replacement schemes using samples from past eviction times", IEEE/ACM Trans.
 # Networking 10(4), 2002).
-_DRAWN = 24
+_DRAWN = 64
 _REMEMBERED = 16
 _LEFT = 4
 
