@@ -67,7 +67,7 @@ def requests() -> tuple[list[Any], list[Any]]:
     prompts: list[Any] = []
     sampling = []
     for number in range(REQUESTS):
-        shape = {}
+        shape: dict[str, Any] = {}
         if number % 3 == 0:
             clip = clips[int(rng.integers(VIDEOS))]
             metadata = {
@@ -85,13 +85,17 @@ def requests() -> tuple[list[Any], list[Any]]:
             prompts.append({"prompt_token_ids": rng.integers(5, 250, length).tolist()})
         if number % 10 == 7:
             shape["structured_outputs"] = StructuredOutputsParams(choice=["yes", "no", "perhaps"])
+        elif number % 25 == 4:
+            # vLLM refuses n > 1 for greedy sampling.
+            shape |= {"n": 2, "temperature": 0.7, "seed": number}
         sampling.append(
             SamplingParams(
-                max_tokens=int(rng.integers(1, 60)),
-                temperature=0,
-                ignore_eos="structured_outputs" not in shape,
-                n=2 if number % 25 == 4 else 1,
-                **shape,
+                **{
+                    "temperature": 0,
+                    "max_tokens": int(rng.integers(1, 60)),
+                    "ignore_eos": "structured_outputs" not in shape,
+                    **shape,
+                }
             )
         )
     return prompts, sampling

@@ -139,6 +139,20 @@ def test_requests_whose_media_are_encoded_pass_those_that_wait() -> None:
     assert play.timings["again"].wait < min(play.timings[f"v{n}"].wait for n in range(4))
 
 
+def test_text_behind_a_long_queue_of_videos_is_answered_at_once() -> None:
+    play = Play(make_scheduler(slots=8))
+    videos = [request(f"v{number}", items=[512], answer=1) for number in range(200)]
+    play.add(*videos)
+    for _ in range(5):
+        play.step()
+    play.add(request("text", text=40, answer=4))
+    play.run()
+    text = play.timings["text"]
+    assert text.wait < 0.1
+    assert sum((one.ended or 0.0) > (text.ended or 0.0) for one in play.timings.values()) > 150
+    assert all(timing.ended is not None for timing in play.timings.values())
+
+
 def test_priority_is_respected() -> None:
     play = Play(make_scheduler(slots=1, policy="priority"))
     play.add(request("now", text=32, answer=4))

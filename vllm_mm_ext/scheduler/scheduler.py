@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -39,6 +40,10 @@ logger = logging.getLogger("vllm.mm_ext")
 
 # Steps for which a waiting request is left alone after vLLM found no room for it against the plan.
 _BACK_OFF = 8
+# Of a longer queue than this, only the first requests and new ones are looked at in each step, and
+# all of them once in a while, in seconds.
+_LOOKED_AT = 64
+_LOOKED_AT_ALL_S = 1.0
 # Steps whose end is still awaited; more were given up.
 _MOST_IN_FLIGHT = 64
 
@@ -81,9 +86,12 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._say_what_is_off()
         self._since: dict[str, tuple[float, int]] = {}
         self._came = 0
+        self._looked = -math.inf
+        self._looked_came = 0
         self._plan = EncoderPlan()
         self._waits_for_encoder: set[str] = set()
         self._promoted: set[str] = set()
+        self._looked_at: set[str] = set()
         self._kept_slots = 0
         self._back_off: dict[str, int] = {}
         self._begun: OrderedDict[int, _Begun] = OrderedDict()
@@ -120,15 +128,32 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _turns(self, now: float) -> list[Turn]:
         """All requests without their first token, by rank."""
         found = [self._turn(r, now) for r in self.running if r.is_prefill_chunk]
-        found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *self.waiting)]
+        found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *self._queue(now))]
         aging_s = self._settings.aging_s
         return sorted(found, key=lambda turn: rank(turn.candidate, now, aging_s))
 
+    def _queue(self, now: float) -> list[Any]:
+        """Waiting requests to look at in this step."""
+        waiting = self.waiting
+        if len(waiting) <= _LOOKED_AT or now - self._looked >= _LOOKED_AT_ALL_S:
+            self._looked, self._looked_came = now, self._came
+            return list(waiting)
+        if not self._free_slots():
+            return []
+        new = takewhile(
+            lambda r: self._since[r.request_id][1] > self._looked_came, reversed(waiting)
+        )
+        return list(dict.fromkeys((*islice(waiting, _LOOKED_AT), *new)))
+
+    def add_request(self, request: Any) -> None:
+        """Note when it came."""
+        if request.request_id not in self._since:
+            self._came += 1
+            self._since[request.request_id] = (self._clock(), self._came)
+        super().add_request(request)
+
     def _turn(self, request: Any, now: float) -> Turn:
         key = request.request_id
-        if key not in self._since:
-            self._came += 1
-            self._since[key] = (now, self._came)
         since, number = self._since[key]
         computed: int = request.num_computed_tokens
         items: tuple[Item, ...] = ()
@@ -159,7 +184,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         running = [turn.request for turn in turns if turn.request.status == RequestStatus.RUNNING]
         self.running[:] = [*decoding, *running]
         queued = set(self.waiting)
-        self.waiting.arrange(turn.request for turn in turns if turn.request in queued)
+        looked = dict.fromkeys(turn.request for turn in turns if turn.request in queued)
+        self.waiting.arrange([*looked, *(r for r in self.waiting if r not in looked)])
 
     def _free_slots(self) -> int:
         used = len(self.running) + self.num_waiting_for_streaming_input
@@ -183,7 +209,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
             next_item=media[0].next_tokens if media else 0,
         )
-        self._backlog = sum(turn.candidate.encoder_tokens for turn in turns)
+        if len(turns) >= len(self.waiting):
+            self._backlog = sum(turn.candidate.encoder_tokens for turn in turns)
         limits = self._budget.limits(demand, self._times)
         if not self._limits_prefill:
             most = self._max_tokens
@@ -215,6 +242,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             ],
             room,
         )
+        self._looked_at = {turn.candidate.key for turn in turns}
         waits = {turn.candidate.key for turn in media} - self._plan.items.keys()
         self._waits_for_encoder = waits
         self._promoted = {turn.candidate.key for turn in turns if turn.promoted}
@@ -287,7 +315,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             return False
         key = request.request_id
         promoted = key in self._promoted
-        if key in self._waits_for_encoder or self._backs_off(key, self.current_step):
+        unknown = bool(request.mm_features) and key not in self._looked_at
+        waits = unknown or key in self._waits_for_encoder
+        if waits or self._backs_off(key, self.current_step):
             self._kept_slots += promoted
             return False
         return promoted or self._free_slots() > self._kept_slots
