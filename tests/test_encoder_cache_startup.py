@@ -20,6 +20,7 @@ from vllm_mm_ext.encoder_cache.connector import MMExtECConnector
 from vllm_mm_ext.encoder_cache.cuda_connector import (
     CostAwareEmbeddingCache,
     CostAwareScheduler,
+    CudaECConnector,
 )
 from vllm_mm_ext.encoder_cache.host_store import HostStore
 from vllm_mm_ext.encoder_cache.manager import MMExtEncoderCacheManager
@@ -144,6 +145,17 @@ def test_blocks_of_the_least_worthy_item_go_first_and_of_none_in_use() -> None:
     assert cache.alloc("no room", 9) is None
     cache.discard("new")
     assert len(cache.ranks) == 2
+
+
+def test_on_cuda_what_cannot_work_is_refused(config: Any) -> None:
+    extra = config.ec_transfer_config.ec_connector_extra_config
+    extra["ec_enable_nixl"] = True
+    with pytest.raises(HostTierError, match="ec_enable_nixl"):
+        CudaECConnector(config, ECConnectorRole.SCHEDULER)
+    del extra["ec_enable_nixl"]
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(HostTierError, match="pipeline"):
+        CudaECConnector(config, ECConnectorRole.SCHEDULER)
 
 
 @pytest.fixture

@@ -167,6 +167,8 @@ class CudaECConnector(ECCPUConnector):  # type: ignore[misc]
             # Reports of finished copies come from the last stage, and copies are made in the first.
             raise HostTierError("the host tier on CUDA does not go with pipeline parallelism")
         extra = vllm_config.ec_transfer_config.ec_connector_extra_config
+        if extra.get("ec_enable_nixl"):
+            raise HostTierError("the host tier serves its own engine only: remove ec_enable_nixl")
         extra["ec_cpu_bytes"] = host_bytes(vllm_config)
         super().__init__(vllm_config, role)
         if role == ECConnectorRole.SCHEDULER:
