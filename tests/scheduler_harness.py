@@ -179,9 +179,10 @@ class Play:
         self.repeated = 0
         scheduler._clock = lambda: self.now
 
-    def add(self, *requests: Request) -> None:
+    def add(self, *requests: Request, came: float | None = None) -> None:
+        """Hand requests to the scheduler; they may have come while a step was running."""
         for one in requests:
-            self.timings[one.request_id] = Timing(self.now)
+            self.timings[one.request_id] = Timing(self.now if came is None else came)
             self.scheduler.add_request(one)
 
     def abort(self, *names: str) -> None:
@@ -219,7 +220,8 @@ class Play:
         coming = deque(sorted(arrivals, key=lambda pair: pair[0]))
         while (coming or self.busy) and self.now < until:
             while coming and coming[0][0] <= self.now:
-                self.add(coming.popleft()[1])
+                came, one = coming.popleft()
+                self.add(one, came=came)
             if self.busy:
                 self.step()
             elif coming:

@@ -26,7 +26,6 @@ from vllm_mm_ext.scheduler.step_budget import (
     Demand,
     StepBudget,
     fair_level,
-    fair_shares,
 )
 from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
 
@@ -156,14 +155,9 @@ def test_prices_are_unknown_before_there_was_a_step() -> None:
 
 @QUICK
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=6), st.floats(0, 1e6))
-def test_fair_shares_use_all_there_is_and_give_nobody_too_much(
-    needs: list[float], total: float
-) -> None:
-    shares = fair_shares(needs, total)
-    assert sum(shares) == pytest.approx(min(sum(needs), total), rel=1e-6, abs=1e-3)
-    assert all(share <= need for share, need in zip(shares, needs, strict=True))
-    short = [share for share, need in zip(shares, needs, strict=True) if share < need * (1 - 1e-9)]
-    assert not short or max(shares) <= min(short) + 1e-6
+def test_a_fair_level_uses_all_there_is(needs: list[float], total: float) -> None:
+    given_out = sum(min(need, fair_level(needs, total)) for need in needs)
+    assert given_out == pytest.approx(min(sum(needs), total), rel=1e-6, abs=1e-3)
 
 
 def test_there_is_no_level_where_all_get_what_they_need() -> None:
@@ -202,11 +196,17 @@ def test_idle_encoder_work_is_bounded_by_time_but_one_item_always_goes() -> None
 def test_work_of_a_step_fits_the_target_while_something_decodes() -> None:
     times = learned()
     found = budget(target_itl_ms=100.0)
-    for _ in range(20):
-        limits = found.limits(demand(), times)
+    for prefill in range(0, 4000, 200):
+        limits = found.limits(demand(prefill_tokens=prefill), times)
         found.spent(limits.encoder_tokens)
-        took = limits.prefill_tokens * 20e-6 + limits.encoder_tokens * 100e-6
+        took = min(prefill, limits.prefill_tokens) * 20e-6 + limits.encoder_tokens * 100e-6
         assert took <= 0.090 * 1.01
+    assert found.limits(demand(prefill_tokens=10**6), times).prefill_tokens * 20e-6 <= 0.100
+
+
+def test_a_prompt_is_not_cut_where_it_takes_no_longer_than_the_target() -> None:
+    limits = budget(target_itl_ms=20.0).limits(demand(prefill_tokens=900), learned())
+    assert limits.prefill_tokens >= 900
 
 
 @QUICK
@@ -219,9 +219,9 @@ def test_an_item_larger_than_the_allowance_is_encoded_after_as_many_steps_as_it_
     target: float, base: float, item: int
 ) -> None:
     times = learned(base)
-    free = max(target / 1e3 - base, LEAST_SHARE * max(target / 1e3, base))
-    # Prefill may take half of what is free.
-    allowance = max(1.0, min(8192, free / 2 / (times.encoder_s or 1.0)) - 2)
+    # However much there is to prefill.
+    least = LEAST_SHARE * max(target / 1e3, base)
+    allowance = max(1.0, min(8192, least / (times.encoder_s or 1.0)) - 2)
     found = budget(target_itl_ms=target)
     steps = 1
     while found.limits(demand(next_item=item), times).encoder_tokens < item:

@@ -86,7 +86,8 @@ def run(aging_s: float, policy: str) -> tuple[Play, int]:
     place = 0
     while place < len(coming) or play.busy:
         while place < len(coming) and coming[place][0] <= play.now:
-            play.add(coming[place][1])
+            came, one = coming[place]
+            play.add(one, came=came)
             place += 1
         if play.busy:
             watch.step()

@@ -17,8 +17,9 @@ class SchedulerSettings(BaseModel):
         50.0,
         gt=0,
         le=60_000,
-        description="Time between tokens to aim at. While something decodes, prefill and encoder "
-        "work of a step are kept to what is estimated to fit, but get a fifth of a step at least.",
+        description="Time between tokens to aim at. While something decodes, prefill of a step may "
+        "take this long, and encoder work what decoding and prefill leave of it, but a fifth of a "
+        "step at least.",
     )
     encoder_tokens_decoding: int = Field(
         0,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vllm_mm_ext.scheduler.settings import SchedulerSettings
 from vllm_mm_ext.scheduler.step_times import StepTimes
 
-# Share of a step that prefill and encoder work get where decoding alone takes all of the target.
+# Share of a step that encoder work gets where decoding and prefill take all of the target.
 LEAST_SHARE = 0.2
 # Prompt tokens a step may always compute: two of vLLM's usual KV blocks.
 LEAST_PREFILL_TOKENS = 32
@@ -114,26 +114,20 @@ class StepBudget:
         return min(int(self._credit), self._max_encoder_tokens)
 
     def _time(self, demand: Demand, times: StepTimes) -> tuple[float, float]:
-        """Seconds of the step for prefill and for encoder work."""
+        """Seconds of the step for prefill and for encoder work.
+
+        Prefill comes first, as its request is further on, and may take as long as the target: a
+        prompt cut into pieces waits for a whole step after each of them.
+        """
         target = self._settings.target_itl_ms / 1e3
         base = times.base_s
-        free = max(target - base, LEAST_SHARE * max(target, base))
-        prefill_need = demand.prefill_tokens * (times.prefill_s or 0.0)
-        encoder_need = demand.encoder_tokens * (times.encoder_s or 0.0)
-        prefill, encoder = fair_shares((prefill_need, encoder_need), free)
-        # What neither asks for may go to either.
-        spare = free - prefill - encoder
-        return prefill + spare, encoder + spare
-
-
-def fair_shares(needs: Sequence[float], total: float) -> list[float]:
-    """Max-min fair shares: nobody gets more than it needs, the rest is split evenly."""
-    level = fair_level(needs, total)
-    return [min(need, level) for need in needs]
+        least = LEAST_SHARE * max(target, base)
+        prefill = min(demand.prefill_tokens * (times.prefill_s or 0.0), target)
+        return max(target, least), max(target - base - prefill, least)
 
 
 def fair_level(needs: Sequence[float], total: float) -> float:
-    """The cap on each that makes ``needs`` sum to ``total``; infinite if they are no more."""
+    """The cap on each that makes ``needs`` sum to ``total`` (max-min fair); infinite if none."""
     left = total
     for done, need in enumerate(sorted(needs)):
         share = left / (len(needs) - done)
