@@ -11,7 +11,6 @@ from kv_harness import BLOCK, Clock, Engine, Media, Part, Text, request
 from vllm.v1.request import Request
 
 from vllm_mm_ext.kv.control import KVControl
-from vllm_mm_ext.kv.free_queue import is_kept
 from vllm_mm_ext.kv.settings import KVSettings
 
 # What a block holds: its group, all tokens up to its end, and the media they are placeholders of.
@@ -134,7 +133,7 @@ def _kept(engine: Engine) -> dict[int, object]:
     return {
         block.block_id: block.block_hash
         for block in engine.pool.blocks
-        if is_kept(holders[block.block_id]) and block.ref_cnt == 0
+        if holders[block.block_id] is not None and block.ref_cnt == 0
     }
 
 

@@ -14,6 +14,7 @@ from vllm_mm_ext.bench.clips import other_pictures
 from vllm_mm_ext.bench.conversations_engine import (
     BLOCK,
     CHURN,
+    CONFIG,
     CONTEXT,
     FPS,
     MAX_FRAMES,
@@ -93,8 +94,12 @@ def _server(model: Path, media: Path, side: str) -> Any:
             *("--media-io-kwargs", f'{{"video": {{"fps": {FPS}, "max_frames": {MAX_FRAMES}}}}}'),
             "--enable-prompt-tokens-details",
         ],
-        additional_config={"mm_ext": {"kv": {"enabled": False}}} if side == "kv off" else None,
+        additional_config=None if side == "stock" else _config(side),
     )
+
+
+def _config(side: str) -> dict[str, Any]:
+    return {"mm_ext": {**CONFIG["mm_ext"], "kv": {"enabled": side == "plugin"}}}
 
 
 def _converse(server: Server, videos: list[Path]) -> list[Answer]:

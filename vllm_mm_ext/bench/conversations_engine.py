@@ -24,6 +24,13 @@ BLOCK = 32
 CONTEXT = 4096
 FPS = 2
 MAX_FRAMES = 32
+SEGMENT_TOKENS = 512
+CONFIG = {
+    "mm_ext": {
+        "media": {"sampling": {"fps": FPS, "max_frames": MAX_FRAMES}},
+        "segments": {"tokens": SEGMENT_TOKENS},
+    }
+}
 # Text prompts between two turns, and words in each.
 CHURN = 2
 WORDS = 120
@@ -139,9 +146,8 @@ def engine(model: Path, media: Path, conversations: int, **options: Any) -> Any:
 
 def main(side: str, model: Path, media: Path) -> None:
     """One side; prints the turns."""
-    del side
     videos = sorted(media.glob("*.mp4"))
-    llm = engine(model, media, len(videos))
+    llm = engine(model, media, len(videos), additional_config=CONFIG if side == "plugin" else {})
     print(json.dumps([asdict(turn) for turn in play(llm, videos)]))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from vllm_mm_ext.config import MMExtConfig
 from vllm_mm_ext.kv.control import KVControl
 from vllm_mm_ext.kv.settings import KVSettings
-from vllm_mm_ext.vllm_compat import wrap
+from vllm_mm_ext.vllm_compat import logger, wrap
 
 GIB = 1 << 30
 
@@ -47,7 +47,11 @@ def control_of(scheduler: Any) -> KVControl | None:
 def _with_pool(original: Callable[..., Any]) -> Callable[..., Any]:
     def init(self: Any, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         settings = MMExtConfig.from_additional_config(vllm_config.additional_config).kv
-        if not settings.enabled:
+        # HiSparse moves blocks between pools of its own.
+        hisparse = vllm_config.attention_config.hisparse_config is not None
+        if hisparse and settings.enabled:
+            logger.warning("mm_ext: kv is off, HiSparse needs vLLM's own block pool")
+        if hisparse or not settings.enabled:
             original(self, vllm_config, kv_cache_config, *args, **kwargs)
             return
         hidden_size = vllm_config.model_config.get_hidden_size()

@@ -11,7 +11,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_mm_ext.kv.free_queue import KeepingQueue, is_kept
+from vllm_mm_ext.kv.free_queue import KeepingQueue
 from vllm_mm_ext.kv.placement import end_of
 from vllm_mm_ext.kv.registry import CachedItem, CachedMedia, Registry, merge
 from vllm_mm_ext.kv.retention import Retention
@@ -126,10 +126,6 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         """As vLLM's; kept items are given up where nothing else is free."""
         taken: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
         queue = self.free_block_queue
-        # They may have held media before.
-        holders = queue.holders
-        for block in taken:
-            holders[block.block_id] = None
         if queue.kept and queue.listed < self.limits.floor:
             self._balance()
         return taken
@@ -178,8 +174,6 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         held = [all_holders[block.block_id] for block in blocks]
         if not any(held):
             return blocks, [], []
-        if not all(is_kept(holder) for holder in set(held) if holder):
-            held = [holder if is_kept(holder) else None for holder in held]
         others = [block for block, holder in zip(blocks, held, strict=True) if not holder]
         kept = [block for block, holder in zip(blocks, held, strict=True) if holder]
         return others, kept, [holder for holder in held if holder]
@@ -242,7 +236,10 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         if item.parent is not None:
             self.retention.reconsider(item.parent)
         holders = queue.holders
-        freed = [blocks[block_id] for block_id in reversed(item.blocks)]
+        freed = []
+        for block_id in reversed(item.blocks):
+            holders[block_id] = None
+            freed.append(blocks[block_id])
         if item.free < len(freed):
             freed = [block for block in freed if block.ref_cnt == 0]
         for block_id in reversed(item.before):
@@ -252,9 +249,6 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             if needed == 1 and blocks[block_id].ref_cnt == 0:
                 freed.append(blocks[block_id])
         queue.give_back(freed)
-        # Its blocks go on naming it until they hold something else.
-        item.parent = None
-        item.blocks, item.before = [], []
 
     # --- what else may happen to blocks -----------------------------------------------------------
 
@@ -279,7 +273,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         super().move_block_hashes(src_block, dst_block)
 
     def _let_go(self, block_id: int) -> None:
-        if is_kept(self.free_block_queue.holders[block_id]):
+        if self.free_block_queue.holders[block_id] is not None:
             self.release([item.number for item in self.registry.holding(block_id)])
 
     def reset_prefix_cache(self) -> bool:
@@ -287,7 +281,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         if not super().reset_prefix_cache():
             return False
         queue = self.free_block_queue
-        kept = [block for block in self.blocks if is_kept(queue.holders[block.block_id])]
+        kept = [block for block in self.blocks if queue.holders[block.block_id] is not None]
         queue.holders[:] = [None] * len(queue.holders)
         queue.give_back(kept)
         self.registry.clear()
@@ -296,13 +290,12 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         return True
 
     def holds(self, block_id: int) -> CachedItem | None:
-        """The mm item whose tokens fill a cached block, kept or not; None for text.
+        """The kept mm item whose tokens are in a block; None for text, and items given up.
 
         A block in which an item ends and other text begins is the next item's or text.
         """
         holder = self.free_block_queue.holders[block_id]
-        cached = self.blocks[block_id].block_hash is not None
-        return holder if cached and isinstance(holder, CachedItem) else None
+        return holder if isinstance(holder, CachedItem) else None
 
     def media(self) -> list[CachedMedia]:
         """What is cached, latest use first."""
@@ -326,8 +319,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
                 needed = holders[block_id] or 0
                 assert isinstance(needed, int)
                 holders[block_id] = needed + 1
-        current = [held if is_kept(held) else None for held in queue.holders]
-        assert all(a is b or a == b for a, b in zip(holders, current, strict=True))
+        assert all(a is b or a == b for a, b in zip(holders, queue.holders, strict=True))
         kept = 0
         for block in self.blocks:
             held = holders[block.block_id] is not None

@@ -23,7 +23,7 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
 
     Attributes:
         holders: By block id: the item whose tokens the block holds, or how many items need the
-            text in it, or None. An item that is not kept does not count as one.
+            text in it, or None.
         kept: Free blocks outside the list: those with holders.
     """
 
@@ -62,8 +62,3 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
         """Put kept blocks, which no item holds any more, at the end of the list."""
         self.keep(-len(blocks))
         self.append_n(blocks)
-
-
-def is_kept(holder: CachedItem | int | None) -> bool:
-    """Whether a block with that holder is kept."""
-    return holder is not None and (isinstance(holder, int) or holder.kept)

@@ -52,7 +52,6 @@ class CachedItem:
         last_use_s: When a request last used it.
         free: How many of ``blocks`` no request uses.
         renewed: It was used since it was last ranked.
-        kept: It is in the registry.
     """
 
     number: int
@@ -70,7 +69,6 @@ class CachedItem:
     last_use_s: float = 0.0
     free: int = 0
     renewed: bool = True
-    kept: bool = True
 
     @property
     def size(self) -> int:
@@ -164,14 +162,11 @@ class Registry:
             raise ValueError(f"{item.identifier} has {len(item.children)} cached items after it")
         del self._items[item.number]
         del self._by_key[item.key]
-        item.kept = False
         if item.parent is not None:
             del item.parent.children[item.number]
 
     def clear(self) -> None:
         """Drop everything. Numbers are not used again."""
-        for item in self._items.values():
-            item.kept = False
         self._items.clear()
         self._by_key.clear()
 
@@ -192,7 +187,6 @@ class Registry:
         """Raise ``AssertionError`` if the tree is not one."""
         assert len(self._by_key) == len(self._items)
         for number, item in self._items.items():
-            assert item.kept
             assert item.number == number < self._next
             assert self._by_key[item.key] is item
             assert 0 <= item.free <= len(item.blocks)

@@ -14,7 +14,7 @@ K = TypeVar("K", bound=Hashable)
 # Networking 10(4), 2002).
 _DRAWN = 64
 _REMEMBERED = 16
-_LEFT = 4
+_LEFT = 12
 
 
 class Worst(Generic[K]):
@@ -54,11 +54,14 @@ class Worst(Generic[K]):
     def worst(self) -> K | None:
         """The member of the lowest rank, of few exactly and of many probably; None of none."""
         members, known = self._members, self._remembered
-        if len(members) <= _DRAWN:
+        if len(members) <= _REMEMBERED:
             return min(members, key=self._rank, default=None)
         if len(known) <= _LEFT:
-            for _ in range(_DRAWN):
-                member = members[int(self._random.random() * len(members))]
+            drawn = members
+            if len(members) > _DRAWN:
+                draw = self._random.random
+                drawn = [members[int(draw() * len(members))] for _ in range(_DRAWN)]
+            for member in drawn:
                 known[member] = self._rank(member)
             ranked = sorted(known.items(), key=lambda entry: entry[1])
             known = self._remembered = dict(ranked[:_REMEMBERED])

@@ -1,0 +1,47 @@
+"""Real engine, KV for half of the conversations: what is found again, and that it is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_mm_ext.testing.checkpoints import build
+from vllm_mm_ext.testing.media import make_clip
+
+pytestmark = pytest.mark.engine
+
+
+def test_media_found_after_churn_give_the_answers_of_an_empty_cache(tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    for number in range(4):
+        make_clip(media / f"{number}.mp4", width=448, height=224, duration=10.0, fps=4, seed=number)
+    model = build("qwen2_5_vl", tmp_path / "model", video_max_pixels=448 * 448)
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": "mm_ext",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    script = Path(__file__).parent / "kv_engine.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), str(media)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    turns = found["turns"]
+    assert found["kept"] > 0
+    later = [turn for turn in turns if turn["turn"] > 1]
+    assert sum(turn["cached"] for turn in later) > 0.2 * sum(turn["media"] for turn in later)
+    assert [turn["answer"] for turn in turns] == found["cold"]
