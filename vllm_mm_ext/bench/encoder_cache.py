@@ -38,8 +38,8 @@ def run(context: BenchContext) -> BenchResult:
         rows,
         [
             f"{VIDEOS} conversations in turn, {TURNS} turns, videos of {VIDEO_TOKENS} tokens; "
-            f"vLLM's encoder cache and the device tier hold {CHUNK} tokens, the KV cache about "
-            f"four of the conversations ({kv} tokens of it found again by stock)",
+            f"vLLM's encoder cache and the device tier hold {CHUNK} tokens, the KV cache "
+            f"(vLLM's own) about four of the conversations ({kv} tokens of it found again)",
             "follow-ups: turns 2 on; TTFT: from the engine's queue to the first token",
         ],
     )

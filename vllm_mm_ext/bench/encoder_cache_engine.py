@@ -42,7 +42,14 @@ def options(side: str, tiers: str) -> dict[str, Any]:
     }
     if side == "plugin":
         sampling = {"sampling": {"fps": FPS, "max_frames": 32}}
-        found["additional_config"] = {"mm_ext": {"media": sampling, "segments": {"tokens": 512}}}
+        found["additional_config"] = {
+            "mm_ext": {
+                "media": sampling,
+                "segments": {"tokens": 512},
+                # vLLM's own KV cache on both sides: encoder outputs alone are compared.
+                "kv": {"enabled": False},
+            }
+        }
     if tiers != "own":
         found["ec_manager_config"] = MANAGER
     if tiers == "host":
