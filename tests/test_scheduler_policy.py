@@ -195,13 +195,25 @@ def test_idle_encoder_work_is_bounded_by_time_but_one_item_always_goes() -> None
 
 def test_work_of_a_step_fits_the_target_while_something_decodes() -> None:
     times = learned()
-    found = budget(target_itl_ms=100.0)
+    found = budget(target_itl_ms=100.0, aging_s=1000.0)
     for prefill in range(0, 4000, 200):
         limits = found.limits(demand(prefill_tokens=prefill), times)
         found.spent(limits.encoder_tokens)
         took = min(prefill, limits.prefill_tokens) * 20e-6 + limits.encoder_tokens * 100e-6
         assert took <= 0.090 * 1.01
     assert found.limits(demand(prefill_tokens=10**6), times).prefill_tokens * 20e-6 <= 0.100
+
+
+def test_a_backlog_is_worked_off_even_if_the_target_leaves_no_time_for_it() -> None:
+    times, aging_s = learned(base=0.010, encoder=100e-6), 32.0
+    # 2 s of encoder work, half of what may wait at this bound: half of the time is for it.
+    found = budget(target_itl_ms=5.0, aging_s=aging_s, encoder_tokens_decoding=0)
+    spent = 0
+    for _ in range(50):
+        limits = found.limits(demand(encoder_tokens=20_000, prefill_tokens=0), times)
+        found.spent(limits.encoder_tokens)
+        spent += limits.encoder_tokens
+    assert spent * 100e-6 == pytest.approx(50 * 0.010, rel=0.05)
 
 
 def test_a_prompt_is_not_cut_where_it_takes_no_longer_than_the_target() -> None:

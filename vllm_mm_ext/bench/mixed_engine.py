@@ -19,9 +19,9 @@ import numpy as np
 
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives every so many seconds, prompts and answers of so many tokens.
-TEXT_EVERY_S = 0.4
-TEXT_PROMPT = 384
-TEXT_ANSWER = 24
+TEXT_EVERY_S = 0.5
+TEXT_PROMPT = 640
+TEXT_ANSWER = 48
 VIDEO_EVERY_S = 2.0
 VIDEO_FRAMES = 32
 VIDEO_ANSWER = 8

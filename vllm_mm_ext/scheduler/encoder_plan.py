@@ -122,8 +122,8 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
 def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
     """Give out a step's encoder work in the order of rank.
 
-    First what prefill gets to in this step, then what lies ahead. The first request that finds no
-    room ends each round: smaller items behind it do not slip past. A waiting request counts only
+    First what prefill gets to in this step, then, if all of that fits, what lies ahead. The first
+    item that finds no room ends the round: smaller ones behind it do not slip past. A waiting request counts only
     if it gets its first item; without one it would take a slot just to wait.
 
     Args:
@@ -132,12 +132,8 @@ def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
     """
     order = serving_order(demands)
     giver = _Giver(room)
-    for demand in order:
-        if not giver.needed(demand):
-            break
-    for demand in order:
-        if not giver.ahead(demand):
-            break
+    if all(giver.needed(demand) for demand in order):
+        all(giver.ahead(demand) for demand in order)
     return giver.plan
 
 

@@ -19,7 +19,7 @@ class SchedulerSettings(BaseModel):
         le=60_000,
         description="Time between tokens to aim at. While something decodes, prefill of a step may "
         "take this long, and encoder work what decoding and prefill leave of it, but a fifth of a "
-        "step at least.",
+        "step at least, and more as its backlog grows.",
     )
     encoder_tokens_decoding: int = Field(
         0,

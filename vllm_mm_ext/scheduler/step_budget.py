@@ -11,6 +11,10 @@ from vllm_mm_ext.scheduler.step_times import StepTimes
 
 # Share of a step that encoder work gets where decoding and prefill take all of the target.
 LEAST_SHARE = 0.2
+# As much of the time goes to encoder work as its backlog is of this share of the aging bound: so a
+# target that leaves too little for the load is exceeded before requests wait for long.
+BACKLOG_OF_AGING = 1 / 8
+MOST_FOR_BACKLOG = 0.9
 # Prompt tokens a step may always compute: two of vLLM's usual KV blocks.
 LEAST_PREFILL_TOKENS = 32
 
@@ -123,7 +127,10 @@ class StepBudget:
         base = times.base_s
         least = LEAST_SHARE * max(target, base)
         prefill = min(demand.prefill_tokens * (times.prefill_s or 0.0), target)
-        return max(target, least), max(target - base - prefill, least)
+        backlog = demand.encoder_tokens * (times.encoder_s or 0.0)
+        share = min(backlog / (BACKLOG_OF_AGING * self._settings.aging_s), MOST_FOR_BACKLOG)
+        paced = share / (1 - share) * (base + prefill)
+        return max(target, least), max(target - base - prefill, least, paced)
 
 
 def fair_level(needs: Sequence[float], total: float) -> float:
