@@ -123,8 +123,8 @@ def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
     """Give out a step's encoder work in the order of rank.
 
     First what prefill gets to in this step, then, if all of that fits, what lies ahead. The first
-    item that finds no room ends the round: smaller ones behind it do not slip past. A waiting request counts only
-    if it gets its first item; without one it would take a slot just to wait.
+    item that finds no room ends it: smaller ones behind it do not slip past. A waiting request
+    counts only if it gets its first item; without one it would take a slot just to wait.
 
     Args:
         demands: By rank.
@@ -132,8 +132,9 @@ def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
     """
     order = serving_order(demands)
     giver = _Giver(room)
-    if all(giver.needed(demand) for demand in order):
-        all(giver.ahead(demand) for demand in order)
+    for give in (giver.needed, giver.ahead):
+        if not all(give(demand) for demand in order):
+            break
     return giver.plan
 
 
