@@ -135,6 +135,32 @@ def test_items_that_were_given_up_but_are_still_there_are_kept_again_when_found(
     assert served(engine, "once more", longer) == MEDIA_TOKENS + 12
 
 
+def test_requests_that_share_blocks_may_end_at_once() -> None:
+    engine = Engine(64)
+    served(engine, "before", VIDEO)
+    first, second = request("first", VIDEO), request("second", VIDEO)
+    assert engine.admit(first) == engine.admit(second) == MEDIA_TOKENS + BLOCK
+    blocks = []
+    for each in (first, second):
+        blocks += reversed(engine.manager.pop_blocks_for_free(each))
+    engine.pool.free_blocks(blocks)
+    engine.pool.check_integrity()
+    assert engine.pool.free_block_queue.kept == 12
+
+
+def test_a_session_protects_an_item_whose_equal_it_computed() -> None:
+    engine = Engine(64)
+    engine.admit(request("first", VIDEO), chunk=3)
+    engine.admit(request("second", VIDEO, session="s"), chunk=3)
+    for name in ("first", "second"):
+        engine.extend(name)
+        engine.pool.check_integrity()
+    engine.finish("first")
+    engine.extend("second")
+    engine.pool.check_integrity()
+    assert KVControl(engine.pool).media()[0].sessions == ("s",)
+
+
 def test_the_quota_bounds_what_is_kept() -> None:
     settings = KVSettings(max_visual_cache_gb=12 * BLOCK_BYTES / 2**30, min_items=0)
     engine = Engine(200, settings)

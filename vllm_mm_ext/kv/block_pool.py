@@ -41,7 +41,7 @@ class Limits:
 class MMExtBlockPool(BlockPool):  # type: ignore[misc]
     """A block pool that keeps media and the text before them.
 
-    Every operation costs O(1) per block, and O(log n) for each of n items that is affected.
+    Every operation costs O(1) per block, on average.
 
     Args:
         args, kwargs: As vLLM's.
@@ -136,17 +136,19 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         super().touch(others)
         if not kept:
             return
-        idle = self._counted(kept, holders)
-        self.free_block_queue.keep(-sum(idle.values()))
-        for holder, count in idle.items():
-            if not isinstance(holder, int):
-                holder.free -= count
-                if holder.free + count == len(holder.blocks):
-                    self.retention.busy(holder)
-        for block in kept:
+        idle = []
+        for block, holder in zip(kept, holders, strict=True):
+            if not block.ref_cnt:
+                idle.append(holder)
             block.ref_cnt += 1
             if self.metrics_collector:
                 self.metrics_collector.on_block_accessed(block)
+        self.free_block_queue.keep(-len(idle))
+        for each, count in Counter(idle).items():
+            if not isinstance(each, int):
+                each.free -= count
+                if each.free + count == len(each.blocks):
+                    self.retention.busy(each)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """As vLLM's; blocks of items are kept."""
@@ -154,16 +156,19 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         super().free_blocks(others)
         if not kept:
             return
-        for block in kept:
+        idle = []
+        # Blocks of several requests may come at once, and shared ones then repeatedly.
+        for block, holder in zip(kept, holders, strict=True):
             block.ref_cnt -= 1
-        idle = self._counted(kept, holders)
-        self.free_block_queue.keep(sum(idle.values()))
+            if not block.ref_cnt:
+                idle.append(holder)
+        self.free_block_queue.keep(len(idle))
         # In the order they are met: of a request, the last item first.
-        for holder, count in idle.items():
-            if not isinstance(holder, int):
-                holder.free += count
-                if holder.free == len(holder.blocks):
-                    self.retention.settle(holder)
+        for each, count in Counter(idle).items():
+            if not isinstance(each, int):
+                each.free += count
+                if each.free == len(each.blocks):
+                    self.retention.settle(each)
         self._balance()
 
     def _parted(
@@ -177,14 +182,6 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         others = [block for block, holder in zip(blocks, held, strict=True) if not holder]
         kept = [block for block, holder in zip(blocks, held, strict=True) if holder]
         return others, kept, [holder for holder in held if holder]
-
-    def _counted(
-        self, blocks: list[KVCacheBlock], holders: list[CachedItem | int]
-    ) -> Counter[CachedItem | int]:
-        """How many of the blocks that nobody uses have which holder."""
-        if any(block.ref_cnt for block in blocks):
-            holders = [h for b, h in zip(blocks, holders, strict=True) if not b.ref_cnt]
-        return Counter(holders)
 
     def release(self, items: Iterable[int]) -> None:
         """Stop keeping items, and all that follow them; they stay cached like any text.
@@ -221,6 +218,8 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         self.reprotect(self.sessions.expire())
         while queue.listed < num_blocks and (item := self.retention.victim()) is not None:
             self._release(item)
+        if queue.listed >= num_blocks:
+            return
         # Attention windows free the first blocks of items that are in use.
         for item in sorted(self.registry, key=lambda item: -item.number):
             if queue.listed >= num_blocks:

@@ -42,7 +42,7 @@ class Prefix:
 
 
 class Tagger:
-    """Makes blocks part of items. O(1) per block, O(log n) per item.
+    """Makes blocks part of items.
 
     Args:
         queue: Holds the tags of blocks that belong to items.
@@ -108,6 +108,8 @@ class Tagger:
         item.last_use_s = self._sessions.now()
         if request.session_id is not None:
             self._sessions.use(request.session_id, item.number)
+            # Its request may use equal blocks of its own, so that the item itself is idle.
+            self._retention.reconsider(item)
         return item
 
     def _keep_before(self, prefix: Prefix, placement: Placement, index: int) -> None:
