@@ -20,7 +20,7 @@ from vllm_mm_ext.testing.checkpoints import build
 from vllm_mm_ext.testing.server import Server, serve
 
 # Arrivals as a share of what the server manages with tiers off, and for how many seconds.
-PHASES = ((0.5, 6.0), (1.0, 6.0), (2.0, 26.0), (1.0, 6.0), (0.5, 10.0))
+PHASES = ((0.5, 6.0), (1.0, 6.0), (2.0, 60.0), (1.0, 6.0), (0.5, 10.0))
 SEQUENCES = 8
 # Conversations that tell the capacity, and how often; the best time is the least disturbed.
 _PROBES = 12
