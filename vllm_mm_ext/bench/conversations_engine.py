@@ -21,7 +21,7 @@ from vllm_mm_ext.testing.step_trace import record_steps
 
 TURNS = 4
 BLOCK = 32
-CONTEXT = 4096
+CONTEXT = 2560
 FPS = 2
 MAX_FRAMES = 32
 SEGMENT_TOKENS = 512
