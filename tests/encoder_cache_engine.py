@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_clip
+from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 from vllm_mm_ext.testing.step_trace import record_steps
 
 CLIPS = 5
@@ -64,6 +65,7 @@ def start(media: Path, **options: Any) -> Any:
         str(checkpoint("qwen2_5_vl")),
         dtype="float32",
         enforce_eager=True,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         max_model_len=512,
         max_num_batched_tokens=128,
         max_num_seqs=3,

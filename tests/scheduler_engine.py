@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 REQUESTS = 200
 VIDEOS = 12
@@ -39,6 +40,7 @@ def start(mode: str) -> Any:
         str(checkpoint("qwen2_5_vl")),
         dtype="float32",
         enforce_eager=True,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         max_model_len=1024,
         max_num_batched_tokens=1024,
         max_num_seqs=8,

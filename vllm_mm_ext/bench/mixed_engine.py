@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_mm_ext.testing.server import KV_CACHE_BYTES
+
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives every so many seconds, prompts and answers of so many tokens.
 TEXT_EVERY_S = 0.5
@@ -100,6 +102,7 @@ def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
             max_model_len=8192,
             max_num_seqs=slots,
             max_num_batched_tokens=4096,
+            kv_cache_memory_bytes=KV_CACHE_BYTES,
             limit_mm_per_prompt={"video": 1, "image": 0},
             # Rendered ahead: the caches of both processes would not see requests in one order.
             mm_processor_cache_gb=0,
