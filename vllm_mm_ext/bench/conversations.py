@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from vllm_mm_ext.bench.conversations_engine import (
     CONTEXT,
     FPS,
     MAX_FRAMES,
+    TIERS,
     TURNS,
     VIDEO_TOKENS,
     WORDS,
@@ -32,6 +34,11 @@ from vllm_mm_ext.testing.checkpoints import build
 from vllm_mm_ext.testing.server import Server, serve
 
 CONVERSATIONS = 12
+_TIER_FLAGS = tuple(
+    part
+    for name, value in TIERS.items()
+    for part in ("--" + name.replace("_", "-"), json.dumps(value))
+)
 # The plugin without its block pool: what is left is what the pool does.
 _SIDES = ("stock", "plugin", "kv off")
 
@@ -92,7 +99,8 @@ def _server(model: Path, media: Path, side: str) -> Any:
             *("--num-gpu-blocks-override", str(kv_blocks(CONVERSATIONS))),
             *("--limit-mm-per-prompt", '{"video": 1, "image": 0}'),
             *("--media-io-kwargs", f'{{"video": {{"fps": {FPS}, "max_frames": {MAX_FRAMES}}}}}'),
-            "--enable-prompt-tokens-details",
+            *("--dtype", "float32", "--enable-prompt-tokens-details"),
+            *(_TIER_FLAGS if side != "stock" else ()),
         ],
         additional_config=None if side == "stock" else _config(side),
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mm_ext.bench.chat import QUESTIONS, conversation
+from vllm_mm_ext.bench.encoder_cache_engine import MANAGER, TRANSFER
 from vllm_mm_ext.bench.inprocess import start
 from vllm_mm_ext.testing.step_trace import record_steps
 
@@ -31,6 +32,8 @@ CONFIG = {
         "segments": {"tokens": SEGMENT_TOKENS},
     }
 }
+# Both tiers of the encoder cache, as in the shipped configurations.
+TIERS = {"ec_manager_config": MANAGER, "ec_transfer_config": TRANSFER}
 # Text prompts between two turns, and words in each.
 CHURN = 2
 WORDS = 120
@@ -135,6 +138,8 @@ def engine(model: Path, media: Path, conversations: int, **options: Any) -> Any:
     return start(
         model,
         media,
+        # So that answers do not depend on how a prompt was divided into steps.
+        dtype="float32",
         block_size=BLOCK,
         num_gpu_blocks_override=kv_blocks(conversations),
         max_model_len=CONTEXT,
@@ -147,7 +152,8 @@ def engine(model: Path, media: Path, conversations: int, **options: Any) -> Any:
 def main(side: str, model: Path, media: Path) -> None:
     """One side; prints the turns."""
     videos = sorted(media.glob("*.mp4"))
-    llm = engine(model, media, len(videos), additional_config=CONFIG if side == "plugin" else {})
+    options = {"additional_config": CONFIG, **TIERS} if side == "plugin" else {}
+    llm = engine(model, media, len(videos), **options)
     print(json.dumps([asdict(turn) for turn in play(llm, videos)]))
 
 
