@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
@@ -99,9 +99,14 @@ def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
         action = data.draw(st.sampled_from(["use", "pin", "unpin", "release", "expire", "forget"]))
         item = data.draw(st.integers(0, 3))
         if action == "use":
-            sessions.use(name, item)
+            lost = sessions.use(name, item)
             items.setdefault(name, set()).add(item)
             last[name] = now[0]
+            over = [n for n in last if n not in pinned and last[n] + 10 <= now[0]]
+            # Three sessions, of which at least the one in use is alive.
+            assert lost == {number for old in over for number in items.pop(old)}
+            for old in over:
+                del last[old]
         elif action == "pin":
             assert sessions.pin(name) == items.setdefault(name, set())
             pinned.add(name)
@@ -136,11 +141,39 @@ def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
 
 
 def test_ids_that_clients_make_up_do_not_pile_up() -> None:
-    sessions = Sessions(1e6, lambda: 0.0)
+    now = [0.0]
+    sessions = Sessions(1e6, lambda: now[0])
+    lost: set[int] = set()
     for number in range(MAX_SESSIONS + 5):
-        sessions.use(f"s{number}", number)
-    assert sessions.expire() == set(range(5))
-    assert len(sessions) == MAX_SESSIONS
+        lost |= sessions.use(f"s{number}", number)
+        assert len(sessions) <= MAX_SESSIONS
+    assert lost == set(range(5))
+    now[0] = 1e6
+    # Those past their TTL go a few at a time, and faster than new ones come.
+    for number in range(MAX_SESSIONS // 2):
+        assert len(sessions.use("new", -number)) == 2
+    assert len(sessions) == 1
+
+
+class Unread(set[str]):
+    """A set that nobody may go through."""
+
+    def __iter__(self) -> NoReturn:
+        raise AssertionError("all sessions of an item were looked at")
+
+
+def test_what_protects_an_item_is_known_without_looking_at_its_sessions() -> None:
+    sessions = Sessions(100.0, lambda: 0.0)
+    for number in range(100):
+        sessions.use(f"s{number}", 1)
+    sessions._of_item[1].ids = Unread(sessions._of_item[1].ids)
+    assert sessions.protection(1) is Protection.SESSION
+    sessions.pin("s7")
+    sessions.use("s7", 1)
+    assert sessions.protection(1) is Protection.PINNED
+    sessions.unpin("s7")
+    sessions.use("s8", 1)
+    assert sessions.protection(1) is Protection.SESSION
 
 
 def test_without_ttl_only_pins_protect() -> None:

@@ -10,6 +10,8 @@ from enum import IntEnum
 
 # Sessions remembered at most. Ids come from clients, who may send a new one with every request.
 MAX_SESSIONS = 1 << 16
+# Sessions that a use drops at most: more than it adds, so that they get fewer without a long halt.
+_DROPS_PER_USE = 2
 
 
 class Protection(IntEnum):
@@ -35,10 +37,18 @@ class Session:
     items: set[int] = field(default_factory=set)
 
 
-class Sessions:
-    """Sessions by id, in the order of their last use.
+@dataclass(slots=True)
+class _Users:
+    """Sessions of one item; ``pinned`` counts those of them that are pinned."""
 
-    Every operation is O(1) per session and item concerned.
+    ids: set[str] = field(default_factory=set)
+    pinned: int = 0
+
+
+class Sessions:
+    """Sessions by id, in the order of their last use; ``MAX_SESSIONS`` of them besides pinned ones.
+
+    What protects an item is told in O(1); the rest is O(1) per session and item that changes.
 
     Args:
         ttl_s: Seconds after its last use for which a session protects its items; 0: never.
@@ -50,7 +60,7 @@ class Sessions:
         self._clock = clock
         self._live: OrderedDict[str, Session] = OrderedDict()
         self._pinned: dict[str, Session] = {}
-        self._of_item: dict[int, set[str]] = {}
+        self._of_item: dict[int, _Users] = {}
 
     def __contains__(self, session_id: object) -> bool:
         return session_id in self._live or session_id in self._pinned
@@ -62,17 +72,25 @@ class Sessions:
         """The clock, in seconds."""
         return self._clock()
 
-    def use(self, session_id: str, item: int) -> None:
-        """Note that a request of a session uses an item."""
+    def use(self, session_id: str, item: int) -> set[int]:
+        """Note that a request of a session uses an item; a few sessions that are over are dropped.
+
+        Returns:
+            Items that may have lost protection by that.
+        """
         session = self._pinned.get(session_id)
         if session is None:
             if self._ttl_s <= 0:
-                return
+                return set()
             session = self._live.setdefault(session_id, Session(0.0))
             self._live.move_to_end(session_id)
         session.last_use_s = self._clock()
-        session.items.add(item)
-        self._of_item.setdefault(item, set()).add(session_id)
+        if item not in session.items:
+            session.items.add(item)
+            users = self._of_item.setdefault(item, _Users())
+            users.ids.add(session_id)
+            users.pinned += session.pinned
+        return self.expire(_DROPS_PER_USE)
 
     def pin(self, session_id: str) -> set[int]:
         """Keep a session's items, present and future, until it is unpinned; returns those now."""
@@ -81,6 +99,8 @@ class Sessions:
             session = self._live.pop(session_id, None) or Session(self._clock())
             session.pinned = True
             self._pinned[session_id] = session
+            for item in session.items:
+                self._of_item[item].pinned += 1
         return set(session.items)
 
     def unpin(self, session_id: str) -> set[int]:
@@ -91,6 +111,8 @@ class Sessions:
         if self._ttl_s <= 0:
             return self._dropped(session_id, session)
         session.pinned = False
+        for item in session.items:
+            self._of_item[item].pinned -= 1
         session.last_use_s = self._clock()
         self._live[session_id] = session
         return set(session.items)
@@ -100,15 +122,18 @@ class Sessions:
         session = self._pinned.pop(session_id, None) or self._live.pop(session_id, None)
         return self._dropped(session_id, session) if session is not None else set()
 
-    def expire(self) -> set[int]:
+    def expire(self, most: int = MAX_SESSIONS) -> set[int]:
         """Forget sessions past their TTL, and the oldest where there are too many.
+
+        Args:
+            most: Sessions to forget at most.
 
         Returns:
             Items that may have lost protection.
         """
         items: set[int] = set()
         now = self._clock()
-        while self._live:
+        for _ in range(min(most, len(self._live))):
             session_id, session = next(iter(self._live.items()))
             if session.last_use_s + self._ttl_s > now and len(self._live) <= MAX_SESSIONS:
                 break
@@ -118,7 +143,8 @@ class Sessions:
 
     def forget_item(self, item: int) -> None:
         """Note that an item is no longer cached; its sessions go on."""
-        for session_id in self._of_item.pop(item, ()):
+        users = self._of_item.pop(item, None)
+        for session_id in users.ids if users is not None else ():
             self._session(session_id).items.discard(item)
 
     def clear_items(self) -> None:
@@ -129,12 +155,10 @@ class Sessions:
 
     def protection(self, item: int) -> Protection:
         """How an item is protected by the sessions that use it."""
-        ids = self._of_item.get(item)
-        if not ids:
+        users = self._of_item.get(item)
+        if users is None:
             return Protection.NONE
-        if any(session_id in self._pinned for session_id in ids):
-            return Protection.PINNED
-        return Protection.SESSION
+        return Protection.PINNED if users.pinned else Protection.SESSION
 
     def protected(self, item: int) -> bool:
         """Whether any session protects an item."""
@@ -142,7 +166,8 @@ class Sessions:
 
     def ids(self, item: int) -> tuple[str, ...]:
         """Sessions that use an item."""
-        return tuple(sorted(self._of_item.get(item, ())))
+        users = self._of_item.get(item)
+        return tuple(sorted(users.ids)) if users is not None else ()
 
     def items(self, session_id: str) -> set[int]:
         """Items of a session; none if it is unknown."""
@@ -153,11 +178,13 @@ class Sessions:
         assert not set(self._live) & set(self._pinned)
         uses = [session.last_use_s for session in self._live.values()]
         assert uses == sorted(uses)
-        found: dict[int, set[str]] = {}
+        found: dict[int, _Users] = {}
         for session_id, session in (*self._live.items(), *self._pinned.items()):
             assert session.pinned == (session_id in self._pinned)
             for item in session.items:
-                found.setdefault(item, set()).add(session_id)
+                users = found.setdefault(item, _Users())
+                users.ids.add(session_id)
+                users.pinned += session.pinned
         assert found == self._of_item
 
     def _session(self, session_id: str) -> Session:
@@ -165,8 +192,9 @@ class Sessions:
 
     def _dropped(self, session_id: str, session: Session) -> set[int]:
         for item in session.items:
-            ids = self._of_item[item]
-            ids.discard(session_id)
-            if not ids:
+            users = self._of_item[item]
+            users.ids.discard(session_id)
+            users.pinned -= session.pinned
+            if not users.ids:
                 del self._of_item[item]
         return session.items

@@ -107,9 +107,12 @@ class Tagger:
             item.renewed = True
         item.last_use_s = self._sessions.now()
         if request.session_id is not None:
-            self._sessions.use(request.session_id, item.number)
+            changed = self._sessions.use(request.session_id, item.number)
             # Its request may use equal blocks of its own, so that the item itself is idle.
-            self._retention.reconsider(item)
+            for number in {*changed, item.number}:
+                affected = self._registry.numbered(number)
+                if affected is not None:
+                    self._retention.reconsider(affected)
         return item
 
     def _keep_before(self, prefix: Prefix, placement: Placement, index: int) -> None:
