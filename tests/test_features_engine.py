@@ -1,0 +1,45 @@
+"""Whatever is turned off, greedy answers stay those of stock vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from features_engine import make_media, variants
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+    """Tokens by what was off; one process without the plugin, one for all else."""
+    media = tmp_path_factory.mktemp("features")
+    make_media(media)
+    script = Path(__file__).with_name("features_engine.py")
+    found: dict[str, list[list[int]]] = {}
+    for mode in ("stock", "plugin"):
+        done = subprocess.run(
+            [sys.executable, str(script), mode, str(media)],
+            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found |= json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("off", variants())
+def test_answers_are_those_of_stock_whatever_is_off(
+    outcomes: dict[str, list[list[int]]], off: str
+) -> None:
+    assert outcomes[off] == outcomes["plugin"]
+
+
+def test_answers_depend_on_what_was_asked(outcomes: dict[str, list[list[int]]]) -> None:
+    assert len({tuple(tokens) for tokens in outcomes["plugin"]}) == len(outcomes["plugin"])
