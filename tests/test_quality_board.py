@@ -62,7 +62,7 @@ def test_keeps_decisions_samples_and_the_tier_for_every_user_of_the_file(
     other.keep(key(7), decision(8))
     assert board.find(key(7)) == decision(8)
     sample = LoadSample(0.95, 3, 4, 64, 12.0)
-    LoadSignal(TierSettings(), board).report(1, sample, engines=2)
+    LoadSignal(TierSettings(), board, engines=2).report(1, sample)
     assert other.samples(range(2)) == [sample]
     assert LoadSignal(TierSettings(), other).level(12.0) == 2
     other.close()
@@ -99,12 +99,12 @@ def test_a_half_written_record_counts_as_absent_and_is_replaced(board: Board, pa
 
 def _write_much(path: Path, start: int) -> None:
     board = join(path, MANY)
-    signal_ = LoadSignal(TierSettings(), board)
+    signal_ = LoadSignal(TierSettings(), board, engines=4)
     for turn in range(300):
         for slot in range(4):
             board.keep(key(slot), Decision(start, True, start * 1000 + turn, start, start))
         board.keep(key(100 + start), decision(turn))
-        signal_.report(start, LoadSample(0.0, turn, turn, 64, float(turn)), engines=4)
+        signal_.report(start, LoadSample(0.0, turn, turn, 64, float(turn)))
     board.close()
 
 

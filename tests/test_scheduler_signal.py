@@ -115,10 +115,23 @@ def test_quality_follows_what_engines_publish() -> None:
         private(),
         clock=lambda: 5.0,
         published=lambda: [(engine, sample_of(load)) for engine, load in loads.items()],
+        engines=2,
     )
     assert controller.level() == 0
     loads[0] = replace(LOAD, time=5.5, running=8)
     # On average 6.5 requests on 8 slots.
+    assert controller.level() == 2
+
+
+def test_a_loaded_engine_counts_before_the_ones_ahead_of_it_have_published() -> None:
+    loads = {1: replace(LOAD, running=8)}
+    controller = QualityController(
+        QualitySettings(),
+        private(),
+        clock=lambda: 5.0,
+        published=lambda: [(engine, sample_of(load)) for engine, load in loads.items()],
+        engines=2,
+    )
     assert controller.level() == 2
 
 

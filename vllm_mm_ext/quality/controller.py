@@ -57,6 +57,7 @@ class QualityController:
         board: Shared by the processes of the service.
         clock: Seconds, the same for all of them.
         published: What engines publish by themselves, by index.
+        engines: Engines of the service.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class QualityController:
         *,
         clock: Callable[[], float] = time.monotonic,
         published: Callable[[], Iterable[tuple[int, LoadSample]]] | None = None,
+        engines: int = 1,
     ) -> None:
         self.settings = settings
-        self.signal = LoadSignal(settings.tiers, board, published)
+        self.signal = LoadSignal(settings.tiers, board, published, engines)
         self._sticky = Stickiness(settings.sticky, board)
         self._clock = clock
 

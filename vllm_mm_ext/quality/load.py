@@ -41,7 +41,7 @@ def _controller(
         for engine, load in loads.loads(engines):
             yield engine, sample_of(load)
 
-    return QualityController(settings, board, published=samples)
+    return QualityController(settings, board, published=samples, engines=engines)
 
 
 def sample_of(load: EngineLoad) -> LoadSample:

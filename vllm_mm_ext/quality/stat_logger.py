@@ -37,7 +37,7 @@ class BoardStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         self._signal: LoadSignal | None = None
-        self._engines = max(
+        engines = max(
             vllm_config.parallel_config.data_parallel_size, *(index + 1 for index in engine_indexes)
         )
         self._capacity = vllm_config.scheduler_config.max_num_seqs
@@ -52,7 +52,7 @@ class BoardStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
         # Joined in any case: the board loses its name when all API servers have it.
         board = board_for(vllm_config)
         if settings.enabled:
-            self._signal = LoadSignal(settings.tiers, board)
+            self._signal = LoadSignal(settings.tiers, board, engines=engines)
 
     def record(
         self,
@@ -71,7 +71,7 @@ class BoardStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
             capacity=self._capacity,
             time=time.monotonic(),
         )
-        self._signal.report(engine_idx, sample, self._engines)
+        self._signal.report(engine_idx, sample)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say when engines are up."""
