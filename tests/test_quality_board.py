@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mm_ext.quality import board as board_module
+from vllm_mm_ext import shared_file
 from vllm_mm_ext.quality.board import (
     DECISIONS,
     KEY_BYTES,
@@ -216,16 +216,16 @@ def test_a_file_of_that_name_that_is_a_link_is_not_followed(tmp_path: Path, path
 def test_joining_a_file_that_is_removed_meanwhile_makes_a_new_one(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[[Path, os.stat_result], bool] = board_module._is_at
+    real: Callable[[Path, int], bool] = shared_file.is_at
     looks: list[bool] = []
 
-    def remove_first(where: Path, found: os.stat_result) -> bool:
+    def remove_first(where: Path, descriptor: int) -> bool:
         if not looks:
             looks.append(True)
             path.unlink()
-        return real(where, found)
+        return real(where, descriptor)
 
-    monkeypatch.setattr(board_module, "_is_at", remove_first)
+    monkeypatch.setattr(shared_file, "is_at", remove_first)
     first = join(path, 2)
     second = join(path, 2)
     first.keep(key(1), decision(1))

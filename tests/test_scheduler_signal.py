@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from dataclasses import astuple, replace
@@ -38,8 +39,23 @@ def test_engines_are_read_by_index(tmp_path: Path) -> None:
     assert dict(reader.loads(2)) == {0: replace(LOAD, running=1.0), 1: LOAD}
     assert list(reader.loads(1)) == [(0, replace(LOAD, running=1.0))]
     first.close()
+    assert list(reader.loads(2)) == [(1, LOAD)]
+    assert list(LoadReader(path).loads(2)) == [(1, LOAD)]
     second.close()
     assert not path.exists()
+    assert list(reader.loads(2)) == []
+
+
+def test_engines_that_follow_others_in_a_process_are_read_from_their_own_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "load"
+    reader = LoadReader(path)
+    for running in (1.0, 2.0):
+        writer = LoadWriter(path, 0)
+        writer.write(replace(LOAD, running=running))
+        assert [load.running for _, load in reader.loads(1)] == [running]
+        writer.close()
 
 
 def test_a_torn_record_counts_as_absent(tmp_path: Path) -> None:
@@ -61,31 +77,48 @@ from vllm_mm_ext.scheduler.signal import EngineLoad, LoadWriter
 writer = LoadWriter(Path(sys.argv[1]), 0)
 for number in range(20_000):
     writer.write(EngineLoad(*[float(number)] * 9))
+print("written", flush=True)
+sys.stdin.readline()
 """
+
+
+def _writing(path: Path) -> subprocess.Popen[str]:
+    """A process that writes much, says so and ends when it is told."""
+    command = [sys.executable, "-c", _WRITES, str(path)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
 
 def test_a_reader_never_sees_half_a_record_of_another_process(tmp_path: Path) -> None:
     path = tmp_path / "load"
-    LoadWriter(path, 1)
-    process = subprocess.Popen([sys.executable, "-c", _WRITES, str(path)])
+    process = _writing(path)
     reader, seen = LoadReader(path), set()
-    while process.poll() is None:
+    while not select.select([process.stdout], [], [], 0)[0]:
         for _, load in reader.loads(1):
             values = set(astuple(load))
             assert len(values) == 1
             seen |= values
+    process.communicate("")
     assert process.returncode == 0
     assert len(seen) > 1
 
 
-def test_what_killed_services_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    own = tmp_path / load_file(os.getpid()).name
-    gone = tmp_path / f"mm_ext-load-{os.getuid()}-1-0.00"
+def test_what_killed_services_left_is_removed_and_what_is_in_use_is_not(tmp_path: Path) -> None:
+    # Ids tell nothing: that of another container's process may be a dead one's here.
+    used, killed = (tmp_path / f"mm_ext-load-{os.getuid()}-1-{n}.00" for n in range(2))
     other = tmp_path / "something"
-    for path in (own, gone, other):
-        path.touch()
+    other.touch()
+    writer = LoadWriter(used, 0)
+    process = _writing(killed)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
     remove_abandoned(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([own, other])
+    assert sorted(tmp_path.iterdir()) == sorted([used, killed, other])
+    process.kill()
+    process.communicate()
+    remove_abandoned(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([used, other])
+    writer.close()
 
 
 def test_a_scheduler_publishes_its_backlog_and_takes_it_back() -> None:

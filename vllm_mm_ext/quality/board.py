@@ -26,7 +26,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_mm_ext import shared_file
 from vllm_mm_ext.quality.tiers import LoadSample, TierState
+from vllm_mm_ext.shared_file import open_shared
 
 KEY_BYTES = 16
 ENGINES = 256
@@ -251,7 +253,8 @@ def join(path: Path, users: int) -> Board:
     Raises:
         OSError: It cannot be made or mapped.
     """
-    descriptor = _open(path)
+    # Zeros are empty records.
+    descriptor = open_shared(path, _TABLE.end)
     try:
         board = Board(descriptor)
     except BaseException:
@@ -271,43 +274,4 @@ def private() -> Board:
 
 def remove_abandoned(directory: Path) -> None:
     """Remove the boards of this user's services that ended before all their processes had one."""
-    for path in directory.glob(f"{_PREFIX}{os.getuid()}-*"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                # Refused while anyone uses it.
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_at(path, os.fstat(descriptor)):
-                    path.unlink()
-            finally:
-                os.close(descriptor)
-
-
-def _open(path: Path) -> int:
-    """Open or make the file; a shared lock, held as long as it is open, says that it is in use."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    while True:
-        descriptor = os.open(path, flags, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            found = os.fstat(descriptor)
-            if found.st_uid != os.getuid():
-                raise PermissionError(f"{path} belongs to another user")
-            if _is_at(path, found):
-                # Zeros are empty records. With its space taken now, a full file system is an error
-                # here and not a SIGBUS at some later write.
-                os.posix_fallocate(descriptor, 0, _TABLE.end)
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        # It was removed in between, as abandoned.
-        os.close(descriptor)
-
-
-def _is_at(path: Path, found: os.stat_result) -> bool:
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    return (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino)
+    shared_file.remove_abandoned(directory, f"{_PREFIX}{os.getuid()}-")

@@ -1,12 +1,12 @@
 """How busy engines are, from their processes to the API servers, through shared memory.
 
 One file per service, a record per engine. Only the engine writes its record and nobody waits: a
-record that is read while it is written fails its checksum and counts as absent.
+record that is read while it is written fails its checksum and counts as absent. The file goes with
+the last engine that writes it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import struct
@@ -17,6 +17,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+
+from vllm_mm_ext import shared_file
+from vllm_mm_ext.shared_file import open_shared, remove_if_unused
 
 ENGINES = 256
 _PREFIX = "mm_ext-load-"
@@ -69,12 +72,7 @@ def load_file(pid: int) -> Path:
 
 def remove_abandoned(directory: Path) -> None:
     """Remove what this user's services left that were killed."""
-    for path in directory.glob(f"{_PREFIX}{os.getuid()}-*"):
-        _, pid, started = path.name.removeprefix(_PREFIX).split("-")
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if f"{psutil.Process(int(pid)).create_time():.2f}" == started:
-                continue
-        path.unlink(missing_ok=True)
+    shared_file.remove_abandoned(directory, f"{_PREFIX}{os.getuid()}-")
 
 
 class LoadWriter:
@@ -91,16 +89,13 @@ class LoadWriter:
     def __init__(self, path: Path, engine: int) -> None:
         self._path = path
         self._place = engine % ENGINES * _STRIDE
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(path, flags, 0o600)
+        # Zeros are empty records.
+        self._descriptor = open_shared(path, _SIZE)
         try:
-            if os.fstat(descriptor).st_uid != os.getuid():
-                raise PermissionError(f"{path} belongs to another user")
-            # Zeros are empty records. A full file system is an error here, not a SIGBUS later.
-            os.posix_fallocate(descriptor, 0, _SIZE)
-            self._view = mmap.mmap(descriptor, _SIZE)
-        finally:
-            os.close(descriptor)
+            self._view = mmap.mmap(self._descriptor, _SIZE)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def write(self, load: EngineLoad) -> None:
         """Publish the engine's newest figures."""
@@ -109,25 +104,29 @@ class LoadWriter:
         self._view[self._place : self._place + _STRIDE] = record
 
     def close(self) -> None:
-        """The engine ends. Readers keep what they have mapped, whose records grow old."""
-        self._path.unlink(missing_ok=True)
+        """The engine ends."""
+        self._view[self._place : self._place + _STRIDE] = bytes(_STRIDE)
         self._view.close()
+        remove_if_unused(self._path, self._descriptor)
+        os.close(self._descriptor)
 
 
 class LoadReader:
     """The records of a service's engines.
 
     Args:
-        path: The service's file, which may not be there yet.
+        path: The service's file, which may not be there yet, or be another one later: of engines
+            that were started after the first ones had ended.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._view: mmap.mmap | None = None
+        # What is mapped, and which file that is.
+        self._mapped: tuple[mmap.mmap, os.stat_result] | None = None
 
     def loads(self, engines: int) -> Iterator[tuple[int, EngineLoad]]:
         """Newest figures of the first ``engines`` engines that publish any, by index."""
-        view = self._view or self._open()
+        view = self._current()
         if view is None:
             return
         for engine in range(min(engines, ENGINES)):
@@ -136,16 +135,22 @@ class LoadReader:
             if _CRC.unpack(raw[_RECORD.size :])[0] == _checksum(body):
                 yield engine, EngineLoad(*_RECORD.unpack(body))
 
-    def _open(self) -> mmap.mmap | None:
+    def _current(self) -> mmap.mmap | None:
         try:
-            with open(self._path, "rb") as file:
-                if os.fstat(file.fileno()).st_uid != os.getuid():
-                    return None
-                self._view = mmap.mmap(file.fileno(), _SIZE, access=mmap.ACCESS_READ)
+            there = self._path.stat()
+            if self._mapped is None or not os.path.samestat(self._mapped[1], there):
+                self._mapped = self._map()
         except (OSError, ValueError):
-            # Not there yet, or not yet of its full size.
-            return None
-        return self._view
+            # Not there, or not yet of its full size.
+            self._mapped = None
+        return self._mapped[0] if self._mapped is not None else None
+
+    def _map(self) -> tuple[mmap.mmap, os.stat_result] | None:
+        with open(self._path, "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_uid != os.getuid():
+                return None
+            return mmap.mmap(file.fileno(), _SIZE, access=mmap.ACCESS_READ), found
 
 
 def _checksum(body: bytes) -> int:
