@@ -140,6 +140,21 @@ def test_a_request_preempted_in_its_own_pass_leaves_nothing_behind(
     assert taken_back
 
 
+def test_what_a_pass_without_tokens_did_not_encode_is_saved_when_it_is() -> None:
+    engine = Engine(policy="priority")
+    manager, connector = engine.manager, engine.connector
+    first = request("a", [Item("video", 100)])
+    assert manager.can_allocate(first, 0, 1000, 0)
+    manager.allocate(first, 0)
+    connector.update_state_after_alloc(first, 0)
+    manager.free(first)
+    # Nothing else to do: a pass that takes back all it scheduled.
+    engine.step()
+    engine.add(request("b", [Item("video", 100)]))
+    engine.run()
+    assert connector.has_cache_item("video")
+
+
 def test_new_weights_make_everything_be_encoded_again() -> None:
     engine = Engine(device=256, host=2048)
     engine.add(request("a", [Item("video", 100)]))

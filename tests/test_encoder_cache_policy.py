@@ -169,6 +169,10 @@ def test_workers_that_follow_the_plans_hold_what_the_tier_believes(seed: int) ->
                 tier.check_integrity()
         if rng.random() < 0.2:
             tier.used(rng.choice(sorted(sizes)))
+        if not encoded and rng.random() < 0.5:
+            tier.skip()
+            tier.check_integrity()
+            continue
         worker.execute(tier.plan(scheduled), encoded)
         tier.check_integrity()
         assert {key for key in sizes if key in tier} == worker.kept
@@ -186,6 +190,30 @@ def test_an_output_is_loaded_from_the_pass_after_the_one_that_saves_it() -> None
     assert "a" in tier
     tier.allocated("a", 10, 1.0, "s", 0)
     assert tier.plan({}).loads == ("a",)
+
+
+def test_an_item_is_saved_for_a_later_request_if_it_was_not_encoded_for_an_earlier_one() -> None:
+    tier = HostTier(100)
+    tier.allocated("a", 10, 1.0, "preempted", 3)
+    tier.allocated("a", 10, 1.0, "in the same pass", 0)
+    assert tier.plan({"in the same pass": [0]}).saves == {"a"}
+    tier.allocated("b", 10, 1.0, "preempted", 3)
+    tier.skip()
+    tier.allocated("b", 10, 1.0, "in the next pass", 0)
+    assert tier.plan({"in the next pass": [0]}).saves == {"b"}
+    tier.check_integrity()
+
+
+def test_what_is_to_be_loaded_or_forgotten_outlasts_a_pass_that_does_nothing() -> None:
+    tier = HostTier(100)
+    tier.allocated("a", 10, 1.0, "r", 0)
+    tier.plan({"r": [0]})
+    tier.allocated("a", 10, 1.0, "s", 0)
+    tier.skip()
+    assert tier.plan({}).loads == ("a",)
+    tier.reset()
+    tier.skip()
+    assert tier.plan({}).clear
 
 
 def test_a_reset_forgets_all_and_tells_the_worker() -> None:

@@ -208,6 +208,16 @@ def test_on_cuda_what_is_given_up_holds_no_blocks(cuda: CostAwareScheduler) -> N
     assert not cuda.has_pending_push_work()
 
 
+def test_on_cuda_an_item_is_saved_for_whom_it_is_encoded(cuda: CostAwareScheduler) -> None:
+    preempted, other = (request(name, [Item("video", 100)]) for name in "ab")
+    cuda.update_state_after_alloc(preempted, 0)
+    cuda.update_state_after_alloc(other, 0)
+    meta = step(cuda, {"b": [0]})
+    assert list(meta.saves) == ["video"]
+    done(cuda, meta)
+    assert cuda.has_cache_item("video")
+
+
 def test_on_cuda_what_was_found_is_there_to_load(cuda: CostAwareScheduler) -> None:
     """Nothing found in a pass is evicted in it, even to save what comes before it."""
     old = request("old", [Item("old", 700)])

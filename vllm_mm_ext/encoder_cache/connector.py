@@ -92,7 +92,8 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata:
         """End the pass: what the worker has to do."""
         if not scheduler_output.total_num_scheduled_tokens:
-            # The runner does not look at it then; nothing was allocated, drops can wait.
+            # The runner does not look at it then.
+            self._tier.skip()
             return HostPlanMetadata(HostPlan())
         return HostPlanMetadata(self._tier.plan(scheduler_output.scheduled_encoder_inputs))
 

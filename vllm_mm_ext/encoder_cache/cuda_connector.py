@@ -93,8 +93,8 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         super().__init__(vllm_config)
         self._cache = CostAwareEmbeddingCache(self._region.num_blocks)
         self._widths = vllm_config.ec_transfer_config.mm_encoder_output_widths
-        # By item to be saved, the request and index it is encoded for.
-        self._planned: dict[str, tuple[Request, int]] = {}
+        # By item to be saved, the requests and indices it may be encoded for.
+        self._planned: dict[str, list[tuple[Request, int]]] = {}
         # Items that were being copied when the model's weights changed.
         self._stale: set[str] = set()
 
@@ -114,7 +114,7 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         if key in self._stale or feature.modality not in self._widths:
             return
         if self._cache.get(key) is None:
-            self._planned.setdefault(key, (request, index))
+            self._planned.setdefault(key, []).append((request, index))
         elif key not in self._pending_loads:
             self._cache.ranks.hit(key)
             super().update_state_after_alloc(request, index)
@@ -122,10 +122,12 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
         """End the pass; what is not encoded after all is not saved."""
         scheduled = scheduler_output.scheduled_encoder_inputs
-        for request, index in self._planned.values():
-            if index in scheduled.get(request.request_id, ()):
-                self._cache.next_cost = feature_cost(request.mm_features[index])
-                super().update_state_after_alloc(request, index)
+        for needed in self._planned.values():
+            for request, index in needed:
+                if index in scheduled.get(request.request_id, ()):
+                    self._cache.next_cost = feature_cost(request.mm_features[index])
+                    super().update_state_after_alloc(request, index)
+                    break
         self._planned.clear()
         return super().build_connector_meta(scheduler_output)
 

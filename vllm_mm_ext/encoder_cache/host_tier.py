@@ -27,10 +27,11 @@ class HostPlan:
 
 @dataclass(frozen=True)
 class _Save:
+    """An item to be saved, and for whom it may be encoded: request and index."""
+
     size: int
     cost: float
-    request: str
-    index: int
+    needed: list[tuple[str, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -82,7 +83,8 @@ class HostTier:
             self._pass.loads[key] = None
             self._cache.use(key, request)
         else:
-            self._pass.saves.setdefault(key, _Save(size, cost, request, index))
+            save = self._pass.saves.setdefault(key, _Save(size, cost))
+            save.needed.append((request, index))
 
     def used(self, key: str) -> None:
         """The device tier had an item: a use that counts here, too."""
@@ -105,13 +107,22 @@ class HostTier:
         drops: list[str] = []
         saves = []
         for key, save in now.saves.items():
-            if save.index in scheduled.get(save.request, ()) and self._cache.fits(save.size):
+            # A request may have been preempted in the pass that scheduled it, and not another one.
+            users = [request for request, i in save.needed if i in scheduled.get(request, ())]
+            if users and self._cache.fits(save.size):
                 drops += self._cache.make_room(save.size)
-                self._cache.add(key, save.size, save.cost, save.request)
+                self._cache.add(key, save.size, save.cost, users[0])
                 saves.append(key)
         for key in (*now.loads, *saves):
             self._release(key)
         return HostPlan(now.clear, frozenset(drops), tuple(now.loads), frozenset(saves))
+
+    def skip(self) -> None:
+        """End a pass of which the worker is told nothing: nothing is encoded, so nothing saved.
+
+        The rest is in the next plan.
+        """
+        self._pass.saves.clear()
 
     def reset(self) -> None:
         """Forget everything; the worker is told with the next plan."""

@@ -28,5 +28,7 @@ class EncoderCacheSettings(BaseModel):
         gt=0,
         le=1 << 22,
         description="Encoder outputs in host memory, MiB. With vLLM's second model runner (CUDA) "
-        "it is taken at start-up, pinned, from `/dev/shm`; else as outputs come, per worker.",
+        "it is taken at start-up, pinned, from `/dev/shm`; else as outputs come, per worker. With "
+        "the first runner on CUDA torch rounds each output up to a power of two bytes, which can "
+        "take up to twice as much.",
     )
