@@ -22,6 +22,8 @@ SCHEDULER_NAMES = (
     VllmName(f"{_SCHEDULER}._handle_blocked_waiting_request", ("request",)),
     VllmName(f"{_SCHEDULER}._is_blocked_waiting_status", ("status",)),
     VllmName(f"{_SCHEDULER}._free_request", ("request",)),
+    VllmName(f"{_SCHEDULER}._request_remaining_blocks", ("request",)),
+    VllmName("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks"),
     VllmName(f"{_SCHEDULER}.get_request_counts"),
     VllmName("vllm.v1.core.sched.async_scheduler:AsyncScheduler"),
     VllmName("vllm.v1.core.sched.request_queue:FCFSRequestQueue"),
@@ -40,11 +42,13 @@ SCHEDULER_NAMES = (
 # What ``Scheduler.__init__`` sets and the plugin's scheduler reads or sets.
 SCHEDULER_ATTRIBUTES = (
     "current_step",
+    "deferred_waiting",
     "ec_connector",
     "encoder_cache_manager",
     "is_encoder_decoder",
     "kv_cache_manager",
     "kv_holding_waiting",
+    "lora_config",
     "max_num_active_reqs",
     "max_num_encoder_input_tokens",
     "max_num_scheduled_tokens",

@@ -35,6 +35,7 @@ class EncoderDemand:
         reach: End of the tokens that its prefill could get to in this step.
         running: It holds a slot.
         promoted: It has waited so long that no later request may pass it.
+        failed: It was given encoder work before, and could not be let in.
     """
 
     key: str
@@ -42,6 +43,7 @@ class EncoderDemand:
     reach: int
     running: bool
     promoted: bool = False
+    failed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -102,7 +104,8 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
 
     A running request whose encoder work stands still holds a slot for nothing. With this rule each
     that passes it needs at most half of what it needs, so at most log2 of the longest video (in
-    tokens) over the shortest hold one, whatever comes.
+    tokens) over the shortest hold one, whatever comes. Promoted requests are not put behind. Those
+    that could not be let in always are: what they lack may be in the hands of half-encoded ones.
 
     Args:
         demands: By rank.
@@ -113,10 +116,26 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
         return list(demands)
 
     def behind(demand: EncoderDemand) -> bool:
-        return not demand.running and not demand.promoted and 2 * demand.tokens > least
+        passes = demand.promoted or 2 * demand.tokens <= least
+        return not demand.running and (demand.failed or not passes)
 
     # sorted is stable: ranks are kept within both groups.
     return sorted(demands, key=behind)
+
+
+def first_tokens(demands: Sequence[EncoderDemand], slots: int, reserved: int) -> int:
+    """Encoder outputs of what a plan takes on first, 0 if there is nothing for it.
+
+    Args:
+        demands: By rank.
+        slots: Free slots.
+        reserved: Of these, slots that waiting requests get only once promoted.
+    """
+    for demand in serving_order(demands):
+        has_slot = demand.running or slots > (0 if demand.promoted else reserved)
+        if demand.items and has_slot:
+            return sum(item.tokens for item in groups(demand.items)[0])
+    return 0
 
 
 def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:

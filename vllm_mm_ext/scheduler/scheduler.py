@@ -20,16 +20,18 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from vllm_mm_ext.scheduler.admission import Admission, Scarce
 from vllm_mm_ext.scheduler.encoder_plan import (
     EncoderDemand,
     EncoderPlan,
     EncoderRoom,
     Item,
+    first_tokens,
     plan,
 )
 from vllm_mm_ext.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.scheduler.media_work import MediaWork
-from vllm_mm_ext.scheduler.order import Candidate, is_promoted, rank
+from vllm_mm_ext.scheduler.order import Candidate, is_promoted, promotion_s, rank
 from vllm_mm_ext.scheduler.queue import ArrangedQueue
 from vllm_mm_ext.scheduler.step_budget import Demand, StepBudget, StepLimits
 from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
@@ -38,8 +40,6 @@ from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
 
-# Steps for which a waiting request is left alone after vLLM found no room for it against the plan.
-_BACK_OFF = 8
 # Of a longer queue than this, only the first requests and new ones are looked at in each step, and
 # all of them once in a while, in seconds.
 _LOOKED_AT = 64
@@ -93,7 +93,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._promoted: set[str] = set()
         self._looked_at: set[str] = set()
         self._kept_slots = 0
-        self._back_off: dict[str, int] = {}
+        self._most_kept_slots = max(1, int(self.max_num_active_reqs) // 4)
+        self._admission = Admission(self, lambda key: self._since[key][1])
+        self._tried: dict[str, Any] = {}
         self._begun: OrderedDict[int, _Begun] = OrderedDict()
         self._ended = -math.inf
         self._backlog = 0
@@ -116,12 +118,16 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Prepare a step, and let vLLM fill it."""
         now = self._clock()
         decoding = [request for request in self.running if not request.is_prefill_chunk]
+        self._admission.keep_door(lambda request: self._is_promoted(request, now))
+        self._tried = {}
         turns = self._turns(now)
         self._arrange(decoding, turns)
         limits, chunk = self._limits(decoding, turns)
         self._plan_encoder(turns, limits)
         with self._limited(limits, chunk):
             output = super().schedule(throttle_prefills)
+        if not throttle_prefills:
+            self._admission.note(self._plan.items, self._tried, output.num_scheduled_tokens)
         self._note(output, {request.request_id for request in decoding}, now)
         return output
 
@@ -172,12 +178,17 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             resumes=request.status == RequestStatus.PREEMPTED,
         )
         blocked = self._is_blocked_waiting_status(request.status)
-        ready = not blocked and not self._backs_off(key, self.current_step + 1)
+        passed_over = request.status != RequestStatus.RUNNING and (
+            self._admission.backs_off(key, self.current_step + 1) or self._admission.holds(request)
+        )
+        ready = not blocked and not passed_over
         promoted = is_promoted(candidate, now, self._settings.aging_s)
         return Turn(request, candidate, computed, left, items, ready, promoted)
 
-    def _backs_off(self, key: str, step: int) -> bool:
-        return step <= self._back_off.get(key, 0)
+    def _is_promoted(self, request: Any, now: float) -> bool:
+        waited = now - self._since[request.request_id][0]
+        preempted = request.status == RequestStatus.PREEMPTED
+        return preempted or waited >= promotion_s(self._settings.aging_s)
 
     def _arrange(self, decoding: list[Any], turns: list[Turn]) -> None:
         """Decodes first. The last one in ``running`` is the first that vLLM preempts."""
@@ -207,7 +218,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             text_due=bool(text) or any(not turn.request.mm_features for turn in running),
             prefill_tokens=sum(turn.prefill_need for turn in (*running, *text)),
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
-            next_item=media[0].next_tokens if media else 0,
+            next_item=first_tokens(self._demands(media), slots, self._reserved_slots()),
         )
         if len(turns) >= len(self.waiting):
             self._backlog = sum(turn.candidate.encoder_tokens for turn in turns)
@@ -215,7 +226,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if not self._limits_prefill:
             most = self._max_tokens
             return StepLimits(most, most, limits.encoder_tokens), 0
-        return limits, chunk_limit(limits, running, text, turns)
+        return limits, chunk_limit(limits, running, text)
 
     def _plan_encoder(self, turns: list[Turn], limits: StepLimits) -> None:
         room = EncoderRoom(
@@ -223,30 +234,34 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             items=self._settings.max_encoder_batch,
             cache_tokens=self._cache_room(),
             slots=self._free_slots(),
-            reserved=min(self._settings.text_slots, self.max_num_active_reqs // 4),
+            reserved=self._reserved_slots(),
             lookahead=self._settings.lookahead_items,
         )
         reach = limits.prefill_tokens + self.num_prefill_lookahead
         media = [turn for turn in turns if turn.items]
-        self._plan = plan(
-            [
-                EncoderDemand(
-                    turn.candidate.key,
-                    turn.items,
-                    turn.computed + reach,
-                    running=turn.request.status == RequestStatus.RUNNING,
-                    promoted=turn.promoted,
-                )
-                for turn in media
-                if turn.ready
-            ],
-            room,
-        )
+        self._plan = plan(self._demands([turn for turn in media if turn.ready], reach), room)
         self._looked_at = {turn.candidate.key for turn in turns}
         waits = {turn.candidate.key for turn in media} - self._plan.items.keys()
         self._waits_for_encoder = waits
         self._promoted = {turn.candidate.key for turn in turns if turn.promoted}
         self._kept_slots = 0
+
+    def _demands(self, media: list[Turn], reach: int = 0) -> list[EncoderDemand]:
+        """What requests want of the encoder; prefill gets ``reach`` tokens on."""
+        return [
+            EncoderDemand(
+                turn.candidate.key,
+                turn.items,
+                turn.computed + reach,
+                running=turn.request.status == RequestStatus.RUNNING,
+                promoted=turn.promoted,
+                failed=self._admission.failed(turn.candidate.key),
+            )
+            for turn in media
+        ]
+
+    def _reserved_slots(self) -> int:
+        return int(min(self._settings.text_slots, self.max_num_active_reqs // 4))
 
     def _cache_room(self) -> int:
         """Encoder outputs the cache can take, where its manager says so."""
@@ -309,7 +324,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _handle_blocked_waiting_request(self, request: Any) -> bool:
         """Pass a request over that waits for the encoder: it gets no slot and stops nobody.
 
-        But a slot is kept for each promoted one among them.
+        But slots are kept for promoted ones among them: as many as may soon be let in together.
         """
         if not super()._handle_blocked_waiting_request(request):
             return False
@@ -317,10 +332,16 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         promoted = key in self._promoted
         unknown = bool(request.mm_features) and key not in self._looked_at
         waits = unknown or key in self._waits_for_encoder
-        if waits or self._backs_off(key, self.current_step):
-            self._kept_slots += promoted
+        if waits or self._admission.backs_off(key, self.current_step):
+            self._kept_slots = min(self._kept_slots + promoted, self._most_kept_slots)
             return False
-        return promoted or self._free_slots() > self._kept_slots
+        if self._admission.holds(request):
+            return False
+        if not promoted and self._free_slots() <= self._kept_slots:
+            return False
+        self._tried[key] = request
+        self.deferred_waiting.discard(request)
+        return True
 
     def _try_schedule_encoder_inputs(
         self,
@@ -351,7 +372,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             left = self._look_ahead(request, given, items, taken, left)
         elif request.status != RequestStatus.RUNNING:
             # vLLM ends its walk over waiting requests here. Others get their turn in later steps.
-            self._back_off[request.request_id] = self.current_step + _BACK_OFF
+            self._tried.pop(request.request_id, None)
+            self._admission.refuse(request, Scarce.OTHER)
             self.encoder_cache_manager.free(request)
         return items, tokens, encoder_compute_budget - (own - left), external, duplicates
 
@@ -379,7 +401,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Forget the request."""
         key = request.request_id
         self._since.pop(key, None)
-        self._back_off.pop(key, None)
+        self._admission.forget(key)
         self._media.forget(key)
         return super()._free_request(request, *args, **kwargs)
 

@@ -50,20 +50,16 @@ def decode_tokens(request: Any) -> int:
     return max(0, int(ahead - request.num_computed_tokens))
 
 
-def chunk_limit(
-    limits: StepLimits, running: list[Turn], text: list[Turn], turns: list[Turn]
-) -> int:
-    """Most prompt tokens of one request, so that better-ranked text that waits finds room.
+def chunk_limit(limits: StepLimits, running: list[Turn], text: list[Turn]) -> int:
+    """Most prompt tokens of one request, so that text that waits finds room.
 
-    vLLM goes through running requests first, so without a bound one long prompt among them takes
-    all there is.
+    vLLM goes through running requests first, so without a bound the long prompts among them take
+    all there is. Text that waits gets half of it at most, also behind promoted requests: these are
+    so many under an overload of encoder work that it would not be answered any more.
     """
     if not running or not text:
         return 0
-    place = {turn.candidate.key: position for position, turn in enumerate(turns)}
-    last = max(place[turn.candidate.key] for turn in running)
-    before = [turn for turn in text if place[turn.candidate.key] < last]
-    wanted = sum(turn.prefill_need for turn in before)
+    wanted = sum(turn.prefill_need for turn in text)
     room = limits.prefill_tokens - min(wanted, limits.prefill_tokens // 2)
     level = fair_level([turn.prefill_need for turn in running], room)
     return 0 if math.isinf(level) else max(1, int(level))

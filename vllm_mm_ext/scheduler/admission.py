@@ -1,0 +1,126 @@
+"""Waiting requests that vLLM did not let in, and what is kept for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+from vllm.v1.request import RequestStatus
+
+# Steps for which a request is left alone after vLLM found no room for it against the plan.
+BACK_OFF = 8
+
+
+class Scarce(Enum):
+    """What a request was refused for the lack of."""
+
+    BLOCKS = auto()
+    ADAPTER = auto()
+    OTHER = auto()
+
+
+class _Refusal(NamedTuple):
+    """The last step of its back-off, and why."""
+
+    until: int
+    scarce: Scarce
+
+
+class Admission:
+    """Refused requests, and the door that is kept for the promoted ones among them.
+
+    A refused request is out of the encoder plan for ``BACK_OFF`` steps, so that others pass it.
+    What it lacks could be taken by later ones for ever. So from its promotion on, these are let in
+    only with KV blocks that it does not need, and not with a LoRA adapter other than its own if
+    that is what it lacks. What runs ends, hence it gets its turn. While nothing runs the door is
+    open: blocks may be held by sessions that wait for input.
+
+    Args:
+        scheduler: vLLM's scheduler.
+        number: Order of coming of a request.
+    """
+
+    def __init__(self, scheduler: Any, number: Callable[[str], int]) -> None:
+        self._scheduler = scheduler
+        self._number = number
+        self._refusals: dict[str, _Refusal] = {}
+        self._failed: set[str] = set()
+        self._keeps: dict[Scarce, Any] = {}
+
+    def forget(self, key: str) -> None:
+        """The request was let in, or is no more."""
+        self._refusals.pop(key, None)
+        self._failed.discard(key)
+
+    def failed(self, key: str) -> bool:
+        """Whether it was in a plan and not let in: it goes behind those that run from then on."""
+        return key in self._failed
+
+    def backs_off(self, key: str, step: int) -> bool:
+        """Whether it is to be left alone in this step."""
+        refusal = self._refusals.get(key)
+        return refusal is not None and step <= refusal.until
+
+    def refuse(self, request: Any, scarce: Scarce) -> None:
+        """Vllm tried the request in the current step and did not let it in."""
+        key = request.request_id
+        self._failed.add(key)
+        self._refusals[key] = _Refusal(self._scheduler.current_step + BACK_OFF, scarce)
+
+    def note(self, planned: Iterable[str], tried: dict[str, Any], scheduled: Any) -> None:
+        """Learn from a step who was refused.
+
+        Args:
+            planned: Requests of the encoder plan.
+            tried: Of the waiting ones those that vLLM tried, by id.
+            scheduled: Ids of what it scheduled.
+        """
+        for key in self._failed & scheduled.keys():
+            self.forget(key)
+        for key in planned:
+            request = self._scheduler.requests[key]
+            if key in scheduled or request.status == RequestStatus.RUNNING:
+                continue
+            self._failed.add(key)
+            if key in tried and not self._scheduler._is_blocked_waiting_status(request.status):
+                self.refuse(request, self._cause(request))
+
+    def _cause(self, request: Any) -> Scarce:
+        # What vLLM skips is deferred; where it finds no KV blocks its walk ends instead.
+        if request not in self._scheduler.deferred_waiting:
+            return Scarce.BLOCKS
+        adapted = self._scheduler.lora_config and request.lora_request
+        return Scarce.ADAPTER if adapted else Scarce.OTHER
+
+    def keep_door(self, is_promoted: Callable[[Any], bool]) -> None:
+        """Find for whom the door is kept in this step: the first to come of those that lack it."""
+        self._keeps = {}
+        if not self._scheduler.running:
+            return
+        for key in sorted(self._refusals, key=self._number):
+            request = self._scheduler.requests[key]
+            if is_promoted(request):
+                self._keeps.setdefault(self._refusals[key].scarce, request)
+
+    def holds(self, request: Any) -> bool:
+        """Whether a waiting request must not be let in, for one that came before it."""
+        if request.status == RequestStatus.PREEMPTED or request.num_computed_tokens:
+            return False
+        before = self._before(Scarce.ADAPTER, request)
+        if before is not None and request.lora_request:
+            own, wanted = request.lora_request.lora_int_id, before.lora_request.lora_int_id
+            if own != wanted:
+                return True
+        before = self._before(Scarce.BLOCKS, request)
+        if before is None:
+            return False
+        scheduler = self._scheduler
+        needed = sum(scheduler._request_remaining_blocks(one) for one in (before, request))
+        return bool(needed > scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def _before(self, scarce: Scarce, request: Any) -> Any:
+        kept = self._keeps.get(scarce)
+        if kept is None or self._number(request.request_id) <= self._number(kept.request_id):
+            return None
+        return kept
