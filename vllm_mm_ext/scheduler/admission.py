@@ -30,11 +30,12 @@ class _Refusal(NamedTuple):
 class Admission:
     """Refused requests, and the door that is kept for the promoted ones among them.
 
-    A refused request is out of the encoder plan for ``BACK_OFF`` steps, so that others pass it.
+    A refused request is out of the encoder plan for ``BACK_OFF`` steps, so that others pass it, or
+    until what it lacked is there.
     What it lacks could be taken by later ones for ever. So from its promotion on, these are let in
     only with KV blocks that it does not need, and not with a LoRA adapter other than its own if
-    that is what it lacks. What runs ends, hence it gets its turn. While nothing runs the door is
-    open: blocks may be held by sessions that wait for input.
+    that is what it lacks. What runs ends, hence it gets its turn. The door is open while nothing
+    runs and yet something lacks: blocks may be held by sessions that wait for input.
 
     Args:
         scheduler: vLLM's scheduler.
@@ -94,14 +95,31 @@ class Admission:
         return Scarce.ADAPTER if adapted else Scarce.OTHER
 
     def keep_door(self, is_promoted: Callable[[Any], bool]) -> None:
-        """Find for whom the door is kept in this step: the first to come of those that lack it."""
+        """Find for whom the door is kept in this step: the first to come of those that lack it.
+
+        Whoever finds what was scarce need not back off any longer.
+        """
         self._keeps = {}
-        if not self._scheduler.running:
-            return
+        running = self._scheduler.running
+        adapters = {one.lora_request.lora_int_id for one in running if one.lora_request}
         for key in sorted(self._refusals, key=self._number):
-            request = self._scheduler.requests[key]
-            if is_promoted(request):
-                self._keeps.setdefault(self._refusals[key].scarce, request)
+            request, (until, scarce) = self._scheduler.requests[key], self._refusals[key]
+            there = self._is_there(request, scarce, adapters)
+            if there and until > self._scheduler.current_step:
+                self._refusals[key] = _Refusal(0, scarce)
+            if (running or there) and is_promoted(request):
+                self._keeps.setdefault(scarce, request)
+
+    def _is_there(self, request: Any, scarce: Scarce, adapters: set[int]) -> bool:
+        if scarce is Scarce.ADAPTER:
+            own = request.lora_request.lora_int_id
+            return own in adapters or len(adapters) < self._scheduler.lora_config.max_loras
+        return scarce is Scarce.BLOCKS and self._have_blocks(request)
+
+    def _have_blocks(self, *requests: Any) -> bool:
+        scheduler = self._scheduler
+        needed = sum(scheduler._request_remaining_blocks(one) for one in requests)
+        return bool(needed <= scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
     def holds(self, request: Any) -> bool:
         """Whether a waiting request must not be let in, for one that came before it."""
@@ -113,11 +131,7 @@ class Admission:
             if own != wanted:
                 return True
         before = self._before(Scarce.BLOCKS, request)
-        if before is None:
-            return False
-        scheduler = self._scheduler
-        needed = sum(scheduler._request_remaining_blocks(one) for one in (before, request))
-        return bool(needed > scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+        return before is not None and not self._have_blocks(before, request)
 
     def _before(self, scarce: Scarce, request: Any) -> Any:
         kept = self._keeps.get(scarce)

@@ -51,15 +51,16 @@ def decode_tokens(request: Any) -> int:
 
 
 def chunk_limit(limits: StepLimits, running: list[Turn], text: list[Turn]) -> int:
-    """Most prompt tokens of one request, so that text that waits finds room.
+    """Most prompt tokens of one request, so that text finds room.
 
     vLLM goes through running requests first, so without a bound the long prompts among them take
     all there is. Text that waits gets half of it at most, also behind promoted requests: these are
     so many under an overload of encoder work that it would not be answered any more.
     """
-    if not running or not text:
+    due = bool(text) or any(not turn.request.mm_features for turn in running)
+    if not running or not due:
         return 0
     wanted = sum(turn.prefill_need for turn in text)
     room = limits.prefill_tokens - min(wanted, limits.prefill_tokens // 2)
-    level = fair_level([turn.prefill_need for turn in running], room)
+    level = fair_level([turn.left for turn in running], room)
     return 0 if math.isinf(level) else max(1, int(level))
