@@ -22,6 +22,7 @@ SCHEDULER_NAMES = (
     VllmName(f"{_SCHEDULER}._handle_blocked_waiting_request", ("request",)),
     VllmName(f"{_SCHEDULER}._is_blocked_waiting_status", ("status",)),
     VllmName(f"{_SCHEDULER}._free_request", ("request",)),
+    VllmName(f"{_SCHEDULER}._update_request_as_session", ("session", "update")),
     VllmName(f"{_SCHEDULER}._request_remaining_blocks", ("request",)),
     VllmName("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks"),
     VllmName(f"{_SCHEDULER}.get_request_counts"),

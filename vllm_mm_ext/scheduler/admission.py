@@ -31,11 +31,11 @@ class Admission:
     """Refused requests, and the door that is kept for the promoted ones among them.
 
     A refused request is out of the encoder plan for ``BACK_OFF`` steps, so that others pass it, or
-    until what it lacked is there.
-    What it lacks could be taken by later ones for ever. So from its promotion on, these are let in
-    only with KV blocks that it does not need, and not with a LoRA adapter other than its own if
-    that is what it lacks. What runs ends, hence it gets its turn. The door is open while nothing
-    runs and yet something lacks: blocks may be held by sessions that wait for input.
+    until what it lacked is there. That could be taken by later ones for ever. So from its promotion
+    on, these are let in only with KV blocks that its prompt does not need, and not with a LoRA
+    adapter other than its own if that is what it lacks. What runs ends, hence it gets its turn. The
+    door is open while nothing runs and yet something lacks: blocks may be held by sessions that
+    wait for input.
 
     Args:
         scheduler: vLLM's scheduler.
@@ -50,7 +50,7 @@ class Admission:
         self._keeps: dict[Scarce, Any] = {}
 
     def forget(self, key: str) -> None:
-        """The request was let in, or is no more."""
+        """The request has what it lacked, or is no more."""
         self._refusals.pop(key, None)
         self._failed.discard(key)
 
@@ -77,8 +77,12 @@ class Admission:
             tried: Of the waiting ones those that vLLM tried, by id.
             scheduled: Ids of what it scheduled.
         """
-        for key in self._failed & scheduled.keys():
+        for key in (self._failed | self._refusals.keys()) & scheduled.keys():
+            refusal, request = self._refusals.get(key), self._scheduler.requests[key]
             self.forget(key)
+            # What it still lacks is kept for it until its prompt is computed.
+            if refusal and refusal.scarce is Scarce.BLOCKS and request.is_prefill_chunk:
+                self._refusals[key] = _Refusal(0, Scarce.BLOCKS)
         for key in planned:
             request = self._scheduler.requests[key]
             if key in scheduled or request.status == RequestStatus.RUNNING:

@@ -17,8 +17,9 @@ def route_by_content() -> None:
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_core_engine_for_request(self: Any, request: Any) -> Any:
-            # A rank that the client names stands.
-            if request.mm_features and request.data_parallel_rank is None:
+            # A rank that the client names stands; vLLM routes pooling requests by itself.
+            named = request.data_parallel_rank is not None
+            if request.mm_features and not named and request.pooling_params is None:
                 # The first item: a longer version of a video begins with the same segment.
                 content = request.mm_features[0].identifier
                 request.data_parallel_rank = rank_for(content, _loads(self))
@@ -43,7 +44,10 @@ ROUTING_FEATURE = Feature(
     "requests about the same media go to any data-parallel rank",
     (
         VllmName(f"{_CLIENT}.get_core_engine_for_request", ("request",)),
-        VllmName("vllm.v1.engine:EngineCoreRequest", ("mm_features", "data_parallel_rank")),
+        VllmName(
+            "vllm.v1.engine:EngineCoreRequest",
+            ("mm_features", "data_parallel_rank", "pooling_params"),
+        ),
     ),
     route_by_content,
 )

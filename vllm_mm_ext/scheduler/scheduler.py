@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice, takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -22,7 +22,6 @@ from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.scheduler.admission import Admission, Scarce
 from vllm_mm_ext.scheduler.encoder_plan import (
-    EncoderDemand,
     EncoderPlan,
     EncoderRoom,
     Item,
@@ -35,7 +34,7 @@ from vllm_mm_ext.scheduler.order import Candidate, is_promoted, promotion_s, ran
 from vllm_mm_ext.scheduler.queue import ArrangedQueue
 from vllm_mm_ext.scheduler.step_budget import Demand, StepBudget, StepLimits
 from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
-from vllm_mm_ext.scheduler.turns import Turn, chunk_limit, decode_tokens
+from vllm_mm_ext.scheduler.turns import Turn, chunk_limit, decode_tokens, demands
 from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -46,13 +45,6 @@ _LOOKED_AT = 64
 _LOOKED_AT_ALL_S = 1.0
 # Steps whose end is still awaited; more were given up.
 _MOST_IN_FLIGHT = 64
-
-
-class _Begun(NamedTuple):
-    """A step that was scheduled."""
-
-    at: float
-    work: StepWork
 
 
 class MMExtScheduler(Scheduler):  # type: ignore[misc]
@@ -93,10 +85,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._promoted: set[str] = set()
         self._looked_at: set[str] = set()
         self._kept_slots = 0
+        self._reserved_slots = min(self._settings.text_slots, int(self.max_num_active_reqs) // 4)
         self._most_kept_slots = max(1, int(self.max_num_active_reqs) // 4)
         self._admission = Admission(self, lambda key: self._since[key][1])
         self._tried: dict[str, Any] = {}
-        self._begun: OrderedDict[int, _Begun] = OrderedDict()
+        self._begun: OrderedDict[int, tuple[float, StepWork]] = OrderedDict()
         self._ended = -math.inf
         self._backlog = 0
         self._publisher = LoadPublisher(self)
@@ -134,7 +127,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _turns(self, now: float) -> list[Turn]:
         """All requests without their first token, by rank."""
         found = [self._turn(r, now) for r in self.running if r.is_prefill_chunk]
-        found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *self._queue(now))]
+        queue = self._queue(now)
+        found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *queue)]
+        if len(queue) >= len(self.waiting):
+            # Taken afterwards: a look at a long queue takes time itself.
+            self._looked = self._clock()
         aging_s = self._settings.aging_s
         return sorted(found, key=lambda turn: rank(turn.candidate, now, aging_s))
 
@@ -142,7 +139,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Waiting requests to look at in this step."""
         waiting = self.waiting
         if len(waiting) <= _LOOKED_AT or now - self._looked >= _LOOKED_AT_ALL_S:
-            self._looked, self._looked_came = now, self._came
+            self._looked_came = self._came
             return list(waiting)
         if not self._free_slots():
             return []
@@ -157,6 +154,12 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             self._came += 1
             self._since[request.request_id] = (self._clock(), self._came)
         super().add_request(request)
+
+    def _update_request_as_session(self, session: Any, update: Any) -> None:
+        """Count what a streaming session goes on with as a request that comes now."""
+        self._came += 1
+        self._since[session.request_id] = (self._clock(), self._came)
+        super()._update_request_as_session(session, update)
 
     def _turn(self, request: Any, now: float) -> Turn:
         key = request.request_id
@@ -218,7 +221,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             text_due=bool(text) or any(not turn.request.mm_features for turn in running),
             prefill_tokens=sum(turn.prefill_need for turn in (*running, *text)),
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
-            next_item=first_tokens(self._demands(media), slots, self._reserved_slots()),
+            next_item=first_tokens(
+                demands(media, self._admission.failed), slots, self._reserved_slots
+            ),
         )
         if len(turns) >= len(self.waiting):
             self._backlog = sum(turn.candidate.encoder_tokens for turn in turns)
@@ -234,34 +239,18 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             items=self._settings.max_encoder_batch,
             cache_tokens=self._cache_room(),
             slots=self._free_slots(),
-            reserved=self._reserved_slots(),
+            reserved=self._reserved_slots,
             lookahead=self._settings.lookahead_items,
         )
         reach = limits.prefill_tokens + self.num_prefill_lookahead
         media = [turn for turn in turns if turn.items]
-        self._plan = plan(self._demands([turn for turn in media if turn.ready], reach), room)
+        ready = [turn for turn in media if turn.ready]
+        self._plan = plan(demands(ready, self._admission.failed, reach), room)
         self._looked_at = {turn.candidate.key for turn in turns}
         waits = {turn.candidate.key for turn in media} - self._plan.items.keys()
         self._waits_for_encoder = waits
         self._promoted = {turn.candidate.key for turn in turns if turn.promoted}
         self._kept_slots = 0
-
-    def _demands(self, media: list[Turn], reach: int = 0) -> list[EncoderDemand]:
-        """What requests want of the encoder; prefill gets ``reach`` tokens on."""
-        return [
-            EncoderDemand(
-                turn.candidate.key,
-                turn.items,
-                turn.computed + reach,
-                running=turn.request.status == RequestStatus.RUNNING,
-                promoted=turn.promoted,
-                failed=self._admission.failed(turn.candidate.key),
-            )
-            for turn in media
-        ]
-
-    def _reserved_slots(self) -> int:
-        return int(min(self._settings.text_slots, self.max_num_active_reqs // 4))
 
     def _cache_room(self) -> int:
         """Encoder outputs the cache can take, where its manager says so."""
@@ -298,7 +287,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             prefill_tokens=sum(n for key, n in scheduled.items() if key not in decoding),
             encoder_tokens=encoded,
         )
-        self._begun[id(output)] = _Begun(now, work)
+        self._begun[id(output)] = (now, work)
         if len(self._begun) > _MOST_IN_FLIGHT:
             self._begun.popitem(last=False)
 
@@ -308,7 +297,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         now = self._clock()
         if begun is not None:
             # Of overlapping steps, a later one starts when the one before it ends.
-            self._times.observe(begun.work, now - max(begun.at, self._ended))
+            at, work = begun
+            self._times.observe(work, now - max(at, self._ended))
         self._ended = now
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._publisher.publish(self._backlog, self._times)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vllm_mm_ext.scheduler.encoder_plan import Item, groups
+from vllm.v1.request import RequestStatus
+
+from vllm_mm_ext.scheduler.encoder_plan import EncoderDemand, Item, groups
 from vllm_mm_ext.scheduler.order import Candidate
 from vllm_mm_ext.scheduler.step_budget import StepLimits, fair_level
 
@@ -42,6 +45,29 @@ class Turn(NamedTuple):
     def next_tokens(self) -> int:
         """Encoder outputs of what is encoded first."""
         return sum(item.tokens for item in groups(self.items)[0])
+
+
+def demands(
+    media: list[Turn], failed: Callable[[str], bool], reach: int = 0
+) -> list[EncoderDemand]:
+    """What requests want of the encoder.
+
+    Args:
+        media: Turns with missing items, by rank.
+        failed: Whether a request was in a plan and not let in.
+        reach: Tokens that prefill may get on.
+    """
+    return [
+        EncoderDemand(
+            turn.candidate.key,
+            turn.items,
+            turn.computed + reach,
+            running=turn.request.status == RequestStatus.RUNNING,
+            promoted=turn.promoted,
+            failed=failed(turn.candidate.key),
+        )
+        for turn in media
+    ]
 
 
 def decode_tokens(request: Any) -> int:
