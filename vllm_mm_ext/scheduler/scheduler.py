@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -39,10 +39,9 @@ from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
 
-# Of a longer queue than this, only the first requests and new ones are looked at in each step, and
-# all of them once in a while, in seconds.
+# Of a longer queue than twice this, so many at both ends are looked at in each step, and so many of
+# those that came first.
 _LOOKED_AT = 64
-_LOOKED_AT_ALL_S = 1.0
 # Steps whose end is still awaited; more were given up.
 _MOST_IN_FLIGHT = 64
 
@@ -78,8 +77,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._say_what_is_off()
         self._since: dict[str, tuple[float, int]] = {}
         self._came = 0
-        self._looked = -math.inf
-        self._looked_came = 0
+        self._needs: dict[str, int] = {}
         self._plan = EncoderPlan()
         self._waits_for_encoder: set[str] = set()
         self._promoted: set[str] = set()
@@ -93,8 +91,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._ended = -math.inf
         self._backlog = 0
         self._publisher = LoadPublisher(self)
-        waiting = ArrangedQueue()
-        self.waiting = waiting
+        self.waiting = ArrangedQueue()
 
     def _say_what_is_off(self) -> None:
         if self.is_encoder_decoder:
@@ -127,26 +124,28 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _turns(self, now: float) -> list[Turn]:
         """All requests without their first token, by rank."""
         found = [self._turn(r, now) for r in self.running if r.is_prefill_chunk]
-        queue = self._queue(now)
-        found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *queue)]
-        if len(queue) >= len(self.waiting):
-            # Taken afterwards: a look at a long queue takes time itself.
-            self._looked = self._clock()
+        found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *self._queue())]
         aging_s = self._settings.aging_s
         return sorted(found, key=lambda turn: rank(turn.candidate, now, aging_s))
 
-    def _queue(self, now: float) -> list[Any]:
-        """Waiting requests to look at in this step."""
+    def _queue(self) -> list[Any]:
+        """Waiting requests to look at in this step.
+
+        Who was looked at comes first in the queue, by rank. So the first are the best found so far,
+        the last are new or were not looked at for longest.
+        """
         waiting = self.waiting
-        if len(waiting) <= _LOOKED_AT or now - self._looked >= _LOOKED_AT_ALL_S:
-            self._looked_came = self._came
+        if len(waiting) <= 2 * _LOOKED_AT:
             return list(waiting)
         if not self._free_slots():
             return []
-        new = takewhile(
-            lambda r: self._since[r.request_id][1] > self._looked_came, reversed(waiting)
-        )
-        return list(dict.fromkeys((*islice(waiting, _LOOKED_AT), *new)))
+        keys = islice(self._since, len(self.running) + _LOOKED_AT)
+        first = (self.requests[key] for key in keys if key in self.requests)
+        oldest = [
+            r for r in first if r.status == RequestStatus.WAITING and not r.num_computed_tokens
+        ]
+        ends = (*islice(waiting, _LOOKED_AT), *islice(reversed(waiting), _LOOKED_AT))
+        return list(dict.fromkeys((*ends, *oldest)))
 
     def add_request(self, request: Any) -> None:
         """Note when it came."""
@@ -225,8 +224,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                 demands(media, self._admission.failed), slots, self._reserved_slots
             ),
         )
-        if len(turns) >= len(self.waiting):
-            self._backlog = sum(turn.candidate.encoder_tokens for turn in turns)
+        self._needs |= {turn.candidate.key: turn.candidate.encoder_tokens for turn in turns}
+        self._needs |= dict.fromkeys((request.request_id for request in decoding), 0)
+        self._backlog = sum(self._needs.values())
         limits = self._budget.limits(demand, self._times)
         if not self._limits_prefill:
             most = self._max_tokens
@@ -261,7 +261,6 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _limited(self, limits: StepLimits, chunk: int) -> Iterator[None]:
         """Put the limits where vLLM's ``schedule`` reads them, for the time it runs."""
         config = self.scheduler_config
-        tokens: int = self._max_tokens
         threshold = config.long_prefill_token_threshold
         self.max_num_scheduled_tokens = limits.tokens
         if chunk:
@@ -269,7 +268,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         try:
             yield
         finally:
-            self.max_num_scheduled_tokens = tokens
+            self.max_num_scheduled_tokens = self._max_tokens
             config.long_prefill_token_threshold = threshold
 
     def _note(self, output: Any, decoding: set[str], now: float) -> None:
@@ -325,9 +324,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if waits or self._admission.backs_off(key, self.current_step):
             self._kept_slots = min(self._kept_slots + promoted, self._most_kept_slots)
             return False
-        if self._admission.holds(request):
-            return False
-        if not promoted and self._free_slots() <= self._kept_slots:
+        has_slot = promoted or self._free_slots() > self._kept_slots
+        if not has_slot or self._admission.holds(request):
             return False
         self._tried[key] = request
         self.deferred_waiting.discard(request)
@@ -391,6 +389,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Forget the request."""
         key = request.request_id
         self._since.pop(key, None)
+        self._needs.pop(key, None)
         self._admission.forget(key)
         self._media.forget(key)
         return super()._free_request(request, *args, **kwargs)
