@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 from vllm_mm_ext.testing.step_trace import record_steps
@@ -24,14 +25,7 @@ TOKENS = 6
 # MiB that hold about two of the clips, and all of them.
 DEVICE_MB, HOST_MB = 0.1, 4.0
 PLUGIN: dict[str, Any] = {
-    "ec_manager_config": {
-        "encoder_cache_manager_cls": "vllm_mm_ext.encoder_cache.MMExtEncoderCacheManager"
-    },
-    "ec_transfer_config": {
-        "ec_connector": "MMExtECConnector",
-        "ec_role": "ec_both",
-        "ec_connector_module_path": "vllm_mm_ext.encoder_cache.connector",
-    },
+    **BOTH_TIERS,
     # Stock's own frames at native size, so that only segments and caches differ.
     "additional_config": {
         "mm_ext": {

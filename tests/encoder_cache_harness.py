@@ -28,14 +28,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_mm_ext.encoder_cache.connector import MMExtECConnector
 from vllm_mm_ext.encoder_cache.startup import keep_raw_embeddings_out
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS
 
 BLOCK = 16
-MANAGER = {"encoder_cache_manager_cls": "vllm_mm_ext.encoder_cache.MMExtEncoderCacheManager"}
-TRANSFER = {
-    "ec_connector": "MMExtECConnector",
-    "ec_role": "ec_both",
-    "ec_connector_module_path": "vllm_mm_ext.encoder_cache.connector",
-}
 # Values of an embedding.
 WIDTH = 64
 EMBEDDING_MB = 4 * WIDTH / (1 << 20)
@@ -68,8 +63,7 @@ def engine_config() -> Any:
         max_num_batched_tokens=1024,
         limit_mm_per_prompt={"video": 1, "image": 0},
         block_size=BLOCK,
-        ec_manager_config=MANAGER,
-        ec_transfer_config=TRANSFER,
+        **BOTH_TIERS,
     ).create_engine_config()
 
 

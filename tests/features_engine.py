@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.engine_arguments import (
+    BOTH_TIERS,
+    HOST_TIER,
+    SCHEDULER,
+)
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
@@ -22,15 +27,8 @@ FILES = ("shapes.mp4", "pan.mp4")
 TOKENS = 8
 # Stock's own frames at native size, so that answers can be compared; what changes pixels apart.
 EVERYTHING: dict[str, Any] = {
-    "scheduler_cls": "vllm_mm_ext.scheduler.MMExtScheduler",
-    "ec_manager_config": {
-        "encoder_cache_manager_cls": "vllm_mm_ext.encoder_cache.MMExtEncoderCacheManager"
-    },
-    "ec_transfer_config": {
-        "ec_connector": "MMExtECConnector",
-        "ec_role": "ec_both",
-        "ec_connector_module_path": "vllm_mm_ext.encoder_cache.connector",
-    },
+    **SCHEDULER,
+    **BOTH_TIERS,
     "additional_config": {
         "mm_ext": {
             "media": {"sampling": {"policy": "stock"}, "resize": "native"},
@@ -45,9 +43,9 @@ def variants() -> dict[str, dict[str, Any]]:
     """Arguments of the engine by what is off."""
     found = {"nothing": EVERYTHING}
     for name, keys in {
-        "scheduler": ("scheduler_cls",),
-        "host tier": ("ec_transfer_config",),
-        "encoder cache": ("ec_manager_config", "ec_transfer_config"),
+        "scheduler": SCHEDULER,
+        "host tier": HOST_TIER,
+        "encoder cache": BOTH_TIERS,
     }.items():
         found[name] = {key: value for key, value in EVERYTHING.items() if key not in keys}
     for name, section, settings in (

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.engine_arguments import SCHEDULER
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 REQUESTS = 200
 VIDEOS = 12
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
-SCHEDULER = "vllm_mm_ext.scheduler.MMExtScheduler"
 CONFIG = {
     "mm_ext": {
         "media": {"sampling": {"policy": "stock"}, "resize": "native"},
@@ -35,7 +35,7 @@ def start(mode: str) -> Any:
 
     extra: dict[str, Any] = {}
     if mode != "stock":
-        extra = {"scheduler_cls": SCHEDULER, "additional_config": CONFIG}
+        extra = {**SCHEDULER, "additional_config": CONFIG}
     return LLM(
         str(checkpoint("qwen2_5_vl")),
         dtype="float32",

@@ -19,7 +19,6 @@ from vllm_mm_ext.bench.conversations_engine import (
     CONTEXT,
     FPS,
     MAX_FRAMES,
-    TIERS,
     TURNS,
     VIDEO_TOKENS,
     WORDS,
@@ -31,12 +30,13 @@ from vllm_mm_ext.bench.conversations_engine import (
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.bench.inprocess import measure
 from vllm_mm_ext.testing.checkpoints import build
+from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS
 from vllm_mm_ext.testing.server import Server, serve
 
 CONVERSATIONS = 12
 _TIER_FLAGS = tuple(
     part
-    for name, value in TIERS.items()
+    for name, value in BOTH_TIERS.items()
     for part in ("--" + name.replace("_", "-"), json.dumps(value))
 )
 # The plugin without its block pool: what is left is what the pool does.

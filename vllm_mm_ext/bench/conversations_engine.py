@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mm_ext.bench.chat import QUESTIONS, conversation
-from vllm_mm_ext.bench.encoder_cache_engine import MANAGER, TRANSFER
 from vllm_mm_ext.bench.inprocess import start
+from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS
 from vllm_mm_ext.testing.step_trace import record_steps
 
 TURNS = 4
@@ -32,8 +32,6 @@ CONFIG = {
         "segments": {"tokens": SEGMENT_TOKENS},
     }
 }
-# Both tiers of the encoder cache, as in the shipped configurations.
-TIERS = {"ec_manager_config": MANAGER, "ec_transfer_config": TRANSFER}
 # Text prompts between two turns, and words in each.
 CHURN = 2
 WORDS = 120
@@ -152,7 +150,7 @@ def engine(model: Path, media: Path, conversations: int, **options: Any) -> Any:
 def main(side: str, model: Path, media: Path) -> None:
     """One side; prints the turns."""
     videos = sorted(media.glob("*.mp4"))
-    options = {"additional_config": CONFIG, **TIERS} if side == "plugin" else {}
+    options = {"additional_config": CONFIG, **BOTH_TIERS} if side == "plugin" else {}
     llm = engine(model, media, len(videos), **options)
     print(json.dumps([asdict(turn) for turn in play(llm, videos)]))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_mm_ext.bench.chat import conversation
 from vllm_mm_ext.bench.inprocess import start
+from vllm_mm_ext.testing.engine_arguments import DEVICE_TIER, HOST_TIER
 from vllm_mm_ext.testing.step_trace import record_steps
 
 VIDEOS = 12
@@ -21,12 +22,6 @@ FPS = 2
 # A video of 8 s: 16 frames, 8 pairs of 128 tokens.
 VIDEO_TOKENS = 1024
 CHUNK = 2048
-MANAGER = {"encoder_cache_manager_cls": "vllm_mm_ext.encoder_cache.MMExtEncoderCacheManager"}
-TRANSFER = {
-    "ec_connector": "MMExtECConnector",
-    "ec_role": "ec_both",
-    "ec_connector_module_path": "vllm_mm_ext.encoder_cache.connector",
-}
 
 
 def options(side: str, tiers: str) -> dict[str, Any]:
@@ -51,9 +46,9 @@ def options(side: str, tiers: str) -> dict[str, Any]:
             }
         }
     if tiers != "own":
-        found["ec_manager_config"] = MANAGER
+        found |= DEVICE_TIER
     if tiers == "host":
-        found["ec_transfer_config"] = TRANSFER
+        found |= HOST_TIER
     return found
 
 

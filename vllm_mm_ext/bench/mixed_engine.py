@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_mm_ext.testing.engine_arguments import SCHEDULER
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
@@ -31,7 +32,6 @@ SECONDS = 30.0
 SEGMENT_TOKENS = 64
 QUEUED_VIDEOS = 6
 QUEUE_SLOTS = 4
-SCHEDULER = "vllm_mm_ext.scheduler.MMExtScheduler"
 
 
 @dataclass
@@ -93,7 +93,7 @@ def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
             "segments": {"tokens": SEGMENT_TOKENS},
             "scheduler": {"target_itl_ms": target_ms},
         }
-        extra = {"scheduler_cls": SCHEDULER, "additional_config": {"mm_ext": settings}}
+        extra = {**SCHEDULER, "additional_config": {"mm_ext": settings}}
     return AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=str(model),

@@ -1,0 +1,19 @@
+"""Arguments of ``vllm.LLM`` that name the plugin's engine parts, as ``configs/*.yaml`` do."""
+
+from __future__ import annotations
+
+SCHEDULER = {"scheduler_cls": "vllm_mm_ext.scheduler.MMExtScheduler"}
+DEVICE_TIER = {
+    "ec_manager_config": {
+        "encoder_cache_manager_cls": "vllm_mm_ext.encoder_cache.MMExtEncoderCacheManager"
+    }
+}
+# Works beside the device tier only.
+HOST_TIER = {
+    "ec_transfer_config": {
+        "ec_connector": "MMExtECConnector",
+        "ec_role": "ec_both",
+        "ec_connector_module_path": "vllm_mm_ext.encoder_cache.connector",
+    }
+}
+BOTH_TIERS = DEVICE_TIER | HOST_TIER
