@@ -21,8 +21,9 @@ from vllm_mm_ext.testing.engine_arguments import SCHEDULER
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
-# Text arrives every so many seconds, prompts and answers of so many tokens.
-TEXT_EVERY_S = 1.0
+# Text arrives every so many seconds, out of step with the videos; prompts and answers of so many
+# tokens.
+TEXT_EVERY_S = 0.9
 TEXT_PROMPT = 128
 TEXT_ANSWER = 48
 VIDEO_EVERY_S = 2.0
