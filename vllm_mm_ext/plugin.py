@@ -155,7 +155,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "KV control",
-        "conversations cannot be pinned or released over HTTP",
+        "API servers cannot pin or release conversations",
         CONTROL_NAMES,
         _install_kv_control,
     ),
