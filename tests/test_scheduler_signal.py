@@ -141,15 +141,20 @@ def test_a_scheduler_publishes_its_backlog_and_takes_it_back() -> None:
     assert not path.exists()
 
 
-def test_quality_follows_what_engines_publish() -> None:
-    loads = {0: LOAD, 1: LOAD}
-    controller = QualityController(
+def following(loads: dict[int, EngineLoad]) -> QualityController:
+    """Follows what the engines of a service of two have published."""
+    return QualityController(
         QualitySettings(),
         private(),
         clock=lambda: 5.0,
         published=lambda: [(engine, sample_of(load)) for engine, load in loads.items()],
         engines=2,
     )
+
+
+def test_quality_follows_what_engines_publish() -> None:
+    loads = {0: LOAD, 1: LOAD}
+    controller = following(loads)
     assert controller.level() == 0
     loads[0] = replace(LOAD, time=5.5, running=8)
     # On average 6.5 requests on 8 slots.
@@ -158,13 +163,7 @@ def test_quality_follows_what_engines_publish() -> None:
 
 def test_a_loaded_engine_counts_before_the_ones_ahead_of_it_have_published() -> None:
     loads = {1: replace(LOAD, running=8)}
-    controller = QualityController(
-        QualitySettings(),
-        private(),
-        clock=lambda: 5.0,
-        published=lambda: [(engine, sample_of(load)) for engine, load in loads.items()],
-        engines=2,
-    )
+    controller = following(loads)
     assert controller.level() == 2
 
 
