@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_script import run_script
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    script = Path(__file__).with_name("encoder_cache_engine.py")
-    env = {
-        **os.environ,
-        "VLLM_PLUGINS": "",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path_factory.mktemp("media"))],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    env = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    media = tmp_path_factory.mktemp("media")
+    return run_script("encoder_cache_engine.py", media, timeout_s=500, env=env)
 
 
 def assert_equal(got: list[Any], expected: list[Any]) -> None:

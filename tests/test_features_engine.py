@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from engine_script import run_script
 from features_engine import make_media, variants
 
 pytestmark = pytest.mark.engine
@@ -19,18 +14,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[in
     """Tokens by what was off; one process without the plugin, one for all else."""
     media = tmp_path_factory.mktemp("features")
     make_media(media)
-    script = Path(__file__).with_name("features_engine.py")
     found: dict[str, list[list[int]]] = {}
     for mode in ("stock", "plugin"):
-        done = subprocess.run(
-            [sys.executable, str(script), mode, str(media)],
-            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found |= json.loads(done.stdout.splitlines()[-1])
+        found |= run_script("features_engine.py", mode, media, timeout_s=500)
     return found
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from engine_script import run_script
 
 from vllm_mm_ext.testing.checkpoints import build
 from vllm_mm_ext.testing.media import make_clip
@@ -22,24 +19,8 @@ def test_media_found_after_churn_give_the_answers_of_an_empty_cache(tmp_path: Pa
     for number in range(4):
         make_clip(media / f"{number}.mp4", width=448, height=224, duration=10.0, fps=4, seed=number)
     model = build("qwen2_5_vl", tmp_path / "model", video_max_pixels=448 * 448)
-    environment = {
-        **os.environ,
-        "VLLM_PLUGINS": "mm_ext",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    script = Path(__file__).parent / "kv_engine.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(model), str(media)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    env = {"VLLM_PLUGINS": "mm_ext", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "DO_NOT_TRACK": "1"}
+    found = run_script("kv_engine.py", model, media, timeout_s=400, env=env)
     turns = found["turns"]
     assert found["kept"] > 0
     later = [turn for turn in turns if turn["turn"] > 1]

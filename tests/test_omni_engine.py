@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from engine_script import run_script
 from omni_engine import CLIPS, PROMPTS, TOKENS
 from omni_reference import pixels, sound
 from safetensors.torch import load_file
@@ -84,21 +80,7 @@ def transformers_answers(family: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("family", CLASSES)
 def test_answers_about_videos_with_sound_equal_transformers(family):
     """In one batch, with prefill cut into pieces that split a video's tokens anywhere."""
-    script = Path(__file__).with_name("omni_engine.py")
-    environment = {
-        **os.environ,
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), family, "200"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
+    answers = run_script("omni_engine.py", family, 200, timeout_s=300)
     for answer, expected in zip(answers, transformers_answers(family), strict=True):
         assert answer["tokens"] == expected["tokens"]
         assert answer["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-3)

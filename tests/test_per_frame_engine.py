@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_script import run_script
 from per_frame_engine import CASES, FAMILIES, MAX_PATCHES
 
 # Patches of a frame of the tiny checkpoints: 112 pixels in patches of 14.
 PATCHES = 64
 
 
-def run(*arguments: str) -> Any:
-    script = Path(__file__).with_name("per_frame_engine.py")
-    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
     """What both modes say, by family; one process for all families of a mode."""
-    return {mode: run(mode, *FAMILIES) for mode in ("stock", "plugin")}
+    return {
+        mode: run_script("per_frame_engine.py", mode, *FAMILIES, timeout_s=300)
+        for mode in ("stock", "plugin")
+    }
 
 
 @pytest.mark.engine

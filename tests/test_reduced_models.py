@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_script import run_script
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
-
-HERE = Path(__file__).parent
-
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "qwen3_omni")
 
@@ -23,15 +17,7 @@ def outcomes() -> dict[str, Any]:
     """What the models of all families make of the same videos; one process for all."""
     for family in FAMILIES:
         checkpoint(family)
-    run = subprocess.run(
-        [sys.executable, str(HERE / "reduced_model.py"), "float32", *FAMILIES],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    answers: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    answers: dict[str, Any] = run_script("reduced_model.py", "float32", *FAMILIES, timeout_s=300)
     return answers
 
 

@@ -5,14 +5,10 @@ On CPUs vLLM schedules synchronously; ``test_scheduler_steps`` drives the asynch
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_script import run_script
 
 pytestmark = pytest.mark.engine
 
@@ -22,21 +18,7 @@ MODES = {"stock": "Scheduler", "plugin": "MMExtScheduler"}
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
     """What each mode says."""
-    script = Path(__file__).with_name("scheduler_engine.py")
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    env["HF_HUB_OFFLINE"] = "1"
-    found = {}
-    for mode in MODES:
-        done = subprocess.run(
-            [sys.executable, str(script), mode],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found[mode] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return {mode: run_script("scheduler_engine.py", mode, timeout_s=400) for mode in MODES}
 
 
 @pytest.mark.timeout(1200)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_script import run_script
 from segments_engine import make_media
 
 FAMILIES = (
@@ -33,21 +29,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What both modes say, by mode and family; one process for all families of a mode."""
     media = tmp_path_factory.mktemp("segments")
     make_media(media)
-    script = Path(__file__).with_name("segments_engine.py")
-    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
-    env["HF_HUB_OFFLINE"] = "1"
-    found = {}
-    for mode in ("stock", "plugin"):
-        done = subprocess.run(
-            [sys.executable, str(script), mode, str(media), *FAMILIES],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=560,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found[mode] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return {
+        mode: run_script("segments_engine.py", mode, media, *FAMILIES, timeout_s=560)
+        for mode in ("stock", "plugin")
+    }
 
 
 def assert_equal(got: list[Any], expected: list[Any], dtype: str, case: str) -> None:
