@@ -1,0 +1,1 @@
+"""The composer: video and audio for any text model."""
