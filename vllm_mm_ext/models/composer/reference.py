@@ -80,15 +80,19 @@ class ComposerForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
         return self.video_connector(patches, seconds, frames_per_item, pool, temporal)
 
     def audio_embeddings(
-        self, features: Sequence[torch.Tensor], start_seconds: Sequence[float]
+        self,
+        features: Sequence[torch.Tensor],
+        start_seconds: Sequence[float],
+        lengths: Sequence[int],
     ) -> list[torch.Tensor]:
         """Embeddings of windows of sound, each ``[tokens, text_hidden]``.
 
         Args:
-            features: Log-mel ``[bins, frames]`` of each window at its true length.
+            features: Log-mel ``[bins, frames]`` of each window.
             start_seconds: Time at which each window begins.
+            lengths: True encoder frames of each window; outputs past them are dropped.
         """
-        states = audio_states(self.audio_tower, features, self.config.audio_pad_windows)
+        states = audio_states(self.audio_tower, features, lengths)
         out: list[torch.Tensor] = self.audio_connector(states, start_seconds)
         return out
 
@@ -157,7 +161,7 @@ class ComposerForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
 
 
 def audio_states(
-    encoder: WhisperEncoder, features: Sequence[torch.Tensor], pad_windows: bool
+    encoder: WhisperEncoder, features: Sequence[torch.Tensor], lengths: Sequence[int]
 ) -> list[torch.Tensor]:
     """Outputs of a Whisper encoder for windows of any length up to its own.
 
@@ -165,23 +169,15 @@ def audio_states(
 
     Args:
         encoder: Of transformers.
-        features: Log-mel ``[bins, frames]`` of each window at its true length.
-        pad_windows: Run over the full window (its padding: the lowest value of the features) and
-            drop the outputs of the padding.
+        features: Log-mel ``[bins, frames]`` of each window.
+        lengths: True encoder frames of each window; outputs past them are dropped.
 
     Returns:
-        ``[ceil(frames / 2), d_model]`` of each window.
+        ``[length, d_model]`` of each window.
     """
-    full = 2 * encoder.max_source_positions
-    lengths = [window.shape[-1] for window in features]
-    if pad_windows:
-        features = [
-            nn.functional.pad(window, (0, full - window.shape[-1]), value=float(window.min()))
-            for window in features
-        ]
     parts: list[torch.Tensor] = [torch.empty(0)] * len(features)
-    for length in sorted({window.shape[-1] for window in features}):
-        members = [i for i, window in enumerate(features) if window.shape[-1] == length]
+    for frames in sorted({window.shape[-1] for window in features}):
+        members = [i for i, window in enumerate(features) if window.shape[-1] == frames]
         batch = torch.stack([features[i] for i in members]).to(encoder.conv1.weight.dtype)
         x = nn.functional.gelu(encoder.conv1(batch))
         x = nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)
@@ -189,5 +185,5 @@ def audio_states(
         for layer in encoder.layers:
             x = layer(x, None)
         for i, states in zip(members, encoder.layer_norm(x), strict=True):
-            parts[i] = states[: -(-lengths[i] // 2)]
+            parts[i] = states[: lengths[i]]
     return parts
