@@ -276,8 +276,8 @@ def test_every_request_is_answered_in_full_and_nothing_is_left(
     for name, answer in wanted.items():
         assert len(play.timings[name].tokens) == answer, name
     assert not scheduler.requests
-    assert not scheduler._since
-    assert not scheduler._media._media
+    assert not scheduler._reader.arrivals
+    assert not scheduler._reader.media._media
     manager = scheduler.encoder_cache_manager
     assert manager.num_freeable_slots == manager.cache_size
     assert not any(manager.cached.values())
@@ -299,7 +299,7 @@ def test_a_finished_request_is_forgotten_also_while_it_waits() -> None:
     play.step()
     scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
     play.run()
-    assert not scheduler._since
+    assert not scheduler._reader.arrivals
 
 
 def test_costs_are_learned_from_the_steps_themselves() -> None:

@@ -65,9 +65,9 @@ class Watch:
         waited = {one.request_id: one for one in scheduler.waiting}
         output = self.play.step()
         for new in output.scheduled_new_reqs:
-            came = scheduler._since.get(new.req_id, (now, 0))[1]
+            came = scheduler._reader.arrivals.get(new.req_id, (now, 0))[1]
             for name, one in waited.items():
-                since, number = scheduler._since.get(name, (now, 10**9))
+                since, number = scheduler._reader.arrivals.get(name, (now, 10**9))
                 still = one in scheduler.waiting
                 promoted = now - since >= self.promotion_s
                 # A request that waits for nothing but the encoder loses nothing to text.

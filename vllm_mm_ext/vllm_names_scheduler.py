@@ -27,9 +27,15 @@ SCHEDULER_NAMES = (
     VllmName("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks"),
     VllmName(f"{_SCHEDULER}.get_request_counts"),
     VllmName("vllm.v1.core.sched.async_scheduler:AsyncScheduler"),
-    VllmName("vllm.v1.core.sched.request_queue:FCFSRequestQueue"),
+    VllmName("vllm.v1.core.sched.request_queue:RequestQueue"),
     VllmName("vllm.v1.core.sched.request_queue:SchedulingPolicy.PRIORITY"),
-    VllmName("vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks", ("request",)),
+    VllmName(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled", ("request",)
+    ),
+    VllmName(
+        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
+        ("block_hashes", "max_cache_hit_length"),
+    ),
     VllmName("vllm.v1.request:RequestStatus.PREEMPTED"),
     VllmName(f"{_MANAGER}.get_cached_num_encoder_embeds", ("request", "input_id")),
     VllmName(f"{_MANAGER}.check_and_update_cache", ("request", "input_id")),
@@ -42,6 +48,7 @@ SCHEDULER_NAMES = (
 
 # What ``Scheduler.__init__`` sets and the plugin's scheduler reads or sets.
 SCHEDULER_ATTRIBUTES = (
+    "connector",
     "current_step",
     "deferred_waiting",
     "ec_connector",

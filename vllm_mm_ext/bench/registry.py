@@ -125,6 +125,11 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "scheduler-step",
+                "CPU time of a scheduling step with 100 to 10,000 requests waiting.",
+                "scheduler_step:run",
+            ),
+            Benchmark(
                 "decoders",
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",

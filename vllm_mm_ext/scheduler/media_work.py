@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.scheduler.encoder_plan import Item
 
-# Seconds for which a prefix-cache lookup for a waiting request stands: it takes time in proportion
-# to the length of the prefix.
+# Seconds for which a look at a waiting request's caches stands: it takes time in proportion to the
+# length of the prompt.
 _FRESH_S = 0.25
+# Steps whose changes of the encoder cache are remembered. Who was not looked at for longer is read
+# anew.
+_STEPS = 16
 
 
 class _Media(NamedTuple):
-    """Items of a request, and where each placeholder ends."""
+    """Items of a request, where each placeholder ends, and what each is known by."""
 
     items: tuple[Item, ...]
     ends: tuple[int, ...]
+    digests: tuple[str, ...]
 
 
-class _Hit(NamedTuple):
-    """Tokens found in the prefix cache, and when that was asked."""
+class Need(NamedTuple):
+    """What a request need not compute, and what it needs.
+
+    Attributes:
+        computed: Tokens that are computed, or found in the prefix cache.
+        items: Items that must be encoded before the tokens after these can be.
+    """
 
     computed: int
-    asked: float
+    items: tuple[Item, ...]
+
+
+class _Look(NamedTuple):
+    """What was found for a waiting request, of which items, when and in which step."""
+
+    need: Need
+    media: _Media
+    at: float
+    step: int
 
 
 class MediaWork:
@@ -38,16 +57,62 @@ class MediaWork:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._media: dict[str, _Media] = {}
-        self._hits: dict[str, _Hit] = {}
+        self._looks: dict[str, _Look] = {}
+        self._step = 0
+        self._changes: deque[frozenset[str]] = deque(maxlen=_STEPS)
 
     def forget(self, request_id: str) -> None:
         """The request is no more."""
         self._media.pop(request_id, None)
-        self._hits.pop(request_id, None)
+        self._looks.pop(request_id, None)
 
-    def missing(self, request: Any, computed: int) -> tuple[Item, ...]:
-        """Items that must be encoded before tokens from ``computed`` on can be."""
+    def note(self, output: Any) -> None:
+        """Learn from a scheduled step which items the encoder cache gets and which it gives up."""
+        requests = self._scheduler.requests
+        changed = {
+            requests[key].mm_features[index].identifier
+            for key, indices in output.scheduled_encoder_inputs.items()
+            for index in indices
+        }
+        self._changes.append(frozenset(changed.union(output.free_encoder_mm_hashes)))
+        self._step += 1
+
+    def total(self, request: Any) -> int:
+        """Encoder outputs of all items of a request."""
+        return sum(item.tokens for item in self._media_of(request).items)
+
+    def need(self, request: Any, now: float) -> Need:
+        """What a request needs.
+
+        For one that waits, other than by its own scheduling, this may be as old as ``_FRESH_S``
+        where it depends on the prefix cache or an EC connector.
+        """
         media = self._media_of(request)
+        if request.num_computed_tokens or request.status == RequestStatus.RUNNING:
+            computed = int(request.num_computed_tokens)
+            return Need(computed, self._missing(request, media, computed))
+        look = self._looks.get(request.request_id)
+        if look is None or now - look.at >= _FRESH_S or look.media is not media:
+            computed = self._found(request)
+            need = Need(computed, self._missing(request, media, computed))
+            look = _Look(need, media, now, self._step)
+        elif self._changed_since(look):
+            need = Need(look.need.computed, self._missing(request, media, look.need.computed))
+            look = look._replace(need=need, step=self._step)
+        else:
+            look = look._replace(step=self._step)
+        self._looks[request.request_id] = look
+        return look.need
+
+    def from_elsewhere(self, request: Any, start: int, end: int) -> int:
+        """Tokens of items between two positions that an EC connector has: they cost no compute."""
+        if self._scheduler.ec_connector is None:
+            return 0
+        media = self._media_of(request)
+        items = media.items[bisect_right(media.ends, start) :]
+        return sum(item.tokens for item in items if item.start < end and self._elsewhere(item))
+
+    def _missing(self, request: Any, media: _Media, computed: int) -> tuple[Item, ...]:
         manager = self._scheduler.encoder_cache_manager
         return tuple(
             item
@@ -57,27 +122,32 @@ class MediaWork:
             and not self._elsewhere(item)
         )
 
-    def from_elsewhere(self, request: Any, computed: int) -> int:
-        """Tokens of items from ``computed`` on that an EC connector has; they cost no compute."""
-        if self._scheduler.ec_connector is None:
-            return 0
-        media = self._media_of(request)
-        items = media.items[bisect_right(media.ends, computed) :]
-        return sum(item.tokens for item in items if self._elsewhere(item))
+    def _changed_since(self, look: _Look) -> bool:
+        steps = self._step - look.step
+        if steps > _STEPS:
+            return True
+        newest = range(len(self._changes) - steps, len(self._changes))
+        return any(not self._changes[step].isdisjoint(look.media.digests) for step in newest)
 
     def _elsewhere(self, item: Item) -> bool:
         connector = self._scheduler.ec_connector
         return connector is not None and bool(connector.has_cache_item(item.digest))
 
-    def computed(self, request: Any, now: float) -> int:
-        """Tokens that a request need not compute: done, or lately found in the prefix cache."""
-        if request.num_computed_tokens or request.status == RequestStatus.RUNNING:
-            return int(request.num_computed_tokens)
-        hit = self._hits.get(request.request_id)
-        if hit is None or now - hit.asked >= _FRESH_S:
-            _, computed, *_ = self._scheduler.kv_cache_manager.get_computed_blocks(request)
-            hit = self._hits[request.request_id] = _Hit(computed, now)
-        return hit.computed
+    def _found(self, request: Any) -> int:
+        """Tokens that need not be computed: they are in the prefix cache, or another node has them.
+
+        The prefix cache is asked past ``get_computed_blocks``, which counts and reports its hits.
+        """
+        if self._scheduler.connector is not None and _prefilled_elsewhere(request):
+            return int(request.num_tokens)
+        manager = self._scheduler.kv_cache_manager
+        if not manager.prefix_cache_lookup_enabled(request):
+            return 0
+        # The last token is always computed.
+        _, found, _ = manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, request.num_tokens - 1
+        )
+        return int(found)
 
     def _media_of(self, request: Any) -> _Media:
         media = self._media.get(request.request_id)
@@ -86,6 +156,15 @@ class MediaWork:
             media = _read(request)
             self._media[request.request_id] = media
         return media
+
+
+def _prefilled_elsewhere(request: Any) -> bool:
+    """Whether another node computes the prompt's KV, as vLLM's own scheduler tells.
+
+    A connector takes the mark away once the transfer has begun.
+    """
+    params = request.kv_transfer_params
+    return bool(params and params.get("do_remote_prefill"))
 
 
 def _read(request: Any) -> _Media:
@@ -99,4 +178,4 @@ def _read(request: Any) -> _Media:
         # Sound within a video shares its placeholder, so ends need not ascend by themselves.
         reached = max(reached, end)
         ends.append(reached)
-    return _Media(tuple(items), tuple(ends))
+    return _Media(tuple(items), tuple(ends), tuple(item.digest for item in items))

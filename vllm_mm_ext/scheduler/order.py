@@ -61,6 +61,24 @@ def rank(candidate: Candidate, now: float, aging_s: float) -> Rank:
     )
 
 
+def standing(candidate: Candidate, *, blocked: bool) -> tuple[int, int, int, int, int]:
+    """Sort key of a candidate that holds until something about it changes.
+
+    For choosing whom to look at among many, next to those that came first.
+
+    Args:
+        candidate: The candidate.
+        blocked: It cannot be scheduled for now.
+    """
+    return (
+        0 if candidate.resumes else 2 if blocked else 1,
+        candidate.priority,
+        candidate.encoder_tokens,
+        candidate.prefill_steps,
+        candidate.number,
+    )
+
+
 def ordered(candidates: Iterable[Candidate], now: float, aging_s: float) -> list[Candidate]:
     """Candidates, first come those to be served first."""
     return sorted(candidates, key=lambda candidate: rank(candidate, now, aging_s))

@@ -12,11 +12,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
@@ -29,19 +27,15 @@ from vllm_mm_ext.scheduler.encoder_plan import (
     plan,
 )
 from vllm_mm_ext.scheduler.load_publisher import LoadPublisher
-from vllm_mm_ext.scheduler.media_work import MediaWork
-from vllm_mm_ext.scheduler.order import Candidate, is_promoted, promotion_s, rank
 from vllm_mm_ext.scheduler.queue import ArrangedQueue
 from vllm_mm_ext.scheduler.step_budget import Demand, StepBudget, StepLimits
 from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
+from vllm_mm_ext.scheduler.turn_reader import TurnReader, free_slots
 from vllm_mm_ext.scheduler.turns import Turn, chunk_limit, decode_tokens, demands
 from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
 
-# Of a longer queue than twice this, so many at both ends are looked at in each step, and so many of
-# those that came first.
-_LOOKED_AT = 64
 # Steps whose end is still awaited; more were given up.
 _MOST_IN_FLIGHT = 64
 
@@ -66,7 +60,6 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._budget = StepBudget(
             self._settings, self._max_tokens, self.max_num_encoder_input_tokens
         )
-        self._media = MediaWork(self)
         self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
         # Where vLLM must compute prompts or blocks in one piece, a limit could stop them for good.
         self._limits_prefill = not (
@@ -75,23 +68,25 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             or not self.scheduler_config.enable_chunked_prefill
         )
         self._say_what_is_off()
-        self._since: dict[str, tuple[float, int]] = {}
-        self._came = 0
-        self._needs: dict[str, int] = {}
+        self._reader = TurnReader(
+            self,
+            aging_s=self._settings.aging_s,
+            max_tokens=self._max_tokens,
+            plans_encoder=self._plans_encoder,
+        )
+        self.waiting = ArrangedQueue(self._reader.standing)
         self._plan = EncoderPlan()
         self._waits_for_encoder: set[str] = set()
         self._promoted: set[str] = set()
-        self._looked_at: set[str] = set()
         self._kept_slots = 0
         self._reserved_slots = min(self._settings.text_slots, int(self.max_num_active_reqs) // 4)
         self._most_kept_slots = max(1, int(self.max_num_active_reqs) // 4)
-        self._admission = Admission(self, lambda key: self._since[key][1])
+        self._admission = Admission(self, self._reader.number)
         self._tried: dict[str, Any] = {}
         self._begun: OrderedDict[int, tuple[float, StepWork]] = OrderedDict()
         self._ended = -math.inf
         self._backlog = 0
         self._publisher = LoadPublisher(self)
-        self.waiting = ArrangedQueue()
 
     def _say_what_is_off(self) -> None:
         if self.is_encoder_decoder:
@@ -108,101 +103,39 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Prepare a step, and let vLLM fill it."""
         now = self._clock()
         decoding = [request for request in self.running if not request.is_prefill_chunk]
-        self._admission.keep_door(lambda request: self._is_promoted(request, now))
+        self._admission.keep_door(lambda request: self._reader.is_promoted(request, now))
         self._tried = {}
-        turns = self._turns(now)
-        self._arrange(decoding, turns)
+        turns = self._reader.turns(self._admission, now)
+        # Decodes first. The last one in ``running`` is the first that vLLM preempts.
+        running = [turn.request for turn in turns if turn.request.status == RequestStatus.RUNNING]
+        self.running[:] = [*decoding, *running]
+        for request in decoding:
+            self._reader.backlog.set(request.request_id, 0)
+        self._backlog = self._reader.backlog.tokens
         limits, chunk = self._limits(decoding, turns)
         self._plan_encoder(turns, limits)
-        with self._limited(limits, chunk):
+        shown = [turn.request for turn in turns if turn.request in self.waiting]
+        with self._limited(limits, chunk), self.waiting.showing(shown):
             output = super().schedule(throttle_prefills)
+        self._reader.media.note(output)
         if not throttle_prefills:
             self._admission.note(self._plan.items, self._tried, output.num_scheduled_tokens)
         self._note(output, {request.request_id for request in decoding}, now)
         return output
 
-    def _turns(self, now: float) -> list[Turn]:
-        """All requests without their first token, by rank."""
-        found = [self._turn(r, now) for r in self.running if r.is_prefill_chunk]
-        found += [self._turn(r, now) for r in (*self.kv_holding_waiting, *self._queue())]
-        aging_s = self._settings.aging_s
-        return sorted(found, key=lambda turn: rank(turn.candidate, now, aging_s))
-
-    def _queue(self) -> list[Any]:
-        """Waiting requests to look at in this step.
-
-        Who was looked at comes first in the queue, by rank. So the first are the best found so far,
-        the last are new or were not looked at for longest.
-        """
-        waiting = self.waiting
-        if len(waiting) <= 2 * _LOOKED_AT:
-            return list(waiting)
-        if not self._free_slots():
-            return []
-        keys = islice(self._since, len(self.running) + _LOOKED_AT)
-        first = (self.requests[key] for key in keys if key in self.requests)
-        oldest = [
-            r for r in first if r.status == RequestStatus.WAITING and not r.num_computed_tokens
-        ]
-        ends = (*islice(waiting, _LOOKED_AT), *islice(reversed(waiting), _LOOKED_AT))
-        return list(dict.fromkeys((*ends, *oldest)))
-
     def add_request(self, request: Any) -> None:
         """Note when it came."""
-        if request.request_id not in self._since:
-            self._came += 1
-            self._since[request.request_id] = (self._clock(), self._came)
+        if request.request_id not in self._reader.arrivals:
+            self._reader.came(request, self._clock())
         super().add_request(request)
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """Count what a streaming session goes on with as a request that comes now."""
-        self._came += 1
-        self._since[session.request_id] = (self._clock(), self._came)
+        self._reader.came(session, self._clock())
         super()._update_request_as_session(session, update)
 
-    def _turn(self, request: Any, now: float) -> Turn:
-        key = request.request_id
-        since, number = self._since[key]
-        computed: int = request.num_computed_tokens
-        items: tuple[Item, ...] = ()
-        if self._plans_encoder and request.has_encoder_inputs:
-            computed = self._media.computed(request, now)
-            items = self._media.missing(request, computed)
-        left = max(0, request.num_tokens - computed)
-        by_priority = self.policy == SchedulingPolicy.PRIORITY
-        candidate = Candidate(
-            key,
-            since,
-            number,
-            priority=request.priority if by_priority else 0,
-            encoder_tokens=sum(item.tokens for item in items),
-            prefill_steps=-(-left // self._max_tokens),
-            resumes=request.status == RequestStatus.PREEMPTED,
-        )
-        blocked = self._is_blocked_waiting_status(request.status)
-        passed_over = request.status != RequestStatus.RUNNING and (
-            self._admission.backs_off(key, self.current_step + 1) or self._admission.holds(request)
-        )
-        ready = not blocked and not passed_over
-        promoted = is_promoted(candidate, now, self._settings.aging_s)
-        return Turn(request, candidate, computed, left, items, ready, promoted)
-
-    def _is_promoted(self, request: Any, now: float) -> bool:
-        waited = now - self._since[request.request_id][0]
-        preempted = request.status == RequestStatus.PREEMPTED
-        return preempted or waited >= promotion_s(self._settings.aging_s)
-
-    def _arrange(self, decoding: list[Any], turns: list[Turn]) -> None:
-        """Decodes first. The last one in ``running`` is the first that vLLM preempts."""
-        running = [turn.request for turn in turns if turn.request.status == RequestStatus.RUNNING]
-        self.running[:] = [*decoding, *running]
-        queued = set(self.waiting)
-        looked = dict.fromkeys(turn.request for turn in turns if turn.request in queued)
-        self.waiting.arrange([*looked, *(r for r in self.waiting if r not in looked)])
-
     def _free_slots(self) -> int:
-        used = len(self.running) + self.num_waiting_for_streaming_input
-        return max(0, int(self.max_num_active_reqs - used))
+        return free_slots(self)
 
     def _limits(self, decoding: list[Any], turns: list[Turn]) -> tuple[StepLimits, int]:
         """Limits of the step, and the most prompt tokens of one request (0: no such limit)."""
@@ -224,9 +157,6 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                 demands(media, self._admission.failed), slots, self._reserved_slots
             ),
         )
-        self._needs |= {turn.candidate.key: turn.candidate.encoder_tokens for turn in turns}
-        self._needs |= dict.fromkeys((request.request_id for request in decoding), 0)
-        self._backlog = sum(self._needs.values())
         limits = self._budget.limits(demand, self._times)
         if not self._limits_prefill:
             most = self._max_tokens
@@ -246,7 +176,6 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         media = [turn for turn in turns if turn.items]
         ready = [turn for turn in media if turn.ready]
         self._plan = plan(demands(ready, self._admission.failed, reach), room)
-        self._looked_at = {turn.candidate.key for turn in turns}
         waits = {turn.candidate.key for turn in media} - self._plan.items.keys()
         self._waits_for_encoder = waits
         self._promoted = {turn.candidate.key for turn in turns if turn.promoted}
@@ -319,8 +248,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             return False
         key = request.request_id
         promoted = key in self._promoted
-        unknown = bool(request.mm_features) and key not in self._looked_at
-        waits = unknown or key in self._waits_for_encoder
+        waits = key in self._waits_for_encoder
         if waits or self._admission.backs_off(key, self.current_step):
             self._kept_slots = min(self._kept_slots + promoted, self._most_kept_slots)
             return False
@@ -351,7 +279,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             return found  # type: ignore[no-any-return]
         given = self._plan.items.get(request.request_id, ())
         own = sum(item.tokens for item in given)
-        own += self._media.from_elsewhere(request, num_computed_tokens)
+        end = num_computed_tokens + num_new_tokens + shift_computed_tokens
+        own += self._reader.media.from_elsewhere(request, num_computed_tokens, end)
         items, tokens, left, external, duplicates = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, own, shift_computed_tokens
         )
@@ -388,10 +317,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """Forget the request."""
         key = request.request_id
-        self._since.pop(key, None)
-        self._needs.pop(key, None)
         self._admission.forget(key)
-        self._media.forget(key)
+        self._reader.forget(key)
         return super()._free_request(request, *args, **kwargs)
 
 
