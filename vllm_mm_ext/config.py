@@ -171,7 +171,8 @@ class CompressionConfig(_Section):
 
     reduction: Reduction = Field(
         NO_REDUCTION,
-        description="How the tokens of videos are made fewer unless a request says otherwise.",
+        description="How the tokens of videos are made fewer unless a request says otherwise; if "
+        "not set, as the checkpoint says, if it does.",
     )
     encoder_max_patches: int = Field(
         16384,
@@ -180,6 +181,15 @@ class CompressionConfig(_Section):
         description="Patches per forward of the vision encoder, which bounds its transient memory; "
         "one image, or one temporal patch of frames, is never divided. 0: no bound.",
     )
+
+    def default_reduction(self, of_model: Reduction | None) -> Reduction:
+        """The reduction of a request that names none.
+
+        Args:
+            of_model: What the served checkpoint declares, if it does; a setting outranks it.
+        """
+        given = "reduction" in self.model_fields_set
+        return self.reduction if given or of_model is None else of_model
 
 
 class MMExtConfig(_Section):

@@ -7,6 +7,7 @@ surface reads it from requests.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -66,9 +67,10 @@ class Reduction(Options):
         )
 
     def count(self, grids: int, height: int, width: int) -> int:
-        """Tokens left of a segment of ``grids`` x ``height`` x ``width`` tokens, at least one."""
+        """Tokens left of ``grids`` x ``height`` x ``width`` tokens, at least one of any."""
         cells = math.prod(self.grid(grids, height, width))
-        return cells if self.static == "none" else max(1, math.ceil(cells * self.keep))
+        # What is left of no tokens is none, of any at least one.
+        return cells if self.static == "none" else math.ceil(cells * self.keep)
 
     def key(self) -> str:
         """Text that differs whenever the outcome could."""
@@ -76,6 +78,39 @@ class Reduction(Options):
 
 
 NO_REDUCTION = Reduction()
+
+
+@dataclass(frozen=True)
+class TrainedReductions:
+    """The reductions of a model that learned them, where others give it tokens it never saw.
+
+    Attributes:
+        pairs: ``(pool, temporal)`` of each; (1, 1) is among them. Merging or pruning of static
+            tokens needs no training, but tokens that lie in a grid, which only (1, 1) leaves.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+
+    def allow(self, reduction: Reduction) -> bool:
+        """Whether the model takes what a reduction leaves."""
+        pair = (reduction.pool, reduction.temporal)
+        return pair in self.pairs and (reduction.static == "none" or pair == (1, 1))
+
+    def towards(self, reduction: Reduction, bound: Reduction) -> Reduction:
+        """The strongest of these that is at least ``reduction`` and in no respect past ``bound``.
+
+        Static tokens are merged or pruned only where ``reduction`` does it.
+        """
+        pools = range(reduction.pool, bound.pool + 1)
+        temporals = range(reduction.temporal, bound.temporal + 1)
+        fitting = [pair for pair in self.pairs if pair[0] in pools and pair[1] in temporals]
+        if reduction.static != "none" or not fitting:
+            return reduction
+        pool, temporal = max(fitting, key=lambda pair: pair[0] ** 2 * pair[1])
+        return Reduction(pool=pool, temporal=temporal)
+
+    def __str__(self) -> str:
+        return "; ".join(f"pool {pool}, temporal {temporal}" for pool, temporal in self.pairs)
 
 
 class Floor(Options):

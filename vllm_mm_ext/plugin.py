@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.encoder_cache.startup import ENCODER_CACHE_FEATURES
-from vllm_mm_ext.models import OVERRIDES
+from vllm_mm_ext.models import COMPOSER, OVERRIDES
 from vllm_mm_ext.scheduler.routing import ROUTING_FEATURE
 from vllm_mm_ext.serving.features import SERVING_FEATURES
 from vllm_mm_ext.vllm_compat import Feature, FeatureStatus, VllmName
 from vllm_mm_ext.vllm_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
+from vllm_mm_ext.vllm_names_composer import COMPOSER_NAMES
 from vllm_mm_ext.vllm_names_kv import CONTROL_NAMES, POOL_NAMES
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ def _install_kv_control() -> None:
     adapter.install_control()
 
 
+def _install_composer() -> None:
+    from vllm_mm_ext.models.composer.configuration import register_config
+
+    register_config()
+    vllm_compat.override_models(COMPOSER)
+
+
 def attach(vllm_config: Any, mm_processor: Any) -> None:
     """Start the front-end of this process with the server's settings and model."""
     from vllm_mm_ext.config import MMExtConfig
@@ -81,14 +89,16 @@ _WITHOUT_FAMILY = {
 }
 
 
+_REGISTER_MODEL = VllmName(
+    "vllm.model_executor.models:ModelRegistry.register_model", ("model_arch",)
+)
+
+
 def _family_feature(family: str) -> Feature:
-    register_model = VllmName(
-        "vllm.model_executor.models:ModelRegistry.register_model", ("model_arch",)
-    )
     return Feature(
         family,
         _WITHOUT_FAMILY[family],
-        (register_model, *FAMILY_NAMES[family]),
+        (_REGISTER_MODEL, *FAMILY_NAMES[family]),
         lambda: vllm_compat.override_models(OVERRIDES[family]),
     )
 
@@ -160,6 +170,12 @@ FEATURES: tuple[Feature, ...] = (
         _install_kv_control,
     ),
     *(_family_feature(family) for family in OVERRIDES),
+    Feature(
+        "Composer",
+        "composer checkpoints cannot be served",
+        (_REGISTER_MODEL, *COMPOSER_NAMES),
+        _install_composer,
+    ),
     *ENCODER_CACHE_FEATURES,
     *SERVING_FEATURES,
     ROUTING_FEATURE,

@@ -21,6 +21,7 @@ from vllm_mm_ext.media.fetch import MediaFetcher
 from vllm_mm_ext.media.frontend import MediaFrontend
 from vllm_mm_ext.media.loop_thread import LoopThread
 from vllm_mm_ext.media.traits import ModelTraits
+from vllm_mm_ext.options import Reduction
 
 T = TypeVar("T")
 
@@ -77,6 +78,11 @@ class Runtime:
                     max_retries=envs.VLLM_MEDIA_FETCH_MAX_RETRIES,
                 )
             return self._fetchers[key]
+
+    @property
+    def default_reduction(self) -> Reduction:
+        """How the tokens of videos are made fewer unless a request says otherwise."""
+        return self.config.compression.default_reduction(self.frontend.traits.default_reduction)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Await front-end work from any event loop; cancelling the caller cancels it."""

@@ -42,7 +42,7 @@ _ENCODER = (
 )
 
 # What splitting a video into segments overrides and calls in vLLM's base classes.
-_SEGMENT_NAMES = (
+SEGMENT_NAMES = (
     VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
     VllmName(f"{_PROCESSOR}._apply_hf_processor_main", ("mm_items", "hf_kwargs")),
     VllmName("vllm.multimodal.parse:VideoProcessorItems", ("data", "metadata")),
@@ -53,7 +53,7 @@ _SEGMENT_NAMES = (
 
 # What the omni processors and models call in vLLM.
 _SOUND_TRACK_NAMES = (
-    *_SEGMENT_NAMES,
+    *SEGMENT_NAMES,
     VllmName(f"{_PROCESSOR}._call_hf_processor", ("hf_data", "hf_kwargs")),
     VllmName(f"{_PROCESSOR}._apply_prompt_updates", ("token_ids", "mm_prompt_updates")),
     VllmName(f"{_PROCESSOR}._validate_mm_kwargs", ("mm_kwargs", "mm_item_counts")),
@@ -84,7 +84,7 @@ def _definitions(module: str, *names: str) -> tuple[VllmName, ...]:
 
 
 FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
-    **{family: (*_SEGMENT_NAMES, *names) for family, names in PER_FRAME_NAMES.items()},
+    **{family: (*SEGMENT_NAMES, *names) for family, names in PER_FRAME_NAMES.items()},
     "Qwen2.5-Omni": (
         *_SOUND_TRACK_NAMES,
         *_sizes("Qwen2VLProcessingInfo"),
@@ -134,7 +134,7 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
         ),
     ),
     "Qwen2.5-VL": (
-        *_SEGMENT_NAMES,
+        *SEGMENT_NAMES,
         *_sizes("Qwen2VLProcessingInfo"),
         *_definitions("qwen2_5_vl", "Qwen2_5_VLDummyInputsBuilder", "Qwen2_5_VLProcessingInfo"),
         *_methods(
@@ -151,7 +151,7 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
         ),
     ),
     "Qwen3-VL": (
-        *_SEGMENT_NAMES,
+        *SEGMENT_NAMES,
         *_definitions("qwen3_vl", "Qwen3VLDummyInputsBuilder"),
         *_definitions("qwen3_vl_moe", "Qwen3VLMoeProcessingInfo"),
         VllmName(

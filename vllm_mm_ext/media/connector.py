@@ -89,7 +89,7 @@ def server_job(
         spec_for(sampling, frontend.traits.frame_multiple),
         frontend.size_rule,
         audio=frontend.wants_audio_in_video,
-        reduction=runtime.config.compression.reduction,
+        reduction=runtime.default_reduction,
     )
     if sampling.policy != "stock":
         return VideoJob(plan)

@@ -40,9 +40,7 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
         runtime = current_runtime()
         sampling = sampling_with(runtime.config.media.sampling, kwargs)
         spec = spec_for(sampling, runtime.frontend.traits.frame_multiple)
-        plan = VideoPlan(
-            spec, runtime.frontend.size_rule, reduction=runtime.config.compression.reduction
-        )
+        plan = VideoPlan(spec, runtime.frontend.size_rule, reduction=runtime.default_reduction)
         with client_errors():
             ref = MediaRef(Fetched.of(Blob.from_bytes(data)), _already_read)
             result = runtime.run_blocking(runtime.frontend.video(ref, plan))

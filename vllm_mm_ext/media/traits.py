@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vllm_mm_ext.media.types import SizeRule
+from vllm_mm_ext.options import Reduction, TrainedReductions
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,13 @@ class ModelTraits:
         frame_multiple: Frame counts are rounded down to this (temporal patch size).
         audio_rate: Sampling rate in Hz the model takes; None keeps a stream's own rate.
         hears_video: The model's processor takes the sound of a video along with its frames.
+        default_reduction: What the checkpoint declares for requests that name none; None: nothing.
+        trained: The reductions it was trained for; None where any can be used.
     """
 
     size_rule: SizeRule = field(default_factory=SizeRule)
     frame_multiple: int = 1
     audio_rate: int | None = 16_000
     hears_video: bool = False
+    default_reduction: Reduction | None = None
+    trained: TrainedReductions | None = None

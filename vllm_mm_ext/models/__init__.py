@@ -1,4 +1,4 @@
-"""Model classes, and which of vLLM's architectures they replace."""
+"""Model classes, and which architectures they serve."""
 
 _PACKAGE = "vllm_mm_ext.models"
 _QWEN2_5_OMNI = f"{_PACKAGE}.qwen2_5_omni:Qwen2_5OmniForConditionalGeneration"
@@ -35,3 +35,10 @@ OVERRIDES: dict[str, dict[str, str]] = {
 }
 """Family to its architectures, each with the ``module:Class`` that replaces vLLM's. Imported by
 vLLM only when the architecture is served."""
+
+COMPOSER: dict[str, str] = {
+    "MMExtComposerForConditionalGeneration": (
+        f"{_PACKAGE}.composer.model:MMExtComposerForConditionalGeneration"
+    ),
+}
+"""The architecture that the plugin adds, with its ``module:Class``."""

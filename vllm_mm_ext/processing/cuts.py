@@ -115,6 +115,40 @@ def cut_sounding(
     return cuts
 
 
+def cut_between(
+    runs: Sequence[Run], tokens_per_grid: int, target: int, reduced: Reduced
+) -> list[Cut]:
+    """Cut a video whose runs depend on nothing around them.
+
+    Args:
+        runs: ``(visual, audio)`` tokens before reduction in prompt order: groups of grids that
+            merge, and windows of the audio encoder. A segment may have one kind only.
+        tokens_per_grid, target, reduced: As for `cut_sounding`.
+
+    Returns:
+        The segments in order; together they are all runs.
+    """
+    cuts: list[Cut] = []
+    own: list[Run] = []
+    begin = end = (0, 0)  # Visual and audio tokens before the segment, and up to here.
+    for visual, audio in runs:
+        then = end[0] + visual, end[1] + audio
+        grids = (then[0] - begin[0]) // tokens_per_grid
+        if target and own and reduced(grids) + then[1] - begin[1] > target:
+            cuts.append(_cut(begin, end, own, tokens_per_grid))
+            begin, own = end, []
+        own.append((visual, audio))
+        end = then
+    return [*cuts, _cut(begin, end, own, tokens_per_grid)]
+
+
+def _cut(
+    begin: tuple[int, int], end: tuple[int, int], runs: Sequence[Run], tokens_per_grid: int
+) -> Cut:
+    grids = begin[0] // tokens_per_grid, end[0] // tokens_per_grid
+    return Cut(grids, (begin[1], end[1]), tuple(runs))
+
+
 def _windows(runs: Sequence[Run], audio_unit: int) -> list[Run]:
     """Split runs where a window of the audio encoder ends."""
     pieces: list[Run] = []

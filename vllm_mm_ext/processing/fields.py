@@ -21,6 +21,10 @@ REDUCTION = "video_reduction"
 """float64 ``[4]`` per item: pool, temporal, static (0 none, 1 merge, 2 prune), share kept."""
 KEPT = "video_kept"
 """int64 ``[tokens]`` per item: cells kept by a static reduction, else empty."""
+KINDS = "video_token_kinds"
+"""uint8 ``[tokens]`` per item whose embeddings are of several modalities: what stands at each token
+of its placeholder, by `TEXT`, `VIDEO` or `AUDIO`."""
+TEXT, VIDEO, AUDIO = range(3)
 
 _STATIC: tuple[Literal["none", "merge", "prune"], ...] = ("none", "merge", "prune")
 
@@ -59,6 +63,12 @@ def reduction_of(values: torch.Tensor | None) -> Reduction:
     return Reduction.model_construct(
         pool=int(pool), temporal=int(temporal), static=_STATIC[int(static)], keep=keep
     )
+
+
+def token_kinds(tokens: Sequence[int], video: int, audio: int) -> torch.Tensor:
+    """The field ``KINDS`` of an item, from its tokens and the ids that take embeddings."""
+    ids = torch.tensor(tokens)
+    return ((ids == video) * VIDEO + (ids == audio) * AUDIO).to(torch.uint8)
 
 
 def _tensor(values: npt.NDArray[np.int64] | None, empty: torch.Tensor) -> torch.Tensor:

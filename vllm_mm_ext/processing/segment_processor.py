@@ -83,13 +83,15 @@ class SegmentProcessor:
     """Mixin in front of a family's multimodal processor. A family says how it lays videos out."""
 
     info: Any
+    checkpoint_reduction: Reduction | None = None
+    """What the checkpoint declares for requests that name no reduction."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = vllm_compat.settings_of(self.info.ctx.model_config)
         self.segment_tokens = settings.segments.tokens
         self._frames_are_final = settings.media.enabled and settings.media.resize == "target"
-        self.default_reduction = settings.compression.reduction
+        self.default_reduction = settings.compression.default_reduction(self.checkpoint_reduction)
         self._named: OrderedDict[str, SplitVideo] = OrderedDict()
 
     # --- what a family defines --------------------------------------------------------------------

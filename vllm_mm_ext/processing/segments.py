@@ -18,7 +18,14 @@ from vllm_mm_ext.compression.scores import static_scores
 from vllm_mm_ext.compression.select import kept_cells
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
-from vllm_mm_ext.processing.cuts import Cut, Run, cut_silent, cut_sounding, reduced_runs
+from vllm_mm_ext.processing.cuts import (
+    Cut,
+    Run,
+    cut_between,
+    cut_silent,
+    cut_sounding,
+    reduced_runs,
+)
 
 Indices = npt.NDArray[np.int64]
 
@@ -55,7 +62,8 @@ class Sound:
 
     Attributes:
         runs: ``(visual, audio)`` tokens of the whole video in prompt order.
-        unit: Audio tokens of a window that the audio encoder attends within.
+        unit: Audio tokens of a window that the audio encoder attends within; 0: every run is a
+            group of grids that merge, or a whole number of windows.
         least: Audio tokens a piece must have for the encoder to see it as it sees the whole.
     """
 
@@ -212,6 +220,8 @@ def cut_video(layout: VideoLayout, reduction: Reduction, target: int) -> list[Cu
 
     if sound is None:
         return cut_silent(layout.grids, per_grid, target, reduced, reduction.temporal)
+    if not sound.unit:
+        return cut_between(sound.runs, per_grid, target, reduced)
     return cut_sounding(
         sound.runs,
         per_grid,
@@ -242,7 +252,7 @@ def segments_of(
         grids, height, width = cut.grids[1] - cut.grids[0], layout.height, layout.width
         merged, rows, columns = reduction.grid(grids, height, width)
         kept, left = None, (rows * columns,) * merged
-        if reduction.static != "none":
+        if reduction.static != "none" and grids:
             patch = layout.temporal_patch
             frames = pixels(slice(cut.grids[0] * patch, cut.grids[1] * patch))
             kept = kept_cells(static_scores(frames, height, width, patch, reduction), reduction)

@@ -33,6 +33,8 @@ def read_traits(mm_processor: Any) -> ModelTraits:
             frame_multiple=int(getattr(video_processor, "temporal_patch_size", 1) or 1),
             audio_rate=vllm_compat.audio_resampler_rate(mm_processor),
             hears_video=bool(getattr(mm_processor, "hears_video", False)),
+            default_reduction=getattr(mm_processor, "checkpoint_reduction", None),
+            trained=getattr(mm_processor, "trained", None),
         )
     except Exception as error:
         logger.warning("mm_ext: model traits unknown, frames keep their own size: %s", error)

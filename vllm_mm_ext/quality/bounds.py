@@ -49,6 +49,14 @@ def check_family(options: RequestOptions, family: Family) -> None:
             options.reduction.key(),
             "the served model, as this server is set up, allows no token reductions",
         )
+    asked, trained = options.reduction, family.trained
+    if asked is not None and trained is not None and not trained.allow(asked):
+        raise _refusal(
+            "reduction",
+            asked.key(),
+            f"the served model was trained for {trained}; static merging or pruning needs pool 1, "
+            "temporal 1",
+        )
     if options.total_tokens is not None and not family.countable:
         raise _refusal(
             "total_tokens",

@@ -192,6 +192,8 @@ def _steps(wish: Wish, family: Family) -> list[Step]:
     reduction = wish.reduction
     for allowed in wish.reductions if family.reducible else ():
         stronger = strongest(reduction, allowed)
+        if family.trained is not None:
+            stronger = family.trained.towards(reduction, stronger)
         if stronger != reduction:
             reduction = stronger
             steps.append(Step(frames, cap, reduction))

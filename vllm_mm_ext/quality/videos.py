@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from vllm_mm_ext.options import Reduction
+from vllm_mm_ext.options import Reduction, TrainedReductions
 
 Reason = Literal["load", "total_tokens", "context", "limit"]
 
@@ -51,6 +51,7 @@ class Family:
         frame_multiple: Frame counts are multiples of this (temporal patch size).
         max_item_tokens: Tokens one video may have at most, 0 for any number (a video that is not
             cut into segments must fit into vLLM's encoder cache).
+        trained: The reductions the model was trained for; None where any can be used.
     """
 
     resizable: bool
@@ -58,6 +59,7 @@ class Family:
     countable: bool
     frame_multiple: int = 1
     max_item_tokens: int = 0
+    trained: TrainedReductions | None = None
 
 
 @dataclass(frozen=True)

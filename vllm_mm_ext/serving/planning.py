@@ -223,6 +223,7 @@ class _Conversation:
             countable=countable,
             frame_multiple=traits.frame_multiple,
             max_item_tokens=self._largest_item(),
+            trained=traits.trained,
         )
         defaults = SamplingDefaults(
             plan.sampling.fps, plan.sampling.min_frames, plan.sampling.max_frames, plan.reduction

@@ -310,3 +310,8 @@ def _declared(where: str, given: Any) -> Declared:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def register_config() -> None:
+    """Make transformers' ``AutoConfig`` know the composer; may be called again."""
+    AutoConfig.register(MODEL_TYPE, ComposerConfig, exist_ok=True)

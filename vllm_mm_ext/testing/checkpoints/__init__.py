@@ -55,6 +55,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _family("llava_onevision", "llava_onevision", "image", "video"),
             _family("internvl", "internvl", "image", "video"),
             _family("qwen2_audio", "qwen2_audio", "audio"),
+            _family("composer", "composer", "video", "audio"),
         )
     }
 )
