@@ -49,7 +49,7 @@ candidates = st.lists(
     max_size=20,
 ).map(
     lambda found: [
-        replace(one, key=str(number), number=number)
+        one._replace(key=str(number), number=number)
         for number, one in enumerate(sorted(found, key=lambda one: one.since))
     ]
 )
@@ -292,7 +292,7 @@ def video(
         Item(number, size, f"{name}#{number}", start, start + size)
         for number, (size, start) in enumerate(zip(tokens, starts, strict=True))
     )
-    return EncoderDemand(name, items, reach, running, promoted)
+    return EncoderDemand(name, items, sum(item.tokens for item in items), reach, running, promoted)
 
 
 def counts(found: EncoderPlan) -> dict[str, int]:
@@ -385,7 +385,7 @@ def test_lookahead_is_bounded() -> None:
 
 
 def test_equal_items_are_encoded_once() -> None:
-    one, other = video("same", 900), replace(video("same", 900), key="twin")
+    one, other = video("same", 900), video("same", 900)._replace(key="twin")
     made = plan([one, other], ROOM)
     assert counts(made) == {"same": 1, "twin": 1}
     assert made.tokens == 900
@@ -398,7 +398,7 @@ def test_few_half_encoded_requests_hold_slots_whatever_comes() -> None:
         comes = video(f"v{size}", *[16] * (size // 16))
         order = serving_order(sorted([comes, *running], key=lambda one: one.tokens))
         if order[0] is comes:
-            running.append(replace(comes, running=True))
+            running.append(comes._replace(running=True))
     assert len(running) <= 1 + math.log2(4096 / 16)
 
 
@@ -411,7 +411,7 @@ def test_the_reserved_slot_is_for_text_and_promoted_requests() -> None:
 def test_items_that_share_a_placeholder_are_encoded_together() -> None:
     picture, sound = Item(0, 300, "picture", 0, 400), Item(1, 100, "sound", 0, 400)
     later = Item(2, 300, "later", 400, 700)
-    both = EncoderDemand("both", (picture, sound, later), reach=10, running=False)
+    both = EncoderDemand("both", (picture, sound, later), 700, reach=10, running=False)
     assert counts(plan([both], replace(ROOM, tokens=399))) == {}
     assert counts(plan([both], replace(ROOM, tokens=400))) == {"both": 2}
     assert counts(plan([both], replace(ROOM, items=1))) == {"both": 2}

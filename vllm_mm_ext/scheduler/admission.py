@@ -127,7 +127,8 @@ class Admission:
 
     def holds(self, request: Any) -> bool:
         """Whether a waiting request must not be let in, for one that came before it."""
-        if request.status == RequestStatus.PREEMPTED or request.num_computed_tokens:
+        resumes = request.status == RequestStatus.PREEMPTED or request.num_computed_tokens
+        if resumes or not self._keeps:
             return False
         before = self._before(Scarce.ADAPTER, request)
         if before is not None and request.lora_request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +26,13 @@ class Item:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderDemand:
+class EncoderDemand(NamedTuple):
     """A request with encoder work.
 
     Attributes:
         key: Its id.
         items: What it still needs, in the order of the prompt.
+        tokens: Encoder outputs of all of them.
         reach: End of the tokens that its prefill could get to in this step.
         running: It holds a slot.
         promoted: It has waited so long that no later request may pass it.
@@ -40,15 +41,11 @@ class EncoderDemand:
 
     key: str
     items: tuple[Item, ...]
+    tokens: int
     reach: int
     running: bool
     promoted: bool = False
     failed: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Encoder work it needs in all."""
-        return sum(item.tokens for item in self.items)
 
 
 def groups(items: Iterable[Item]) -> list[tuple[Item, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
@@ -32,13 +33,16 @@ class Need(NamedTuple):
     Attributes:
         computed: Tokens that are computed, or found in the prefix cache.
         items: Items that must be encoded before the tokens after these can be.
+        tokens: Encoder outputs of these.
     """
 
     computed: int
-    items: tuple[Item, ...]
+    items: tuple[Item, ...] = ()
+    tokens: int = 0
 
 
-class _Look(NamedTuple):
+@dataclass(slots=True)
+class _Look:
     """What was found for a waiting request, of which items, when and in which step."""
 
     need: Need
@@ -90,18 +94,15 @@ class MediaWork:
         media = self._media_of(request)
         if request.num_computed_tokens or request.status == RequestStatus.RUNNING:
             computed = int(request.num_computed_tokens)
-            return Need(computed, self._missing(request, media, computed))
+            return self._read(request, media, computed)
         look = self._looks.get(request.request_id)
         if look is None or now - look.at >= _FRESH_S or look.media is not media:
             computed = self._found(request)
-            need = Need(computed, self._missing(request, media, computed))
-            look = _Look(need, media, now, self._step)
+            look = _Look(self._read(request, media, computed), media, now, self._step)
+            self._looks[request.request_id] = look
         elif self._changed_since(look):
-            need = Need(look.need.computed, self._missing(request, media, look.need.computed))
-            look = look._replace(need=need, step=self._step)
-        else:
-            look = look._replace(step=self._step)
-        self._looks[request.request_id] = look
+            look.need = self._read(request, media, look.need.computed)
+        look.step = self._step
         return look.need
 
     def from_elsewhere(self, request: Any, start: int, end: int) -> int:
@@ -112,22 +113,23 @@ class MediaWork:
         items = media.items[bisect_right(media.ends, start) :]
         return sum(item.tokens for item in items if item.start < end and self._elsewhere(item))
 
-    def _missing(self, request: Any, media: _Media, computed: int) -> tuple[Item, ...]:
-        manager = self._scheduler.encoder_cache_manager
-        return tuple(
-            item
-            for item in media.items[bisect_right(media.ends, computed) :]
-            if item.tokens
-            and manager.get_cached_num_encoder_embeds(request, item.index) is None
-            and not self._elsewhere(item)
-        )
+    def _read(self, request: Any, media: _Media, computed: int) -> Need:
+        cached = self._scheduler.encoder_cache_manager.get_cached_num_encoder_embeds
+        items = media.items[bisect_right(media.ends, computed) :]
+        missing = [i for i in items if i.tokens and cached(request, i.index) is None]
+        if self._scheduler.ec_connector is not None:
+            missing = [item for item in missing if not self._elsewhere(item)]
+        return Need(computed, tuple(missing), sum(item.tokens for item in missing))
 
     def _changed_since(self, look: _Look) -> bool:
         steps = self._step - look.step
         if steps > _STEPS:
             return True
-        newest = range(len(self._changes) - steps, len(self._changes))
-        return any(not self._changes[step].isdisjoint(look.media.digests) for step in newest)
+        for ago in range(1, steps + 1):
+            changed = self._changes[-ago]
+            if changed and not changed.isdisjoint(look.media.digests):
+                return True
+        return False
 
     def _elsewhere(self, item: Item) -> bool:
         connector = self._scheduler.ec_connector
@@ -144,7 +146,7 @@ class MediaWork:
         if not manager.prefix_cache_lookup_enabled(request):
             return 0
         # The last token is always computed.
-        _, found, _ = manager.coordinator.find_longest_cache_hit(
+        _, found, *_ = manager.coordinator.find_longest_cache_hit(
             request.block_hashes, request.num_tokens - 1
         )
         return int(found)
@@ -153,7 +155,7 @@ class MediaWork:
         media = self._media.get(request.request_id)
         # A streaming session grows.
         if media is None or len(media.items) != len(request.mm_features):
-            media = _read(request)
+            media = _media(request)
             self._media[request.request_id] = media
         return media
 
@@ -167,7 +169,7 @@ def _prefilled_elsewhere(request: Any) -> bool:
     return bool(params and params.get("do_remote_prefill"))
 
 
-def _read(request: Any) -> _Media:
+def _media(request: Any) -> _Media:
     items, ends, reached = [], [], 0
     for index, feature in enumerate(request.mm_features):
         position = feature.mm_position

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A request that has not got its first token (or lost its place by preemption).
 
     Attributes:
@@ -29,7 +28,7 @@ class Candidate:
     resumes: bool = False
 
 
-Rank = tuple[int, float, float, float, int]
+Rank = tuple[int, int, int, int, int]
 
 
 def promotion_s(aging_s: float) -> float:
@@ -50,8 +49,13 @@ def rank(candidate: Candidate, now: float, aging_s: float) -> Rank:
     waited ``promotion_s``, every request ranked before it came before it, or was preempted. No
     request can join that set but by preemption, so it is served as soon as those before it are.
     """
-    if is_promoted(candidate, now, aging_s):
-        return (0, 0.0, 0.0, 0.0, candidate.number)
+    return rank_of(candidate, promoted=is_promoted(candidate, now, aging_s))
+
+
+def rank_of(candidate: Candidate, *, promoted: bool) -> Rank:
+    """``rank`` where it is known whether the candidate is promoted."""
+    if promoted:
+        return (0, 0, 0, 0, candidate.number)
     return (
         1,
         candidate.priority,
@@ -61,7 +65,7 @@ def rank(candidate: Candidate, now: float, aging_s: float) -> Rank:
     )
 
 
-def standing(candidate: Candidate, *, blocked: bool) -> tuple[int, int, int, int, int]:
+def standing(candidate: Candidate, *, blocked: bool) -> Rank:
     """Sort key of a candidate that holds until something about it changes.
 
     For choosing whom to look at among many, next to those that came first.

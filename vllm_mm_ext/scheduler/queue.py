@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 
+from vllm_mm_ext.scheduler.order import Rank
 from vllm_mm_ext.scheduler.ranking import Ranking
 
 # Of a longer queue than twice this, so many of the best and of the first to come are looked at in
 # each step.
 LOOKED_AT = 64
-# And so many of those never looked at, and of those not looked at for longest.
+# And so many of those never looked at, or not for longest.
 LOOKED_AROUND = 32
 
 
@@ -27,7 +28,7 @@ class Standing(NamedTuple):
         number: Order of coming.
     """
 
-    rank: tuple[Any, ...]
+    rank: Rank
     number: int
 
 
@@ -56,18 +57,14 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
         """Requests to look at now: all of a short queue.
 
         Of a long one the best so far, as their turn may come; the first to come, as none may pass
-        those that wait for too long; new ones, and some of the others, which may stand better than
-        when they were looked at.
+        those that wait for too long; new ones, or others that may stand better than when they were
+        looked at.
         """
         if len(self) <= 2 * LOOKED_AT:
             return list(self._ranks)
-        found = (
-            *self._ranks.first(LOOKED_AT),
-            *self._came.first(LOOKED_AT),
-            *islice(self._new, LOOKED_AROUND),
-            *islice(self._seen, LOOKED_AROUND),
-        )
-        return list(dict.fromkeys(found))
+        first = (*self._ranks.first(LOOKED_AT), *self._came.first(LOOKED_AT))
+        around = islice(chain(self._new, self._seen), LOOKED_AROUND)
+        return list(dict.fromkeys((*first, *around)))
 
     def looked_at(self, request: Any, standing: Standing) -> None:
         """Note where a waiting request stands now."""

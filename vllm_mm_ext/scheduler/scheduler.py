@@ -79,6 +79,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._waits_for_encoder: set[str] = set()
         self._promoted: set[str] = set()
         self._kept_slots = 0
+        self._kept_before: dict[str, int] = {}
         self._reserved_slots = min(self._settings.text_slots, int(self.max_num_active_reqs) // 4)
         self._most_kept_slots = max(1, int(self.max_num_active_reqs) // 4)
         self._admission = Admission(self, self._reader.number)
@@ -114,8 +115,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._backlog = self._reader.backlog.tokens
         limits, chunk = self._limits(decoding, turns)
         self._plan_encoder(turns, limits)
-        shown = [turn.request for turn in turns if turn.request in self.waiting]
-        with self._limited(limits, chunk), self.waiting.showing(shown):
+        with self._limited(limits, chunk), self.waiting.showing(self._shown(turns)):
             output = super().schedule(throttle_prefills)
         self._reader.media.note(output)
         if not throttle_prefills:
@@ -179,7 +179,25 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         waits = {turn.candidate.key for turn in media} - self._plan.items.keys()
         self._waits_for_encoder = waits
         self._promoted = {turn.candidate.key for turn in turns if turn.promoted}
-        self._kept_slots = 0
+
+    def _shown(self, turns: list[Turn]) -> list[Any]:
+        """Waiting requests that vLLM may let in.
+
+        For promoted ones among the others slots are kept: as many as may soon be let in together.
+        """
+        shown, kept = [], 0
+        self._kept_slots, self._kept_before = 0, {}
+        for turn in turns:
+            request, key = turn.request, turn.candidate.key
+            if request not in self.waiting:
+                continue
+            if turn.ready and key in self._waits_for_encoder:
+                kept += turn.promoted
+                self.deferred_waiting.add(request)
+            else:
+                self._kept_before[key] = kept
+                shown.append(request)
+        return shown
 
     def _cache_room(self) -> int:
         """Encoder outputs the cache can take, where its manager says so."""
@@ -250,9 +268,10 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         promoted = key in self._promoted
         waits = key in self._waits_for_encoder
         if waits or self._admission.backs_off(key, self.current_step):
-            self._kept_slots = min(self._kept_slots + promoted, self._most_kept_slots)
+            self._kept_slots += promoted
             return False
-        has_slot = promoted or self._free_slots() > self._kept_slots
+        kept = min(self._kept_slots + self._kept_before.get(key, 0), self._most_kept_slots)
+        has_slot = promoted or self._free_slots() > kept
         if not has_slot or self._admission.holds(request):
             return False
         self._tried[key] = request
@@ -277,13 +296,26 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                 shift_computed_tokens,
             )
             return found  # type: ignore[no-any-return]
-        given = self._plan.items.get(request.request_id, ())
+        # KV that has turned up since, in the prefix cache or a connector, needs no encoder outputs.
+        planned = self._plan.items.get(request.request_id, ())
+        given = tuple(item for item in planned if item.end > num_computed_tokens)
         own = sum(item.tokens for item in given)
         end = num_computed_tokens + num_new_tokens + shift_computed_tokens
-        own += self._reader.media.from_elsewhere(request, num_computed_tokens, end)
+        # vLLM wants a budget for these and takes nothing from it.
+        free = self._reader.media.from_elsewhere(request, num_computed_tokens, end)
         items, tokens, left, external, duplicates = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, own, shift_computed_tokens
+            request, num_computed_tokens, num_new_tokens, own + free, shift_computed_tokens
         )
+        left -= free
+        if left < 0 < free:
+            cut = self._unpaid(request, items, own)
+            start = request.mm_features[cut].mm_position.offset
+            tokens = min(tokens, max(0, start - num_computed_tokens - shift_computed_tokens))
+            items, external, duplicates = (
+                [index for index in indices if index < cut]
+                for indices in (items, external, duplicates)
+            )
+            left = own - sum(request.get_num_encoder_embeds(index) for index in items)
         if tokens:
             taken = {*items, *external, *duplicates}
             left = self._look_ahead(request, given, items, taken, left)
@@ -293,6 +325,15 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             self._admission.refuse(request, Scarce.OTHER)
             self.encoder_cache_manager.free(request)
         return items, tokens, encoder_compute_budget - (own - left), external, duplicates
+
+    @staticmethod
+    def _unpaid(request: Any, items: list[int], own: int) -> int:
+        """The first of the items that what the plan gives does not cover."""
+        for index in items:
+            own -= request.get_num_encoder_embeds(index)
+            if own < 0:
+                return index
+        raise ValueError("all are covered")
 
     def _look_ahead(
         self, request: Any, given: tuple[Item, ...], items: list[int], taken: set[int], left: int

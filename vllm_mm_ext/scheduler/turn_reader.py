@@ -10,9 +10,20 @@ from vllm.v1.request import RequestStatus
 from vllm_mm_ext.scheduler.admission import Admission
 from vllm_mm_ext.scheduler.backlog import Backlog
 from vllm_mm_ext.scheduler.media_work import MediaWork, Need
-from vllm_mm_ext.scheduler.order import Candidate, is_promoted, promotion_s, rank, standing
+from vllm_mm_ext.scheduler.order import Candidate, is_promoted, promotion_s, rank_of, standing
 from vllm_mm_ext.scheduler.queue import LOOKED_AT, Standing
 from vllm_mm_ext.scheduler.turns import Turn
+
+# Of text that has not begun.
+_NOTHING = Need(0)
+
+
+class _Known(NamedTuple):
+    """A turn as it was last read, and what it was read from."""
+
+    turn: Turn
+    need: Need
+    status: RequestStatus
 
 
 class Arrival(NamedTuple):
@@ -50,11 +61,13 @@ class TurnReader:
         self._plans_encoder = plans_encoder
         self._by_priority = scheduler.policy == SchedulingPolicy.PRIORITY
         self._came = 0
+        self._known: dict[str, _Known] = {}
 
     def came(self, request: Any, now: float) -> None:
         """A request has come, or a streaming session goes on, which counts as one."""
         self._came += 1
         self.arrivals[request.request_id] = Arrival(now, self._came)
+        self._known.pop(request.request_id, None)
 
     def number(self, key: str) -> int:
         """Order of coming."""
@@ -63,6 +76,7 @@ class TurnReader:
     def forget(self, key: str) -> None:
         """The request is no more."""
         self.arrivals.pop(key, None)
+        self._known.pop(key, None)
         self.media.forget(key)
         self.backlog.forget(key)
 
@@ -100,25 +114,39 @@ class TurnReader:
                 found.append(turn)
         for turn in found:
             self.backlog.set(turn.candidate.key, turn.candidate.encoder_tokens)
-        return sorted(found, key=lambda turn: rank(turn.candidate, now, self._aging_s))
+        return sorted(found, key=lambda turn: rank_of(turn.candidate, promoted=turn.promoted))
 
     def _plans(self, request: Any) -> bool:
         return self._plans_encoder and bool(request.has_encoder_inputs)
 
     def _turn(self, request: Any, admission: Admission, now: float) -> Turn:
-        scheduler, key = self._scheduler, request.request_id
-        need = Need(request.num_computed_tokens, ())
+        key, status = request.request_id, request.status
         if self._plans(request):
             need = self.media.need(request, now)
-        left = max(0, request.num_tokens - need.computed)
-        candidate = self._candidate(request, sum(item.tokens for item in need.items), left)
-        blocked = scheduler._is_blocked_waiting_status(request.status)
-        passed_over = request.status != RequestStatus.RUNNING and (
-            admission.backs_off(key, scheduler.current_step + 1) or admission.holds(request)
+        else:
+            computed = request.num_computed_tokens
+            need = Need(computed) if computed else _NOTHING
+        known = self._known.get(key)
+        if known is None or known.need is not need or known.status is not status:
+            turn = self._described(request, need)
+        else:
+            turn = known.turn
+        ready = status == RequestStatus.RUNNING or not (
+            self._scheduler._is_blocked_waiting_status(status)
+            or admission.backs_off(key, self._scheduler.current_step + 1)
+            or admission.holds(request)
         )
-        ready = not blocked and not passed_over
-        promoted = is_promoted(candidate, now, self._aging_s)
-        return Turn(request, candidate, need.computed, left, need.items, ready, promoted)
+        promoted = is_promoted(turn.candidate, now, self._aging_s)
+        if turn.ready != ready or turn.promoted != promoted:
+            turn = turn._replace(ready=ready, promoted=promoted)
+        if known is None or turn is not known.turn:
+            self._known[key] = _Known(turn, need, status)
+        return turn
+
+    def _described(self, request: Any, need: Need) -> Turn:
+        left = max(0, request.num_tokens - need.computed)
+        candidate = self._candidate(request, need.tokens, left)
+        return Turn(request, candidate, need.computed, left, need.items, ready=True, promoted=False)
 
     def _candidate(self, request: Any, encoder_tokens: int, left: int) -> Candidate:
         key = request.request_id

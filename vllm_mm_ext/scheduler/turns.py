@@ -61,6 +61,7 @@ def demands(
         EncoderDemand(
             turn.candidate.key,
             turn.items,
+            turn.candidate.encoder_tokens,
             turn.computed + reach,
             running=turn.request.status == RequestStatus.RUNNING,
             promoted=turn.promoted,
