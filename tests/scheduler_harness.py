@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from vllm.config import ECTransferConfig, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
@@ -82,9 +83,14 @@ def make_scheduler(
     asynchronous: bool = False,
     policy: str = "fcfs",
     settings: dict[str, Any] | None = None,
+    kv_transfer: KVTransferConfig | None = None,
+    ec_transfer: ECTransferConfig | None = None,
 ) -> Any:
     """A scheduler of vLLM's, or the plugin's, over a KV cache of so many blocks."""
     config = copy.deepcopy(_config())
+    config.kv_transfer_config = kv_transfer
+    config.ec_transfer_config = ec_transfer
+    config.scheduler_config.disable_hybrid_kv_cache_manager = kv_transfer is not None
     config.scheduler_config.max_num_seqs = slots
     config.scheduler_config.max_num_batched_tokens = max_tokens
     config.scheduler_config.async_scheduling = asynchronous

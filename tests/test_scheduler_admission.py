@@ -11,6 +11,8 @@ import pytest
 from scheduler_harness import Costs, Play, make_scheduler, request
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_mm_ext.scheduler.queue import LOOKED_AT
+
 AGING_S = 30.0
 BLOCKS = 1024
 
@@ -117,26 +119,28 @@ def test_the_credit_is_for_the_item_that_is_encoded_first() -> None:
 
 
 @pytest.mark.parametrize(("slots", "bound_s"), [(4, 20.0), (16, 8.0)])
-def test_text_is_answered_soon_all_through_an_hour_of_encoder_overload(
+def test_text_is_answered_soon_all_through_an_overload_of_encoder_work(
     slots: int, bound_s: float
 ) -> None:
     costs = Costs(step_s=0.5, prefill_s=400e-6, encoder_s=4e-3)
     settings = {"target_itl_ms": 3000.0, "aging_s": AGING_S}
     play = Play(make_scheduler(slots=slots, blocks=65536, settings=settings), costs)
     play.add(request("decodes", answer=30_000))
-    hour = 3600.0
-    # An item takes 2 s, so a video takes 20 s: twice as many come as can be served.
-    coming = [(10.0 * n, request(f"v{n}", items=[512] * 10)) for n in range(int(hour / 10))]
-    coming += [(37.0 * n, request(f"t{n}")) for n in range(int(hour / 37))]
-    play.play(coming, until=hour)
+    end = 1200.0
+    # An item takes 2 s, so a video takes 20 s: four times as many come as can be served, and more
+    # wait at the end than a step looks at.
+    coming = [(5.0 * n, request(f"v{n}", items=[512] * 10)) for n in range(int(end / 5))]
+    coming += [(17.0 * n, request(f"t{n}")) for n in range(int(end / 17))]
+    play.play(coming, until=end)
+    assert len(play.scheduler.waiting) > 2 * LOOKED_AT
     waits = [
         timing.wait
         for name, timing in play.timings.items()
-        if name.startswith("t") and timing.came < hour - 60
+        if name.startswith("t") and timing.came < end - 60
     ]
     # A step that encodes takes 3 s. With few slots one must become free.
     assert max(waits) < bound_s
-    assert sum(bool(one.tokens) for key, one in play.timings.items() if key[0] == "v") > 100
+    assert sum(bool(one.tokens) for key, one in play.timings.items() if key[0] == "v") > 35
 
 
 def test_nothing_is_remembered_of_requests_that_ended() -> None:

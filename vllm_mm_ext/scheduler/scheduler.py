@@ -92,6 +92,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _say_what_is_off(self) -> None:
         if self.is_encoder_decoder:
             logger.warning("mm_ext: encoder work of encoder-decoder models is left to vLLM")
+        if self.connector is not None:
+            logger.warning(
+                "mm_ext: requests with media whose KV a connector has wait for their turn at the "
+                "encoder before it is asked, unless their kv_transfer_params say do_remote_prefill"
+            )
         if not self._limits_prefill:
             logger.warning(
                 "mm_ext: prefill is not limited while something decodes: chunked prefill is off, "

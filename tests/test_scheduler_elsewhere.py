@@ -1,0 +1,161 @@
+"""KV and encoder outputs that come from elsewhere, behind vLLM's connector interfaces."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scheduler_harness import Play, make_scheduler, request
+from vllm.config import ECTransferConfig, KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+)
+from vllm.v1.request import Request, RequestStatus
+
+VIDEO = [512] * 6
+
+
+class Prefilled(KVConnectorBase_V1):  # type: ignore[misc]
+    """The scheduler's side of a decode node: another node has computed whole prompts.
+
+    Like vLLM's own: asks what the request's parameters say, and takes the mark away once it loads.
+    """
+
+    def get_num_new_matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
+        params = request.kv_transfer_params or {}
+        if not params.get("do_remote_prefill"):
+            return params.get("found", 0), False
+        return request.num_prompt_tokens - computed, True
+
+    def update_state_after_alloc(self, request: Request, _blocks: Any, external: int) -> None:
+        if external and request.kv_transfer_params:
+            request.kv_transfer_params["do_remote_prefill"] = False
+
+    def build_connector_meta(self, _output: Any) -> KVConnectorMetadata:
+        return KVConnectorMetadata()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        raise NotImplementedError
+
+    def save_kv_layer(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def wait_for_save(self) -> None:
+        raise NotImplementedError
+
+
+def decode_node(**kwargs: Any) -> Play:
+    transfer = KVTransferConfig(
+        kv_connector="Prefilled",
+        kv_connector_module_path=__name__,
+        kv_role="kv_consumer",
+    )
+    return Play(make_scheduler(kv_transfer=transfer, **kwargs))
+
+
+def prefilled(name: str, **params: Any) -> Request:
+    one = request(name, items=VIDEO, answer=4)
+    one.kv_transfer_params = params
+    return one
+
+
+def encoded(play: Play) -> set[str]:
+    return {name for output in play.steps for name in output.scheduled_encoder_inputs}
+
+
+def test_a_request_prefilled_on_another_node_waits_for_no_encoder_work() -> None:
+    play = decode_node(slots=8)
+    play.add(*[prefilled(f"here{number}") for number in range(6)])
+    play.step()
+    play.add(prefilled("there", do_remote_prefill=True))
+    play.step()
+    there = play.scheduler.requests["there"]
+    assert there.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    play.scheduler.finished_recving_kv_req_ids.add("there")
+    play.step()
+    assert play.timings["there"].tokens
+    play.run()
+    assert encoded(play) == {f"here{number}" for number in range(6)}
+    assert all(len(one.tokens) == 4 for one in play.timings.values())
+
+
+def test_where_the_transfer_fails_the_request_is_computed_here() -> None:
+    play = decode_node()
+    play.add(prefilled("there", do_remote_prefill=True))
+    play.step()
+    there = play.scheduler.requests["there"]
+    # What vLLM does with a load that brought nothing.
+    there.num_computed_tokens = 0
+    play.scheduler.failed_recving_kv_req_ids.add("there")
+    play.scheduler.finished_recving_kv_req_ids.add("there")
+    play.run()
+    assert encoded(play) == {"there"}
+    assert len(play.timings["there"].tokens) == 4
+
+
+def test_items_whose_kv_a_connector_finds_are_not_encoded() -> None:
+    """It is found when vLLM lets the request in, which is after the plan was made."""
+    play = decode_node(encoder_tokens=8192)
+    play.add(prefilled("half", found=32 + 3 * 512))
+    play.run()
+    indices = [
+        index
+        for output in play.steps
+        for one in output.scheduled_encoder_inputs.values()
+        for index in one
+    ]
+    assert indices == [3, 4, 5]
+    assert len(play.timings["half"].tokens) == 4
+
+
+def test_at_start_up_it_is_told_whom_a_connector_makes_wait(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "vllm.mm_ext"):
+        decode_node()
+    assert "do_remote_prefill" in caplog.text
+
+
+@pytest.fixture
+def encoder_node(tmp_path: Path) -> tuple[Play, Path]:
+    transfer = ECTransferConfig(
+        ec_connector="ECExampleConnector",
+        ec_role="ec_consumer",
+        ec_connector_extra_config={"shared_storage_path": str(tmp_path)},
+    )
+    settings = {"encoder_tokens_decoding": 100}
+    return (
+        Play(make_scheduler(ec_transfer=transfer, encoder_tokens=8192, settings=settings)),
+        tmp_path,
+    )
+
+
+def there(folder: Path, *digests: str) -> None:
+    for digest in digests:
+        (folder / digest).mkdir()
+        (folder / digest / "encoder_cache.safetensors").touch()
+
+
+@pytest.mark.parametrize("elsewhere", [(0,), (1,), (0, 3), (2, 5), (1, 4, 5), (3, 4, 5)])
+def test_what_another_node_has_encoded_pays_for_nothing_else(
+    encoder_node: tuple[Play, Path], elsewhere: tuple[int, ...]
+) -> None:
+    play, folder = encoder_node
+    there(folder, *[f"video#video{index}" for index in elsewhere])
+    play.add(request("decodes", answer=200))
+    play.step()
+    play.add(request("video", items=VIDEO, answer=4))
+    while not play.timings["video"].tokens:
+        output = play.step()
+        spent = sum(VIDEO[index] for index in output.scheduled_encoder_inputs.get("video", ()))
+        assert spent <= play.scheduler._plan.tokens
+    found = [i for output in play.steps for i in output.scheduled_encoder_inputs.get("video", ())]
+    assert found == [index for index in range(6) if index not in elsewhere]
+    # An item is saved for in six steps.
+    assert len(play.steps) >= 5 * len(found)
