@@ -16,7 +16,12 @@ from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
 from vllm_mm_ext.testing.server import Server, serve, serve_both
 
 # Files with the most engines; two files run at a time, so the longest begin.
-LONGEST = ("test_segments_engine.py", "test_golden_stock.py", "test_per_frame_engine.py")
+LONGEST = (
+    "test_segments_engine.py",
+    "test_golden_stock.py",
+    "test_composer_engine.py",
+    "test_per_frame_engine.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -37,7 +37,7 @@ def build_composer(path: Path, seed: int, sizes: Sizes) -> None:
             num_key_value_heads=sizes.kv_heads,
             head_dim=sizes.head_dim,
             max_position_embeddings=sizes.max_position,
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
         ),
         vision_config=SiglipVisionConfig(
             hidden_size=128,
