@@ -32,6 +32,8 @@ SCHEDULER_NAMES = (
     VllmName(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled", ("request",)
     ),
+    VllmName("vllm.v1.core.sched.output:SchedulerOutput", ("free_encoder_mm_hashes",)),
+    VllmName("vllm.v1.request:Request.has_encoder_inputs"),
     VllmName(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
         ("block_hashes", "max_cache_hit_length"),
@@ -68,4 +70,18 @@ SCHEDULER_ATTRIBUTES = (
     "running",
     "scheduler_config",
     "waiting",
+)
+
+# What vLLM asks of a waiting queue.
+QUEUE_METHODS = (
+    "__bool__",
+    "__iter__",
+    "__len__",
+    "add_request",
+    "peek_request",
+    "pop_request",
+    "prepend_request",
+    "prepend_requests",
+    "remove_request",
+    "remove_requests",
 )

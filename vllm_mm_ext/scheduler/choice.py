@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from vllm_mm_ext.vllm_compat import IncompatibleError
-from vllm_mm_ext.vllm_names_scheduler import SCHEDULER_ATTRIBUTES, SCHEDULER_NAMES
+from vllm_mm_ext.vllm_names_scheduler import QUEUE_METHODS, SCHEDULER_ATTRIBUTES, SCHEDULER_NAMES
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -31,13 +31,19 @@ def scheduler_class() -> Any:
 
 
 def _check_attributes() -> None:
-    """Raise unless vLLM's scheduler still sets the attributes that are read and set here."""
+    """Raise unless vLLM's classes still have, and want, what is read, set and made here."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.request_queue import RequestQueue
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    known = inspect.unwrap(Scheduler.__init__).__code__.co_names
-    missing = [name for name in SCHEDULER_ATTRIBUTES if name not in known]
-    if missing:
-        raise IncompatibleError(f"vLLM's Scheduler no longer has {', '.join(missing)}")
+    for owner, names in ((Scheduler, SCHEDULER_ATTRIBUTES), (KVCacheManager, ("coordinator",))):
+        known = inspect.unwrap(owner.__init__).__code__.co_names
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise IncompatibleError(f"vLLM's {owner.__name__} no longer has {', '.join(missing)}")
+    unknown = RequestQueue.__abstractmethods__ - set(QUEUE_METHODS)
+    if unknown:
+        raise IncompatibleError(f"vLLM's queues have {', '.join(sorted(unknown))} now")
 
 
 def stock_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
