@@ -1,0 +1,113 @@
+"""First stage of training: the encoders learn to name what single frames and moments hold.
+
+A text model that starts from nothing learns to ask its media only once the media tell something
+apart. The heads of this stage are thrown away; serving weights start from the towers it leaves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from vllm_mm_ext.models.composer.configuration import SAMPLE_RATE, STATES_PER_SECOND
+from vllm_mm_ext.models.composer.reference import ComposerForConditionalGeneration, audio_states
+from vllm_mm_ext.processing.composer_features import mel_windows, pixel_values
+from vllm_mm_ext.training.augment import augmented_frames, augmented_sound
+from vllm_mm_ext.training.clips import COLOURS, GLIDES, PITCHES, SHAPES, Clip, draw_clip
+from vllm_mm_ext.training.perception import UNKNOWN, sound_label
+from vllm_mm_ext.training.render import position, render_frames, render_sound
+
+# Clips of a step, frames of each, and clips whose sound is heard.
+_CLIPS, _FRAMES, _SOUNDS, _SOUND_S = 48, 4, 12, 10
+_COLOURS = list(COLOURS)
+
+
+class TowerHeads(nn.Module):  # type: ignore[misc]
+    """Classifiers over a frame's mean patch and over a token's mean encoder frame."""
+
+    def __init__(self, vision: int, audio: int) -> None:
+        super().__init__()
+        self.frame = nn.Linear(vision, len(SHAPES) + 2 * len(_COLOURS) + 1 + 2)
+        self.sound = nn.Linear(audio, 2 + len(PITCHES) + len(GLIDES))
+
+
+def tower_loss(
+    model: ComposerForConditionalGeneration, heads: TowerHeads, seed: int, step: int
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of one step and the share of right answers of each head.
+
+    Args:
+        model: Only its towers are used.
+        heads: Classifiers.
+        seed, step: Decide the clips.
+    """
+    rng = np.random.default_rng((seed, 1, step))
+    first = (seed * 1_000_003 + step) * _CLIPS
+    clips = [draw_clip(first + i, int(rng.integers(4, 16))) for i in range(_CLIPS)]
+    frame_loss, shares = _frame_loss(model, heads, clips, rng)
+    sounds = [draw_clip(first + i, _SOUND_S) for i in range(_SOUNDS)]
+    sound_loss, more = _sound_loss(model, heads, sounds, rng)
+    return frame_loss + sound_loss, shares | more
+
+
+def _frame_loss(
+    model: ComposerForConditionalGeneration,
+    heads: TowerHeads,
+    clips: list[Clip],
+    rng: np.random.Generator,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    size = int(model.config.vision_config.image_size)
+    pictures, labels, places = [], [], []
+    for clip in clips:
+        seconds = rng.uniform(0, clip.duration, _FRAMES)
+        for index, flash in enumerate(clip.flashes[: _FRAMES // 2]):
+            seconds[index] = (flash.start + flash.end) / 2
+        pictures.append(augmented_frames(render_frames(clip, seconds.tolist(), size), rng))
+        for second in seconds:
+            scene, flash_on = clip.scene_at(second), clip.flash_at(second)
+            flash_label = _COLOURS.index(flash_on.colour) if flash_on else len(_COLOURS)
+            labels.append((SHAPES.index(scene.shape), _COLOURS.index(scene.colour), flash_label))
+            places.append(position(scene, second))
+    states = model.vision_tower(pixel_values(np.concatenate(pictures))).last_hidden_state
+    out = heads.frame(states.mean(dim=1))
+    sizes = (len(SHAPES), len(_COLOURS), len(_COLOURS) + 1, 2)
+    shape, colour, flash_out, place = out.split(sizes, -1)
+    target = torch.tensor(labels)
+    loss = F.mse_loss(place, torch.tensor(places, dtype=torch.float32)) * 10
+    shares = {}
+    for index, (name, logits) in enumerate(
+        (("shape", shape), ("colour", colour), ("flash", flash_out))
+    ):
+        loss = loss + F.cross_entropy(logits, target[:, index])
+        shares[name] = float((logits.argmax(-1) == target[:, index]).float().mean())
+    return loss, shares
+
+
+def _sound_loss(
+    model: ComposerForConditionalGeneration,
+    heads: TowerHeads,
+    clips: list[Clip],
+    rng: np.random.Generator,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    features, lengths, labels = [], [], []
+    stack = model.config.audio_stack
+    token_s = stack / STATES_PER_SECOND
+    for clip in clips:
+        samples = augmented_sound(render_sound(clip, 0, clip.duration, SAMPLE_RATE), rng)
+        features += mel_windows(model.config, samples)
+        lengths += model.config.audio_states(len(samples))
+        for index in range(lengths[-1] // stack):
+            labels.append(sound_label(clip, index * token_s, (index + 1) * token_s))
+    states = torch.stack(audio_states(model.audio_tower, features, lengths))
+    tokens = states.unflatten(1, (-1, stack)).mean(dim=2).flatten(0, 1)
+    parts = heads.sound(tokens).split((2, len(PITCHES), len(GLIDES)), -1)
+    target = torch.tensor(labels)
+    loss = torch.zeros(())
+    shares = {}
+    for index, (name, logits) in enumerate(zip(("tone", "pitch", "glide"), parts, strict=True)):
+        known = target[:, index] != UNKNOWN
+        loss = loss + F.cross_entropy(logits[known], target[known, index])
+        shares[name] = float((logits[known].argmax(-1) == target[known, index]).float().mean())
+    return loss, shares
