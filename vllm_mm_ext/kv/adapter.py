@@ -54,8 +54,15 @@ def _with_pool(original: Callable[..., Any]) -> Callable[..., Any]:
         if hisparse or not settings.enabled:
             original(self, vllm_config, kv_cache_config, *args, **kwargs)
             return
-        hidden_size = vllm_config.model_config.get_hidden_size()
-        with pools_of(pool_factory(settings, kv_cache_config, hidden_size)):
+        model = vllm_config.model_config
+        factory = pool_factory(
+            settings,
+            kv_cache_config,
+            model.get_hidden_size(),
+            # Only the composer has sound inside its video items.
+            getattr(model.hf_config, "audio_pad_token_id", None),
+        )
+        with pools_of(factory):
             original(self, vllm_config, kv_cache_config, *args, **kwargs)
 
     return init
@@ -75,7 +82,7 @@ def pools_of(factory: Callable[..., Any]) -> Iterator[None]:
 
 
 def pool_factory(
-    settings: KVSettings, kv_cache_config: Any, hidden_size: int
+    settings: KVSettings, kv_cache_config: Any, hidden_size: int, audio_token: int | None = None
 ) -> Callable[..., Any]:
     """What builds a block pool with these settings.
 
@@ -83,6 +90,7 @@ def pool_factory(
         settings: The section ``kv``.
         kv_cache_config: vLLM's ``KVCacheConfig``.
         hidden_size: Of the language model.
+        audio_token: What stands for sound inside a video item, if the model has that.
     """
     from vllm_mm_ext.kv.block_pool import Limits, MMExtBlockPool
     from vllm_mm_ext.kv.sessions import Sessions
@@ -102,7 +110,8 @@ def pool_factory(
         hidden_size=hidden_size,
         block_bytes=block_bytes,
     )
-    return partial(MMExtBlockPool, limits=limits, sessions=Sessions(settings.session_ttl_s))
+    sessions = Sessions(settings.session_ttl_s)
+    return partial(MMExtBlockPool, limits=limits, sessions=sessions, audio_token=audio_token)
 
 
 def _noting_hits(original: Callable[..., Any]) -> Callable[..., Any]:

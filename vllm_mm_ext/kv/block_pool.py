@@ -47,9 +47,17 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         args, kwargs: As vLLM's.
         limits: How much may be kept.
         sessions: Conversations whose media go last.
+        audio_token: What stands for sound inside a video item, if the model has that.
     """
 
-    def __init__(self, *args: Any, limits: Limits, sessions: Sessions, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        limits: Limits,
+        sessions: Sessions,
+        audio_token: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.limits = limits
         self.sessions = sessions
@@ -65,6 +73,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             sessions,
             self.hash_block_size,
             limits.hidden_size,
+            audio_token,
         )
 
     def true_pressure(self) -> float:

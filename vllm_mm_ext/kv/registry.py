@@ -47,6 +47,7 @@ class CachedItem:
         before: The same for the text between its parent and itself; other items may share them.
         reached: By KV cache group, the index in a request of the block after the last of these.
         tokens: Prompt tokens of ``blocks`` and ``before`` in the first KV cache group.
+        modalities: Those tokens by what they stand for: `video`, `audio`, `text`...
         cost: What computing those again takes, in prefills of one token at the start of a prompt.
         hits: Requests that found it.
         last_use_s: When a request last used it.
@@ -64,6 +65,7 @@ class CachedItem:
     before: list[int] = field(default_factory=list)
     reached: dict[int, int] = field(default_factory=dict)
     tokens: int = 0
+    modalities: dict[str, float] = field(default_factory=dict)
     cost: float = 0.0
     hits: int = 0
     last_use_s: float = 0.0
@@ -92,6 +94,8 @@ class CachedMedia:
         blocks: KV blocks.
         bytes: Their size.
         tokens: Prompt tokens they hold.
+        modalities: Those tokens by what they stand for: a video with its sound has `video`,
+            `audio` and the `text` of its markers and of what stands before it.
         hits: Requests that found it.
         last_use_s: When one last used it, on the pool's clock.
         cost: What computing it again takes, in prefills of one token.
@@ -104,6 +108,7 @@ class CachedMedia:
     blocks: int
     bytes: int
     tokens: int
+    modalities: dict[str, int]
     hits: int
     last_use_s: float
     cost: float
@@ -219,6 +224,7 @@ def merge(
             blocks=sum(item.size for item in group),
             bytes=sum(item.size for item in group) * block_bytes,
             tokens=sum(item.tokens for item in group),
+            modalities=_added(item.modalities for item in group),
             hits=sum(item.hits for item in group),
             last_use_s=max(item.last_use_s for item in group),
             cost=sum(item.cost for item in group),
@@ -227,3 +233,11 @@ def merge(
         for identifier, group in groups.items()
     ]
     return sorted(made, key=lambda media: -media.last_use_s)
+
+
+def _added(counts: Iterable[dict[str, float]]) -> dict[str, int]:
+    total: dict[str, float] = {}
+    for own in counts:
+        for name, count in own.items():
+            total[name] = total.get(name, 0.0) + count
+    return {name: round(count) for name, count in total.items()}

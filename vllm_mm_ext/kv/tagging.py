@@ -9,6 +9,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_mm_ext.kv.free_queue import KeepingQueue
+from vllm_mm_ext.kv.modalities import ModalityMap
 from vllm_mm_ext.kv.placement import Placement
 from vllm_mm_ext.kv.registry import (
     ENCODE_COST,
@@ -51,6 +52,7 @@ class Tagger:
         sessions: Told which session uses which item.
         hash_block_size: Tokens per block hash.
         hidden_size: Of the language model.
+        audio_token: What stands for sound inside a video item, if the model has that.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Tagger:
         sessions: Sessions,
         hash_block_size: int,
         hidden_size: int,
+        audio_token: int | None = None,
     ) -> None:
         self._queue = queue
         self._registry = registry
@@ -68,6 +71,7 @@ class Tagger:
         self._sessions = sessions
         self._hash_block_size = hash_block_size
         self._hidden_size = hidden_size
+        self._audio_token = audio_token
 
     def tag(self, prefix: Prefix, indices: range) -> None:
         """Keep what belongs to an item.
@@ -172,8 +176,20 @@ class Tagger:
         if prefix.group == 0 and blocks:
             size = prefix.block_size
             item.tokens += blocks * size
+            self._count_modalities(item, prefix, indices, blocks)
             prefill = prefill_cost(indices.start * size, indices.stop * size, self._hidden_size)
             item.cost += prefill * blocks / len(indices) + encode * blocks * size
+
+    def _count_modalities(
+        self, item: CachedItem, prefix: Prefix, indices: range, blocks: int
+    ) -> None:
+        """Add the positions of blocks by modality; where some are not kept, their share."""
+        request, size = prefix.request, prefix.block_size
+        modalities = ModalityMap(request.mm_features, request.prompt_token_ids, self._audio_token)
+        counted = modalities.counts(range(indices.start * size, indices.stop * size))
+        for name, count in counted.items():
+            before = item.modalities.get(name, 0.0)
+            item.modalities[name] = before + count * blocks / len(indices)
 
 
 def _cached(prefix: Prefix, indices: range) -> list[int]:
