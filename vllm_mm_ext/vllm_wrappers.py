@@ -259,12 +259,13 @@ def after_cache_lookup(seen: Callable[[Mapping[str, list[bool]]], None]) -> None
 
 
 def around_preprocessing(
-    before: Callable[[], Any], after: Callable[[Any, Mapping[str, list[Span]], int], None]
+    before: Callable[[], Any],
+    after: Callable[[Any, Mapping[str, list[Span]], Sequence[int]], None],
 ) -> None:
     """Observe the step that turns media into model inputs.
 
-    ``before()`` runs first and its result comes back to ``after(token, spans, prompt_tokens)``,
-    with the mm items of each modality in their order and the prompt's length in tokens.
+    ``before()`` runs first and its result comes back to ``after(token, spans, prompt)``, with the
+    mm items of each modality in their order and the prompt's token ids.
     """
     from vllm.renderers.base import BaseRenderer
 
@@ -278,7 +279,7 @@ def around_preprocessing(
                 ]
                 for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
             }
-            after(token, spans, len(engine_input.get("prompt_token_ids") or ()))
+            after(token, spans, engine_input.get("prompt_token_ids") or ())
             return engine_input
 
         return process_for_engine_async

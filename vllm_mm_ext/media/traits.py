@@ -17,6 +17,8 @@ class ModelTraits:
         frame_multiple: Frame counts are rounded down to this (temporal patch size).
         audio_rate: Sampling rate in Hz the model takes; None keeps a stream's own rate.
         hears_video: The model's processor takes the sound of a video along with its frames.
+        sound_token: What stands in the prompt for sound inside a video item; None where sound has
+            items of its own.
         default_reduction: What the checkpoint declares for requests that name none; None: nothing.
         trained: The reductions it was trained for; None where any can be used.
     """
@@ -25,5 +27,6 @@ class ModelTraits:
     frame_multiple: int = 1
     audio_rate: int | None = 16_000
     hears_video: bool = False
+    sound_token: int | None = None
     default_reduction: Reduction | None = None
     trained: TrainedReductions | None = None

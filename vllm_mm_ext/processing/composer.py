@@ -14,36 +14,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from transformers import BatchFeature
-from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import (
     AudioProcessorItems,
     MultiModalDataItems,
-    MultiModalDataParser,
     VideoProcessorItems,
 )
 from vllm.multimodal.processing import (
-    BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
-    BaseProcessingInfo,
     PromptReplacement,
     PromptUpdateDetails,
 )
 
-from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
 from vllm_mm_ext.models.composer.configuration import SAMPLE_RATE, SPECIAL_TOKENS, ComposerConfig
 from vllm_mm_ext.options import Reduction, TrainedReductions
 from vllm_mm_ext.processing.composer_audio import AUDIO_FIELDS, SoundPiece, fields_of
 from vllm_mm_ext.processing.composer_features import pixel_values
+from vllm_mm_ext.processing.composer_info import ComposerProcessingInfo, default_reduction_of
 from vllm_mm_ext.processing.composer_layout import (
     audio_layout,
     group_starts,
     interleaved,
     run_tokens,
 )
-from vllm_mm_ext.processing.composer_processor import ComposerProcessor
 from vllm_mm_ext.processing.fields import KINDS, token_kinds
 from vllm_mm_ext.processing.segment_processor import SegmentProcessor, part_of
 from vllm_mm_ext.processing.segments import (
@@ -60,83 +55,6 @@ from vllm_mm_ext.processing.token_counts import TokenCount
 MICROSECONDS = 1_000_000
 # Client-named sounds whose windows are remembered, for requests that send the name alone.
 _MAX_NAMES = 4096
-
-
-class ComposerProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
-    """What vLLM wants to know before there is any media."""
-
-    def get_hf_config(self) -> ComposerConfig:
-        """Of the checkpoint."""
-        config: ComposerConfig = self.ctx.get_hf_config(ComposerConfig)
-        return config
-
-    def get_hf_processor(self, **kwargs: object) -> ComposerProcessor:
-        """Of the checkpoint."""
-        processor: ComposerProcessor = self.ctx.get_hf_processor(ComposerProcessor, **kwargs)
-        return processor
-
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of videos, and of sounds where there is an audio tower."""
-        hears = self.get_hf_config().audio_config is not None
-        return {"video": None, "audio": None} if hears else {"video": None}
-
-    def get_data_parser(self) -> MultiModalDataParser:
-        """Sound is mono at 16 kHz."""
-        return MultiModalDataParser(
-            target_sr=SAMPLE_RATE,
-            target_channels=1,
-            expected_hidden_size=self._get_expected_hidden_size(),
-        )
-
-    def get_mm_max_tokens_per_item(
-        self, seq_len: int, mm_counts: Mapping[str, int]
-    ) -> Mapping[str, int]:
-        """Embeddings of the largest segment, and of one window of sound."""
-        config = self.get_hf_config()
-        window = 0
-        if config.audio_config is not None:
-            window = config.audio_tokens(config.window_samples)[0]
-        target = vllm_compat.settings_of(self.ctx.model_config).segments.tokens
-        video = max(target, window, config.frame_tokens(1)) if target else seq_len
-        return {"video": min(seq_len, video), "audio": window} if window else {"video": video}
-
-
-class ComposerDummyInputsBuilder(BaseDummyInputsBuilder[ComposerProcessingInfo]):  # type: ignore[misc]
-    """Media that vLLM profiles memory with."""
-
-    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """A placeholder per item."""
-        return "".join(
-            SPECIAL_TOKENS[f"{modality}_pad_token_id"] * mm_counts.get(modality, 0)
-            for modality in ("video", "audio")
-        )
-
-    def get_dummy_mm_data(
-        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
-    ) -> Any:
-        """The largest segment at the default reduction, and a full window of sound."""
-        config = self.info.get_hf_config()
-        settings = vllm_compat.settings_of(self.info.ctx.model_config)
-        reduction = settings.compression.default_reduction(_default_of(config))
-        side, unit = int(config.vision_config.image_size), reduction.temporal
-        group = reduction.count(unit, config.side, config.side)
-        groups = max(1, min(settings.segments.tokens or seq_len, seq_len) // group)
-        made: dict[str, Any] = {
-            "video": self._get_dummy_videos(
-                width=side,
-                height=side,
-                num_frames=groups * unit,
-                num_videos=mm_counts.get("video", 0),
-                overrides=mm_options.get("video"),
-            )
-        }
-        if audios := mm_counts.get("audio", 0):
-            made["audio"] = self._get_dummy_audios(
-                length=config.window_samples,
-                num_audios=audios,
-                overrides=mm_options.get("audio"),
-            )
-        return made
 
 
 class _WithoutSegments(BaseMultiModalProcessor[ComposerProcessingInfo]):  # type: ignore[misc]
@@ -196,7 +114,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
     def __init__(self, info: ComposerProcessingInfo, *args: Any, **kwargs: Any) -> None:
         config = info.get_hf_config()
         self.trained = TrainedReductions(config.pairs)
-        self.checkpoint_reduction = _default_of(config)
+        self.checkpoint_reduction = default_reduction_of(config)
         super().__init__(info, *args, **kwargs)
         self._named_sounds: OrderedDict[str, list[str]] = OrderedDict()
         if not self.trained.allow(self.default_reduction):
@@ -213,6 +131,11 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
     def video_token_id(self) -> int:
         """``<|video_pad|>``."""
         return self.config.video_pad_token_id
+
+    @property
+    def sound_token_id(self) -> int:
+        """``<|audio_pad|>``, which stands for sound inside a video item as well."""
+        return self.config.audio_pad_token_id
 
     @property
     def hears_video(self) -> bool:
@@ -407,10 +330,6 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         while len(self._named_sounds) > _MAX_NAMES:
             self._named_sounds.popitem(last=False)
         return [*windows], [*named]
-
-
-def _default_of(config: ComposerConfig) -> Reduction:
-    return Reduction(**(config.default_reduction or {}))
 
 
 def _seconds(shape: VideoShape, fps: float) -> npt.NDArray[np.float64]:

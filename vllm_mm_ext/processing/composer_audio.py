@@ -34,7 +34,9 @@ class SoundPiece(Waveform):
         begin, end = (number * config.window_samples for number in (windows.start, windows.stop))
         own = np.ascontiguousarray(np.asarray(samples, np.float32)[begin:end])
         hasher = blake3(f"composer-sound|{windows.start}|".encode())
-        self = cls(own, digest=str(hasher.update(own.view(np.uint8)).hexdigest()), rate=SAMPLE_RATE)
+        self = cls(
+            own, digest=str(hasher.update(own.view(np.uint8).data).hexdigest()), rate=SAMPLE_RATE
+        )
         self.first = windows.start
         return self
 

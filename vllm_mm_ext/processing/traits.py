@@ -33,6 +33,7 @@ def read_traits(mm_processor: Any) -> ModelTraits:
             frame_multiple=int(getattr(video_processor, "temporal_patch_size", 1) or 1),
             audio_rate=vllm_compat.audio_resampler_rate(mm_processor),
             hears_video=bool(getattr(mm_processor, "hears_video", False)),
+            sound_token=getattr(mm_processor, "sound_token_id", None),
             default_reduction=getattr(mm_processor, "checkpoint_reduction", None),
             trained=getattr(mm_processor, "trained", None),
         )

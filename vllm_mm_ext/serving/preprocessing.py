@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+from vllm_mm_ext.runtime import current_runtime
 from vllm_mm_ext.trace import current_trace
 from vllm_mm_ext.vllm_wrappers import Span
 
@@ -14,19 +15,31 @@ def started() -> float:
     return time.perf_counter()
 
 
-def finished(start: float, spans: Mapping[str, Sequence[Span]], prompt_tokens: int) -> None:
+def finished(start: float, spans: Mapping[str, Sequence[Span]], prompt: Sequence[int]) -> None:
     """Record how long preprocessing took and what it made.
 
     Args:
         start: What ``started`` returned.
         spans: mm items per modality, in the order of the prompt.
-        prompt_tokens: Length of the whole prompt in tokens.
+        prompt: Token ids of the whole prompt.
     """
     if trace := current_trace():
         trace.add_stages({"preprocess": time.perf_counter() - start})
         embeddings = {m: sum(span.embeddings for span in found) for m, found in spans.items()}
-        trace.set_tokens(embeddings, prompt_tokens)
+        heard = _heard_in_videos(spans.get("video", ()), prompt)
+        if heard:
+            embeddings["video"] -= heard
+            embeddings["audio"] = embeddings.get("audio", 0) + heard
+        trace.set_tokens(embeddings, len(prompt))
         trace.set_items({m: [(s.start, s.end) for s in found] for m, found in spans.items()})
+
+
+def _heard_in_videos(videos: Sequence[Span], prompt: Sequence[int]) -> int:
+    """Embeddings of sound inside video items, which only some models have there."""
+    token = current_runtime().frontend.traits.sound_token
+    if token is None:
+        return 0
+    return sum(list(prompt[span.start : span.end]).count(token) for span in videos)
 
 
 def looked_up(is_cached: Mapping[str, Sequence[bool]]) -> None:

@@ -37,12 +37,8 @@ from vllm_mm_ext.models.composer.configuration import ARCHITECTURE, ComposerConf
 from vllm_mm_ext.models.composer.connector import AudioConnector, VideoConnector
 from vllm_mm_ext.models.encoder_batches import encode_frames_in_batches
 from vllm_mm_ext.options import Reduction
-from vllm_mm_ext.processing.composer import (
-    MICROSECONDS,
-    ComposerDummyInputsBuilder,
-    ComposerMultiModalProcessor,
-    ComposerProcessingInfo,
-)
+from vllm_mm_ext.processing.composer import MICROSECONDS, ComposerMultiModalProcessor
+from vllm_mm_ext.processing.composer_info import ComposerDummyInputsBuilder, ComposerProcessingInfo
 from vllm_mm_ext.processing.fields import (
     AUDIO,
     KEPT,
@@ -62,8 +58,11 @@ Windows = list[tuple[torch.Tensor, int, float]]
     info=ComposerProcessingInfo,
     dummy_inputs=ComposerDummyInputsBuilder,
 )
-class MMExtComposerForConditionalGeneration(  # type: ignore[misc]
-    nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP
+class MMExtComposerForConditionalGeneration(
+    nn.Module,  # type: ignore[misc]
+    SupportsMultiModal,  # type: ignore[misc]
+    SupportsLoRA,  # type: ignore[misc]
+    SupportsPP,  # type: ignore[misc]
 ):
     """Any text model of vLLM with eyes and ears."""
 
