@@ -14,7 +14,7 @@ from vllm_mm_ext.models.composer.reference import ComposerForConditionalGenerati
 from vllm_mm_ext.processing.composer_features import mel_windows, pixel_values
 from vllm_mm_ext.processing.composer_layout import video_layout
 from vllm_mm_ext.training.samples import Sample
-from vllm_mm_ext.training.tokenizer import ASSISTANT, END, USER
+from vllm_mm_ext.training.tokenizer import ChatPieces, chat_pieces
 
 IGNORED = -100
 
@@ -81,7 +81,8 @@ def make_batch(
         samples: Of any lengths; rows are padded at the end with tokens that nothing sees.
         pool, temporal: The reduction of all of them.
     """
-    rows = [_row(config, tokenizer, sample, pool, temporal) for sample in samples]
+    pieces = chat_pieces(tokenizer)
+    rows = [_row(config, tokenizer, pieces, sample, pool, temporal) for sample in samples]
     length = max(len(row.ids) for row in rows)
     shape = (len(rows), length)
     ids = torch.full(shape, int(tokenizer.pad_token_id))
@@ -126,25 +127,35 @@ class _Row(NamedTuple):
     spans: list[tuple[str, int, int]]
 
 
-def _row(config: ComposerConfig, tokenizer: Any, sample: Sample, pool: int, temporal: int) -> _Row:
-    user, assistant, end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+def _row(
+    config: ComposerConfig,
+    tokenizer: Any,
+    pieces: ChatPieces,
+    sample: Sample,
+    pool: int,
+    temporal: int,
+) -> _Row:
+    def text(given: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(given, add_special_tokens=False)
+        return ids
+
     layout = video_layout(
         config,
         sample.seconds,
         pool=pool,
         temporal=temporal,
         audio_samples=0 if sample.sound is None else len(sample.sound),
-        timestamp_tokens=lambda second: tokenizer.encode(f"{second:.1f}s"),
+        timestamp_tokens=lambda second: text(f"{second:.1f}s"),
     )
-    ids = [user, *layout]
+    ids = [*pieces.opening, *layout]
     shared = len(ids)
     positions, owners = list(range(shared)), [0] * shared
     spans = []
     for number, turn in enumerate(sample.turns, 1):
-        asked = [*tokenizer.encode(turn.text), assistant]
+        asked = [*text(turn.text), *pieces.asking]
         if not sample.independent and number > 1:
-            asked = [user, *asked]
-        told = [*tokenizer.encode(turn.answer), end]
+            asked = [*pieces.closing[1:], *asked]
+        told = [*text(turn.answer), pieces.closing[0]]
         # The last token of the question predicts the first of the answer.
         first = len(ids) + len(asked) - 1
         spans.append((turn.task, first, first + len(told)))

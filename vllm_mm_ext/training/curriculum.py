@@ -46,7 +46,7 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
     if done > 0.5 and rng.random() < 0.3 * done:
         duration, most = int(rng.integers(21, 61)), 64
     frames = min(int(rng.integers(8, most + 1)), 10 * duration)
-    pool, temporal = _reduction(config, rng)
+    pool, temporal = draw_reduction(config, rng)
     sound = bool(rng.random() >= _SILENT)
     tokens = -(-frames // temporal) * (config.frame_tokens(pool) + 1)
     tokens += sum(config.audio_tokens(duration * 16_000)) if sound else 0
@@ -62,7 +62,7 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
     )
 
 
-def _reduction(config: ComposerConfig, rng: np.random.Generator) -> tuple[int, int]:
+def draw_reduction(config: ComposerConfig, rng: np.random.Generator) -> tuple[int, int]:
     """None or a declared one; pooling alone twice as often, as it gives most frames per token."""
     pairs = [(1, 1), *(one[:2] for one in config.declared)]
     weights = np.array([2.0 if pool > 1 and temporal == 1 else 1.0 for pool, temporal in pairs])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from os import PathLike
+from typing import Any
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ from vllm_mm_ext.training.clips import Clip, Scene
 
 Frames = npt.NDArray[np.uint8]
 Samples = npt.NDArray[np.float32]
+_Plane = npt.NDArray[Any]
 
 # Part of a tone over which it swells and dies away.
 _FADE_S = 0.02
@@ -33,8 +35,7 @@ def render_frames(clip: Clip, seconds: Sequence[float], size: int) -> Frames:
         behind = np.array(scene.background if flash is None else flash.rgb, np.float32)
         x, y = position(scene, second)
         cover = np.clip(
-            0.5
-            - size * _distance(scene, grid[None, :] - np.float32(x), grid[:, None] - np.float32(y)),
+            0.5 - size * _distance(scene, grid[None, :] - x, grid[:, None] - y),
             0,
             1,
         )[..., None]
@@ -60,12 +61,10 @@ def position(scene: Scene, second: float) -> tuple[float, float]:
             return scene.along, scene.across
 
 
-def _distance(
-    scene: Scene, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
+def _distance(scene: Scene, x: _Plane, y: _Plane) -> _Plane:
     """Signed distance to the outline, negative inside (exact enough for smooth edges)."""
     r = np.float32(scene.radius)
-    out: npt.NDArray[np.float32]
+    out: _Plane
     match scene.shape:
         case "circle":
             out = np.hypot(x, y) - r

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -12,11 +14,7 @@ from vllm_mm_ext.training.questions import questions
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 
-# A turn is its role's tag and its text; an assistant's ends with <|end|>. Media of a turn stand
-# before its text, wherever they stand among its parts, as in training.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{ '<|' + message['role'] + '|>' }}"
+_PARTS = (
     "{%- if message['content'] is string -%}"
     "{{ message['content'] | trim }}"
     "{%- else -%}"
@@ -29,10 +27,77 @@ CHAT_TEMPLATE = (
     "{%- if part['type'] == 'text' -%}{{ part['text'] | trim }}{%- endif -%}"
     "{%- endfor -%}"
     "{%- endif -%}"
-    "{%- if message['role'] == 'assistant' -%}{{ '<|end|>' }}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
+
+
+def chat_template(opening: str, end: str, ends_all: bool) -> str:
+    """Jinja chat template. Media of a turn stand before its text, as in training.
+
+    Args:
+        opening: Jinja expression of what a turn begins with; ``role`` is its role.
+        end: What an assistant's turn ends with.
+        ends_all: All turns end with it.
+    """
+    closing = f"{{{{ '{end}' }}}}"
+    if not ends_all:
+        closing = "{%- if message['role'] == 'assistant' -%}" + closing + "{%- endif -%}"
+    return (
+        "{%- for message in messages -%}{%- set role = message['role'] -%}"
+        f"{{{{ {opening} }}}}{_PARTS}{closing}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{%- set role = 'assistant' -%}"
+        f"{{{{ {opening} }}}}"
+        "{%- endif -%}"
+    )
+
+
+OWN_TEMPLATE = chat_template("'<|' + role + '|>'", END, ends_all=False)
+CHATML_TEMPLATE = chat_template("'<|im_start|>' + role + '\\n'", "<|im_end|>\\n", ends_all=True)
+
+
+class ChatPieces(NamedTuple):
+    """Token ids around the contents of a conversation, as a chat template puts them.
+
+    Attributes:
+        opening: Before the first question.
+        asking: Between a question and its answer.
+        closing: Between an answer and the next question; begins with what ends the answer.
+    """
+
+    opening: list[int]
+    asking: list[int]
+    closing: list[int]
+
+
+def chat_pieces(tokenizer: Any) -> ChatPieces:
+    """The pieces of a tokenizer's chat template.
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or one that hides what is said.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template")
+    question, answer, again = "question0", "answer0", "question1"
+    text: str = tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": again},
+        ],
+        tokenize=False,
+    )
+    asked: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    pieces = (
+        asked.partition(question)[0],
+        asked.partition(question)[2],
+        text.partition(answer)[2].partition(again)[0],
+    )
+    if not all(pieces[1:]):
+        raise ValueError("the chat template does not show questions and answers as they are")
+    return ChatPieces(*(tokenizer.encode(piece, add_special_tokens=False) for piece in pieces))
+
 
 _CORPUS_CLIPS = 400
 _GENERAL = (
@@ -65,7 +130,7 @@ def build_tokenizer(vocab_size: int = 768) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END, pad_token=PAD, additional_special_tokens=special[2:]
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = OWN_TEMPLATE
     return tokenizer
 
 

@@ -6,6 +6,8 @@ apart. The heads of this stage are thrown away; serving weights start from the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,12 +18,16 @@ from vllm_mm_ext.models.composer.reference import ComposerForConditionalGenerati
 from vllm_mm_ext.processing.composer_features import mel_windows, pixel_values
 from vllm_mm_ext.training.augment import augmented_frames, augmented_sound
 from vllm_mm_ext.training.clips import COLOURS, GLIDES, PITCHES, SHAPES, Clip, draw_clip
+from vllm_mm_ext.training.muon import Muon
 from vllm_mm_ext.training.perception import UNKNOWN, sound_label
 from vllm_mm_ext.training.render import position, render_frames, render_sound
 
 # Clips of a step, frames of each, and clips whose sound is heard.
-_CLIPS, _FRAMES, _SOUNDS, _SOUND_S = 48, 4, 12, 10
+_CLIPS, _FRAMES, _SOUNDS, _SOUND_S = 24, 4, 4, 10
+_LR, _WARMUP, _DECAY = 2e-3, 20, 0.3
 _COLOURS = list(COLOURS)
+
+Report = Callable[[int, dict[str, float]], None]
 
 
 class TowerHeads(nn.Module):  # type: ignore[misc]
@@ -31,6 +37,40 @@ class TowerHeads(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.frame = nn.Linear(vision, len(SHAPES) + 2 * len(_COLOURS) + 1 + 2)
         self.sound = nn.Linear(audio, 2 + len(PITCHES) + len(GLIDES))
+
+
+def train_towers(
+    model: ComposerForConditionalGeneration, steps: int, seed: int, report: Report
+) -> None:
+    """Train the towers of a model in place.
+
+    Args:
+        model: On any device.
+        steps: How long.
+        seed: Decides heads and clips.
+        report: Called after each step with its number and the shares of right answers.
+    """
+    device = next(model.parameters()).device
+    torch.manual_seed(seed)
+    vision, audio = model.config.vision_config, model.config.audio_config
+    heads = TowerHeads(int(vision.hidden_size), int(audio.d_model)).to(device)
+    parts = nn.ModuleList([model.vision_tower, model.audio_tower, heads])
+    hidden = [m.weight for m in parts[:2].modules() if isinstance(m, nn.Linear)]
+    known = {id(weight) for weight in hidden}
+    others = [p for p in parts.parameters() if p.requires_grad and id(p) not in known]
+    optimizers = [Muon(hidden, lr=_LR), torch.optim.AdamW(others, lr=_LR, fused=True)]
+    for step in range(steps):
+        rate = _LR * min(1, (step + 1) / _WARMUP, (steps - step) / (_DECAY * steps))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        loss, shares = tower_loss(model, heads, seed, step)
+        parts.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        report(step, shares)
 
 
 def tower_loss(
@@ -70,12 +110,14 @@ def _frame_loss(
             flash_label = _COLOURS.index(flash_on.colour) if flash_on else len(_COLOURS)
             labels.append((SHAPES.index(scene.shape), _COLOURS.index(scene.colour), flash_label))
             places.append(position(scene, second))
-    states = model.vision_tower(pixel_values(np.concatenate(pictures))).last_hidden_state
+    device = next(model.parameters()).device
+    pixels = pixel_values(np.concatenate(pictures)).to(device)
+    states = model.vision_tower(pixels).last_hidden_state
     out = heads.frame(states.mean(dim=1))
     sizes = (len(SHAPES), len(_COLOURS), len(_COLOURS) + 1, 2)
     shape, colour, flash_out, place = out.split(sizes, -1)
-    target = torch.tensor(labels)
-    loss = F.mse_loss(place, torch.tensor(places, dtype=torch.float32)) * 10
+    target = torch.tensor(labels, device=device)
+    loss = F.mse_loss(place, torch.tensor(places, dtype=torch.float32, device=device)) * 10
     shares = {}
     for index, (name, logits) in enumerate(
         (("shape", shape), ("colour", colour), ("flash", flash_out))
@@ -100,11 +142,13 @@ def _sound_loss(
         lengths += model.config.audio_states(len(samples))
         for index in range(lengths[-1] // stack):
             labels.append(sound_label(clip, index * token_s, (index + 1) * token_s))
+    device = next(model.parameters()).device
+    features = [window.to(device) for window in features]
     states = torch.stack(audio_states(model.audio_tower, features, lengths))
     tokens = states.unflatten(1, (-1, stack)).mean(dim=2).flatten(0, 1)
     parts = heads.sound(tokens).split((2, len(PITCHES), len(GLIDES)), -1)
-    target = torch.tensor(labels)
-    loss = torch.zeros(())
+    target = torch.tensor(labels, device=device)
+    loss = torch.zeros((), device=device)
     shares = {}
     for index, (name, logits) in enumerate(zip(("tone", "pitch", "glide"), parts, strict=True)):
         known = target[:, index] != UNKNOWN

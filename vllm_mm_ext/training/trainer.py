@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ class Trainer:
         self.step = 0
         self.device = next(model.parameters()).device
         for name, parameter in model.named_parameters():
-            trained = "connector" in name.split(".")[0] or not recipe.connectors_only
+            trained = name.split(".")[0].endswith("_connector") or not recipe.connectors_only
             # Whisper's positions are sinusoids and stay.
             parameter.requires_grad_(trained and not name.endswith("embed_positions.weight"))
         torch.manual_seed(recipe.seed)
@@ -186,6 +186,11 @@ def _optimizers(
     )
 
 
+def has_state(directory: Path) -> bool:
+    """Whether a training was saved there."""
+    return (directory / _STATE).is_file()
+
+
 def save_checkpoint(
     model: ComposerForConditionalGeneration,
     tokenizer: Any,
@@ -210,11 +215,3 @@ def save_checkpoint(
     (directory / "preprocessor_config.json").write_text(
         json.dumps({"processor_class": "ComposerProcessor"}, indent=2) + "\n"
     )
-
-
-def tasks_of(answers: Sequence[tuple[str, bool]]) -> dict[str, list[bool]]:
-    """Outcomes by task."""
-    found: dict[str, list[bool]] = {}
-    for task, right in answers:
-        found.setdefault(task, []).append(right)
-    return found
