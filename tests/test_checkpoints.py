@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+from vllm_mm_ext.processing import composer_processor as _registers_itself  # noqa: F401
 from vllm_mm_ext.testing.checkpoints import FAMILIES, build, checkpoint
 
 PLACEHOLDERS = {
@@ -34,6 +35,7 @@ PLACEHOLDERS = {
     "llava_onevision": {"image": "<image>", "video": "<video>"},
     "internvl": {"image": "<IMG_CONTEXT>", "video": "<video>"},
     "qwen2_audio": {"audio": "<|audio_bos|><|AUDIO|><|audio_eos|>"},
+    "composer": {"video": "<|video_pad|>", "audio": "<|audio_pad|>"},
 }
 
 
@@ -55,7 +57,8 @@ def test_checkpoint_is_small(family: str) -> None:
 
 def test_config_names_the_real_architecture(family: str) -> None:
     config = AutoConfig.from_pretrained(checkpoint(family))
-    assert config.architectures[0].replace("_", "").lower().startswith(family.replace("_", ""))
+    name = config.architectures[0].replace("_", "").lower().removeprefix("mmext")
+    assert name.startswith(family.replace("_", ""))
 
 
 def test_template_renders_the_familys_placeholders(family: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_mm_ext.processing.cuts import Cut, cut_silent, cut_sounding, reduced_runs
+from vllm_mm_ext.processing.cuts import Cut, cut_between, cut_silent, cut_sounding, reduced_runs
 from vllm_mm_ext.processing.grid_times import (
     GridTimes,
     even_grid,
@@ -151,3 +151,24 @@ def test_reduced_runs_keep_all_tokens_that_are_left_and_all_sound(case, temporal
 def test_without_reduction_runs_of_whole_grids_stay_as_they_are():
     runs = [(20, 50), (10, 50), (0, 7)]
     assert reduced_runs(runs, 10, [10, 10, 10], 1) == runs
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 60)), min_size=1, max_size=40),
+    st.integers(1, 4),
+    st.integers(0, 200),
+    st.integers(1, 20),
+)
+def test_cuts_between_runs_are_all_runs_within_the_target_and_the_same_for_a_longer_video(
+    kinds: list[tuple[bool, int]], unit: int, target: int, per_grid: int
+) -> None:
+    runs = [(unit * per_grid, 0) if seen else (0, audio) for seen, audio in kinds]
+    cuts = cut_between(runs, per_grid, target, tokens(per_grid, unit))
+    assert [run for cut in cuts for run in cut.runs] == runs
+    assert all(a.grids[1] == b.grids[0] and a.audio[1] == b.audio[0] for a, b in pairwise(cuts))
+    for cut in cuts:
+        size = tokens(per_grid, unit)(cut.grids[1] - cut.grids[0]) + cut.audio[1] - cut.audio[0]
+        assert len(cut.runs) == 1 or not target or size <= target
+        assert (cut.grids[1] - cut.grids[0]) % unit == 0
+    shorter = cut_between(runs[:-1] or runs, per_grid, target, tokens(per_grid, unit))
+    assert cuts[: len(shorter) - 1] == shorter[:-1]

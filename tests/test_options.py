@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_mm_ext.options import DEFAULT_OPTIONS, Reduction, RequestOptions
+from vllm_mm_ext.options import DEFAULT_OPTIONS, Reduction, RequestOptions, TrainedReductions
 from vllm_mm_ext.options_page import to_markdown
 from vllm_mm_ext.schema import iter_fields
 from vllm_mm_ext.serving.requests import OptionError, read_options, refuse_options
@@ -109,3 +109,35 @@ def test_a_reduction_never_adds_tokens_and_leaves_at_least_one(
     assert 1 <= count <= grid[0] * grid[1] * grid[2]
     if reduction.is_identity:
         assert count == grid[0] * grid[1] * grid[2]
+
+
+@given(plain, plain, st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), max_size=5))
+def test_a_model_is_only_reduced_as_it_was_trained_and_never_past_the_bound(
+    start: Reduction, more: Reduction, pairs: list[tuple[int, int]]
+) -> None:
+    trained = TrainedReductions(((1, 1), (start.pool, start.temporal), *pairs))
+    bound = Reduction(
+        pool=max(start.pool, more.pool),
+        temporal=max(start.temporal, more.temporal),
+        static="merge",
+        keep=0.5,
+    )
+    found = trained.towards(start, bound)
+    assert trained.allow(found)
+    assert start.pool <= found.pool <= bound.pool
+    assert start.temporal <= found.temporal <= bound.temporal
+    assert trained.towards(found, bound).count(64, 8, 8) <= found.count(64, 8, 8)
+
+
+def test_static_tokens_of_a_trained_model_are_reduced_where_its_own_grid_is_left() -> None:
+    trained = TrainedReductions(((1, 1), (2, 4)))
+    merged = Reduction(static="merge", keep=0.5)
+    assert trained.allow(merged)
+    assert not trained.allow(Reduction(pool=2, temporal=4, static="merge", keep=0.5))
+    assert trained.towards(merged, Reduction(pool=8, temporal=8)) == merged
+    assert str(trained) == "pool 1, temporal 1; pool 2, temporal 4"
+
+
+@given(kept)
+def test_nothing_is_left_of_nothing(reduction: Reduction) -> None:
+    assert reduction.count(0, 4, 4) == 0

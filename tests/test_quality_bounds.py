@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from vllm_mm_ext.errors import OptionBoundError
-from vllm_mm_ext.options import DEFAULT_OPTIONS, Reduction, RequestOptions
+from vllm_mm_ext.options import (
+    DEFAULT_OPTIONS,
+    NO_REDUCTION,
+    Reduction,
+    RequestOptions,
+    TrainedReductions,
+)
 from vllm_mm_ext.quality.bounds import check_bounds, check_family
 from vllm_mm_ext.quality.settings import BoundSettings
 from vllm_mm_ext.quality.videos import Family
@@ -48,3 +54,13 @@ def test_what_the_model_cannot_do_is_refused(options: RequestOptions, named: str
     with pytest.raises(OptionBoundError, match=named):
         check_family(options, Family(resizable=True, reducible=False, countable=False))
     check_family(options, Family(resizable=True, reducible=True, countable=True))
+
+
+def test_a_reduction_that_the_model_was_not_trained_for_is_refused_with_those_it_was() -> None:
+    trained = TrainedReductions(((1, 1), (2, 4)))
+    family = Family(resizable=False, reducible=True, countable=True, trained=trained)
+    for right in (None, NO_REDUCTION, Reduction(pool=2, temporal=4)):
+        check_family(RequestOptions(reduction=right), family)
+    with pytest.raises(OptionBoundError, match="pool 1, temporal 1; pool 2, temporal 4") as caught:
+        check_family(RequestOptions(reduction=Reduction(pool=2)), family)
+    assert caught.value.parameter == "mm_ext.reduction"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quality_costs import FAMILY, FIXED, QWEN2_5_VL, QWEN3_VL, RuleCosts, video
 
-from vllm_mm_ext.options import NO_REDUCTION, Reduction
+from vllm_mm_ext.options import NO_REDUCTION, Reduction, TrainedReductions
 from vllm_mm_ext.quality.fit import Ladder, Step, Wish, over_budget, share, strongest
 from vllm_mm_ext.quality.settings import BudgetSettings
 from vllm_mm_ext.quality.videos import Family, VideoSource
@@ -126,6 +126,20 @@ def test_a_family_is_only_lowered_in_what_it_can_do() -> None:
     plain = replace(FAMILY, resizable=False, reducible=False)
     found, _ = ladder(family=plain)
     assert {(step.cap, step.reduction) for step in found.steps} == {(0, NO_REDUCTION)}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), max_size=4), st.integers(0, 10_000)
+)
+def test_a_trained_model_is_lowered_by_what_it_knows(
+    pairs: list[tuple[int, int]], budget: int
+) -> None:
+    trained = TrainedReductions(((1, 1), *pairs))
+    found, _ = ladder(family=replace(FAMILY, trained=trained))
+    assert all(trained.allow(step.reduction) for step in found.steps)
+    assert found.cost(found.best(budget)) <= max(budget, found.floor)
+    last = found.steps[-1].reduction
+    assert trained.towards(last, REDUCTIONS[-1]) == last
 
 
 def test_a_reduction_asked_for_is_only_made_stronger() -> None:
