@@ -10,19 +10,41 @@ _PER_OCTAVE = 2
 _BUCKETS = 36
 _EDGES = [0.0, *(2 ** (bucket / _PER_OCTAVE) for bucket in range(1, _BUCKETS + 1))]
 _WIDTHS = [_EDGES[bucket + 1] - _EDGES[bucket] for bucket in range(_BUCKETS)]
-# Before anything is known: the longer ago an item was used, the longer until it is used again.
+# Items used 1, 2, 3, 6, 12 ... times; those in between belong to two classes in part.
+_CLASSES = 13
+_USES = [1.0, 2.0, *(3.0 * 2**octave for octave in range(_CLASSES - 2))]
+# Before anything is known: an item is used again the later, the longer ago it was used and the
+# fewer times.
 _UNKNOWN = [0.5 / (edge + 1) for edge in _EDGES[:_BUCKETS]]
-# Items used 1, 2, 3 times, then octaves.
-_CLASSES = 9
+# Reuses that a class must have at an age to weigh as much as what is known of class and age.
+_OWN = 20.0
+# Bounds of the reuses that an age must have to weigh as much as the ages before it.
+_SMOOTH = 0.5, 100.0
+# Factors and rates by age are fitted in turns, and go on where the last lesson left them.
+_ROUNDS = 3
 # Weight of what was learnt before, each time the densities are made anew.
-_MEMORY = 0.5
+_MEMORY = 0.7
 
 Counts = list[float]
 
 
-def use_class(uses: int) -> int:
-    """The class of items that were used as often as this (at least once)."""
-    return uses if uses < 4 else min(uses.bit_length() + 1, _CLASSES - 1)
+def _position(uses: int) -> tuple[int, float]:
+    """The lower of the two classes of items used so often, and their share in the upper one."""
+    place = uses - 1.0 if uses <= 3 else 2 + math.log2(uses / 3)
+    lower = min(int(place), _CLASSES - 2)
+    return lower, min(place - lower, 1.0)
+
+
+_POSITIONS = [_position(max(uses, 1)) for uses in range(int(_USES[-1]) + 1)]
+
+
+def use_class(uses: int) -> tuple[int, float]:
+    """The lower of the two classes of items used so often, and their share in the upper one.
+
+    Args:
+        uses: At least 1.
+    """
+    return _POSITIONS[min(uses, len(_POSITIONS) - 1)]
 
 
 def age_bucket(age: int) -> int:
@@ -33,29 +55,37 @@ def age_bucket(age: int) -> int:
 class ReuseModel:
     """Expected reuses per time that an item is kept, by how often and how long ago it was used.
 
-    From ends (an item was used again at some age, or given up at it) follow the rates of reuse in
-    each bucket of ages, for each class of uses; classes with few ends lean on all of them
-    together. The density of an item is the largest ratio, over all times to keep it at most that
-    long, of its chance to be used to the time it is held for: the Gittins index of keeping it
-    (Gittins, J. R. Stat. Soc. B 41(2), 1979), which refines the hit density of Beckmann et al.
-    ("LHD: Improving Cache Hit Rate by Maximizing Hit Density", NSDI 2018). Old ends count less
-    and less, so it follows changing traffic.
+    From ends (an item was used again at some age, or given up at it) follow the rates of reuse: a
+    rate by age times a factor by uses (proportional hazards; Cox, J. R. Stat. Soc. B 34(2), 1972),
+    which classes with many ends at an age depart from. Rates of neighbouring ages are drawn
+    together by as much as chance alone would part them. So items of fixed popularity are told
+    apart by how often they were used, and conversations with think time by how long ago.
+
+    The density of an item is the largest ratio, over all times to keep it at most that long, of
+    its chance to be used to the time it is held for: the Gittins index of keeping it (Gittins, J.
+    R. Stat. Soc. B 41(2), 1979), which refines the hit density of Beckmann et al. ("LHD: Improving
+    Cache Hit Rate by Maximizing Hit Density", NSDI 2018). Old ends count less and less, so it
+    follows changing traffic.
     """
 
     def __init__(self) -> None:
         self._reused = _zeros()
         self._ended = _zeros()
-        self._densities = [_densities(_UNKNOWN)] * _CLASSES
+        self._factors = list(_USES)
+        self._densities = [_densities([uses * rate for rate in _UNKNOWN]) for uses in _USES]
 
     def density(self, uses: int, age: int) -> float:
         """Expected reuses per use of any item, of one used so often and so long ago."""
-        return self._densities[use_class(uses)][age_bucket(age)]
+        (lower, share), bucket = use_class(uses), age_bucket(age)
+        low = self._densities[lower][bucket]
+        return low + share * (self._densities[lower + 1][bucket] - low)
 
     def end(self, uses: int, age: int, *, reused: bool) -> None:
         """An item was used again at this age, or nobody looks any longer whether it is."""
-        kind, bucket = use_class(uses), age_bucket(age)
-        self._ended[kind][bucket] += 1
-        self._reused[kind][bucket] += reused
+        (lower, share), bucket = use_class(uses), age_bucket(age)
+        for kind, part in ((lower, 1 - share), (lower + 1, share)):
+            self._ended[kind][bucket] += part
+            self._reused[kind][bucket] += part * reused
 
     def learn(self, waiting: Sequence[tuple[int, int]]) -> None:
         """Make the densities anew.
@@ -65,14 +95,63 @@ class ReuseModel:
         """
         alive = _zeros()
         for uses, age in waiting:
-            alive[use_class(uses)][age_bucket(age)] += 1
-        known = _rates(_total(self._reused), _total(self._ended), _total(alive), _UNKNOWN)
+            (lower, share), bucket = use_class(uses), age_bucket(age)
+            alive[lower][bucket] += 1 - share
+            alive[lower + 1][bucket] += share
+        lived = [_lived(*counts) for counts in zip(self._ended, alive, strict=True)]
+        rates = self._fit(lived)
         self._densities = [
-            _densities(_rates(*counts, known))
-            for counts in zip(self._reused, self._ended, alive, strict=True)
+            _densities(
+                [
+                    (count + _OWN) / (time + _OWN / (factor * rate))
+                    for count, time, rate in zip(reused, times, rates, strict=True)
+                ]
+            )
+            for factor, reused, times in zip(self._factors, self._reused, lived, strict=True)
         ]
         for counts in (*self._reused, *self._ended):
             counts[:] = [_MEMORY * count for count in counts]
+
+    def _fit(self, lived: list[Counts]) -> Counts:
+        """The rates by age; the factors by uses are fitted with them."""
+        reused, by_class = _total(self._reused), [sum(counts) for counts in self._reused]
+        rates = self._by_age(reused, lived)
+        for _ in range(_ROUNDS):
+            # A class with few ends is to the one before it as their numbers of uses.
+            factor, uses = 1.0, 1.0
+            for kind, (count, times) in enumerate(zip(by_class, lived, strict=True)):
+                expected = sum(time * rate for time, rate in zip(times, rates, strict=True))
+                prior = factor * _USES[kind] / uses
+                factor, uses = (count + prior) / (expected + 1), _USES[kind]
+                self._factors[kind] = factor
+            # Only products of rates and factors matter; this keeps both in range.
+            if total := sum(by_class):
+                pairs = zip(by_class, self._factors, strict=True)
+                mean = sum(count * factor for count, factor in pairs) / total
+                self._factors = [factor / mean for factor in self._factors]
+            rates = self._by_age(reused, lived)
+        return rates
+
+    def _by_age(self, reused: Counts, lived: list[Counts]) -> Counts:
+        """Rates by age where the factors are what they are."""
+        times = [
+            sum(factor * time for factor, time in zip(self._factors, column, strict=True))
+            for column in zip(*lived, strict=True)
+        ]
+        rate = (sum(reused) + 0.1) / (sum(times) + 1)
+        # How much the rates differ beyond chance (gamma-Poisson, by moments): variance of the
+        # counts above Poisson's, next to the square of what is expected.
+        expected = [time * rate for time in times]
+        pairs = list(zip(reused, expected, strict=True))
+        beyond = sum((count - mean) ** 2 - count for count, mean in pairs)
+        square = sum(mean**2 for mean in expected)
+        low, high = _SMOOTH
+        smooth = min(max(square / beyond, low), high) if beyond > 0 else high
+        rates = []
+        for count, time in zip(reused, times, strict=True):
+            rate = (count + smooth) / (time + smooth / rate)
+            rates.append(rate)
+        return rates
 
 
 def _zeros() -> list[Counts]:
@@ -83,30 +162,34 @@ def _total(classes: list[Counts]) -> Counts:
     return [sum(counts) for counts in zip(*classes, strict=True)]
 
 
-def _rates(reused: Counts, ended: Counts, alive: Counts, prior: Counts) -> Counts:
-    """Reuses per time at each age; the prior counts as one item that lived through all ages."""
-    rates = [0.0] * _BUCKETS
+def _lived(ended: Counts, alive: Counts) -> Counts:
+    """Time that items spent at each age."""
+    lived = [0.0] * _BUCKETS
     older = 0.0
     for bucket in reversed(range(_BUCKETS)):
         here = ended[bucket] + alive[bucket]
-        width = _WIDTHS[bucket]
         # Items that ended in this bucket were there for half of it on average.
-        lived = (older + here / 2) * width
-        rates[bucket] = (reused[bucket] + prior[bucket] * width) / (lived + width)
+        lived[bucket] = (older + here / 2) * _WIDTHS[bucket]
         older += here
-    return rates
+    return lived
 
 
 def _densities(rates: Counts) -> Counts:
-    stays = [math.exp(-rate * width) for rate, width in zip(rates, _WIDTHS, strict=True)]
-    # Time spent in a bucket by what enters it, if it is kept until its end.
-    times = [(1 - stay) / rate for stay, rate in zip(stays, rates, strict=True)]
-    found = []
-    for begin in range(_BUCKETS):
-        there, held, best = 1.0, 0.0, 0.0
-        for bucket in range(begin, _BUCKETS):
-            held += there * times[bucket]
-            there *= stays[bucket]
-            best = max(best, (1 - there) / held)
-        found.append(best)
+    """Largest ratio of the chance of a reuse to the time held, from each age on."""
+    found = [0.0] * _BUCKETS
+    # Chance of a reuse, time held and chance to get beyond, of runs of buckets that are worth
+    # holding to their end once they are entered; the run of the lowest ages is last.
+    runs: list[tuple[float, float, float]] = []
+    for bucket in reversed(range(_BUCKETS)):
+        chance = -math.expm1(-rates[bucket] * _WIDTHS[bucket])
+        held, beyond = chance / rates[bucket], 1 - chance
+        while runs and runs[-1][0] * held > chance * runs[-1][1]:
+            later, longer, past = runs.pop()
+            chance, held, beyond = (
+                chance + beyond * later,
+                held + beyond * longer,
+                beyond * past,
+            )
+        runs.append((chance, held, beyond))
+        found[bucket] = chance / held
     return found

@@ -24,8 +24,15 @@ class Request:
 
 
 Trace = Sequence[Request]
-ZIPF, SCANNED = 1.0, 0.7
-"""Exponents of the popularity in ``zipf``, and in the working set of ``scans``."""
+WORKING_SET = {"zipf": 400, "sessions": 60, "scans": 100}
+"""Of each family, the number of items that are asked for again and again at any time."""
+_EXPONENTS = {"zipf": 1.0, "scans": 0.7}
+TURNS = 5.0
+"""Mean number of turns of a conversation."""
+THINK_SPREAD = 0.6
+"""Standard deviation of the logarithm of think times, whose median is 1."""
+BETWEEN_SCANS, SCAN = 225, 150
+"""Requests for the working set between two scans, and items of one scan."""
 
 
 class _Items:
@@ -46,96 +53,72 @@ class _Items:
         return item
 
 
-def zipf(seed: int, *, length: int = 4000, items: int = 400, equal: bool = False) -> Trace:
+def zipf(seed: int, *, length: int = 4000, equal: bool = False) -> Trace:
     """Independent requests whose popularity falls with rank (Zipf's law, exponent 1).
 
     Args:
         seed: Of the random numbers.
         length: Number of requests.
-        items: Number of items.
         equal: All sizes and costs are 1.
     """
     rng = random.Random(seed)
     made = _Items(rng, equal)
-    population = [made.new() for _ in range(items)]
-    return rng.choices(population, _zipf_weights(items, ZIPF), k=length)
+    weights = popularity("zipf")
+    population = [made.new() for _ in weights]
+    return rng.choices(population, weights, k=length)
 
 
-def sessions(
-    seed: int,
-    *,
-    length: int = 4000,
-    active: int = 60,
-    turns: float = 5.0,
-    equal: bool = False,
-) -> Trace:
+def sessions(seed: int, *, length: int = 4000, equal: bool = False) -> Trace:
     """Conversations, each about its own video, with think time between their turns.
+
+    One that ends, after a geometric number of turns, is followed by a new one.
 
     Args:
         seed: Of the random numbers.
         length: Number of requests.
-        active: Conversations going on at any time; one that ends is followed by a new one.
-        turns: Mean number of turns (geometric), at least 1.
         equal: All sizes and costs are 1.
     """
     rng = random.Random(seed)
     made = _Items(rng, equal)
-    due = [(rng.expovariate(1.0), number, made.new()) for number in range(active)]
+    due = [(rng.expovariate(1.0), number, made.new()) for number in range(WORKING_SET["sessions"])]
     heapq.heapify(due)
     trace = []
     for _ in range(length):
         now, number, item = heapq.heappop(due)
         trace.append(item)
-        if rng.random() < 1.0 / turns:
+        if rng.random() < 1.0 / TURNS:
             item = made.new()
         # Think time: rarely short, now and then very long.
-        heapq.heappush(due, (now + rng.lognormvariate(0.0, 0.6), number, item))
+        heapq.heappush(due, (now + rng.lognormvariate(0.0, THINK_SPREAD), number, item))
     return trace
 
 
-def scans(
-    seed: int,
-    *,
-    length: int = 4000,
-    items: int = 100,
-    scan: int = 150,
-    share: float = 0.4,
-    equal: bool = False,
-) -> Trace:
+def scans(seed: int, *, length: int = 4000, equal: bool = False) -> Trace:
     """A working set, interrupted by runs over items that never come back (batch jobs).
 
     Args:
         seed: Of the random numbers.
         length: Number of requests.
-        items: Items of the working set, with Zipf popularity.
-        scan: Items of one run.
-        share: Share of all requests that belong to runs.
         equal: All sizes and costs are 1.
     """
     rng = random.Random(seed)
     made = _Items(rng, equal)
-    population = [made.new() for _ in range(items)]
-    weights = _zipf_weights(items, SCANNED)
+    weights = popularity("scans")
+    population = [made.new() for _ in weights]
     trace: list[Request] = []
     while len(trace) < length:
-        trace += rng.choices(population, weights, k=round(scan * (1 - share) / share))
-        trace += [made.new() for _ in range(scan)]
+        trace += rng.choices(population, weights, k=BETWEEN_SCANS)
+        trace += [made.new() for _ in range(SCAN)]
     return trace[:length]
 
 
-def popularity(family: str) -> dict[int, float]:
-    """How often each item is asked for, relative to others; empty where that changes with time.
+def popularity(family: str) -> list[float]:
+    """Shares of the requests for ``zipf``'s items, or for the working set of ``scans``.
 
-    Args:
-        family: Of ``FAMILIES``, with the numbers of items its trace has by default.
+    An item's place is its key.
     """
-    if family == "zipf":
-        return dict(enumerate(_zipf_weights(400, ZIPF)))
-    return dict(enumerate(_zipf_weights(100, SCANNED))) if family == "scans" else {}
-
-
-def _zipf_weights(items: int, exponent: float) -> list[float]:
-    return [rank**-exponent for rank in range(1, items + 1)]
+    weights = [rank ** -_EXPONENTS[family] for rank in range(1, WORKING_SET[family] + 1)]
+    return [weight / sum(weights) for weight in weights]
 
 
 FAMILIES: dict[str, Callable[..., Trace]] = {"zipf": zipf, "sessions": sessions, "scans": scans}
