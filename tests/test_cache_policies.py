@@ -79,8 +79,9 @@ def test_room_for_everything_saves_all_that_can_be_saved(family: str, name: str)
     assert saved == pytest.approx(optimum(trace, capacity))
 
 
-# Of the optimum: what it takes to learn how often and how soon items are used again.
-LEARNING = 0.04
+# What learning may cost in 3,000 requests, next to knowing the distributions and when scans begin:
+# little on Zipf and sessions, up to 0.05 of the optimum on scans, as nothing announces them.
+LEARNING = 0.06
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
