@@ -213,9 +213,23 @@ def run(dtype: str, chunk: int) -> dict[str, Any]:
     engine.renderer.mm_processor.segment_tokens = SEGMENTS[0]
     engine.reset_prefix_cache()
     follow_up = followed_up(engine)
-    del engine
+    core = engine.llm_engine.engine_core.engine_core
+    media = core.scheduler.kv_cache_manager.block_pool.media()
+    cached: dict[str, int] = {}
+    for item in media:
+        for name, count in item.modalities.items():
+            cached[name] = cached.get(name, 0) + count
+    config = engine.renderer.mm_processor.config
+    pads = [config.audio_pad_token_id, config.video_pad_token_id]
+    del engine, core
     gc.collect()
-    return {"answers": found, "calls": calls, "follow_up": follow_up}
+    return {
+        "answers": found,
+        "calls": calls,
+        "follow_up": follow_up,
+        "cached": cached,
+        "pads": pads,
+    }
 
 
 def main() -> None:
