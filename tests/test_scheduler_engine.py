@@ -37,3 +37,19 @@ def test_requests_were_preempted_and_none_is_left(
     assert found["preempted"] > 5
     assert found["items"] >= 12
     assert found["left"] == 0
+
+
+@pytest.mark.timeout(1200)
+def test_lora_speculative_decoding_and_an_emptied_prefix_cache_change_no_answer() -> None:
+    stock, plugin = (
+        run_script("scheduler_combinations_engine.py", mode, timeout_s=400) for mode in MODES
+    )
+    assert plugin["scheduler"] == "MMExtScheduler"
+    assert plugin["tokens"] == stock["tokens"]
+    with_one, with_the_other = plugin["tokens"]
+    assert with_one != with_the_other
+    for found in (stock, plugin):
+        assert found["reset"] == [True] * 2
+        assert found["drafts"] > 300
+        assert found["preempted"] > 0
+        assert found["left"] == 0

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_harness import Play, make_scheduler, request
 
+from vllm_mm_ext.bench.scheduler_step import measure
 from vllm_mm_ext.scheduler.backlog import Backlog
 from vllm_mm_ext.scheduler.queue import LOOKED_AROUND, LOOKED_AT, ArrangedQueue, Standing
 from vllm_mm_ext.scheduler.ranking import Ranking
+from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.vllm_names_scheduler import QUEUE_METHODS
 
 MOST_LOOKED_AT = 2 * LOOKED_AT + LOOKED_AROUND
@@ -199,6 +201,13 @@ def test_a_step_looks_at_as_many_however_many_wait() -> None:
             for one in scheduler._reader.media.need(waits, play.now).items
             if key != "decodes"
         )
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_the_benchmark_times_every_step(plugin: bool) -> None:
+    spent = measure(checkpoint("qwen2_5_vl"), 3, plugin=plugin, steps=4)
+    assert len(spent.schedule_us) == len(spent.update_us) == 4
+    assert min(spent.schedule_us) > 0
 
 
 def test_text_and_media_that_are_encoded_are_found_in_a_crowd() -> None:

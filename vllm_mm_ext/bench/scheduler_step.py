@@ -90,6 +90,7 @@ def measure(model: Path, waiting: int, *, plugin: bool, steps: int = _STEPS) -> 
         times = [player.step() for _ in range(steps)]
     finally:
         gc.enable()
+        scheduler.shutdown()
     return Spent([1e6 * one for one, _ in times], [1e6 * other for _, other in times])
 
 
