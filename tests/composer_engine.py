@@ -8,13 +8,16 @@ from __future__ import annotations
 import gc
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omni_reference import pixels, sound, video
+from safetensors.torch import save_file
 
 from vllm_mm_ext.media.payload import Waveform
 from vllm_mm_ext.models.composer.reference import ComposerForConditionalGeneration
@@ -29,6 +32,9 @@ CASES = (("float32", 4096), ("bfloat16", 4096), ("float32", 48))
 SEGMENTS = (16, 100, 0)
 MAX_PATCHES = 40
 TOKENS = 6
+# Of the LoRA adapter: its rank (vLLM's least) and what it changes.
+RANK = 8
+TARGETS = ("q_proj.weight", "down_proj.weight")
 SIDE = 56
 UNEVEN = (0.0, 0.1, 0.2, 1.9, 2.05, 6.5, 6.6, 11.0, 11.25, 12.0)
 
@@ -100,7 +106,7 @@ def request_of(case: Case) -> dict[str, Any]:
     return {"prompt": case.prompt, "multi_modal_data": data}
 
 
-def start(dtype: str, chunk: int) -> Any:
+def start(dtype: str, chunk: int, **options: Any) -> Any:
     from vllm import LLM
 
     return LLM(
@@ -112,10 +118,13 @@ def start(dtype: str, chunk: int) -> Any:
         max_num_batched_tokens=chunk,
         max_num_seqs=4,
         limit_mm_per_prompt={"video": 2, "audio": 1},
+        **options,
     )
 
 
-def answers(engine: Any, requests: Sequence[Any], *, fresh: bool = True) -> list[dict[str, Any]]:
+def answers(
+    engine: Any, requests: Sequence[Any], *, fresh: bool = True, adapter: Any = None
+) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
     greedy = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=1, ignore_eos=True)
@@ -125,7 +134,7 @@ def answers(engine: Any, requests: Sequence[Any], *, fresh: bool = True) -> list
             engine.reset_prefix_cache()
             engine.reset_mm_cache()
             engine.llm_engine.engine_core.reset_encoder_cache()
-        answer = engine.generate([one], greedy, use_tqdm=False)[0]
+        answer = engine.generate([one], greedy, use_tqdm=False, lora_request=adapter)[0]
         best = [next(iter(step.values())).logprob for step in answer.outputs[0].logprobs or ()]
         found.append(
             {
@@ -232,6 +241,41 @@ def run(dtype: str, chunk: int) -> dict[str, Any]:
     }
 
 
+def write_adapter(folder: Path, model: Any) -> dict[str, torch.Tensor]:
+    """A random LoRA adapter of the text model, as PEFT writes one; what it adds to which weight."""
+    random = torch.Generator().manual_seed(7)
+    weights, added = {}, {}
+    for name, weight in model.named_parameters():
+        if not name.startswith("language_model.") or not name.endswith(TARGETS):
+            continue
+        down = torch.randn(RANK, weight.shape[1], generator=random) / RANK
+        up = torch.randn(weight.shape[0], RANK, generator=random) / RANK
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        weights |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+        added[name] = up @ down
+    save_file(weights, folder / "adapter_model.safetensors")
+    targets = sorted({name.split(".")[-2] for name in added})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return added
+
+
+def run_adapted(processor: ComposerProcessor, path: Path) -> dict[str, Any]:
+    """A text model with an adapter, and plain PyTorch with it added to the weights."""
+    from vllm.lora.request import LoRARequest
+
+    model = ComposerForConditionalGeneration.from_pretrained(path, dtype="float32").eval()
+    with tempfile.TemporaryDirectory() as folder:
+        added = write_adapter(Path(folder), model)
+        engine = start("float32", 4096, enable_lora=True, max_lora_rank=RANK)
+        adapter = LoRARequest("adapter", 1, folder)
+        (got,) = answers(engine, [request_of(SOUNDING)], adapter=adapter)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += added.get(name, 0.0)
+    return {"got": got, "plain": expected(model, processor, SOUNDING)}
+
+
 def main() -> None:
     path = checkpoint("composer")
     processor = ComposerProcessor.from_pretrained(path)
@@ -244,7 +288,8 @@ def main() -> None:
         }
         plain[dtype]["again"] = expected(model, processor, again)
     engines = [run(*case) for case in CASES]
-    print(json.dumps({"plain": plain, "engines": engines}))
+    adapted = run_adapted(processor, path)
+    print(json.dumps({"plain": plain, "engines": engines, "adapted": adapted}))
 
 
 if __name__ == "__main__":

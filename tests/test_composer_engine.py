@@ -68,6 +68,15 @@ def test_the_kv_cache_knows_the_sound_inside_a_video(outcomes: dict[str, Any]) -
         assert engine["cached"]["text"] > 0
 
 
+@pytest.mark.engine
+def test_a_lora_adapter_of_the_text_model_acts_as_if_added_to_its_weights(
+    outcomes: dict[str, Any],
+) -> None:
+    adapted = outcomes["adapted"]
+    _assert_same(adapted["got"], adapted["plain"], TOLERANCE["float32"], "adapted")
+    assert adapted["plain"]["logprobs"] != outcomes["plain"]["float32"]["uneven"]["logprobs"]
+
+
 def _assert_same(answer: Any, expected: Any, tolerance: float, what: object) -> None:
     assert answer["prompt"] == expected["prompt"], what
     assert answer["tokens"] == expected["tokens"], what
