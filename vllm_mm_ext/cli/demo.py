@@ -1,21 +1,23 @@
-"""``vllm-mm demo``: serve a model with the plugin and talk to it about a real clip with sound."""
+"""``vllm-mm demo``: serve a model with the plugin and talk to it about clips with sound."""
 
 from __future__ import annotations
 
 import base64
-import json
-import re
 import tempfile
-import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
+
+import vllm_mm_ext
+from vllm_mm_ext.cli.demo_turns import Turn, ask, report
+
+if TYPE_CHECKING:
+    from vllm_mm_ext.testing.server import Server
 
 QUESTIONS = (
     "What happens in this clip?",
@@ -24,99 +26,18 @@ QUESTIONS = (
     "Describe the last second.",
 )
 AUDIO_QUESTION = "And what is in this recording?"
-MAX_TOKENS = 24
 
 
-@dataclass
-class Turn:
-    """One question, its answer, and what the response headers and usage said about it."""
-
-    question: str
-    answer: str = ""
-    ttft_s: float = 0.0
-    applied: dict[str, Any] = field(default_factory=dict)
-    stages_ms: dict[str, float] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-
-
-def ask(client: Any, model: str, messages: list[dict[str, Any]], question: str) -> Turn:
-    """Stream one answer and collect its measurements.
-
-    Args:
-        client: ``openai.OpenAI``.
-        model: Served model name.
-        messages: Conversation so far, the question's message included.
-        question: For the report.
-    """
-    turn = Turn(question)
-    started = time.perf_counter()
-    response = client.chat.completions.with_raw_response.create(
-        model=model,
-        messages=messages,
-        max_tokens=MAX_TOKENS,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    turn.applied = json.loads(response.headers.get("x-mm-ext", "{}"))
-    turn.stages_ms = {
-        name: float(duration)
-        for name, duration in re.findall(
-            r"mm_(\w+);dur=([\d.]+)", response.headers.get("server-timing", "")
-        )
-    }
-    for chunk in response.parse():
-        if chunk.choices and chunk.choices[0].delta.content:
-            turn.ttft_s = turn.ttft_s or time.perf_counter() - started
-            turn.answer += chunk.choices[0].delta.content
-        if chunk.usage:
-            turn.prompt_tokens = chunk.usage.prompt_tokens
-            details = chunk.usage.prompt_tokens_details
-            turn.cached_tokens = (details.cached_tokens or 0) if details else 0
-    # A model may answer with tokens that decode to nothing; the whole answer is then the first.
-    turn.ttft_s = turn.ttft_s or time.perf_counter() - started
-    return turn
-
-
-def report(turns: list[Turn]) -> Table:
-    """The table a reader of the demo wants: one row per turn."""
-    # Plain and narrow: it has to fit 80 columns.
-    table = Table(
-        title="What each turn took (times in ms)",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    for column in ("turn", "frames", "from", "visual", "audio", "text", "cached"):
-        table.add_column(column, justify="right")
-    for column in ("media", "prep", "TTFT"):
-        table.add_column(column, justify="right")
-    for number, turn in enumerate(turns, 1):
-        tokens = turn.applied.get("tokens", {})
-        videos = turn.applied.get("videos", [])
-        frames = ", ".join(str(video["frames"]) for video in videos)
-        remembered = all(video["cached"] for video in videos)
-        media_ms = max(turn.stages_ms.get(stage, 0.0) for stage in ("video", "audio"))
-        table.add_row(
-            str(number),
-            frames or "-",
-            "cache" if remembered else "new",
-            str(tokens.get("video", 0) + tokens.get("image", 0)),
-            str(tokens.get("audio", 0)),
-            str(tokens.get("text", turn.prompt_tokens)),
-            f"{turn.cached_tokens}/{turn.prompt_tokens}",
-            f"{media_ms:.1f}",
-            f"{turn.stages_ms.get('preprocess', 0.0):.1f}",
-            f"{turn.ttft_s * 1e3:.0f}",
-        )
-    return table
+def shipped_model() -> Path | None:
+    """The trained composer inside the package, if it is there."""
+    path = Path(vllm_mm_ext.__file__).parent / "assets" / "composer-tiny"
+    return path if (path / "model.safetensors").is_file() else None
 
 
 def config_for(model: str | None, configs: Path) -> Path | None:
-    """The ``--config`` file shipped for a model; the tiny one without a model."""
+    """The ``--config`` file shipped for a model; without one, for the model of the demo."""
     if model is None:
-        path = configs / "tiny-cpu.yaml"
+        path = configs / ("tiny-cpu.yaml" if shipped_model() is None else "composer-tiny.yaml")
         return path if path.exists() else None
     for path in sorted(configs.glob("*.yaml")):
         if f"\nmodel: {model}\n" in path.read_text():
@@ -126,7 +47,8 @@ def config_for(model: str | None, configs: Path) -> Path | None:
 
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Model to serve; without it a tiny one built on the spot.")
+        str | None,
+        typer.Option(help="Model to serve; without it the small one that ships with the package."),
     ] = None,
     clip: Annotated[
         Path | None, typer.Option(help="Video with sound; by default Big Buck Bunny (5 s).")
@@ -134,19 +56,29 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the inspect page.")] = Path("out"),
     configs: Annotated[Path, typer.Option(help="Directory of --config files.")] = Path("configs"),
 ) -> None:
-    """Serve a model with the plugin and talk to it about a real clip with sound."""
+    """Serve a model with the plugin and talk to it about clips with sound.
+
+    The model that ships with the package is also asked about a generated clip, its answers shown
+    with the truth beside them.
+    """
     from vllm_mm_ext.cli.inspect import inspect
     from vllm_mm_ext.testing.checkpoints import checkpoint
-    from vllm_mm_ext.testing.media import Tone, bunny_path, make_audio
+    from vllm_mm_ext.testing.media import bunny_path
     from vllm_mm_ext.testing.server import serve
 
     console = Console()
+    steps = count(1)
+
+    def step(text: str) -> None:
+        console.print(f"[bold]{next(steps)}.[/] {text}")
+
     clip = (clip or bunny_path()).resolve()
     if not clip.is_file():
         raise typer.BadParameter(f"no such file: {clip}", param_hint="--clip")
+    trained = None if model else shipped_model()
     with ExitStack() as stack:
-        console.print(f"[bold]1.[/] Starting vLLM with the plugin, clip: {clip.name}")
-        served = model or str(checkpoint("qwen2_5_omni"))
+        step(f"Starting vLLM with the plugin, clip: {clip.name}")
+        served = model or str(trained or checkpoint("qwen2_5_omni"))
         config = config_for(model, configs)
         args = ["--allowed-local-media-path", str(clip.parent), "--enable-prompt-tokens-details"]
         if config is not None:
@@ -156,58 +88,96 @@ def demo(
             serve(served, plugin=True, args=args, env=env, timeout_s=1800 if model else 300)
         )
         console.print(f"   healthy after {server.startup_s:.0f} s at {server.url}")
+        talk = Conversations(console, server)
+        with tempfile.TemporaryDirectory() as scratch:
+            if trained is not None:
+                step("A clip with known content that the model never saw")
+                console.print(talk.about_known_clip(Path(scratch)))
+            step("Four turns about a real clip, one with separate audio")
+            if trained is not None:
+                console.print(
+                    "   [dim]The small model knows generated clips alone: here its answers mean "
+                    "nothing, what they took is real.[/]"
+                )
+            elif model is None:
+                console.print(
+                    "   [dim]The tiny model has random weights: its answers are gibberish, "
+                    "everything around them is real.[/]"
+                )
+            console.print(talk.about_real_clip(clip, Path(scratch)))
 
-        console.print("[bold]2.[/] Four turns about the clip, one with separate audio")
-        if model is None:
-            console.print(
-                "   [dim]The tiny model has random weights: its answers are gibberish, "
-                "everything around them is real.[/]"
-            )
-        client = server.client()
-        messages: list[dict[str, Any]] = []
-        turns: list[Turn] = []
-        for number, question in enumerate(QUESTIONS):
-            video = {"type": "video_url", "video_url": {"url": clip.as_uri()}}
-            text = {"type": "text", "text": question}
-            content = [video, text] if number == 0 else question
-            _turn(console, client, server.model, messages, content, question, turns)
-
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        make_audio(
-            scratch / "tones.wav",
-            duration=2.0,
-            tones=[Tone(440.0, 0.2, 0.8), Tone(880.0, 1.2, 1.8)],
-        )
-        sound = {
-            "data": base64.b64encode((scratch / "tones.wav").read_bytes()).decode(),
-            "format": "wav",
-        }
-        content = [
-            {"type": "input_audio", "input_audio": sound},
-            {"type": "text", "text": AUDIO_QUESTION},
-        ]
-        _turn(console, client, server.model, messages, content, AUDIO_QUESTION, turns)
-        console.print(report(turns))
-
-        console.print("[bold]3.[/] What the model saw and heard")
+        step("What the model saw and heard")
         out.mkdir(parents=True, exist_ok=True)
         page = out / f"{clip.stem}.html"
         inspect(clip, page)
-    console.print("[bold]4.[/] Server stopped.")
+    step("Server stopped.")
 
 
-def _turn(
-    console: Console,
-    client: Any,
-    model: str,
-    messages: list[dict[str, Any]],
-    content: Any,
-    question: str,
-    turns: list[Turn],
-) -> None:
-    messages.append({"role": "user", "content": content})
-    turn = ask(client, model, messages, question)
-    messages.append({"role": "assistant", "content": turn.answer})
-    turns.append(turn)
-    console.print(f"   [cyan]user[/] {question}")
-    console.print(f"   [green]model[/] {turn.answer!r}")
+class Conversations:
+    """Talks to a server and prints what is said.
+
+    Args:
+        console: Where to print.
+        server: Serves the model.
+    """
+
+    def __init__(self, console: Console, server: Server) -> None:
+        self._console = console
+        self._client = server.client()
+        self._model = server.model
+
+    def about_known_clip(self, directory: Path) -> Table:
+        """A conversation about a clip whose content is known; its answers beside the truth."""
+        from vllm_mm_ext.cli.demo_quiz import answers, known_clip
+
+        clip = known_clip(directory)
+        messages: list[dict[str, Any]] = []
+        asked = []
+        for question in clip.questions:
+            # As data: the server may read the directory of the real clip alone.
+            url = f"data:video/mp4;base64,{_base64(clip.path)}"
+            turn = self._turn(messages, question.text, *([] if messages else [_video(url)]))
+            asked.append((question, turn))
+        return answers(asked)
+
+    def about_real_clip(self, clip: Path, directory: Path) -> Table:
+        """A conversation about a real clip, then about sound by itself; what each turn took."""
+        from vllm_mm_ext.testing.media import Tone, make_audio
+
+        messages: list[dict[str, Any]] = []
+        turns = [
+            self._turn(
+                messages, question, *([] if messages else [_video(clip.as_uri())]), shown=True
+            )
+            for question in QUESTIONS
+        ]
+        path = directory / "tones.wav"
+        make_audio(path, duration=2.0, tones=[Tone(440.0, 0.2, 0.8), Tone(880.0, 1.2, 1.8)])
+        data = {"data": _base64(path), "format": "wav"}
+        sound = {"type": "input_audio", "input_audio": data}
+        turns.append(self._turn(messages, AUDIO_QUESTION, sound, shown=True))
+        return report(turns)
+
+    def _turn(
+        self,
+        messages: list[dict[str, Any]],
+        question: str,
+        *media: dict[str, Any],
+        shown: bool = False,
+    ) -> Turn:
+        content = [*media, {"type": "text", "text": question}] if media else question
+        messages.append({"role": "user", "content": content})
+        turn = ask(self._client, self._model, messages, question)
+        messages.append({"role": "assistant", "content": turn.answer})
+        if shown:
+            self._console.print(f"   [cyan]user[/] {question}")
+            self._console.print(f"   [green]model[/] {turn.answer!r}")
+        return turn
+
+
+def _video(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
