@@ -176,31 +176,45 @@ def _windows(
     return features, starts, config.audio_states(len(sample.sound))
 
 
-def media_embeddings(
-    model: ComposerForConditionalGeneration, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Embeddings of all videos and of all sound (None without), row by row."""
-    video = model.video_embeddings(
-        batch.pixel_values, batch.seconds, batch.frames_per_item, batch.pool, batch.temporal
+class Media(NamedTuple):
+    """What the model makes of the media of a batch, row by row.
+
+    Attributes:
+        video: ``[tokens, text]`` embeddings of all videos.
+        audio: ``[tokens, text]`` embeddings of all sound; None without.
+        patches: ``[frames, patches, vision]`` outputs of the vision tower.
+    """
+
+    video: torch.Tensor
+    audio: torch.Tensor | None
+    patches: torch.Tensor
+
+
+def encode_media(model: ComposerForConditionalGeneration, batch: Batch) -> Media:
+    """Encode the videos and the sound of a batch."""
+    patches = model.vision_tower(batch.pixel_values).last_hidden_state
+    video = model.video_connector(
+        patches, batch.seconds, batch.frames_per_item, batch.pool, batch.temporal
     )
-    if not batch.features:
-        return video, None
-    audio = model.audio_embeddings(batch.features, batch.start_seconds, batch.lengths)
-    return video, torch.cat(audio)
+    audio = None
+    if batch.features:
+        audio = torch.cat(
+            model.audio_embeddings(batch.features, batch.start_seconds, batch.lengths)
+        )
+    return Media(video, audio, patches)
 
 
 def answer_logits(
     model: ComposerForConditionalGeneration,
     batch: Batch,
-    video: torch.Tensor,
-    audio: torch.Tensor | None,
+    media: Media,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits where answers are predicted, and what is right there.
 
     Returns:
         ``[answer tokens, vocabulary]`` and int64 ``[answer tokens]``, row by row.
     """
-    embeds = model.inputs_embeds(batch.input_ids, video, audio)
+    embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
     states = model.language_model.get_decoder()(
         inputs_embeds=embeds, attention_mask=batch.visible, position_ids=batch.position_ids
     ).last_hidden_state

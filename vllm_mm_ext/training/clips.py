@@ -7,12 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-Shape = Literal["circle", "square", "triangle", "cross", "ring"]
+Shape = Literal["circle", "bar", "triangle", "cross", "ring"]
 Motion = Literal["left", "right", "up", "down", "still"]
 Pitch = Literal["high", "low"]
 Glide = Literal["rise", "fall", "level"]
 
-SHAPES: tuple[Shape, ...] = ("circle", "square", "triangle", "cross", "ring")
+SHAPES: tuple[Shape, ...] = ("circle", "bar", "triangle", "cross", "ring")
 MOTIONS: tuple[Motion, ...] = ("left", "right", "up", "down", "still")
 PITCHES: tuple[Pitch, ...] = ("high", "low")
 GLIDES: tuple[Glide, ...] = ("rise", "fall", "level")

@@ -99,9 +99,7 @@ def _prepare(tokenizer: Any) -> None:
     else:
         added += [SYSTEM, USER, ASSISTANT, END]
         tokenizer.chat_template = OWN_TEMPLATE
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": added}, replace_additional_special_tokens=False
-    )
+    tokenizer.add_tokens(added, special_tokens=True)
     tokenizer.eos_token = END if END in added else "<|im_end|>"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -10,7 +10,8 @@ from vllm_mm_ext.models.composer.configuration import ComposerConfig
 from vllm_mm_ext.training.samples import Sample, generated_sample
 
 # Tokens of a batch, about: many short clips or few long ones.
-_BATCH_TOKENS = 3600
+_BATCH_TOKENS = 2600
+_MOST_CLIPS, _SEEDS_PER_STEP = 8, 64
 _QUESTIONS = 12
 _TOKENS_PER_QUESTION = 13
 # Shares of batches whose clips have no sound track, and whose questions form a conversation.
@@ -52,7 +53,7 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
     tokens += sum(config.audio_tokens(duration * 16_000)) if sound else 0
     tokens += _QUESTIONS * _TOKENS_PER_QUESTION
     return Plan(
-        clips=int(np.clip(_BATCH_TOKENS // tokens, 3, 12)),
+        clips=int(np.clip(_BATCH_TOKENS // tokens, 2, _MOST_CLIPS)),
         duration=duration,
         frames=frames,
         sound=sound,
@@ -69,9 +70,19 @@ def draw_reduction(config: ComposerConfig, rng: np.random.Generator) -> tuple[in
     return pairs[int(rng.choice(len(pairs), p=weights / weights.sum()))]
 
 
-def plan_samples(config: ComposerConfig, plan: Plan, seed: int, step: int) -> list[Sample]:
-    """The samples of a step of generated training."""
-    first = (seed % 1000) * 1_000_000_000 + step * 64
+def plan_samples(
+    config: ComposerConfig, plan: Plan, seed: int, step: int, rank: int = 0
+) -> list[Sample]:
+    """The samples of a step of generated training.
+
+    Args:
+        config: Of the model.
+        plan: Of the step.
+        seed: Of the training.
+        step: From 0.
+        rank: Of the process in a data-parallel training; each sees other clips.
+    """
+    first = (seed % 1000) * 1_000_000_000 + step * _SEEDS_PER_STEP + rank * _MOST_CLIPS
     size = int(config.vision_config.image_size)
     return [
         generated_sample(

@@ -12,8 +12,8 @@ from rich.table import Table
 from vllm_mm_ext.models.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.training.batches import (
     answer_logits,
+    encode_media,
     make_batch,
-    media_embeddings,
     right_answers,
 )
 from vllm_mm_ext.training.questions import TASKS
@@ -60,7 +60,7 @@ def accuracy(
         for start in range(0, len(samples), 6):
             part = samples[start : start + 6]
             batch = make_batch(model.config, tokenizer, part, pool, temporal).to(device)
-            logits, _ = answer_logits(model, batch, *media_embeddings(model, batch))
+            logits, _ = answer_logits(model, batch, encode_media(model, batch))
             for task, one in right_answers(batch, logits):
                 right[task].append(one)
         shares = {task: sum(all_) / len(all_) for task, all_ in right.items()}

@@ -92,7 +92,9 @@ def load_sample(conversation: Conversation, frames: int, fps: float, size: int) 
         if not pictures:
             raise ValueError(f"{conversation.video.name} has no video frames")
         first, last = pictures[0][0], pictures[-1][0]
-        count = max(1, min(frames, round((last - first) * fps), len(pictures)))
+        # The last picture is shown as long as the others are on average.
+        length = (last - first) * len(pictures) / max(1, len(pictures) - 1)
+        count = max(1, min(frames, round(length * fps), len(pictures)))
         at = np.linspace(0, len(pictures), count, endpoint=False).astype(int)
         chosen = [pictures[int(index)] for index in at]
         images: Frames = np.stack(

@@ -33,15 +33,25 @@ def render_frames(clip: Clip, seconds: Sequence[float], size: int) -> Frames:
         scene = clip.scene_at(second)
         flash = clip.flash_at(second)
         behind = np.array(scene.background if flash is None else flash.rgb, np.float32)
-        x, y = position(scene, second)
-        cover = np.clip(
-            0.5 - size * _distance(scene, grid[None, :] - x, grid[:, None] - y),
-            0,
-            1,
-        )[..., None]
+        cover = _cover(scene, second, grid)[..., None]
         front = np.array(scene.rgb, np.float32)
         out[index] = np.rint(behind + cover * (front - behind))
     return out
+
+
+def coverage(clip: Clip, second: float, cells: int) -> npt.NDArray[np.float32]:
+    """Share of each of ``[cells, cells]`` parts of the picture that the object takes."""
+    grid = (np.arange(4 * cells, dtype=np.float32) + 0.5) / (4 * cells)
+    fine = _cover(clip.scene_at(second), second, grid)
+    out: npt.NDArray[np.float32] = fine.reshape(cells, 4, cells, 4).mean(axis=(1, 3))
+    return out
+
+
+def _cover(scene: Scene, second: float, grid: _Plane) -> _Plane:
+    """How much of each pixel the object takes, for pixels centred at ``grid`` both ways."""
+    x, y = position(scene, second)
+    distance = _distance(scene, grid[None, :] - x, grid[:, None] - y)
+    return np.clip(0.5 - len(grid) * distance, 0, 1).astype(np.float32)
 
 
 def position(scene: Scene, second: float) -> tuple[float, float]:
@@ -70,8 +80,8 @@ def _distance(scene: Scene, x: _Plane, y: _Plane) -> _Plane:
             out = np.hypot(x, y) - r
         case "ring":
             out = np.abs(np.hypot(x, y) - r * 0.78) - r * 0.22
-        case "square":
-            out = np.maximum(np.abs(x), np.abs(y)) - r * 0.88
+        case "bar":
+            out = np.maximum(np.abs(x) - r, np.abs(y) - r * 0.36)
         case "cross":
             a, b = np.abs(x), np.abs(y)
             thick = r * 0.32

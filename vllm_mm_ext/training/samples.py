@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,20 @@ from vllm_mm_ext.training.render import Frames, Samples, render_frames, render_s
 
 # Seeds from here on are never trained on.
 HELD_OUT = 1 << 40
+
+# How often a task is asked, compared with the others: those that are learned last, most.
+_WEIGHTS = {
+    "colour": 0.5,
+    "pitch": 0.5,
+    "tone_count": 0.6,
+    "glide": 0.6,
+    "flash_count": 0.8,
+    "flash_time": 1.5,
+    "motion": 2.0,
+    "order": 1.5,
+    "before": 2.0,
+    "on_screen": 1.5,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +81,7 @@ def generated_sample(
     clip = draw_clip(seed, duration, sound)
     rng = np.random.default_rng((seed % (1 << 63), duration, frames, turns))
     seconds = pick_seconds(clip, frames, rng)
-    asked = balanced(questions(clip, rng, seconds if decided else None), turns)
+    asked = balanced(questions(clip, rng, seconds if decided else None), turns, rng)
     return Sample(
         frames=_frames(clip, seconds, size, rng if augment else None),
         seconds=seconds,
@@ -78,17 +92,14 @@ def generated_sample(
     )
 
 
-def balanced(found: list[Question], turns: int) -> list[Question]:
-    """So many of the questions, one of each task in turn, in the order of their tasks' turns."""
-    by_task: dict[str, list[Question]] = defaultdict(list)
-    for question in found:
-        by_task[question.task].append(question)
-    chosen: list[Question] = []
-    depth = 0
-    while len(chosen) < turns and depth < max(map(len, by_task.values()), default=0):
-        chosen += [asked[depth] for asked in by_task.values() if depth < len(asked)]
-        depth += 1
-    return chosen[:turns]
+def balanced(found: list[Question], turns: int, rng: np.random.Generator) -> list[Question]:
+    """So many of the questions, drawn so that tasks come up as often as `_WEIGHTS` says."""
+    if len(found) <= turns:
+        return found
+    counts = Counter(question.task for question in found)
+    weights = np.array([_WEIGHTS.get(one.task, 1.0) / counts[one.task] for one in found])
+    drawn = rng.choice(len(found), turns, replace=False, p=weights / weights.sum())
+    return [found[int(index)] for index in drawn]
 
 
 def _frames(clip: Clip, seconds: list[float], size: int, rng: np.random.Generator | None) -> Frames:

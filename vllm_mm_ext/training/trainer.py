@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 
-from vllm_mm_ext.models.composer.connector import text_width
 from vllm_mm_ext.models.composer.reference import ComposerForConditionalGeneration
-from vllm_mm_ext.training.batches import Batch, answer_logits, media_embeddings, right_answers
+from vllm_mm_ext.training.batches import Batch, answer_logits, encode_media, right_answers
 from vllm_mm_ext.training.muon import Muon
 from vllm_mm_ext.training.perception import PerceptionHeads
 
@@ -90,7 +90,7 @@ class Trainer:
             # Whisper's positions are sinusoids and stay.
             parameter.requires_grad_(trained and not name.endswith("embed_positions.weight"))
         torch.manual_seed(recipe.seed)
-        self.heads = PerceptionHeads(text_width(model.config)).to(self.device)
+        self.heads = PerceptionHeads(model.config).to(self.device)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizers = _optimizers(model, recipe, self.heads)
 
@@ -108,19 +108,19 @@ class Trainer:
             else nullcontext()
         )
         with context:
-            video, audio = media_embeddings(self.model, batch)
-            logits, labels = answer_logits(self.model, batch, video, audio)
+            media = encode_media(self.model, batch)
+            logits, labels = answer_logits(self.model, batch, media)
         answers_loss = F.cross_entropy(logits.float(), labels)
         loss = answers_loss
         weight = self.recipe.perception_weight(self.step)
         if weight and all(sample.clip is not None for sample in batch.samples):
-            stack = self.model.config.audio_stack
-            loss = loss + weight * self.heads(batch, batch.samples, video, audio, stack)
+            loss = loss + weight * self.heads(batch, media)
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"the loss of step {self.step} is not finite")
         self.model.zero_grad(set_to_none=True)
         self.heads.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self._trained + list(self.heads.parameters()))
         torch.nn.utils.clip_grad_norm_(self._trained, self.recipe.clip)
         for optimizer in self._optimizers:
             optimizer.step()
@@ -186,6 +186,23 @@ def _optimizers(
     )
 
 
+def average_gradients(parameters: Sequence[torch.Tensor]) -> None:
+    """Average gradients over the processes of a data-parallel training; alone: nothing to do.
+
+    All processes use the same parts of the model in a step, so the same gradients exist in all.
+    """
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(
+        gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+    ):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def has_state(directory: Path) -> bool:
     """Whether a training was saved there."""
     return (directory / _STATE).is_file()
@@ -209,8 +226,11 @@ def save_checkpoint(
     weights = model.state_dict()
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    model.config.dtype = dtype or next(model.parameters()).dtype
     model.save_pretrained(directory, state_dict=weights)
+    # transformers writes the type of the model in memory.
+    config = model.config.to_dict()
+    config["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(
         json.dumps({"processor_class": "ComposerProcessor"}, indent=2) + "\n"
