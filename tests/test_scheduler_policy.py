@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.scheduler.encoder_plan import (
     EncoderDemand,
@@ -21,13 +23,17 @@ from vllm_mm_ext.scheduler.encoder_plan import (
 from vllm_mm_ext.scheduler.order import Candidate, ordered, promotion_s, rank
 from vllm_mm_ext.scheduler.settings import SchedulerSettings
 from vllm_mm_ext.scheduler.step_budget import (
+    FINISH_SLACK,
     LEAST_PREFILL_TOKENS,
     LEAST_SHARE,
+    NOTHING,
     Demand,
+    Remainder,
     StepBudget,
     fair_level,
 )
-from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
+from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork, attended
+from vllm_mm_ext.scheduler.turns import Turn, finishing_first
 
 AGING_S = 20.0
 MOST = 2048
@@ -115,25 +121,56 @@ def test_a_preempted_request_keeps_its_place_in_the_order_of_coming() -> None:
 
 
 @lru_cache(maxsize=64)
-def learned(base: float = 0.010, prefill: float = 20e-6, encoder: float = 100e-6) -> StepTimes:
+def learned(
+    base: float = 0.010,
+    prefill: float = 20e-6,
+    encoder: float = 100e-6,
+    attention: float = 0.0,
+) -> StepTimes:
     times = StepTimes()
     for _ in range(50):
-        for work in (StepWork(3, 0, 0), StepWork(3, 400, 0), StepWork(3, 300, 512)):
-            times.observe(
-                work, base + work.prefill_tokens * prefill + work.encoder_tokens * encoder
-            )
+        for work in (
+            StepWork(3, 0, 0),
+            StepWork(3, 400, 0, attended(400, 0)),
+            StepWork(3, 300, 512, attended(300, 3000)),
+            StepWork(3, 200, 100, attended(200, 9000)),
+        ):
+            took = base + work.prefill_tokens * prefill + work.encoder_tokens * encoder
+            times.observe(work, took + work.attended * attention)
     return times
 
 
 @QUICK
-@given(st.floats(0.001, 0.1), st.floats(1e-6, 1e-3), st.floats(1e-6, 1e-3))
+@given(st.floats(0.001, 0.1), st.floats(1e-6, 1e-3), st.floats(1e-6, 1e-3), st.floats(1e-9, 1e-6))
 def test_prices_are_recovered_where_prefill_and_encoder_work_come_together(
-    base: float, prefill: float, encoder: float
+    base: float, prefill: float, encoder: float, attention: float
 ) -> None:
-    times = learned(base, prefill, encoder)
+    times = learned(base, prefill, encoder, attention)
     assert times.base_s == pytest.approx(base)
-    assert times.prefill_s == pytest.approx(prefill, rel=1e-3)
-    assert times.encoder_s == pytest.approx(encoder, rel=1e-3)
+    step = prefill * 400 + encoder * 512 + attention * attended(300, 3000)
+    assert times.prefill_s == pytest.approx(prefill, abs=1e-4 * step / 400, rel=1e-3)
+    assert times.encoder_s == pytest.approx(encoder, abs=1e-4 * step / 512, rel=1e-3)
+    assert times.seconds(512, 300, 3000) == pytest.approx(
+        300 * prefill + 512 * encoder + attended(300, 3000) * attention, rel=1e-3
+    )
+
+
+@QUICK
+@given(st.floats(1e-4, 1.0), st.integers(0, 30_000), st.booleans())
+def test_as_many_tokens_fit_as_take_the_time(seconds: float, context: int, encoded: bool) -> None:
+    times = learned(attention=20e-9)
+    tokens = times.tokens(seconds, context, 10**9, encoded=encoded)
+    took = [times.seconds(n if encoded else 0, n, context) for n in (tokens, tokens + 1)]
+    assert took[0] <= seconds * (1 + 1e-9) <= took[1] * (1 + 1e-6)
+
+
+def test_a_step_that_was_held_up_does_not_change_what_others_are_expected_to_take() -> None:
+    times = learned.__wrapped__()
+    before = times.seconds(512, 300, 0)
+    times.observe(StepWork(3, 300, 512, attended(300, 0)), 50.0)
+    times.observe(StepWork(3, 0, 0), 50.0)
+    assert times.seconds(512, 300, 0) <= 1.5 * before
+    assert times.base_s <= 0.011 + 1e-9
 
 
 def test_a_slow_first_call_is_forgotten() -> None:
@@ -206,19 +243,77 @@ def test_work_of_a_step_fits_the_target_while_something_decodes() -> None:
 
 def test_a_backlog_is_worked_off_even_if_the_target_leaves_no_time_for_it() -> None:
     times, aging_s = learned(base=0.010, encoder=100e-6), 32.0
-    # 2 s of encoder work, half of what may wait at this bound: half of the time is for it.
+    # 2 s of encoder work, half of what may wait at this bound: half of the time is for it, the
+    # prefill of what was encoded included.
     found = budget(target_itl_ms=5.0, aging_s=aging_s, encoder_tokens_decoding=0)
     spent = 0
     for _ in range(50):
         limits = found.limits(demand(encoder_tokens=20_000, prefill_tokens=0), times)
         found.spent(limits.encoder_tokens)
         spent += limits.encoder_tokens
-    assert spent * 100e-6 == pytest.approx(50 * 0.010, rel=0.05)
+    assert spent * (100e-6 + 20e-6) == pytest.approx(50 * 0.010, rel=0.05)
 
 
-def test_a_prompt_is_not_cut_where_it_takes_no_longer_than_the_target() -> None:
-    limits = budget(target_itl_ms=20.0).limits(demand(prefill_tokens=900), learned())
-    assert limits.prefill_tokens >= 900
+def test_a_prompt_is_not_cut_where_it_fits_the_target_beside_decoding_and_the_least_encoding() -> (
+    None
+):
+    limits = budget(target_itl_ms=40.0).limits(demand(prefill_tokens=1000), learned())
+    assert limits.prefill_tokens >= 1000
+    without = demand(prefill_tokens=1490, encoder_tokens=0, next_item=0)
+    assert budget(target_itl_ms=40.0).limits(without, learned()).prefill_tokens >= 1490
+
+
+@QUICK
+@given(st.integers(0, 4000), st.integers(0, 4000), st.integers(0, 2000), st.integers(0, 20_000))
+def test_what_a_step_holds_takes_no_longer_than_the_target(
+    prefill: int, ready: int, encoder: int, context: int
+) -> None:
+    times = learned(attention=20e-9)
+    found = budget(target_itl_ms=100.0, aging_s=80_000.0)
+    left = Remainder(encoder, ready + encoder, context)
+    asked = demand(prefill_tokens=prefill, encoder_tokens=encoder, next_item=1, context=context)
+    if found.finishes(left, times):
+        asked = replace(asked, finish=left)
+    limits = found.limits(asked, times)
+    media = max(limits.encoder_tokens, asked.finish.encoder_tokens)
+    text = min(prefill, max(0, limits.prefill_tokens - media - asked.finish.ready_tokens))
+    media = min(media, encoder)
+    took = times.seconds(0, text) + times.seconds(media, media + asked.finish.ready_tokens, context)
+    assert times.base_s + took <= 0.100 * (1 + FINISH_SLACK) + 1e-3
+    assert media >= asked.finish.encoder_tokens
+
+
+def turn(
+    name: str,
+    *,
+    left: int = 100,
+    items: tuple[Item, ...] = (),
+    running: bool = True,
+    media: bool = True,
+    promoted: bool = False,
+) -> Turn:
+    status = RequestStatus.RUNNING if running else RequestStatus.WAITING
+    request = SimpleNamespace(request_id=name, status=status, mm_features=[0] if media else [])
+    candidate = Candidate(name, 0.0, 0, encoder_tokens=sum(item.tokens for item in items))
+    return Turn(request, candidate, 0, left, items, ready=True, promoted=promoted)
+
+
+def test_a_video_that_can_be_finished_goes_before_text_and_no_other_does() -> None:
+    text, short = turn("text", media=False, running=False), turn("short", left=50)
+    long = turn("long", left=900)
+    turns = [text, long, short]
+    assert finishing_first(turns, lambda left: left.prefill_tokens <= 60) == (
+        [short, text, long],
+        Remainder(0, 50, 0),
+    )
+    assert finishing_first(turns, lambda _: False) == (turns, NOTHING)
+    waiting = [text, turn("short", left=50, running=False)]
+    assert finishing_first(waiting, lambda _: True) == (waiting, NOTHING)
+
+
+def test_a_video_that_can_be_finished_does_not_pass_a_promoted_request() -> None:
+    old, short = turn("old", media=False, promoted=True), turn("short", left=50)
+    assert finishing_first([old, short], lambda _: True) == ([old, short], NOTHING)
 
 
 @QUICK

@@ -23,13 +23,15 @@ from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives every so many seconds, out of step with the videos; prompts and answers of so many
 # tokens.
-TEXT_EVERY_S = 0.9
-TEXT_PROMPT = 128
-TEXT_ANSWER = 48
+TEXT_EVERY_S = 1.1
+TEXT_PROMPT = 448
+TEXT_ANSWER = 64
 VIDEO_EVERY_S = 2.0
-VIDEO_FRAMES = 32
+VIDEO_FRAMES = 64
 VIDEO_ANSWER = 8
 SECONDS = 30.0
+# Prompts of more than this are computed in pieces, by stock too.
+BATCHED_TOKENS = 1024
 SEGMENT_TOKENS = 64
 QUEUED_VIDEOS = 6
 QUEUE_SLOTS = 4
@@ -102,7 +104,7 @@ def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
             block_size=32,
             max_model_len=8192,
             max_num_seqs=slots,
-            max_num_batched_tokens=4096,
+            max_num_batched_tokens=BATCHED_TOKENS,
             kv_cache_memory_bytes=KV_CACHE_BYTES,
             limit_mm_per_prompt={"video": 1, "image": 0},
             # Rendered ahead: the caches of both processes would not see requests in one order.

@@ -28,10 +28,10 @@ from vllm_mm_ext.scheduler.encoder_plan import (
 )
 from vllm_mm_ext.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.scheduler.queue import ArrangedQueue
-from vllm_mm_ext.scheduler.step_budget import Demand, StepBudget, StepLimits
-from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork
+from vllm_mm_ext.scheduler.step_budget import Demand, Remainder, StepBudget, StepLimits
+from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork, attended
 from vllm_mm_ext.scheduler.turn_reader import TurnReader, free_slots
-from vllm_mm_ext.scheduler.turns import Turn, chunk_limit, decode_tokens, demands
+from vllm_mm_ext.scheduler.turns import Turn, chunk_limit, decode_tokens, demands, finishing_first
 from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -111,14 +111,17 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         decoding = [request for request in self.running if not request.is_prefill_chunk]
         self._admission.keep_door(lambda request: self._reader.is_promoted(request, now))
         self._tried = {}
-        turns = self._reader.turns(self._admission, now)
+        turns, finish = finishing_first(
+            self._reader.turns(self._admission, now),
+            lambda left: self._budget.finishes(left, self._times),
+        )
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
         running = [turn.request for turn in turns if turn.request.status == RequestStatus.RUNNING]
         self.running[:] = [*decoding, *running]
         for request in decoding:
             self._reader.backlog.set(request.request_id, 0)
         self._backlog = self._reader.backlog.tokens
-        limits, chunk = self._limits(decoding, turns)
+        limits, chunk = self._limits(decoding, turns, finish)
         self._plan_encoder(turns, limits)
         with self._limited(limits, chunk), self.waiting.showing(self._shown(turns)):
             output = super().schedule(throttle_prefills)
@@ -142,7 +145,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _free_slots(self) -> int:
         return free_slots(self)
 
-    def _limits(self, decoding: list[Any], turns: list[Turn]) -> tuple[StepLimits, int]:
+    def _limits(
+        self, decoding: list[Any], turns: list[Turn], finish: Remainder
+    ) -> tuple[StepLimits, int]:
         """Limits of the step, and the most prompt tokens of one request (0: no such limit)."""
         running = [turn for turn in turns if turn.request.status == RequestStatus.RUNNING]
         slots = self._free_slots()
@@ -152,21 +157,24 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             if turn.ready and not turn.items and turn.request.status != RequestStatus.RUNNING
         ][:slots]
         media = [turn for turn in turns if turn.items and turn.ready]
+        due = [*running, *text][1 if finish.prefill_tokens else 0 :]
         demand = Demand(
             decode_tokens=sum(decode_tokens(request) for request in decoding),
             decoding=bool(decoding),
             text_due=bool(text) or any(not turn.request.mm_features for turn in running),
-            prefill_tokens=sum(turn.prefill_need for turn in (*running, *text)),
+            prefill_tokens=sum(turn.ready_need for turn in due),
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
             next_item=first_tokens(
                 demands(media, self._admission.failed), slots, self._reserved_slots
             ),
+            context=media[0].computed if media else 0,
+            finish=finish,
         )
         limits = self._budget.limits(demand, self._times)
         if not self._limits_prefill:
             most = self._max_tokens
             return StepLimits(most, most, limits.encoder_tokens), 0
-        return limits, chunk_limit(limits, running, text)
+        return limits, chunk_limit(limits, running, text, finish)
 
     def _plan_encoder(self, turns: list[Turn], limits: StepLimits) -> None:
         room = EncoderRoom(
@@ -233,10 +241,16 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._budget.spent(encoded)
         self._backlog = max(0, self._backlog - encoded)
         scheduled = output.num_scheduled_tokens
+        prefill = {key: n for key, n in scheduled.items() if key not in decoding}
+        # vLLM has counted the step's tokens as computed.
+        pairs = (
+            attended(n, self.requests[key].num_computed_tokens - n) for key, n in prefill.items()
+        )
         work = StepWork(
             decodes=len(decoding & scheduled.keys()),
-            prefill_tokens=sum(n for key, n in scheduled.items() if key not in decoding),
+            prefill_tokens=sum(prefill.values()),
             encoder_tokens=encoded,
+            attended=sum(pairs),
         )
         self._begun[id(output)] = (now, work)
         if len(self._begun) > _MOST_IN_FLIGHT:

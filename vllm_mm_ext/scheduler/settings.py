@@ -51,7 +51,7 @@ class SchedulerSettings(BaseModel):
         description="Items of a request that are encoded before its prefill gets to them.",
     )
     prefill_share: float = Field(
-        0.5,
+        0.9,
         gt=0,
         lt=1,
         description="Share of `--max-num-batched-tokens` that prefill may take in a step while "

@@ -14,9 +14,38 @@ LEAST_SHARE = 0.2
 # As much of the time goes to encoder work as its backlog is of this share of the aging bound: so a
 # target that leaves too little for the load is exceeded before requests wait for long.
 BACKLOG_OF_AGING = 1 / 8
-MOST_FOR_BACKLOG = 0.9
+MOST_FOR_BACKLOG = 0.75
+# A step may take this much longer if that saves a prompt another step.
+FINISH_SLACK = 0.1
 # Prompt tokens a step may always compute: two of vLLM's usual KV blocks.
 LEAST_PREFILL_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """What is left of a prompt.
+
+    Attributes:
+        encoder_tokens: Encoder outputs that are missing.
+        prefill_tokens: Prompt tokens to compute, those of the missing outputs included.
+        context: Tokens before them.
+    """
+
+    encoder_tokens: int = 0
+    prefill_tokens: int = 0
+    context: int = 0
+
+    @property
+    def ready_tokens(self) -> int:
+        """Prompt tokens that need not be encoded before."""
+        return max(0, self.prefill_tokens - self.encoder_tokens)
+
+    def seconds(self, times: StepTimes) -> float:
+        """How long it takes within a step."""
+        return times.seconds(self.encoder_tokens, self.prefill_tokens, self.context)
+
+
+NOTHING = Remainder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +56,13 @@ class Demand:
         decode_tokens: Tokens that decoding requests need.
         decoding: Something decodes.
         text_due: A request without encoder work waits for its first token.
-        prefill_tokens: Prompt tokens that could be computed: their encoder outputs are there.
+        prefill_tokens: Prompt tokens that could be computed now: their encoder outputs are there.
+            Those of ``finish`` do not count.
         encoder_tokens: Encoder outputs that are missing.
         next_item: Tokens of the item that would be encoded first, 0 if there is none.
+        context: Tokens before it in its prompt.
+        finish: What the request that goes first needs to be done with its prompt in this step; none
+            if that is more than the step has time for.
     """
 
     decode_tokens: int
@@ -38,6 +71,8 @@ class Demand:
     prefill_tokens: int
     encoder_tokens: int
     next_item: int
+    context: int = 0
+    finish: Remainder = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +116,21 @@ class StepBudget:
         if not demand.decoding and not demand.text_due:
             self._credit = 0.0
             return StepLimits(self._max_tokens, self._max_tokens, self._idle(demand, times))
-        prefill_s, encoder_s = self._time(demand, times)
-        encoder_tokens = self._credited(demand, encoder_s, times)
+        prefill_s, media_s = self._time(demand, times)
+        encoder_tokens = self._credited(demand, media_s, times)
         if not demand.decoding:
             return StepLimits(self._max_tokens, self._max_tokens, encoder_tokens)
         most = max(1, int(self._settings.prefill_share * self._max_tokens))
-        prefill = _tokens(prefill_s, times.prefill_s, most)
+        prefill = times.tokens(prefill_s, 0, most, encoded=False) + encoder_tokens
+        prefill += demand.finish.ready_tokens
         prefill = min(max(prefill, LEAST_PREFILL_TOKENS), most)
         tokens = min(self._max_tokens, demand.decode_tokens + prefill)
         return StepLimits(tokens, prefill, encoder_tokens)
+
+    def finishes(self, left: Remainder, times: StepTimes) -> bool:
+        """Whether a step has time for what is left of a prompt."""
+        room = self._settings.target_itl_ms / 1e3 - times.base_s
+        return left.seconds(times) <= (1 + FINISH_SLACK) * room
 
     def spent(self, encoder_tokens: int) -> None:
         """Take what was really encoded off the credit."""
@@ -98,7 +139,8 @@ class StepBudget:
     def _idle(self, demand: Demand, times: StepTimes) -> int:
         cap = self._settings.encoder_tokens_idle or self._max_encoder_tokens
         seconds = self._settings.encoder_step_idle_ms / 1e3
-        cap = min(cap, _tokens(seconds, times.encoder_s, cap))
+        if times.encoder_s:
+            cap = min(cap, int(seconds / times.encoder_s))
         return min(max(cap, demand.next_item), self._max_encoder_tokens)
 
     def _credited(self, demand: Demand, seconds: float, times: StepTimes) -> int:
@@ -111,26 +153,33 @@ class StepBudget:
             # One item tells what encoding costs here.
             allowance = demand.next_item
         else:
-            allowance = max(1.0, _tokens(seconds, times.encoder_s, self._max_encoder_tokens))
+            # What is encoded is prefilled in the same step.
+            most = self._max_encoder_tokens
+            allowance = max(1, times.tokens(seconds, demand.context, most, encoded=True))
+        allowance = max(allowance, demand.finish.encoder_tokens)
         # Credit beyond one item would be spent at once later, in a long step.
         ceiling = max(allowance, float(demand.next_item))
         self._credit = min(self._credit + allowance, ceiling)
         return min(int(self._credit), self._max_encoder_tokens)
 
     def _time(self, demand: Demand, times: StepTimes) -> tuple[float, float]:
-        """Seconds of the step for prefill and for encoder work.
+        """Seconds of the step for prefill of what is there, and for encoding and prefilling more.
 
-        Prefill comes first, as its request is further on, and may take as long as the target: a
-        prompt cut into pieces waits for a whole step after each of them.
+        Prefill comes first, as its request is further on, and a prompt cut into pieces waits for a
+        whole step after each of them.
         """
         target = self._settings.target_itl_ms / 1e3
         base = times.base_s
+        finish = demand.finish.seconds(times)
         least = LEAST_SHARE * max(target, base)
-        prefill = min(demand.prefill_tokens * (times.prefill_s or 0.0), target)
-        backlog = demand.encoder_tokens * (times.encoder_s or 0.0)
+        kept = finish or (least if demand.encoder_tokens else 0.0)
+        room = max(target - base - kept, 0.0 if finish else least)
+        prefill = min(times.seconds(0, demand.prefill_tokens), room)
+        backlog = times.seconds(demand.encoder_tokens, 0)
         share = min(backlog / (BACKLOG_OF_AGING * self._settings.aging_s), MOST_FOR_BACKLOG)
         paced = share / (1 - share) * (base + prefill)
-        return max(target, least), max(target - base - prefill, least, paced)
+        ready = times.seconds(0, demand.finish.ready_tokens, demand.finish.context)
+        return room, max(target - base - prefill - ready, least, paced)
 
 
 def fair_level(needs: Sequence[float], total: float) -> float:
@@ -142,10 +191,3 @@ def fair_level(needs: Sequence[float], total: float) -> float:
             return share
         left -= need
     return math.inf
-
-
-def _tokens(seconds: float, per_token: float | None, most: int) -> int:
-    """Tokens that fit into so many seconds, at most ``most``; all of them at an unknown price."""
-    if not per_token or seconds >= per_token * most:
-        return most
-    return int(seconds / per_token)

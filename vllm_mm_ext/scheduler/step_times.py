@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
 
 # Tokens after which what was measured before counts half: quick to follow a change of load, and
 # a slow first call (lazy initialisation) is soon forgotten.
 HALF_LIFE_TOKENS = 4096
 # Weight of the newest step in averages over steps.
 _NEWEST = 0.1
+# A step counts as at most this multiple of what it was expected to take: what held it up (another
+# process, a page fault) says nothing of its work. Where prices did rise, steps soon add up to it.
+_MOST_OF_EXPECTED = 2.0
+# Of a feature's own weight, so that prices of things that always occur together are shared evenly.
+_RIDGE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,60 +27,53 @@ class StepWork:
         decodes: Requests that decoded.
         prefill_tokens: Prompt tokens computed.
         encoder_tokens: Encoder outputs computed.
+        attended: Pairs of a prompt token computed and a token it attends to.
     """
 
     decodes: int
     prefill_tokens: int
     encoder_tokens: int
+    attended: float = 0.0
 
 
-class _PerToken:
-    """Seconds per token above what is known otherwise: a ratio of decayed sums."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._tokens = 0.0
-        self._steps = 0.0
-        self._prefilled = 0.0
-
-    def add(self, seconds: float, tokens: int, prefilled: int) -> None:
-        keep = 0.5 ** (tokens / HALF_LIFE_TOKENS)
-        self._seconds = keep * self._seconds + seconds
-        self._tokens = keep * self._tokens + tokens
-        self._steps = keep * self._steps + 1
-        self._prefilled = keep * self._prefilled + prefilled
-
-    def seconds(self, step_s: float, prefill_s: float) -> float | None:
-        if not self._tokens:
-            return None
-        rest = self._seconds - self._steps * step_s - self._prefilled * prefill_s
-        return max(0.0, rest) / self._tokens
+def attended(tokens: int, context: int) -> float:
+    """Pairs of each of ``tokens`` and those it attends to, ``context`` before them."""
+    return tokens * (context + tokens / 2)
 
 
 class StepTimes:
-    """Time of a step as base + prefill tokens + encoder tokens, each at a measured price.
+    """Time of a step as base + prefill tokens + attention + encoder tokens, at measured prices.
 
-    The base is the time of steps that only decode, prefill's price comes from steps without
-    encoder work, the encoder's from what is left of the others. Each is known before the next one
-    is derived, which stays sound when two of them always occur together.
+    The base is the time of steps that only decode. The prices are the non-negative least squares
+    solution for what other steps took beyond it.
     """
 
     def __init__(self) -> None:
         self._base: float | None = None
         self._itl: float | None = None
-        self._prefill = _PerToken()
-        self._encoder = _PerToken()
+        # Decayed sums of x xᵀ and x y over steps: x the work, y the seconds. The last entry of x is
+        # one, so that the base, which changes with the load, is taken off when prices are asked.
+        self._works = np.zeros((4, 4))
+        self._seconds = np.zeros(4)
+        self._prices: tuple[float, ...] | None = None
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step that took ``seconds``."""
         if work.decodes:
             self._itl = _average(self._itl, seconds)
-        if work.encoder_tokens:
-            self._encoder.add(seconds, work.encoder_tokens, work.prefill_tokens)
-        elif work.prefill_tokens:
-            self._prefill.add(seconds, work.prefill_tokens, 0)
+        tokens = work.prefill_tokens + work.encoder_tokens
+        if tokens:
+            keep = 0.5 ** (tokens / HALF_LIFE_TOKENS)
+            x = np.array([work.prefill_tokens, work.attended, work.encoder_tokens, 1.0])
+            if self._works[3, 3] > 4:
+                expected = self.base_s + float(np.dot(self._solved(), x[:3]))
+                seconds = min(seconds, _MOST_OF_EXPECTED * expected)
+            self._works = keep * self._works + np.outer(x, x)
+            self._seconds = keep * self._seconds + seconds * x
         elif work.decodes:
-            self._base = _average(self._base, seconds)
+            most = _MOST_OF_EXPECTED * (self._base or seconds)
+            self._base = _average(self._base, min(seconds, most))
+        self._prices = None
 
     @property
     def base_s(self) -> float:
@@ -86,13 +87,70 @@ class StepTimes:
 
     @property
     def prefill_s(self) -> float | None:
-        """Seconds per prompt token, None before there was any."""
-        return self._prefill.seconds(self.base_s, 0.0)
+        """Seconds per prompt token without attention, None before there was any."""
+        return self._solved()[0] if self._works[0, 0] else None
+
+    @property
+    def attention_s(self) -> float:
+        """Seconds per pair of a prompt token and a token it attends to."""
+        return self._solved()[1]
 
     @property
     def encoder_s(self) -> float | None:
         """Seconds per encoder token, None before there was any."""
-        return self._encoder.seconds(self.base_s, self.prefill_s or 0.0)
+        return self._solved()[2] if self._works[2, 2] else None
+
+    def seconds(self, encoder_tokens: int, prefill_tokens: int, context: int = 0) -> float:
+        """What work adds to a step; what is not known counts nothing.
+
+        Args:
+            encoder_tokens: Encoder outputs.
+            prefill_tokens: Prompt tokens of one request.
+            context: Tokens before them.
+        """
+        prefill, attention, encoder = self._solved()
+        pairs = attended(prefill_tokens, context)
+        return prefill_tokens * prefill + pairs * attention + encoder_tokens * encoder
+
+    def tokens(self, seconds: float, context: int, most: int, *, encoded: bool) -> int:
+        """Tokens that fit into a time, at most ``most``; all of them at an unknown price.
+
+        Args:
+            seconds: The time.
+            context: Tokens before them.
+            most: The bound.
+            encoded: They are encoded before.
+        """
+        prefill, attention, encoder = self._solved()
+        each = prefill + (encoder if encoded else 0.0) + attention * context
+        # each * n + attention * n² / 2 = seconds
+        root = math.sqrt(each * each + 2 * attention * max(0.0, seconds)) + each
+        if not root or 2 * max(0.0, seconds) >= root * most:
+            return most
+        return int(2 * max(0.0, seconds) / root)
+
+    def _solved(self) -> tuple[float, float, float]:
+        if self._prices is None:
+            left = self._seconds[:3] - self.base_s * self._works[:3, 3]
+            self._prices = tuple(_non_negative(self._works[:3, :3], left))
+        prefill, attention, encoder = self._prices
+        return prefill, attention, encoder
+
+
+def _non_negative(works: np.ndarray, seconds: np.ndarray) -> list[float]:
+    """Prices ``[features]`` from normal equations; features that would be negative cost nothing."""
+    scale = np.sqrt(np.diag(works))
+    used = [int(n) for n in np.flatnonzero(scale)]
+    prices = [0.0] * len(scale)
+    while used:
+        scaled = works[np.ix_(used, used)] / np.outer(scale[used], scale[used])
+        found = np.linalg.solve(scaled + _RIDGE * np.eye(len(used)), seconds[used] / scale[used])
+        if found.min() >= 0:
+            for n, price in zip(used, found / scale[used], strict=True):
+                prices[n] = float(price)
+            break
+        used.pop(int(found.argmin()))
+    return prices
 
 
 def _average(before: float | None, seconds: float) -> float:

@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.scheduler.encoder_plan import EncoderDemand, Item, groups
 from vllm_mm_ext.scheduler.order import Candidate
-from vllm_mm_ext.scheduler.step_budget import StepLimits, fair_level
+from vllm_mm_ext.scheduler.step_budget import NOTHING, Remainder, StepLimits, fair_level
 
 
 class Turn(NamedTuple):
@@ -37,9 +37,26 @@ class Turn(NamedTuple):
     @property
     def prefill_need(self) -> int:
         """Tokens it could compute in this step, if its next item were encoded."""
-        if not self.items:
-            return self.left
-        return max(0, self.items[0].start - self.computed) + self.next_tokens
+        return self.ready_need + (self.next_tokens if self.items else 0)
+
+    @property
+    def is_running(self) -> bool:
+        """It holds a slot."""
+        return bool(self.request.status == RequestStatus.RUNNING)
+
+    @property
+    def is_media(self) -> bool:
+        """Its prompt has mm items, encoded or not."""
+        return bool(self.request.mm_features)
+
+    @property
+    def ready_need(self) -> int:
+        """Tokens it could compute in this step without the encoder."""
+        return max(0, self.items[0].start - self.computed) if self.items else self.left
+
+    def could_compute(self, encoder_tokens: int) -> int:
+        """Tokens it could compute in this step if so many of its encoder outputs were made."""
+        return min(self.left, self.ready_need + encoder_tokens)
 
     @property
     def next_tokens(self) -> int:
@@ -71,23 +88,51 @@ def demands(
     ]
 
 
+def finishing_first(
+    turns: list[Turn], finishes: Callable[[Remainder], bool]
+) -> tuple[list[Turn], Remainder]:
+    """Put the media request that is nearest to its first token in front if it gets there now.
+
+    What comes in front of it would cost it a whole step; it costs that a part of one.
+
+    Args:
+        turns: By rank.
+        finishes: Whether a step has time for what is left of a prompt.
+
+    Returns:
+        The turns, and what is left of the first one's prompt (nothing if none was put there).
+    """
+    started = [turn for turn in turns if turn.is_running and turn.ready and turn.is_media]
+    if not started:
+        return turns, NOTHING
+    nearest = min(started, key=lambda turn: (turn.candidate.encoder_tokens, turn.left))
+    left = Remainder(nearest.candidate.encoder_tokens, nearest.left, nearest.computed)
+    if any(turn.promoted for turn in turns if turn is not nearest) or not finishes(left):
+        return turns, NOTHING
+    return [nearest, *(turn for turn in turns if turn is not nearest)], left
+
+
 def decode_tokens(request: Any) -> int:
     """Tokens a decoding request takes in a step, drafts included."""
     ahead = request.num_tokens_with_spec + request.num_output_placeholders
     return max(0, int(ahead - request.num_computed_tokens))
 
 
-def chunk_limit(limits: StepLimits, running: list[Turn], text: list[Turn]) -> int:
+def chunk_limit(
+    limits: StepLimits, running: list[Turn], text: list[Turn], finish: Remainder = NOTHING
+) -> int:
     """Most prompt tokens of one request, so that text finds room.
 
     vLLM goes through running requests first, so without a bound the long prompts among them take
-    all there is. Text that waits gets half of it at most, also behind promoted requests: these are
-    so many under an overload of encoder work that it would not be answered any more.
+    all there is. Text that waits gets what was not planned for encoding, or half if that is more,
+    also behind promoted requests: these are so many under an overload of encoder work that it would
+    not be answered any more.
     """
     due = bool(text) or any(not turn.request.mm_features for turn in running)
     if not running or not due:
         return 0
     wanted = sum(turn.prefill_need for turn in text)
-    room = limits.prefill_tokens - min(wanted, limits.prefill_tokens // 2)
-    level = fair_level([turn.left for turn in running], room)
-    return 0 if math.isinf(level) else max(1, int(level))
+    others = max(limits.prefill_tokens // 2, limits.prefill_tokens - limits.encoder_tokens)
+    room = limits.prefill_tokens - min(wanted, others)
+    level = fair_level([turn.could_compute(limits.encoder_tokens) for turn in running], room)
+    return 0 if math.isinf(level) else max(1, int(level), finish.prefill_tokens)
