@@ -53,6 +53,7 @@ class Case:
         tracks: Its sound, of each video.
         audio: Sound by itself.
         reduction: Of all videos.
+        shown: Pixels of each video; noise if not given.
     """
 
     prompt: str
@@ -61,9 +62,12 @@ class Case:
     tracks: tuple[Waveform | None, ...] = (None, None)
     audio: tuple[Waveform, ...] = ()
     reduction: Reduction = DEFAULT
+    shown: tuple[np.ndarray[Any, Any], ...] = ()
 
     @property
     def clips(self) -> list[np.ndarray[Any, Any]]:
+        if self.shown:
+            return list(self.shown)
         return [pixels(count, SIDE, SIDE, seed) for seed, count in enumerate(self.frames)]
 
 
@@ -106,11 +110,11 @@ def request_of(case: Case) -> dict[str, Any]:
     return {"prompt": case.prompt, "multi_modal_data": data}
 
 
-def start(dtype: str, chunk: int, **options: Any) -> Any:
+def start(dtype: str, chunk: int, path: Path | None = None, **options: Any) -> Any:
     from vllm import LLM
 
     return LLM(
-        str(checkpoint("composer")),
+        str(path or checkpoint("composer")),
         dtype=dtype,
         enforce_eager=True,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
