@@ -34,8 +34,8 @@ client.chat.completions.create(
 
 An unknown key or a bad value is a 400 whose `param` is the key (`mm_ext.reduction.pool`) and whose
 message says what is valid. The server has bounds of its own (`mm_ext.quality` in
-[configuration.md](configuration.md)); asking for more than they allow is a 400 that names both. A model
-that learned its reductions ([composer.md](composer.md)) takes those, and what else is asked is a 400
+[configuration.md](configuration.md)); asking for more than they allow is a 400 that names both.
+A model that learned its reductions ([composer.md](composer.md)) takes those; any other is a 400
 that lists them.
 
 | route | media vLLM takes there | the block |
