@@ -357,6 +357,8 @@ def test_what_is_no_video_or_sound_of_the_model_is_refused() -> None:
         render(ours(), PROMPT, {"video": [pixels(2, SIDE, SIDE).astype(np.float32)]})
     with pytest.raises(ValueError, match="one placeholder"):
         render(ours(), "no placeholder", {"video": [pixels(2, SIDE, SIDE)]})
+    with pytest.raises(ValueError, match="fewer placeholders"):
+        render(ours(), "no placeholder", {"audio": [np.asarray(sound(1.0))]})
     with pytest.raises(MediaError, match="empty"):
         render(ours(), "<|audio_pad|>", {"audio": [np.zeros(0, np.float32)]})
 

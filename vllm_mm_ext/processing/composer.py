@@ -297,6 +297,11 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         counts = iter([len(own) for own, _ in pieces])
         for token in inputs.prompt:
             prompt += [token] * (next(counts, 1) if token == pad else 1)
+        if next(counts, None) is not None:
+            raise ValueError(
+                f"{len(pieces)} sounds, but fewer placeholders "
+                f"{SPECIAL_TOKENS['audio_pad_token_id']} in the prompt"
+            )
         items = MultiModalDataItems(dict(inputs.mm_data_items))
         items["audio"] = DigestAudioItems([window for own, _ in pieces for window in own])
         uuids = {k: v for k, v in (inputs.mm_uuid_items or {}).items() if k != "audio"}
