@@ -11,6 +11,7 @@ from vllm_mm_ext.models.composer.configuration import ComposerConfig
 from vllm_mm_ext.training.batches import Batch, make_batch
 from vllm_mm_ext.training.curriculum import draw_reduction, plan_samples, plan_step
 from vllm_mm_ext.training.folder import Conversation, load_sample
+from vllm_mm_ext.training.processes import rank, world
 from vllm_mm_ext.training.trainer import Batches
 
 
@@ -26,7 +27,7 @@ def generated_batches(config: ComposerConfig, tokenizer: Any, seed: int, ramp: i
 
     def batch(step: int) -> Batch:
         plan = plan_step(config, seed, step, ramp)
-        samples = plan_samples(config, plan, seed, step)
+        samples = plan_samples(config, plan, seed, step, rank())
         return make_batch(config, tokenizer, samples, plan.pool, plan.temporal)
 
     return batch
@@ -60,7 +61,7 @@ def folder_batches(
 
     def batch(step: int) -> Batch:
         samples = [
-            load_sample(pick(step * clips + index), frames, config.fps, size)
+            load_sample(pick((step * world() + rank()) * clips + index), frames, config.fps, size)
             for index in range(clips)
         ]
         pool, temporal = draw_reduction(config, np.random.default_rng((seed, 4, step)))

@@ -19,6 +19,7 @@ from vllm_mm_ext.training.data import Ahead, folder_batches, generated_batches
 from vllm_mm_ext.training.evaluate import accuracy, accuracy_table, held_out_samples
 from vllm_mm_ext.training.folder import read_folder
 from vllm_mm_ext.training.model import fresh_model, tiny_config
+from vllm_mm_ext.training.processes import joined, launch, launched, rank
 from vllm_mm_ext.training.tokenizer import build_tokenizer
 from vllm_mm_ext.training.towers import train_towers
 from vllm_mm_ext.training.trainer import Batches, Recipe, Trainer, has_state, save_checkpoint
@@ -89,6 +90,9 @@ def train(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, max=64, help="CPU: data-parallel processes of one thread each.")
+    ] = 1,
     save_minutes: Annotated[float, typer.Option(min=0.0, help="Minutes between saves.")] = 5.0,
     eval_every: Annotated[
         int, typer.Option(min=0, help="Steps between tables of held-out accuracy; 0: none.")
@@ -101,9 +105,11 @@ def train(
     ] = False,
 ) -> None:
     """Train a composer on generated clips or on a folder, on CPU or CUDA."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     place = _device(device)
+    if processes > 1 and place.type != "cpu":
+        raise typer.BadParameter("several processes train on the CPU", param_hint="--processes")
+    if threads is not None and processes == 1:
+        torch.set_num_threads(threads)
     if resume and not has_state(output):
         raise typer.BadParameter(f"{output} holds no state to resume", param_hint="--resume")
     if not resume and has_state(output):
@@ -111,6 +117,8 @@ def train(
             f"{output} holds a training already; give --resume or another directory",
             param_hint="OUTPUT",
         )
+    if processes > 1 and not launched():
+        raise typer.Exit(launch(processes))
     model, tokenizer = _start(init, seed)
     model.to(place)
     recipe = Recipe(
@@ -121,20 +129,19 @@ def train(
         connectors_only=parts is Parts.connectors,
         autocast=_fast_bf16(place) if bf16 is None else bf16,
     )
-    batches = Ahead(_batches(model.config, tokenizer, folder, seed, ramp, clips, frames))
-    if tower_steps and not resume:
-        _towers(model, tower_steps, seed)
-    trainer = Trainer(model, tokenizer, recipe, batches)
-    if resume:
+    with joined():
+        batches = Ahead(_batches(model.config, tokenizer, folder, seed, ramp, clips, frames))
+        if tower_steps and not resume:
+            _towers(model, tower_steps, seed)
+        trainer = Trainer(model, tokenizer, recipe, batches)
         try:
-            trainer.resume(output)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--resume") from error
-    try:
-        _loop(trainer, output, save_minutes * 60, eval_every if folder is None else 0)
-    finally:
-        batches.close()
-    if export is not None:
+            if resume:
+                _resume(trainer, output)
+            _loop(trainer, output, save_minutes * 60, eval_every if folder is None else 0)
+        finally:
+            batches.close()
+        first = rank() == 0
+    if export is not None and first:
         save_checkpoint(model, tokenizer, export, torch.bfloat16)
         _console.print(f"exported to {export}")
 
@@ -165,6 +172,13 @@ def _batches(
     return folder_batches(config, tokenizer, conversations, seed=seed, clips=clips, frames=frames)
 
 
+def _resume(trainer: Trainer, output: Path) -> None:
+    try:
+        trainer.resume(output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--resume") from error
+
+
 def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> None:
     steps = trainer.recipe.steps
     size = int(trainer.model.config.vision_config.image_size)
@@ -176,7 +190,9 @@ def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> Non
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
         console=_console,
+        disable=rank() > 0,
     )
+    first = rank() == 0
     saved = time.monotonic()
     loss_average = right_average = None
     with progress:
@@ -188,18 +204,22 @@ def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> Non
             right_average = _average(right_average, right)
             shown = f"loss {loss_average:.3f}  right {right_average:.1%}"
             progress.update(task, completed=trainer.step, shown=shown)
-            if time.monotonic() - saved > save_s:
+            if first and time.monotonic() - saved > save_s:
                 trainer.save(output)
                 saved = time.monotonic()
-            if eval_every and trainer.step % eval_every == 0:
+            if first and eval_every and trainer.step % eval_every == 0:
                 found = accuracy(trainer.model, trainer.tokenizer, samples)
                 progress.console.print(accuracy_table(found))
-    trainer.save(output)
+    if first:
+        trainer.save(output)
 
 
 def _towers(model: ComposerForConditionalGeneration, steps: int, seed: int) -> None:
     with Progress(
-        *Progress.get_default_columns(), TextColumn("{task.fields[shown]}"), console=_console
+        *Progress.get_default_columns(),
+        TextColumn("{task.fields[shown]}"),
+        console=_console,
+        disable=rank() > 0,
     ) as progress:
         task = progress.add_task("towers", total=steps, shown="")
 
@@ -225,7 +245,7 @@ def _device(wanted: Device) -> torch.device:
 def _fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is computed by the hardware rather than emulated."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 
+from vllm_mm_ext.models.composer.configuration import ARCHITECTURE
 from vllm_mm_ext.models.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.training.batches import Batch, answer_logits, encode_media, right_answers
 from vllm_mm_ext.training.muon import Muon
 from vllm_mm_ext.training.perception import PerceptionHeads
+from vllm_mm_ext.training.processes import average_gradients, world
 
 _STATE = "training_state.pt"
 Batches = Callable[[int], Batch]
@@ -120,12 +121,24 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.heads.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self._trained + list(self.heads.parameters()))
+        self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self._trained, self.recipe.clip)
         for optimizer in self._optimizers:
             optimizer.step()
         self.step += 1
         return float(answers_loss.detach()), right_answers(batch, logits.detach())
+
+    def _average_gradients(self) -> None:
+        """Average gradients over the processes of a data-parallel training.
+
+        All processes use the same parts of the model in a step, but not the same heads.
+        """
+        if world() == 1:
+            return
+        for parameter in self.heads.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        average_gradients([*self._trained, *self.heads.parameters()])
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint and the state that `resume` takes; old ones stay until replaced."""
@@ -186,23 +199,6 @@ def _optimizers(
     )
 
 
-def average_gradients(parameters: Sequence[torch.Tensor]) -> None:
-    """Average gradients over the processes of a data-parallel training; alone: nothing to do.
-
-    All processes use the same parts of the model in a step, so the same gradients exist in all.
-    """
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(
-        gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-    ):
-        gradient.copy_(mean.view_as(gradient))
-
-
 def has_state(directory: Path) -> bool:
     """Whether a training was saved there."""
     return (directory / _STATE).is_file()
@@ -227,8 +223,10 @@ def save_checkpoint(
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     model.save_pretrained(directory, state_dict=weights)
-    # transformers writes the type of the model in memory.
+    # transformers writes class and type of the model in memory.
     config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    config["architectures"] = [ARCHITECTURE]
     config["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(directory)
