@@ -16,6 +16,7 @@ from vllm_mm_ext.caching.traces import FAMILIES, WORKING_SET, Trace
 OURS = "cost-aware"
 # It knows the distributions, and it knows which item has which popularity as well.
 KNOWING, ITEMS = "informed", "items known"
+OPTIMUM = "optimum"
 # Share of the cost saved by the optimum that is aimed at.
 BAR = 0.85
 SEEDS = 3
@@ -40,8 +41,13 @@ class Case:
     @property
     def name(self) -> str:
         """As printed."""
+        return f"{self.pool}, room for {self.share:g} of the working set"
+
+    @property
+    def pool(self) -> str:
+        """Name of the cases that differ in capacity only."""
         kind = "equal items" if self.equal else "sizes and costs differ"
-        return f"{self.family}, {kind}, room for {self.share:g} of the working set"
+        return f"{self.family}, {kind}"
 
 
 CASES = tuple(
@@ -52,28 +58,53 @@ CASES = tuple(
 )
 
 
-def shares_of_optimum(case: Case, seed: int, *, length: int = 4000) -> dict[str, float]:
-    """Cost each policy saves on one trace, as a share of the most that can be saved."""
+def cost_by_policy(case: Case, seed: int, *, length: int = 4000) -> dict[str, float]:
+    """Cost each policy saves on one trace; that of the optimum under ``OPTIMUM``."""
     trace = FAMILIES[case.family](seed, length=length, equal=case.equal)
     capacity = case.share * WORKING_SET[case.family] * _mean_size(trace)
     most = optimum(trace, capacity)
     policies: dict[str, Callable[[], Policy]] = {**POLICIES, KNOWING: INFORMED[case.family]}
     if case.family != "sessions":
         policies[ITEMS] = lambda: Popular(case.family)
-    return {name: cost_saved(make(), trace, capacity) / most for name, make in policies.items()}
+    saved = {name: cost_saved(make(), trace, capacity) for name, make in policies.items()}
+    return saved | {OPTIMUM: most}
+
+
+def shares_of_optimum(case: Case, seed: int, *, length: int = 4000) -> dict[str, float]:
+    """Cost each policy saves on one trace, as a share of the most that can be saved."""
+    saved = cost_by_policy(case, seed, length=length)
+    return _shares(saved)
+
+
+def _shares(saved: Mapping[str, float]) -> dict[str, float]:
+    return {name: cost / saved[OPTIMUM] for name, cost in saved.items() if name != OPTIMUM}
 
 
 def run(context: BenchContext) -> BenchResult:
     """All families and capacities; each repeat is another set of traces."""
     found: dict[Case, dict[str, list[float]]] = {}
+    costs: dict[str, dict[str, list[float]]] = {}
     with context.steps("cache-policies", len(CASES)) as begin:
         for case in CASES:
             begin(case.name)
             found[case] = defaultdict(list)
+            total = costs.setdefault(case.pool, defaultdict(list))
             for seed in range(SEEDS * context.repeats):
-                for name, share in shares_of_optimum(case, seed).items():
+                saved = cost_by_policy(case, seed)
+                for name, cost in saved.items():
+                    total[name].append(cost)
+                for name, share in _shares(saved).items():
                     found[case][name].append(share)
     rows = [
+        Row.of(
+            f"{pool}, all capacities together",
+            "of optimum",
+            stock=[sum(total["LRU"]) / sum(total[OPTIMUM])],
+            plugin=[sum(total[OURS]) / sum(total[OPTIMUM])],
+        )
+        for pool, total in costs.items()
+    ]
+    rows += [
         Row.of(case.name, "of optimum", stock=shares["LRU"], plugin=shares[OURS])
         for case, shares in found.items()
     ]
