@@ -23,7 +23,7 @@ from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives every so many seconds, out of step with the videos; prompts and answers of so many
 # tokens.
-TEXT_EVERY_S = 1.3
+TEXT_EVERY_S = 1.1
 TEXT_PROMPT = 448
 TEXT_ANSWER = 64
 VIDEO_EVERY_S = 2.0
