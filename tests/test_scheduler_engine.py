@@ -39,6 +39,7 @@ def test_requests_were_preempted_and_none_is_left(
     assert found["left"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_lora_speculative_decoding_and_an_emptied_prefix_cache_change_no_answer() -> None:
     stock, plugin = (
