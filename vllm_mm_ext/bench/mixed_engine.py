@@ -27,12 +27,12 @@ TEXT_EVERY_S = 1.1
 TEXT_PROMPT = 448
 TEXT_ANSWER = 64
 VIDEO_EVERY_S = 2.0
-VIDEO_FRAMES = 136
+VIDEO_FRAMES = 64
 VIDEO_ANSWER = 8
 SECONDS = 30.0
 # Prompts of more than this are computed in pieces, by stock too.
-BATCHED_TOKENS = 1280
-SEGMENT_TOKENS = 32
+BATCHED_TOKENS = 1024
+SEGMENT_TOKENS = 64
 QUEUED_VIDEOS = 6
 QUEUE_SLOTS = 4
 
@@ -133,7 +133,7 @@ class Prompts:
 
     async def video(self) -> Any:
         """A prompt with a video, decoded and preprocessed."""
-        shape = (VIDEO_FRAMES, 140, 140, 3)
+        shape = (VIDEO_FRAMES, 224, 448, 3)
         frames = self._rng.integers(0, 255, shape, dtype=np.uint8)
         metadata = {
             "total_num_frames": VIDEO_FRAMES,
