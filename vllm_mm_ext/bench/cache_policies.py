@@ -72,8 +72,7 @@ def cost_by_policy(case: Case, seed: int, *, length: int = 4000) -> dict[str, fl
 
 def shares_of_optimum(case: Case, seed: int, *, length: int = 4000) -> dict[str, float]:
     """Cost each policy saves on one trace, as a share of the most that can be saved."""
-    saved = cost_by_policy(case, seed, length=length)
-    return _shares(saved)
+    return _shares(cost_by_policy(case, seed, length=length))
 
 
 def _shares(saved: Mapping[str, float]) -> dict[str, float]:

@@ -116,7 +116,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             lambda left: self._budget.finishes(left, self._times),
         )
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
-        running = [turn.request for turn in turns if turn.request.status == RequestStatus.RUNNING]
+        running = [turn.request for turn in turns if turn.is_running]
         self.running[:] = [*decoding, *running]
         for request in decoding:
             self._reader.backlog.set(request.request_id, 0)
@@ -149,19 +149,17 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self, decoding: list[Any], turns: list[Turn], finish: Remainder
     ) -> tuple[StepLimits, int]:
         """Limits of the step, and the most prompt tokens of one request (0: no such limit)."""
-        running = [turn for turn in turns if turn.request.status == RequestStatus.RUNNING]
+        running = [turn for turn in turns if turn.is_running]
         slots = self._free_slots()
-        text = [
-            turn
-            for turn in turns
-            if turn.ready and not turn.items and turn.request.status != RequestStatus.RUNNING
-        ][:slots]
+        text = [turn for turn in turns if turn.ready and not turn.items and not turn.is_running][
+            :slots
+        ]
         media = [turn for turn in turns if turn.items and turn.ready]
         due = [*running, *text][1 if finish.prefill_tokens else 0 :]
         demand = Demand(
             decode_tokens=sum(decode_tokens(request) for request in decoding),
             decoding=bool(decoding),
-            text_due=bool(text) or any(not turn.request.mm_features for turn in running),
+            text_due=bool(text) or any(not turn.is_media for turn in running),
             prefill_tokens=sum(turn.ready_need for turn in due),
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
             next_item=first_tokens(

@@ -91,11 +91,6 @@ class StepTimes:
         return self._solved()[0] if self._works[0, 0] else None
 
     @property
-    def attention_s(self) -> float:
-        """Seconds per pair of a prompt token and a token it attends to."""
-        return self._solved()[1]
-
-    @property
     def encoder_s(self) -> float | None:
         """Seconds per encoder token, None before there was any."""
         return self._solved()[2] if self._works[2, 2] else None

@@ -80,7 +80,7 @@ def demands(
             turn.items,
             turn.candidate.encoder_tokens,
             turn.computed + reach,
-            running=turn.request.status == RequestStatus.RUNNING,
+            running=turn.is_running,
             promoted=turn.promoted,
             failed=failed(turn.candidate.key),
         )
@@ -128,7 +128,7 @@ def chunk_limit(
     also behind promoted requests: these are so many under an overload of encoder work that it would
     not be answered any more.
     """
-    due = bool(text) or any(not turn.request.mm_features for turn in running)
+    due = bool(text) or any(not turn.is_media for turn in running)
     if not running or not due:
         return 0
     wanted = sum(turn.prefill_need for turn in text)
