@@ -136,6 +136,7 @@ def test_inspect_rejects_an_unknown_policy_by_name(clip: Path, tmp_path: Path) -
         # 32 frames of 1280x704 pass 24576 x 32 x 32 pixels; 1152x640 (36 x 20 tokens) do not.
         ("qwen3-vl", 16 * 36 * 20, 0),
         ("llava-onevision", 32 * 196 + 1, 0),
+        ("composer-tiny", 32 * 16, 25),
     ],
 )
 def test_token_counts_of_720p(family: str, visual: int, audio: int) -> None:

@@ -27,8 +27,9 @@ from vllm_mm_ext.training.batches import (
     encode_media,
     make_batch,
     right_answers,
+    text_states,
 )
-from vllm_mm_ext.training.clips import draw_clip
+from vllm_mm_ext.training.clips import COLOURS, GLIDES, MOTIONS, PITCHES, SHAPES, draw_clip
 from vllm_mm_ext.training.compose import app as compose_app
 from vllm_mm_ext.training.compose import compose
 from vllm_mm_ext.training.data import folder_batches, generated_batches
@@ -38,6 +39,7 @@ from vllm_mm_ext.training.model import fresh_model, tiny_config
 from vllm_mm_ext.training.muon import orthogonal
 from vllm_mm_ext.training.render import encode_clip
 from vllm_mm_ext.training.samples import HELD_OUT, Sample, generated_sample
+from vllm_mm_ext.training.things import thing_labels
 from vllm_mm_ext.training.tokenizer import build_tokenizer
 from vllm_mm_ext.training.train import app as train_app
 from vllm_mm_ext.training.trainer import Recipe, Trainer, save_checkpoint
@@ -62,7 +64,8 @@ def trainer(**changes: object) -> Trainer:
 def logits_of(model: ComposerForConditionalGeneration, samples: list[Sample]) -> torch.Tensor:
     batch = make_batch(model.config, TOKENIZER, samples, 2, 4)
     with torch.no_grad():
-        return answer_logits(model, batch, encode_media(model, batch))[0]
+        states = text_states(model, batch, encode_media(model, batch))
+        return answer_logits(model, batch, states[-1])[0]
 
 
 def test_prompts_are_those_of_the_chat_template() -> None:
@@ -103,6 +106,65 @@ def test_independent_questions_get_the_answers_of_first_questions() -> None:
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
+def test_mentions_are_the_tokens_that_end_a_name_or_ask_about_it() -> None:
+    samples = [small_sample(seed, independent=seed % 2 == 0) for seed in range(6)]
+    batch = make_batch(CONFIG, TOKENIZER, samples, 2, 4)
+    names = iter(
+        [
+            (row, turn, one)
+            for row, s in enumerate(samples)
+            for turn in s.turns
+            for one in turn.references
+        ]
+    )
+    asking = {(span.row, span.start) for span in batch.spans}
+    ends = 0
+    for mention in batch.mentions:
+        if (mention.row, mention.position) in asking:
+            continue
+        row, turn, reference = next(names)
+        told = TOKENIZER.decode(batch.input_ids[row, : mention.position + 1])
+        assert (mention.row, mention.thing) == (row, reference.thing)
+        assert told.endswith(turn.text[: reference.end])
+        ends += 1
+    assert ends > 6
+    assert next(names, None) is None
+
+
+def test_labels_of_things_are_what_the_clip_shows() -> None:
+    for seed in range(20):
+        sample = generated_sample(seed, 16, 32, 12, 64)
+        assert sample.clip is not None
+        for turn in sample.turns:
+            for reference in turn.references:
+                classes, path = thing_labels(reference.thing, sample)
+                begin, shape, colour, motion, pitch, glide = classes
+                match turn.task:
+                    case "colour" | "flash_colour":
+                        assert list(COLOURS)[colour] == turn.answer
+                    case "shape":
+                        assert SHAPES[shape] == turn.answer
+                    case "motion":
+                        assert MOTIONS[motion] == turn.answer
+                        (x, y), (later_x, later_y) = path[:2], path[2:]
+                        moved = {
+                            "left": later_x < x,
+                            "right": later_x > x,
+                            "up": later_y < y,
+                            "down": later_y > y,
+                            "still": (x, y) == (later_x, later_y),
+                        }
+                        assert moved[turn.answer]
+                    case "flash_time":
+                        assert str(begin) == turn.answer
+                    case "pitch":
+                        assert PITCHES[pitch] == turn.answer
+                    case "glide":
+                        assert GLIDES[glide] == turn.answer
+                    case "on_screen":
+                        assert turn.answer in (SHAPES[shape], list(COLOURS)[colour])
+
+
 def test_padding_changes_no_result() -> None:
     model = fresh_model(CONFIG, 0).eval()
     short, long = small_sample(1), generated_sample(2, 7, 15, 6, 64)
@@ -123,7 +185,7 @@ def test_greedy_decoding_tells_what_teacher_forcing_calls_right() -> None:
     batch = make_batch(CONFIG, TOKENIZER, samples, 1, 1)
     with torch.no_grad():
         media = encode_media(model, batch)
-        logits, _ = answer_logits(model, batch, media)
+        logits, _ = answer_logits(model, batch, text_states(model, batch, media)[-1])
         embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
     outcome = [right for _, right in right_answers(batch, logits)]
     for span, right in zip(batch.spans, outcome, strict=True):
@@ -311,7 +373,8 @@ def test_a_composed_checkpoint_holds_its_sources_and_runs(
         independent=False,
     )
     batch = make_batch(model.config, tokenizer, [sample], 2, 2)
-    logits, labels = answer_logits(model, batch, encode_media(model, batch))
+    states = text_states(model, batch, encode_media(model, batch))
+    logits, labels = answer_logits(model, batch, states[-1])
     assert logits.shape == (len(labels), model.get_input_embeddings().num_embeddings)
     assert torch.isfinite(logits).all()
 

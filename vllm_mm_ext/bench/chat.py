@@ -34,6 +34,7 @@ class Answer:
             (``--enable-prompt-tokens-details``), else 0.
         stages: The front-end's own stage times in seconds (``Server-Timing``); empty for stock.
         report: The answer's own ``mm_ext`` block; empty for stock.
+        text: The answer.
     """
 
     ttft_s: float
@@ -42,6 +43,7 @@ class Answer:
     cached_tokens: int
     stages: Mapping[str, float]
     report: Mapping[str, Any]
+    text: str
 
 
 def ask(
@@ -51,15 +53,17 @@ def ask(
     max_tokens: int = 4,
     options: Mapping[str, Any] | None = None,
     session: str | None = None,
+    ignore_end: bool = True,
 ) -> Answer:
     """Send one streaming chat request and time it.
 
     Args:
         server: Who is asked.
         messages: OpenAI chat messages.
-        max_tokens: Tokens of the answer, all of which are generated.
+        max_tokens: Tokens of the answer at most.
         options: The request's ``mm_ext`` block; None sends none.
         session: Its session id; None sends none.
+        ignore_end: All of ``max_tokens`` are generated, whatever the model would say.
 
     Raises:
         openai.APIError: The server refused or failed.
@@ -67,7 +71,7 @@ def ask(
     """
     # Plain dictionaries: the client's typed message parameters add nothing here.
     body: Any = list(messages)
-    extra: dict[str, Any] = {"ignore_eos": True}
+    extra: dict[str, Any] = {"ignore_eos": ignore_end}
     extra |= {"mm_ext": options} if options else {}
     extra |= {"session_id": session} if session is not None else {}
     with server.client(timeout=600.0) as client:
@@ -84,10 +88,12 @@ def ask(
         first: float | None = None
         prompt_tokens = cached_tokens = 0
         report: Mapping[str, Any] = {}
+        text = ""
         for chunk in response.parse():
             # vLLM sends its first chunk when the first token is there.
             if first is None and chunk.choices:
                 first = time.perf_counter()
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
             if chunk.usage is not None:
                 prompt_tokens = chunk.usage.prompt_tokens
                 details = chunk.usage.prompt_tokens_details
@@ -98,7 +104,9 @@ def ask(
         raise RuntimeError("the server answered without a token")
     header = response.headers.get("server-timing", "")
     stages = {name: float(ms) / 1e3 for name, ms in _TIMING.findall(header)}
-    return Answer(first - started, ended - started, prompt_tokens, cached_tokens, stages, report)
+    return Answer(
+        first - started, ended - started, prompt_tokens, cached_tokens, stages, report, text
+    )
 
 
 def conversation(video_url: str, turn: int) -> list[dict[str, Any]]:

@@ -130,6 +130,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "scheduler_step:run",
             ),
             Benchmark(
+                "accuracy",
+                "Right answers about known clips: by sampling, frames and token reduction.",
+                "accuracy:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "decoders",
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",

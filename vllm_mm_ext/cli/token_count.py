@@ -18,6 +18,7 @@ class FamilyName(StrEnum):
     qwen25_vl = "qwen2.5-vl"
     qwen3_vl = "qwen3-vl"
     llava_onevision = "llava-onevision"
+    composer_tiny = "composer-tiny"
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,14 @@ FAMILIES: dict[FamilyName, Family] = {
             lambda frames, height, width: (
                 frames * math.ceil(height // 14 / 2) * math.ceil(width // 14 / 2) + 1
             ),
+        ),
+        Family(
+            FamilyName.composer_tiny,
+            SizeRule(kind="fixed", height=64, width=64),
+            "64 x 64, 16 patches a frame, no reduction",
+            lambda frames, height, width: frames * (height // 16) * (width // 16),
+            # Whole encoder frames of 20 ms, 20 of them a token.
+            lambda seconds: math.ceil(math.ceil(seconds * 50) / 20),
         ),
     )
 }

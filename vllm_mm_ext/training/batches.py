@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from vllm_mm_ext.models.composer.configuration import ComposerConfig
 from vllm_mm_ext.models.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.processing.composer_features import mel_windows, pixel_values
 from vllm_mm_ext.processing.composer_layout import video_layout
+from vllm_mm_ext.training.questions import Question, Thing
 from vllm_mm_ext.training.samples import Sample
 from vllm_mm_ext.training.tokenizer import ChatPieces, chat_pieces
 
@@ -28,6 +30,14 @@ class Span(NamedTuple):
     end: int
 
 
+class Mention(NamedTuple):
+    """The token at ``[row, position]`` names a thing of the row's clip, or asks about it alone."""
+
+    row: int
+    position: int
+    thing: Thing
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Samples as tensors. ``rows`` is their number, ``length`` that of the longest prompt.
@@ -38,6 +48,7 @@ class Batch:
         visible: bool ``[rows, 1, length, length]``: which token (last axis) each token sees.
         labels: int64 ``[rows, length]``: the token to predict there; only in answers.
         spans: Where the answers are.
+        mentions: Where questions name things of generated clips.
         pixel_values, seconds, frames_per_item: As `video_embeddings` takes them.
         features, start_seconds, lengths: As `audio_embeddings` takes them; empty when silent.
         pool, temporal: The reduction.
@@ -49,6 +60,7 @@ class Batch:
     visible: torch.Tensor
     labels: torch.Tensor
     spans: list[Span]
+    mentions: list[Mention]
     pixel_values: torch.Tensor
     seconds: torch.Tensor
     frames_per_item: list[int]
@@ -90,7 +102,7 @@ def make_batch(
     labels = torch.full(shape, IGNORED)
     # Question that a token belongs to: 0 for what all see, -1 for padding.
     owners = torch.full(shape, -1)
-    spans = []
+    spans, mentions = [], []
     for index, row in enumerate(rows):
         size = len(row.ids)
         ids[index, :size] = torch.tensor(row.ids)
@@ -99,6 +111,7 @@ def make_batch(
         for task, start, end in row.spans:
             labels[index, start:end] = ids[index, start + 1 : end + 1]
             spans.append(Span(task, index, start, end))
+        mentions += [Mention(index, position, thing) for position, thing in row.mentions]
     same = owners[:, :, None] == owners[:, None, :]
     visible = (same | (owners[:, None, :] == 0)) & torch.ones(length, length).tril().bool()
     sounds = [_windows(config, sample) for sample in samples]
@@ -108,6 +121,7 @@ def make_batch(
         visible=visible[:, None],
         labels=labels,
         spans=spans,
+        mentions=mentions,
         pixel_values=pixel_values(np.concatenate([sample.frames for sample in samples])),
         seconds=torch.tensor([s for sample in samples for s in sample.seconds]),
         frames_per_item=[len(sample.seconds) for sample in samples],
@@ -125,6 +139,7 @@ class _Row(NamedTuple):
     positions: list[int]
     owners: list[int]
     spans: list[tuple[str, int, int]]
+    mentions: list[tuple[int, Thing]]
 
 
 def _row(
@@ -150,20 +165,37 @@ def _row(
     ids = [*pieces.opening, *layout]
     shared = len(ids)
     positions, owners = list(range(shared)), [0] * shared
-    spans = []
+    spans, mentions = [], []
     for number, turn in enumerate(sample.turns, 1):
-        asked = [*text(turn.text), *pieces.asking]
-        if not sample.independent and number > 1:
-            asked = [*pieces.closing[1:], *asked]
+        before = [] if sample.independent or number == 1 else pieces.closing[1:]
+        asked = [*before, *text(turn.text), *pieces.asking]
         told = [*text(turn.answer), pieces.closing[0]]
         # The last token of the question predicts the first of the answer.
         first = len(ids) + len(asked) - 1
         spans.append((turn.task, first, first + len(told)))
+        for place, thing in _mentioned(tokenizer, turn):
+            mentions.append((len(ids) + len(before) + place, thing))
+        if len(turn.references) == 1:
+            mentions.append((first, turn.references[0].thing))
         start = shared if sample.independent else len(ids)
         positions += range(start, start + len(asked) + len(told))
         owners += [number if sample.independent else 0] * (len(asked) + len(told))
         ids += asked + told
-    return _Row(ids, positions, owners, spans)
+    return _Row(ids, positions, owners, spans, mentions)
+
+
+def _mentioned(tokenizer: Any, turn: Question) -> Iterator[tuple[int, Thing]]:
+    """Last token of each name in a question, and what it names."""
+    if not turn.references:
+        return
+    ends = [
+        end
+        for _, end in tokenizer(
+            turn.text, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+    ]
+    for reference in turn.references:
+        yield bisect_left(ends, reference.end), reference.thing
 
 
 def _windows(
@@ -204,20 +236,35 @@ def encode_media(model: ComposerForConditionalGeneration, batch: Batch) -> Media
     return Media(video, audio, patches)
 
 
+def text_states(
+    model: ComposerForConditionalGeneration, batch: Batch, media: Media
+) -> tuple[torch.Tensor, ...]:
+    """Hidden states ``[rows, length, text]`` of the text model: what enters the first layer, and
+    what leaves each of them (the last one's normalised).
+    """
+    embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
+    states: tuple[torch.Tensor, ...] = model.language_model.get_decoder()(
+        inputs_embeds=embeds,
+        attention_mask=batch.visible,
+        position_ids=batch.position_ids,
+        output_hidden_states=True,
+    ).hidden_states
+    return states
+
+
 def answer_logits(
-    model: ComposerForConditionalGeneration,
-    batch: Batch,
-    media: Media,
+    model: ComposerForConditionalGeneration, batch: Batch, states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits where answers are predicted, and what is right there.
+
+    Args:
+        model: What predicts.
+        batch: What is asked.
+        states: The last of `text_states`.
 
     Returns:
         ``[answer tokens, vocabulary]`` and int64 ``[answer tokens]``, row by row.
     """
-    embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
-    states = model.language_model.get_decoder()(
-        inputs_embeds=embeds, attention_mask=batch.visible, position_ids=batch.position_ids
-    ).last_hidden_state
     asked = batch.labels != IGNORED
     return model.get_output_embeddings()(states[asked]), batch.labels[asked]
 

@@ -15,7 +15,7 @@ _MOST_CLIPS, _SEEDS_PER_STEP = 8, 64
 _QUESTIONS = 12
 _TOKENS_PER_QUESTION = 13
 # Shares of batches whose clips have no sound track, and whose questions form a conversation.
-_SILENT, _CONVERSATIONS = 0.08, 0.2
+_SILENT, _CONVERSATIONS = 0.4, 0.2
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
     longest = 8 + round(12 * min(1.0, 2 * done))
     duration, most = int(rng.integers(4, longest + 1)), 10 + round(22 * done)
     if done > 0.5 and rng.random() < 0.3 * done:
-        duration, most = int(rng.integers(21, 61)), 64
+        duration, most = int(rng.integers(21, 31)), 64
     frames = min(int(rng.integers(8, most + 1)), 10 * duration)
     pool, temporal = draw_reduction(config, rng)
     sound = bool(rng.random() >= _SILENT)

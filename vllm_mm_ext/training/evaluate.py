@@ -15,6 +15,7 @@ from vllm_mm_ext.training.batches import (
     encode_media,
     make_batch,
     right_answers,
+    text_states,
 )
 from vllm_mm_ext.training.questions import TASKS
 from vllm_mm_ext.training.samples import HELD_OUT, Sample, generated_sample
@@ -23,7 +24,7 @@ Accuracy = dict[str, dict[str, float]]
 """Reduction to task to share of right answers; the task ``mean`` is the mean over tasks."""
 
 # Seconds and frames of the clips, in turn.
-_SHAPES = ((6, 12), (10, 20), (16, 32), (20, 32), (36, 48), (60, 64))
+_SHAPES = ((6, 12), (10, 20), (16, 32), (20, 40), (24, 48), (30, 60))
 
 
 def held_out_samples(clips: int, size: int) -> list[Sample]:
@@ -60,7 +61,8 @@ def accuracy(
         for start in range(0, len(samples), 6):
             part = samples[start : start + 6]
             batch = make_batch(model.config, tokenizer, part, pool, temporal).to(device)
-            logits, _ = answer_logits(model, batch, encode_media(model, batch))
+            states = text_states(model, batch, encode_media(model, batch))
+            logits, _ = answer_logits(model, batch, states[-1])
             for task, one in right_answers(batch, logits):
                 right[task].append(one)
         shares = {task: sum(all_) / len(all_) for task, all_ in right.items()}

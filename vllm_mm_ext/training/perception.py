@@ -22,6 +22,7 @@ from vllm_mm_ext.training.batches import Batch, Media
 from vllm_mm_ext.training.clips import COLOURS, GLIDES, PITCHES, SHAPES, Clip
 from vllm_mm_ext.training.render import coverage, position
 from vllm_mm_ext.training.samples import Sample
+from vllm_mm_ext.training.things import ThingHeads
 
 _COLOURS = list(COLOURS)
 UNKNOWN = -100
@@ -47,14 +48,19 @@ class PerceptionHeads(nn.Module):  # type: ignore[misc]
         self.second = nn.Linear(text, _SECONDS)
         self.flash_second = nn.Linear(text, _SECONDS)
         self.cover = nn.Linear(int(config.vision_config.hidden_size), 1)
+        self.things = ThingHeads(config)
 
-    def forward(self, batch: Batch, media: Media) -> torch.Tensor:
+    def forward(self, batch: Batch, media: Media, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss for a batch of generated samples.
 
         Args:
             batch: Of samples that know their clips.
-            media: What the model made of it.
+            media: What the model made of its media.
+            states: What the text model made of them, as from `text_states`.
         """
+        return self._media_loss(batch, media) + self.things(batch, states)
+
+    def _media_loss(self, batch: Batch, media: Media) -> torch.Tensor:
         samples, video, audio = batch.samples, media.video, media.audio
         covers = torch.tensor(_covers(samples, media.patches.shape[1]), device=video.device)
         cover = self.cover(media.patches)[..., 0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from typing import Literal, get_args
+from string import Formatter
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from vllm_mm_ext.training.clips import Clip, Flash, Scene
+from vllm_mm_ext.training.clips import Clip, Flash, Scene, ToneEvent
 
 Task = Literal[
     "colour",
@@ -68,15 +69,15 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "What is the number of flashes?",
     ),
     "flash_second": (
-        "At which second is the {0} flash?",
-        "When does the screen flash {0}, in whole seconds?",
-        "In which second does the {0} flash come?",
-        "Tell me the second of the {0} flash.",
+        "At which second is the {0}?",
+        "When is the {0} seen, in whole seconds?",
+        "In which second does the {0} come?",
+        "Tell me the second of the {0}.",
     ),
     "flash_tens": (
-        "In which ten seconds is the {0} flash?",
-        "Between which tens of seconds does the screen flash {0}?",
-        "Which ten seconds of the video have the {0} flash?",
+        "In which ten seconds is the {0}?",
+        "Between which tens of seconds is the {0}?",
+        "Which ten seconds of the video have the {0}?",
     ),
     "only_flash": (
         "What colour is the flash?",
@@ -84,10 +85,10 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Name the colour of the flash.",
     ),
     "flash_colour": (
-        "What colour is the {0} flash?",
-        "Which colour does the {0} flash have?",
-        "Name the colour of the {0} flash.",
-        "The {0} flash is what colour?",
+        "What colour is the {0}?",
+        "Which colour does the {0} have?",
+        "Name the colour of the {0}.",
+        "The {0} is what colour?",
     ),
     "end_shape": (
         "Which shape comes {0}?",
@@ -142,6 +143,17 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 }
 
 
+Thing = Scene | Flash | ToneEvent
+
+
+class Reference(NamedTuple):
+    """A name in a question, ``text[start:end]``, and what of the clip it means."""
+
+    start: int
+    end: int
+    thing: Thing
+
+
 @dataclass(frozen=True)
 class Question:
     """One question with the one right answer; ``task`` is one of `TASKS` where it was generated."""
@@ -149,6 +161,7 @@ class Question:
     task: str
     text: str
     answer: str
+    references: tuple[Reference, ...] = ()
 
 
 def normalised(answer: str) -> str:
@@ -168,8 +181,8 @@ def questions(
     """
     times = None if seconds is None else np.asarray(seconds)
     found = [
-        Question(task, _worded(rng, wording, *references), answer)
-        for task, wording, references, answer in (
+        _worded(rng, task, wording, names, answer)
+        for task, wording, names, answer in (
             *_about_scenes(clip, times),
             *_about_flashes(clip, times),
             *_about_order(clip, times),
@@ -179,13 +192,23 @@ def questions(
     return [found[int(index)] for index in rng.permutation(len(found))]
 
 
-_Asked = Iterator[tuple[Task, str, tuple[str, ...], str]]
+_Name = tuple[str, Thing]
+_Asked = Iterator[tuple[Task, str, tuple[_Name, ...], str]]
 _Times = np.ndarray[tuple[int], np.dtype[np.float64]] | None
 
 
-def _worded(rng: np.random.Generator, wording: str, *references: str) -> str:
+def _worded(
+    rng: np.random.Generator, task: Task, wording: str, names: tuple[_Name, ...], answer: str
+) -> Question:
     texts = WORDINGS[wording]
-    return texts[int(rng.integers(len(texts)))].format(*references)
+    text, references = "", []
+    for part, place, _, _ in Formatter().parse(texts[int(rng.integers(len(texts)))]):
+        text += part
+        if place is not None:
+            name, thing = names[int(place)]
+            references.append(Reference(len(text), len(text) + len(name), thing))
+            text += name
+    return Question(task, text, answer, tuple(references))
 
 
 def _about_scenes(clip: Clip, times: _Times) -> _Asked:
@@ -195,64 +218,67 @@ def _about_scenes(clip: Clip, times: _Times) -> _Asked:
         names = [scene.shape, f"{scene.colour} object"]
         if len(clip.scenes) == 1:
             names.append("object")
-            yield "colour", "colour", ("object",), scene.colour
+            yield "colour", "colour", (("object", scene),), scene.colour
             yield "shape", "only_shape", (), scene.shape
-        yield "colour", "colour", (scene.shape,), scene.colour
-        yield "shape", "shape", (scene.colour,), scene.shape
-        if _path_seen(scene, times):
+        yield "colour", "colour", ((scene.shape, scene),), scene.colour
+        yield "shape", "shape", ((scene.colour, scene),), scene.shape
+        if path_seen(scene, times):
             for name in names:
-                yield "motion", "motion", (name,), scene.motion
+                yield "motion", "motion", ((name, scene),), scene.motion
 
 
 def _about_flashes(clip: Clip, times: _Times) -> _Asked:
     seen = [flash for flash in clip.flashes if _seen(flash, times)]
     for flash in seen:
+        name = (f"{flash.colour} flash", flash)
         if clip.duration <= WHOLE_SECONDS_UP_TO:
-            yield "flash_time", "flash_second", (flash.colour,), str(int(flash.start))
+            yield "flash_time", "flash_second", (name,), str(int(flash.start))
         else:
             tens = int(flash.start // 10) * 10
-            yield "flash_time", "flash_tens", (flash.colour,), f"{tens} to {tens + 10}"
+            yield "flash_time", "flash_tens", (name,), f"{tens} to {tens + 10}"
     if len(seen) < len(clip.flashes):
         return
     yield "flash_count", "flash_count", (), str(len(seen))
     if len(seen) == 1:
         yield "flash_colour", "only_flash", (), seen[0].colour
-    for name, index in _ordinals(len(seen)):
-        yield "flash_colour", "flash_colour", (name,), seen[index].colour
+    for ordinal, index in _ordinals(len(seen)):
+        flash = seen[index]
+        yield "flash_colour", "flash_colour", ((f"{ordinal} flash", flash),), flash.colour
 
 
 def _about_order(clip: Clip, times: _Times) -> _Asked:
     scenes = clip.scenes
     if len(scenes) > 1 and all(_seen(scene, times) for scene in scenes):
-        yield "order", "end_shape", ("first",), scenes[0].shape
-        yield "order", "end_shape", ("last",), scenes[-1].shape
+        yield "order", "end_shape", (("first", scenes[0]),), scenes[0].shape
+        yield "order", "end_shape", (("last", scenes[-1]),), scenes[-1].shape
         yield "order", "all_shapes", (), ", ".join(scene.shape for scene in scenes)
         for scene, following in pairwise(scenes):
-            yield "order", "next_shape", (scene.shape,), following.shape
-    things = [(scene.shape, scene.start) for scene in scenes if _seen(scene, times)]
-    flashes = [(f"{f.colour} flash", f.start) for f in clip.flashes if _seen(f, times)]
-    tones = [] if clip.tones is None else clip.tones
-    sounds = [(_tone_name(name), tones[index].start) for name, index in _names(len(tones))]
-    pairs = [*combinations(things, 2), *combinations(flashes, 2)]
+            yield "order", "next_shape", ((scene.shape, scene),), following.shape
+    shown: list[_Name] = [(scene.shape, scene) for scene in scenes if _seen(scene, times)]
+    flashes: list[_Name] = [(f"{f.colour} flash", f) for f in clip.flashes if _seen(f, times)]
+    tones = clip.tones or ()
+    sounds: list[_Name] = [(_tone_name(n), tones[index]) for n, index in _names(len(tones))]
+    pairs = [*combinations(shown, 2), *combinations(flashes, 2)]
     # A tone and a flash far enough apart to be told apart from a token of sound.
-    pairs += [(s, f) for s in sounds for f in flashes if abs(s[1] - f[1]) > 1.5]
+    pairs += [(s, f) for s in sounds for f in flashes if abs(s[1].start - f[1].start) > 1.5]
     for one, other in pairs:
-        first, second = (one, other) if one[1] < other[1] else (other, one)
-        yield "before", "before", (first[0], second[0]), "yes"
-        yield "before", "before", (second[0], first[0]), "no"
+        first, second = (one, other) if one[1].start < other[1].start else (other, one)
+        yield "before", "before", (first, second), "yes"
+        yield "before", "before", (second, first), "no"
 
 
 def _about_tones(clip: Clip, times: _Times) -> _Asked:
     tones = clip.tones or ()
     yield "tone_count", "tone_count", (), str(len(tones))
-    for name, index in _names(len(tones)):
-        tone, called = tones[index], _tone_name(name)
-        yield "pitch", "pitch", (called,), tone.pitch
-        yield "glide", "glide", (called,), tone.glide
+    for ordinal, index in _names(len(tones)):
+        tone = tones[index]
+        name = (_tone_name(ordinal), tone)
+        yield "pitch", "pitch", (name,), tone.pitch
+        yield "glide", "glide", (name,), tone.glide
         scene = clip.scene_at(tone.start)
         if _seen(scene, times) and len(clip.scenes) > 1:
-            yield "on_screen", "shape_heard", (called,), scene.shape
-            yield "on_screen", "colour_heard", (called,), scene.colour
+            yield "on_screen", "shape_heard", (name,), scene.shape
+            yield "on_screen", "colour_heard", (name,), scene.colour
 
 
 def _names(count: int) -> list[tuple[str, int]]:
@@ -276,8 +302,13 @@ def _seen(span: Scene | Flash, times: _Times) -> bool:
     return times is None or bool(((times > span.start) & (times < span.end - 0.02)).any())
 
 
-def _path_seen(scene: Scene, times: _Times) -> bool:
-    """Enough of the scene lies between its first and last frame to tell where things move."""
+def path_seen(scene: Scene, times: _Times) -> bool:
+    """Enough of the scene lies between its first and last frame to tell where things move.
+
+    Args:
+        scene: Of the clip.
+        times: Of the frames seen; None: all of them.
+    """
     if times is None:
         return True
     inside = times[(times > scene.start) & (times < scene.end - 0.02)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,13 +93,25 @@ def generated_sample(
     )
 
 
-def balanced(found: list[Question], turns: int, rng: np.random.Generator) -> list[Question]:
-    """So many of the questions, drawn so that tasks come up as often as `_WEIGHTS` says."""
+def balanced(
+    found: list[Question],
+    turns: int,
+    rng: np.random.Generator,
+    weights: Mapping[str, float] = _WEIGHTS,
+) -> list[Question]:
+    """So many of the questions, drawn so that tasks come up as often as their weights say.
+
+    Args:
+        found: To draw from.
+        turns: How many at most.
+        rng: Decides.
+        weights: Of tasks; 1 where nothing is said.
+    """
     if len(found) <= turns:
         return found
     counts = Counter(question.task for question in found)
-    weights = np.array([_WEIGHTS.get(one.task, 1.0) / counts[one.task] for one in found])
-    drawn = rng.choice(len(found), turns, replace=False, p=weights / weights.sum())
+    shares = np.array([weights.get(one.task, 1.0) / counts[one.task] for one in found])
+    drawn = rng.choice(len(found), turns, replace=False, p=shares / shares.sum())
     return [found[int(index)] for index in drawn]
 
 

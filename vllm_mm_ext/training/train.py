@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,8 @@ from vllm_mm_ext.training.trainer import Batches, Recipe, Trainer, has_state, sa
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 _console = Console()
 _EVAL_CLIPS = 36
+# Steps between lines that say what is answered right so far.
+_REPORT_STEPS = 100
 
 
 class Device(StrEnum):
@@ -195,6 +198,7 @@ def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> Non
     first = rank() == 0
     saved = time.monotonic()
     loss_average = right_average = None
+    asked: dict[str, list[bool]] = defaultdict(list)
     with progress:
         task = progress.add_task("", total=steps, completed=trainer.step, shown="")
         while trainer.step < steps:
@@ -204,6 +208,14 @@ def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> Non
             right_average = _average(right_average, right)
             shown = f"loss {loss_average:.3f}  right {right_average:.1%}"
             progress.update(task, completed=trainer.step, shown=shown)
+            for name, one in answers:
+                asked[name].append(one)
+            if first and trainer.step % _REPORT_STEPS == 0:
+                shares = [
+                    f"{name} {sum(all_) / len(all_):.0%}" for name, all_ in sorted(asked.items())
+                ]
+                progress.console.print(f"step {trainer.step}: {shown}: {', '.join(shares)}")
+                asked.clear()
             if first and time.monotonic() - saved > save_s:
                 trainer.save(output)
                 saved = time.monotonic()

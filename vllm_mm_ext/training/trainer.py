@@ -16,7 +16,13 @@ import torch.nn.functional as F  # noqa: N812
 
 from vllm_mm_ext.models.composer.configuration import ARCHITECTURE
 from vllm_mm_ext.models.composer.reference import ComposerForConditionalGeneration
-from vllm_mm_ext.training.batches import Batch, answer_logits, encode_media, right_answers
+from vllm_mm_ext.training.batches import (
+    Batch,
+    answer_logits,
+    encode_media,
+    right_answers,
+    text_states,
+)
 from vllm_mm_ext.training.muon import Muon
 from vllm_mm_ext.training.perception import PerceptionHeads
 from vllm_mm_ext.training.processes import average_gradients, world
@@ -110,12 +116,13 @@ class Trainer:
         )
         with context:
             media = encode_media(self.model, batch)
-            logits, labels = answer_logits(self.model, batch, media)
+            states = text_states(self.model, batch, media)
+            logits, labels = answer_logits(self.model, batch, states[-1])
         answers_loss = F.cross_entropy(logits.float(), labels)
         loss = answers_loss
         weight = self.recipe.perception_weight(self.step)
         if weight and all(sample.clip is not None for sample in batch.samples):
-            loss = loss + weight * self.heads(batch, media)
+            loss = loss + weight * self.heads(batch, media, states)
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"the loss of step {self.step} is not finite")
         self.model.zero_grad(set_to_none=True)
