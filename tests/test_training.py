@@ -39,7 +39,7 @@ from vllm_mm_ext.training.model import fresh_model, tiny_config
 from vllm_mm_ext.training.muon import orthogonal
 from vllm_mm_ext.training.render import encode_clip
 from vllm_mm_ext.training.samples import HELD_OUT, Sample, generated_sample
-from vllm_mm_ext.training.things import thing_labels
+from vllm_mm_ext.training.things import heard_so_far, seen_so_far, thing_labels
 from vllm_mm_ext.training.tokenizer import build_tokenizer
 from vllm_mm_ext.training.train import app as train_app
 from vllm_mm_ext.training.trainer import Recipe, Trainer, save_checkpoint
@@ -163,6 +163,22 @@ def test_labels_of_things_are_what_the_clip_shows() -> None:
                         assert GLIDES[glide] == turn.answer
                     case "on_screen":
                         assert turn.answer in (SHAPES[shape], list(COLOURS)[colour])
+
+
+@pytest.mark.parametrize("temporal", [1, 4])
+def test_what_has_begun_by_the_end_is_all_that_was_seen_and_heard(temporal: int) -> None:
+    for seed in range(12):
+        sample = generated_sample(seed, 16, 40, 1, 64)
+        assert sample.clip is not None
+        shown = [sample.clip.flash_at(second) for second in sample.seconds]
+        so_far = seen_so_far(sample, temporal)
+        assert len(so_far) == -(-40 // temporal)
+        assert so_far == sorted(so_far, key=lambda one: one[:2])
+        assert so_far[-1][1] == len({flash for flash in shown if flash})
+        heard = heard_so_far(sample, 0.4)
+        assert len(heard) == sum(CONFIG.audio_tokens(16 * 16_000))
+        assert heard == sorted(heard)
+        assert heard[-1] == len(sample.clip.tones or ())
 
 
 def test_padding_changes_no_result() -> None:

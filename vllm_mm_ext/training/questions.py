@@ -276,7 +276,7 @@ def _about_tones(clip: Clip, times: _Times) -> _Asked:
         yield "pitch", "pitch", (name,), tone.pitch
         yield "glide", "glide", (name,), tone.glide
         scene = clip.scene_at(tone.start)
-        if _seen(scene, times) and len(clip.scenes) > 1:
+        if len(clip.scenes) > 1 and known_at(scene, tone.start, times):
             yield "on_screen", "shape_heard", (name,), scene.shape
             yield "on_screen", "colour_heard", (name,), scene.colour
 
@@ -300,6 +300,20 @@ def _tone_name(ordinal: str) -> str:
 def _seen(span: Scene | Flash, times: _Times) -> bool:
     # Half a frame of a 20 fps clip from both edges.
     return times is None or bool(((times > span.start) & (times < span.end - 0.02)).any())
+
+
+def known_at(scene: Scene, second: float, times: _Times) -> bool:
+    """The frames around a second tell that a scene is on screen then.
+
+    Args:
+        scene: The one that is.
+        second: Within it.
+        times: Of the frames seen; None: all of them.
+    """
+    if times is None:
+        return True
+    around = [*times[times <= second][-1:], *times[times >= second][:1]]
+    return _seen(scene, times) and all(scene.start <= time < scene.end for time in around)
 
 
 def path_seen(scene: Scene, times: _Times) -> bool:

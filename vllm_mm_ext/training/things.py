@@ -1,13 +1,15 @@
-"""An additional loss on questions about generated clips: a name knows what it names.
+"""An additional loss inside the text model: what it knows on its way to an answer.
 
-Whoever asks whether a circle comes before a cross must have found both. Few such questions come by,
-and until all steps towards an answer are learnt, the answer itself is guessed and teaches little.
-So linear heads read, where a question names something, all that is known of it. They are thrown
-away after training.
+Whoever asks whether a circle comes before a cross must have found both; whoever counts flashes must
+have told one from the next. Few such questions come by, and until all steps towards an answer are
+learnt, the answer itself is guessed and teaches little. So linear heads read, where a question
+names something, all that is known of it, and along the video and its sound, what has begun so far.
+They are thrown away after training.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +17,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from vllm_mm_ext.models.composer.configuration import ComposerConfig
+from vllm_mm_ext.models.composer.configuration import (
+    SAMPLE_RATE,
+    STATES_PER_SECOND,
+    ComposerConfig,
+)
 from vllm_mm_ext.models.composer.connector import text_width
 from vllm_mm_ext.training.batches import Batch
 from vllm_mm_ext.training.clips import (
@@ -28,7 +34,7 @@ from vllm_mm_ext.training.clips import (
     Scene,
     ToneEvent,
 )
-from vllm_mm_ext.training.questions import Thing, path_seen
+from vllm_mm_ext.training.questions import Thing, known_at, path_seen
 from vllm_mm_ext.training.render import position
 from vllm_mm_ext.training.samples import Sample
 
@@ -42,10 +48,15 @@ _CLASSES = (_SECONDS, len(SHAPES), len(COLOURS), len(MOTIONS), len(PITCHES), len
 # Where an object is when first and last seen.
 _PLACES = 4
 _PLACE_WEIGHT = 10.0
+# Flashes, or tones, of a clip at most.
+_MOST = 4
+# Classes of what is known after a frame: which scene this is, how many flashes and tones have
+# begun, and the motion so far.
+_SEEN_SO_FAR = (len(SHAPES), _MOST + 1, _MOST + 1, len(MOTIONS))
 
 
 class ThingHeads(nn.Module):  # type: ignore[misc]
-    """What a named thing is like and when it is, read from states of the text model.
+    """What a named thing is like, and what has begun so far, read from states of the text model.
 
     Args:
         config: Of the model. States half-way and before the last layer are read.
@@ -56,9 +67,13 @@ class ThingHeads(nn.Module):  # type: ignore[misc]
         text = config.text_config
         layers = int(getattr(text, "get_text_config", lambda: text)().num_hidden_layers)
         self._layers = sorted({max(1, layers // 2), max(1, layers - 1)})
-        self.heads = nn.ModuleList(
-            nn.Linear(text_width(config), sum(_CLASSES) + _PLACES) for _ in self._layers
-        )
+        self._video_pad = int(config.video_pad_token_id)
+        self._audio_pad = int(config.audio_pad_token_id)
+        self._token_s = config.audio_stack / STATES_PER_SECOND
+        width = text_width(config)
+        self.heads = nn.ModuleList(nn.Linear(width, sum(_CLASSES) + _PLACES) for _ in self._layers)
+        self.seen = nn.Linear(width, sum(_SEEN_SO_FAR))
+        self.heard = nn.Linear(width, _MOST + 1)
 
     def forward(self, batch: Batch, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss for a batch of generated samples.
@@ -67,6 +82,24 @@ class ThingHeads(nn.Module):  # type: ignore[misc]
             batch: Of samples that know their clips.
             states: As from `text_states`.
         """
+        return self._things_loss(batch, states) + self._so_far_loss(batch, states)
+
+    def _so_far_loss(self, batch: Batch, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        halfway = states[self._layers[0]]
+        seen = torch.tensor(
+            [row for sample in batch.samples for row in seen_so_far(sample, batch.temporal)],
+            device=halfway.device,
+        )
+        groups = halfway[batch.input_ids == self._video_pad].unflatten(0, (len(seen), -1))
+        loss = _classified(self.seen(groups.mean(dim=1)), _SEEN_SO_FAR, seen)
+        heard = [count for sample in batch.samples for count in heard_so_far(sample, self._token_s)]
+        if heard:
+            labels = torch.tensor(heard, device=halfway.device)
+            logits = self.heard(halfway[batch.input_ids == self._audio_pad])
+            loss = loss + F.cross_entropy(logits, labels)
+        return loss
+
+    def _things_loss(self, batch: Batch, states: Sequence[torch.Tensor]) -> torch.Tensor:
         device = states[0].device
         loss = torch.zeros((), device=device)
         if not batch.mentions:
@@ -77,15 +110,54 @@ class ThingHeads(nn.Module):  # type: ignore[misc]
         labels = torch.tensor([classes for classes, _ in known], device=device)
         paths = torch.tensor([path for _, path in known], dtype=torch.float32, device=device)
         for layer, head in zip(self._layers, self.heads, strict=True):
-            parts = head(states[layer][rows, places]).split((*_CLASSES, _PLACES), -1)
-            for index, logits in enumerate(parts[:-1]):
-                has = labels[:, index] != _UNKNOWN
-                if bool(has.any()):
-                    loss = loss + F.cross_entropy(logits[has], labels[has, index])
+            out = head(states[layer][rows, places])
+            loss = loss + _classified(out[:, :-_PLACES], _CLASSES, labels)
             has = paths[:, 0] >= 0
             if bool(has.any()):
-                loss = loss + F.mse_loss(parts[-1][has], paths[has]) * _PLACE_WEIGHT
+                loss = loss + F.mse_loss(out[has, -_PLACES:], paths[has]) * _PLACE_WEIGHT
         return loss / len(self._layers)
+
+
+def _classified(logits: torch.Tensor, classes: Sequence[int], labels: torch.Tensor) -> torch.Tensor:
+    """Sum over several classifications of the loss where the label is known."""
+    loss = logits.new_zeros(())
+    for index, part in enumerate(logits.split(tuple(classes), -1)):
+        known = labels[:, index] != _UNKNOWN
+        if bool(known.any()):
+            loss = loss + F.cross_entropy(part[known], labels[known, index])
+    return loss
+
+
+def seen_so_far(sample: Sample, temporal: int) -> list[tuple[int, ...]]:
+    """The classes for each of `_SEEN_SO_FAR` after each group of frames of a sample."""
+    clip = sample.clip
+    assert clip is not None
+    times = np.array(sample.seconds)
+    found = []
+    for start in range(0, len(times), temporal):
+        until = times[: start + temporal]
+        now = float(until[-1])
+        scenes = len({clip.scene_at(float(second)).start for second in until})
+        flashes = len({clip.flash_at(float(second)) for second in until} - {None})
+        tones = _UNKNOWN
+        if clip.tones is not None:
+            tones = sum(tone.start < now for tone in clip.tones)
+        scene = clip.scene_at(now)
+        motion = MOTIONS.index(scene.motion) if path_seen(scene, until) else _UNKNOWN
+        found.append((scenes - 1, flashes, tones, motion))
+    return found
+
+
+def heard_so_far(sample: Sample, token_s: float) -> list[int]:
+    """Tones that have begun by the end of each token of the sound of a sample."""
+    if sample.sound is None:
+        return []
+    assert sample.clip is not None
+    tones = sample.clip.tones or ()
+    count = math.ceil(len(sample.sound) / SAMPLE_RATE / token_s - 1e-6)
+    # Half a token in: what has only just begun cannot be heard yet.
+    ends = [(index + 0.5) * token_s for index in range(count)]
+    return [sum(tone.start < end for tone in tones) for end in ends]
 
 
 def thing_labels(thing: Thing, sample: Sample) -> tuple[list[int], list[float]]:
@@ -115,5 +187,6 @@ def thing_labels(thing: Thing, sample: Sample) -> tuple[list[int], list[float]]:
             begin = int(thing.start)
             pitch, glide = PITCHES.index(thing.pitch), GLIDES.index(thing.glide)
             scene = sample.clip.scene_at(thing.start)
-            shape, colour = SHAPES.index(scene.shape), _COLOURS.index(scene.colour)
+            if known_at(scene, thing.start, np.array(sample.seconds)):
+                shape, colour = SHAPES.index(scene.shape), _COLOURS.index(scene.colour)
     return [min(begin, _SECONDS - 1), shape, colour, motion, pitch, glide], path
