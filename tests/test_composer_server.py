@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 
 CONFIG = Path(__file__).parent.parent / "configs" / "composer-tiny.yaml"
 SECONDS = 6
-FRAMES = 2 * SECONDS
+FRAMES = 4 * SECONDS
 SIDE = 4
 # Of the tiny checkpoint: windows of 2 s, 80 ms a token.
 AUDIO_TOKENS = 25 * SECONDS // 2

@@ -37,8 +37,10 @@ from vllm_mm_ext.training.questions import (
 from vllm_mm_ext.training.render import encode_clip
 from vllm_mm_ext.training.samples import HELD_OUT, balanced
 
-BUDGETS = (8, 16, 32, 64)
-FULL = BUDGETS[-1]
+FRAMES = (8, 16, 32, 64)
+# As the checkpoint was trained and as its configuration says: 4 frames a second, 64 at most.
+FULL = 0
+_FULL_OPTIONS = {"fps": 4.0, "min_frames": 8, "max_frames": 64}
 # The adaptive policy at a budget is held against uniform frames at twice of it.
 _HALVED = (16, 32)
 REDUCTIONS: Mapping[str, dict[str, Any]] = {
@@ -52,8 +54,8 @@ _CLIPS_PER_REPEAT, _QUESTIONS = 48, 16
 _DURATIONS = (8, 12, 16, 20, 24, 30)
 # Not those of the demo and of the held-out clips that training shows.
 _FIRST_SEED = HELD_OUT + 1_000_000
-# As many as a server allows unless told otherwise: the shortest clip has the largest budget then.
-_FPS = 8
+# As many as a server allows unless told otherwise: the shortest clip has 64 frames then.
+_FPS = 8.0
 _ANSWER = 16
 _AT_ONCE = 4
 _SIDES = ("uniform", "adaptive")
@@ -97,7 +99,7 @@ def run(context: BenchContext) -> BenchResult:
     model = shipped_model()
     if model is None:
         raise RuntimeError("vllm_mm_ext/assets holds no trained composer; scripts/train_composer")
-    settings = [(side, frames, "none") for side in _SIDES for frames in BUDGETS]
+    settings = [(side, frames, "none") for side in _SIDES for frames in (FULL, *FRAMES)]
     settings += [("adaptive", FULL, name) for name in REDUCTIONS]
     outcomes: dict[tuple[str, int, str], Outcome] = defaultdict(Outcome)
     blind = Outcome()
@@ -126,6 +128,8 @@ def run(context: BenchContext) -> BenchResult:
         "adaptive frames and the named reduction; both served by the plugin, as stock vLLM has no "
         "such model",
         f"short events: {', '.join(SHORT_EVENT_TASKS)}",
+        "full budget: as the checkpoint was trained, 4 frames a second, 64 at most; reductions are "
+        "those of the full budget, next to none",
         f"plot of accuracy against tokens: {plot}",
     ]
     return BenchResult("accuracy", rows(outcomes, blind, kv_token_bytes(model)), notes)
@@ -150,10 +154,11 @@ def rows(
     full = {side: outcomes[side, FULL, "none"] for side in _SIDES}
     table = []
     for name, tasks in (*((task, (task,)) for task in TASKS), ("mean over tasks", TASKS)):
-        table.append(_pair(f"{name}, {FULL} frames", "%", full, _share(tasks)))
+        table.append(_pair(f"{name}, full budget", "%", full, _share(tasks)))
     for name, tasks in (*((task, (task,)) for task in TASKS), ("mean over tasks", TASKS)):
         table.append(Row.of(f"{name}, guessed without media", "%", plugin=[blind.share(tasks)]))
-    for frames in BUDGETS:
+    table += _costs("full budget", full, token_bytes)
+    for frames in FRAMES:
         sides = {side: outcomes[side, frames, "none"] for side in _SIDES}
         table += [
             _pair(f"{frames} frames: short events", "%", sides, _share(SHORT_EVENT_TASKS)),
@@ -196,19 +201,14 @@ def kv_token_bytes(model: Path) -> int:
 
 
 def options_of(frames: int, reduction: str) -> dict[str, Any]:
-    """The ``mm_ext`` block of a request with a setting."""
-    return {
-        "fps": _FPS,
-        "min_frames": frames,
-        "max_frames": frames,
-        "quality": "fixed",
-        "reduction": REDUCTIONS.get(reduction, {}),
-    }
+    """The ``mm_ext`` block of a request with so many frames (or `FULL`) and a reduction."""
+    budget = {"fps": _FPS, "min_frames": frames, "max_frames": frames} if frames else _FULL_OPTIONS
+    return {**budget, "quality": "fixed", "reduction": REDUCTIONS.get(reduction, {})}
 
 
 @contextlib.contextmanager
 def _server(model: Path, media: Path, adaptive: bool) -> Iterator[Server]:
-    sampling = {"policy": "adaptive" if adaptive else "uniform", "max_frames": FULL}
+    sampling = {"policy": "adaptive" if adaptive else "uniform", "max_frames": FRAMES[-1]}
     with serve(
         model,
         plugin=True,
@@ -288,7 +288,7 @@ def _curves(outcomes: Mapping[tuple[str, int, str], Outcome]) -> list[Curve]:
         return mean(outcome.visual), outcome.share(), outcome.share(SHORT_EVENT_TASKS)
 
     lines = [
-        Curve(f"{side} frames", tuple(point((side, frames, "none")) for frames in BUDGETS))
+        Curve(f"{side} frames", tuple(point((side, frames, "none")) for frames in FRAMES))
         for side in _SIDES
     ]
     return lines + [Curve(name, (point(("adaptive", FULL, name)),)) for name in REDUCTIONS]

@@ -43,9 +43,9 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
     rng = np.random.default_rng((seed, 2, step))
     done = min(1.0, step / max(1, ramp))
     longest = 8 + round(12 * min(1.0, 2 * done))
-    duration, most = int(rng.integers(4, longest + 1)), 10 + round(22 * done)
-    if done > 0.5 and rng.random() < 0.3 * done:
-        duration, most = int(rng.integers(21, 31)), 64
+    duration, most = int(rng.integers(4, longest + 1)), 10 + round(54 * done)
+    if done > 0.5 and rng.random() < 0.4 * done:
+        duration = int(rng.integers(21, 31))
     frames = min(int(rng.integers(8, most + 1)), 10 * duration)
     pool, temporal = draw_reduction(config, rng)
     sound = bool(rng.random() >= _SILENT)

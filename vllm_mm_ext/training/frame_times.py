@@ -9,6 +9,8 @@ from vllm_mm_ext.training.clips import Clip
 # Frames of a clip that could be picked: those of a 20 fps file.
 CLIP_FPS = 20
 _EVEN_SHARE = 0.35
+# With so many frames a sampler gives a flash all that it has.
+_MANY = 24
 
 
 def pick_seconds(clip: Clip, frames: int, rng: np.random.Generator) -> list[float]:
@@ -34,7 +36,7 @@ def pick_seconds(clip: Clip, frames: int, rng: np.random.Generator) -> list[floa
     for flash in clip.flashes:
         if rng.random() < 0.97:
             first, last = int(flash.start * CLIP_FPS) + 1, int((flash.end - 0.02) * CLIP_FPS)
-            count = min(last - first + 1, int(rng.integers(1, 4)))
+            count = min(last - first + 1, int(rng.integers(1, 4 if frames < _MANY else 9)))
             kept |= {int(k) for k in rng.choice(np.arange(first, last + 1), count, replace=False)}
     for scene in clip.scenes[1:]:
         if rng.random() < 0.5:

@@ -20,16 +20,17 @@ HELD_OUT = 1 << 40
 
 # How often a task is asked, compared with the others: those that are learned last, most.
 _WEIGHTS = {
-    "colour": 0.5,
+    "colour": 0.4,
+    "shape": 0.6,
     "pitch": 0.5,
-    "tone_count": 0.6,
-    "glide": 0.6,
-    "flash_count": 0.8,
+    "glide": 0.5,
+    "motion": 1.5,
+    "flash_count": 2.0,
     "flash_time": 1.5,
-    "motion": 2.0,
-    "order": 1.5,
-    "before": 2.0,
-    "on_screen": 1.5,
+    "flash_colour": 2.0,
+    "order": 2.0,
+    "before": 1.5,
+    "on_screen": 2.0,
 }
 
 

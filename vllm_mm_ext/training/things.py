@@ -133,7 +133,7 @@ def seen_so_far(sample: Sample, temporal: int) -> list[tuple[int, ...]]:
     clip = sample.clip
     assert clip is not None
     times = np.array(sample.seconds)
-    found = []
+    found: list[tuple[int, ...]] = []
     for start in range(0, len(times), temporal):
         until = times[: start + temporal]
         now = float(until[-1])

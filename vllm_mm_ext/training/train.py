@@ -71,6 +71,12 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps in all, resumed ones included.")] = 6000,
     parts: Annotated[Parts, typer.Option(help="What is trained.")] = Parts.all,
+    freeze_towers: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-towers", help="Encoders stay as they are; may be given when resuming."
+        ),
+    ] = False,
     lr: Annotated[float, typer.Option(min=1e-8, max=1.0, help="Highest learning rate.")] = 2e-3,
     seed: Annotated[int, typer.Option(min=0, max=999, help="Decides weights and data.")] = 0,
     ramp: Annotated[
@@ -130,6 +136,7 @@ def train(
         lr=lr,
         perception_steps=perception_steps,
         connectors_only=parts is Parts.connectors,
+        freeze_towers=freeze_towers,
         autocast=_fast_bf16(place) if bf16 is None else bf16,
     )
     with joined():

@@ -47,6 +47,7 @@ class Recipe:
         perception_steps: Steps over which the weight of `perception`'s loss falls to zero; it
             concerns generated clips only.
         connectors_only: Towers and text model stay as they are.
+        freeze_towers: The encoders stay as they are from here on.
         autocast: Compute in bfloat16 where that is safe; weights stay float32.
     """
 
@@ -59,6 +60,7 @@ class Recipe:
     clip: float = 1.0
     perception_steps: int = 0
     connectors_only: bool = False
+    freeze_towers: bool = False
     autocast: bool = False
 
     def perception_weight(self, step: int) -> float:
@@ -100,6 +102,11 @@ class Trainer:
         self.heads = PerceptionHeads(model.config).to(self.device)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizers = _optimizers(model, recipe, self.heads)
+        if recipe.freeze_towers:
+            # Their optimizer state stays, so that a training can be resumed with and without them.
+            for name, parameter in model.named_parameters():
+                if name.split(".")[0].endswith("_tower"):
+                    parameter.requires_grad_(False)
 
     def train_step(self) -> tuple[float, list[tuple[str, bool]]]:
         """One step: its loss, and for each question its task and whether the answer was right."""
