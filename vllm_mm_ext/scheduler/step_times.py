@@ -15,8 +15,8 @@ _NEWEST = 0.1
 # A step counts as at most this multiple of what it was expected to take: what held it up (another
 # process, a page fault) says nothing of its work. Where prices did rise, steps soon add up to it.
 _MOST_OF_EXPECTED = 2.0
-# Of a token: the time that ``n`` tokens take is time for ``n``, whatever a division rounds to. A prompt
-# that misses its last token pays for another step.
+# Of a token: the time that ``n`` tokens take is time for ``n``, whatever a division rounds to. A
+# prompt that misses its last token pays for another step.
 _ROUNDING = 1e-6
 # Of a feature's own weight, so that prices of things that always occur together are shared evenly.
 _RIDGE = 1e-9
