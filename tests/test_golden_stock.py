@@ -15,7 +15,11 @@ from vllm_mm_ext.testing.server import Server
 TOKENS = 16
 # One of each kind; videos of every family meet stock's in ``test_segments_engine`` and
 # ``test_per_frame_engine``.
-SERVED = ("qwen2_5_omni", "llava_onevision", "qwen2_audio")
+SERVED = (
+    "qwen2_5_omni",
+    "llava_onevision",
+    pytest.param("qwen2_audio", marks=pytest.mark.slow),
+)
 
 # Name of a case: the messages' media in order, then which turn of a conversation it is.
 CASES: Mapping[str, tuple[tuple[str, ...], int]] = {

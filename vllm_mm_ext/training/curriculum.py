@@ -15,7 +15,7 @@ _MOST_CLIPS, _SEEDS_PER_STEP = 8, 64
 _QUESTIONS = 12
 _TOKENS_PER_QUESTION = 13
 # Shares of batches whose clips have no sound track, and whose questions form a conversation.
-_SILENT, _CONVERSATIONS = 0.15, 0.2
+_SILENT, _CONVERSATIONS = 0.08, 0.2
 
 
 @dataclass(frozen=True)
