@@ -211,6 +211,23 @@ def test_greedy_decoding_tells_what_teacher_forcing_calls_right() -> None:
         assert (answer == told[:-1]) == right
 
 
+def test_towers_frozen_when_resuming_stay_as_they_were(tmp_path: Path) -> None:
+    first = trainer()
+    first.train_step()
+    first.save(tmp_path)
+    frozen = trainer(freeze_towers=True)
+    frozen.resume(tmp_path)
+    before = {name: tensor.clone() for name, tensor in frozen.model.state_dict().items()}
+    for _ in range(2):
+        frozen.train_step()
+    changed = {
+        name.split(".")[0]
+        for name, tensor in frozen.model.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"video_connector", "audio_connector", "language_model"}
+
+
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole = trainer()
     for _ in range(4):
