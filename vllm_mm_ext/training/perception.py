@@ -22,12 +22,9 @@ from vllm_mm_ext.training.batches import Batch, Media
 from vllm_mm_ext.training.clips import COLOURS, GLIDES, PITCHES, SHAPES, Clip
 from vllm_mm_ext.training.render import coverage, position
 from vllm_mm_ext.training.samples import Sample
-from vllm_mm_ext.training.things import ThingHeads
+from vllm_mm_ext.training.things import SECONDS, UNKNOWN, ThingHeads, classified
 
 _COLOURS = list(COLOURS)
-UNKNOWN = -100
-# Whole seconds told apart.
-_SECONDS = 64
 
 
 class PerceptionHeads(nn.Module):  # type: ignore[misc]
@@ -45,8 +42,8 @@ class PerceptionHeads(nn.Module):  # type: ignore[misc]
         self.sound = nn.Linear(text, 2 + len(PITCHES) + len(GLIDES))
         self.place = nn.Linear(text, 2)
         # One clock for what is seen and what is heard.
-        self.second = nn.Linear(text, _SECONDS)
-        self.flash_second = nn.Linear(text, _SECONDS)
+        self.second = nn.Linear(text, SECONDS)
+        self.flash_second = nn.Linear(text, SECONDS)
         self.cover = nn.Linear(int(config.vision_config.hidden_size), 1)
         self.things = ThingHeads(config)
 
@@ -87,11 +84,8 @@ class PerceptionHeads(nn.Module):  # type: ignore[misc]
         heard = [row for sample in samples for row in _sound_labels(sample, self._stack)]
         labels = torch.tensor(heard, device=video.device)
         loss = loss + F.cross_entropy(self.second(audio), labels[:, 3])
-        parts = self.sound(audio).split((2, len(PITCHES), len(GLIDES)), -1)
-        for index, logits in enumerate(parts):
-            known = labels[:, index] != UNKNOWN
-            if bool(known.any()):
-                loss = loss + F.cross_entropy(logits[known], labels[known, index])
+        kinds = (2, len(PITCHES), len(GLIDES))
+        loss = loss + classified(self.sound(audio), kinds, labels[:, : len(kinds)])
         return loss
 
 
@@ -145,7 +139,7 @@ def _group_times(sample: Sample, temporal: int) -> list[tuple[int, int]]:
         flashes = {sample.clip.flash_at(second) for second in seconds} - {None}
         flashed = int(next(iter(flashes)).start) if len(flashes) == 1 else -1  # type: ignore[union-attr]
         middle = int(sum(seconds) / len(seconds))
-        found.append((min(middle, _SECONDS - 1), min(flashed, _SECONDS - 1)))
+        found.append((min(middle, SECONDS - 1), min(flashed, SECONDS - 1)))
     return found
 
 
@@ -158,7 +152,7 @@ def _sound_labels(sample: Sample, stack: int) -> list[tuple[int, int, int, int]]
     return [
         (
             *sound_label(sample.clip, k * step, (k + 1) * step),
-            min(int(k * step), _SECONDS - 1),
+            min(int(k * step), SECONDS - 1),
         )
         for k in range(count)
     ]

@@ -39,12 +39,13 @@ from vllm_mm_ext.training.render import position
 from vllm_mm_ext.training.samples import Sample
 
 _COLOURS = list(COLOURS)
-_UNKNOWN = -100
-# Whole seconds told apart.
-_SECONDS = 64
+UNKNOWN = -100
+"""Label of what is not known."""
+SECONDS = 64
+"""Whole seconds told apart."""
 # Classes of each head: when it begins, its shape (or that on screen), its colour (or that on
 # screen), its motion, pitch and glide.
-_CLASSES = (_SECONDS, len(SHAPES), len(COLOURS), len(MOTIONS), len(PITCHES), len(GLIDES))
+_CLASSES = (SECONDS, len(SHAPES), len(COLOURS), len(MOTIONS), len(PITCHES), len(GLIDES))
 # Where an object is when first and last seen.
 _PLACES = 4
 _PLACE_WEIGHT = 10.0
@@ -91,7 +92,7 @@ class ThingHeads(nn.Module):  # type: ignore[misc]
             device=halfway.device,
         )
         groups = halfway[batch.input_ids == self._video_pad].unflatten(0, (len(seen), -1))
-        loss = _classified(self.seen(groups.mean(dim=1)), _SEEN_SO_FAR, seen)
+        loss = classified(self.seen(groups.mean(dim=1)), _SEEN_SO_FAR, seen)
         heard = [count for sample in batch.samples for count in heard_so_far(sample, self._token_s)]
         if heard:
             labels = torch.tensor(heard, device=halfway.device)
@@ -111,18 +112,24 @@ class ThingHeads(nn.Module):  # type: ignore[misc]
         paths = torch.tensor([path for _, path in known], dtype=torch.float32, device=device)
         for layer, head in zip(self._layers, self.heads, strict=True):
             out = head(states[layer][rows, places])
-            loss = loss + _classified(out[:, :-_PLACES], _CLASSES, labels)
+            loss = loss + classified(out[:, :-_PLACES], _CLASSES, labels)
             has = paths[:, 0] >= 0
             if bool(has.any()):
                 loss = loss + F.mse_loss(out[has, -_PLACES:], paths[has]) * _PLACE_WEIGHT
         return loss / len(self._layers)
 
 
-def _classified(logits: torch.Tensor, classes: Sequence[int], labels: torch.Tensor) -> torch.Tensor:
-    """Sum over several classifications of the loss where the label is known."""
+def classified(logits: torch.Tensor, classes: Sequence[int], labels: torch.Tensor) -> torch.Tensor:
+    """Sum over several classifications of the loss where the label is known.
+
+    Args:
+        logits: ``[n, sum(classes)]``.
+        classes: Of each classification.
+        labels: ``[n, len(classes)]``; `UNKNOWN` where not known.
+    """
     loss = logits.new_zeros(())
     for index, part in enumerate(logits.split(tuple(classes), -1)):
-        known = labels[:, index] != _UNKNOWN
+        known = labels[:, index] != UNKNOWN
         if bool(known.any()):
             loss = loss + F.cross_entropy(part[known], labels[known, index])
     return loss
@@ -134,17 +141,19 @@ def seen_so_far(sample: Sample, temporal: int) -> list[tuple[int, ...]]:
     assert clip is not None
     times = np.array(sample.seconds)
     found: list[tuple[int, ...]] = []
+    scenes, flashes = set(), set()
     for start in range(0, len(times), temporal):
         until = times[: start + temporal]
         now = float(until[-1])
-        scenes = len({clip.scene_at(float(second)).start for second in until})
-        flashes = len({clip.flash_at(float(second)) for second in until} - {None})
-        tones = _UNKNOWN
+        for second in sample.seconds[start : start + temporal]:
+            scenes.add(clip.scene_at(second))
+            flashes.add(clip.flash_at(second))
+        tones = UNKNOWN
         if clip.tones is not None:
             tones = sum(tone.start < now for tone in clip.tones)
         scene = clip.scene_at(now)
-        motion = MOTIONS.index(scene.motion) if path_seen(scene, until) else _UNKNOWN
-        found.append((scenes - 1, flashes, tones, motion))
+        motion = MOTIONS.index(scene.motion) if path_seen(scene, until) else UNKNOWN
+        found.append((len(scenes) - 1, len(flashes - {None}), tones, motion))
     return found
 
 
@@ -169,7 +178,7 @@ def thing_labels(thing: Thing, sample: Sample) -> tuple[list[int], list[float]]:
         picture), all -1 for anything else.
     """
     assert sample.clip is not None
-    begin, shape, colour, motion, pitch, glide = (_UNKNOWN,) * 6
+    begin, shape, colour, motion, pitch, glide = (UNKNOWN,) * 6
     path = [-1.0] * _PLACES
     match thing:
         case Scene():
@@ -189,4 +198,4 @@ def thing_labels(thing: Thing, sample: Sample) -> tuple[list[int], list[float]]:
             scene = sample.clip.scene_at(thing.start)
             if known_at(scene, thing.start, np.array(sample.seconds)):
                 shape, colour = SHAPES.index(scene.shape), _COLOURS.index(scene.colour)
-    return [min(begin, _SECONDS - 1), shape, colour, motion, pitch, glide], path
+    return [min(begin, SECONDS - 1), shape, colour, motion, pitch, glide], path

@@ -19,8 +19,9 @@ from vllm_mm_ext.processing.composer_features import mel_windows, pixel_values
 from vllm_mm_ext.training.augment import augmented_frames, augmented_sound
 from vllm_mm_ext.training.clips import COLOURS, GLIDES, PITCHES, SHAPES, Clip, draw_clip
 from vllm_mm_ext.training.muon import Muon
-from vllm_mm_ext.training.perception import UNKNOWN, sound_label
+from vllm_mm_ext.training.perception import sound_label
 from vllm_mm_ext.training.render import position, render_frames, render_sound
+from vllm_mm_ext.training.things import UNKNOWN
 
 # Clips of a step, frames of each, and clips whose sound is heard.
 _CLIPS, _FRAMES, _SOUNDS, _SOUND_S = 24, 4, 4, 10

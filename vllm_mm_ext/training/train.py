@@ -215,9 +215,10 @@ def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> Non
             right_average = _average(right_average, right)
             shown = f"loss {loss_average:.3f}  right {right_average:.1%}"
             progress.update(task, completed=trainer.step, shown=shown)
-            for name, one in answers:
-                asked[name].append(one)
-            if first and trainer.step % _REPORT_STEPS == 0:
+            if first:
+                for name, one in answers:
+                    asked[name].append(one)
+            if asked and trainer.step % _REPORT_STEPS == 0:
                 shares = [
                     f"{name} {sum(all_) / len(all_):.0%}" for name, all_ in sorted(asked.items())
                 ]
