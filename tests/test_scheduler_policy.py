@@ -299,6 +299,36 @@ def test_what_a_step_holds_takes_no_longer_than_the_target(
     assert media >= asked.finish.encoder_tokens
 
 
+@QUICK
+@given(st.integers(1, 2000), st.integers(0, 20_000), st.integers(0, 3000))
+def test_no_time_is_left_over_in_which_another_item_could_be_encoded(
+    item: int, context: int, prefill: int
+) -> None:
+    times, target_s = learned(attention=2e-9), 0.100
+    asked = demand(next_item=item, encoder_tokens=10**5, context=context)
+    asked = replace(asked, prefill_tokens=prefill)
+    limits = budget(target_itl_ms=100.0, aging_s=80_000.0).limits(asked, times)
+    encoded = limits.encoder_tokens // item * item
+    others = min(prefill, limits.prefill_tokens - limits.fresh_tokens)
+    took = times.base_s + times.seconds(0, others)
+    took += times.seconds(encoded, limits.fresh_tokens if encoded else 0, context)
+    assert took <= target_s + 1e-3
+    assert took + times.seconds(item, 0) >= target_s - 1e-3 or encoded + item > 8192
+
+
+def test_an_item_that_fits_a_step_only_without_its_prefill_is_encoded_and_prefilled_after() -> None:
+    times, found = learned(base=0.010, encoder=100e-6), budget(target_itl_ms=100.0)
+    # 80 ms to encode and 16 ms to prefill, in 90 ms.
+    asked = demand(next_item=800, encoder_tokens=1600, prefill_tokens=0)
+    limits = found.limits(asked, times)
+    assert limits.encoder_tokens == 800
+    assert limits.fresh_tokens == pytest.approx(500, abs=10)
+    found.spent(800)
+    rest = found.limits(replace(asked, encoder_tokens=800, prefill_tokens=300), times)
+    assert rest.prefill_tokens - rest.fresh_tokens >= 300
+    assert rest.encoder_tokens == 800
+
+
 def turn(
     name: str,
     *,

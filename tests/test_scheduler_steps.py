@@ -99,6 +99,29 @@ def test_short_text_is_not_held_up_by_a_long_prompt_in_front_of_it() -> None:
     assert play.timings["book"].ended is not None
 
 
+@pytest.mark.parametrize("item", [20, 64, 150])
+def test_a_text_gets_its_first_token_in_the_step_it_comes_in_and_videos_the_rest(item: int) -> None:
+    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
+    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
+    play.add(request("first", text=100, answer=200), request("video", items=[item] * 4))
+    play.run(until=0.5)
+    play.add(request("long", items=[item] * (5000 // item)))
+    for _ in range(4):
+        play.step()
+    play.add(request("line", text=300))
+    output = play.step()
+    assert output.num_scheduled_tokens["line"] == 300
+    assert 0 < output.num_scheduled_tokens["long"] < 450
+    before = len(play.durations)
+    while not play.timings["long"].tokens:
+        play.step()
+    # What is left over of a step is less than what an item costs the encoder.
+    full = play.durations[before:-1]
+    assert len(full) > 5
+    assert max(full) <= 0.100 + 1e-3
+    assert min(full) >= 0.100 - item * 100e-6 - 2e-3
+
+
 def test_everything_is_used_where_nothing_decodes() -> None:
     play = Play(make_scheduler(slots=4))
     play.add(request("video", text=20, items=VIDEO))
@@ -174,14 +197,13 @@ def test_videos_with_sound_go_on_where_a_step_has_room_for_one_of_both() -> None
     assert len(play.timings["video"].tokens) == 2
 
 
-def test_limits_are_put_back_after_each_step() -> None:
+def test_the_limit_is_put_back_after_each_step() -> None:
     scheduler = make_scheduler(settings={"target_itl_ms": 1.0})
     play = Play(scheduler)
     play.add(request("text", text=32, answer=20), request("video", items=VIDEO))
     while play.busy:
         play.step()
         assert scheduler.max_num_scheduled_tokens == MAX_TOKENS
-        assert scheduler.scheduler_config.long_prefill_token_threshold == 0
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

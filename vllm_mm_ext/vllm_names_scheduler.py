@@ -19,6 +19,10 @@ SCHEDULER_NAMES = (
     VllmName(f"{_SCHEDULER}.schedule", ("throttle_prefills",)),
     VllmName(f"{_SCHEDULER}.update_from_output", ("scheduler_output", "model_runner_output")),
     VllmName(f"{_SCHEDULER}._try_schedule_encoder_inputs", _ENCODER),
+    VllmName(
+        f"{_SCHEDULER}._reserve_prefill_lookahead",
+        ("request", "num_computed_tokens", "num_new_tokens"),
+    ),
     VllmName(f"{_SCHEDULER}._handle_blocked_waiting_request", ("request",)),
     VllmName(f"{_SCHEDULER}._is_blocked_waiting_status", ("status",)),
     VllmName(f"{_SCHEDULER}._free_request", ("request",)),

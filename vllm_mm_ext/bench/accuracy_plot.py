@@ -44,7 +44,8 @@ def write_plot(curves: Sequence[Curve], target: Path) -> Path:
         panel.xaxis.set_major_formatter("{x:.0f}")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("right answers, %")
-    panels[1].legend(loc="lower right", fontsize="small")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize="small")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
     return target

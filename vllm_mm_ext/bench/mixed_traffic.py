@@ -12,15 +12,17 @@ from vllm_mm_ext.bench.inprocess import measure
 from vllm_mm_ext.testing.checkpoints import build
 
 _SIDES = ("stock", "plugin")
-# The target between tokens that the plugin is given, in terms of p99 of text alone on stock.
-TARGET_OF_ALONE = 1.9
+# The target between tokens that the plugin is given, in terms of stock's p99: of text alone, and of
+# text beside videos; the lower one counts.
+TARGET_OF_ALONE, TARGET_OF_STALLED = 1.85, 0.32
 
 
 def run(context: BenchContext) -> BenchResult:
     """One side after the other, the same arrivals; stock's text alone sets the target."""
-    # Deep, so that a token takes tens of milliseconds: a stall for each video is then more than one
-    # gap in a hundred, and p99 sees it.
-    model = build("qwen2_5_vl", context.work_dir / "qwen2_5_vl-mixed", layers=16)
+    # Wide and deep, so that prompts take far longer than tokens, and a token long enough that a
+    # stall for each prompt is more than one gap in a hundred: p99 sees it.
+    path = context.work_dir / "qwen2_5_vl-mixed"
+    model = build("qwen2_5_vl", path, layers=8, hidden_size=256, vision_layers=5)
     found: dict[str, list[Any]] = {side: [] for side in _SIDES}
     targets = []
     with context.steps("mixed-traffic", 2 * context.repeats) as begin:
@@ -31,9 +33,16 @@ def run(context: BenchContext) -> BenchResult:
                 arguments = [str(model), str(target_ms or 50.0)]
                 found[side].append(measure("mixed_engine", side, arguments))
                 if side == "stock":
-                    target_ms = TARGET_OF_ALONE * 1e3 * _p(found[side][-1]["alone"]["itl_s"], 99)
+                    target_ms = 1e3 * _target_s(found[side])
                     targets.append(target_ms)
     return BenchResult("mixed-traffic", _rows(found), _notes(targets))
+
+
+def _target_s(runs: list[Any]) -> float:
+    """From medians over stock's runs so far: one p99 is uncertain."""
+    alone = np.median([_p(one["alone"]["itl_s"], 99) for one in runs])
+    stalled = np.median([_p(one["text"]["itl_s"], 99) for one in runs])
+    return float(min(TARGET_OF_ALONE * alone, TARGET_OF_STALLED * stalled))
 
 
 def _rows(found: dict[str, list[Any]]) -> list[Row]:
@@ -87,5 +96,6 @@ def _notes(targets: list[float]) -> list[str]:
         f"steps of at most {engine.BATCHED_TOKENS} tokens",
         f"plugin: segments of {engine.SEGMENT_TOKENS} tokens, target_itl_ms "
         + ", ".join(f"{target:.0f}" for target in targets)
-        + f" ({TARGET_OF_ALONE:g}x the ITL p99 of text alone on stock)",
+        + f" (the lower of {TARGET_OF_ALONE:g}x the ITL p99 of text alone on stock and "
+        f"{TARGET_OF_STALLED:g}x that beside videos, medians of the runs so far)",
     ]

@@ -31,7 +31,13 @@ from vllm_mm_ext.scheduler.queue import ArrangedQueue
 from vllm_mm_ext.scheduler.step_budget import Demand, Remainder, StepBudget, StepLimits
 from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork, attended
 from vllm_mm_ext.scheduler.turn_reader import TurnReader, free_slots
-from vllm_mm_ext.scheduler.turns import Turn, chunk_limit, decode_tokens, demands, finishing_first
+from vllm_mm_ext.scheduler.turns import (
+    Turn,
+    chunk_limits,
+    decode_tokens,
+    demands,
+    finishing_first,
+)
 from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -84,6 +90,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._most_kept_slots = max(1, int(self.max_num_active_reqs) // 4)
         self._admission = Admission(self, self._reader.number)
         self._tried: dict[str, Any] = {}
+        self._chunks: dict[str, int] = {}
         self._begun: OrderedDict[int, tuple[float, StepWork]] = OrderedDict()
         self._ended = -math.inf
         self._backlog = 0
@@ -121,9 +128,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         for request in decoding:
             self._reader.backlog.set(request.request_id, 0)
         self._backlog = self._reader.backlog.tokens
-        limits, chunk = self._limits(decoding, turns, finish)
+        limits = self._limits(decoding, turns, finish)
         self._plan_encoder(turns, limits)
-        with self._limited(limits, chunk), self.waiting.showing(self._shown(turns)):
+        with self._limited(limits), self.waiting.showing(self._shown(turns)):
             output = super().schedule(throttle_prefills)
         self._reader.media.note(output)
         if not throttle_prefills:
@@ -145,10 +152,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _free_slots(self) -> int:
         return free_slots(self)
 
-    def _limits(
-        self, decoding: list[Any], turns: list[Turn], finish: Remainder
-    ) -> tuple[StepLimits, int]:
-        """Limits of the step, and the most prompt tokens of one request (0: no such limit)."""
+    def _limits(self, decoding: list[Any], turns: list[Turn], finish: Remainder) -> StepLimits:
+        """Limits of the step, and those of running requests within them."""
         running = [turn for turn in turns if turn.is_running]
         slots = self._free_slots()
         text = [turn for turn in turns if turn.ready and not turn.items and not turn.is_running][
@@ -169,10 +174,12 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             finish=finish,
         )
         limits = self._budget.limits(demand, self._times)
+        self._chunks = {}
         if not self._limits_prefill:
             most = self._max_tokens
-            return StepLimits(most, most, limits.encoder_tokens), 0
-        return limits, chunk_limit(limits, running, text, finish)
+            return StepLimits(most, most, limits.encoder_tokens, limits.fresh_tokens)
+        self._chunks = chunk_limits(limits, running, text, finish)
+        return limits
 
     def _plan_encoder(self, turns: list[Turn], limits: StepLimits) -> None:
         room = EncoderRoom(
@@ -216,18 +223,13 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         return self.max_num_encoder_input_tokens if room is None else int(room)
 
     @contextmanager
-    def _limited(self, limits: StepLimits, chunk: int) -> Iterator[None]:
-        """Put the limits where vLLM's ``schedule`` reads them, for the time it runs."""
-        config = self.scheduler_config
-        threshold = config.long_prefill_token_threshold
+    def _limited(self, limits: StepLimits) -> Iterator[None]:
+        """Put the limit where vLLM's ``schedule`` reads it, for the time it runs."""
         self.max_num_scheduled_tokens = limits.tokens
-        if chunk:
-            config.long_prefill_token_threshold = min(chunk, threshold or chunk)
         try:
             yield
         finally:
             self.max_num_scheduled_tokens = self._max_tokens
-            config.long_prefill_token_threshold = threshold
 
     def _note(self, output: Any, decoding: set[str], now: float) -> None:
         """Account for what was scheduled; its time is taken when its output comes."""
@@ -294,6 +296,16 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._tried[key] = request
         self.deferred_waiting.discard(request)
         return True
+
+    def _reserve_prefill_lookahead(
+        self, request: Any, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Keep to the request's share of the step's prefill."""
+        most = self._chunks.get(request.request_id, num_new_tokens)
+        found = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, min(num_new_tokens, most)
+        )
+        return int(found)
 
     def _try_schedule_encoder_inputs(
         self,

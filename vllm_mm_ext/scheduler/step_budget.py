@@ -83,11 +83,13 @@ class StepLimits:
         tokens: Tokens computed by the language model, decoded ones included.
         prefill_tokens: Prompt tokens among them.
         encoder_tokens: Encoder outputs.
+        fresh_tokens: Prompt tokens among ``prefill_tokens`` that are encoded in the same step.
     """
 
     tokens: int
     prefill_tokens: int
     encoder_tokens: int
+    fresh_tokens: int
 
 
 class StepBudget:
@@ -95,7 +97,9 @@ class StepBudget:
 
     While something decodes, encoder work draws on a credit that grows with each step by what the
     step has time for. So an item larger than that is encoded once credit covers it: after
-    ``ceil(item / allowance)`` steps, and the average stays within the allowance.
+    ``ceil(item / allowance)`` steps, and the average stays within the allowance. Items are encoded
+    in one piece and prefilled in any: time left over goes to another item, of which the next steps
+    prefill the rest.
 
     Args:
         settings: The ``scheduler`` section.
@@ -115,17 +119,20 @@ class StepBudget:
         """Limits of the next step; credit grows by its allowance."""
         if not demand.decoding and not demand.text_due:
             self._credit = 0.0
-            return StepLimits(self._max_tokens, self._max_tokens, self._idle(demand, times))
+            idle = self._idle(demand, times)
+            return StepLimits(self._max_tokens, self._max_tokens, idle, idle)
         prefill_s, media_s = self._time(demand, times)
-        encoder_tokens = self._credited(demand, media_s, times)
+        encoder_tokens = fresh = self._credited(demand, media_s, times)
+        if not self._settings.encoder_tokens_decoding:
+            encoder_tokens, fresh = self._filled(encoder_tokens, demand, media_s, times)
         if not demand.decoding:
-            return StepLimits(self._max_tokens, self._max_tokens, encoder_tokens)
+            return StepLimits(self._max_tokens, self._max_tokens, encoder_tokens, fresh)
         most = max(1, int(self._settings.prefill_share * self._max_tokens))
-        prefill = times.tokens(prefill_s, 0, most, encoded=False) + encoder_tokens
+        prefill = times.tokens(prefill_s, 0, most, encoded=False) + fresh
         prefill += demand.finish.ready_tokens
         prefill = min(max(prefill, LEAST_PREFILL_TOKENS), most)
         tokens = min(self._max_tokens, demand.decode_tokens + prefill)
-        return StepLimits(tokens, prefill, encoder_tokens)
+        return StepLimits(tokens, prefill, encoder_tokens, fresh)
 
     def finishes(self, left: Remainder, times: StepTimes) -> bool:
         """Whether a step has time for what is left of a prompt."""
@@ -162,6 +169,28 @@ class StepBudget:
         self._credit = min(self._credit + allowance, ceiling)
         return min(int(self._credit), self._max_encoder_tokens)
 
+    def _filled(
+        self, credit: int, demand: Demand, seconds: float, times: StepTimes
+    ) -> tuple[int, int]:
+        """Encoder tokens of the step, and prompt tokens of theirs, so that no time is left over.
+
+        Args:
+            credit: Encoder tokens that the step may spend.
+            demand: What it could do.
+            seconds: What it has for encoding and prefilling what was encoded.
+            times: What that costs.
+        """
+        item = demand.next_item
+        whole = credit // item * item if item else credit
+        filled = whole + item
+        left = seconds - times.seconds(whole, whole, demand.context)
+        encoding = times.seconds(item, 0)
+        fits = filled <= min(demand.encoder_tokens, self._max_encoder_tokens)
+        if whole < demand.finish.encoder_tokens or not fits or not 0 < encoding <= left:
+            return credit, credit
+        context = demand.context + whole
+        return filled, whole + times.tokens(left - encoding, context, item, encoded=False)
+
     def _time(self, demand: Demand, times: StepTimes) -> tuple[float, float]:
         """Seconds of the step for prefill of what is there, and for encoding and prefilling more.
 
@@ -179,7 +208,7 @@ class StepBudget:
         share = min(backlog / (BACKLOG_OF_AGING * self._settings.aging_s), MOST_FOR_BACKLOG)
         paced = share / (1 - share) * (base + prefill)
         ready = times.seconds(0, demand.finish.ready_tokens, demand.finish.context)
-        return room, max(target - base - prefill - ready, least, paced)
+        return prefill, max(target - base - prefill - ready, least, paced)
 
 
 def fair_level(needs: Sequence[float], total: float) -> float:

@@ -118,21 +118,33 @@ def decode_tokens(request: Any) -> int:
     return max(0, int(ahead - request.num_computed_tokens))
 
 
-def chunk_limit(
+def chunk_limits(
     limits: StepLimits, running: list[Turn], text: list[Turn], finish: Remainder = NOTHING
-) -> int:
-    """Most prompt tokens of one request, so that text finds room.
+) -> dict[str, int]:
+    """Most prompt tokens of each running request, so that text finds room; empty: no bound.
 
     vLLM goes through running requests first, so without a bound the long prompts among them take
     all there is. Text that waits gets what was not planned for encoding, or half if that is more,
     also behind promoted requests: these are so many under an overload of encoder work that it would
     not be answered any more.
+
+    Args:
+        limits: Of the step.
+        running: Turns that hold slots, by rank.
+        text: Turns without encoder work that could get one.
+        finish: What is left of the first one's prompt, if the step is to do all of it.
     """
     due = bool(text) or any(not turn.is_media for turn in running)
     if not running or not due:
-        return 0
+        return {}
     wanted = sum(turn.prefill_need for turn in text)
-    others = max(limits.prefill_tokens // 2, limits.prefill_tokens - limits.encoder_tokens)
+    others = max(limits.prefill_tokens // 2, limits.prefill_tokens - limits.fresh_tokens)
     room = limits.prefill_tokens - min(wanted, others)
     level = fair_level([turn.could_compute(limits.encoder_tokens) for turn in running], room)
-    return 0 if math.isinf(level) else max(1, int(level), finish.prefill_tokens)
+    if math.isinf(level):
+        return {}
+    chunks = {turn.candidate.key: max(1, int(level)) for turn in running}
+    if finish.prefill_tokens:
+        first = running[0].candidate.key
+        chunks[first] = max(chunks[first], finish.prefill_tokens)
+    return chunks
