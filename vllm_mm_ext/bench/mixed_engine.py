@@ -23,9 +23,9 @@ from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives every so many seconds, out of step with the videos; prompts and answers of so many
 # tokens.
-TEXT_EVERY_S = 1.0
-TEXT_PROMPT = 896
-TEXT_ANSWER = 88
+TEXT_EVERY_S = 0.8
+TEXT_PROMPT = 384
+TEXT_ANSWER = 80
 VIDEO_EVERY_S = 2.0
 VIDEO_FRAMES = 64
 VIDEO_ANSWER = 8
@@ -100,8 +100,6 @@ def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
     return AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=str(model),
-            # CPUs without bfloat16 compute it by conversion, which costs small steps more.
-            dtype="float32",
             enforce_eager=True,
             block_size=32,
             max_model_len=8192,
