@@ -81,6 +81,7 @@ def make_scheduler(
     max_tokens: int = MAX_TOKENS,
     encoder_tokens: int = MAX_TOKENS,
     asynchronous: bool = False,
+    stages: int = 1,
     policy: str = "fcfs",
     settings: dict[str, Any] | None = None,
     kv_transfer: KVTransferConfig | None = None,
@@ -94,6 +95,7 @@ def make_scheduler(
     config.scheduler_config.max_num_seqs = slots
     config.scheduler_config.max_num_batched_tokens = max_tokens
     config.scheduler_config.async_scheduling = asynchronous
+    config.parallel_config.pipeline_parallel_size = stages
     config.scheduler_config.policy = policy
     config.cache_config.num_gpu_blocks = blocks
     config.model_config.mm_ext_settings = MMExtConfig.model_validate({"scheduler": settings or {}})
@@ -169,7 +171,7 @@ class Play:
     Args:
         scheduler: The scheduler.
         costs: What steps take.
-        depth: Steps in flight: 1, or 2 with async scheduling.
+        depth: Steps in flight: 1, or 2 with async scheduling or two stages of a pipeline.
     """
 
     def __init__(self, scheduler: Any, costs: Costs | None = None, *, depth: int = 1) -> None:

@@ -248,7 +248,7 @@ actions = st.lists(
 
 
 @settings(
-    max_examples=120,
+    max_examples=160,
     deadline=None,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[HealthCheck.too_slow],
@@ -256,7 +256,7 @@ actions = st.lists(
 )
 @given(
     actions=actions,
-    plan=st.sampled_from(["sync", "async", "priority"]),
+    plan=st.sampled_from(["sync", "async", "priority", "pipeline", "async pipeline"]),
     blocks=st.sampled_from([400, 700, 4096]),
     target_ms=st.sampled_from([1.0, 50.0, 1000.0]),
 )
@@ -267,11 +267,13 @@ def test_every_request_is_answered_in_full_and_nothing_is_left(
     scheduler = make_scheduler(
         slots=4,
         blocks=blocks,
-        asynchronous=plan == "async",
+        asynchronous=plan.startswith("async"),
+        stages=2 if plan.endswith("pipeline") else 1,
         policy="priority" if plan == "priority" else "fcfs",
         settings={"target_itl_ms": target_ms},
     )
-    play = Play(scheduler, depth=2 if plan == "async" else 1)
+    depth = {"sync": 1, "priority": 1, "async": 2, "pipeline": 2, "async pipeline": 3}[plan]
+    play = Play(scheduler, depth=depth)
     wanted: dict[str, int] = {}
     for number, action in enumerate(actions):
         if action[0] == "add":
