@@ -64,8 +64,7 @@ class LoadPublisher:
                 waiting=waiting,
                 slots=scheduler.max_num_active_reqs,
                 backlog_tokens=backlog_tokens,
-                # The price is worked out anew when it is asked.
-                backlog_s=backlog_tokens * (times.encoder_s or 0.0) if backlog_tokens else 0.0,
+                backlog_s=times.seconds(backlog_tokens, 0),
                 itl_s=times.itl_s,
             )
         )

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -174,10 +175,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             finish=finish,
         )
         limits = self._budget.limits(demand, self._times)
-        self._chunks = {}
         if not self._limits_prefill:
-            most = self._max_tokens
-            return StepLimits(most, most, limits.encoder_tokens, limits.fresh_tokens)
+            return replace(limits, tokens=self._max_tokens, prefill_tokens=self._max_tokens)
         self._chunks = chunk_limits(limits, running, text, finish)
         return limits
 

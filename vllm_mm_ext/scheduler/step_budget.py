@@ -121,11 +121,6 @@ class StepBudget:
             self._credit = 0.0
             idle = self._idle(demand, times)
             return StepLimits(self._max_tokens, self._max_tokens, idle, idle)
-        if not (demand.prefill_tokens or demand.encoder_tokens or demand.finish.prefill_tokens):
-            # The usual step. Prices are not asked, as they would be worked out anew.
-            self._credit = 0.0
-            most = min(LEAST_PREFILL_TOKENS, self._max_tokens)
-            return StepLimits(min(self._max_tokens, demand.decode_tokens + most), most, 0, 0)
         prefill_s, media_s = self._time(demand, times)
         encoder_tokens = fresh = self._credited(demand, media_s, times)
         if not self._settings.encoder_tokens_decoding:
@@ -133,8 +128,9 @@ class StepBudget:
         if not demand.decoding:
             return StepLimits(self._max_tokens, self._max_tokens, encoder_tokens, fresh)
         most = max(1, int(self._settings.prefill_share * self._max_tokens))
-        prefill = times.tokens(prefill_s, 0, most, encoded=False) + fresh
-        prefill += demand.finish.ready_tokens
+        prefill = fresh + demand.finish.ready_tokens
+        if demand.prefill_tokens:
+            prefill += times.tokens(prefill_s, 0, most, encoded=False)
         prefill = min(max(prefill, LEAST_PREFILL_TOKENS), most)
         tokens = min(self._max_tokens, demand.decode_tokens + prefill)
         return StepLimits(tokens, prefill, encoder_tokens, fresh)

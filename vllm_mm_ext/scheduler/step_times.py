@@ -106,6 +106,9 @@ class StepTimes:
             prefill_tokens: Prompt tokens of one request.
             context: Tokens before them.
         """
+        if not (encoder_tokens or prefill_tokens):
+            # The usual step only decodes: prices need not be worked out for it.
+            return 0.0
         prefill, attention, encoder = self._solved()
         pairs = attended(prefill_tokens, context)
         return prefill_tokens * prefill + pairs * attention + encoder_tokens * encoder
