@@ -14,7 +14,18 @@ from vllm_mm_ext.bench import registry
 from vllm_mm_ext.bench.cli import app
 from vllm_mm_ext.bench.clips import cached_clip, variant
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
+from vllm_mm_ext.bench.inprocess import Measurer
 from vllm_mm_ext.bench.load_ramp import PHASES, timetable
+from vllm_mm_ext.bench.mixed_engine import (
+    QUEUED_VIDEOS,
+    TEXT_EVERY_TOKENS,
+    VIDEO_FRAMES,
+    VIDEO_FRAMES_LEAST,
+    VIDEO_FRAMES_MOST,
+    VIDEO_S,
+    Load,
+)
+from vllm_mm_ext.testing.checkpoints import checkpoint
 
 
 def test_row_holds_medians_ratio_and_every_run() -> None:
@@ -90,3 +101,23 @@ def test_arrivals_of_a_ramp_follow_its_phases() -> None:
         inside = [t for t in times if begin <= t < begin + seconds]
         assert len(inside) == round(5.0 * share * seconds)
         begin += seconds
+
+
+def test_load_follows_how_fast_the_engine_is_within_what_stock_has_room_for() -> None:
+    load = Load.of(token_s=0.02, video_s=2 * VIDEO_S)
+    assert load == Load(TEXT_EVERY_TOKENS * 0.02, VIDEO_FRAMES // 2)
+    assert Load.of(0.02, 1e-3).video_frames == VIDEO_FRAMES_MOST
+    assert Load.of(0.02, 1e3).video_frames == VIDEO_FRAMES_LEAST
+
+
+@pytest.mark.engine
+def test_a_measuring_engine_answers_until_it_fails_and_says_why() -> None:
+    model = str(checkpoint("qwen2_5_vl"))
+    with Measurer("mixed_engine", "plugin", [model, "50", "4"]) as engine:
+        alone = engine.ask(["alone"])
+        assert 0 < alone["token_s"] < alone["text_s"] < alone["video_s"]
+        load = {"text_every_s": 1.0, "video_frames": 16}
+        queued = engine.ask(["queued", load])
+        assert len(queued["videos_s"]) == QUEUED_VIDEOS
+        with pytest.raises(RuntimeError, match=r"mixed_engine \(plugin\) failed[\s\S]*forgotten"):
+            engine.ask(["forgotten", load])

@@ -6,14 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vllm_mm_ext.bench.chat import conversation
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
+# What lines for the benchmark begin with: engines print to stdout, too.
+ANSWER = "measured: "
 _TAIL = 3000
+_CLOSE_S = 60.0
 
 
 def measure(module: str, side: str, arguments: Sequence[str], *, timeout_s: float = 500.0) -> Any:
@@ -28,7 +33,93 @@ def measure(module: str, side: str, arguments: Sequence[str], *, timeout_s: floa
     Raises:
         RuntimeError: It failed; the message ends with its stderr.
     """
-    environment = {
+    done = subprocess.run(
+        _command(module, side, arguments),
+        env=_environment(side),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} ({side}) failed:\n{done.stderr[-_TAIL:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Measurer:
+    """``vllm_mm_ext.bench.MODULE`` as a program that measures on request, until it is closed.
+
+    So the sides can take turns within seconds: a machine whose speed changes is the same for both.
+    The program ends its start with a line on stdout, and answers each line of JSON with one.
+
+    Args:
+        module: Its name; it is given ``side`` and ``arguments``.
+        side: ``stock`` (no plugin is loaded) or ``plugin``.
+        arguments: More arguments.
+
+    Raises:
+        RuntimeError: It failed to start; the message ends with its stderr.
+    """
+
+    def __init__(self, module: str, side: str, arguments: Sequence[str]) -> None:
+        self._name = f"{module} ({side})"
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            _command(module, side, arguments),
+            env=_environment(side),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._answer()
+
+    def __enter__(self) -> Measurer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, question: Any) -> Any:
+        """Have something measured; what is asked and found is the program's.
+
+        Raises:
+            RuntimeError: It failed; the message ends with its stderr.
+        """
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """Let the program end."""
+        with suppress(BrokenPipeError):
+            self._process.communicate(timeout=_CLOSE_S)
+        self._errors.close()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        self._process.wait()
+        self._errors.seek(0)
+        raise RuntimeError(f"{self._name} failed:\n{self._errors.read()[-_TAIL:]}")
+
+
+def answer_questions(answer: Callable[[Any], Any]) -> None:
+    """The other end of ``Measurer``: call once what is measured has been started."""
+    print(f"{ANSWER}null", flush=True)
+    for line in sys.stdin:
+        print(f"{ANSWER}{json.dumps(answer(json.loads(line)))}", flush=True)
+
+
+def _command(module: str, side: str, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", f"vllm_mm_ext.bench.{module}", side, *arguments]
+
+
+def _environment(side: str) -> dict[str, str]:
+    return {
         **os.environ,
         "VLLM_PLUGINS": "mm_ext" if side == "plugin" else "",
         # The engine in this process, where its steps can be watched.
@@ -37,13 +128,6 @@ def measure(module: str, side: str, arguments: Sequence[str], *, timeout_s: floa
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", f"vllm_mm_ext.bench.{module}", side, *arguments]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=timeout_s
-    )
-    if done.returncode:
-        raise RuntimeError(f"{module} ({side}) failed:\n{done.stderr[-_TAIL:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def start(model: Path, media: Path, **options: Any) -> Any:

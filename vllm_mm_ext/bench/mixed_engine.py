@@ -1,13 +1,12 @@
 """One side's engine under mixed traffic: the measurements of ``mixed-traffic``.
 
-Run by ``mixed_traffic.py``: ``python -m vllm_mm_ext.bench.mixed_engine SIDE MODEL TARGET_MS``.
+Run by ``mixed_traffic.py`` with ``SIDE MODEL TARGET_MS SLOTS``; asked by lines of JSON.
 Prompts are rendered before anything is timed, so only the engine works in between.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,24 +16,52 @@ from typing import Any
 
 import numpy as np
 
+from vllm_mm_ext.bench.inprocess import answer_questions
 from vllm_mm_ext.testing.engine_arguments import SCHEDULER
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
-# Text arrives every so many seconds, out of step with the videos; prompts and answers of so many
-# tokens.
-TEXT_EVERY_S = 0.8
-TEXT_PROMPT = 384
-TEXT_ANSWER = 80
+# Text arrives each time that a lone request would have got so many tokens: often enough that a wait
+# for each prompt is more than one gap in a hundred, so p99 sees it. Prompts and answers are of so
+# many tokens.
+TEXT_EVERY_TOKENS = 48
+TEXT_PROMPT = 192
+TEXT_ANSWER = 72
 VIDEO_EVERY_S = 2.0
+# What a video takes of stock when nothing else is to do.
+VIDEO_S = 1.0
+VIDEO_HEIGHT, VIDEO_WIDTH = 224, 448
 VIDEO_FRAMES = 64
+# The most is what stock makes room for in its encoder cache.
+VIDEO_FRAMES_LEAST, VIDEO_FRAMES_MOST = 16, 64
 VIDEO_ANSWER = 8
-SECONDS = 30.0
+CALIBRATIONS = 3
+SECONDS = 14.0
 # Prompts of more than this are computed in pieces, by stock too.
 BATCHED_TOKENS = 1024
 SEGMENT_TOKENS = 64
 QUEUED_VIDEOS = 6
 QUEUE_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent, in terms of how fast stock is on this machine at this time.
+
+    Attributes:
+        text_every_s: Mean seconds between texts.
+        video_frames: Frames of each video.
+    """
+
+    text_every_s: float
+    video_frames: int
+
+    @classmethod
+    def of(cls, token_s: float, video_s: float) -> Load:
+        """The load for an engine with so many seconds per token and ``VIDEO_FRAMES``."""
+        frames = VIDEO_FRAMES * VIDEO_S / video_s
+        pairs = round(min(max(frames, VIDEO_FRAMES_LEAST), VIDEO_FRAMES_MOST) / 2)
+        return cls(TEXT_EVERY_TOKENS * token_s, 2 * pairs)
 
 
 @dataclass
@@ -88,6 +115,7 @@ class Driver:
 def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
     """An engine in a process of its own."""
     from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
     extra: dict[str, Any] = {}
@@ -100,6 +128,8 @@ def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
     return AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=str(model),
+            # Without instructions for bfloat16 a CPU converts operands, in small steps dearly.
+            dtype="float32" if current_platform.is_cpu() else "auto",
             enforce_eager=True,
             block_size=32,
             max_model_len=8192,
@@ -131,16 +161,15 @@ class Prompts:
         (made,) = await self._engine.renderer.render_cmpl_async([{"prompt_token_ids": tokens}])
         return made
 
-    async def video(self) -> Any:
-        """A prompt with a video, decoded and preprocessed."""
-        shape = (VIDEO_FRAMES, 224, 448, 3)
-        frames = self._rng.integers(0, 255, shape, dtype=np.uint8)
+    async def video(self, count: int = VIDEO_FRAMES) -> Any:
+        """A prompt with a video of ``count`` frames, decoded and preprocessed."""
+        frames = self._rng.integers(0, 255, (count, VIDEO_HEIGHT, VIDEO_WIDTH, 3), dtype=np.uint8)
         metadata = {
-            "total_num_frames": VIDEO_FRAMES,
+            "total_num_frames": count,
             "fps": 2.0,
-            "duration": VIDEO_FRAMES / 2,
+            "duration": count / 2,
             "video_backend": "opencv",
-            "frames_indices": list(range(VIDEO_FRAMES)),
+            "frames_indices": list(range(count)),
             "do_sample_frames": False,
         }
         prompt = {"prompt": PROMPT, "multi_modal_data": {"video": [(frames, metadata)]}}
@@ -148,51 +177,68 @@ class Prompts:
         return made
 
 
-async def mixed(side: str, model: Path, target_ms: float) -> dict[str, Any]:
-    """The text stream alone, then with videos."""
-    engine = start(side, model, target_ms, slots=16)
-    try:
-        driver, prompts = Driver(engine), Prompts(engine)
+class Traffic:
+    """One side's engine, and what is sent to it.
 
-        async def stream() -> list[tuple[float, Any, int]]:
-            times = np.arange(0.0, SECONDS, TEXT_EVERY_S)
-            return [(float(at), await prompts.text(), TEXT_ANSWER) for at in times]
+    Args:
+        engine: vLLM's ``AsyncLLM``.
+    """
 
-        videos = [
-            (float(at), await prompts.video(), VIDEO_ANSWER)
-            for at in np.arange(0.5, SECONDS, VIDEO_EVERY_S)
-        ]
-        # The first requests pay for lazy initialisation; the plugin learns what steps cost.
-        await driver.run(
+    def __init__(self, engine: Any) -> None:
+        self._driver, self._prompts = Driver(engine), Prompts(engine)
+
+    async def warm_up(self) -> None:
+        """Pay for lazy initialisation; the plugin learns what steps cost."""
+        prompts = self._prompts
+        await self._driver.run(
             [(0.0, await prompts.video(), 40)]
             + [(0.1 * n, await prompts.text(), 20) for n in range(5)]
             + [(1.0, await prompts.video(), 4)]
         )
-        alone = await driver.run(await stream())
+
+    async def alone(self) -> dict[str, float]:
+        """Seconds of a token, of a text's first token and of a video's, each request alone."""
+        found: dict[str, list[float]] = {"token_s": [], "text_s": [], "video_s": []}
+        for _ in range(CALIBRATIONS):
+            (text,) = await self._driver.run([(0.0, await self._prompts.text(), TEXT_ANSWER)])
+            found["token_s"].append(float(np.median(np.diff(text.tokens))))
+            found["text_s"].append(text.tokens[0] - text.sent)
+            (video,) = await self._driver.run([(0.0, await self._prompts.video(), 1)])
+            found["video_s"].append(video.tokens[0] - video.sent)
+        return {name: float(np.median(values)) for name, values in found.items()}
+
+    async def mixed(self, load: Load) -> dict[str, Any]:
+        """The text stream alone, then with videos."""
+        # Steady, but neither in step with the videos nor with how long answers take.
+        spaces = np.random.default_rng(1).uniform(0.5, 1.5, int(SECONDS / load.text_every_s))
+        times = load.text_every_s * (np.cumsum(spaces) - 0.5)
+
+        async def stream() -> list[tuple[float, Any, int]]:
+            return [(float(at), await self._prompts.text(), TEXT_ANSWER) for at in times]
+
+        videos = [
+            (float(at), await self._prompts.video(load.video_frames), VIDEO_ANSWER)
+            for at in np.arange(0.5, SECONDS, VIDEO_EVERY_S)
+        ]
+        alone = await self._driver.run(await stream())
         texts = await stream()
-        together = await driver.run([*texts, *videos])
+        together = await self._driver.run([*texts, *videos])
         return {
             "alone": _described(alone),
             "text": _described(together[: len(texts)]),
             "videos": _described(together[len(texts) :]),
         }
-    finally:
-        engine.shutdown()
 
-
-async def queued(side: str, model: Path, target_ms: float) -> dict[str, Any]:
-    """Videos for more than all slots, then a text request."""
-    engine = start(side, model, target_ms, slots=QUEUE_SLOTS)
-    try:
-        driver, prompts = Driver(engine), Prompts(engine)
-        await driver.run([(0.0, await prompts.video(), 4), (0.0, await prompts.text(), 4)])
-        videos = [(0.0, await prompts.video(), 2 * VIDEO_ANSWER) for _ in range(QUEUED_VIDEOS)]
-        text = (0.3, await prompts.text(), VIDEO_ANSWER)
-        *seen, answered = await driver.run([*videos, text])
+    async def queued(self, load: Load) -> dict[str, Any]:
+        """Videos for more than all slots, then a text request."""
+        videos = [
+            (0.0, await self._prompts.video(load.video_frames), 2 * VIDEO_ANSWER)
+            for _ in range(QUEUED_VIDEOS)
+        ]
+        text = (0.3, await self._prompts.text(), VIDEO_ANSWER)
+        *seen, answered = await self._driver.run([*videos, text])
         ends = sorted(one.tokens[-1] for one in seen)
         return {"text_s": answered.tokens[-1], "videos_s": ends}
-    finally:
-        engine.shutdown()
 
 
 def _described(requests: Sequence[Timed]) -> dict[str, Any]:
@@ -203,12 +249,28 @@ def _described(requests: Sequence[Timed]) -> dict[str, Any]:
     }
 
 
-def main(side: str, model: Path, target_ms: float) -> None:
-    """Print what was found as JSON."""
-    found = asyncio.run(mixed(side, model, target_ms))
-    found["queued"] = asyncio.run(queued(side, model, target_ms))
-    print(json.dumps(found))
+def main(side: str, model: Path, target_ms: float, slots: int) -> None:
+    """Start an engine, and measure what is asked for.
+
+    A question is ``["alone"]``, or ``mixed`` or ``queued`` with a load.
+    """
+    with asyncio.Runner() as runner:
+        engine = runner.run(_started(side, model, target_ms, slots))
+        traffic = Traffic(engine)
+        runner.run(traffic.warm_up())
+
+        def answer(question: list[Any]) -> Any:
+            what, *load = question
+            return runner.run(getattr(traffic, what)(*(Load(**one) for one in load)))
+
+        answer_questions(answer)
+        engine.shutdown()
+
+
+async def _started(side: str, model: Path, target_ms: float, slots: int) -> Any:
+    # Within the loop that goes on to use it.
+    return start(side, model, target_ms, slots)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
