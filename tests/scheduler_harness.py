@@ -47,11 +47,12 @@ def _config() -> Any:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step, per prompt token and per encoder token."""
+    """Seconds of a step, per prompt token, encoder token and decoded token."""
 
     step_s: float = 0.010
     prefill_s: float = 20e-6
     encoder_s: float = 100e-6
+    decode_s: float = 0.0
 
 
 @dataclass
@@ -237,15 +238,17 @@ class Play:
 
     def duration(self, output: Any) -> float:
         scheduler, costs = self.scheduler, self.costs
-        prefill = encoder = 0
+        prefill = encoder = decoded = 0
         for count in output.num_scheduled_tokens.values():
             prefill += count if count > 1 else 0
+            decoded += count == 1
         for name, indices in output.scheduled_encoder_inputs.items():
             one = scheduler.requests.get(name)
             encoder += sum(one.get_num_encoder_embeds(i) for i in indices) if one else 0
         if not output.num_scheduled_tokens:
             return 0.001
-        return costs.step_s + prefill * costs.prefill_s + encoder * costs.encoder_s
+        decoding_s = costs.step_s + decoded * costs.decode_s
+        return decoding_s + prefill * costs.prefill_s + encoder * costs.encoder_s
 
     def _finish(self, output: Any) -> None:
         self.durations.append(self.duration(output))

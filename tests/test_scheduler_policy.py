@@ -146,7 +146,7 @@ def test_prices_are_recovered_where_prefill_and_encoder_work_come_together(
     base: float, prefill: float, encoder: float, attention: float
 ) -> None:
     times = learned(base, prefill, encoder, attention)
-    assert times.base_s == pytest.approx(base)
+    assert times.base_s(3) == pytest.approx(base)
     step = prefill * 400 + encoder * 512 + attention * attended(300, 3000)
     assert times.prefill_s == pytest.approx(prefill, abs=1e-4 * step / 400, rel=1e-3)
     assert times.encoder_s == pytest.approx(encoder, abs=1e-4 * step / 512, rel=1e-3)
@@ -186,7 +186,7 @@ def test_a_step_that_was_held_up_does_not_change_what_others_are_expected_to_tak
     times.observe(StepWork(3, 300, 512, attended(300, 0)), 50.0)
     times.observe(StepWork(3, 0, 0), 50.0)
     assert times.seconds(512, 300, 0) <= 1.5 * before
-    assert times.base_s <= 0.011 + 1e-9
+    assert times.base_s(3) <= 0.011 + 1e-9
 
 
 def test_a_slow_first_call_is_forgotten() -> None:
@@ -198,9 +198,31 @@ def test_a_slow_first_call_is_forgotten() -> None:
     assert times.encoder_s == pytest.approx(100e-6, rel=0.05)
 
 
+@given(token=st.floats(0.0, 0.005), decodes=st.integers(1, 32), slower=st.floats(0.5, 2.0))
+def test_the_base_is_that_of_as_many_decodes_whatever_decoded_last(
+    token: float, decodes: int, slower: float
+) -> None:
+    times, step = StepTimes(), 0.010
+    for _ in range(20):
+        for other in range(1, 17):
+            times.observe(StepWork(other, 0, 0), step + other * token)
+        # Steps that do more leave the base alone.
+        times.observe(StepWork(3, 300, 512), step + 3 * token + 300 * 20e-6 + 512 * 100e-6)
+    assert times.base_s(decodes) == pytest.approx(step + decodes * token, rel=0.02)
+    for _ in range(40):
+        times.observe(StepWork(8, 0, 0), slower * (step + 8 * token))
+    assert times.base_s(8) == pytest.approx(slower * (step + 8 * token), rel=0.05)
+    assert 0.0 <= times.base_s(1) <= times.base_s(8)
+
+
 def test_prices_are_unknown_before_there_was_a_step() -> None:
     times = StepTimes()
-    assert (times.base_s, times.itl_s, times.prefill_s, times.encoder_s) == (0.0, 0.0, None, None)
+    assert (times.base_s(1), times.itl_s, times.prefill_s, times.encoder_s) == (
+        0.0,
+        0.0,
+        None,
+        None,
+    )
 
 
 # --- budget ---------------------------------------------------------------------------------------
@@ -288,14 +310,14 @@ def test_what_a_step_holds_takes_no_longer_than_the_target(
     found = budget(target_itl_ms=100.0, aging_s=80_000.0)
     left = Remainder(encoder, ready + encoder, context)
     asked = demand(prefill_tokens=prefill, encoder_tokens=encoder, next_item=1, context=context)
-    if found.finishes(left, times):
+    if found.finishes(left, times, asked.decode_tokens):
         asked = replace(asked, finish=left)
     limits = found.limits(asked, times)
     media = max(limits.encoder_tokens, asked.finish.encoder_tokens)
     text = min(prefill, max(0, limits.prefill_tokens - media - asked.finish.ready_tokens))
     media = min(media, encoder)
     took = times.seconds(0, text) + times.seconds(media, media + asked.finish.ready_tokens, context)
-    assert times.base_s + took <= 0.100 * (1 + FINISH_SLACK) + 1e-3
+    assert times.base_s(asked.decode_tokens) + took <= 0.100 * (1 + FINISH_SLACK) + 1e-3
     assert media >= asked.finish.encoder_tokens
 
 
@@ -310,7 +332,7 @@ def test_no_time_is_left_over_in_which_another_item_could_be_encoded(
     limits = budget(target_itl_ms=100.0, aging_s=80_000.0).limits(asked, times)
     encoded = limits.encoder_tokens // item * item
     others = min(prefill, limits.prefill_tokens - limits.fresh_tokens)
-    took = times.base_s + times.seconds(0, others)
+    took = times.base_s(asked.decode_tokens) + times.seconds(0, others)
     took += times.seconds(encoded, limits.fresh_tokens if encoded else 0, context)
     assert took <= target_s + 1e-3
     bounded = limits.prefill_tokens == int(0.9 * MOST) or encoded + item > 8192

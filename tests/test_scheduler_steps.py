@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
@@ -336,5 +337,30 @@ def test_costs_are_learned_from_the_steps_themselves() -> None:
         play.add(request(f"t{number}", text=400, answer=20))
         play.add(request(f"v{number}", items=VIDEO))
     play.run()
-    assert scheduler._times.base_s == pytest.approx(0.02, rel=0.1)
+    assert scheduler._times.base_s(1) == pytest.approx(0.02, rel=0.1)
     assert scheduler._times.encoder_s == pytest.approx(200e-6, rel=0.15)
+
+
+def test_steps_are_filled_beside_few_decodes_though_many_decoded_before() -> None:
+    target_s = 0.100
+    scheduler = make_scheduler(slots=40, settings={"target_itl_ms": 1e3 * target_s})
+    play = Play(scheduler, Costs(0.010, 100e-6, 100e-6, decode_s=0.002))
+    play.add(request("learn", items=[64] * 8, answer=2))
+    play.run()
+    play.add(*(request(f"t{n}", text=16, answer=30 + n // 4) for n in range(20)))
+    play.add(request("long", text=16, answer=900))
+    while len(scheduler.running) < 21 or play.durations[-1] < 0.05:
+        play.step()
+    for _ in range(10):
+        play.step()
+    # From here on every step has a video, while fewer and fewer texts decode.
+    for number in range(12):
+        play.add(request(f"v{number}", items=[64] * 40, answer=2))
+    while any(f"t{n}" in scheduler.requests for n in range(20)):
+        play.step()
+    before = len(play.durations)
+    while any(f"v{n}" in scheduler.requests for n in range(12)):
+        play.step()
+    beside = play.durations[before:]
+    assert len(beside) > 30
+    assert 0.93 * target_s < statistics.fmean(beside[:12]) < 1.05 * target_s

@@ -117,11 +117,12 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Prepare a step, and let vLLM fill it."""
         now = self._clock()
         decoding = [request for request in self.running if not request.is_prefill_chunk]
+        decodes = sum(decode_tokens(request) for request in decoding)
         self._admission.keep_door(lambda request: self._reader.is_promoted(request, now))
         self._tried = {}
         turns, finish = finishing_first(
             self._reader.turns(self._admission, now),
-            lambda left: self._budget.finishes(left, self._times),
+            lambda left: self._budget.finishes(left, self._times, decodes),
         )
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
         running = [turn.request for turn in turns if turn.is_running]
@@ -129,7 +130,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         for request in decoding:
             self._reader.backlog.set(request.request_id, 0)
         self._backlog = self._reader.backlog.tokens
-        limits = self._limits(decoding, turns, finish)
+        limits = self._limits(decodes, turns, finish)
         self._plan_encoder(turns, limits)
         with self._limited(limits), self.waiting.showing(self._shown(turns)):
             output = super().schedule(throttle_prefills)
@@ -153,8 +154,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _free_slots(self) -> int:
         return free_slots(self)
 
-    def _limits(self, decoding: list[Any], turns: list[Turn], finish: Remainder) -> StepLimits:
-        """Limits of the step, and those of running requests within them."""
+    def _limits(self, decodes: int, turns: list[Turn], finish: Remainder) -> StepLimits:
+        """Limits of a step that decodes so many tokens, and of running requests within them."""
         running = [turn for turn in turns if turn.is_running]
         slots = self._free_slots()
         text = [turn for turn in turns if turn.ready and not turn.items and not turn.is_running][
@@ -163,8 +164,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         media = [turn for turn in turns if turn.items and turn.ready]
         due = [*running, *text][1 if finish.prefill_tokens else 0 :]
         demand = Demand(
-            decode_tokens=sum(decode_tokens(request) for request in decoding),
-            decoding=bool(decoding),
+            decode_tokens=decodes,
+            decoding=bool(decodes),
             text_due=bool(text) or any(not turn.is_media for turn in running),
             prefill_tokens=sum(turn.ready_need for turn in due),
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
@@ -246,7 +247,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             attended(n, self.requests[key].num_computed_tokens - n) for key, n in prefill.items()
         )
         work = StepWork(
-            decodes=len(decoding & scheduled.keys()),
+            decodes=sum(scheduled[key] for key in decoding & scheduled.keys()),
             prefill_tokens=sum(prefill.values()),
             encoder_tokens=encoded,
             attended=sum(pairs),

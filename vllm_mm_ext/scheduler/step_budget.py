@@ -135,9 +135,9 @@ class StepBudget:
         tokens = min(self._max_tokens, demand.decode_tokens + prefill)
         return StepLimits(tokens, prefill, encoder_tokens, fresh)
 
-    def finishes(self, left: Remainder, times: StepTimes) -> bool:
-        """Whether a step has time for what is left of a prompt."""
-        room = self._settings.target_itl_ms / 1e3 - times.base_s
+    def finishes(self, left: Remainder, times: StepTimes, decode_tokens: int) -> bool:
+        """Whether a step that decodes so many tokens has time for what is left of a prompt."""
+        room = self._settings.target_itl_ms / 1e3 - times.base_s(decode_tokens)
         return left.seconds(times) <= (1 + FINISH_SLACK) * room
 
     def spent(self, encoder_tokens: int) -> None:
@@ -199,7 +199,7 @@ class StepBudget:
         whole step after each of them.
         """
         target = self._settings.target_itl_ms / 1e3
-        base = times.base_s
+        base = times.base_s(demand.decode_tokens)
         finish = demand.finish.seconds(times)
         least = LEAST_SHARE * max(target, base)
         kept = finish or (least if demand.encoder_tokens else 0.0)

@@ -10,8 +10,10 @@ import numpy as np
 # Tokens after which what was measured before counts half: quick to follow a change of load, and
 # a slow first call (lazy initialisation) is soon forgotten.
 HALF_LIFE_TOKENS = 4096
-# Weight of the newest step in averages over steps.
+# Weight of the newest step in averages over steps, and in what a decoded token adds to a step,
+# which takes steps of different sizes to tell.
 _NEWEST = 0.1
+_NEWEST_OF_SLOPE = 0.01
 # A step counts as at most this multiple of what it was expected to take: what held it up (another
 # process, a page fault) says nothing of its work. Where prices did rise, steps soon add up to it.
 _MOST_OF_EXPECTED = 2.0
@@ -27,7 +29,7 @@ class StepWork:
     """What a step did.
 
     Attributes:
-        decodes: Requests that decoded.
+        decodes: Tokens that decoding requests computed.
         prefill_tokens: Prompt tokens computed.
         encoder_tokens: Encoder outputs computed.
         attended: Pairs of a prompt token computed and a token it attends to.
@@ -44,20 +46,60 @@ def attended(tokens: int, context: int) -> float:
     return tokens * (context + tokens / 2)
 
 
-class StepTimes:
-    """Time of a step as base + prefill tokens + attention + encoder tokens, at measured prices.
+class _DecodeTimes:
+    """Seconds of steps that only decode, as a line over how many tokens they decode.
 
-    The base is the time of steps that only decode. The prices are the non-negative least squares
-    solution for what other steps took beyond it.
+    Its height follows the last steps: what a step takes changes with the load of the machine. Its
+    slope is that of many more, at least 0 and at most that of a line through the origin.
     """
 
     def __init__(self) -> None:
-        self._base: float | None = None
+        self._steps = 0
+        self._near = np.zeros(2)
+        self._mean = np.zeros(2)
+        self._variance = self._covariance = 0.0
+
+    def observe(self, decodes: int, seconds: float) -> None:
+        """Learn from a step."""
+        self._steps += 1
+        new = np.array([decodes, seconds])
+        self._near += max(_NEWEST, 1 / self._steps) * (new - self._near)
+        weight = max(_NEWEST_OF_SLOPE, 1 / self._steps)
+        off = new - self._mean
+        self._mean += weight * off
+        self._variance += weight * ((1 - weight) * off[0] * off[0] - self._variance)
+        self._covariance += weight * ((1 - weight) * off[0] * off[1] - self._covariance)
+
+    @property
+    def slope(self) -> float:
+        """Seconds that another token adds."""
+        if self._variance <= 0.0:
+            return 0.0
+        decodes, seconds = self._near
+        return float(min(max(self._covariance / self._variance, 0.0), seconds / decodes))
+
+    @property
+    def intercept(self) -> float:
+        """Seconds at no token."""
+        decodes, seconds = self._near
+        return max(0.0, float(seconds - self.slope * decodes))
+
+
+class StepTimes:
+    """Time of a step as base + prefill tokens + attention + encoder tokens, at measured prices.
+
+    The base is the time of steps that only decode as many tokens. The prices are the non-negative
+    least squares solution for what other steps took beyond it.
+    """
+
+    def __init__(self) -> None:
+        self._decoding = _DecodeTimes()
         self._itl: float | None = None
-        # Decayed sums of x xᵀ and x y over steps: x the work, y the seconds. The last entry of x is
-        # one, so that the base, which changes with the load, is taken off when prices are asked.
-        self._works = np.zeros((4, 4))
-        self._seconds = np.zeros(4)
+        # Decayed sums of x xᵀ and x y over steps: x the work, y the seconds. The last entries of x
+        # are decoded tokens and one, so that the base, which changes with the load of the machine,
+        # is taken off when prices are asked.
+        self._works = np.zeros((5, 5))
+        self._seconds = np.zeros(5)
         self._prices: tuple[float, ...] | None = None
 
     def observe(self, work: StepWork, seconds: float) -> None:
@@ -67,21 +109,22 @@ class StepTimes:
         tokens = work.prefill_tokens + work.encoder_tokens
         if tokens:
             keep = 0.5 ** (tokens / HALF_LIFE_TOKENS)
-            x = np.array([work.prefill_tokens, work.attended, work.encoder_tokens, 1.0])
-            if self._works[3, 3] > 4:
-                expected = self.base_s + float(np.dot(self._solved(), x[:3]))
+            x = np.array(
+                [work.prefill_tokens, work.attended, work.encoder_tokens, work.decodes, 1.0]
+            )
+            if self._works[4, 4] > 4:
+                expected = self.base_s(work.decodes) + float(np.dot(self._solved(), x[:3]))
                 seconds = min(seconds, _MOST_OF_EXPECTED * expected)
             self._works = keep * self._works + np.outer(x, x)
             self._seconds = keep * self._seconds + seconds * x
         elif work.decodes:
-            most = _MOST_OF_EXPECTED * (self._base or seconds)
-            self._base = _average(self._base, min(seconds, most))
+            most = _MOST_OF_EXPECTED * (self.base_s(work.decodes) or seconds)
+            self._decoding.observe(work.decodes, min(seconds, most))
         self._prices = None
 
-    @property
-    def base_s(self) -> float:
-        """Seconds of a step that only decodes, 0 before there was one."""
-        return self._base or 0.0
+    def base_s(self, decodes: int) -> float:
+        """Seconds of a step that only decodes so many tokens, 0 before there was one."""
+        return self._decoding.intercept + self._decoding.slope * decodes
 
     @property
     def itl_s(self) -> float:
@@ -132,7 +175,9 @@ class StepTimes:
 
     def _solved(self) -> tuple[float, float, float]:
         if self._prices is None:
-            left = self._seconds[:3] - self.base_s * self._works[:3, 3]
+            decoding = self._decoding
+            base = decoding.slope * self._works[:3, 3] + decoding.intercept * self._works[:3, 4]
+            left = self._seconds[:3] - base
             self._prices = tuple(_non_negative(self._works[:3, :3], left))
         prefill, attention, encoder = self._prices
         return prefill, attention, encoder
