@@ -92,9 +92,12 @@ class Measurer:
         return self._answer()
 
     def close(self) -> None:
-        """Let the program end."""
-        with suppress(BrokenPipeError):
-            self._process.communicate(timeout=_CLOSE_S)
+        """Let the program end, or end it."""
+        try:
+            with suppress(BrokenPipeError):
+                self._process.communicate(timeout=_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         self._errors.close()
 
     def _answer(self) -> Any:
