@@ -112,8 +112,8 @@ class Driver:
         return timed
 
 
-def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
-    """An engine in a process of its own."""
+async def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
+    """An engine in a process of its own, used from the loop that starts it."""
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -255,7 +255,7 @@ def main(side: str, model: Path, target_ms: float, slots: int) -> None:
     A question is ``["alone"]``, or ``mixed`` or ``queued`` with a load.
     """
     with asyncio.Runner() as runner:
-        engine = runner.run(_started(side, model, target_ms, slots))
+        engine = runner.run(start(side, model, target_ms, slots))
         traffic = Traffic(engine)
         runner.run(traffic.warm_up())
 
@@ -265,11 +265,6 @@ def main(side: str, model: Path, target_ms: float, slots: int) -> None:
 
         answer_questions(answer)
         engine.shutdown()
-
-
-async def _started(side: str, model: Path, target_ms: float, slots: int) -> Any:
-    # Within the loop that goes on to use it.
-    return start(side, model, target_ms, slots)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def run(context: BenchContext) -> BenchResult:
 
 
 def _engine(side: str, model: Path, target_ms: float, slots: int) -> Measurer:
-    return Measurer("mixed_engine", side, [str(model), str(target_ms or 50.0), str(slots)])
+    return Measurer("mixed_engine", side, [str(model), str(target_ms), str(slots)])
 
 
 def _load_and_target(stock: Measurer) -> tuple[mixed_engine.Load, float]:

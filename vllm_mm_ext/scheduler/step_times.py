@@ -51,9 +51,14 @@ class _DecodeTimes:
 
     Its height follows the last steps: what a step takes changes with the load of the machine. Its
     slope is that of many more, at least 0 and at most that of a line through the origin.
+
+    Attributes:
+        slope: Seconds that another token adds.
+        intercept: Seconds at no token.
     """
 
     def __init__(self) -> None:
+        self.slope = self.intercept = 0.0
         self._steps = 0
         self._near = np.zeros(2)
         self._mean = np.zeros(2)
@@ -69,20 +74,11 @@ class _DecodeTimes:
         self._mean += weight * off
         self._variance += weight * ((1 - weight) * off[0] * off[0] - self._variance)
         self._covariance += weight * ((1 - weight) * off[0] * off[1] - self._covariance)
-
-    @property
-    def slope(self) -> float:
-        """Seconds that another token adds."""
-        if self._variance <= 0.0:
-            return 0.0
-        decodes, seconds = self._near
-        return float(min(max(self._covariance / self._variance, 0.0), seconds / decodes))
-
-    @property
-    def intercept(self) -> float:
-        """Seconds at no token."""
-        decodes, seconds = self._near
-        return max(0.0, float(seconds - self.slope * decodes))
+        near_decodes, near_seconds = self._near
+        if self._variance > 0.0:
+            slope = max(self._covariance / self._variance, 0.0)
+            self.slope = float(min(slope, near_seconds / near_decodes))
+        self.intercept = max(0.0, float(near_seconds - self.slope * near_decodes))
 
 
 class StepTimes:
