@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -18,6 +19,7 @@ from vllm_mm_ext.bench.inprocess import Measurer
 from vllm_mm_ext.bench.load_ramp import PHASES, timetable
 from vllm_mm_ext.bench.mixed_engine import (
     QUEUED_VIDEOS,
+    STEPS_PER_VIDEO,
     TEXT_EVERY_TOKENS,
     VIDEO_FRAMES,
     VIDEO_FRAMES_LEAST,
@@ -104,19 +106,21 @@ def test_arrivals_of_a_ramp_follow_its_phases() -> None:
 
 
 def test_load_follows_how_fast_the_engine_is_within_what_stock_has_room_for() -> None:
-    load = Load.of(token_s=0.02, video_s=2 * VIDEO_S)
-    assert load == Load(TEXT_EVERY_TOKENS * 0.02, VIDEO_FRAMES // 2)
-    assert Load.of(0.02, 1e-3).video_frames == VIDEO_FRAMES_MOST
-    assert Load.of(0.02, 1e3).video_frames == VIDEO_FRAMES_LEAST
+    load = Load.of(token_s=0.02, video_s=2 * VIDEO_S, video_tokens=1800.0)
+    step_tokens = 32 * round(900 / STEPS_PER_VIDEO / 32)
+    assert load == Load(TEXT_EVERY_TOKENS * 0.02, VIDEO_FRAMES // 2, step_tokens)
+    assert Load.of(0.02, 1e-3, 1800.0).video_frames == VIDEO_FRAMES_MOST
+    assert Load.of(0.02, 1e3, 1800.0).video_frames == VIDEO_FRAMES_LEAST
 
 
 @pytest.mark.engine
 def test_a_measuring_engine_answers_until_it_fails_and_says_why() -> None:
     model = str(checkpoint("qwen2_5_vl"))
-    with Measurer("mixed_engine", "plugin", [model, "50", "4"]) as engine:
+    with Measurer("mixed_engine", "plugin", [model, "50", "4", "1024"]) as engine:
         alone = engine.ask(["alone"])
         assert 0 < alone["token_s"] < alone["text_s"] < alone["video_s"]
-        load = {"text_every_s": 1.0, "video_frames": 16}
+        assert alone["video_tokens"] > VIDEO_FRAMES
+        load = asdict(Load(text_every_s=1.0, video_frames=16, step_tokens=1024))
         queued = engine.ask(["queued", load])
         assert len(queued["videos_s"]) == QUEUED_VIDEOS
         with pytest.raises(RuntimeError, match=r"mixed_engine \(plugin\) failed[\s\S]*forgotten"):

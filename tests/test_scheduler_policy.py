@@ -23,17 +23,20 @@ from vllm_mm_ext.scheduler.encoder_plan import (
 from vllm_mm_ext.scheduler.order import Candidate, ordered, promotion_s, rank
 from vllm_mm_ext.scheduler.settings import SchedulerSettings
 from vllm_mm_ext.scheduler.step_budget import (
+    FINISH_BOTH_SLACK,
     FINISH_SLACK,
     LEAST_PREFILL_TOKENS,
     LEAST_SHARE,
     NOTHING,
+    TEXT_FIRST_STEPS,
     Demand,
     Remainder,
     StepBudget,
+    StepLimits,
     fair_level,
 )
 from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork, attended
-from vllm_mm_ext.scheduler.turns import Turn, finishing_first
+from vllm_mm_ext.scheduler.turns import Turn, chunk_limits, finishing_first
 
 AGING_S = 20.0
 MOST = 2048
@@ -215,6 +218,30 @@ def test_the_base_is_that_of_as_many_decodes_whatever_decoded_last(
     assert 0.0 <= times.base_s(1) <= times.base_s(8)
 
 
+@QUICK
+@given(st.floats(0.0, 0.05), st.floats(1e-6, 1e-3))
+def test_what_any_prompt_adds_to_a_step_is_told_from_what_its_tokens_take(
+    added: float, prefill: float
+) -> None:
+    times = StepTimes()
+    for tokens in (40, 300, 120, 700, 20, 450) * 8:
+        times.observe(StepWork(3, 0, 0), 0.010)
+        times.observe(StepWork(3, tokens, 0), 0.010 + added + prefill * tokens)
+    assert times.base_s(3) == pytest.approx(0.010)
+    step = added + prefill * 700
+    assert times.base_s(3, prompts=True) == pytest.approx(0.010 + added, abs=0.02 * step)
+    assert times.seconds(0, 500) == pytest.approx(500 * prefill, abs=0.02 * step)
+
+
+def test_prompts_that_are_all_of_one_size_are_charged_by_the_token() -> None:
+    times = StepTimes()
+    for _ in range(20):
+        times.observe(StepWork(3, 0, 0), 0.010)
+        times.observe(StepWork(3, 256, 0), 0.010 + 256e-4)
+    assert times.base_s(3, prompts=True) == pytest.approx(0.010, rel=0.02)
+    assert times.seconds(0, 256) == pytest.approx(256e-4, rel=0.02)
+
+
 def test_prices_are_unknown_before_there_was_a_step() -> None:
     times = StepTimes()
     assert (times.base_s(1), times.itl_s, times.prefill_s, times.encoder_s) == (
@@ -383,6 +410,92 @@ def test_a_video_that_can_be_finished_goes_before_text_and_no_other_does() -> No
 def test_a_video_that_can_be_finished_does_not_pass_a_promoted_request() -> None:
     old, short = turn("old", media=False, promoted=True), turn("short", left=50)
     assert finishing_first([old, short], lambda _: True) == ([old, short], NOTHING)
+
+
+LINE = demand(prefill_tokens=900, text_due=True, text=(Remainder(0, 300), Remainder(0, 200)))
+
+
+def test_a_step_in_which_text_gets_its_first_token_holds_no_media() -> None:
+    limits = budget(target_itl_ms=100.0).limits(LINE, learned())
+    assert limits.text_first
+    assert limits.prefill_tokens == 500
+    assert limits.encoder_tokens == limits.fresh_tokens == 0
+
+
+@pytest.mark.parametrize("finish", [NOTHING, Remainder(0, 4400)])
+def test_few_steps_put_text_first_however_much_there_is(finish: Remainder) -> None:
+    found, times = StepBudget(SchedulerSettings(target_itl_ms=100.0), 8192, 8192), learned()
+    asked = replace(LINE, finish=finish)
+    cut = [found.limits(asked, times).text_first for _ in range(100)]
+    assert cut[0]
+    assert sum(cut) == math.ceil(100 * TEXT_FIRST_STEPS)
+
+
+def test_no_step_puts_text_first_where_there_is_no_media_to_hold_back() -> None:
+    found, times = budget(target_itl_ms=100.0), learned()
+    alone = replace(LINE, prefill_tokens=500, encoder_tokens=0, next_item=0)
+    for _ in range(10):
+        assert not found.limits(alone, times).text_first
+    assert found.limits(LINE, times).text_first
+
+
+def test_no_step_puts_text_first_that_it_has_no_time_or_no_room_for() -> None:
+    book = replace(LINE, prefill_tokens=9000, text=(Remainder(0, 9000),))
+    assert not budget(target_itl_ms=100.0).limits(book, learned()).text_first
+    page = replace(LINE, prefill_tokens=1900, text=(Remainder(0, 1900),))
+    assert not budget(target_itl_ms=100.0).limits(page, learned()).text_first
+    most = StepBudget(SchedulerSettings(target_itl_ms=100.0), 4096, 8192)
+    assert most.limits(page, learned()).text_first
+
+
+def test_the_users_own_encoder_allowance_is_not_cut() -> None:
+    found = budget(target_itl_ms=100.0, encoder_tokens_decoding=512)
+    assert found.limits(LINE, learned()).encoder_tokens == 512
+
+
+@QUICK
+@given(st.integers(1, 6000), st.integers(0, 1000), st.integers(0, 1000), st.booleans())
+def test_a_prompt_that_ends_and_text_share_a_step_that_is_half_longer_at_most(
+    text: int, ready: int, encoder: int, only: bool
+) -> None:
+    times = learned()
+    found = StepBudget(SchedulerSettings(target_itl_ms=100.0, aging_s=80_000.0), 8192, 8192)
+    left = Remainder(encoder, ready + encoder)
+    asked = replace(LINE, prefill_tokens=text, finish=left, text=(Remainder(0, text),))
+    if only:
+        asked = replace(asked, encoder_tokens=encoder, next_item=encoder)
+    if not left.prefill_tokens or not found.finishes(left, times, asked.decode_tokens):
+        return
+    room = 0.100 - times.base_s(asked.decode_tokens, prompts=True)
+    both = times.seconds(0, text) + left.seconds(times)
+    limits = found.limits(asked, times)
+    assert limits.text_first == (room < both <= (1 + FINISH_BOTH_SLACK) * room)
+    if both <= (1 + FINISH_BOTH_SLACK) * room:
+        assert limits.encoder_tokens >= encoder
+        assert limits.prefill_tokens >= text + ready + encoder - 1
+
+
+def test_text_that_could_be_done_takes_of_a_step_what_it_needs_and_others_share_the_rest() -> None:
+    limits = StepLimits(tokens=300, prefill_tokens=200, encoder_tokens=0, fresh_tokens=0)
+    text, media = turn("text", media=False, left=150), turn("media", left=900)
+    assert chunk_limits(limits, [text, media], []) == {"media": 50}
+    book = turn("book", media=False, left=5000)
+    assert chunk_limits(limits, [book, media], []) == {"book": 100, "media": 100}
+    line = turn("line", media=False, left=80, running=False)
+    assert chunk_limits(limits, [text, media], [line]) == {"text": 120, "media": 0}
+    old = turn("old", left=900, promoted=True)
+    assert chunk_limits(limits, [old, text], []) == {"old": 100, "text": 100}
+
+
+def test_where_text_goes_first_all_behind_it_wait_but_what_is_finished_does_not() -> None:
+    limits = StepLimits(300, 200, encoder_tokens=0, fresh_tokens=0, text_first=True)
+    text, media = turn("text", media=False, left=100), turn("media", left=900)
+    assert chunk_limits(limits, [text, media], []) == {"media": 0}
+    short, book = turn("short", left=50), turn("book", media=False, left=5000)
+    assert chunk_limits(limits, [short, text, media, book], [], Remainder(0, 50)) == {
+        "media": 0,
+        "book": 0,
+    }
 
 
 @QUICK

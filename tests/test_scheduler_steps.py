@@ -106,12 +106,19 @@ def test_a_text_gets_its_first_token_in_the_step_it_comes_in_and_videos_the_rest
     play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
     play.add(request("first", text=100, answer=200), request("video", items=[item] * 4))
     play.run(until=0.5)
-    play.add(request("long", items=[item] * (5000 // item)))
+    play.add(request("long", items=[item] * (7000 // item)))
     for _ in range(4):
         play.step()
     play.add(request("line", text=300))
     output = play.step()
     assert output.num_scheduled_tokens["line"] == 300
+    assert "long" not in output.num_scheduled_tokens
+    # It holds nothing but the text, and one like it does not come again soon.
+    assert play.durations[-1] == pytest.approx(0.010 + 300 * 100e-6, abs=1e-3)
+    play.step()
+    play.add(request("next", text=300))
+    output = play.step()
+    assert output.num_scheduled_tokens["next"] == 300
     assert 0 < output.num_scheduled_tokens["long"] < 450
     before = len(play.durations)
     while not play.timings["long"].tokens:
@@ -121,6 +128,21 @@ def test_a_text_gets_its_first_token_in_the_step_it_comes_in_and_videos_the_rest
     assert len(full) > 5
     assert max(full) <= 0.100 + 1e-3
     assert min(full) >= 0.100 - item * 100e-6 - 2e-3
+
+
+def test_a_text_and_the_rest_of_a_video_get_their_first_tokens_in_one_step() -> None:
+    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
+    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
+    play.add(request("first", text=100, answer=200), request("video", items=[64] * 4))
+    play.run(until=0.5)
+    play.add(request("short", items=[64] * 9))
+    play.step()
+    left = play.scheduler.requests["short"]
+    assert 0 < left.num_tokens - left.num_computed_tokens < 400
+    play.add(request("line", text=500))
+    play.step()
+    assert play.timings["short"].tokens
+    assert play.timings["line"].tokens
 
 
 def test_everything_is_used_where_nothing_decodes() -> None:

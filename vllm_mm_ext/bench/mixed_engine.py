@@ -1,6 +1,6 @@
 """One side's engine under mixed traffic: the measurements of ``mixed-traffic``.
 
-Run by ``mixed_traffic.py`` with ``SIDE MODEL TARGET_MS SLOTS``; asked by lines of JSON.
+Run by ``mixed_traffic.py`` with ``SIDE MODEL TARGET_MS SLOTS STEP_TOKENS``; asked by lines of JSON.
 Prompts are rendered before anything is timed, so only the engine works in between.
 """
 
@@ -24,22 +24,24 @@ PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives each time that a lone request would have got so many tokens: often enough that a wait
 # for each prompt is more than one gap in a hundred, so p99 sees it. Prompts and answers are of so
 # many tokens.
-TEXT_EVERY_TOKENS = 54
-TEXT_PROMPT = 256
+TEXT_EVERY_TOKENS = 66
+TEXT_PROMPT = 320
 TEXT_ANSWER = 80
 VIDEO_EVERY_S = 2.0
 # What a video takes of stock when nothing else is to do.
-VIDEO_S = 0.9
+VIDEO_S = 1.0
 VIDEO_HEIGHT, VIDEO_WIDTH = 224, 448
 VIDEO_FRAMES = 64
-# The most is what stock makes room for in its encoder cache.
-VIDEO_FRAMES_LEAST, VIDEO_FRAMES_MOST = 16, 64
+# With the least there is room for text in the second of a video's steps; the most is what stock
+# makes room for in its encoder cache.
+VIDEO_FRAMES_LEAST, VIDEO_FRAMES_MOST = 30, 64
 VIDEO_ANSWER = 8
 CALIBRATIONS = 5
 SECONDS = 14.0
-# Prompts of more than this are computed in pieces, by stock too.
-BATCHED_TOKENS = 1024
+# Steps of stock that a video's prompt fills: it takes two, and the second has room for text.
+STEPS_PER_VIDEO = 1.4
 SEGMENT_TOKENS = 64
+BLOCK = 32
 QUEUED_VIDEOS = 6
 QUEUE_SLOTS = 4
 
@@ -51,17 +53,26 @@ class Load:
     Attributes:
         text_every_s: Mean seconds between texts.
         video_frames: Frames of each video.
+        step_tokens: Most tokens of a step.
     """
 
     text_every_s: float
     video_frames: int
+    step_tokens: int
 
     @classmethod
-    def of(cls, token_s: float, video_s: float) -> Load:
-        """The load for an engine with so many seconds per token and ``VIDEO_FRAMES``."""
+    def of(cls, token_s: float, video_s: float, video_tokens: float) -> Load:
+        """The load for an engine, from what it takes for a token and for ``VIDEO_FRAMES``.
+
+        Args:
+            token_s: Seconds of a token.
+            video_s: Seconds to the first token of such a video.
+            video_tokens: Tokens of its prompt.
+        """
         frames = VIDEO_FRAMES * VIDEO_S / video_s
         pairs = round(min(max(frames, VIDEO_FRAMES_LEAST), VIDEO_FRAMES_MOST) / 2)
-        return cls(TEXT_EVERY_TOKENS * token_s, 2 * pairs)
+        tokens = video_tokens * 2 * pairs / VIDEO_FRAMES / STEPS_PER_VIDEO
+        return cls(TEXT_EVERY_TOKENS * token_s, 2 * pairs, BLOCK * round(tokens / BLOCK))
 
 
 @dataclass
@@ -112,7 +123,7 @@ class Driver:
         return timed
 
 
-async def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
+async def start(side: str, model: Path, target_ms: float, slots: int, step_tokens: int) -> Any:
     """An engine in a process of its own, used from the loop that starts it."""
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -131,10 +142,10 @@ async def start(side: str, model: Path, target_ms: float, slots: int) -> Any:
             # Without instructions for bfloat16 a CPU converts operands, in small steps dearly.
             dtype="float32" if current_platform.is_cpu() else "auto",
             enforce_eager=True,
-            block_size=32,
+            block_size=BLOCK,
             max_model_len=8192,
             max_num_seqs=slots,
-            max_num_batched_tokens=BATCHED_TOKENS,
+            max_num_batched_tokens=step_tokens,
             kv_cache_memory_bytes=KV_CACHE_BYTES,
             limit_mm_per_prompt={"video": 1, "image": 0},
             # Rendered ahead: the caches of both processes would not see requests in one order.
@@ -197,13 +208,20 @@ class Traffic:
         )
 
     async def alone(self) -> dict[str, float]:
-        """Seconds of a token, of a text's first token and of a video's, each request alone."""
-        found: dict[str, list[float]] = {"token_s": [], "text_s": [], "video_s": []}
+        """Seconds of a token, of a text's first token and of a video's, each request alone.
+
+        With them, how many tokens the video's prompt has.
+        """
+        found: dict[str, list[float]] = {
+            name: [] for name in ("token_s", "text_s", "video_s", "video_tokens")
+        }
         for _ in range(CALIBRATIONS):
             (text,) = await self._driver.run([(0.0, await self._prompts.text(), TEXT_ANSWER)])
             found["token_s"].append(float(np.median(np.diff(text.tokens))))
             found["text_s"].append(text.tokens[0] - text.sent)
-            (video,) = await self._driver.run([(0.0, await self._prompts.video(), 1)])
+            prompt = await self._prompts.video()
+            (video,) = await self._driver.run([(0.0, prompt, 1)])
+            found["video_tokens"].append(len(prompt["prompt_token_ids"]))
             found["video_s"].append(video.tokens[0] - video.sent)
         return {name: float(np.median(values)) for name, values in found.items()}
 
@@ -249,13 +267,13 @@ def _described(requests: Sequence[Timed]) -> dict[str, Any]:
     }
 
 
-def main(side: str, model: Path, target_ms: float, slots: int) -> None:
+def main(side: str, model: Path, target_ms: float, slots: int, step_tokens: int) -> None:
     """Start an engine, and measure what is asked for.
 
     A question is ``["alone"]``, or ``mixed`` or ``queued`` with a load.
     """
     with asyncio.Runner() as runner:
-        engine = runner.run(start(side, model, target_ms, slots))
+        engine = runner.run(start(side, model, target_ms, slots, step_tokens))
         traffic = Traffic(engine)
         runner.run(traffic.warm_up())
 
@@ -268,4 +286,5 @@ def main(side: str, model: Path, target_ms: float, slots: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
+    side, model, target_ms, slots, step_tokens = sys.argv[1:]
+    main(side, Path(model), float(target_ms), int(slots), int(step_tokens))

@@ -14,13 +14,15 @@ from vllm_mm_ext.bench.inprocess import Measurer
 from vllm_mm_ext.testing.checkpoints import build
 
 _SIDES = ("stock", "plugin")
-# The target between tokens that the plugin is given: so many times what a text's prompt makes
-# others wait for when there is nothing but text, but at most this share of stock's p99 beside
+# The target between tokens that the plugin is given: so many times what a text alone waits for its
+# first token, about what its prompt makes others wait, but at most this share of stock's p99 beside
 # videos.
-TARGET_OF_ALONE, TARGET_OF_STALLED = 1.65, 0.3
+TARGET_OF_TEXT, TARGET_OF_STALLED = 1.65, 0.29
 # In turns, so that a change of the machine's speed meets both sides.
 ROUNDS = 3
 SLOTS = 16
+# Of a step, while the load is not known.
+_CALIBRATION_TOKENS = 1024
 
 
 def run(context: BenchContext) -> BenchResult:
@@ -32,14 +34,17 @@ def run(context: BenchContext) -> BenchResult:
     found: dict[str, list[Any]] = {side: [] for side in _SIDES}
     queued: dict[str, list[Any]] = {side: [] for side in _SIDES}
     settings = []
-    with context.steps("mixed-traffic", (1 + 2 * ROUNDS) * context.repeats + 2) as begin:
+    with context.steps("mixed-traffic", (2 + 2 * ROUNDS) * context.repeats + 2) as begin:
         for repeat in range(context.repeats):
             number = f"repeat {repeat + 1}"
             begin(f"{number}: how fast stock is")
-            with _engine("stock", model, 0.0, SLOTS) as stock:
-                load, target_ms = _load_and_target(stock)
+            with _engine("stock", model, 0.0, SLOTS, _CALIBRATION_TOKENS) as stock:
+                load = _load(stock.ask(["alone"]))
+            with _engine("stock", model, 0.0, SLOTS, load.step_tokens) as stock:
+                begin(f"{number}: how long stock's text waits")
+                target_ms = _target(stock, load)
                 settings.append((load, target_ms))
-                with _engine("plugin", model, target_ms, SLOTS) as plugin:
+                with _engine("plugin", model, target_ms, SLOTS, load.step_tokens) as plugin:
                     for turn in range(ROUNDS):
                         for side, engine in zip(_SIDES, (stock, plugin), strict=True):
                             begin(f"{number}: {side}, round {turn + 1}")
@@ -47,25 +52,27 @@ def run(context: BenchContext) -> BenchResult:
         for side in _SIDES:
             begin(f"{side}, more videos than slots")
             load, target_ms = settings[-1]
-            with _engine(side, model, target_ms, mixed_engine.QUEUE_SLOTS) as engine:
+            slots = mixed_engine.QUEUE_SLOTS
+            with _engine(side, model, target_ms, slots, load.step_tokens) as engine:
                 for _ in range(context.repeats):
                     queued[side].append(engine.ask(["queued", asdict(load)]))
     return BenchResult("mixed-traffic", _rows(found, queued), _notes(settings))
 
 
-def _engine(side: str, model: Path, target_ms: float, slots: int) -> Measurer:
-    return Measurer("mixed_engine", side, [str(model), str(target_ms), str(slots)])
+def _engine(side: str, model: Path, target_ms: float, slots: int, step_tokens: int) -> Measurer:
+    arguments = [str(model), str(target_ms), str(slots), str(step_tokens)]
+    return Measurer("mixed_engine", side, arguments)
 
 
-def _load_and_target(stock: Measurer) -> tuple[mixed_engine.Load, float]:
-    before = stock.ask(["alone"])
-    load = mixed_engine.Load.of(before["token_s"], before["video_s"])
+def _load(alone: dict[str, float]) -> mixed_engine.Load:
+    return mixed_engine.Load.of(alone["token_s"], alone["video_s"], alone["video_tokens"])
+
+
+def _target(stock: Measurer, load: mixed_engine.Load) -> float:
+    before = stock.ask(["alone"])["text_s"]
     stalled = _p(stock.ask(["mixed", asdict(load)])["text"]["itl_s"], 99)
-    after = stock.ask(["alone"])
-    alone = {name: (before[name] + after[name]) / 2 for name in before}
-    waited = alone["token_s"] + alone["text_s"]
-    target_ms = 1e3 * min(TARGET_OF_ALONE * waited, TARGET_OF_STALLED * stalled)
-    return mixed_engine.Load.of(alone["token_s"], alone["video_s"]), target_ms
+    text_s = (before + stock.ask(["alone"])["text_s"]) / 2
+    return 1e3 * min(TARGET_OF_TEXT * float(text_s), TARGET_OF_STALLED * stalled)
 
 
 def _rows(found: dict[str, list[Any]], queued: dict[str, list[Any]]) -> list[Row]:
@@ -114,15 +121,16 @@ def _notes(settings: list[tuple[mixed_engine.Load, float]]) -> list[str]:
     return [
         f"text: {engine.TEXT_PROMPT} tokens in, {engine.TEXT_ANSWER} out, one in the time of "
         f"{engine.TEXT_EVERY_TOKENS} tokens; a video every {engine.VIDEO_EVERY_S:g} s, of as many "
-        f"frames as stock alone takes {engine.VIDEO_S:g} s for, at most {engine.VIDEO_FRAMES_MOST};"
-        f" {engine.SECONDS:g} s of arrivals a run, rendered beforehand; steps of at most "
-        f"{engine.BATCHED_TOKENS} tokens",
-        "seconds between texts, frames, and the plugin's target_itl_ms, by repeat: "
+        f"frames as stock alone takes {engine.VIDEO_S:g} s for, at most {engine.VIDEO_FRAMES_MOST},"
+        f" whose prompt fills {engine.STEPS_PER_VIDEO:g} steps; {engine.SECONDS:g} s of arrivals a "
+        "run, rendered beforehand",
+        "seconds between texts, frames, tokens of a step, and the plugin's target_itl_ms, by "
+        "repeat: "
         + "; ".join(
-            f"{load.text_every_s:.2f}, {load.video_frames}, {target:.0f}"
+            f"{load.text_every_s:.2f}, {load.video_frames}, {load.step_tokens}, {target:.0f}"
             for load, target in settings
         ),
-        f"the target is the lower of {TARGET_OF_ALONE:g}x what a text's prompt makes other texts "
-        f"wait on stock and {TARGET_OF_STALLED:g}x stock's p99 beside videos; plugin: segments of "
+        f"the target is the lower of {TARGET_OF_TEXT:g}x what a lone text waits on stock for its "
+        f"first token and {TARGET_OF_STALLED:g}x stock's p99 beside videos; plugin: segments of "
         f"{engine.SEGMENT_TOKENS} tokens",
     ]

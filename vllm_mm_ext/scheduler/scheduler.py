@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -162,7 +163,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             :slots
         ]
         media = [turn for turn in turns if turn.items and turn.ready]
-        due = [*running, *text][1 if finish.prefill_tokens else 0 :]
+        behind = slice(1 if finish.prefill_tokens else 0, None)
+        due = [*running, *text][behind]
+        # Where prefill is not limited, text cannot be put first: media would go on beside it.
+        keys = {turn.candidate.key for turn in due} if self._limits_prefill else set()
+        ahead = takewhile(lambda turn: not turn.is_media, turns[behind])
         demand = Demand(
             decode_tokens=decodes,
             decoding=bool(decodes),
@@ -174,6 +179,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             ),
             context=media[0].computed if media else 0,
             finish=finish,
+            text=tuple(turn.remainder for turn in ahead if turn.candidate.key in keys),
         )
         limits = self._budget.limits(demand, self._times)
         if not self._limits_prefill:

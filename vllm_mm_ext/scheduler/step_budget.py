@@ -15,8 +15,12 @@ LEAST_SHARE = 0.2
 # target that leaves too little for the load is exceeded before requests wait for long.
 BACKLOG_OF_AGING = 1 / 8
 MOST_FOR_BACKLOG = 0.75
-# A step may take this much longer if that saves a prompt another step.
+# A step may take this much longer if that saves a prompt another step, or two prompts one each.
 FINISH_SLACK = 0.1
+FINISH_BOTH_SLACK = 0.5
+# Of steps, at most so many put text first: it gets its first token sooner, and media pay for the
+# decodes of another step.
+TEXT_FIRST_STEPS = 1 / 8
 # Prompt tokens a step may always compute: two of vLLM's usual KV blocks.
 LEAST_PREFILL_TOKENS = 32
 
@@ -63,6 +67,8 @@ class Demand:
         context: Tokens before it in its prompt.
         finish: What the request that goes first needs to be done with its prompt in this step; none
             if that is more than the step has time for.
+        text: What is left of prompts without mm items that go before all with them (but ``finish``)
+            and could be computed now.
     """
 
     decode_tokens: int
@@ -73,6 +79,7 @@ class Demand:
     next_item: int
     context: int = 0
     finish: Remainder = NOTHING
+    text: tuple[Remainder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +91,14 @@ class StepLimits:
         prefill_tokens: Prompt tokens among them.
         encoder_tokens: Encoder outputs.
         fresh_tokens: Prompt tokens among ``prefill_tokens`` that are encoded in the same step.
+        text_first: No prompt gets on but text that goes first, and what is finished.
     """
 
     tokens: int
     prefill_tokens: int
     encoder_tokens: int
     fresh_tokens: int
+    text_first: bool = False
 
 
 class StepBudget:
@@ -114,6 +123,7 @@ class StepBudget:
         self._max_tokens = max_tokens
         self._max_encoder_tokens = max_encoder_tokens
         self._credit = 0.0
+        self._text_first_credit = 1.0
 
     def limits(self, demand: Demand, times: StepTimes) -> StepLimits:
         """Limits of the next step; credit grows by its allowance."""
@@ -121,28 +131,63 @@ class StepBudget:
             self._credit = 0.0
             idle = self._idle(demand, times)
             return StepLimits(self._max_tokens, self._max_tokens, idle, idle)
-        prefill_s, media_s = self._time(demand, times)
-        encoder_tokens = fresh = self._credited(demand, media_s, times)
-        if not self._settings.encoder_tokens_decoding:
-            encoder_tokens, fresh = self._filled(encoder_tokens, demand, media_s, times)
-        if not demand.decoding:
-            return StepLimits(self._max_tokens, self._max_tokens, encoder_tokens, fresh)
         most = max(1, int(self._settings.prefill_share * self._max_tokens))
-        prefill = fresh + demand.finish.ready_tokens
-        if demand.prefill_tokens:
-            prefill += times.tokens(prefill_s, 0, most, encoded=False)
+        ready = 0
+        text_first = self._puts_text_first(demand, times, most)
+        if text_first:
+            encoder_tokens = fresh = demand.finish.encoder_tokens
+            ready = sum(one.prefill_tokens for one in demand.text)
+        else:
+            prefill_s, media_s = self._time(demand, times)
+            encoder_tokens = fresh = self._credited(demand, media_s, times)
+            if not self._settings.encoder_tokens_decoding:
+                encoder_tokens, fresh = self._filled(encoder_tokens, demand, media_s, times)
+            if demand.prefill_tokens:
+                ready = times.tokens(prefill_s, 0, most, encoded=False)
+        if not demand.decoding:
+            most = self._max_tokens
+            return StepLimits(most, most, encoder_tokens, fresh, text_first)
+        prefill = fresh + demand.finish.ready_tokens + ready
         prefill = min(max(prefill, LEAST_PREFILL_TOKENS), most)
         tokens = min(self._max_tokens, demand.decode_tokens + prefill)
-        return StepLimits(tokens, prefill, encoder_tokens, fresh)
+        return StepLimits(tokens, prefill, encoder_tokens, fresh, text_first)
 
     def finishes(self, left: Remainder, times: StepTimes, decode_tokens: int) -> bool:
         """Whether a step that decodes so many tokens has time for what is left of a prompt."""
-        room = self._settings.target_itl_ms / 1e3 - times.base_s(decode_tokens)
-        return left.seconds(times) <= (1 + FINISH_SLACK) * room
+        return left.seconds(times) <= (1 + FINISH_SLACK) * self._room_s(times, decode_tokens)
 
     def spent(self, encoder_tokens: int) -> None:
         """Take what was really encoded off the credit."""
         self._credit = max(0.0, self._credit - encoder_tokens)
+
+    def _puts_text_first(self, demand: Demand, times: StepTimes, most: int) -> bool:
+        """Whether the step holds the text, what is finished, and no other prompt.
+
+        So it is where there is room for all of these, and without it text would wait longer: for
+        other media in the step, or, as the step is too short for what is finished and all of the
+        text, for another step.
+        """
+        self._text_first_credit = min(1.0, self._text_first_credit + TEXT_FIRST_STEPS)
+        tokens = sum(one.prefill_tokens for one in demand.text)
+        fits = tokens + demand.finish.prefill_tokens <= most
+        if not tokens or not fits or self._text_first_credit < 1.0:
+            return False
+        if self._settings.encoder_tokens_decoding:
+            return False
+        room = self._room_s(times, demand.decode_tokens)
+        seconds = sum(one.seconds(times) for one in (*demand.text, demand.finish))
+        if demand.finish.prefill_tokens:
+            chosen = room < seconds <= (1 + FINISH_BOTH_SLACK) * room
+        else:
+            others = demand.encoder_tokens > 0 or demand.prefill_tokens > tokens
+            chosen = others and seconds <= (1 + FINISH_SLACK) * room
+        if chosen:
+            self._text_first_credit = 0.0
+        return chosen
+
+    def _room_s(self, times: StepTimes, decode_tokens: int) -> float:
+        """Seconds for prompts in a step that decodes so many tokens."""
+        return self._settings.target_itl_ms / 1e3 - times.base_s(decode_tokens, prompts=True)
 
     def _idle(self, demand: Demand, times: StepTimes) -> int:
         cap = self._settings.encoder_tokens_idle or self._max_encoder_tokens
@@ -199,8 +244,9 @@ class StepBudget:
         whole step after each of them.
         """
         target = self._settings.target_itl_ms / 1e3
-        base = times.base_s(demand.decode_tokens)
         finish = demand.finish.seconds(times)
+        prompts = bool(demand.prefill_tokens or demand.encoder_tokens or finish)
+        base = times.base_s(demand.decode_tokens, prompts=prompts)
         least = LEAST_SHARE * max(target, base)
         kept = finish or (least if demand.encoder_tokens else 0.0)
         room = max(target - base - kept, 0.0 if finish else least)

@@ -20,8 +20,11 @@ _MOST_OF_EXPECTED = 2.0
 # Of a token: the time that ``n`` tokens take is time for ``n``, whatever a division rounds to. A
 # prompt that misses its last token pays for another step.
 _ROUNDING = 1e-6
-# Of a feature's own weight, so that prices of things that always occur together are shared evenly.
-_RIDGE = 1e-9
+# Of a feature's own weight, so that prices of things that always occur together are shared evenly,
+# and steps that are all of one size tell what tokens cost rather than what a step adds.
+_RIDGE = np.array([1e-9, 1e-9, 1e-9, 1e-3])
+# Where in what is summed up over steps the features are that have prices.
+_PRICED = [0, 1, 2, 4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,10 @@ class _DecodeTimes:
 class StepTimes:
     """Time of a step as base + prefill tokens + attention + encoder tokens, at measured prices.
 
-    The base is the time of steps that only decode as many tokens. The prices are the non-negative
-    least squares solution for what other steps took beyond it.
+    The base is the time of steps that only decode as many tokens, and what any prompt adds to it: a
+    step with one has more to prepare and runs outside of the graphs captured for decoding. The
+    prices are the non-negative least squares solution for what steps with prompts took beyond those
+    without.
     """
 
     def __init__(self) -> None:
@@ -109,7 +114,7 @@ class StepTimes:
                 [work.prefill_tokens, work.attended, work.encoder_tokens, work.decodes, 1.0]
             )
             if self._works[4, 4] > 4:
-                expected = self.base_s(work.decodes) + float(np.dot(self._solved(), x[:3]))
+                expected = self.base_s(work.decodes) + float(np.dot(self._solved(), x[_PRICED]))
                 seconds = min(seconds, _MOST_OF_EXPECTED * expected)
             self._works = keep * self._works + np.outer(x, x)
             self._seconds = keep * self._seconds + seconds * x
@@ -118,9 +123,15 @@ class StepTimes:
             self._decoding.observe(work.decodes, min(seconds, most))
         self._prices = None
 
-    def base_s(self, decodes: int) -> float:
-        """Seconds of a step that only decodes so many tokens, 0 before there was one."""
-        return self._decoding.intercept + self._decoding.slope * decodes
+    def base_s(self, decodes: int, *, prompts: bool = False) -> float:
+        """Seconds of a step that decodes so many tokens, 0 before there was one.
+
+        Args:
+            decodes: The tokens.
+            prompts: It computes tokens of prompts as well, whose own time is not counted here.
+        """
+        base = self._decoding.intercept + self._decoding.slope * decodes
+        return base + self._solved()[3] if prompts else base
 
     @property
     def itl_s(self) -> float:
@@ -148,7 +159,7 @@ class StepTimes:
         if not (encoder_tokens or prefill_tokens):
             # The usual step only decodes: prices need not be worked out for it.
             return 0.0
-        prefill, attention, encoder = self._solved()
+        prefill, attention, encoder, _ = self._solved()
         pairs = attended(prefill_tokens, context)
         return prefill_tokens * prefill + pairs * attention + encoder_tokens * encoder
 
@@ -161,7 +172,7 @@ class StepTimes:
             most: The bound.
             encoded: They are encoded before.
         """
-        prefill, attention, encoder = self._solved()
+        prefill, attention, encoder, _ = self._solved()
         each = prefill + (encoder if encoded else 0.0) + attention * context
         # each * n + attention * n² / 2 = seconds
         root = math.sqrt(each * each + 2 * attention * max(0.0, seconds)) + each
@@ -169,30 +180,30 @@ class StepTimes:
             return most
         return int(2 * max(0.0, seconds) / root + _ROUNDING)
 
-    def _solved(self) -> tuple[float, float, float]:
+    def _solved(self) -> tuple[float, ...]:
+        """Prices of a prefill token, a pair that attends, an encoder token, and any of them."""
         if self._prices is None:
             decoding = self._decoding
-            base = decoding.slope * self._works[:3, 3] + decoding.intercept * self._works[:3, 4]
-            left = self._seconds[:3] - base
-            self._prices = tuple(_non_negative(self._works[:3, :3], left))
-        prefill, attention, encoder = self._prices
-        return prefill, attention, encoder
+            works = self._works[_PRICED]
+            base = decoding.slope * works[:, 3] + decoding.intercept * works[:, 4]
+            self._prices = _non_negative(works[:, _PRICED], self._seconds[_PRICED] - base)
+        return self._prices
 
 
-def _non_negative(works: np.ndarray, seconds: np.ndarray) -> list[float]:
+def _non_negative(works: np.ndarray, seconds: np.ndarray) -> tuple[float, ...]:
     """Prices ``[features]`` from normal equations; features that would be negative cost nothing."""
     scale = np.sqrt(np.diag(works))
     used = [int(n) for n in np.flatnonzero(scale)]
     prices = [0.0] * len(scale)
     while used:
         scaled = works[np.ix_(used, used)] / np.outer(scale[used], scale[used])
-        found = np.linalg.solve(scaled + _RIDGE * np.eye(len(used)), seconds[used] / scale[used])
+        found = np.linalg.solve(scaled + np.diag(_RIDGE[used]), seconds[used] / scale[used])
         if found.min() >= 0:
             for n, price in zip(used, found / scale[used], strict=True):
                 prices[n] = float(price)
             break
         used.pop(int(found.argmin()))
-    return prices
+    return tuple(prices)
 
 
 def _average(before: float | None, seconds: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import dropwhile
 from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
@@ -38,6 +39,11 @@ class Turn(NamedTuple):
     def prefill_need(self) -> int:
         """Tokens it could compute in this step, if its next item were encoded."""
         return self.ready_need + (self.next_tokens if self.items else 0)
+
+    @property
+    def remainder(self) -> Remainder:
+        """What is left of its prompt."""
+        return Remainder(self.candidate.encoder_tokens, self.left, self.computed)
 
     @property
     def is_running(self) -> bool:
@@ -106,7 +112,7 @@ def finishing_first(
     if not started:
         return turns, NOTHING
     nearest = min(started, key=lambda turn: (turn.candidate.encoder_tokens, turn.left))
-    left = Remainder(nearest.candidate.encoder_tokens, nearest.left, nearest.computed)
+    left = nearest.remainder
     if any(turn.promoted for turn in turns if turn is not nearest) or not finishes(left):
         return turns, NOTHING
     return [nearest, *(turn for turn in turns if turn is not nearest)], left
@@ -124,9 +130,11 @@ def chunk_limits(
     """Most prompt tokens of each running request, so that text finds room; empty: no bound.
 
     vLLM goes through running requests first, so without a bound the long prompts among them take
-    all there is. Text that waits gets what was not planned for encoding, or half if that is more,
-    also behind promoted requests: these are so many under an overload of encoder work that it would
-    not be answered any more.
+    all there is. Text that waits or could be done with its prompt gets what was not planned for
+    encoding, or half if that is more. Behind promoted requests with media it is half: these are so
+    many under an overload of encoder work that text would not be answered any more.
+
+    Where text goes first, running requests behind it get none.
 
     Args:
         limits: Of the step.
@@ -134,17 +142,34 @@ def chunk_limits(
         text: Turns without encoder work that could get one.
         finish: What is left of the first one's prompt, if the step is to do all of it.
     """
-    due = bool(text) or any(not turn.is_media for turn in running)
-    if not running or not due:
+    if limits.text_first:
+        behind = running[1:] if finish.prefill_tokens else running
+        behind = list(dropwhile(lambda turn: not turn.is_media, behind))
+        return {turn.candidate.key: 0 for turn in behind}
+    if not running or not (text or any(not turn.is_media for turn in running)):
         return {}
-    wanted = sum(turn.prefill_need for turn in text)
-    others = max(limits.prefill_tokens // 2, limits.prefill_tokens - limits.fresh_tokens)
-    room = limits.prefill_tokens - min(wanted, others)
-    level = fair_level([turn.could_compute(limits.encoder_tokens) for turn in running], room)
-    if math.isinf(level):
-        return {}
-    chunks = {turn.candidate.key: max(1, int(level)) for turn in running}
+    share = limits.prefill_tokens // 2
+    if not any(turn.promoted and turn.is_media for turn in running):
+        share = max(share, limits.prefill_tokens - limits.fresh_tokens)
+    ending: list[Turn] = []
+    others: list[Turn] = []
+    for turn in running:
+        (others if turn.is_media or turn.left > share else ending).append(turn)
+    wanted = [turn.prefill_need for turn in (*ending, *text)]
+    needed = [turn.could_compute(limits.encoder_tokens) for turn in others]
+    room = limits.prefill_tokens - min(sum(wanted), share)
+    # With text alone that waits, and may not be let in, others have to get on.
+    levels = (
+        (ending, fair_level(wanted, share), 1),
+        (others, fair_level(needed, room), 0 if ending else 1),
+    )
+    chunks = {
+        turn.candidate.key: max(least, int(level))
+        for turns, level, least in levels
+        if not math.isinf(level)
+        for turn in turns
+    }
     if finish.prefill_tokens:
         first = running[0].candidate.key
-        chunks[first] = max(chunks[first], finish.prefill_tokens)
+        chunks[first] = max(chunks.get(first, 0), finish.prefill_tokens)
     return chunks
