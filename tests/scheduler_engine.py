@@ -99,6 +99,35 @@ def requests() -> tuple[list[Any], list[Any]]:
     return prompts, sampling
 
 
+def cut_short(llm: Any, video: dict[str, Any], *, preempted: bool) -> list[int]:
+    """The answer about a video whose KV is found, and gone again when the answer is half done.
+
+    Args:
+        llm: The engine.
+        video: The prompt.
+        preempted: False leaves the KV where it is. vLLM's own scheduler needs that: with it the
+            engine ends, as the runner is asked to encode what it was not sent.
+    """
+    from vllm import SamplingParams
+
+    prompt = {**video, "prompt": video["prompt"] + " and why" * 20}
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    llm.generate([prompt], sampling, use_tqdm=False)
+    engine = llm.llm_engine
+    llm.enqueue([prompt], sampling, use_tqdm=False)
+    for _ in range(10):
+        engine.step()
+    if preempted:
+        assert llm.reset_prefix_cache(reset_running_requests=True)
+        engine.reset_encoder_cache()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                answer = output
+    assert answer.num_cached_tokens > 32
+    return list(answer.outputs[0].token_ids)
+
+
 def main(mode: str) -> None:
     llm = start(mode)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -117,8 +146,10 @@ def main(mode: str) -> None:
     found = {
         "scheduler": type(scheduler).__name__,
         "tokens": [[list(one.token_ids) for one in answer.outputs] for answer in answers],
-        "left": len(scheduler.requests),
         **seen,
+        "cut_short": cut_short(llm, prompts[0], preempted=mode == "plugin"),
+        "items_again": seen["items"],
+        "left": len(scheduler.requests),
     }
     del llm, scheduler
     gc.collect()

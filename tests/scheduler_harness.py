@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from vllm.config import ECTransferConfig, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -146,7 +146,7 @@ def request(
             if mask.any():
                 features.append(
                     MultiModalFeatureSpec(
-                        data=None,
+                        data=MultiModalKwargsItem.dummy(),
                         modality=kind,
                         identifier=f"{digest or name}#{kind}{number}",
                         mm_position=PlaceholderRange(offset, tokens, mask if sound else None),
@@ -173,6 +173,9 @@ class Play:
         scheduler: The scheduler.
         costs: What steps take.
         depth: Steps in flight: 1, or 2 with async scheduling or two stages of a pipeline.
+
+    Attributes:
+        not_sent: Items, as request and place, to be encoded though the runner lacks their inputs.
     """
 
     def __init__(self, scheduler: Any, costs: Costs | None = None, *, depth: int = 1) -> None:
@@ -184,8 +187,8 @@ class Play:
         self.durations: list[float] = []
         self._depth = depth
         self._flying: deque[Any] = deque()
-        self._encoded: set[str] = set()
-        self.repeated = 0
+        self.not_sent: list[tuple[str, int]] = []
+        self._sent: dict[str, list[Any]] = {}
         scheduler._clock = lambda: self.now
 
     def add(self, *requests: Request, came: float | None = None) -> None:
@@ -207,6 +210,7 @@ class Play:
         """Schedule a step, and finish the oldest one once as many are in flight as may be."""
         output = self.scheduler.schedule()
         self.steps.append(output)
+        self._send(output)
         self._flying.append(output)
         if len(self._flying) >= self._depth:
             self._finish(self._flying.popleft())
@@ -269,6 +273,16 @@ class Play:
                 timing.tokens += [self.now] * len(one.new_token_ids)
                 if one.finish_reason is not None:
                     timing.ended = self.now
+
+    def _send(self, output: Any) -> None:
+        """What a V1 model runner keeps of requests, and must have for what it is to encode."""
+        self._sent |= {new.req_id: new.mm_features for new in output.scheduled_new_reqs}
+        self.not_sent += [
+            (name, index)
+            for name, indices in output.scheduled_encoder_inputs.items()
+            for index in indices
+            if not self._sent[name][index].data
+        ]
 
     def _samples(self, one: Request, output: Any) -> bool:
         """Whether the step computes the request's last known token."""

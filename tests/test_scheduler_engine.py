@@ -39,6 +39,13 @@ def test_requests_were_preempted_and_none_is_left(
     assert found["left"] == 0
 
 
+@pytest.mark.timeout(1200)
+def test_a_video_found_in_kv_is_encoded_again_when_its_kv_is_gone(outcomes: dict[str, Any]) -> None:
+    stock, plugin = (outcomes[mode] for mode in MODES)
+    assert plugin["cut_short"] == stock["cut_short"]
+    assert plugin["items_again"] > plugin["items"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_lora_speculative_decoding_and_an_emptied_prefix_cache_change_no_answer() -> None:

@@ -320,6 +320,7 @@ def test_every_request_is_answered_in_full_and_nothing_is_left(
             play.drain()
             scheduler.reset_prefix_cache(reset_running_requests=True)
     play.run(most=20_000)
+    assert not play.not_sent
     for name, answer in wanted.items():
         assert len(play.timings[name].tokens) == answer, name
     assert not scheduler.requests
@@ -337,6 +338,24 @@ def test_preempted_requests_are_resumed_in_their_turn() -> None:
     play.run()
     assert any(output.preempted_req_ids for output in play.steps)
     assert all(len(timing.tokens) == 300 for timing in play.timings.values())
+
+
+def test_what_was_in_kv_can_be_encoded_after_a_preemption() -> None:
+    """vLLM's scheduler sends no inputs of it, and a V1 runner has nothing to encode then."""
+    for plugin in (False, True):
+        scheduler = make_scheduler(plugin=plugin)
+        play = Play(scheduler)
+        for answer in (1, 20):
+            play.run()
+            play.add(request(f"a{answer}", items=VIDEO, answer=answer, prompt=1, digest="a"))
+        play.step()
+        assert scheduler.requests["a20"].num_computed_tokens > sum(VIDEO)
+        play.drain()
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+        scheduler.reset_encoder_cache()
+        play.run()
+        sent = plugin or scheduler.use_v2_model_runner
+        assert [name for name, _ in play.not_sent] == ([] if sent else ["a20"] * len(VIDEO))
 
 
 def test_a_finished_request_is_forgotten_also_while_it_waits() -> None:

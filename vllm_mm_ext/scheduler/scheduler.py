@@ -135,6 +135,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._plan_encoder(turns, limits)
         with self._limited(limits), self.waiting.showing(self._shown(turns)):
             output = super().schedule(throttle_prefills)
+        self._send_all_inputs(output)
         self._reader.media.note(output)
         if not throttle_prefills:
             self._admission.note(self._plan.items, self._tried, output.num_scheduled_tokens)
@@ -236,6 +237,18 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             yield
         finally:
             self.max_num_scheduled_tokens = self._max_tokens
+
+    def _send_all_inputs(self, output: Any) -> None:
+        """Send new requests with the inputs of all their items.
+
+        vLLM leaves out those of items whose KV is there. A V1 model runner gets nothing sent again
+        when a request goes on after it was preempted, and if the KV is gone by then, it would have
+        nothing to encode. V2 runners get such a request as a new one.
+        """
+        if self.use_v2_model_runner:
+            return
+        for new in output.scheduled_new_reqs:
+            new.mm_features = self.requests[new.req_id].mm_features
 
     def _note(self, output: Any, decoding: set[str], now: float) -> None:
         """Account for what was scheduled; its time is taken when its output comes."""
