@@ -25,11 +25,11 @@ PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # for each prompt is more than one gap in a hundred, so p99 sees it. Prompts and answers are of so
 # many tokens.
 TEXT_EVERY_TOKENS = 66
-TEXT_PROMPT = 320
+TEXT_PROMPT = 448
 TEXT_ANSWER = 80
 VIDEO_EVERY_S = 2.0
 # What a video takes of stock when nothing else is to do.
-VIDEO_S = 1.0
+VIDEO_S = 1.1
 VIDEO_HEIGHT, VIDEO_WIDTH = 224, 448
 VIDEO_FRAMES = 64
 # With the least there is room for text in the second of a video's steps; the most is what stock

@@ -138,9 +138,10 @@ def first_tokens(demands: Sequence[EncoderDemand], slots: int, reserved: int) ->
 def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
     """Give out a step's encoder work in the order of rank.
 
-    First what prefill gets to in this step, then, if all of that fits, what lies ahead. The first
-    item that finds no room ends it: smaller ones behind it do not slip past. A waiting request
-    counts only if it gets its first item; without one it would take a slot just to wait.
+    Each gets what its prefill gets to in this step and what lies ahead of that, before the next one
+    gets any. The first item that finds no room ends it: smaller ones behind it do not slip past. A
+    waiting request counts only if it gets its first item; without one it would take a slot just to
+    wait.
 
     Args:
         demands: By rank.
@@ -148,8 +149,8 @@ def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
     """
     order = serving_order(demands)
     giver = _Giver(room)
-    for give in (giver.needed, giver.ahead):
-        if not all(give(demand) for demand in order):
+    for demand in order:
+        if not (giver.needed(demand) and giver.ahead(demand)):
             break
     return giver.plan
 
@@ -180,8 +181,8 @@ class _Giver:
 
     def ahead(self, demand: EncoderDemand) -> bool:
         """Give what comes next; False if something did not fit."""
-        given = self.plan.items.get(demand.key)
-        if given is None:
+        given = self.plan.items.get(demand.key, ())
+        if not given and not demand.running:
             return True
         ahead = (i for i in demand.items if i.start >= demand.reach and i not in given)
         wanted = groups(ahead)[: self._room.lookahead]

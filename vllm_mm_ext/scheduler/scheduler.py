@@ -174,11 +174,13 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             decoding=bool(decodes),
             text_due=bool(text) or any(not turn.is_media for turn in running),
             prefill_tokens=sum(turn.ready_need for turn in due),
+            media_tokens=sum(turn.ready_need for turn in due if turn.is_media),
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
             next_item=first_tokens(
                 demands(media, self._admission.failed), slots, self._reserved_slots
             ),
-            context=media[0].computed if media else 0,
+            cache_tokens=self._cache_room(),
+            context=next((turn.computed for turn in turns if turn.is_media and turn.ready), 0),
             finish=finish,
             text=tuple(turn.remainder for turn in ahead if turn.candidate.key in keys),
         )

@@ -46,10 +46,10 @@ class SchedulerSettings(BaseModel):
         64, ge=1, le=4096, description="Items (segments, images, sounds) encoded in a step."
     )
     lookahead_items: int = Field(
-        2,
+        64,
         ge=0,
         le=256,
-        description="Items of a request that are encoded before its prefill gets to them.",
+        description="Items of a request that a step may encode beyond those its prefill gets to.",
     )
     prefill_share: float = Field(
         0.9,

@@ -130,8 +130,8 @@ def chunk_limits(
     """Most prompt tokens of each running request, so that text finds room; empty: no bound.
 
     vLLM goes through running requests first, so without a bound the long prompts among them take
-    all there is. Text that waits or could be done with its prompt gets what was not planned for
-    encoding, or half if that is more. Behind promoted requests with media it is half: these are so
+    all there is. Text that waits or could be done with its prompt gets what is not kept for
+    media, or half if that is more. Behind promoted requests with media it is half: these are so
     many under an overload of encoder work that text would not be answered any more.
 
     Where text goes first, running requests behind it get none.
@@ -150,7 +150,7 @@ def chunk_limits(
         return {}
     share = limits.prefill_tokens // 2
     if not any(turn.promoted and turn.is_media for turn in running):
-        share = max(share, limits.prefill_tokens - limits.fresh_tokens)
+        share = max(share, limits.prefill_tokens - limits.media_tokens)
     ending: list[Turn] = []
     others: list[Turn] = []
     for turn in running:
