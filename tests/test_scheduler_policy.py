@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -274,7 +275,6 @@ def demand(**changes: object) -> Demand:
         prefill_tokens=4000,
         encoder_tokens=20_000,
         next_item=512,
-        cache_tokens=8192,
     )
     return replace(usual, **changes)  # type: ignore[arg-type]
 
@@ -372,13 +372,74 @@ def test_an_item_that_fits_a_step_only_without_its_prefill_is_encoded_and_prefil
     # 80 ms to encode and 16 ms to prefill, in 90 ms.
     asked = demand(next_item=800, encoder_tokens=1600, prefill_tokens=0)
     limits = found.limits(asked, times)
-    assert limits.encoder_tokens // 800 == 1
+    assert limits.encoder_tokens == 800
     assert limits.media_tokens == pytest.approx(500, abs=10)
     found.spent(800)
-    asked = replace(asked, encoder_tokens=800, prefill_tokens=300, media_tokens=300)
-    rest = found.limits(asked, times)
-    assert rest.encoder_tokens // 800 == 1
-    assert rest.prefill_tokens >= 300
+    rest = found.limits(replace(asked, encoder_tokens=800, prefill_tokens=300), times)
+    assert rest.prefill_tokens - rest.media_tokens >= 300
+    assert rest.encoder_tokens == 800
+
+
+def alone(**changes: object) -> Demand:
+    """A video that is the only one to get on, with segments of 64 tokens."""
+    usual = demand(
+        prefill_tokens=0,
+        encoder_tokens=4000,
+        next_item=64,
+        cache_tokens=8192,
+        one=Remainder(4000, 4000),
+    )
+    return replace(usual, **changes)  # type: ignore[arg-type]
+
+
+def test_a_video_that_is_alone_has_a_step_filled_with_encoding_or_one_with_prefill() -> None:
+    times, found = learned(attention=20e-9), budget(target_itl_ms=100.0)
+    room = 0.100 - times.base_s(8, prompts=True)
+    encoding = found.limits(alone(), times)
+    took = times.seconds(encoding.encoder_tokens, encoding.prefill_tokens)
+    assert encoding.encoder_tokens % 64 == 0
+    assert encoding.prefill_tokens >= LEAST_PREFILL_TOKENS
+    assert room - 64 * 20e-6 <= took <= room + 1e-3
+    assert took - times.seconds(encoding.encoder_tokens, 0) < times.seconds(64, 32)
+    few = alone(prefill_tokens=100, media_tokens=100, one=Remainder(4000, 4100))
+    assert found.limits(few, times).encoder_tokens == encoding.encoder_tokens
+    # What is there, far into the prompt, takes more than a step.
+    there = alone(prefill_tokens=1000, media_tokens=1000, media_context=10_000)
+    prefill = found.limits(there, times)
+    assert prefill.encoder_tokens == 0
+    assert times.seconds(0, prefill.prefill_tokens, 10_000) == pytest.approx(room, abs=1e-3)
+
+
+def test_text_beside_a_video_that_is_alone_gets_what_it_needs_up_to_half_a_step() -> None:
+    times, found = learned(), StepBudget(SchedulerSettings(target_itl_ms=100.0), 8192, 8192)
+    room = 0.100 - times.base_s(8, prompts=True)
+    line = int(0.4 * room / 20e-6)
+    for media in (0, 4000):
+        limits = found.limits(alone(prefill_tokens=line + media, media_tokens=media), times)
+        assert limits.prefill_tokens - limits.media_tokens >= line
+        took = times.seconds(limits.encoder_tokens, limits.prefill_tokens)
+        assert took == pytest.approx(room, abs=64 * 100e-6)
+    # More, and both have parts of every step.
+    page = found.limits(alone(prefill_tokens=2 * line), times)
+    assert page.encoder_tokens == page.media_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"one": NOTHING}, {"cache_tokens": 63}, {"decoding": False, "text_due": True}],
+    ids=["several prompts", "no room in the cache", "nothing decodes"],
+)
+def test_otherwise_what_is_encoded_is_prefilled_in_the_same_step(changes: dict[str, Any]) -> None:
+    limits = budget(target_itl_ms=100.0).limits(alone(**changes), learned())
+    assert limits.media_tokens >= limits.encoder_tokens - 64 > 0
+
+
+def test_a_step_for_prefill_alone_is_not_repeated_if_nothing_came_of_it() -> None:
+    times, found = learned(), budget(target_itl_ms=100.0)
+    there = alone(prefill_tokens=9000, media_tokens=9000, one=Remainder(4000, 13_000))
+    assert found.limits(there, times).encoder_tokens == 0
+    assert found.limits(there, times).encoder_tokens > 0
+    assert found.limits(replace(there, one=Remainder(4000, 12_000)), times).encoder_tokens == 0
 
 
 def turn(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext import vllm_names_scheduler
 from vllm_mm_ext.scheduler import choice
+from vllm_mm_ext.scheduler.step_budget import FINISH_SLACK
 from vllm_mm_ext.vllm_compat import VllmName
 
 VIDEO = [512] * 10
@@ -129,6 +131,21 @@ def test_a_text_gets_its_first_token_in_the_step_it_comes_in_and_videos_the_rest
     assert len(full) > 5
     assert max(full) <= 0.100 + 1e-3
     assert min(full) >= 0.100 - item * 100e-6 - 2e-3
+
+
+def test_a_video_has_as_few_encoder_calls_as_the_target_allows() -> None:
+    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
+    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
+    play.add(request("first", text=100, answer=200), request("video", items=[64] * 4))
+    play.run(until=0.5)
+    play.add(request("long", items=[64] * 64))
+    before = len(play.steps)
+    while not play.timings["long"].tokens:
+        play.step()
+    calls = sum(bool(encoded(output)) for output in play.steps[before:])
+    # 90 ms of each step, and the part of an item that is left over in each.
+    assert calls <= math.ceil(64 * 64 * 100e-6 / (0.090 - 64 * 100e-6))
+    assert max(play.durations[before:]) <= 0.100 * (1 + FINISH_SLACK) + 1e-3
 
 
 def test_a_text_and_the_rest_of_a_video_get_their_first_tokens_in_one_step() -> None:

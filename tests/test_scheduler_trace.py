@@ -36,7 +36,7 @@ def flood(seed: int = 0) -> Iterator[tuple[float, Request]]:
         if phase == 0:
             items = [256] * (8 - number % 8)
             yield now, request(f"clip{number}", items=items, answer=6)
-            now += rng.expovariate(1 / 1.2)
+            now += rng.expovariate(1 / 1.25)
         elif phase == 1:
             text = 6_000 if number % 9 == 0 else rng.randint(8, 600)
             yield now, request(f"text{number}", text=text, answer=rng.randint(1, 40))

@@ -24,7 +24,7 @@ PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives each time that a lone request would have got so many tokens: often enough that a wait
 # for each prompt is more than one gap in a hundred, so p99 sees it. Prompts and answers are of so
 # many tokens.
-TEXT_EVERY_TOKENS = 66
+TEXT_EVERY_TOKENS = 64
 TEXT_PROMPT = 448
 TEXT_ANSWER = 80
 VIDEO_EVERY_S = 2.0
@@ -36,7 +36,7 @@ VIDEO_FRAMES = 64
 # makes room for in its encoder cache.
 VIDEO_FRAMES_LEAST, VIDEO_FRAMES_MOST = 30, 64
 VIDEO_ANSWER = 8
-CALIBRATIONS = 5
+CALIBRATIONS = 9
 SECONDS = 14.0
 # Steps of stock that a video's prompt fills: it takes two, and the second has room for text.
 STEPS_PER_VIDEO = 1.4

@@ -71,7 +71,7 @@ class EncoderRoom:
         cache_tokens: Space in the encoder cache, counting what can be evicted.
         slots: Free slots.
         reserved: Of these, slots that only promoted requests and those without encoder work get.
-        lookahead: Items (those of one placeholder count once) per request that may be encoded
+        lookahead: Items (those of one placeholder count once) per request that the step may encode
             ahead of its prefill.
     """
 
@@ -120,8 +120,10 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
     return sorted(demands, key=behind)
 
 
-def first_tokens(demands: Sequence[EncoderDemand], slots: int, reserved: int) -> int:
-    """Encoder outputs of what a plan takes on first, 0 if there is nothing for it.
+def first_served(
+    demands: Sequence[EncoderDemand], slots: int, reserved: int
+) -> EncoderDemand | None:
+    """The request that a plan serves first, None if there is nothing for it.
 
     Args:
         demands: By rank.
@@ -131,8 +133,8 @@ def first_tokens(demands: Sequence[EncoderDemand], slots: int, reserved: int) ->
     for demand in serving_order(demands):
         has_slot = demand.running or slots > (0 if demand.promoted else reserved)
         if demand.items and has_slot:
-            return sum(item.tokens for item in groups(demand.items)[0])
-    return 0
+            return demand
+    return None
 
 
 def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:

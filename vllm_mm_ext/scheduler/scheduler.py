@@ -25,12 +25,12 @@ from vllm_mm_ext.scheduler.encoder_plan import (
     EncoderPlan,
     EncoderRoom,
     Item,
-    first_tokens,
+    first_served,
     plan,
 )
 from vllm_mm_ext.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.scheduler.queue import ArrangedQueue
-from vllm_mm_ext.scheduler.step_budget import Demand, Remainder, StepBudget, StepLimits
+from vllm_mm_ext.scheduler.step_budget import NOTHING, Demand, Remainder, StepBudget, StepLimits
 from vllm_mm_ext.scheduler.step_times import StepTimes, StepWork, attended
 from vllm_mm_ext.scheduler.turn_reader import TurnReader, free_slots
 from vllm_mm_ext.scheduler.turns import (
@@ -39,6 +39,7 @@ from vllm_mm_ext.scheduler.turns import (
     decode_tokens,
     demands,
     finishing_first,
+    ready_media,
 )
 from vllm_mm_ext.vllm_compat import settings_of
 
@@ -169,18 +170,22 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         # Where prefill is not limited, text cannot be put first: media would go on beside it.
         keys = {turn.candidate.key for turn in due} if self._limits_prefill else set()
         ahead = takewhile(lambda turn: not turn.is_media, turns[behind])
+        served = self._served(media, slots)
+        only = all(turn is served for turn in due if turn.is_media)
+        ready, context = ready_media(running[behind])
         demand = Demand(
             decode_tokens=decodes,
             decoding=bool(decodes),
             text_due=bool(text) or any(not turn.is_media for turn in running),
             prefill_tokens=sum(turn.ready_need for turn in due),
-            media_tokens=sum(turn.ready_need for turn in due if turn.is_media),
+            media_tokens=ready,
+            media_context=context,
             encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
-            next_item=first_tokens(
-                demands(media, self._admission.failed), slots, self._reserved_slots
-            ),
+            next_item=served.next_tokens if served else 0,
+            context=media[0].computed if media else 0,
             cache_tokens=self._cache_room(),
-            context=next((turn.computed for turn in turns if turn.is_media and turn.ready), 0),
+            # Where prefill is not limited, what is encoded is prefilled in the same step.
+            one=served.remainder if served and only and self._limits_prefill else NOTHING,
             finish=finish,
             text=tuple(turn.remainder for turn in ahead if turn.candidate.key in keys),
         )
@@ -189,6 +194,12 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             return replace(limits, tokens=self._max_tokens, prefill_tokens=self._max_tokens)
         self._chunks = chunk_limits(limits, running, text, finish)
         return limits
+
+    def _served(self, media: list[Turn], slots: int) -> Turn | None:
+        """The request that is encoded for first, None if none can be."""
+        wanted = demands(media, self._admission.failed)
+        first = first_served(wanted, slots, self._reserved_slots)
+        return next((turn for turn in media if first and turn.candidate.key == first.key), None)
 
     def _plan_encoder(self, turns: list[Turn], limits: StepLimits) -> None:
         room = EncoderRoom(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from vllm_mm_ext.scheduler.settings import SchedulerSettings
 from vllm_mm_ext.scheduler.step_times import StepTimes
@@ -63,11 +62,14 @@ class Demand:
         text_due: A request without encoder work waits for its first token.
         prefill_tokens: Prompt tokens that could be computed now: their encoder outputs are there.
             Those of ``finish`` do not count.
-        media_tokens: Those among them of prompts with mm items.
+        media_tokens: Those among them of running requests with mm items.
+        media_context: Tokens before these, on average.
         encoder_tokens: Encoder outputs that are missing.
         next_item: Tokens of the item that would be encoded first, 0 if there is none.
+        context: Tokens before it in its prompt.
         cache_tokens: Encoder outputs that the cache has room for.
-        context: Tokens before those of the first prompt with mm items that gets on.
+        one: What is left of the prompt that this item is of, if no other prompt with mm items could
+            get on.
         finish: What the request that goes first needs to be done with its prompt in this step; none
             if that is more than the step has time for.
         text: What is left of prompts without mm items that go before all with them (but ``finish``)
@@ -80,16 +82,23 @@ class Demand:
     prefill_tokens: int
     encoder_tokens: int
     next_item: int
-    cache_tokens: int
     media_tokens: int = 0
+    media_context: int = 0
     context: int = 0
+    cache_tokens: int = 0
+    one: Remainder = NOTHING
     finish: Remainder = NOTHING
     text: tuple[Remainder, ...] = ()
 
     @property
     def text_tokens(self) -> int:
-        """Prompt tokens that could be computed now of prompts without mm items."""
+        """Prompt tokens that could be computed now, but for those of running media."""
         return self.prefill_tokens - self.media_tokens
+
+    def prefill_s(self, times: StepTimes) -> float:
+        """Seconds of the prompt tokens that could be computed now."""
+        media_s = times.seconds(0, self.media_tokens, self.media_context)
+        return times.seconds(0, self.text_tokens) + media_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,7 @@ class StepLimits:
         prefill_tokens: Prompt tokens among them.
         encoder_tokens: Encoder outputs.
         media_tokens: Prompt tokens among ``prefill_tokens`` that text does not get: of what is
-            encoded in the step, or was in an earlier one.
+            encoded in the step, or of the one prompt with mm items that gets on.
         text_first: No prompt gets on but text that goes first, and what is finished.
     """
 
@@ -112,30 +121,18 @@ class StepLimits:
     text_first: bool = False
 
 
-class _Time(NamedTuple):
-    """Seconds of a step for prefill, and for encoding.
-
-    Attributes:
-        prefill_s: For prompt tokens whose encoder outputs are there.
-        encoder_s: For encoding; what is left of it goes to prefill.
-        together: What is encoded is prefilled in the same step.
-    """
-
-    prefill_s: float
-    encoder_s: float
-    together: bool = False
-
-
 class StepBudget:
     """Turns demand and measured times into the limits of each step.
 
     While something decodes, encoder work draws on a credit that grows with each step by what the
     step has time for. So an item larger than that is encoded once credit covers it: after
-    ``ceil(item / allowance)`` steps, and the average stays within the allowance.
+    ``ceil(item / allowance)`` steps, and the average stays within the allowance. Items are encoded
+    in one piece and prefilled in any: time left over goes to another item, of which the next steps
+    prefill the rest.
 
-    A step encodes, or it prefills what was encoded once that fills a step: each call of the encoder
-    costs something whatever its size, so few calls that fill a step are best. Both are in one step
-    where a prompt ends in it, or where so much is to be encoded that the target gives way.
+    Where only one prompt with mm items gets on, and has half of the step's time or more, steps that
+    encode and steps that prefill what was encoded alternate instead: each call of the encoder costs
+    something whatever its size, so few calls that fill a step are best.
 
     Args:
         settings: The ``scheduler`` section.
@@ -151,6 +148,7 @@ class StepBudget:
         self._max_encoder_tokens = max_encoder_tokens
         self._credit = 0.0
         self._text_first_credit = 1.0
+        self._prefilled = NOTHING
 
     def limits(self, demand: Demand, times: StepTimes) -> StepLimits:
         """Limits of the next step; credit grows by its allowance."""
@@ -164,18 +162,22 @@ class StepBudget:
         if text_first:
             encoder_tokens = fresh = demand.finish.encoder_tokens
             ready = sum(one.prefill_tokens for one in demand.text)
+        elif (apart := self._apart(demand, times, most)) is not None:
+            encoder_tokens, fresh = apart
+            ready = demand.text_tokens
         else:
-            time = self._time(demand, times)
-            encoder_tokens, fresh = self._encoding(demand, time, times)
-            ready = self._ready(demand, time.prefill_s, times, most)
+            prefill_s, media_s = self._time(demand, times)
+            encoder_tokens = fresh = self._credited(demand, media_s, times)
+            if not self._settings.encoder_tokens_decoding:
+                encoder_tokens, fresh = self._filled(encoder_tokens, demand, media_s, times)
+            ready = self._ready(demand, prefill_s, times, most)
         if not demand.decoding:
             most = self._max_tokens
             return StepLimits(most, most, encoder_tokens, fresh, text_first)
         prefill = fresh + demand.finish.ready_tokens + ready
         prefill = min(max(prefill, LEAST_PREFILL_TOKENS), most)
-        media = fresh or min(demand.media_tokens, int(LEAST_SHARE * prefill))
         tokens = min(self._max_tokens, demand.decode_tokens + prefill)
-        return StepLimits(tokens, prefill, encoder_tokens, media, text_first)
+        return StepLimits(tokens, prefill, encoder_tokens, fresh, text_first)
 
     def finishes(self, left: Remainder, times: StepTimes, decode_tokens: int) -> bool:
         """Whether a step that decodes so many tokens has time for what is left of a prompt."""
@@ -221,6 +223,39 @@ class StepBudget:
             cap = min(cap, int(seconds / times.encoder_s))
         return min(max(cap, demand.next_item), self._max_encoder_tokens)
 
+    def _apart(self, demand: Demand, times: StepTimes, most: int) -> tuple[int, int] | None:
+        """A step that encodes for the one prompt that gets on, or one that prefills it.
+
+        Returns:
+            Encoder tokens, and prompt tokens of this prompt; None for a step that does both, as
+            there is more than one prompt, text takes most of the time, or it is overloaded.
+        """
+        one, item, price = demand.one, demand.next_item, times.encoder_s
+        before, self._prefilled = self._prefilled, NOTHING
+        if not (demand.decoding and one.encoder_tokens and price) or demand.finish.prefill_tokens:
+            return None
+        if self._settings.encoder_tokens_decoding:
+            return None
+        room = self._room_s(times, demand.decode_tokens)
+        text = times.seconds(0, demand.text_tokens)
+        media = room - text
+        base = times.base_s(demand.decode_tokens, prompts=True)
+        if 2 * text > room or self._paced(demand, base + text, times) > media:
+            return None
+        # Without progress since the last such step its KV or encoder outputs are waited for.
+        if demand.prefill_s(times) >= room and demand.media_tokens and before != one:
+            self._prefilled = one
+            return 0, max(1, times.tokens(media, demand.media_context, most, encoded=False))
+        # vLLM encodes for no request that gets no token.
+        at_once = times.seconds(0, LEAST_PREFILL_TOKENS, one.context)
+        items = min(self._settings.max_encoder_batch, 1 + self._settings.lookahead_items)
+        fitting = min((media - at_once) / price, one.encoder_tokens, demand.cache_tokens)
+        tokens = min(int(fitting) // item, items) * item if item else 0
+        if not 0 < tokens <= self._max_encoder_tokens:
+            return None
+        left = media - times.seconds(tokens, 0)
+        return tokens, times.tokens(left, demand.media_context, most, encoded=False)
+
     def _ready(self, demand: Demand, seconds: float, times: StepTimes, most: int) -> int:
         """Prompt tokens that need no encoding and fit into a time, at most ``most``; text first."""
         if not demand.prefill_tokens:
@@ -229,48 +264,54 @@ class StepBudget:
             return times.tokens(seconds, 0, most, encoded=False)
         text = times.tokens(seconds, 0, demand.text_tokens, encoded=False)
         left = seconds - times.seconds(0, text)
-        return text + times.tokens(left, demand.context, most, encoded=False)
+        return text + times.tokens(left, demand.media_context, most, encoded=False)
 
-    def _encoding(self, demand: Demand, time: _Time, times: StepTimes) -> tuple[int, int]:
-        """Encoder tokens of the step, and prompt tokens in the time that they leave."""
+    def _credited(self, demand: Demand, seconds: float, times: StepTimes) -> int:
         if not demand.encoder_tokens:
             self._credit = 0.0
-        if not demand.encoder_tokens or not time.encoder_s:
-            return 0, 0
-        most, item, price = self._max_encoder_tokens, demand.next_item, times.encoder_s
-        allowance: float
-        # vLLM encodes for no request that gets no token.
-        at_once = demand.finish.encoder_tokens or LEAST_PREFILL_TOKENS
+            return 0
         if self._settings.encoder_tokens_decoding:
-            allowance = self._settings.encoder_tokens_decoding
-        elif price is None:
+            allowance: float = self._settings.encoder_tokens_decoding
+        elif times.encoder_s is None:
             # One item tells what encoding costs here.
-            allowance = item
-        elif time.together:
-            allowance = times.tokens(time.encoder_s, demand.context, most, encoded=True)
+            allowance = demand.next_item
         else:
-            left = time.encoder_s - times.seconds(0, at_once, demand.context)
-            allowance = min(most, left / price) if price else most
-        allowance = max(1, allowance, demand.finish.encoder_tokens)
+            # What is encoded is prefilled in the same step.
+            most = self._max_encoder_tokens
+            allowance = max(1, times.tokens(seconds, demand.context, most, encoded=True))
+        allowance = max(allowance, demand.finish.encoder_tokens)
         # Credit beyond one item would be spent at once later, in a long step.
-        self._credit = min(self._credit + allowance, max(allowance, float(item)))
-        tokens = min(int(self._credit), most)
-        if time.together:
-            return tokens, tokens
-        # The one that prefill has got to, and those ahead of it.
-        items = min(self._settings.max_encoder_batch, 1 + self._settings.lookahead_items)
-        tokens = min(tokens, max(items * item, demand.finish.encoder_tokens))
-        whole = tokens // item * item if item else 0
-        whole = min(whole, demand.encoder_tokens, demand.cache_tokens)
-        left = time.encoder_s - times.seconds(whole, 0)
-        fresh = times.tokens(left, demand.context, self._max_tokens, encoded=False)
-        return tokens, max(fresh, min(at_once, tokens))
+        ceiling = max(allowance, float(demand.next_item))
+        self._credit = min(self._credit + allowance, ceiling)
+        return min(int(self._credit), self._max_encoder_tokens)
 
-    def _time(self, demand: Demand, times: StepTimes) -> _Time:
-        """What the step has time for.
+    def _filled(
+        self, credit: int, demand: Demand, seconds: float, times: StepTimes
+    ) -> tuple[int, int]:
+        """Encoder tokens of the step, and prompt tokens of theirs, so that no time is left over.
 
-        Prefill of text comes before encoding, as a prompt cut into pieces waits for a whole step
-        after each of them.
+        Args:
+            credit: Encoder tokens that the step may spend.
+            demand: What it could do.
+            seconds: What it has for encoding and prefilling what was encoded.
+            times: What that costs.
+        """
+        item = demand.next_item
+        whole = credit // item * item if item else credit
+        filled = whole + item
+        left = seconds - times.seconds(whole, whole, demand.context)
+        encoding = times.seconds(item, 0)
+        fits = filled <= min(demand.encoder_tokens, self._max_encoder_tokens)
+        if whole < demand.finish.encoder_tokens or not fits or not 0 < encoding <= left:
+            return credit, credit
+        context = demand.context + whole
+        return filled, whole + times.tokens(left - encoding, context, item, encoded=False)
+
+    def _time(self, demand: Demand, times: StepTimes) -> tuple[float, float]:
+        """Seconds of the step for prefill of what is there, and for encoding and prefilling more.
+
+        Prefill comes first, as its request is further on, and a prompt cut into pieces waits for a
+        whole step after each of them.
         """
         target = self._settings.target_itl_ms / 1e3
         finish = demand.finish.seconds(times)
@@ -279,25 +320,16 @@ class StepBudget:
         least = LEAST_SHARE * max(target, base)
         kept = finish or (least if demand.encoder_tokens else 0.0)
         room = max(target - base - kept, 0.0 if finish else least)
-        text = times.seconds(0, demand.text_tokens)
-        wanted = text + times.seconds(0, demand.media_tokens, demand.context)
-        prefill = min(wanted, room)
-        text = min(text, prefill)
+        prefill = min(demand.prefill_s(times), room)
+        paced = self._paced(demand, base + prefill, times)
         ready = times.seconds(0, demand.finish.ready_tokens, demand.finish.context)
-        left = max(target - base - prefill - ready, least)
+        return prefill, max(target - base - prefill - ready, least, paced)
+
+    def _paced(self, demand: Demand, others: float, times: StepTimes) -> float:
+        """Seconds of encoder work that keep its backlog from growing old, beside other work."""
         backlog = times.seconds(demand.encoder_tokens, 0)
         share = min(backlog / (BACKLOG_OF_AGING * self._settings.aging_s), MOST_FOR_BACKLOG)
-        paced = share / (1 - share) * (base + text) - (prefill - text)
-        fixed = self._settings.encoder_tokens_decoding > 0
-        if fixed or times.encoder_s is None or paced > left:
-            return _Time(prefill, max(left, paced), together=True)
-        if finish:
-            return _Time(prefill, left)
-        whole = max(target - base, least)
-        encodes = 0 < demand.next_item <= demand.cache_tokens
-        if not encodes or (demand.media_tokens and wanted >= whole):
-            return _Time(min(wanted, whole), 0.0)
-        return _Time(text, max(whole - text, least))
+        return share / (1 - share) * others
 
 
 def fair_level(needs: Sequence[float], total: float) -> float:

@@ -118,6 +118,17 @@ def finishing_first(
     return [nearest, *(turn for turn in turns if turn is not nearest)], left
 
 
+def ready_media(running: list[Turn]) -> tuple[int, int]:
+    """Prompt tokens that running requests with mm items could compute without the encoder.
+
+    Returns:
+        How many, and how many tokens are before them, on average.
+    """
+    needs = [(turn.ready_need, turn.computed) for turn in running if turn.is_media]
+    tokens = sum(need for need, _ in needs)
+    return tokens, sum(need * computed for need, computed in needs) // max(1, tokens)
+
+
 def decode_tokens(request: Any) -> int:
     """Tokens a decoding request takes in a step, drafts included."""
     ahead = request.num_tokens_with_spec + request.num_output_placeholders
