@@ -19,9 +19,9 @@ class SchedulerSettings(BaseModel):
         le=60_000,
         description="Time between tokens to aim at. While something decodes, prefill of a step may "
         "take this long, and encoder work what decoding and prefill leave of it, but a fifth of a "
-        "step at least, and more as its backlog grows. A video that is alone is encoded and prefilled "
-        "in turns. At most one step in eight puts text "
-        "first: it holds no media, or ends a video as well and takes up to half as long again.",
+        "step at least, and more as its backlog grows. A video that is alone is encoded and "
+        "prefilled in turns. At most one step in eight puts text first: it holds no media, or ends "
+        "a video as well and takes up to half as long again.",
     )
     encoder_tokens_decoding: int = Field(
         0,
