@@ -24,7 +24,8 @@ def select_uniform(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
 
     While ``fps`` asks for no more than ``max_frames`` and no less than ``min_frames``, frame k is
     the one on screen at k / fps, whatever the length of the clip. A frame on screen at several of
-    these moments is taken once. Otherwise the frames are evenly spaced from the first to the last.
+    these moments is taken once. Otherwise, and where fewer than ``min_frames`` or ``multiple_of``
+    are on screen at these moments, the frames are evenly spaced from the first to the last.
     """
     packets = _packets(info)
     if is_unbound(info, spec):
