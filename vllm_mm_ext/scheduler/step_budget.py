@@ -249,9 +249,10 @@ class StepBudget:
         # vLLM encodes for no request that gets no token.
         at_once = times.seconds(0, LEAST_PREFILL_TOKENS, one.context)
         items = min(self._settings.max_encoder_batch, 1 + self._settings.lookahead_items)
-        fitting = min((media - at_once) / price, one.encoder_tokens, demand.cache_tokens)
+        bound = min(one.encoder_tokens, demand.cache_tokens, self._max_encoder_tokens)
+        fitting = min((media - at_once) / price, bound)
         tokens = min(int(fitting) // item, items) * item if item else 0
-        if not 0 < tokens <= self._max_encoder_tokens:
+        if tokens <= 0:
             return None
         left = media - times.seconds(tokens, 0)
         return tokens, times.tokens(left, demand.media_context, most, encoded=False)
