@@ -29,6 +29,15 @@ def running(play: Play) -> set[str]:
     return {one.request_id for one in play.scheduler.running}
 
 
+def beside_a_decode(item: int) -> Play:
+    """One text decodes, at a target of 100 ms, and what items of so many tokens take is known."""
+    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
+    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
+    play.add(request("first", text=100, answer=200), request("video", items=[item] * 4))
+    play.run(until=0.5)
+    return play
+
+
 def encoded(output: Any) -> dict[str, list[int]]:
     return dict(output.scheduled_encoder_inputs)
 
@@ -104,10 +113,7 @@ def test_short_text_is_not_held_up_by_a_long_prompt_in_front_of_it() -> None:
 
 @pytest.mark.parametrize("item", [20, 64, 150])
 def test_a_text_gets_its_first_token_in_the_step_it_comes_in_and_videos_the_rest(item: int) -> None:
-    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
-    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
-    play.add(request("first", text=100, answer=200), request("video", items=[item] * 4))
-    play.run(until=0.5)
+    play = beside_a_decode(item)
     play.add(request("long", items=[item] * (7000 // item)))
     for _ in range(4):
         play.step()
@@ -134,10 +140,7 @@ def test_a_text_gets_its_first_token_in_the_step_it_comes_in_and_videos_the_rest
 
 
 def test_a_video_has_as_few_encoder_calls_as_the_target_allows() -> None:
-    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
-    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
-    play.add(request("first", text=100, answer=200), request("video", items=[64] * 4))
-    play.run(until=0.5)
+    play = beside_a_decode(64)
     play.add(request("long", items=[64] * 64))
     before = len(play.steps)
     while not play.timings["long"].tokens:
@@ -149,10 +152,7 @@ def test_a_video_has_as_few_encoder_calls_as_the_target_allows() -> None:
 
 
 def test_a_text_and_the_rest_of_a_video_get_their_first_tokens_in_one_step() -> None:
-    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
-    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
-    play.add(request("first", text=100, answer=200), request("video", items=[64] * 4))
-    play.run(until=0.5)
+    play = beside_a_decode(64)
     play.add(request("short", items=[64] * 9))
     play.step()
     left = play.scheduler.requests["short"]

@@ -38,7 +38,8 @@ def run(context: BenchContext) -> BenchResult:
             number = f"repeat {repeat + 1}"
             begin(f"{number}: how fast stock is")
             with _engine("stock", model, 0.0, SLOTS, _CALIBRATION_TOKENS) as stock:
-                load = _load(stock.ask(["alone"]))
+                alone = stock.ask(["alone"])
+            load = mixed_engine.Load.of(alone["token_s"], alone["video_s"], alone["video_tokens"])
             with _engine("stock", model, 0.0, SLOTS, load.step_tokens) as stock:
                 begin(f"{number}: how long stock's text waits")
                 target_ms = 1e3 * TARGET_OF_TEXT * float(stock.ask(["alone"])["text_s"])
@@ -62,10 +63,6 @@ def run(context: BenchContext) -> BenchResult:
 def _engine(side: str, model: Path, target_ms: float, slots: int, step_tokens: int) -> Measurer:
     arguments = [str(model), str(target_ms), str(slots), str(step_tokens)]
     return Measurer("mixed_engine", side, arguments)
-
-
-def _load(alone: dict[str, float]) -> mixed_engine.Load:
-    return mixed_engine.Load.of(alone["token_s"], alone["video_s"], alone["video_tokens"])
 
 
 def _rows(found: dict[str, list[Any]], queued: dict[str, list[Any]]) -> list[Row]:

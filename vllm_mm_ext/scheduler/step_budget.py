@@ -239,8 +239,8 @@ class StepBudget:
         room = self._room_s(times, demand.decode_tokens)
         text = times.seconds(0, demand.text_tokens)
         media = room - text
-        base = times.base_s(demand.decode_tokens, prompts=True)
-        if 2 * text > room or self._paced(demand, base + text, times) > media:
+        others = self._settings.target_itl_ms / 1e3 - media
+        if 2 * text > room or self._paced(demand, others, times) > media:
             return None
         # Without progress since the last such step its KV or encoder outputs are waited for.
         if demand.prefill_s(times) >= room and demand.media_tokens and before != one:
