@@ -163,6 +163,20 @@ def test_a_text_and_the_rest_of_a_video_get_their_first_tokens_in_one_step() -> 
     assert play.timings["line"].tokens
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_texts_that_decode_are_scheduled_as_by_vllm_through_preemptions(asynchronous: bool) -> None:
+    found = []
+    for plugin in (False, True):
+        # All come together, and there are blocks for the answers of some.
+        scheduler = make_scheduler(plugin=plugin, blocks=24, asynchronous=asynchronous)
+        play = Play(scheduler, depth=1 + asynchronous)
+        play.add(*[request(f"t{number}", text=32, answer=100 + number) for number in range(4)])
+        play.run()
+        found.append([dict(step.num_scheduled_tokens) for step in play.steps])
+        assert any(step.preempted_req_ids for step in play.steps)
+    assert found[0] == found[1]
+
+
 def test_everything_is_used_where_nothing_decodes() -> None:
     play = Play(make_scheduler(slots=4))
     play.add(request("video", text=20, items=VIDEO))

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,20 @@ class Measurer:
         module: Its name; it is given ``side`` and ``arguments``.
         side: ``stock`` (no plugin is loaded) or ``plugin``.
         arguments: More arguments.
+        environment: Variables that it gets besides.
 
     Raises:
         RuntimeError: It failed to start; the message ends with its stderr.
     """
 
-    def __init__(self, module: str, side: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, module: str, side: str, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
         self._name = f"{module} ({side})"
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             _command(module, side, arguments),
-            env=_environment(side),
+            env={**_environment(side), **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

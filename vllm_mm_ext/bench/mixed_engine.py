@@ -24,9 +24,9 @@ PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives each time that a lone request would have got so many tokens: often enough that a wait
 # for each prompt is more than one gap in a hundred, so p99 sees it. Prompts and answers are of so
 # many tokens.
-TEXT_EVERY_TOKENS = 64
-TEXT_PROMPT = 448
-TEXT_ANSWER = 80
+TEXT_EVERY_TOKENS = 84
+TEXT_PROMPT = 192
+TEXT_ANSWER = 160
 VIDEO_EVERY_S = 2.0
 # What a video takes of stock when nothing else is to do.
 VIDEO_S = 1.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vllm_mm_ext.testing.checkpoints import build
 _SIDES = ("stock", "plugin")
 # The target between tokens that the plugin is given: so many times what a text alone waits for its
 # first token, about what its prompt makes others wait.
-TARGET_OF_TEXT = 1.5
+TARGET_OF_TEXT = 1.85
 # In turns, each side first in every other one, so that a change of the machine's speed meets both.
 ROUNDS = 4
 SLOTS = 16
@@ -62,7 +63,10 @@ def run(context: BenchContext) -> BenchResult:
 
 def _engine(side: str, model: Path, target_ms: float, slots: int, step_tokens: int) -> Measurer:
     arguments = [str(model), str(target_ms), str(slots), str(step_tokens)]
-    return Measurer("mixed_engine", side, arguments)
+    # On a CPU one core is left to the process that sends: on the engine's, it would stop all of the
+    # engine's threads, as they wait for each other.
+    threads = max(1, len(os.sched_getaffinity(0)) - 1)
+    return Measurer("mixed_engine", side, arguments, {"OMP_NUM_THREADS": str(threads)})
 
 
 def _rows(found: dict[str, list[Any]], queued: dict[str, list[Any]]) -> list[Row]:

@@ -16,6 +16,8 @@ from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.config import MMExtConfig
 
 WAITING = (100, 1_000, 10_000)
+# With nothing waiting.
+DECODING = (1, 64)
 _STEPS = 60
 # Steps before the first one that counts.
 _FIRST = 20
@@ -40,46 +42,58 @@ class Spent:
 
 
 def run(context: BenchContext) -> BenchResult:
-    """One request decodes and many with videos wait; each step encodes a little."""
+    """Requests decode and none waits; one decodes and many with videos wait.
+
+    With these each step encodes a little.
+    """
     from vllm_mm_ext.testing.checkpoints import checkpoint
 
     model = checkpoint("qwen2_5_vl")
     rows, steps = [], {}
-    with context.steps("scheduler-step", 2 * len(WAITING) * context.repeats) as begin:
-        for waiting in WAITING:
+    cases = {f"{count} decode, none waits": (0, count) for count in DECODING}
+    cases |= {f"{waiting:,} videos wait": (waiting, 1) for waiting in WAITING}
+    with context.steps("scheduler-step", 2 * len(cases) * context.repeats) as begin:
+        for case, (waiting, decoding) in cases.items():
             taken: dict[str, list[Spent]] = {"stock": [], "plugin": []}
             for repeat in range(context.repeats):
                 for side in taken:
-                    begin(f"{waiting:,} waiting, {side}, repeat {repeat + 1}")
-                    taken[side].append(measure(model, waiting, plugin=side == "plugin"))
+                    begin(f"{case}, {side}, repeat {repeat + 1}")
+                    spent = measure(model, waiting, decoding, plugin=side == "plugin")
+                    taken[side].append(spent)
             for name, of in (("schedule()", "schedule_us"), ("update_from_output()", "update_us")):
                 values = {
                     side: [statistics.median(getattr(one, of)) for one in of_side]
                     for side, of_side in taken.items()
                 }
-                rows.append(Row.of(f"{waiting:,} videos wait: {name}", "µs", **values))
+                rows.append(Row.of(f"{case}: {name}", "µs", **values))
             steps[waiting] = rows[-2].plugin or 0.0
     notes = [
-        f"a request decodes, {_SLOTS} slots, videos of {_SEGMENTS} segments of {_SEGMENT} tokens",
+        f"where videos wait, one request decodes; {_SLOTS} slots, videos of {_SEGMENTS} segments "
+        f"of {_SEGMENT} tokens",
         f"plugin, {WAITING[-1]:,} waiting against {WAITING[0]:,}: "
         f"{steps[WAITING[-1]] / steps[WAITING[0]]:.2f}x",
     ]
     return BenchResult("scheduler-step", rows, notes)
 
 
-def measure(model: Path, waiting: int, *, plugin: bool, steps: int = _STEPS) -> Spent:
+def measure(
+    model: Path, waiting: int, decoding: int = 1, *, plugin: bool, steps: int = _STEPS
+) -> Spent:
     """Time of a scheduler's steps.
 
     Args:
         model: A checkpoint whose configuration is read.
         waiting: Requests with a video that wait at the beginning.
+        decoding: Requests without one that decode.
         plugin: The plugin's scheduler instead of vLLM's.
         steps: How many are timed.
     """
     scheduler = _scheduler(model, plugin=plugin)
     player = _Player(scheduler)
-    scheduler.add_request(_request("decodes", segments=0, answer=100_000))
-    player.step()
+    for number in range(decoding):
+        scheduler.add_request(_request(f"decodes {number}", segments=0, answer=30_000))
+    while any(one.is_prefill_chunk for one in scheduler.running) or scheduler.waiting:
+        player.step()
     for number in range(waiting):
         scheduler.add_request(_request(f"video {number}", segments=_SEGMENTS, answer=4))
     for _ in range(_FIRST):

@@ -186,7 +186,8 @@ class _Giver:
         given = self.plan.items.get(demand.key, ())
         if not given and not demand.running:
             return True
-        ahead = (i for i in demand.items if i.start >= demand.reach and i not in given)
+        taken = {item.index for item in given}
+        ahead = (i for i in demand.items if i.start >= demand.reach and i.index not in taken)
         wanted = groups(ahead)[: self._room.lookahead]
         return self._give(demand.key, wanted) == len(wanted)
 

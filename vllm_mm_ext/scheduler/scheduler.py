@@ -119,6 +119,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Prepare a step, and let vLLM fill it."""
         now = self._clock()
         decoding = [request for request in self.running if not request.is_prefill_chunk]
+        waits = self.waiting or self.kv_holding_waiting
+        if not waits and len(decoding) == len(self.running):
+            return self._decode(decoding, throttle_prefills, now)
         decodes = sum(decode_tokens(request) for request in decoding)
         self._admission.keep_door(lambda request: self._reader.is_promoted(request, now))
         self._tried = {}
@@ -129,9 +132,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
         running = [turn.request for turn in turns if turn.is_running]
         self.running[:] = [*decoding, *running]
-        for request in decoding:
-            self._reader.backlog.set(request.request_id, 0)
-        self._backlog = self._reader.backlog.tokens
+        self._no_backlog(decoding)
         limits = self._limits(decodes, turns, finish)
         self._plan_encoder(turns, limits)
         with self._limited(limits), self.waiting.showing(self._shown(turns)):
@@ -142,6 +143,24 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             self._admission.note(self._plan.items, self._tried, output.num_scheduled_tokens)
         self._note(output, {request.request_id for request in decoding}, now)
         return output
+
+    def _decode(self, decoding: list[Any], throttle_prefills: bool, now: float) -> Any:
+        """A step without a prompt is vLLM's own: most steps are, and they are short."""
+        self._no_backlog(decoding)
+        self._budget.no_prompts()
+        self._plan, self._chunks = EncoderPlan(), {}
+        output = super().schedule(throttle_prefills)
+        self._reader.media.note(output)
+        self._admission.note((), {}, output.num_scheduled_tokens)
+        self._begin(output, StepWork(output.total_num_scheduled_tokens, 0, 0), now)
+        return output
+
+    def _no_backlog(self, decoding: list[Any]) -> None:
+        """What decodes has nothing left to encode."""
+        if self._reader.backlog.tokens:
+            for request in decoding:
+                self._reader.backlog.set(request.request_id, 0)
+        self._backlog = self._reader.backlog.tokens
 
     def add_request(self, request: Any) -> None:
         """Note when it came."""
@@ -284,6 +303,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             encoder_tokens=encoded,
             attended=sum(pairs),
         )
+        self._begin(output, work, now)
+
+    def _begin(self, output: Any, work: StepWork, now: float) -> None:
         self._begun[id(output)] = (now, work)
         if len(self._begun) > _MOST_IN_FLIGHT:
             self._begun.popitem(last=False)

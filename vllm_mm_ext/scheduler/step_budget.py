@@ -179,6 +179,12 @@ class StepBudget:
         tokens = min(self._max_tokens, demand.decode_tokens + prefill)
         return StepLimits(tokens, prefill, encoder_tokens, fresh, text_first)
 
+    def no_prompts(self) -> None:
+        """A step in which no prompt could get on."""
+        self._credit = 0.0
+        self._prefilled = NOTHING
+        self._text_first_credit = min(1.0, self._text_first_credit + TEXT_FIRST_STEPS)
+
     def finishes(self, left: Remainder, times: StepTimes, decode_tokens: int) -> bool:
         """Whether a step that decodes so many tokens has time for what is left of a prompt."""
         return left.seconds(times) <= (1 + FINISH_SLACK) * self._room_s(times, decode_tokens)

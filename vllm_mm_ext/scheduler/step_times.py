@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 # Tokens after which what was measured before counts half: quick to follow a change of load, and
 # a slow first call (lazy initialisation) is soon forgotten.
@@ -22,9 +21,9 @@ _MOST_OF_EXPECTED = 2.0
 _ROUNDING = 1e-6
 # Of a feature's own weight, so that prices of things that always occur together are shared evenly,
 # and steps that are all of one size tell what tokens cost rather than what a step adds.
-_RIDGE = np.array([1e-9, 1e-9, 1e-9, 1e-3])
-# Where in what is summed up over steps the features are that have prices.
-_PRICED = [0, 1, 2, 4]
+_RIDGE = (1e-9, 1e-9, 1e-9, 1e-3)
+# What has a price: a prefill token, a pair that attends, an encoder token, and any of these at all.
+_FEATURES = len(_RIDGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +62,28 @@ class _DecodeTimes:
     def __init__(self) -> None:
         self.slope = self.intercept = 0.0
         self._steps = 0
-        self._near = np.zeros(2)
-        self._mean = np.zeros(2)
+        # Averages of decoded tokens and of seconds, over the last steps and over many.
+        self._near = self._mean = (0.0, 0.0)
         self._variance = self._covariance = 0.0
 
     def observe(self, decodes: int, seconds: float) -> None:
         """Learn from a step."""
         self._steps += 1
-        new = np.array([decodes, seconds])
-        self._near += max(_NEWEST, 1 / self._steps) * (new - self._near)
-        weight = max(_NEWEST_OF_SLOPE, 1 / self._steps)
-        off = new - self._mean
-        self._mean += weight * off
-        self._variance += weight * ((1 - weight) * off[0] * off[0] - self._variance)
-        self._covariance += weight * ((1 - weight) * off[0] * off[1] - self._covariance)
+        weight = max(_NEWEST, 1 / self._steps)
         near_decodes, near_seconds = self._near
+        near_decodes += weight * (decodes - near_decodes)
+        near_seconds += weight * (seconds - near_seconds)
+        self._near = near_decodes, near_seconds
+        weight = max(_NEWEST_OF_SLOPE, 1 / self._steps)
+        mean_decodes, mean_seconds = self._mean
+        more, longer = decodes - mean_decodes, seconds - mean_seconds
+        self._mean = mean_decodes + weight * more, mean_seconds + weight * longer
+        self._variance += weight * ((1 - weight) * more * more - self._variance)
+        self._covariance += weight * ((1 - weight) * more * longer - self._covariance)
         if self._variance > 0.0:
             slope = max(self._covariance / self._variance, 0.0)
-            self.slope = float(min(slope, near_seconds / near_decodes))
-        self.intercept = max(0.0, float(near_seconds - self.slope * near_decodes))
+            self.slope = min(slope, near_seconds / near_decodes)
+        self.intercept = max(0.0, near_seconds - self.slope * near_decodes)
 
 
 class StepTimes:
@@ -96,11 +98,13 @@ class StepTimes:
     def __init__(self) -> None:
         self._decoding = _DecodeTimes()
         self._itl: float | None = None
-        # Decayed sums of x xᵀ and x y over steps: x the work, y the seconds. The last entries of x
-        # are decoded tokens and one, so that the base, which changes with the load of the machine,
-        # is taken off when prices are asked.
-        self._works = np.zeros((5, 5))
-        self._seconds = np.zeros(5)
+        # Decayed sums of x xᵀ, of x y and of x d over steps: x the work that has prices, y the
+        # seconds, d the decoded tokens. The base, which changes with the load of the machine, is
+        # taken off when prices are asked. Plain floats: at this size that is several times as fast
+        # as arrays, in the gap between two steps where nothing is in the processor's caches.
+        self._works = [[0.0] * _FEATURES for _ in range(_FEATURES)]
+        self._seconds = [0.0] * _FEATURES
+        self._decodes = [0.0] * _FEATURES
         self._prices: tuple[float, ...] | None = None
 
     def observe(self, work: StepWork, seconds: float) -> None:
@@ -110,14 +114,21 @@ class StepTimes:
         tokens = work.prefill_tokens + work.encoder_tokens
         if tokens:
             keep = 0.5 ** (tokens / HALF_LIFE_TOKENS)
-            x = np.array(
-                [work.prefill_tokens, work.attended, work.encoder_tokens, work.decodes, 1.0]
+            x = (
+                float(work.prefill_tokens),
+                float(work.attended),
+                float(work.encoder_tokens),
+                1.0,
             )
-            if self._works[4, 4] > 4:
-                expected = self.base_s(work.decodes) + float(np.dot(self._solved(), x[_PRICED]))
+            if self._works[-1][-1] > 4:
+                expected = self.base_s(work.decodes) + _dot(self._solved(), x)
                 seconds = min(seconds, _MOST_OF_EXPECTED * expected)
-            self._works = keep * self._works + np.outer(x, x)
-            self._seconds = keep * self._seconds + seconds * x
+            self._works = [
+                [keep * before + one * other for before, other in zip(row, x, strict=True)]
+                for row, one in zip(self._works, x, strict=True)
+            ]
+            self._seconds = _decayed(self._seconds, keep, x, seconds)
+            self._decodes = _decayed(self._decodes, keep, x, work.decodes)
         elif work.decodes:
             most = _MOST_OF_EXPECTED * (self.base_s(work.decodes) or seconds)
             self._decoding.observe(work.decodes, min(seconds, most))
@@ -141,12 +152,12 @@ class StepTimes:
     @property
     def prefill_s(self) -> float | None:
         """Seconds per prompt token without attention, None before there was any."""
-        return self._solved()[0] if self._works[0, 0] else None
+        return self._solved()[0] if self._works[0][0] else None
 
     @property
     def encoder_s(self) -> float | None:
         """Seconds per encoder token, None before there was any."""
-        return self._solved()[2] if self._works[2, 2] else None
+        return self._solved()[2] if self._works[2][2] else None
 
     def seconds(self, encoder_tokens: int, prefill_tokens: int, context: int = 0) -> float:
         """What work adds to a step; what is not known counts nothing.
@@ -181,29 +192,59 @@ class StepTimes:
         return int(2 * max(0.0, seconds) / root + _ROUNDING)
 
     def _solved(self) -> tuple[float, ...]:
-        """Prices of a prefill token, a pair that attends, an encoder token, and any of them."""
+        """Prices of ``_FEATURES``."""
         if self._prices is None:
-            decoding = self._decoding
-            works = self._works[_PRICED]
-            base = decoding.slope * works[:, 3] + decoding.intercept * works[:, 4]
-            self._prices = _non_negative(works[:, _PRICED], self._seconds[_PRICED] - base)
+            slope, intercept = self._decoding.slope, self._decoding.intercept
+            steps = (row[-1] for row in self._works)
+            beyond = [
+                seconds - slope * decodes - intercept * count
+                for seconds, decodes, count in zip(self._seconds, self._decodes, steps, strict=True)
+            ]
+            self._prices = _non_negative(self._works, beyond)
         return self._prices
 
 
-def _non_negative(works: np.ndarray, seconds: np.ndarray) -> tuple[float, ...]:
+def _dot(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def _decayed(
+    sums: Sequence[float], keep: float, more: Sequence[float], weight: float
+) -> list[float]:
+    return [keep * before + weight * one for before, one in zip(sums, more, strict=True)]
+
+
+def _non_negative(works: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
     """Prices ``[features]`` from normal equations; features that would be negative cost nothing."""
-    scale = np.sqrt(np.diag(works))
-    used = [int(n) for n in np.flatnonzero(scale)]
-    prices = [0.0] * len(scale)
+    used = [n for n in range(_FEATURES) if works[n][n] > 0.0]
+    scale = [math.sqrt(works[n][n]) for n in range(_FEATURES)]
     while used:
-        scaled = works[np.ix_(used, used)] / np.outer(scale[used], scale[used])
-        found = np.linalg.solve(scaled + np.diag(_RIDGE[used]), seconds[used] / scale[used])
-        if found.min() >= 0:
-            for n, price in zip(used, found / scale[used], strict=True):
-                prices[n] = float(price)
-            break
-        used.pop(int(found.argmin()))
-    return tuple(prices)
+        rows = [
+            [works[n][m] / (scale[n] * scale[m]) + (_RIDGE[n] if n == m else 0.0) for m in used]
+            + [seconds[n] / scale[n]]
+            for n in used
+        ]
+        found = _solve(rows)
+        least = min(found)
+        if least >= 0.0:
+            prices = {n: price / scale[n] for n, price in zip(used, found, strict=True)}
+            return tuple(prices.get(n, 0.0) for n in range(_FEATURES))
+        del used[found.index(least)]
+    return (0.0,) * _FEATURES
+
+
+def _solve(rows: list[list[float]]) -> list[float]:
+    """Solve equations ``[*coefficients, right side]`` of a positive definite matrix, in place."""
+    for n, row in enumerate(rows):
+        for below in rows[n + 1 :]:
+            share = below[n] / row[n]
+            for m in range(n, len(row)):
+                below[m] -= share * row[m]
+    found = [0.0] * len(rows)
+    for n in reversed(range(len(rows))):
+        row = rows[n]
+        found[n] = (row[-1] - _dot(row[n + 1 : -1], found[n + 1 :])) / row[n]
+    return found
 
 
 def _average(before: float | None, seconds: float) -> float:
