@@ -243,6 +243,17 @@ def test_prompts_that_are_all_of_one_size_are_charged_by_the_token() -> None:
     assert times.seconds(0, 256) == pytest.approx(256e-4, rel=0.02)
 
 
+@pytest.mark.parametrize("varies", [0.0, 0.1, 0.25])
+def test_the_spread_is_that_of_steps_that_mostly_encode(varies: float) -> None:
+    times = StepTimes()
+    for share in (math.sqrt(2) * varies * math.sin(number) for number in range(200)):
+        times.observe(StepWork(3, 0, 0), 0.010)
+        times.observe(StepWork(3, 400, 0), 0.010 + 400 * 20e-6 * (1 + 2 * share))
+        times.observe(StepWork(3, 0, 512), (0.010 + 512 * 100e-6) * (1 + share))
+    # What is expected follows the last steps, too.
+    assert 0.7 * varies - 1e-6 <= times.encoder_spread <= 1.4 * varies + 1e-3
+
+
 def test_prices_are_unknown_before_there_was_a_step() -> None:
     times = StepTimes()
     assert (times.base_s(1), times.itl_s, times.prefill_s, times.encoder_s) == (

@@ -256,11 +256,13 @@ class StepBudget:
         at_once = times.seconds(0, LEAST_PREFILL_TOKENS, one.context)
         items = min(self._settings.max_encoder_batch, 1 + self._settings.lookahead_items)
         bound = min(one.encoder_tokens, demand.cache_tokens, self._max_encoder_tokens)
+        # The target is for most steps, not for the mean of those that encode.
+        price *= 1 + times.encoder_spread
         fitting = min((media - at_once) / price, bound)
         tokens = min(int(fitting) // item, items) * item if item else 0
         if tokens <= 0:
             return None
-        left = media - times.seconds(tokens, 0)
+        left = media - tokens * price
         return tokens, times.tokens(left, demand.media_context, most, encoded=False)
 
     def _ready(self, demand: Demand, seconds: float, times: StepTimes, most: int) -> int:

@@ -106,6 +106,8 @@ class StepTimes:
         self._seconds = [0.0] * _FEATURES
         self._decodes = [0.0] * _FEATURES
         self._prices: tuple[float, ...] | None = None
+        # Average square of how far steps that mostly encode are from what is expected, as a share.
+        self._encoder_off = 0.0
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step that took ``seconds``."""
@@ -123,6 +125,9 @@ class StepTimes:
             if self._works[-1][-1] > 4:
                 expected = self.base_s(work.decodes) + _dot(self._solved(), x)
                 seconds = min(seconds, _MOST_OF_EXPECTED * expected)
+                if 2 * work.encoder_tokens * self._solved()[2] > expected:
+                    off = (seconds / expected - 1) ** 2
+                    self._encoder_off += _NEWEST * (off - self._encoder_off)
             self._works = [
                 [keep * before + one * other for before, other in zip(row, x, strict=True)]
                 for row, one in zip(self._works, x, strict=True)
@@ -158,6 +163,15 @@ class StepTimes:
     def encoder_s(self) -> float | None:
         """Seconds per encoder token, None before there was any."""
         return self._solved()[2] if self._works[2][2] else None
+
+    @property
+    def encoder_spread(self) -> float:
+        """How far steps that mostly encode are from what is expected: a share of it, rms.
+
+        Encoders allocate more, and their inputs come with new requests, so that their time varies
+        more than that of prefill.
+        """
+        return math.sqrt(self._encoder_off)
 
     def seconds(self, encoder_tokens: int, prefill_tokens: int, context: int = 0) -> float:
         """What work adds to a step; what is not known counts nothing.
