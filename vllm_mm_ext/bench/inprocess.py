@@ -62,13 +62,17 @@ class Measurer:
     """
 
     def __init__(
-        self, module: str, side: str, arguments: Sequence[str], environment: Mapping[str, str]
+        self,
+        module: str,
+        side: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._name = f"{module} ({side})"
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             _command(module, side, arguments),
-            env={**_environment(side), **environment},
+            env={**_environment(side), **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
