@@ -24,6 +24,8 @@ from vllm_mm_ext.scheduler.step_budget import FINISH_SLACK
 from vllm_mm_ext.vllm_compat import VllmName
 
 VIDEO = [512] * 10
+# A token costs the encoder what it costs prefill.
+EVEN = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
 
 
 def running(play: Play) -> set[str]:
@@ -32,8 +34,7 @@ def running(play: Play) -> set[str]:
 
 def beside_a_decode(item: int) -> Play:
     """One text decodes, at a target of 100 ms, and what items of so many tokens take is known."""
-    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
-    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), costs)
+    play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), EVEN)
     play.add(request("first", text=100, answer=200), request("video", items=[item] * 4))
     play.run(until=0.5)
     return play
@@ -160,8 +161,7 @@ def test_most_steps_that_encode_keep_to_the_target_where_what_they_take_varies()
             return super().duration(output) * random.uniform(0.8, 1.2)
 
     random = np.random.default_rng(0)
-    costs = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
-    play = Varied(make_scheduler(settings={"target_itl_ms": 100.0}, max_tokens=4096), costs)
+    play = Varied(make_scheduler(settings={"target_itl_ms": 100.0}, max_tokens=4096), EVEN)
     play.add(request("first", text=100, answer=1000))
     for number in range(12):
         play.add(request(f"v{number}", items=[32] * 64))

@@ -183,7 +183,7 @@ class StepBudget:
         """A step in which no prompt could get on."""
         self._credit = 0.0
         self._prefilled = NOTHING
-        self._text_first_credit = min(1.0, self._text_first_credit + TEXT_FIRST_STEPS)
+        self._earn_text_first()
 
     def finishes(self, left: Remainder, times: StepTimes, decode_tokens: int) -> bool:
         """Whether a step that decodes so many tokens has time for what is left of a prompt."""
@@ -200,7 +200,7 @@ class StepBudget:
         other media in the step, or, as the step is too short for what is finished and all of the
         text, for another step.
         """
-        self._text_first_credit = min(1.0, self._text_first_credit + TEXT_FIRST_STEPS)
+        self._earn_text_first()
         tokens = sum(one.prefill_tokens for one in demand.text)
         fits = tokens + demand.finish.prefill_tokens <= most
         if not tokens or not fits or self._text_first_credit < 1.0:
@@ -217,6 +217,9 @@ class StepBudget:
         if chosen:
             self._text_first_credit = 0.0
         return chosen
+
+    def _earn_text_first(self) -> None:
+        self._text_first_credit = min(1.0, self._text_first_credit + TEXT_FIRST_STEPS)
 
     def _room_s(self, times: StepTimes, decode_tokens: int) -> float:
         """Seconds for prompts in a step that decodes so many tokens."""

@@ -127,10 +127,9 @@ class StepTimes:
                 seconds = min(seconds, _MOST_OF_EXPECTED * expected)
                 if 2 * work.encoder_tokens * self._solved()[2] > expected:
                     off = (seconds / expected - 1) ** 2
-                    self._encoder_off += _NEWEST * (off - self._encoder_off)
+                    self._encoder_off = _average(self._encoder_off, off)
             self._works = [
-                [keep * before + one * other for before, other in zip(row, x, strict=True)]
-                for row, one in zip(self._works, x, strict=True)
+                _decayed(row, keep, x, one) for row, one in zip(self._works, x, strict=True)
             ]
             self._seconds = _decayed(self._seconds, keep, x, seconds)
             self._decodes = _decayed(self._decodes, keep, x, work.decodes)
