@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omni_reference import make_processor, new_cache, pixels, render, video
+from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.utils import group_and_batch_mm_items
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_mm_ext.media.payload import SampledFrames
 from vllm_mm_ext.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Model
@@ -87,6 +91,25 @@ def test_tokens_are_not_foretold_where_stock_lays_videos_out(ours: Any) -> None:
             ours.video_tokens(4, 112, 112, times=even(4), audio_samples=0, reduction=NO_REDUCTION)
     finally:
         config.video_pruning_rate = None
+
+
+def test_what_is_sent_with_a_segment_does_not_grow_with_the_video(ours: Any) -> None:
+    def segments(frames: int) -> list[Any]:
+        clip = video(pixels(frames, 112, 112), even(frames))
+        return list(render(ours, VIDEO, {"video": [clip]})["mm_kwargs"]["video"])
+
+    def sent(item: Any) -> list[Any]:
+        # Reused for the next message.
+        return [bytearray(part) for part in MsgpackEncoder().encode(item)]
+
+    few, many = segments(8), segments(64)
+    assert len(many) == 8 * len(few)
+    assert {len(sent(item)[0]) for item in many} == {len(sent(item)[0]) for item in few}
+    decoder = MsgpackDecoder(MultiModalKwargsItem)
+    ((count, batch),) = group_and_batch_mm_items([decoder.decode(sent(item)) for item in many])
+    assert count == len(many)
+    pixel_values = torch.cat([item["pixel_values_videos"].data for item in many])
+    assert torch.equal(batch["pixel_values_videos"], pixel_values)
 
 
 @pytest.mark.parametrize("kind", ["float frames", "pictures", "frames to sample"])

@@ -49,6 +49,9 @@ SEGMENT_NAMES = (
     VllmName("vllm.multimodal.parse:MultiModalDataItems"),
     VllmName("vllm.multimodal.processing:PromptReplacement", ("modality", "target", "replacement")),
     VllmName("vllm.multimodal.inputs:MultiModalFieldConfig.batched", ("modality", "keep_on_cpu")),
+    VllmName("vllm.multimodal.inputs:MultiModalFieldConfig", ("field", "modality")),
+    VllmName("vllm.multimodal.inputs:MultiModalFieldElem", ("data", "field")),
+    VllmName("vllm.multimodal.inputs:MultiModalFlatField", ("slices", "dim", "keep_on_cpu")),
 )
 
 # What the omni processors and models call in vLLM.

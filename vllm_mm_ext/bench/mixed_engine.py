@@ -10,7 +10,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 # Text arrives each time that a lone request would have got so many tokens: often enough that a wait
 # for each prompt is more than one gap in a hundred, so p99 sees it. Prompts and answers are of so
 # many tokens.
-TEXT_EVERY_TOKENS = 84
+TEXT_EVERY_TOKENS = 78
 TEXT_PROMPT = 192
 TEXT_ANSWER = 160
 VIDEO_EVERY_S = 2.0
+# By the first one the text stream is steady: before, there are moments when nothing decodes.
+FIRST_VIDEO_S = 2.0
 # What a video takes of stock when nothing else is to do.
 VIDEO_S = 1.1
 VIDEO_HEIGHT, VIDEO_WIDTH = 224, 448
@@ -37,7 +39,8 @@ VIDEO_FRAMES = 64
 VIDEO_FRAMES_LEAST, VIDEO_FRAMES_MOST = 30, 64
 VIDEO_ANSWER = 8
 CALIBRATIONS = 9
-SECONDS = 14.0
+PACE_TEXTS = 3
+SECONDS = 28.0
 # Steps of stock that a video's prompt fills: it takes two, and the second has room for text.
 STEPS_PER_VIDEO = 1.4
 SEGMENT_TOKENS = 64
@@ -73,6 +76,10 @@ class Load:
         pairs = round(min(max(frames, VIDEO_FRAMES_LEAST), VIDEO_FRAMES_MOST) / 2)
         tokens = video_tokens * 2 * pairs / VIDEO_FRAMES / STEPS_PER_VIDEO
         return cls(TEXT_EVERY_TOKENS * token_s, 2 * pairs, BLOCK * round(tokens / BLOCK))
+
+    def paced(self, token_s: float) -> Load:
+        """The same videos, and texts for an engine that takes so long for a token."""
+        return replace(self, text_every_s=TEXT_EVERY_TOKENS * token_s)
 
 
 @dataclass
@@ -225,6 +232,14 @@ class Traffic:
             found["video_s"].append(video.tokens[0] - video.sent)
         return {name: float(np.median(values)) for name, values in found.items()}
 
+    async def pace(self) -> float:
+        """Seconds of a token of a text that is alone, as the machine is now."""
+        found = []
+        for _ in range(PACE_TEXTS):
+            (text,) = await self._driver.run([(0.0, await self._prompts.text(), TEXT_ANSWER)])
+            found += np.diff(text.tokens).tolist()
+        return float(np.median(found))
+
     async def mixed(self, load: Load) -> dict[str, Any]:
         """The text stream alone, then with videos."""
         # Steady, but neither in step with the videos nor with how long answers take.
@@ -236,7 +251,7 @@ class Traffic:
 
         videos = [
             (float(at), await self._prompts.video(load.video_frames), VIDEO_ANSWER)
-            for at in np.arange(0.5, SECONDS, VIDEO_EVERY_S)
+            for at in np.arange(FIRST_VIDEO_S, SECONDS, VIDEO_EVERY_S)
         ]
         alone = await self._driver.run(await stream())
         texts = await stream()
@@ -270,7 +285,7 @@ def _described(requests: Sequence[Timed]) -> dict[str, Any]:
 def main(side: str, model: Path, target_ms: float, slots: int, step_tokens: int) -> None:
     """Start an engine, and measure what is asked for.
 
-    A question is ``["alone"]``, or ``mixed`` or ``queued`` with a load.
+    A question is ``["alone"]``, ``["pace"]``, or ``mixed`` or ``queued`` with a load.
     """
     with asyncio.Runner() as runner:
         engine = runner.run(start(side, model, target_ms, slots, step_tokens))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
-from vllm_mm_ext.config import MMExtConfig
 
 WAITING = (100, 1_000, 10_000)
 # With nothing waiting.
@@ -156,7 +155,6 @@ def _scheduler(model: Path, *, plugin: bool) -> Any:
         scheduler_cls="vllm_mm_ext.scheduler.MMExtScheduler" if plugin else None,
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = 1 << 18
-    config.model_config.mm_ext_settings = MMExtConfig()
     spec = FullAttentionSpec(_BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
     kv = KVCacheConfig(1 << 18, [], [KVCacheGroupSpec(["layer"], spec)])
     make = config.scheduler_config.get_scheduler_cls()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalFlatField
 
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.processing.segments import Segment
@@ -35,6 +36,30 @@ def configuration() -> dict[str, MultiModalFieldConfig]:
         name: MultiModalFieldConfig.batched("video", keep_on_cpu=True)
         for name in (POSITIONS, CONTINUES, REDUCTION, KEPT)
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FlatField(MultiModalFlatField):  # type: ignore[misc]
+    """Gives no element the slices of all items: each is sent with its field, by several hops."""
+
+    def build_elems(self, modality: str, key: str, data: Any) -> Sequence[Any]:
+        found = super().build_elems(modality, key, data)
+        # To batch items again vLLM needs ``dim`` alone.
+        field = MultiModalFlatField(slices=[], dim=self.dim, keep_on_cpu=self.keep_on_cpu)
+        return [replace(elem, field=field) for elem in found]
+
+
+def without_slices(
+    config: Mapping[str, MultiModalFieldConfig],
+) -> dict[str, MultiModalFieldConfig]:
+    """The same fields, but what is sent with an item does not grow with the number of items."""
+
+    def of(field: Any) -> Any:
+        if type(field) is not MultiModalFlatField:
+            return field
+        return _FlatField(slices=field.slices, dim=field.dim, keep_on_cpu=field.keep_on_cpu)
+
+    return {name: replace(one, field=of(one.field)) for name, one in config.items()}
 
 
 def segment_fields(parts: Sequence[Segment]) -> dict[str, Any]:
