@@ -25,7 +25,6 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_mm_ext.config import MMExtConfig
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 BLOCK = 16
@@ -99,7 +98,7 @@ def make_scheduler(
     config.parallel_config.pipeline_parallel_size = stages
     config.scheduler_config.policy = policy
     config.cache_config.num_gpu_blocks = blocks
-    config.model_config.mm_ext_settings = MMExtConfig.model_validate({"scheduler": settings or {}})
+    config.additional_config = {"mm_ext": {"scheduler": settings or {}}}
     spec = FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
     kv = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     if plugin:

@@ -43,6 +43,14 @@ def test_other_plugins_settings_are_not_ours_to_judge() -> None:
             {"media": {"sampling": {"min_frames": 64}}},
             ["mm_ext.media.sampling", "min_frames (64)", "max_frames (32)"],
         ),
+        (
+            {"scheduler": {"encoder_tokens_idle": 100, "encoder_tokens_decoding": 200}},
+            ["mm_ext.scheduler", "encoder_tokens_idle", "encoder_tokens_decoding (200)", "100"],
+        ),
+        (
+            {"kv": {"max_visual_cache_gb": 2, "max_visual_cache_share": 0.5}},
+            ["mm_ext.kv", "max_visual_cache_gb", "max_visual_cache_share", "2", "0.5"],
+        ),
         ({"media": {"audio": {"overflow": 3}}}, ["overflow", "3", "'error'", "'truncate'"]),
         ("media", ["must be a mapping", "'media'"]),
     ],

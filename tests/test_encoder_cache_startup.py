@@ -15,8 +15,9 @@ from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecoderCacheManager
 
 from vllm_mm_ext import encoder_cache
+from vllm_mm_ext.encoder_cache import connector as connector_module
 from vllm_mm_ext.encoder_cache import manager as manager_module
-from vllm_mm_ext.encoder_cache.connector import MMExtECConnector
+from vllm_mm_ext.encoder_cache.connector import MMExtECConnector, NoHostTier
 from vllm_mm_ext.encoder_cache.cuda_connector import (
     CostAwareEmbeddingCache,
     CostAwareScheduler,
@@ -74,6 +75,33 @@ def test_what_is_not_as_expected_leaves_vllms_own_cache(
         made = MMExtEncoderCacheManager.create_manager(cache_size=500, vllm_config=config)
     assert type(made) is EncoderCacheManager
     assert "gone" in caplog.text
+
+
+@pytest.mark.parametrize("tier", ["DEVICE_TIER_NAMES", "HOST_TIER_NAMES"])
+@pytest.mark.parametrize("role", list(ECConnectorRole))
+def test_where_vllm_changed_the_host_tier_keeps_nothing_and_the_engine_goes_on(
+    config: Any, role: Any, tier: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    gone = VllmName("vllm.v1.core.encoder_cache_manager:EncoderCacheManager.gone")
+    monkeypatch.setattr(connector_module, tier, (gone,))
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        made: Any = MMExtECConnector(config, role)
+    assert type(made) is NoHostTier
+    assert "gone" in caplog.text
+    outputs: dict[str, Any] = {"video": torch.zeros(2)}
+    made.save_caches(outputs, mm_hash="video")
+    made.start_load_caches(outputs)
+    assert list(outputs) == ["video"]
+    assert not made.has_cache_item("video")
+    made.update_state_after_alloc(request("one", [Item("video", 4)]), 0)
+    assert made.build_connector_meta(SimpleNamespace(total_num_scheduled_tokens=1)) is not None
+    # The device tier does without it.
+    manager: Any = MMExtEncoderCacheManager.create_manager(cache_size=500, vllm_config=config)
+    assert manager._host is None
+    # What makes any host tier unsafe is still refused.
+    config.model_config.multimodal_config.allow_missing_mm_embeddings = True
+    with pytest.raises(HostTierError, match="raw embeddings"):
+        MMExtECConnector(config, role)
 
 
 def test_encoder_decoder_models_keep_vllms_manager() -> None:

@@ -270,6 +270,20 @@ def test_priority_is_respected() -> None:
     assert play.timings["urgent"].tokens[0] < play.timings["later"].tokens[0]
 
 
+def test_a_video_of_higher_priority_passes_one_that_is_half_encoded() -> None:
+    settings = {"target_itl_ms": 40.0}
+    play = Play(make_scheduler(slots=4, policy="priority", settings=settings))
+    play.add(request("text", text=32, answer=400))
+    play.step()
+    play.add(request("half", items=[100] * 20, priority=5))
+    while not play.scheduler.requests["half"].num_computed_tokens:
+        play.step()
+    # As large, later, and more urgent.
+    play.add(request("urgent", items=[100] * 20, priority=-5))
+    play.run()
+    assert play.timings["urgent"].tokens[0] < play.timings["half"].tokens[0]
+
+
 def test_videos_with_sound_go_on_where_a_step_has_room_for_one_of_both() -> None:
     settings = {"encoder_tokens_decoding": 100, "max_encoder_batch": 1}
     play = Play(make_scheduler(settings=settings))

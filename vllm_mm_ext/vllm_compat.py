@@ -118,6 +118,16 @@ def _names_bound(statement: ast.stmt) -> list[str]:
     return []
 
 
+def problem(names: Iterable[VllmName]) -> str | None:
+    """Why something that relies on these names cannot work, or None if it can."""
+    try:
+        for name in names:
+            name.check()
+    except IncompatibleError as error:
+        return str(error)
+    return None
+
+
 @dataclass(frozen=True)
 class Feature:
     """Something the plugin adds to vLLM.

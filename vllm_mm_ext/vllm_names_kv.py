@@ -21,6 +21,9 @@ POOL_NAMES: tuple[VllmName, ...] = (
     VllmName(f"{_POOL}.free_blocks", ("ordered_blocks",)),
     VllmName(f"{_POOL}.touch", ("blocks",)),
     VllmName(f"{_POOL}._remove_cached_block_hashes", ("block",)),
+    VllmName(f"{_POOL}.evict_blocks", ("block_ids",)),
+    VllmName(f"{_POOL}.unpin_blocks", ("blocks", "on_reuse")),
+    VllmName(f"{_POOL}.move_block_hashes", ("src_block", "dst_block")),
     VllmName(f"{_POOL}.reset_prefix_cache", ("self",)),
     VllmName(f"{_QUEUE}.__init__", ("blocks",)),
     VllmName(f"{_QUEUE}.popleft", ("self",)),
@@ -33,6 +36,7 @@ POOL_NAMES: tuple[VllmName, ...] = (
         ("request", "num_new_tokens", "num_new_computed_tokens"),
     ),
     VllmName(f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
+    VllmName("vllm.config:AttentionConfig.hisparse_config"),
     VllmName("vllm.v1.request:Request.__init__", ("mm_features", "session_id", "block_hasher")),
     VllmName("vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "identifier")),
 )

@@ -16,7 +16,9 @@ _MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
 
 SCHEDULER_NAMES = (
     VllmName(_SCHEDULER, ("vllm_config", "kv_cache_config", "structured_output_manager")),
+    VllmName(f"{_SCHEDULER}.add_request", ("request",)),
     VllmName(f"{_SCHEDULER}.schedule", ("throttle_prefills",)),
+    VllmName(f"{_SCHEDULER}.shutdown"),
     VllmName(f"{_SCHEDULER}.update_from_output", ("scheduler_output", "model_runner_output")),
     VllmName(f"{_SCHEDULER}._try_schedule_encoder_inputs", _ENCODER),
     VllmName(
@@ -37,7 +39,10 @@ SCHEDULER_NAMES = (
         "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled", ("request",)
     ),
     VllmName("vllm.v1.core.sched.output:SchedulerOutput", ("free_encoder_mm_hashes",)),
+    VllmName("vllm.v1.request:Request.get_num_encoder_embeds", ("input_id",)),
     VllmName("vllm.v1.request:Request.has_encoder_inputs"),
+    VllmName("vllm.v1.request:Request.num_tokens"),
+    VllmName("vllm.v1.request:Request.num_tokens_with_spec"),
     VllmName(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
         ("block_hashes", "max_cache_hit_length"),
@@ -69,11 +74,28 @@ SCHEDULER_ATTRIBUTES = (
     "need_mamba_block_aligned_split",
     "num_prefill_lookahead",
     "num_waiting_for_streaming_input",
+    "parallel_config",
     "policy",
     "requests",
     "running",
     "scheduler_config",
+    "use_v2_model_runner",
     "waiting",
+)
+
+# What ``Request.__init__`` sets and the plugin's scheduler reads.
+REQUEST_ATTRIBUTES = (
+    "block_hashes",
+    "is_prefill_chunk",
+    "kv_transfer_params",
+    "lora_request",
+    "mm_features",
+    "num_computed_tokens",
+    "num_output_placeholders",
+    "pooling_params",
+    "priority",
+    "request_id",
+    "status",
 )
 
 # What vLLM asks of a waiting queue.

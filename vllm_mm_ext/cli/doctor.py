@@ -107,6 +107,31 @@ def check_features() -> list[Finding]:
     ]
 
 
+def check_engine_parts() -> list[Finding]:
+    """Whether the classes that the engine is told to use by name fit the installed vLLM."""
+    from vllm_mm_ext import vllm_names_encoder_cache as encoder_cache
+    from vllm_mm_ext.scheduler.choice import WITHOUT_SCHEDULER, scheduler_problem
+    from vllm_mm_ext.vllm_compat import problem
+
+    device = encoder_cache.DEVICE_TIER_NAMES
+    parts = {
+        "scheduler": (WITHOUT_SCHEDULER, scheduler_problem()),
+        "encoder cache, device tier": ("vLLM's own encoder cache is used", problem(device)),
+        "encoder cache, host tier": (
+            "evicted encoder outputs are encoded again",
+            problem((*device, *encoder_cache.HOST_TIER_NAMES)),
+        ),
+        "encoder cache, host tier with Model Runner V2": (
+            "evicted encoder outputs are encoded again",
+            problem((*device, *encoder_cache.CUDA_HOST_TIER_NAMES)),
+        ),
+    }
+    return [
+        Finding(name, changed is None, "" if changed is None else f"{without}: {changed}")
+        for name, (without, changed) in parts.items()
+    ]
+
+
 def doctor() -> None:
     """Report what is installed and active; exit 1 when serving cannot work."""
     console = Console()
@@ -129,7 +154,7 @@ def doctor() -> None:
         *check_registration(),
     ]
     if not any(f.fatal and not f.ok for f in findings):
-        findings += check_features()
+        findings += [*check_features(), *check_engine_parts()]
 
     table = Table(title="checks")
     table.add_column("check")

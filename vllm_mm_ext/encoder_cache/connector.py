@@ -20,7 +20,12 @@ from vllm_mm_ext.encoder_cache.host_store import HostStore
 from vllm_mm_ext.encoder_cache.host_tier import HostPlan, HostTier
 from vllm_mm_ext.encoder_cache.manager import attach_host_tier
 from vllm_mm_ext.encoder_cache.startup import check_host_tier, host_bytes
-from vllm_mm_ext.vllm_names_encoder_cache import HOST_TIER_NAMES
+from vllm_mm_ext.vllm_compat import logger, problem
+from vllm_mm_ext.vllm_names_encoder_cache import (
+    CUDA_HOST_TIER_NAMES,
+    DEVICE_TIER_NAMES,
+    HOST_TIER_NAMES,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +43,44 @@ class HostPlanMetadata(ECConnectorMetadata):  # type: ignore[misc]
     plan: HostPlan
 
 
+class NoHostTier(ECConnectorBase):  # type: ignore[misc]
+    """Keeps nothing, where vLLM has changed underneath the host tier: the device tier is alone."""
+
+    def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
+        super().__init__(vllm_config=vllm_config, role=role)
+        # The rest is what the engine must not do with any host tier.
+        check_host_tier(vllm_config)
+
+    def has_cache_item(self, *_: Any, **__: Any) -> bool:
+        """Nothing is ever there."""
+        return False
+
+    def update_state_after_alloc(self, *_: Any, **__: Any) -> None:
+        """Nothing to plan."""
+
+    def build_connector_meta(self, *_: Any, **__: Any) -> ECConnectorMetadata:
+        """Nothing to do."""
+        return ECConnectorMetadata()
+
+    def start_load_caches(self, *_: Any, **__: Any) -> None:
+        """Nothing to load."""
+
+    def save_caches(self, *_: Any, **__: Any) -> None:
+        """Nothing is kept."""
+
+
 class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
     """The host tier: outputs are copied when encoded, and loaded where the device lost them."""
 
     def __new__(cls, vllm_config: VllmConfig, role: ECConnectorRole) -> Any:
         """The connector for the engine's model runner, which may be of another class."""
-        if vllm_config.use_v2_model_runner:
+        second = vllm_config.use_v2_model_runner
+        names = CUDA_HOST_TIER_NAMES if second else HOST_TIER_NAMES
+        changed = problem((*DEVICE_TIER_NAMES, *names))
+        if changed is not None:
+            logger.warning("mm_ext: the host tier of the encoder cache is off: %s", changed)
+            return NoHostTier(vllm_config, role)
+        if second:
             from vllm_mm_ext.encoder_cache.cuda_connector import CudaECConnector
 
             return CudaECConnector(vllm_config, role)
@@ -51,8 +88,6 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
-        for name in HOST_TIER_NAMES:
-            name.check()
         check_host_tier(vllm_config)
         if role == ECConnectorRole.SCHEDULER:
             self._tier = HostTier(host_bytes(vllm_config))

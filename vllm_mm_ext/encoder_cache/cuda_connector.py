@@ -20,7 +20,6 @@ from vllm_mm_ext.caching.cost_aware import CostAware
 from vllm_mm_ext.encoder_cache.features import feature_cost
 from vllm_mm_ext.encoder_cache.manager import attach_host_tier
 from vllm_mm_ext.encoder_cache.startup import HostTierError, check_host_tier, host_bytes
-from vllm_mm_ext.vllm_names_encoder_cache import CUDA_HOST_TIER_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -162,8 +161,6 @@ class CudaECConnector(ECCPUConnector):  # type: ignore[misc]
     """The host tier on vLLM's own transfers between device and pinned memory."""
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
-        for name in CUDA_HOST_TIER_NAMES:
-            name.check()
         check_host_tier(vllm_config)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             # Reports of finished copies come from the last stage, and copies are made in the first.

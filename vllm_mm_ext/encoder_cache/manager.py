@@ -13,7 +13,7 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecod
 from vllm_mm_ext.config import MIB, MMExtConfig
 from vllm_mm_ext.encoder_cache.features import feature_cost, output_bytes
 from vllm_mm_ext.encoder_cache.policy import ByteCache
-from vllm_mm_ext.vllm_compat import IncompatibleError, logger
+from vllm_mm_ext.vllm_compat import logger, problem
 from vllm_mm_ext.vllm_names_encoder_cache import DEVICE_TIER_NAMES
 
 if TYPE_CHECKING:
@@ -93,11 +93,9 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         """
         if vllm_config.model_config.is_encoder_decoder:
             return EncoderDecoderCacheManager(cache_size)
-        try:
-            for name in DEVICE_TIER_NAMES:
-                name.check()
-        except IncompatibleError as error:
-            logger.warning("mm_ext: vLLM's own encoder cache is used instead: %s", error)
+        changed = problem(DEVICE_TIER_NAMES)
+        if changed is not None:
+            logger.warning("mm_ext: vLLM's own encoder cache is used instead: %s", changed)
             return EncoderCacheManager(cache_size)
         settings = MMExtConfig.from_additional_config(vllm_config.additional_config).encoder_cache
         sizes = output_bytes(vllm_config)

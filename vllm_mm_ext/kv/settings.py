@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class KVSettings(BaseModel):
@@ -45,3 +47,13 @@ class KVSettings(BaseModel):
         description="Seconds after its last request for which media of a `session_id` are given "
         "up after all others. 0: sessions do not matter.",
     )
+
+    @model_validator(mode="after")
+    def _one_quota(self) -> Self:
+        both = {"max_visual_cache_gb", "max_visual_cache_share"} <= self.model_fields_set
+        if both and self.max_visual_cache_gb is not None:
+            raise ValueError(
+                "give one of max_visual_cache_gb and max_visual_cache_share, got "
+                f"{self.max_visual_cache_gb:g} and {self.max_visual_cache_share:g}"
+            )
+        return self

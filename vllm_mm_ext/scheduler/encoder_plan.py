@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class EncoderDemand(NamedTuple):
         running: It holds a slot.
         promoted: It has waited so long that no later request may pass it.
         failed: It was given encoder work before, and could not be let in.
+        priority: Lower goes first.
     """
 
     key: str
@@ -46,6 +48,7 @@ class EncoderDemand(NamedTuple):
     running: bool
     promoted: bool = False
     failed: bool = False
+    priority: int = 0
 
 
 def groups(items: Iterable[Item]) -> list[tuple[Item, ...]]:
@@ -101,20 +104,26 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
 
     A running request whose encoder work stands still holds a slot for nothing. With this rule each
     that passes it needs at most half of what it needs, so at most log2 of the longest video (in
-    tokens) over the shortest hold one, whatever comes. Promoted requests are not put behind. Those
-    that could not be let in always are: what they lack may be in the hands of half-encoded ones.
+    tokens) over the shortest hold one, whatever comes. Promoted requests are not put behind, nor is
+    any behind requests of lower priority; with priorities the bound is per priority. Those that
+    could not be let in always are: what they lack may be in the hands of half-encoded ones.
 
     Args:
         demands: By rank.
     """
-    started = [demand.tokens for demand in demands if demand.running]
-    least = min(started, default=0)
+    least: dict[int, int] = {}
+    for demand in demands:
+        if demand.running:
+            known = least.get(demand.priority, demand.tokens)
+            least[demand.priority] = min(known, demand.tokens)
     if not least:
         return list(demands)
 
     def behind(demand: EncoderDemand) -> bool:
-        passes = demand.promoted or 2 * demand.tokens <= least
-        return not demand.running and (demand.failed or not passes)
+        if demand.running:
+            return False
+        most = min((n for level, n in least.items() if level <= demand.priority), default=math.inf)
+        return demand.failed or not (demand.promoted or 2 * demand.tokens <= most)
 
     # sorted is stable: ranks are kept within both groups.
     return sorted(demands, key=behind)

@@ -20,6 +20,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from vllm_mm_ext.config import MMExtConfig
 from vllm_mm_ext.scheduler.admission import Admission, Scarce
 from vllm_mm_ext.scheduler.encoder_plan import (
     EncoderPlan,
@@ -41,7 +42,6 @@ from vllm_mm_ext.scheduler.turns import (
     finishing_first,
     ready_media,
 )
-from vllm_mm_ext.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -62,7 +62,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(vllm_config, *args, **kwargs)
         if vllm_config.model_config.is_diffusion:
             raise ValueError("mm_ext: diffusion models need vLLM's own scheduler")
-        self._settings = settings_of(vllm_config.model_config).scheduler
+        # Not what the plugin left at the model's configuration: it may not be in VLLM_PLUGINS.
+        config = MMExtConfig.from_additional_config(vllm_config.additional_config)
+        self._settings = config.scheduler
         self._clock: Callable[[], float] = time.monotonic
         self._times = StepTimes()
         self._max_tokens: int = self.max_num_scheduled_tokens

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class SchedulerSettings(BaseModel):
@@ -27,14 +29,15 @@ class SchedulerSettings(BaseModel):
         0,
         ge=0,
         le=1 << 20,
-        description="Encoder tokens per step, on average, while something decodes; 0: as many as "
-        "`target_itl_ms` allows.",
+        description="Encoder tokens per step, on average, while something decodes, whatever they "
+        "take; 0: as many as `target_itl_ms` allows.",
     )
     encoder_tokens_idle: int = Field(
         0,
         ge=0,
         le=1 << 20,
-        description="Encoder tokens per step while nothing decodes; 0: vLLM's own bound.",
+        description="Encoder tokens per step while nothing decodes, not less than "
+        "`encoder_tokens_decoding`; 0: vLLM's own bound.",
     )
     encoder_step_idle_ms: float = Field(
         2000.0,
@@ -73,3 +76,12 @@ class SchedulerSettings(BaseModel):
         description="Seconds that a request should wait for its first token at most. After half "
         "of them no later request passes it, whatever its size or priority.",
     )
+
+    @model_validator(mode="after")
+    def _idle_is_the_larger_cap(self) -> Self:
+        if 0 < self.encoder_tokens_idle < self.encoder_tokens_decoding:
+            raise ValueError(
+                f"encoder_tokens_idle must be 0 or at least encoder_tokens_decoding "
+                f"({self.encoder_tokens_decoding}), got {self.encoder_tokens_idle}"
+            )
+        return self

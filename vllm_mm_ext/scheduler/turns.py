@@ -89,6 +89,7 @@ def demands(
             running=turn.is_running,
             promoted=turn.promoted,
             failed=failed(turn.candidate.key),
+            priority=turn.candidate.priority,
         )
         for turn in media
     ]
@@ -99,7 +100,8 @@ def finishing_first(
 ) -> tuple[list[Turn], Remainder]:
     """Put the media request that is nearest to its first token in front if it gets there now.
 
-    What comes in front of it would cost it a whole step; it costs that a part of one.
+    What comes in front of it would cost it a whole step; it costs that a part of one. It passes
+    none that must not be passed, nor any of higher priority.
 
     Args:
         turns: By rank.
@@ -113,7 +115,10 @@ def finishing_first(
         return turns, NOTHING
     nearest = min(started, key=lambda turn: (turn.candidate.encoder_tokens, turn.left))
     left = nearest.remainder
-    if any(turn.promoted for turn in turns if turn is not nearest) or not finishes(left):
+    priority = nearest.candidate.priority
+    others = (turn for turn in turns if turn is not nearest)
+    kept = any(turn.promoted or turn.candidate.priority < priority for turn in others)
+    if kept or not finishes(left):
         return turns, NOTHING
     return [nearest, *(turn for turn in turns if turn is not nearest)], left
 
