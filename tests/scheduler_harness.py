@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -86,8 +86,12 @@ def make_scheduler(
     settings: dict[str, Any] | None = None,
     kv_transfer: KVTransferConfig | None = None,
     ec_transfer: ECTransferConfig | None = None,
+    change: Callable[[Any], None] | None = None,
 ) -> Any:
-    """A scheduler of vLLM's, or the plugin's, over a KV cache of so many blocks."""
+    """A scheduler of vLLM's, or the plugin's, over a KV cache of so many blocks.
+
+    ``change`` may alter vLLM's configuration before it is built.
+    """
     config = copy.deepcopy(_config())
     config.kv_transfer_config = kv_transfer
     config.ec_transfer_config = ec_transfer
@@ -99,6 +103,8 @@ def make_scheduler(
     config.scheduler_config.policy = policy
     config.cache_config.num_gpu_blocks = blocks
     config.additional_config = {"mm_ext": {"scheduler": settings or {}}}
+    if change is not None:
+        change(config)
     spec = FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
     kv = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     if plugin:

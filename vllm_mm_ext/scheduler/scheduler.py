@@ -109,6 +109,15 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                 "mm_ext: requests with media whose KV a connector has wait for their turn at the "
                 "encoder before it is asked, unless their kv_transfer_params say do_remote_prefill"
             )
+        slots = int(self.max_num_active_reqs)
+        if self._settings.text_slots > slots // 4:
+            logger.warning(
+                "mm_ext: scheduler.text_slots is %d, but at most a quarter of the %d slots "
+                "(--max-num-seqs) is kept for text: %d",
+                self._settings.text_slots,
+                slots,
+                slots // 4,
+            )
         if not self._limits_prefill:
             logger.warning(
                 "mm_ext: prefill is not limited while something decodes: chunked prefill is off, "

@@ -1,0 +1,81 @@
+"""What the scheduler says or refuses when it starts, and what it does where it limits less."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scheduler_harness import Play, make_scheduler, request
+
+
+def whole_prompts(config: Any) -> None:
+    config.scheduler_config.enable_chunked_prefill = False
+
+
+def whole_items(config: Any) -> None:
+    config.scheduler_config.disable_chunked_mm_input = True
+
+
+def encoder_decoder(config: Any) -> None:
+    # vLLM works it out of the model's configuration, once.
+    config.model_config.__dict__["is_encoder_decoder"] = True
+
+
+def diffusion(config: Any) -> None:
+    config.model_config.__dict__["is_diffusion"] = True
+
+
+def few_slots(config: Any) -> None:
+    config.scheduler_config.max_num_seqs = 3
+
+
+SAID = {
+    "chunked prefill off": (whole_prompts, "prefill is not limited"),
+    "mm items whole": (whole_items, "prefill is not limited"),
+    "encoder and decoder": (encoder_decoder, "of encoder-decoder models is left to vLLM"),
+    "fewer than four slots": (few_slots, "text_slots is 1, but at most a quarter of the 3 slots"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logging_is_set_up() -> None:
+    """The first engine configuration of a process takes pytest's handlers away."""
+    make_scheduler()
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_is_off_is_said_when_the_engine_starts(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, words = SAID[case]
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        make_scheduler()
+        assert "mm_ext" not in caplog.text
+        make_scheduler(change=change)
+    assert words in caplog.text
+
+
+def test_diffusion_models_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="diffusion models need vLLM's own scheduler"):
+        make_scheduler(change=diffusion)
+
+
+@pytest.mark.parametrize("change", [whole_prompts, whole_items])
+def test_where_prefill_is_not_limited_everything_is_still_answered_and_text_passes_videos(
+    change: Callable[[Any], None],
+) -> None:
+    settings = {"target_itl_ms": 40.0}
+    play = Play(make_scheduler(slots=4, max_tokens=4096, settings=settings, change=change))
+    play.add(request("first", text=32, answer=40))
+    play.step()
+    play.add(*(request(f"video{n}", items=[300] * 6, answer=4) for n in range(6)))
+    play.step()
+    play.add(request("text", text=32, answer=4))
+    play.run()
+    assert all(timing.ended is not None for timing in play.timings.values())
+    text = play.timings["text"].ended
+    assert text is not None
+    ended = sorted(play.timings[f"video{n}"].ended or 0.0 for n in range(6))
+    assert text < ended[1]
