@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,6 +124,17 @@ def test_two_videos_and_a_sound_are_counted_by_kind(served: Served) -> None:
     # Windows of 2 s and 1 s, the second with its own last token.
     assert tokens["visual"] == visual
     assert 0 <= tokens["audio"] - (AUDIO_TOKENS + 25 + 13) <= CODEC_TOKENS
+
+
+def test_the_engine_publishes_its_load_to_the_api_server(served: Served) -> None:
+    served.ask("silent.mp4")
+    (load,) = json.loads(served.server.get("/mm_ext/stats"))["engines"].values()
+    assert (load["running"], load["waiting"], load["kv_usage"]) == (0, 0, 0)
+    assert load["backlog_tokens"] == load["backlog_s"] == 0
+    # What the video left for its next question.
+    assert 0 < load["kv_pressure"] < 1
+    assert load["itl_s"] > 0
+    assert load["slots"] >= 1
 
 
 def test_a_second_question_finds_the_first(served: Served) -> None:
