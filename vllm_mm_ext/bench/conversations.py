@@ -30,14 +30,17 @@ from vllm_mm_ext.bench.conversations_engine import (
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.bench.inprocess import measure
 from vllm_mm_ext.testing.checkpoints import build
-from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS
+from vllm_mm_ext.testing.engine_arguments import EVERY_PART
 from vllm_mm_ext.testing.server import Server, serve
 
 CONVERSATIONS = 12
-_TIER_FLAGS = tuple(
+_PARTS = tuple(
     part
-    for name, value in BOTH_TIERS.items()
-    for part in ("--" + name.replace("_", "-"), json.dumps(value))
+    for name, value in EVERY_PART.items()
+    for part in (
+        "--" + name.replace("_", "-"),
+        value if isinstance(value, str) else json.dumps(value),
+    )
 )
 # The plugin without its block pool: what is left is what the pool does.
 _SIDES = ("stock", "plugin", "kv off")
@@ -100,7 +103,7 @@ def _server(model: Path, media: Path, side: str) -> Any:
             *("--limit-mm-per-prompt", '{"video": 1, "image": 0}'),
             *("--media-io-kwargs", f'{{"video": {{"fps": {FPS}, "max_frames": {MAX_FRAMES}}}}}'),
             *("--dtype", "float32", "--enable-prompt-tokens-details"),
-            *(_TIER_FLAGS if side != "stock" else ()),
+            *(_PARTS if side != "stock" else ()),
         ],
         additional_config=None if side == "stock" else _config(side),
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_mm_ext.bench.chat import QUESTIONS, conversation
 from vllm_mm_ext.bench.inprocess import start
-from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS
+from vllm_mm_ext.testing.engine_arguments import EVERY_PART
 from vllm_mm_ext.testing.step_trace import record_steps
 
 TURNS = 4
@@ -150,7 +150,7 @@ def engine(model: Path, media: Path, conversations: int, **options: Any) -> Any:
 def main(side: str, model: Path, media: Path) -> None:
     """One side; prints the turns."""
     videos = sorted(media.glob("*.mp4"))
-    options = {"additional_config": CONFIG, **BOTH_TIERS} if side == "plugin" else {}
+    options = {"additional_config": CONFIG, **EVERY_PART} if side == "plugin" else {}
     llm = engine(model, media, len(videos), **options)
     print(json.dumps([asdict(turn) for turn in play(llm, videos)]))
 
