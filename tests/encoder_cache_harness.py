@@ -1,17 +1,20 @@
 """vLLM's real scheduler with both tiers of the encoder cache, and a worker that checks it.
 
-Only the model is played: what is encoded is a tensor that tells by its values which item it is.
+Only the model is played: what is encoded is a tensor that tells by its values which item it is, and
+KV tells of which tokens and items it was computed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.engine.arg_utils import EngineArgs
@@ -27,6 +30,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_mm_ext.encoder_cache.connector import MMExtECConnector
 from vllm_mm_ext.encoder_cache.startup import keep_raw_embeddings_out
+from vllm_mm_ext.kv import adapter
+from vllm_mm_ext.kv.block_pool import MMExtBlockPool
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS
 
@@ -34,6 +39,10 @@ BLOCK = 16
 # Values of an embedding.
 WIDTH = 64
 EMBEDDING_MB = 4 * WIDTH / (1 << 20)
+# Seconds of a step, of a prompt or answer token and of an encoded item, on the engine's own clock.
+STEP_S, TOKEN_S, ITEM_S = 0.01, 1e-4, 0.01
+# What is answered.
+ANSWER = 11
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,30 @@ def engine_config() -> Any:
     ).create_engine_config()
 
 
-def request(name: str, items: Sequence[Item], *, priority: int = 0, answer: int = 3) -> Request:
-    """A request about items, with a little text around each."""
+def request(
+    name: str,
+    items: Sequence[Item],
+    *,
+    priority: int = 0,
+    answer: int = 3,
+    begins: str | None = None,
+    text: int = 8,
+    session: str | None = None,
+) -> Request:
+    """A request about items, with a little text around them.
+
+    Args:
+        name: Its id.
+        items: What it is about.
+        priority: vLLM's priority.
+        answer: Tokens to generate.
+        begins: Of equal ones the text before the items is equal; the name without.
+        text: Tokens after the items.
+        session: Its ``session_id``.
+    """
     init_none_hash(sha256)
     features: list[MultiModalFeatureSpec] = []
-    offset, tokens = 8, [sum(name.encode()) % 1000] * 8
+    offset, tokens = 8, [sum((begins or name).encode()) % 1000] * 8
     for item in items:
         begin = features[-1].mm_position.offset if item.joins else offset
         mask = None
@@ -90,7 +118,7 @@ def request(name: str, items: Sequence[Item], *, priority: int = 0, answer: int 
             offset += item.tokens
         modality = "audio" if item.joins else "video"
         features.append(MultiModalFeatureSpec(None, modality, item.name, place))
-    tokens += [9] * 8
+    tokens += [9] * text
     return Request(
         request_id=name,
         prompt_token_ids=tokens,
@@ -98,8 +126,59 @@ def request(name: str, items: Sequence[Item], *, priority: int = 0, answer: int 
         pooling_params=None,
         mm_features=features,
         priority=priority,
+        session_id=session,
         block_hasher=get_request_block_hasher(BLOCK, sha256),
     )
+
+
+class WorkerKV:
+    """KV in blocks: of each token what it depends on, all before it and itself, as a number.
+
+    Args:
+        blocks: How many.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._values = np.zeros((blocks, BLOCK), np.int64)
+        self._tables: dict[str, list[int]] = {}
+        self._right: dict[str, Any] = {}
+
+    def add(self, one: Request) -> None:
+        """Work out what is right for a request."""
+        assert one.prompt_token_ids is not None
+        items: dict[int, tuple[str, ...]] = {}
+        for feature in one.mm_features:
+            begin = feature.mm_position.offset
+            items[begin] = (*items.get(begin, ()), feature.identifier)
+        right, before = [], 0
+        for place, token in enumerate([*one.prompt_token_ids, *[ANSWER] * one.max_tokens]):
+            before = hash((before, token, items.get(place)))
+            right.append(before)
+        self._right[one.request_id] = np.array(right, np.int64)
+
+    def compute(self, output: Any) -> None:
+        """Write what a step computes; what it does not compute must be there."""
+        for new in output.scheduled_new_reqs:
+            self._tables[new.req_id] = list(new.block_ids[0])
+        cached = output.scheduled_cached_reqs
+        for name, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if name in cached.resumed_req_ids:
+                self._tables[name] = []
+            self._tables[name] += ids[0] if ids else []
+        work = _computed(output)
+        # A prompt that begins like another of the same step attends to what that one writes.
+        for name, begin, count in work:
+            places = self._places(name, begin, begin + count)
+            self._values[places] = self._right[name][begin : begin + count]
+        for name, begin, count in work:
+            end = begin + count
+            there = self._values[self._places(name, 0, end)]
+            wrong = np.flatnonzero(there != self._right[name][:end])
+            assert not len(wrong), f"{name}: wrong KV from token {wrong[0]} on, {begin} were there"
+
+    def _places(self, name: str, begin: int, end: int) -> tuple[Any, Any]:
+        tokens = np.arange(begin, end)
+        return np.array(self._tables[name])[tokens // BLOCK], tokens % BLOCK
 
 
 class Engine:
@@ -113,6 +192,18 @@ class Engine:
         policy: vLLM's scheduling policy.
         scheduler: vLLM's scheduler class, or a subclass.
         depth: Steps in flight: 2 with an asynchronous scheduler.
+        kv: The plugin's settings of KV blocks; without them the block pool is vLLM's.
+        settings: The plugin's settings of its scheduler.
+
+    Attributes:
+        now_s: The clock of the plugin's parts.
+        answers: Tokens that requests have been given.
+        encoded, loaded: Items that were encoded, and those the host tier had.
+        evicted: Items that the device tier gave up.
+        given_up: Items that the block pool stopped keeping while steps were scheduled or ended.
+        found: Prompt tokens that were in KV when a request was let in first.
+        preempted: Times that a request lost its blocks to another.
+        most_device: Most bytes of encoder outputs on the device.
     """
 
     def __init__(
@@ -127,6 +218,8 @@ class Engine:
         slots: int = 4,
         scheduler: Any = Scheduler,
         depth: int = 1,
+        kv: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         config = copy.deepcopy(engine_config())
         config.scheduler_config.max_num_seqs = slots
@@ -135,27 +228,49 @@ class Engine:
         config.scheduler_config.async_scheduling = depth > 1
         config.cache_config.num_gpu_blocks = blocks
         sizes = {"device_mb": device * EMBEDDING_MB, "host_mb": host * EMBEDDING_MB}
-        config.additional_config = {"mm_ext": {"encoder_cache": sizes}}
+        adapter.install()
+        pool = {"enabled": False} if kv is None else dict(kv)
+        config.additional_config = {
+            "mm_ext": {"encoder_cache": sizes, "kv": pool, "scheduler": dict(settings or {})}
+        }
         widths = config.ec_transfer_config.mm_encoder_output_widths
         widths |= {"video": WIDTH, "audio": WIDTH}
         spec = FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
-        kv = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
-        self.scheduler = scheduler(config, kv, StructuredOutputManager(config), BLOCK)
+        cache = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        self.scheduler = scheduler(config, cache, StructuredOutputManager(config), BLOCK)
         self.scheduler.max_num_encoder_input_tokens = encoder_tokens
         self.manager = self.scheduler.encoder_cache_manager
         self.connector = self.scheduler.ec_connector
         self.worker = MMExtECConnector(config, ECConnectorRole.WORKER)
+        self.kv = WorkerKV(blocks)
         self.device: dict[str, torch.Tensor] = {}
+        self.now_s = 0.0
+        self.answers: Counter[str] = Counter()
         self.encoded: list[str] = []
         self.loaded: list[str] = []
-        self.most_device = 0
+        self.evicted = self.given_up = self.found = self.preempted = self.most_device = 0
+        self.scheduler._clock = self._clock
+        if kv is not None:
+            self.pool.sessions._clock = self._clock
+        self._keeps = kv is not None
         self._features: dict[str, Any] = {}
         self._depth = depth
         self._flying: deque[Any] = deque()
 
+    @property
+    def pool(self) -> MMExtBlockPool:
+        """The plugin's block pool."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert isinstance(pool, MMExtBlockPool)
+        return pool
+
+    def _clock(self) -> float:
+        return self.now_s
+
     def add(self, *requests: Request) -> None:
         for one in requests:
             self._features[one.request_id] = one.mm_features
+            self.kv.add(one)
             self.scheduler.add_request(one)
 
     def abort(self, *names: str) -> None:
@@ -178,10 +293,18 @@ class Engine:
             self.step()
         raise AssertionError(f"not done after {most} steps")
 
+    def drain(self) -> None:
+        """End all steps in flight."""
+        while self._flying:
+            self._finish(self._flying.popleft())
+
     def step(self) -> None:
         """Schedule a step and execute the oldest one that is due; what belongs together agrees."""
-        self._flying.append(self.scheduler.schedule())
+        with self._watched():
+            self._flying.append(self.scheduler.schedule())
+        self._count(self._flying[-1])
         self.manager.check_integrity()
+        self.check_blocks()
         while self._flying and (
             len(self._flying) >= self._depth or not self.scheduler.has_unfinished_requests()
         ):
@@ -195,20 +318,59 @@ class Engine:
         result = ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: place for place, name in enumerate(names)},
-            sampled_token_ids=[[11] if self._samples(name, output) else [] for name in names],
+            sampled_token_ids=[[ANSWER] if self._samples(name, output) else [] for name in names],
         )
-        self.scheduler.update_from_output(output, result)
+        with self._watched():
+            results = self.scheduler.update_from_output(output, result)
+        for each in results.values():
+            for one in each.outputs:
+                self.answers[one.request_id] += len(one.new_token_ids)
         self.manager.check_integrity()
+        self.check_blocks()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Count the items that the block pool gives up meanwhile."""
+        before = self._kept_items()
+        yield
+        self.given_up += len(before - self._kept_items())
+
+    def _kept_items(self) -> set[int]:
+        return {item.number for item in self.pool.registry} if self._keeps else set()
+
+    def _count(self, output: Any) -> None:
+        encoded = sum(map(len, output.scheduled_encoder_inputs.values()))
+        self.now_s += STEP_S + TOKEN_S * output.total_num_scheduled_tokens + ITEM_S * encoded
+        self.preempted += len(output.preempted_req_ids or ())
+        self.evicted += len(output.free_encoder_mm_hashes)
+        self.found += sum(new.num_computed_tokens for new in output.scheduled_new_reqs)
+
+    def check_blocks(self) -> None:
+        """Blocks are held by those who use them and by nobody else."""
+        manager = self.scheduler.kv_cache_manager
+        if self._keeps:
+            self.pool.check_integrity()
+        (kept_by,) = manager.coordinator.single_type_managers
+        uses = Counter(
+            block.block_id for blocks in kept_by.req_to_blocks.values() for block in blocks
+        )
+        blocks = manager.block_pool.blocks
+        assert all(block.ref_cnt == uses[block.block_id] for block in blocks[1:])
+        assert manager.block_pool.get_num_free_blocks() == len(blocks) - 1 - len(uses)
 
     def check(self) -> None:
         """The worker holds what the scheduler believes, within the budgets."""
         self.manager.check_integrity()
         self.connector._tier.check_integrity()
-        assert self.device.keys() == self.manager._embeds.keys()
-        kept = self.worker._store._kept
-        assert len(kept) == len(self.connector._tier)
-        assert all(key in self.connector._tier for key in kept)
-        assert sum(t.nbytes for t, _ in kept.values()) == self.connector._tier.held
+        # What an aborted request gave up since the step was scheduled the next one will name.
+        dropped = set(self.manager._freed) - self.manager._embeds.keys()
+        assert self.device.keys() - dropped == self.manager._embeds.keys()
+        # That new weights have come the worker is told with the next plan.
+        if not self.connector._tier._pass.clear:
+            kept = self.worker._store._kept
+            assert len(kept) == len(self.connector._tier)
+            assert all(key in self.connector._tier for key in kept)
+            assert sum(t.nbytes for t, _ in kept.values()) == self.connector._tier.held
         self.most_device = max(self.most_device, sum(t.nbytes for t in self.device.values()))
 
     def _execute(self, output: Any) -> None:
@@ -229,6 +391,7 @@ class Engine:
                 self.worker.save_caches(self.device, key)
         for name, begin, count in _computed(output):
             self._gather(name, begin, begin + count)
+        self.kv.compute(output)
         self.worker.clear_connector_metadata()
 
     def _gather(self, name: str, begin: int, end: int) -> None:

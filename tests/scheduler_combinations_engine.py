@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from scheduler_engine import CONFIG, requests
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
-from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS, SCHEDULER
+from vllm_mm_ext.testing.engine_arguments import EVERY_PART
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 REQUESTS = 18
@@ -61,7 +61,7 @@ def start(mode: str) -> Any:
 
     extra: dict[str, Any] = {}
     if mode != "stock":
-        extra = {**SCHEDULER, **BOTH_TIERS, "additional_config": CONFIG}
+        extra = {**EVERY_PART, "additional_config": CONFIG}
     return LLM(
         str(checkpoint("qwen2_5_vl")),
         dtype="float32",

@@ -85,6 +85,20 @@ def test_two_videos_with_sound_larger_than_the_budget_do_not_wait_for_each_other
     assert len(engine.encoded) == 8
 
 
+@pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])
+@pytest.mark.parametrize("host", [1, 2048])
+def test_a_request_does_not_wait_for_room_that_its_own_later_items_take(
+    scheduler: Any, host: int
+) -> None:
+    """The middle one is there when the step begins, and makes way for the first."""
+    engine = Engine(device=367, host=host, scheduler=scheduler)
+    engine.add(request("before", [Item("middle", 300)]))
+    engine.run()
+    engine.add(request("all", [Item("first", 178), Item("middle", 300), Item("last", 165)]))
+    engine.run(most=60)
+    assert engine.answers["all"] == 3
+
+
 def test_what_the_device_lost_is_loaded_and_not_encoded_again() -> None:
     engine = Engine(device=256, host=2048)
     for turn in range(3):

@@ -85,6 +85,11 @@ class MediaWork:
         """Encoder outputs of all items of a request."""
         return sum(item.tokens for item in self._media_of(request).items)
 
+    def items(self, request: Any, computed: int) -> tuple[Item, ...]:
+        """Items of a request that so many computed tokens do not cover."""
+        media = self._media_of(request)
+        return media.items[bisect_right(media.ends, computed) :]
+
     def need(self, request: Any, now: float) -> Need:
         """What a request needs.
 
@@ -109,8 +114,7 @@ class MediaWork:
         """Tokens of items between two positions that an EC connector has: they cost no compute."""
         if self._scheduler.ec_connector is None:
             return 0
-        media = self._media_of(request)
-        items = media.items[bisect_right(media.ends, start) :]
+        items = self.items(request, start)
         return sum(item.tokens for item in items if item.start < end and self._elsewhere(item))
 
     def _read(self, request: Any, media: _Media, computed: int) -> Need:

@@ -412,7 +412,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             left = own - sum(request.get_num_encoder_embeds(index) for index in items)
         if tokens:
             taken = {*items, *external, *duplicates}
-            left = self._look_ahead(request, given, items, taken, left)
+            left = self._look_ahead(request, num_computed_tokens, given, items, taken, left)
         elif request.status != RequestStatus.RUNNING:
             # vLLM ends its walk over waiting requests here. Others get their turn in later steps.
             self._tried.pop(request.request_id, None)
@@ -430,17 +430,33 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         raise ValueError("all are covered")
 
     def _look_ahead(
-        self, request: Any, given: tuple[Item, ...], items: list[int], taken: set[int], left: int
+        self,
+        request: Any,
+        computed: int,
+        given: tuple[Item, ...],
+        items: list[int],
+        taken: set[int],
+        left: int,
     ) -> int:
-        """Add planned items that prefill does not reach yet; returns what is left to spend."""
+        """Add planned items that prefill does not reach yet; returns what is left to spend.
+
+        None is added behind one that was cached when the plan was made and has made way since: what
+        the request holds by then could be the room that it needs for that one, for good.
+        """
         manager = self.encoder_cache_manager
         known = {request.mm_features[index].identifier for index in taken}
         scheduled = sum(request.get_num_encoder_embeds(index) for index in taken)
-        for item in given:
-            if item.index in taken or item.digest in known:
+        planned = {item.index for item in given}
+        last = max(planned, default=-1)
+        for item in self._reader.media.items(request, computed):
+            if item.index > last:
+                break
+            if item.index in taken or item.digest in known or not item.tokens:
                 continue
             if manager.check_and_update_cache(request, item.index):
                 continue
+            if item.index not in planned:
+                break
             if not manager.can_allocate(request, item.index, left, scheduled):
                 break
             items.append(item.index)
