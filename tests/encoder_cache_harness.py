@@ -250,6 +250,8 @@ class Engine:
         self.loaded: list[str] = []
         self.evicted = self.given_up = self.found = self.preempted = self.most_device = 0
         self.scheduler._clock = self._clock
+        self._preempt = self.scheduler._preempt_request
+        self.scheduler._preempt_request = self._preempt_request
         if kv is not None:
             self.pool.sessions._clock = self._clock
         self._keeps = kv is not None
@@ -266,6 +268,18 @@ class Engine:
 
     def _clock(self) -> float:
         return self.now_s
+
+    def _preempt_request(self, one: Request, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; what the request was to compute in this very pass is not found any more.
+
+        By priority vLLM takes back what it has scheduled, and lets later requests find in the
+        prefix cache what was never computed, with its own block pool as with any other.
+        """
+        manager = self.scheduler.kv_cache_manager
+        (held_by,) = manager.coordinator.single_type_managers
+        blocks = held_by.req_to_blocks[one.request_id][one.num_computed_tokens // BLOCK :]
+        self._preempt(one, *args, **kwargs)
+        manager.evict_blocks({block.block_id for block in blocks if block.block_hash is not None})
 
     def add(self, *requests: Request) -> None:
         for one in requests:
@@ -350,9 +364,9 @@ class Engine:
         manager = self.scheduler.kv_cache_manager
         if self._keeps:
             self.pool.check_integrity()
-        (kept_by,) = manager.coordinator.single_type_managers
+        (held_by,) = manager.coordinator.single_type_managers
         uses = Counter(
-            block.block_id for blocks in kept_by.req_to_blocks.values() for block in blocks
+            block.block_id for blocks in held_by.req_to_blocks.values() for block in blocks
         )
         blocks = manager.block_pool.blocks
         assert all(block.ref_cnt == uses[block.block_id] for block in blocks[1:])

@@ -15,17 +15,20 @@ from typing import Any
 import numpy as np
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
-from vllm_mm_ext.testing.engine_arguments import SCHEDULER
+from vllm_mm_ext.testing.engine_arguments import EVERY_PART
 from vllm_mm_ext.testing.server import KV_CACHE_BYTES
 
 REQUESTS = 200
 VIDEOS = 12
+SESSIONS = 5
 PROMPT = "see <|vision_start|><|video_pad|><|vision_end|> what"
 CONFIG = {
     "mm_ext": {
         "media": {"sampling": {"policy": "stock"}, "resize": "native"},
         "segments": {"tokens": 48},
         "scheduler": {"target_itl_ms": 20.0},
+        # A video or two on the device, all of them in host memory.
+        "encoder_cache": {"device_mb": 0.1, "host_mb": 4.0},
     }
 }
 
@@ -35,7 +38,7 @@ def start(mode: str) -> Any:
 
     extra: dict[str, Any] = {}
     if mode != "stock":
-        extra = {**SCHEDULER, "additional_config": CONFIG}
+        extra = {**EVERY_PART, "additional_config": CONFIG}
     return LLM(
         str(checkpoint("qwen2_5_vl")),
         dtype="float32",
@@ -99,6 +102,30 @@ def requests() -> tuple[list[Any], list[Any]]:
     return prompts, sampling
 
 
+def name_sessions(engine: Any) -> None:
+    """Let two of three requests have a ``session_id``, which ``vllm.LLM`` has no argument for."""
+    add_request = engine.add_request
+
+    def with_session(request_id: str, *args: Any, **kwargs: Any) -> Any:
+        number = int(request_id)
+        session = f"session {number % SESSIONS}" if number % 3 != 1 else None
+        return add_request(request_id, *args, session_id=session, **kwargs)
+
+    engine.add_request = with_session
+
+
+def caches(scheduler: Any) -> dict[str, Any]:
+    """What the plugin's caches are, and whether their bookkeeping is as it should be."""
+    manager, host = scheduler.encoder_cache_manager, scheduler.ec_connector
+    pool = scheduler.kv_cache_manager.block_pool
+    for one in (manager, host._tier, pool):
+        one.check_integrity()
+    return {
+        "caches": [type(one).__name__ for one in (manager, host, pool)],
+        "sessions": len(pool.sessions),
+    }
+
+
 def cut_short(llm: Any, video: dict[str, Any], *, preempted: bool) -> list[int]:
     """The answer about a video whose KV is found, and gone again when the answer is half done.
 
@@ -131,13 +158,17 @@ def cut_short(llm: Any, video: dict[str, Any], *, preempted: bool) -> list[int]:
 def main(mode: str) -> None:
     llm = start(mode)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    seen = {"preempted": 0, "items": 0}
+    name_sessions(llm.llm_engine)
+    seen = {"preempted": 0, "items": 0, "evicted": 0, "loaded": 0}
     schedule = scheduler.schedule
 
     def counted(*args: Any) -> Any:
         output = schedule(*args)
         seen["preempted"] += len(output.preempted_req_ids or ())
         seen["items"] += sum(len(one) for one in output.scheduled_encoder_inputs.values())
+        seen["evicted"] += len(output.free_encoder_mm_hashes)
+        if output.ec_connector_metadata is not None:
+            seen["loaded"] += len(output.ec_connector_metadata.plan.loads)
         return output
 
     scheduler.schedule = counted
@@ -147,6 +178,7 @@ def main(mode: str) -> None:
         "scheduler": type(scheduler).__name__,
         "tokens": [[list(one.token_ids) for one in answer.outputs] for answer in answers],
         **seen,
+        **(caches(scheduler) if mode == "plugin" else {}),
         "cut_short": cut_short(llm, prompts[0], preempted=mode == "plugin"),
         "items_again": seen["items"],
         "left": len(scheduler.requests),

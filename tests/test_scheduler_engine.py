@@ -1,4 +1,4 @@
-"""The scheduler changes no greedy answer, whatever is preempted.
+"""Scheduler, block pool and encoder cache change no greedy answer, whatever is preempted.
 
 On CPUs vLLM schedules synchronously; ``test_scheduler_steps`` drives the asynchronous class.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engine_script import run_script
+from scheduler_engine import SESSIONS
 
 pytestmark = pytest.mark.engine
 
@@ -37,6 +38,16 @@ def test_requests_were_preempted_and_none_is_left(
     assert found["preempted"] > 5
     assert found["items"] >= 12
     assert found["left"] == 0
+
+
+@pytest.mark.timeout(1200)
+def test_encoder_outputs_were_evicted_and_loaded_again(outcomes: dict[str, Any]) -> None:
+    """Otherwise equal answers would say nothing about the caches."""
+    found = outcomes["plugin"]
+    assert found["caches"] == ["MMExtEncoderCacheManager", "MMExtECConnector", "MMExtBlockPool"]
+    assert found["evicted"] > 12
+    assert found["loaded"] > 12
+    assert found["sessions"] == SESSIONS
 
 
 @pytest.mark.timeout(1200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from typing import Any, NamedTuple
@@ -32,10 +33,10 @@ class Admission:
 
     A refused request is out of the encoder plan for ``BACK_OFF`` steps, so that others pass it, or
     until what it lacked is there. That could be taken by later ones for ever. So from its promotion
-    on, these are let in only with KV blocks that its prompt does not need, and not with a LoRA
-    adapter other than its own if that is what it lacks. What runs ends, hence it gets its turn. The
-    door is open while nothing runs and yet something lacks: blocks may be held by sessions that
-    wait for input.
+    on, these are let in only with KV blocks that neither its prompt nor those of promoted requests
+    between them need, and not with a LoRA adapter other than its own if that is what it lacks. What
+    runs ends, hence it gets its turn. The door is open while nothing runs and yet something lacks:
+    blocks may be held by sessions that wait for input.
 
     Args:
         scheduler: vLLM's scheduler.
@@ -48,6 +49,7 @@ class Admission:
         self._refusals: dict[str, _Refusal] = {}
         self._failed: set[str] = set()
         self._keeps: dict[Scarce, Any] = {}
+        self._line: list[tuple[int, int]] = []
 
     def forget(self, key: str) -> None:
         """The request has what it lacked, or is no more."""
@@ -113,6 +115,25 @@ class Admission:
                 self._refusals[key] = _Refusal(0, scarce)
             if (running or there) and is_promoted(request):
                 self._keeps.setdefault(scarce, request)
+        first = self._keeps.get(Scarce.BLOCKS)
+        self._line = [] if first is None else self._line_behind(first, is_promoted)
+
+    def _line_behind(self, first: Any, is_promoted: Callable[[Any], bool]) -> list[tuple[int, int]]:
+        """By order of coming, who has the blocks kept, and how many all up to each of them lack.
+
+        That is the first that was refused, and the promoted ones after it: each may be refused as
+        well once it is tried, and what is let in until then would have its blocks.
+        """
+        number = self._number(first.request_id)
+        waiting = {
+            self._number(one.request_id): one for one in self._scheduler.waiting.candidates()
+        }
+        later = sorted(n for n, one in waiting.items() if n > number and is_promoted(one))
+        line, lacking = [], 0
+        for place, one in ((number, first), *((n, waiting[n]) for n in later)):
+            lacking += int(self._scheduler._request_remaining_blocks(one))
+            line.append((place, lacking))
+        return line
 
     def _is_there(self, request: Any, scarce: Scarce, adapters: set[int]) -> bool:
         if scarce is Scarce.ADAPTER:
@@ -120,9 +141,9 @@ class Admission:
             return own in adapters or len(adapters) < self._scheduler.lora_config.max_loras
         return scarce is Scarce.BLOCKS and self._have_blocks(request)
 
-    def _have_blocks(self, *requests: Any) -> bool:
+    def _have_blocks(self, request: Any, kept: int = 0) -> bool:
         scheduler = self._scheduler
-        needed = sum(scheduler._request_remaining_blocks(one) for one in requests)
+        needed = kept + scheduler._request_remaining_blocks(request)
         return bool(needed <= scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
     def holds(self, request: Any) -> bool:
@@ -135,8 +156,10 @@ class Admission:
             own, wanted = request.lora_request.lora_int_id, before.lora_request.lora_int_id
             if own != wanted:
                 return True
-        before = self._before(Scarce.BLOCKS, request)
-        return before is not None and not self._have_blocks(before, request)
+        if self._before(Scarce.BLOCKS, request) is None:
+            return False
+        place = bisect_left(self._line, (self._number(request.request_id),))
+        return not self._have_blocks(request, kept=self._line[place - 1][1])
 
     def _before(self, scarce: Scarce, request: Any) -> Any:
         kept = self._keeps.get(scarce)

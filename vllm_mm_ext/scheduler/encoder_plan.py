@@ -106,7 +106,8 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
     that passes it needs at most half of what it needs, so at most log2 of the longest video (in
     tokens) over the shortest hold one, whatever comes. Promoted requests are not put behind, nor is
     any behind requests of lower priority; with priorities the bound is per priority. Those that
-    could not be let in always are: what they lack may be in the hands of half-encoded ones.
+    could not be let in always are: what they lack may be in the hands of half-encoded ones. No
+    other waiting request passes a promoted one for that.
 
     Args:
         demands: By rank.
@@ -125,8 +126,13 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
         most = min((n for level, n in least.items() if level <= demand.priority), default=math.inf)
         return demand.failed or not (demand.promoted or 2 * demand.tokens <= most)
 
+    late, passed_over = set(), False
+    for demand in demands:
+        if behind(demand) or (passed_over and not demand.running):
+            late.add(demand.key)
+            passed_over |= demand.promoted
     # sorted is stable: ranks are kept within both groups.
-    return sorted(demands, key=behind)
+    return sorted(demands, key=lambda demand: demand.key in late)
 
 
 def first_served(

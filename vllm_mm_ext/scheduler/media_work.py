@@ -70,6 +70,10 @@ class MediaWork:
         self._media.pop(request_id, None)
         self._looks.pop(request_id, None)
 
+    def look_again(self, request: Any) -> None:
+        """What was found for a waiting request no longer stands."""
+        self._looks.pop(request.request_id, None)
+
     def note(self, output: Any) -> None:
         """Learn from a scheduled step which items the encoder cache gets and which it gives up."""
         requests = self._scheduler.requests
