@@ -21,7 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.config import MMExtConfig
-from vllm_mm_ext.scheduler.admission import Admission
+from vllm_mm_ext.scheduler.admission import Admission, Scarce
 from vllm_mm_ext.scheduler.encoder_plan import (
     EncoderPlan,
     EncoderRoom,
@@ -416,7 +416,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         elif request.status != RequestStatus.RUNNING:
             # vLLM ends its walk over waiting requests here. Others get their turn in later steps.
             self._tried.pop(request.request_id, None)
-            self._reader.media.look_again(request)
+            if request.request_id in self._promoted:
+                # It must not be passed meanwhile.
+                self._reader.media.look_again(request)
+            else:
+                self._admission.refuse(request, Scarce.OTHER)
             self.encoder_cache_manager.free(request)
         return items, tokens, encoder_compute_budget - (own - left), external, duplicates
 
