@@ -221,3 +221,11 @@ def test_they_agree_whatever_their_sizes_and_settings_are() -> None:
 
     each()
     assert all(seen[what] > 20 for what in ("preempted", "found", "given_up", "evicted", "loaded"))
+
+
+def test_what_is_found_behind_a_cut_takes_no_room_from_what_is_lacking_before_it() -> None:
+    """An item larger than the device's budget, on the device, behind a picture and its sound."""
+    options: dict[str, Any] = {"policy": "fcfs", "depth": 1, "kv": KV["all may be kept"]}
+    settings = {"aging_s": 60.0, "target_itl_ms": 1.0}
+    seen = _run(646225679, 300, blocks=157, device=195, host=1349, settings=settings, **options)
+    assert seen["loaded"] > 0

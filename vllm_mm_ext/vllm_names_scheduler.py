@@ -55,6 +55,8 @@ SCHEDULER_NAMES = (
         ("request", "input_id", "encoder_compute_budget", "num_embeds_to_schedule"),
     ),
     VllmName(f"{_MANAGER}.free", ("request",)),
+    VllmName(f"{_MANAGER}.free_encoder_input", ("request", "input_id")),
+    VllmName(f"{_MANAGER}.get_cached_input_ids", ("request",)),
 )
 
 # What ``Scheduler.__init__`` sets and the plugin's scheduler reads or sets.

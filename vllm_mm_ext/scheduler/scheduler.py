@@ -410,6 +410,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                 for indices in (items, external, duplicates)
             )
             left = own - sum(request.get_num_encoder_embeds(index) for index in items)
+            # What was found behind must not hold the room that is lacking before it, for good.
+            manager = self.encoder_cache_manager
+            for index in list(manager.get_cached_input_ids(request)):
+                if index >= cut:
+                    manager.free_encoder_input(request, index)
         if tokens:
             taken = {*items, *external, *duplicates}
             left = self._look_ahead(request, num_computed_tokens, given, items, taken, left)
