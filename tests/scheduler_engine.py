@@ -159,7 +159,7 @@ def main(mode: str) -> None:
     llm = start(mode)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     name_sessions(llm.llm_engine)
-    seen = {"preempted": 0, "items": 0, "evicted": 0, "loaded": 0}
+    seen = {"preempted": 0, "items": 0, "evicted": 0}
     schedule = scheduler.schedule
 
     def counted(*args: Any) -> Any:
@@ -167,8 +167,6 @@ def main(mode: str) -> None:
         seen["preempted"] += len(output.preempted_req_ids or ())
         seen["items"] += sum(len(one) for one in output.scheduled_encoder_inputs.values())
         seen["evicted"] += len(output.free_encoder_mm_hashes)
-        if output.ec_connector_metadata is not None:
-            seen["loaded"] += len(output.ec_connector_metadata.plan.loads)
         return output
 
     scheduler.schedule = counted
