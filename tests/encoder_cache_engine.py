@@ -109,6 +109,21 @@ def rounds(engine: Any, files: Sequence[Path]) -> tuple[list[Any], list[int]]:
     return found, encoded
 
 
+def device_memory(engine: Any, files: Sequence[Path]) -> int:
+    """Bytes that the encoder cache of the runner holds at most, one or all videos asked about."""
+    core = engine.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    held = []
+    core.reset_encoder_cache()
+    for file in files:
+        for asked in ([file], files):
+            engine.reset_prefix_cache()
+            ask(engine, asked)
+            storages = (output.untyped_storage() for output in runner.encoder_cache.values())
+            held.append(sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
+    return max(held)
+
+
 def refuses_embeddings(engine: Any) -> str:
     """What a client is told who sends embeddings."""
     from vllm.exceptions import VLLMValidationError
@@ -159,6 +174,7 @@ def main(media: Path) -> None:
     engine.llm_engine.engine_core.reset_encoder_cache()
     with record_steps(engine) as trace:
         found["after reset_encoder_cache"] = [ask(engine, files), len(trace.encoded())]
+    found["device_memory"] = device_memory(engine, files)
     manager.check_integrity()
     print(json.dumps(found))
 

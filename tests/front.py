@@ -75,19 +75,25 @@ class Front:
         **more: Any,
     ) -> Rendered:
         """A chat request with these messages."""
+        return asyncio.run(self.rendered(messages, options, session, **more))
+
+    async def rendered(
+        self,
+        messages: list[Any],
+        options: dict[str, Any] | None = None,
+        session: str | None = None,
+        **more: Any,
+    ) -> Rendered:
+        """As ``render_messages``, for requests at the same time: each is a task of its own."""
         request = ChatCompletionRequest(model="m", messages=messages, **more)
-
-        async def run() -> Rendered:
-            trace = open_trace()
-            answers.begin(options, session)
-            _, (made,) = await self.renderer.render_chat_async(
-                [request.messages],
-                request.build_chat_params(None, "auto"),
-                request.build_tok_params(self.renderer.model_config),
-            )
-            return Rendered(len(made["prompt_token_ids"]), trace, made["arrival_time"])
-
-        return asyncio.run(run())
+        trace = open_trace()
+        answers.begin(options, session)
+        _, (made,) = await self.renderer.render_chat_async(
+            [request.messages],
+            request.build_chat_params(None, "auto"),
+            request.build_tok_params(self.renderer.model_config),
+        )
+        return Rendered(len(made["prompt_token_ids"]), trace, made["arrival_time"])
 
 
 @contextmanager

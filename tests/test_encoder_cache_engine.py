@@ -50,5 +50,11 @@ def test_new_weights_empty_both_tiers_and_new_processor_caches_neither(outcome: 
     assert outcome["after reset_encoder_cache"][1] == outcome["encoded"][0]
 
 
+def test_kept_outputs_keep_nothing_else_in_memory(outcome: Any) -> None:
+    # Outputs of one encoder call are views of one tensor, until each is copied out of it.
+    _, capacity, _ = outcome["device"]
+    assert 0 < outcome["device_memory"] <= capacity
+
+
 def test_clients_still_cannot_send_embeddings(outcome: Any) -> None:
     assert "--enable-mm-embeds" in outcome["refusal"]

@@ -30,44 +30,33 @@ def test_frame_digests_are_of_each_frames_bytes_and_made_once() -> None:
     assert flipped.frame_digests()[0] == blake3(np.asarray(made)[0, ::-1].tobytes()).digest()
 
 
-def test_another_reduction_shares_pixels_but_not_the_digest() -> None:
+def test_another_reduction_shares_pixels_and_memo_but_not_the_digest() -> None:
     made = frames()
     pooled = made.reduced(POOLED)
     assert np.shares_memory(pooled, made)
     assert pooled.frame_digests() is made.frame_digests()
-    assert pooled.shared is made.shared
-    assert pooled.memo is not made.memo
+    assert pooled.memo is made.memo
     assert pooled.digest not in (made.digest, made.reduced(Reduction(pool=3)).digest)
+    assert made.reduced(POOLED).digest == pooled.digest
     assert (pooled.reduction, pooled.pinned, pooled.step) == (POOLED, True, 0.5)
     assert (pooled.times, pooled.audio) == (made.times, made.audio)
-    assert made.reduced(POOLED) is pooled
     assert made.reduced(NO_REDUCTION) is made
-
-
-def test_only_the_last_few_reductions_are_remembered() -> None:
-    made = frames()
-    first = made.reduced(POOLED)
-    for part in range(1, 9):
-        made.reduced(Reduction(static="prune", keep=part / 10))
-    again = made.reduced(POOLED)
-    assert again is not first
-    assert again.digest == first.digest
 
 
 def test_views_drop_what_holds_for_the_whole() -> None:
     made = frames(reduction=POOLED)
-    made.memo["key"] = made.shared["key"] = "value"
+    made.memo["key"] = "value"
     part = made[:2]
     assert (part.digest, part.times, part.step, part.pinned) == (None, None, None, False)
-    assert (part.memo, part.shared, part.reduction) == ({}, {}, NO_REDUCTION)
+    assert (part.memo, part.reduction) == ({}, NO_REDUCTION)
 
 
 def test_pickling_keeps_the_origin_and_leaves_the_memo() -> None:
     made = frames(reduction=POOLED)
-    made.memo["key"] = made.shared["key"] = "value"
+    made.memo["key"] = "value"
     for other in (pickle.loads(pickle.dumps(made)), copy.copy(made)):
         assert np.array_equal(other, made)
     loaded = pickle.loads(pickle.dumps(made))
     assert (loaded.digest, loaded.step, loaded.reduction, loaded.pinned) == ("d", 0.5, POOLED, True)
-    assert (loaded.memo, loaded.shared) == ({}, {})
+    assert loaded.memo == {}
     assert loaded.frame_digests() == made.frame_digests()

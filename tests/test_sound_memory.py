@@ -23,7 +23,7 @@ REDUCTIONS = (NO_REDUCTION, Reduction(pool=2), Reduction(temporal=2))
 
 def held(frames: SampledFrames) -> dict[int, int]:
     """Bytes of the log-mel storage that frames keep, by its address."""
-    values = [*frames.memo.values(), *frames.shared.values()]
+    values = frames.memo.values()
     storages = [v.untyped_storage() for v in values if hasattr(v, "untyped_storage")]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+from vllm_mm_ext.encoder_cache.outputs import owned
+
 
 class HostStore:
     """Encoder outputs in host memory: pinned where they come from a GPU.
@@ -23,9 +25,7 @@ class HostStore:
     def save(self, key: str, output: torch.Tensor) -> None:
         """Keep an output ``[tokens, width]``; what was kept under its key is replaced."""
         if output.device.type == "cpu":
-            # A view would keep the outputs of all items of its batch.
-            whole = output.untyped_storage().nbytes() == output.nbytes
-            kept = output if whole else output.clone()
+            kept = owned(output)
         else:
             kept = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
             kept.copy_(output, non_blocking=True)

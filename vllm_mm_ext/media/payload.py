@@ -15,9 +15,6 @@ from blake3 import blake3
 
 from vllm_mm_ext.options import NO_REDUCTION, Reduction
 
-# Reductions of one video that are remembered with it; requests choose them.
-_MAX_REDUCTIONS = 4
-
 
 class _Carrier(np.ndarray[Any, Any]):
     """Array whose attributes hold for the whole of it only: views, slices and results drop them."""
@@ -36,7 +33,7 @@ class _Carrier(np.ndarray[Any, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         reduced: tuple[Any, ...] = tuple(super().__reduce__())
-        carried = {k: v for k, v in self.__dict__.items() if k not in ("memo", "shared")}
+        carried = {k: v for k, v in self.__dict__.items() if k != "memo"}
         return reduced[0], reduced[1], (reduced[2], carried)
 
     def __setstate__(self, state: Any) -> None:
@@ -95,10 +92,10 @@ class SampledFrames(_Carrier):
     Attributes:
         digest, times, audio, step, reduction, pinned: As given; None, None, None, None, no
             reduction and False on an array derived from sampled frames.
-        memo: Values derived from the frames, kept with them for later turns; empty on a derived
-            or unpickled array.
-        shared: As ``memo``, of what does not depend on ``reduction``: one for all reductions of
-            these frames.
+        memo: Values worked out from the frames, kept with them for later turns: one dictionary for
+            all reductions of the frames; empty on a derived or unpickled array. No value may hold
+            the frames or a view of them: Python's garbage collector does not look into NumPy
+            arrays, so frames that their own memo leads back to are never freed.
 
     Raises:
         ValueError: ``frames`` does not have four dimensions, or ``times`` not one per frame.
@@ -110,7 +107,6 @@ class SampledFrames(_Carrier):
     reduction: Reduction
     pinned: bool
     memo: dict[Any, Any]
-    shared: dict[Any, Any]
 
     def __new__(
         cls,
@@ -144,51 +140,42 @@ class SampledFrames(_Carrier):
         self.reduction = NO_REDUCTION
         self.pinned = False
         self.memo = {}
-        self.shared = {}
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
         self.memo = {}
-        self.shared = {}
 
     def frame_digests(self) -> tuple[bytes, ...]:
         """BLAKE3 of each frame's bytes, 32 bytes each; computed once and remembered."""
-        made: tuple[bytes, ...] | None = self.shared.get("frame_digests")
+        made: tuple[bytes, ...] | None = self.memo.get("frame_digests")
         if made is None:
             pixels = np.ascontiguousarray(np.asarray(self))
             made = tuple(blake3(frame.reshape(-1)).digest() for frame in pixels)
-            self.shared["frame_digests"] = made
+            self.memo["frame_digests"] = made
         return made
 
     def reduced(self, reduction: Reduction) -> SampledFrames:
         """The same frames and sound, to be given to the model with another ``reduction``.
 
-        Pixels and ``shared`` are the same. The same call gives the same object, for the last few
-        reductions asked for.
+        Pixels and ``memo`` are the same.
 
         Args:
             reduction: In place of no reduction, which ``self`` must have.
         """
         if reduction == self.reduction:
             return self
-        made: dict[Reduction, SampledFrames] = self.memo.setdefault("reduced", {})
-        found = made.pop(reduction, None)
-        if found is None:
-            digest = blake3(f"{self.digest}|{reduction.key()}".encode()).hexdigest()
-            found = SampledFrames(
-                np.asarray(self),
-                digest=str(digest),
-                times=self.times,
-                audio=self.audio,
-                step=self.step,
-                reduction=reduction,
-                pinned=self.pinned,
-            )
-            found.shared = self.shared
-        made[reduction] = found
-        while len(made) > _MAX_REDUCTIONS:
-            made.pop(next(iter(made)))
-        return found
+        digest = blake3(f"{self.digest}|{reduction.key()}".encode()).hexdigest()
+        made = SampledFrames(
+            np.asarray(self),
+            digest=str(digest),
+            times=self.times,
+            audio=self.audio,
+            step=self.step,
+            reduction=reduction,
+            pinned=self.pinned,
+        )
+        made.memo = self.memo
+        return made
 
 
 def known_digest(obj: object) -> str | None:

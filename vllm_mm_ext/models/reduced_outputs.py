@@ -15,6 +15,7 @@ import torch
 
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.compression.reduce import reduce_tokens
+from vllm_mm_ext.encoder_cache.outputs import owned
 from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.processing.fields import KEPT, REDUCTION, reduction_of
 
@@ -54,10 +55,12 @@ class ReducedOutputs:
             kwargs: The model's inputs; fields ``REDUCTION`` and ``KEPT`` for videos.
 
         Returns:
-            Tokens ``[tokens, channels]`` of each item.
+            Tokens ``[tokens, channels]`` of each item, each in memory of its own.
         """
         outputs = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        return self._reduced(outputs, kwargs) if REDUCTION in kwargs else outputs
+        if REDUCTION in kwargs:
+            outputs = self._reduced(outputs, kwargs)
+        return tuple(owned(output) for output in outputs)
 
     def _reduced(
         self, outputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any]

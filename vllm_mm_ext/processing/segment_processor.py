@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,32 +32,13 @@ from vllm_mm_ext.processing.segments import (
     segment_digest,
     segments_of,
 )
+from vllm_mm_ext.processing.splits import SegmentRecipe, SplitRecipe, SplitVideo, remembered
 from vllm_mm_ext.processing.token_counts import TokenCount
 
 # Pixels of one request may take this share of vLLM's processor cache; other items go there too.
 _CACHE_SHARE = 0.5
-# Ways in which one video is split that are remembered with its frames.
-_MAX_SPLITS = 4
 # Client-named videos whose segments are remembered, for requests that send the name alone.
 _MAX_NAMES = 4096
-
-
-@dataclass(frozen=True)
-class SplitVideo:
-    """A user video as the prompt takes it.
-
-    Attributes:
-        segments: Its mm items; None where the client sent the name alone.
-        names: Their names where the client named the video, else None each.
-        metadata: vLLM's own words on the video.
-        before, after: Tokens around all of them.
-    """
-
-    segments: Sequence[VideoSegment | None]
-    names: Sequence[str | None]
-    metadata: dict[str, Any]
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
 
 
 class SegmentItems(VideoProcessorItems):  # type: ignore[misc]
@@ -263,7 +243,7 @@ class SegmentProcessor:
             return None
         if not isinstance(frames, SampledFrames):
             frames = _wrapped(frames, self.default_reduction)
-        video = self._remembered_split(frames, metadata, hf_kwargs)
+        video = self._split_frames(frames, metadata, hf_kwargs)
         if video is None or name is None:
             return video
         named = [f"{name}#{segment.digest}" for segment in video.segments if segment is not None]
@@ -275,27 +255,26 @@ class SegmentProcessor:
             self._named.popitem(last=False)
         return video
 
-    def _remembered_split(
-        self,
-        frames: SampledFrames,
-        metadata: dict[str, Any] | None,
-        hf_kwargs: Mapping[str, object],
-    ) -> SplitVideo | None:
-        """A follow-up turn gets the same frames object, and with it the work of the first turn."""
-        key = (self.segment_tokens, repr(sorted(hf_kwargs.items())), repr(metadata))
-        made: dict[Any, SplitVideo | None] = frames.memo.setdefault("segments", {})
-        if key not in made:
-            while len(made) >= _MAX_SPLITS:
-                made.pop(next(iter(made)))
-            made[key] = self._split_frames(frames, metadata, hf_kwargs)
-        return made[key]
-
     def _split_frames(
         self,
         frames: SampledFrames,
         metadata: dict[str, Any] | None,
         hf_kwargs: Mapping[str, object],
     ) -> SplitVideo | None:
+        asked = (frames.reduction.key(), repr(sorted(hf_kwargs.items())), repr(metadata))
+        recipe = remembered(
+            frames,
+            (self.segment_tokens, *asked),
+            lambda: self._recipe(frames, metadata, hf_kwargs),
+        )
+        return None if recipe is None else recipe.applied(frames, metadata)
+
+    def _recipe(
+        self,
+        frames: SampledFrames,
+        metadata: dict[str, Any] | None,
+        hf_kwargs: Mapping[str, object],
+    ) -> SplitRecipe | None:
         shape = self.shape_of(frames, metadata)
         layout = self.layout(shape, hf_kwargs)
         if layout is None:
@@ -309,11 +288,8 @@ class SegmentProcessor:
         for part in segments_of(layout, shape.reduction, self.segment_tokens, pixels):
             track = self.track_piece(frames, part)
             digest = segment_digest(part, frames.shape[1:3], digests[part.frames], track)
-            segments.append(
-                VideoSegment.of(np.asarray(frames[part.frames]), part, digest=digest, track=track)
-            )
-        before, after = self.around(layout)
-        return SplitVideo(segments, [None] * len(segments), metadata or {}, before, after)
+            segments.append(SegmentRecipe(part, digest, track))
+        return SplitRecipe(tuple(segments), *self.around(layout))
 
     def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
         """What decides the tokens of a video."""

@@ -150,15 +150,15 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         if part.layout.sound is None or part.audio[0] == part.audio[1]:
             return None
         assert frames.audio is not None
-        if "mel" not in frames.shared:
+        if "mel" not in frames.memo:
             # The transform clamps to the clip's maximum, so pieces cannot be computed apart.
-            frames.shared["mel"] = self.track_features(frames.audio)
+            frames.memo["mel"] = self.track_features(frames.audio)
         window = self.audio_window()
         begin = part.audio[0] // window.tokens * window.mel_frames
         total = part.layout.sound.runs
         to_the_end = part.audio[1] == sum(audio for _, audio in total)
         end = None if to_the_end else part.audio[1] // window.tokens * window.mel_frames
-        return piece_of(frames.audio, frames.shared["mel"][:, begin:end])
+        return piece_of(frames.audio, frames.memo["mel"][:, begin:end])
 
     def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
         """Tokens of a segment; with sound, only the visual ones take the video's embeddings."""

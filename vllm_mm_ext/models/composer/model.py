@@ -32,6 +32,7 @@ from vllm.utils.torch_utils import aux_stream
 
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.compression.reduce import reduce_tokens
+from vllm_mm_ext.encoder_cache.outputs import owned
 from vllm_mm_ext.models.composer.audio_encoder import WindowEncoder
 from vllm_mm_ext.models.composer.configuration import ARCHITECTURE, ComposerConfig
 from vllm_mm_ext.models.composer.connector import AudioConnector, VideoConnector
@@ -139,7 +140,7 @@ class MMExtComposerForConditionalGeneration(
             kwargs: Fields of the items, as `processing.composer` makes them.
 
         Returns:
-            ``[embeddings, text_hidden]`` of each item.
+            ``[embeddings, text_hidden]`` of each item, each in memory of its own.
         """
         made: list[torch.Tensor] = []
         if "pixel_values_videos" in kwargs:
@@ -148,7 +149,7 @@ class MMExtComposerForConditionalGeneration(
             windows = self._windows(kwargs, "audio")
             encoded = self._encode_windows([one for own in windows for one in own])
             made += _joined(encoded, [len(own) for own in windows])
-        return tuple(made)
+        return tuple(owned(output) for output in made)
 
     def _segments(self, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         frames = list(kwargs["pixel_values_videos"])
