@@ -35,6 +35,7 @@ from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.runtime import current_runtime
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_clip
+from vllm_mm_ext.testing.usage import mapped_media
 
 CLIPS = 200
 AT_ONCE = 4
@@ -60,16 +61,6 @@ def _without_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def mapped_bytes() -> int:
-    """Bytes of decoded frames and sound that this process maps."""
-    total = 0
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "/memfd:vllm_mm_ext" in line:
-            begin, end = line.split(maxsplit=1)[0].split("-")
-            total += int(end, 16) - int(begin, 16)
-    return total
 
 
 async def ask_twice(front: Front, name: str) -> tuple[int, list[bool]]:
@@ -108,7 +99,7 @@ def test_live_frames_stay_within_the_cache_and_what_is_in_flight(tmp_path: Path)
     async def at_once(front: Front, names: list[str]) -> list[tuple[int, list[bool]]]:
         return await asyncio.gather(*(ask_twice(front, name) for name in names))
 
-    before, most, decoded = mapped_bytes(), 0, 0
+    before, most, decoded = mapped_media(os.getpid()), 0, 0
     with opened(tmp_path, **arguments) as front:
         for number in range(0, CLIPS, AT_ONCE):
             names = [f"{number + i}.mp4" for i in range(AT_ONCE)]
@@ -117,7 +108,7 @@ def test_live_frames_stay_within_the_cache_and_what_is_in_flight(tmp_path: Path)
             for size, cached in asyncio.run(at_once(front, names)):
                 assert cached == [False, True]
                 decoded += size
-            most = max(most, mapped_bytes() - before)
+            most = max(most, mapped_media(os.getpid()) - before)
         jobs = current_runtime().frontend.pool.stats()["jobs"]
     assert jobs == 2 * CLIPS  # A probe and a decode each.
     in_flight = AT_ONCE * decoded / CLIPS

@@ -118,13 +118,21 @@ def ask(
 
 def conversation(video_url: str, turn: int) -> list[dict[str, Any]]:
     """The messages of turn ``turn`` (from 1): the video in the first, a question in each."""
+    return messages_about([video_part(video_url)], turn)
+
+
+def messages_about(media: Sequence[Mapping[str, Any]], turn: int) -> list[dict[str, Any]]:
+    """The messages of turn ``turn`` (from 1): parts ``media`` in the first, a question in each."""
     messages: list[dict[str, Any]] = []
     for number in range(turn):
         question = {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}
-        parts: list[dict[str, Any]] = [question]
-        if number == 0:
-            parts = [{"type": "video_url", "video_url": {"url": video_url}}, question]
+        parts = [*media, question] if number == 0 else [question]
         messages.append({"role": "user", "content": parts})
         if number < turn - 1:
             messages.append({"role": "assistant", "content": REPLY})
     return messages
+
+
+def video_part(url: str | None, **more: Any) -> dict[str, Any]:
+    """The part of a message that shows a video; ``more`` are further fields of the part."""
+    return {"type": "video_url", "video_url": None if url is None else {"url": url}, **more}

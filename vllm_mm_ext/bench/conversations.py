@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -30,18 +29,10 @@ from vllm_mm_ext.bench.conversations_engine import (
 from vllm_mm_ext.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.bench.inprocess import measure
 from vllm_mm_ext.testing.checkpoints import build
-from vllm_mm_ext.testing.engine_arguments import EVERY_PART
+from vllm_mm_ext.testing.engine_arguments import EVERY_PART, as_flags
 from vllm_mm_ext.testing.server import Server, serve
 
 CONVERSATIONS = 12
-_PARTS = tuple(
-    part
-    for name, value in EVERY_PART.items()
-    for part in (
-        "--" + name.replace("_", "-"),
-        value if isinstance(value, str) else json.dumps(value),
-    )
-)
 # The plugin without its block pool: what is left is what the pool does.
 _SIDES = ("stock", "plugin", "kv off")
 
@@ -103,7 +94,7 @@ def _server(model: Path, media: Path, side: str) -> Any:
             *("--limit-mm-per-prompt", '{"video": 1, "image": 0}'),
             *("--media-io-kwargs", f'{{"video": {{"fps": {FPS}, "max_frames": {MAX_FRAMES}}}}}'),
             *("--dtype", "float32", "--enable-prompt-tokens-details"),
-            *(_PARTS if side != "stock" else ()),
+            *(as_flags(EVERY_PART) if side != "stock" else ()),
         ],
         additional_config=None if side == "stock" else _config(side),
     )

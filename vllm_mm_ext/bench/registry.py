@@ -57,6 +57,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "soak",
+                "Mixed work for minutes or hours: memory, descriptors and threads over time.",
+                "soak:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "media-robustness",
                 "2,000 damaged files, impostors and bombs through the server; text alongside.",
                 "robustness:run",

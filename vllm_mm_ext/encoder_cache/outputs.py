@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+
+from vllm_mm_ext.heap import HeapTrim
+
+
+class OutputKeeper:
+    """Makes what a model returns for mm items fit to be kept."""
+
+    def __init__(self) -> None:
+        self._heap = HeapTrim()
+
+    def kept(self, outputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Outputs ``[tokens, channels]`` of some mm items, each in memory of its own."""
+        made = tuple(owned(output) for output in outputs)
+        if made and made[0].device.type == "cpu":
+            # An encoder on a CPU works in the heap of its process.
+            self._heap.when_due()
+        return made
 
 
 def owned(output: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,9 @@ import weakref
 import numpy as np
 import numpy.typing as npt
 
+NAME = "vllm_mm_ext"
+"""Name of the memory files, as the mappings of a process show them."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -60,7 +63,7 @@ def adopt(fd: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[
 
 def _memory_file() -> int:
     try:
-        return os.memfd_create("vllm_mm_ext", os.MFD_CLOEXEC)
+        return os.memfd_create(NAME, os.MFD_CLOEXEC)
     except (AttributeError, OSError):  # a kernel or sandbox without memfd
         with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
             return os.dup(file.fileno())

@@ -15,7 +15,7 @@ import torch
 
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.compression.reduce import reduce_tokens
-from vllm_mm_ext.encoder_cache.outputs import owned
+from vllm_mm_ext.encoder_cache.outputs import OutputKeeper
 from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.processing.fields import KEPT, REDUCTION, reduction_of
 
@@ -33,6 +33,7 @@ class ReducedOutputs:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._keeper = OutputKeeper()
         settings = vllm_compat.settings_of(vllm_config.model_config)
         self.encoder_max_patches = settings.compression.encoder_max_patches
 
@@ -60,7 +61,7 @@ class ReducedOutputs:
         outputs = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if REDUCTION in kwargs:
             outputs = self._reduced(outputs, kwargs)
-        return tuple(owned(output) for output in outputs)
+        return self._keeper.kept(outputs)
 
     def _reduced(
         self, outputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any]

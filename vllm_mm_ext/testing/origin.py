@@ -88,6 +88,16 @@ class Origin:
         headers = {"Cache-Control": cache_control} if cache_control is not None else {}
         return self.serve(f"/{file.name}", Resource(body, etag=etag, headers=headers))
 
+    def forget(self, url: str) -> None:
+        """Answer ``url`` 404 from now on, and drop what is known of it."""
+        path = "/" + url.split("/", 3)[3]
+        with self._lock:
+            self._resources.pop(path, None)
+            for counts in (self.requests, self.body_bytes, self._failures, self.last_headers):
+                counts.pop(path, None)
+            for key in [key for key in self.statuses if key[0] == path]:
+                del self.statuses[key]
+
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         """URL of ``path``. ``host`` may be another name of loopback, such as ``localhost``."""
         return f"http://{host}:{self._server.server_address[1]}{path}"
