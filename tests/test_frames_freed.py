@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 from front import Front, opened
-from omni_reference import make_processor, pixels, render, sound, video
+from omni_reference import make_processor, new_cache, pixels, render, sound, video
+from vllm.exceptions import VLLMValidationError
 
 from vllm_mm_ext.bench.clips import variant
 from vllm_mm_ext.media import shared_array
@@ -78,42 +79,117 @@ async def ask_twice(front: Front, name: str) -> tuple[int, list[bool]]:
     return seen.frames * seen.height * seen.width * 3, [one.trace.videos[0].cached for one in made]
 
 
-def test_live_frames_stay_within_the_cache_and_what_is_in_flight(tmp_path: Path) -> None:
-    clip = make_clip(
-        tmp_path / "clip.mp4",
-        width=224,
-        height=224,
-        fps=4,
-        duration=4.0,
-        audio=[Tone(440.0, 0.0, 4.0)],
-    ).path
-    cache = {"decoded_mb": CACHE_MB, "encoded_mb": 1}
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """A front-end with a cache for a dozen clips."""
+    cache = {"decoded_mb": CACHE_MB, "encoded_mb": 0}
     media = {"resize": "native", "sampling": {"fps": 2.0, "max_frames": 8}, "cache": cache}
-    arguments = {
-        "model": str(checkpoint("qwen2_5_omni")),
-        "max_model_len": 8192,
-        "mm_processor_cache_gb": 0.05,
-        "additional_config": {"mm_ext": {"media": media}},
-    }
+    with opened(
+        tmp_path_factory.mktemp("freed"),
+        model=str(checkpoint("qwen2_5_omni")),
+        max_model_len=8192,
+        mm_processor_cache_gb=0.05,
+        additional_config={"mm_ext": {"media": media}},
+    ) as made:
+        yield made
 
-    async def at_once(front: Front, names: list[str]) -> list[tuple[int, list[bool]]]:
+
+def make(path: Path, number: int) -> Path:
+    """A clip like no other."""
+    tone = [Tone(440.0, 0.0, 4.0)]
+    return make_clip(path, width=224, height=224, fps=4, duration=4.0, audio=tone, seed=number).path
+
+
+def test_live_frames_stay_within_the_cache_and_what_is_in_flight(front: Front) -> None:
+    # A quarter have pictures of their own, the others bytes.
+    clips = [make(front.files / f"clip-{number}.mp4", number) for number in range(CLIPS // 4)]
+
+    async def at_once(names: list[str]) -> list[tuple[int, list[bool]]]:
         return await asyncio.gather(*(ask_twice(front, name) for name in names))
 
     before, most, decoded = mapped_media(os.getpid()), 0, 0
-    with opened(tmp_path, **arguments) as front:
-        for number in range(0, CLIPS, AT_ONCE):
-            names = [f"{number + i}.mp4" for i in range(AT_ONCE)]
-            for i, name in enumerate(names):
-                variant(clip, tmp_path / name, number + i)
-            for size, cached in asyncio.run(at_once(front, names)):
-                assert cached == [False, True]
-                decoded += size
-            most = max(most, mapped_media(os.getpid()) - before)
-        jobs = current_runtime().frontend.pool.stats()["jobs"]
-    assert jobs == 2 * CLIPS  # A probe and a decode each.
+    jobs = current_runtime().frontend.pool.stats()["jobs"]
+    for number in range(0, CLIPS, AT_ONCE):
+        names = [f"{number + i}.mp4" for i in range(AT_ONCE)]
+        for i, name in enumerate(names):
+            variant(clips[(number + i) // 4], front.files / name, number + i)
+        for size, cached in asyncio.run(at_once(names)):
+            assert cached == [False, True]
+            decoded += size
+        most = max(most, mapped_media(os.getpid()) - before)
+    # A probe and a decode each.
+    assert current_runtime().frontend.pool.stats()["jobs"] - jobs == 2 * CLIPS
     in_flight = AT_ONCE * decoded / CLIPS
     assert decoded > 10 * (CACHE_MB * MIB + in_flight)
     assert 0 < most <= CACHE_MB * MIB + in_flight
+
+
+def held_media() -> tuple[int, int]:
+    """Bytes of media that this process has mapped, and encoded files that it has open."""
+    names = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    targets = [os.readlink(name) for name in names if os.path.lexists(name)]
+    encoded = sum(target.startswith("/memfd:mm_ext_media") for target in targets)
+    return mapped_media(os.getpid()), encoded
+
+
+async def falls_to(held: tuple[int, int]) -> bool:
+    """Whether no more media are held than before, soon: threads may have to drop theirs first."""
+    for _ in range(200):
+        if held_media() == held:
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+async def refused(front: Front, name: str) -> None:
+    """Ask about a clip that cannot be used; as in a server, the error goes no further."""
+    with pytest.raises(VLLMValidationError):
+        await front.rendered(front.messages(name))
+
+
+async def hang_up(front: Front, name: str, jobs: int) -> None:
+    """Ask about a clip, and leave when the decode pool has begun so many more jobs."""
+    pool = current_runtime().frontend.pool
+    jobs += pool.stats()["jobs"]
+    asked = asyncio.create_task(front.rendered(front.messages(name)))
+    while pool.stats()["jobs"] < jobs:
+        await asyncio.sleep(0.001)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    while pool.stats()["busy"]:
+        await asyncio.sleep(0.001)
+
+
+def test_a_refused_request_leaves_nothing_behind(front: Front) -> None:
+    # The first one's probe sees a video, and then there is no frame in it.
+    data = make(front.files / "whole.mp4", CLIPS).read_bytes()
+    start = data.index(b"mdat") + 4
+    size = int.from_bytes(data[start - 8 : start - 4], "big") - 8
+    (front.files / "empty.mp4").write_bytes(data[:start] + bytes(size) + data[start + size :])
+    (front.files / "no.mp4").write_bytes(b"not a video" * 1000)
+
+    async def ask() -> None:
+        held = held_media()
+        for name in ("empty.mp4", "no.mp4"):
+            await asyncio.create_task(refused(front, name))
+            assert await falls_to(held)
+
+    asyncio.run(ask())
+
+
+def test_a_client_that_hangs_up_leaves_nothing_behind(front: Front) -> None:
+    clip = make(front.files / "left.mp4", CLIPS + 1)
+
+    async def ask() -> None:
+        held = held_media()
+        # While the clip is probed, and while it is decoded.
+        for number, jobs in enumerate((1, 2, 1, 2)):
+            variant(clip, front.files / "left-now.mp4", CLIPS + 2 + number)
+            await asyncio.create_task(hang_up(front, "left-now.mp4", jobs))
+            assert await falls_to(held)
+
+    asyncio.run(ask())
 
 
 def from_a_worker(frames: np.ndarray[Any, Any]) -> SampledFrames:
@@ -138,7 +214,7 @@ def test_frames_that_were_split_go_with_their_last_user(family: str, origin: Any
     processor = make_processor(family, model)
     frames = origin(pixels(8, 112, 112))
     metadata = video(np.asarray(frames), np.arange(8) * 0.5).media[1]
-    ask = partial(render, processor, prompt)
+    ask = partial(render, processor, prompt, cache=new_cache(family))
     first = ask({"video": [(frames, metadata)]})
     again = ask({"video": [(frames, metadata)]})
     assert first["mm_hashes"] == again["mm_hashes"]

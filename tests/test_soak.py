@@ -98,7 +98,8 @@ def test_under_mixed_work_a_server_keeps_to_its_tiny_caches(
         course = soak.run(15.0)
         live = mapped_media(server.pid)
     assert course.alive
-    assert course.count("answered") > 0
+    # vLLM 0.32 itself fails a request now and then whose items its processor cache dropped.
+    assert course.count("answered") > 10 * course.count("failed")
     cache = TINY["media"]["cache"]["decoded_mb"] * MIB
     # A client asks about one video at a time; none has more than 32 frames of 168 x 168.
     assert live <= cache + CLIENTS * 32 * 168 * 168 * 3

@@ -23,8 +23,14 @@ REDUCTIONS = (NO_REDUCTION, Reduction(pool=2), Reduction(temporal=2))
 
 def held(frames: SampledFrames) -> dict[int, int]:
     """Bytes of the log-mel storage that frames keep, by its address."""
-    values = frames.memo.values()
-    storages = [v.untyped_storage() for v in values if hasattr(v, "untyped_storage")]
+    pieces = [
+        segment.track.mel
+        for recipe in frames.memo["splits"].values()
+        for segment in recipe.segments
+        if segment.track is not None
+    ]
+    assert pieces
+    storages = [mel.untyped_storage() for mel in (frames.memo["mel"], *pieces)]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 

@@ -18,6 +18,8 @@ _PERIOD_S = 5.0
 class HeapTrim:
     """Trims the heaps of the process at most once a period, while there is work.
 
+    A trim takes some 25 ms of one core where 600 to 800 MB of a heap are free.
+
     Args:
         period_s: Seconds between two trims at least.
         clock: Seconds, ascending.
@@ -41,5 +43,8 @@ class HeapTrim:
         thread = threading.Thread(
             target=self._malloc_trim, args=(0,), name="mm-ext-heap", daemon=True
         )
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # No thread to be had; the next period will do.
+            return None
         return thread

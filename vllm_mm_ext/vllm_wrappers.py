@@ -167,6 +167,7 @@ def around_chat_rendering(
             None. Its context is that in which the conversation is then rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.renderers.base import BaseRenderer
 
     def make_async(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,7 +178,13 @@ def around_chat_rendering(
 
             async def one(messages: Any) -> Any:
                 await plan(self, messages, chat_params, tok_params)
-                rendered = await original(self, [messages], chat_params, tok_params, **kwargs)
+                try:
+                    rendered = await original(self, [messages], chat_params, tok_params, **kwargs)
+                except (VLLMValidationError, asyncio.CancelledError) as error:
+                    # vLLM's frames below lead to the error, and the error to them and to the
+                    # request's media, which must not wait for the garbage collector.
+                    error.__traceback__ = None
+                    raise
                 return _arrived_at(arrived, rendered)
 
             if len(conversations) == 1:

@@ -42,7 +42,7 @@ def run(
     stock: bool = True,
     series: Path | None = None,
 ) -> BenchResult:
-    """The same work on one server after the other.
+    """Work of the same kinds, drawn from the same seed, on one server after the other.
 
     Args:
         context: Of the benchmark; nothing is repeated.

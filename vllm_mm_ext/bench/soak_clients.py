@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import threading
@@ -104,7 +105,7 @@ class Soak:
         """
         began = time.monotonic()
         self._sample(0.0, write)
-        every = max(1, int(seconds / _MAX_SAMPLES))
+        every = math.ceil(seconds / _MAX_SAMPLES)
         with ThreadPoolExecutor(len(self._randoms)) as clients:
             work = [clients.submit(self._converse, rng) for rng in self._randoms]
             try:
@@ -156,6 +157,8 @@ class Soak:
             if hangs_up and isinstance(error, openai.APITimeoutError):
                 return "left", ""
             return "failed", repr(error)
+        except Exception as error:  # A fault of the client must not end the soak untold.
+            return "failed", f"the client raised {error!r}"
         return "answered", ""
 
     def _note(self, question: Question, outcome: str, words: str) -> None:

@@ -1,4 +1,8 @@
-"""What clients ask in a soak: conversations drawn at random, the same ones for the same seed."""
+"""What clients ask in a soak: conversations drawn at random from a seed.
+
+Which bytes a new clip has follows from how many were made before it, so between two servers of
+different speed these differ; kinds, options and order of each client's conversations do not.
+"""
 
 from __future__ import annotations
 

@@ -16,10 +16,12 @@ class OutputKeeper:
         self._heap = HeapTrim()
 
     def kept(self, outputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Outputs ``[tokens, channels]`` of some mm items, each in memory of its own."""
+        """Outputs ``[tokens, channels]`` of some mm items, each copied out of its batch.
+
+        On a CPU the process's heaps are trimmed when that is due.
+        """
         made = tuple(owned(output) for output in outputs)
         if made and made[0].device.type == "cpu":
-            # An encoder on a CPU works in the heap of its process.
             self._heap.when_due()
         return made
 

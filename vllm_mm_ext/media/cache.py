@@ -166,6 +166,10 @@ class SingleFlight(Generic[K, V]):
     threads. It is cancelled only when every caller has been cancelled. Results and errors go to
     the callers of that moment and are not remembered. If the loop that does the work closes
     under callers of other loops, one of them starts it again.
+
+    An error leads, by its traceback, to all that the work had in hand: encoded files, frames. So
+    that nothing of it waits for the garbage collector, no flight is left in a frame of such a
+    traceback, as the flight leads to the error.
     """
 
     def __init__(self) -> None:
@@ -182,6 +186,7 @@ class SingleFlight(Generic[K, V]):
                 continue
             finally:
                 self._leave(key, flight)
+                del flight
 
     def __len__(self) -> int:
         """Calls running now."""
@@ -205,9 +210,11 @@ class SingleFlight(Generic[K, V]):
         finally:
             # Before the result is out, so that no later caller can join a finished call.
             self._forget(key, flight)
+            del flight
 
     def _land(self, key: K, flight: _Flight[V], task: asyncio.Task[V]) -> None:
         self._forget(key, flight)
+        flight.task = None
         if task.cancelled():
             flight.result.set_exception(_FlightAbandonedError())
         elif (error := task.exception()) is not None:

@@ -100,6 +100,8 @@ class DecodePool:
         except asyncio.CancelledError:
             self._cancel(job)
             raise
+        finally:
+            del future  # It holds the error whose traceback holds this frame.
 
     def run_sync(self, fd: int, request: DecodeRequest) -> DecodeResult:
         """As ``run``, blocking the calling thread."""
@@ -183,7 +185,10 @@ class DecodePool:
                 f"(exit status {worker.wait()})."
             ) from error
         if isinstance(message, MediaError):
-            raise message
+            try:
+                raise message
+            finally:
+                del message  # As in `run`.
         return _unpack(message, fds)
 
     def _take_worker(self, job: _Job) -> _Worker:

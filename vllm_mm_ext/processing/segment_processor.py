@@ -261,6 +261,7 @@ class SegmentProcessor:
         metadata: dict[str, Any] | None,
         hf_kwargs: Mapping[str, object],
     ) -> SplitVideo | None:
+        """The split of a video, worked out once for each way in which the video is split."""
         asked = (frames.reduction.key(), repr(sorted(hf_kwargs.items())), repr(metadata))
         recipe = remembered(
             frames,

@@ -19,7 +19,7 @@ class Usage:
 
     Attributes:
         memory: Bytes: proportional set size, and what lies in anonymous memory files that are open
-            but need not be mapped (encoded media).
+            but need not be mapped (encoded media; one that is open and mapped counts twice).
         descriptors: Open file descriptors.
         threads: Threads.
         processes: Processes.
