@@ -31,15 +31,14 @@ def _without_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-async def waits(ended: list[str], payload: Payload) -> str:
-    """Work that only ends by cancellation, and takes a moment to do so."""
+async def waits(ended: list[float], payload: Payload, seconds: float) -> None:
+    """Work that only ends by cancellation, and takes some time to do so."""
     try:
         await asyncio.Event().wait()
     finally:
-        await asyncio.sleep(0.01)
-        ended.append("waited")
+        await asyncio.sleep(seconds)
+        ended.append(seconds)
         del payload
-    return ""
 
 
 async def fails(payload: Payload) -> str:
@@ -48,23 +47,33 @@ async def fails(payload: Payload) -> str:
     raise FailedError(str(payload))
 
 
-async def fail_beside_others(ended: list[str], payload: Payload) -> None:
+async def fail_beside_others(ended: list[float], payload: Payload) -> None:
     """The caller is given the error when all others have ended."""
-    work = [waits(ended, payload), fails(payload), waits(ended, payload)]
+    work = [waits(ended, payload, 0.01), fails(payload), waits(ended, payload, 0.05)]
     with pytest.raises(FailedError):
         await all_or_none(work)
-    assert ended == ["waited", "waited"]
 
 
-async def be_cancelled(ended: list[str], payload: Payload) -> None:
+async def be_cancelled(ended: list[float], payload: Payload) -> None:
     """The caller is cancelled, and goes on when all work has ended."""
-    work = all_or_none([waits(ended, payload), waits(ended, payload)])
-    task = asyncio.create_task(work)
+    task = asyncio.create_task(
+        all_or_none([waits(ended, payload, 0.01), waits(ended, payload, 0.05)])
+    )
     await asyncio.sleep(0.001)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert ended == ["waited", "waited"]
+
+
+async def be_cancelled_after_a_failure(ended: list[float], payload: Payload) -> None:
+    """The caller is cancelled while it waits for the others to end."""
+    work = [waits(ended, payload, 0.01), fails(payload), waits(ended, payload, 0.05)]
+    task = asyncio.create_task(all_or_none(work))
+    await asyncio.sleep(0.02)
+    assert ended == [0.01]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 def test_results_come_in_the_order_of_the_work() -> None:
@@ -78,14 +87,16 @@ def test_results_come_in_the_order_of_the_work() -> None:
     assert asyncio.run(ask()) == ([0.02, 0.0, 0.01], [])
 
 
-@pytest.mark.parametrize("case", [fail_beside_others, be_cancelled])
+@pytest.mark.parametrize("case", [fail_beside_others, be_cancelled, be_cancelled_after_a_failure])
 def test_work_that_does_not_succeed_ends_and_leaves_nothing(
-    case: Callable[[list[str], Payload], Coroutine[Any, Any, None]],
+    case: Callable[[list[float], Payload], Coroutine[Any, Any, None]],
 ) -> None:
     async def ask() -> None:
         payload = Payload()
         gone = weakref.ref(payload)
-        await asyncio.create_task(case([], payload))
+        ended: list[float] = []
+        await asyncio.create_task(case(ended, payload))
+        assert ended == [0.01, 0.05]
         del payload
         await asyncio.sleep(0)
         assert gone() is None

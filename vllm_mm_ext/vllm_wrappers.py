@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -20,8 +21,12 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, NamedTuple
 
+import aiohttp
+
 from vllm_mm_ext.tasks import all_or_none
 from vllm_mm_ext.vllm_compat import wrap
+
+logger = logging.getLogger("vllm.mm_ext")
 
 Stream = AsyncGenerator[str, None]
 
@@ -167,8 +172,10 @@ def around_chat_rendering(
             None. Its context is that in which the conversation is then rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
     """
-    from vllm.exceptions import VLLMValidationError
+    from vllm.exceptions import VLLMClientError
     from vllm.renderers.base import BaseRenderer
+
+    ends = (VLLMClientError, ValueError, OSError, aiohttp.ClientError, asyncio.CancelledError)
 
     def make_async(original: Callable[..., Any]) -> Callable[..., Any]:
         async def render_chat_async(
@@ -177,13 +184,11 @@ def around_chat_rendering(
             arrived = time.time()
 
             async def one(messages: Any) -> Any:
-                await plan(self, messages, chat_params, tok_params)
                 try:
+                    await plan(self, messages, chat_params, tok_params)
                     rendered = await original(self, [messages], chat_params, tok_params, **kwargs)
-                except (VLLMValidationError, asyncio.CancelledError) as error:
-                    # vLLM's frames below lead to the error, and the error to them and to the
-                    # request's media, which must not wait for the garbage collector.
-                    error.__traceback__ = None
+                except ends as error:
+                    _drop_tracebacks(error)
                     raise
                 return _arrived_at(arrived, rendered)
 
@@ -212,6 +217,20 @@ def around_chat_rendering(
 
     wrap(BaseRenderer, "render_chat_async", make_async)
     wrap(BaseRenderer, "render_chat", make_sync)
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    """Drop the tracebacks of an error and of those that led to it.
+
+    They lead to the frames in which the request's media were in hand. vLLM's frames above and
+    below lead to the error in turn (``with_cancellation``, ``resolve_items``, vLLM 0.32), so the
+    media would stay until the garbage collector comes to them.
+    """
+    logger.debug("A chat request ends while it is rendered", exc_info=error)
+    seen: BaseException | None = error
+    while seen is not None and seen.__traceback__ is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
 
 
 def _arrived_at(

@@ -157,7 +157,7 @@ class Soak:
             if hangs_up and isinstance(error, openai.APITimeoutError):
                 return "left", ""
             return "failed", repr(error)
-        except Exception as error:  # A fault of the client must not end the soak untold.
+        except Exception as error:  # A fault of the client must not end the soak unreported.
             return "failed", f"the client raised {error!r}"
         return "answered", ""
 

@@ -214,7 +214,6 @@ class SingleFlight(Generic[K, V]):
 
     def _land(self, key: K, flight: _Flight[V], task: asyncio.Task[V]) -> None:
         self._forget(key, flight)
-        flight.task = None
         if task.cancelled():
             flight.result.set_exception(_FlightAbandonedError())
         elif (error := task.exception()) is not None:
