@@ -31,46 +31,50 @@ def _without_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-async def waits(ended: list[float], payload: Payload, seconds: float) -> None:
-    """Work that only ends by cancellation, and takes some time to do so."""
+async def turns(count: int) -> None:
+    """Let the event loop go round so many times: unlike time, that is the same on any machine."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def waits(ended: list[int], payload: Payload, count: int) -> None:
+    """Work that only ends by cancellation, and takes some turns to do so."""
     try:
         await asyncio.Event().wait()
     finally:
-        await asyncio.sleep(seconds)
-        ended.append(seconds)
+        await turns(count)
+        ended.append(count)
         del payload
 
 
 async def fails(payload: Payload) -> str:
-    """Work that fails after a moment."""
-    await asyncio.sleep(0.001)
+    """Work that fails after the others have begun."""
+    await turns(5)
     raise FailedError(str(payload))
 
 
-async def fail_beside_others(ended: list[float], payload: Payload) -> None:
+async def fail_beside_others(ended: list[int], payload: Payload) -> None:
     """The caller is given the error when all others have ended."""
-    work = [waits(ended, payload, 0.01), fails(payload), waits(ended, payload, 0.05)]
+    work = [waits(ended, payload, 10), fails(payload), waits(ended, payload, 50)]
     with pytest.raises(FailedError):
         await all_or_none(work)
 
 
-async def be_cancelled(ended: list[float], payload: Payload) -> None:
+async def be_cancelled(ended: list[int], payload: Payload) -> None:
     """The caller is cancelled, and goes on when all work has ended."""
-    task = asyncio.create_task(
-        all_or_none([waits(ended, payload, 0.01), waits(ended, payload, 0.05)])
-    )
-    await asyncio.sleep(0.001)
+    task = asyncio.create_task(all_or_none([waits(ended, payload, 10), waits(ended, payload, 50)]))
+    await turns(5)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
 
 
-async def be_cancelled_after_a_failure(ended: list[float], payload: Payload) -> None:
+async def be_cancelled_after_a_failure(ended: list[int], payload: Payload) -> None:
     """The caller is cancelled while it waits for the others to end."""
-    work = [waits(ended, payload, 0.01), fails(payload), waits(ended, payload, 0.05)]
+    work = [waits(ended, payload, 10), fails(payload), waits(ended, payload, 50)]
     task = asyncio.create_task(all_or_none(work))
-    await asyncio.sleep(0.02)
-    assert ended == [0.01]
+    await turns(30)
+    assert ended == [10]
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -89,14 +93,14 @@ def test_results_come_in_the_order_of_the_work() -> None:
 
 @pytest.mark.parametrize("case", [fail_beside_others, be_cancelled, be_cancelled_after_a_failure])
 def test_work_that_does_not_succeed_ends_and_leaves_nothing(
-    case: Callable[[list[float], Payload], Coroutine[Any, Any, None]],
+    case: Callable[[list[int], Payload], Coroutine[Any, Any, None]],
 ) -> None:
     async def ask() -> None:
         payload = Payload()
         gone = weakref.ref(payload)
-        ended: list[float] = []
+        ended: list[int] = []
         await asyncio.create_task(case(ended, payload))
-        assert ended == [0.01, 0.05]
+        assert ended == [10, 50]
         del payload
         await asyncio.sleep(0)
         assert gone() is None
