@@ -19,6 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext import vllm_names_scheduler
+from vllm_mm_ext.heap import HeapTrim
 from vllm_mm_ext.scheduler import choice
 from vllm_mm_ext.scheduler.step_budget import FINISH_SLACK
 from vllm_mm_ext.vllm_compat import VllmName
@@ -442,6 +443,18 @@ def test_a_finished_request_is_forgotten_also_while_it_waits() -> None:
     scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
     play.run()
     assert not scheduler._reader.arrivals
+
+
+def test_heaps_are_trimmed_when_media_come_and_left_alone_by_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(HeapTrim, "when_due", lambda self: asked.append(self))
+    play = Play(make_scheduler())
+    play.add(request("text"))
+    assert not asked
+    play.add(request("video", items=[64]))
+    assert len(asked) == 1
 
 
 def test_costs_are_learned_from_the_steps_themselves() -> None:

@@ -21,6 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.config import MMExtConfig
+from vllm_mm_ext.heap import HeapTrim
 from vllm_mm_ext.scheduler.admission import Admission, Scarce
 from vllm_mm_ext.scheduler.encoder_plan import (
     EncoderPlan,
@@ -100,6 +101,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._ended = -math.inf
         self._backlog = 0
         self._publisher = LoadPublisher(self)
+        self._heap = HeapTrim()
 
     def _say_what_is_off(self) -> None:
         if self.is_encoder_decoder:
@@ -174,9 +176,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._backlog = self._reader.backlog.tokens
 
     def add_request(self, request: Any) -> None:
-        """Note when it came."""
+        """Note when it came; give back what the media of earlier ones left free in the heap."""
         if request.request_id not in self._reader.arrivals:
             self._reader.came(request, self._clock())
+        if request.mm_features:
+            self._heap.when_due()
         super().add_request(request)
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
