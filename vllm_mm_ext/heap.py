@@ -48,3 +48,11 @@ class HeapTrim:
         except RuntimeError:  # No thread to be had; the next period will do.
             return None
         return thread
+
+
+_OF_THE_PROCESS = HeapTrim()
+
+
+def trim_when_due() -> None:
+    """Trim the heaps of this process beside the caller, once a period whoever asks how often."""
+    _OF_THE_PROCESS.when_due()

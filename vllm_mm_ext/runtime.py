@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_mm_ext.config import MIB, MMExtConfig
-from vllm_mm_ext.heap import HeapTrim
+from vllm_mm_ext.heap import trim_when_due
 from vllm_mm_ext.media.blob import Blob
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch import MediaFetcher
@@ -43,7 +43,6 @@ class Runtime:
 
         self.config = config
         self.loop = LoopThread("mm-ext-frontend")
-        self._heap = HeapTrim()
         self.frontend = MediaFrontend(
             config.media,
             traits,
@@ -91,14 +90,14 @@ class Runtime:
         try:
             return await self.loop.run(work)
         finally:
-            self._heap.when_due()
+            trim_when_due()
 
     def run_blocking(self, work: Coroutine[Any, Any, T]) -> T:
         """Run front-end work from a thread that has no event loop (``LLM.chat``)."""
         try:
             return asyncio.run_coroutine_threadsafe(work, self.loop.loop).result()
         finally:
-            self._heap.when_due()
+            trim_when_due()
 
     def stats(self) -> dict[str, Any]:
         """Counters of every part of the front-end, for ``GET /mm_ext/stats``."""

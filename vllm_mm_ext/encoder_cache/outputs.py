@@ -6,24 +6,18 @@ from collections.abc import Iterable
 
 import torch
 
-from vllm_mm_ext.heap import HeapTrim
+from vllm_mm_ext.heap import trim_when_due
 
 
-class OutputKeeper:
-    """Makes what a model returns for mm items fit to be kept."""
+def fit_to_keep(outputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Outputs ``[tokens, channels]`` of some mm items as a model returns them, fit for caches.
 
-    def __init__(self) -> None:
-        self._heap = HeapTrim()
-
-    def kept(self, outputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Outputs ``[tokens, channels]`` of some mm items, each copied out of its batch.
-
-        On a CPU the process's heaps are trimmed when that is due.
-        """
-        made = tuple(owned(output) for output in outputs)
-        if made and made[0].device.type == "cpu":
-            self._heap.when_due()
-        return made
+    Each is copied out of its batch. On a CPU the process's heaps are trimmed when that is due.
+    """
+    made = tuple(owned(output) for output in outputs)
+    if made and made[0].device.type == "cpu":
+        trim_when_due()
+    return made
 
 
 def owned(output: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.compression.reduce import reduce_tokens
-from vllm_mm_ext.encoder_cache.outputs import OutputKeeper
+from vllm_mm_ext.encoder_cache.outputs import fit_to_keep
 from vllm_mm_ext.options import Reduction
 from vllm_mm_ext.processing.fields import KEPT, REDUCTION, reduction_of
 
@@ -33,7 +33,6 @@ class ReducedOutputs:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self._keeper = OutputKeeper()
         settings = vllm_compat.settings_of(vllm_config.model_config)
         self.encoder_max_patches = settings.compression.encoder_max_patches
 
@@ -61,7 +60,7 @@ class ReducedOutputs:
         outputs = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if REDUCTION in kwargs:
             outputs = self._reduced(outputs, kwargs)
-        return self._keeper.kept(outputs)
+        return fit_to_keep(outputs)
 
     def _reduced(
         self, outputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any]

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.config import MMExtConfig
-from vllm_mm_ext.heap import HeapTrim
+from vllm_mm_ext.heap import trim_when_due
 from vllm_mm_ext.scheduler.admission import Admission, Scarce
 from vllm_mm_ext.scheduler.encoder_plan import (
     EncoderPlan,
@@ -101,7 +101,6 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._ended = -math.inf
         self._backlog = 0
         self._publisher = LoadPublisher(self)
-        self._heap = HeapTrim()
 
     def _say_what_is_off(self) -> None:
         if self.is_encoder_decoder:
@@ -180,7 +179,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if request.request_id not in self._reader.arrivals:
             self._reader.came(request, self._clock())
         if request.mm_features:
-            self._heap.when_due()
+            trim_when_due()
         super().add_request(request)
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:

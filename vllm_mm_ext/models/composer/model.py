@@ -32,7 +32,7 @@ from vllm.utils.torch_utils import aux_stream
 
 from vllm_mm_ext import vllm_compat
 from vllm_mm_ext.compression.reduce import reduce_tokens
-from vllm_mm_ext.encoder_cache.outputs import OutputKeeper
+from vllm_mm_ext.encoder_cache.outputs import fit_to_keep
 from vllm_mm_ext.models.composer.audio_encoder import WindowEncoder
 from vllm_mm_ext.models.composer.configuration import ARCHITECTURE, ComposerConfig
 from vllm_mm_ext.models.composer.connector import AudioConnector, VideoConnector
@@ -91,7 +91,6 @@ class MMExtComposerForConditionalGeneration(
         super().__init__()
         config: ComposerConfig = vllm_config.model_config.hf_config
         self.config = config
-        self._keeper = OutputKeeper()
         self.multimodal_config = vllm_config.model_config.multimodal_config
         settings = vllm_compat.settings_of(vllm_config.model_config)
         self.encoder_max_patches = settings.compression.encoder_max_patches
@@ -150,7 +149,7 @@ class MMExtComposerForConditionalGeneration(
             windows = self._windows(kwargs, "audio")
             encoded = self._encode_windows([one for own in windows for one in own])
             made += _joined(encoded, [len(own) for own in windows])
-        return self._keeper.kept(made)
+        return fit_to_keep(made)
 
     def _segments(self, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         frames = list(kwargs["pixel_values_videos"])
