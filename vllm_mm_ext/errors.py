@@ -6,7 +6,8 @@ Each error says what was wrong and, where there is one, the limit that applies.
 
 from __future__ import annotations
 
-from typing import Any
+from http import HTTPStatus
+from typing import Any, ClassVar
 
 
 class MediaError(ValueError):
@@ -19,6 +20,10 @@ class MediaError(ValueError):
     """
 
     code = "media_error"
+    #: The HTTP status of the answer to a request that fails with this error.
+    status: ClassVar[HTTPStatus] = HTTPStatus.BAD_REQUEST
+    #: Seconds after which the same request may succeed, for the Retry-After header; None: no such header.
+    retry_after_s: ClassVar[int | None] = None
 
     def __init__(self, message: str, *, parameter: str = "media", value: Any = None) -> None:
         super().__init__(message)
@@ -92,3 +97,11 @@ class OptionBoundError(MediaError):
     """An option asks for more than this server allows, or for what its model cannot do."""
 
     code = "option"
+
+
+class BusyError(MediaError):
+    """The server has no room for the media at present; the same request may succeed later."""
+
+    code = "busy"
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    retry_after_s = 1
