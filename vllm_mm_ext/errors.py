@@ -1,7 +1,7 @@
 """Errors a client can cause. No torch, no vLLM: decode workers raise these too.
 
 Each error says what was wrong and, where there is one, the limit that applies.
-``vllm_mm_ext.media.connector`` turns them into vLLM's own 400 response.
+``vllm_mm_ext.adapters.media.media_connector`` turns them into vLLM's own 400 response.
 """
 
 from __future__ import annotations

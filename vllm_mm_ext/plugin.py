@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_mm_ext import vllm_compat
-from vllm_mm_ext.encoder_cache.startup import ENCODER_CACHE_FEATURES
-from vllm_mm_ext.models import COMPOSER, OVERRIDES
-from vllm_mm_ext.scheduler.routing import ROUTING_FEATURE
-from vllm_mm_ext.serving.features import SERVING_FEATURES
-from vllm_mm_ext.vllm_compat import Feature, FeatureStatus, VllmName
-from vllm_mm_ext.vllm_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
-from vllm_mm_ext.vllm_names_composer import COMPOSER_NAMES
-from vllm_mm_ext.vllm_names_kv import CONTROL_NAMES, POOL_NAMES
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
+from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
+from vllm_mm_ext.adapters.names.base_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
+from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
+from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
+from vllm_mm_ext.adapters.scheduler.routing import ROUTING_FEATURE
+from vllm_mm_ext.adapters.serving.serving_features import SERVING_FEATURES
+from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus, VllmName
 
 if TYPE_CHECKING:
-    from vllm_mm_ext.serving.endpoints import MMExtEndpointPlugin
+    from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
 
 
 def _install_config() -> None:
-    from vllm_mm_ext.config import MMExtConfig
+    from vllm_mm_ext.config.root import MMExtConfig
 
     vllm_compat.around_engine_config(MMExtConfig.from_additional_config)
 
@@ -29,13 +29,13 @@ def _install_frontend() -> None:
 
 
 def _install_connector() -> None:
-    from vllm_mm_ext.media.connector import MMExtMediaConnector
+    from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
 
     vllm_compat.register_connector(MMExtMediaConnector)
 
 
 def _install_loader() -> None:
-    from vllm_mm_ext.media.loader import MMExtVideoLoader
+    from vllm_mm_ext.adapters.media.video_loader import MMExtVideoLoader
 
     vllm_compat.register_video_loader(MMExtVideoLoader)
 
@@ -47,19 +47,19 @@ def _install_hashing() -> None:
 
 
 def _install_kv() -> None:
-    from vllm_mm_ext.kv import adapter
+    from vllm_mm_ext.adapters.kv import install as adapter
 
     adapter.install()
 
 
 def _install_kv_control() -> None:
-    from vllm_mm_ext.kv import adapter
+    from vllm_mm_ext.adapters.kv import install as adapter
 
     adapter.install_control()
 
 
 def _install_composer() -> None:
-    from vllm_mm_ext.models.composer.configuration import register_config
+    from vllm_mm_ext.composer.configuration import register_config
 
     register_config()
     vllm_compat.override_models(COMPOSER)
@@ -67,9 +67,9 @@ def _install_composer() -> None:
 
 def attach(vllm_config: Any, mm_processor: Any) -> None:
     """Start the front-end of this process with the server's settings and model."""
-    from vllm_mm_ext.config import MMExtConfig
-    from vllm_mm_ext.processing.traits import read_traits
-    from vllm_mm_ext.runtime import attach_runtime
+    from vllm_mm_ext.adapters.processors.model_traits import read_traits
+    from vllm_mm_ext.adapters.runtime import attach_runtime
+    from vllm_mm_ext.config.root import MMExtConfig
 
     if mm_processor is not None:
         config = MMExtConfig.from_additional_config(vllm_config.additional_config)
@@ -192,6 +192,6 @@ def register() -> list[FeatureStatus]:
 
 def endpoint_plugin() -> MMExtEndpointPlugin:
     """``vllm.endpoint_plugins`` entry point: the HTTP surface, API server only."""
-    from vllm_mm_ext.serving.endpoints import MMExtEndpointPlugin
+    from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
 
     return MMExtEndpointPlugin()

@@ -14,14 +14,13 @@ from typing import Any, Literal
 import numpy as np
 from blake3 import blake3
 
-from vllm_mm_ext.config import MIB, MediaConfig
+from vllm_mm_ext.config.root import MIB, MediaConfig
 from vllm_mm_ext.errors import NoSuchStreamError
-from vllm_mm_ext.media import audio as audio_ops
+from vllm_mm_ext.media.audio import waveforms as audio_ops
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
-from vllm_mm_ext.media.fetch import MediaRef
+from vllm_mm_ext.media.decode.pool import DecodePool
+from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
-from vllm_mm_ext.media.plan import VideoPlan
-from vllm_mm_ext.media.pool import DecodePool
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import (
@@ -31,6 +30,7 @@ from vllm_mm_ext.media.types import (
     MediaInfo,
     SizeRule,
 )
+from vllm_mm_ext.media.video_plan import VideoPlan
 
 __all__ = ["AudioResult", "MediaFrontend", "VideoPlan", "VideoResult"]
 

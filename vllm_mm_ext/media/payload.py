@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from vllm_mm_ext.options import NO_REDUCTION, Reduction
+from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 
 
 class _Carrier(np.ndarray[Any, Any]):

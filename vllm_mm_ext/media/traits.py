@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vllm_mm_ext.config.options import Reduction, TrainedReductions
 from vllm_mm_ext.media.types import SizeRule
-from vllm_mm_ext.options import Reduction, TrainedReductions
 
 
 @dataclass(frozen=True)

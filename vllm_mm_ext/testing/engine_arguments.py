@@ -17,7 +17,7 @@ HOST_TIER = {
     "ec_transfer_config": {
         "ec_connector": "MMExtECConnector",
         "ec_role": "ec_both",
-        "ec_connector_module_path": "vllm_mm_ext.encoder_cache.connector",
+        "ec_connector_module_path": "vllm_mm_ext.encoder_cache",
     }
 }
 BOTH_TIERS = DEVICE_TIER | HOST_TIER

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.stream import VideoStream
 
-from vllm_mm_ext.testing.media_encode import (
+from vllm_mm_ext.synthetic.encoding import (
     STAMP_BITS,
     AudioWriter,
     Painter,
@@ -29,7 +29,7 @@ from vllm_mm_ext.testing.media_encode import (
     encoder_options,
     frame_ticks,
 )
-from vllm_mm_ext.testing.media_scenes import Event, Scene, SceneName
+from vllm_mm_ext.synthetic.scenes import Event, Scene, SceneName
 
 __all__ = [
     "ClipTruth",

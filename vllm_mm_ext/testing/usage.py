@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from vllm_mm_ext.media import shared_array
+from vllm_mm_ext.media.decode import shared_array
 from vllm_mm_ext.testing.memory import Role, snapshot
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from transformers import Qwen3Config, SiglipVisionConfig, WhisperConfig
 
-from vllm_mm_ext.models.composer.configuration import SPECIAL_TOKENS, ComposerConfig
+from vllm_mm_ext.composer.configuration import SPECIAL_TOKENS, ComposerConfig
 from vllm_mm_ext.testing.checkpoints.sizes import Sizes
-from vllm_mm_ext.testing.checkpoints.tokenizer import chatml_template, make_tokenizer
+from vllm_mm_ext.testing.checkpoints.tiny_tokenizer import chatml_template, make_tokenizer
 from vllm_mm_ext.testing.checkpoints.weights import randomise, save_weights
 
 _PATCH = 14
@@ -19,7 +19,7 @@ _STATES_PER_SECOND = 50
 
 def build_composer(path: Path, seed: int, sizes: Sizes) -> None:
     """Write a composer checkpoint that declares every kind of reduction."""
-    from vllm_mm_ext.models.composer.reference import ComposerForConditionalGeneration
+    from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
 
     tokenizer = make_tokenizer(
         list(SPECIAL_TOKENS.values()),

@@ -14,7 +14,7 @@ from transformers import (
 
 from vllm_mm_ext.testing.checkpoints.qwen_vl import text_2_5
 from vllm_mm_ext.testing.checkpoints.sizes import Sizes
-from vllm_mm_ext.testing.checkpoints.tokenizer import make_tokenizer
+from vllm_mm_ext.testing.checkpoints.tiny_tokenizer import make_tokenizer
 from vllm_mm_ext.testing.checkpoints.weights import randomise, save_weights
 
 _PATCH = 14

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vllm_mm_ext.testing.checkpoints.sizes import Sizes
-from vllm_mm_ext.testing.checkpoints.tokenizer import chatml_template, make_tokenizer
+from vllm_mm_ext.testing.checkpoints.tiny_tokenizer import chatml_template, make_tokenizer
 from vllm_mm_ext.testing.checkpoints.weights import randomise, save_weights
 
 SYSTEM = "You are a helpful assistant."

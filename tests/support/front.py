@@ -1,0 +1,117 @@
+"""vLLM's renderer with the plugin, as an API server has it, and what it makes of requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.renderers import renderer_from_config
+
+from vllm_mm_ext import plugin
+from vllm_mm_ext.adapters.serving import answers
+from vllm_mm_ext.request import report
+from vllm_mm_ext.request.trace import RequestTrace, open_trace
+from vllm_mm_ext.testing.checkpoints import checkpoint
+
+CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered request: its prompt's length, what was recorded on the way, when it came."""
+
+    prompt_tokens: int
+    trace: RequestTrace
+    arrived: float
+
+    @property
+    def videos(self) -> list[dict[str, Any]]:
+        """As reported to the client."""
+        found: list[dict[str, Any]] = report.block(self.trace)["videos"]
+        return found
+
+    @property
+    def video_tokens(self) -> int:
+        """All embeddings of videos."""
+        return self.trace.tokens["video"]
+
+
+@dataclass(frozen=True)
+class Front:
+    """The renderer, and the clips it may read."""
+
+    renderer: Any
+    files: Path
+
+    def messages(self, *names: str, text: str = "What is this?") -> list[Any]:
+        """One user message with the named clips and a text."""
+        parts = [
+            {"type": "video_url", "video_url": {"url": (self.files / name).as_uri()}}
+            for name in names
+        ]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+    def render(
+        self,
+        *names: str,
+        options: dict[str, Any] | None = None,
+        session: str | None = None,
+        text: str = "What is this?",
+        **more: Any,
+    ) -> Rendered:
+        """A chat request with the named clips; ``more`` are further fields of its body."""
+        return self.render_messages(self.messages(*names, text=text), options, session, **more)
+
+    def render_messages(
+        self,
+        messages: list[Any],
+        options: dict[str, Any] | None = None,
+        session: str | None = None,
+        **more: Any,
+    ) -> Rendered:
+        """A chat request with these messages."""
+        return asyncio.run(self.rendered(messages, options, session, **more))
+
+    async def rendered(
+        self,
+        messages: list[Any],
+        options: dict[str, Any] | None = None,
+        session: str | None = None,
+        **more: Any,
+    ) -> Rendered:
+        """As ``render_messages``, for requests at the same time: each is a task of its own."""
+        request = ChatCompletionRequest(model="m", messages=messages, **more)
+        trace = open_trace()
+        answers.begin(options, session)
+        _, (made,) = await self.renderer.render_chat_async(
+            [request.messages],
+            request.build_chat_params(None, "auto"),
+            request.build_tok_params(self.renderer.model_config),
+        )
+        return Rendered(len(made["prompt_token_ids"]), trace, made["arrival_time"])
+
+
+@contextmanager
+def opened(files: Path, **arguments: Any) -> Iterator[Front]:
+    """A renderer for a tiny Qwen2.5-VL that may read ``files``; ``arguments`` are of the engine."""
+    plugin.register()
+    config = {"media": {"sampling": {"fps": 2.0, "max_frames": 64, "min_frames": 2}}}
+    args = EngineArgs(
+        **{
+            "model": str(checkpoint("qwen2_5_vl")),
+            "max_model_len": CONTEXT,
+            "allowed_local_media_path": str(files),
+            "limit_mm_per_prompt": {"video": 3},
+            "additional_config": {"mm_ext": config},
+            **arguments,
+        }
+    )
+    renderer = renderer_from_config(args.create_engine_config())
+    yield Front(renderer, files)
+    renderer.shutdown()

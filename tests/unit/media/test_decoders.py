@@ -1,0 +1,293 @@
+"""Decoders: the frame returned for index i is frame i, as stock's OpenCV loader counts them."""
+
+from __future__ import annotations
+
+import itertools
+
+import av
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
+from vllm_mm_ext.media.decode.decoders import pyav_decoder as pyav_module
+from vllm_mm_ext.media.decode.decoders.read_plan import plan_runs, split_lanes
+from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.types import DecodeLimits, PacketTable
+from vllm_mm_ext.testing.media import make_clip, read_stamp, truncate
+
+LIMITS = DecodeLimits()
+
+KINDS = {
+    "h264": {"name": "a.mp4", "codec": "libx264"},
+    "h264-bframes": {"name": "a.mp4", "codec": "libx264", "bframes": 3},
+    "h264-open-gop-mkv": {"name": "a.mkv", "codec": "libx264", "bframes": 3, "open_gop": True},
+    "h264-ts": {"name": "a.ts", "codec": "libx264", "bframes": 2},
+    "h264-late-start": {"name": "a.ts", "codec": "libx264", "start_time": 7.0},
+    "h264-intra": {"name": "a.mp4", "codec": "libx264", "gop": 1},
+    "h264-rotated": {"name": "a.mp4", "codec": "libx264", "bframes": 2, "rotation": 90},
+    "h264-upside-down": {"name": "a.mp4", "codec": "libx264", "rotation": 180},
+    "h264-vfr": {"name": "a.mkv", "codec": "libx264", "bframes": 2, "vfr": True},
+    "mpeg4": {"name": "a.mp4", "codec": "mpeg4"},
+    "mpeg4-bframes": {"name": "a.mp4", "codec": "mpeg4", "bframes": 2},
+    "mpeg4-avi": {"name": "a.avi", "codec": "mpeg4", "bframes": 2},
+    "hevc-open-gop": {"name": "a.mp4", "codec": "libx265", "bframes": 3, "open_gop": True},
+    "vp9": {"name": "a.webm", "codec": "libvpx-vp9"},
+}
+
+
+def opencv_frames(path) -> list[np.ndarray]:
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    frames = []
+    while capture.grab():
+        ok, frame = capture.retrieve()
+        assert ok
+        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    return frames
+
+
+def decode(path, indices, *, name="pyav", size=None, threads=2):
+    info = probe(str(path), LIMITS)
+    height, width = size or (info.video.height, info.video.width)
+    out = np.zeros((len(indices), height, width, 3), np.uint8)
+    decoder = get_decoder(name, max_pixels=LIMITS.max_pixels)
+    done = decoder.decode(str(path), info, np.array(indices, np.int64), size, out, threads)
+    return out, done.tolist()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def clip(request, tmp_path_factory):
+    kind = {"gop": 15, "duration": 2.5, "stamp": True} | KINDS[request.param]
+    truth = make_clip(tmp_path_factory.mktemp("clip") / kind.pop("name"), **kind)
+    return truth.path, opencv_frames(truth.path)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 4, 9, 31])
+def test_native_frames_are_byte_for_byte_those_of_stock(clip, step, threads):
+    path, stock = clip
+    indices = list(range(step - 1, len(stock), step))
+    out, done = decode(path, indices, threads=threads)
+    assert done == list(range(len(indices)))
+    for index, frame in zip(indices, out, strict=True):
+        np.testing.assert_array_equal(frame, stock[index], err_msg=f"frame {index}")
+
+
+def test_the_planned_way_needs_no_second_pass(clip, monkeypatch):
+    path, stock = clip
+    monkeypatch.setattr(pyav_module, "_sequential", lambda *_: pytest.fail("fell back"))
+    out, _ = decode(path, [len(stock) // 2, len(stock) - 1], threads=1)
+    np.testing.assert_array_equal(out[1], stock[-1])
+
+
+def test_a_frame_wanted_twice_is_written_twice(clip):
+    path, stock = clip
+    out, done = decode(path, [3, 3, 20, 20, 20])
+    assert done == [0, 1, 2, 3, 4]
+    for frame, index in zip(out, [3, 3, 20, 20, 20], strict=True):
+        np.testing.assert_array_equal(frame, stock[index])
+
+
+@pytest.mark.parametrize("kind", ["h264", "h264-bframes", "h264-intra", "vp9"])
+def test_decord_returns_the_same_frames(tmp_path, kind):
+    options = {"gop": 15, "duration": 2, "stamp": True} | KINDS[kind]
+    path = make_clip(tmp_path / options.pop("name"), **options).path
+    indices = list(range(0, 60, 7))
+    ours, _ = decode(path, indices)
+    theirs, done = decode(path, indices, name="decord")
+    assert done == list(range(len(indices)))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mpeg4-bframes", "h264-ts", "hevc-open-gop", "h264-open-gop-mkv", "h264-rotated"]
+)
+def test_decord_refuses_what_it_gets_wrong(tmp_path, kind):
+    options = {"gop": 15, "duration": 1} | KINDS[kind]
+    path = make_clip(tmp_path / options.pop("name"), **options).path
+    with pytest.raises(UnsuitableFileError):
+        decode(path, [0, 20], name="decord")
+
+
+@pytest.mark.parametrize("kind", ["h264-bframes", "h264-rotated", "mpeg4"])
+@pytest.mark.parametrize("size", [(56, 112), (224, 168), (360, 640)])
+def test_resized_frames_look_like_antialiased_native_ones(tmp_path, kind, size):
+    import torch
+    from torchvision.transforms.v2 import functional
+
+    options = {"duration": 1, "width": 640, "height": 360} | KINDS[kind]
+    path = make_clip(tmp_path / options.pop("name"), **options).path
+    native, _ = decode(path, [0, 10, 20])
+    small, _ = decode(path, [0, 10, 20], size=size)
+    chw = torch.from_numpy(native).permute(0, 3, 1, 2)
+    expected = functional.resize(
+        chw, list(size), interpolation=functional.InterpolationMode.BICUBIC, antialias=True
+    )
+    difference = np.abs(small.astype(int) - expected.permute(0, 2, 3, 1).numpy()).mean()
+    assert difference < 3.0  # of 255
+
+
+def test_thumbnails_are_gray_small_and_the_right_frames(tmp_path):
+    path = make_clip(
+        tmp_path / "a.mp4", width=640, height=360, stamp=True, bframes=2, duration=2
+    ).path
+    info = probe(str(path), LIMITS)
+    decoder = get_decoder("auto", max_pixels=LIMITS.max_pixels)
+    small = decoder.thumbnails(str(path), info, np.array([0, 7, 7, 50]), 256, 2)
+    assert small.shape == (4, 144, 256)
+    assert [read_stamp(picture) for picture in small] == [0, 7, 7, 50]
+
+
+def flag_as_keyframe(source, target, wrong) -> None:
+    """Copy a file, marking packets in ``wrong`` (decoding order) as keyframes."""
+    with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
+        template = reader.streams.video[0]
+        stream = writer.add_stream_from_template(template)
+        for i, packet in enumerate(reader.demux(template)):
+            if packet.dts is None:
+                continue
+            packet.stream = stream
+            if i in wrong:
+                packet.is_keyframe = True
+            writer.mux(packet)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_frames_are_right_though_keyframes_are_flagged_wrong(tmp_path, codec):
+    source = make_clip(tmp_path / "a.mp4", codec=codec, gop=200, duration=2).path
+    path = tmp_path / "lie.mp4"
+    flag_as_keyframe(source, path, {10, 25, 40})
+    stock = opencv_frames(path)
+    for threads in (1, 2):
+        out, done = decode(path, [5, 30, 45, 59], threads=threads)
+        assert done == [0, 1, 2, 3]
+        for frame, index in zip(out, [5, 30, 45, 59], strict=True):
+            np.testing.assert_array_equal(frame, stock[index])
+
+
+def test_frames_are_right_without_timestamps(tmp_path):
+    source = make_clip(tmp_path / "a.mp4", bframes=2, gop=10, duration=1, stamp=True).path
+    path = tmp_path / "raw.h264"
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        template = reader.streams.video[0]
+        stream = writer.add_stream_from_template(template)
+        for packet in reader.demux(template):
+            if packet.dts is not None:
+                packet.stream = stream
+                writer.mux(packet)
+    stock = opencv_frames(path)
+    out, done = decode(path, [0, 11, 29])
+    assert done == [0, 1, 2]
+    for frame, index in zip(out, [0, 11, 29], strict=True):
+        np.testing.assert_array_equal(frame, stock[index])
+
+
+def test_frames_an_edit_list_hides_do_not_shift_the_index(tmp_path):
+    source = make_clip(tmp_path / "a.mp4", duration=2, gop=60, stamp=True).path
+    path = tmp_path / "trimmed.mp4"
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        template = reader.streams.video[0]
+        stream = writer.add_stream_from_template(template)
+        for packet in reader.demux(template):
+            if packet.dts is not None:
+                packet.pts -= int(1 / template.time_base)
+                packet.dts -= int(1 / template.time_base)
+                packet.stream = stream
+                writer.mux(packet)
+    stock = opencv_frames(path)
+    out, done = decode(path, [0, 5, len(stock) - 1])
+    assert done == [0, 1, 2]
+    for frame, index in zip(out, [0, 5, len(stock) - 1], strict=True):
+        np.testing.assert_array_equal(frame, stock[index])
+
+
+def test_frames_past_a_cut_are_left_out_and_the_rest_is_right(tmp_path):
+    whole = make_clip(tmp_path / "a.mp4", duration=2, gop=10, faststart=True, stamp=True).path
+    path = truncate(whole, tmp_path / "cut.mp4", keep=0.8)
+    info = probe(str(path), LIMITS)
+    indices = list(range(0, len(info.packets), 3))
+    out, done = decode(path, indices)
+    assert done
+    assert all(read_stamp(out[i]) == indices[i] for i in done[:-1])
+
+
+@st.composite
+def tables(draw):
+    """Packet tables of closed or open GOPs with B frames: (table, wanted rows)."""
+    order: list[int] = []
+    is_key: list[bool] = []
+    gops = draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+    leading = draw(st.integers(0, 2))
+    position = 0
+    for number, length in enumerate(gops):
+        lead = leading if number else 0
+        # Shown: lead pictures, the keyframe, the rest. Decoded: the keyframe first.
+        key_at = position
+        order += [key_at + 1 + i for i in range(lead)]
+        order += [key_at]
+        order += [key_at + lead + 1 + i for i in range(length - 1)]
+        is_key += [False] * lead + [True] + [False] * (length - 1)
+        position += lead + length
+    n = len(order)
+    table = PacketTable(
+        pts=np.arange(n, dtype=np.int64) * 512,
+        time=np.arange(n) / 30,
+        size=np.full(n, draw(st.sampled_from([100, 2_000_000])), np.int32),
+        is_key=np.array(is_key),
+        time_base=1 / 15360,
+        order=np.array(order, np.int64),
+    )
+    rows = draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n))
+    return table, np.array(sorted(rows), np.int64)
+
+
+@settings(max_examples=300, deadline=None)
+@given(tables())
+def test_every_wanted_frame_is_covered_from_a_keyframe_it_can_be_decoded_from(case):
+    table, rows = case
+    runs = plan_runs(table, rows)
+    assert sorted(row for run in runs for row in run.wanted) == rows.tolist()
+    for run in runs:
+        for row in run.wanted:
+            assert run.start <= table.order[row] <= run.stop
+            # Its own keyframe, the last one shown at or before it, is in the run too.
+            key = np.flatnonzero(table.is_key[: row + 1])
+            assert len(key) == 0 or run.start <= table.order[key[-1]]
+        assert run.start == 0 or (table.is_key[run.key] and table.order[run.key] == run.start)
+
+
+@settings(max_examples=300, deadline=None)
+@given(tables())
+def test_runs_do_not_overlap_and_never_cost_more_than_sequential(case):
+    table, rows = case
+    runs = plan_runs(table, rows)
+    for before, after in itertools.pairwise(runs):
+        assert before.stop < after.start
+    assert sum(run.num_packets for run in runs) <= table.order[rows].max() + 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(tables(), st.integers(1, 8))
+def test_lanes_partition_the_rows_and_add_only_open_gop_overlap(case, lanes):
+    table, rows = case
+    parts = split_lanes(table, rows, lanes)
+    assert 1 <= len(parts) <= lanes
+    np.testing.assert_array_equal(np.concatenate(parts), rows)
+    assert all(len(part) for part in parts)
+    apart = sum(run.num_packets for part in parts for run in plan_runs(table, part))
+    together = sum(run.num_packets for run in plan_runs(table, rows))
+    assert apart <= together + 3 * (len(parts) - 1)  # keyframe and two leading pictures each
+
+
+def test_keyframes_alone_are_decoded_alone():
+    table = PacketTable(
+        pts=np.arange(300, dtype=np.int64),
+        time=np.arange(300) / 30,
+        size=np.full(300, 1000, np.int32),
+        is_key=np.arange(300) % 30 == 0,
+        time_base=1 / 30,
+    )
+    runs = plan_runs(table, np.arange(0, 300, 30))
+    assert [run.num_packets for run in runs] == [1] * 10

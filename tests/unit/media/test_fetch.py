@@ -1,0 +1,766 @@
+import asyncio
+import base64
+import gc
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from vllm_mm_ext.errors import (
+    ForbiddenMediaError,
+    MediaError,
+    MediaTooLargeError,
+    UnreachableMediaError,
+)
+from vllm_mm_ext.media.cache import ByteBudgetCache
+from vllm_mm_ext.media.fetch.blob import Blob, digest_of
+from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
+from vllm_mm_ext.media.fetch.freshness import freshness_fields, judge
+from vllm_mm_ext.testing.origin import Origin, Resource
+
+BODY = bytes(range(256)) * 1000
+DIGEST = digest_of(BODY)
+MakeFetcher = Callable[..., MediaFetcher]
+
+
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    with Origin() as server:
+        yield server
+
+
+@pytest.fixture
+def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
+    made: list[MediaFetcher] = []
+
+    def make(cache_bytes: int = 64 << 20, **settings: object) -> MediaFetcher:
+        options: dict[str, object] = {
+            "allowed_local_media_path": tmp_path,
+            "allowed_media_domains": [],
+            "allow_redirects": True,
+            "user_agent": "test/1",
+            "download_limit_bytes": 64 << 20,
+            "max_retries": 1,
+            "retry_pause_s": 0.01,
+        }
+        cache: ByteBudgetCache[str, Blob] = ByteBudgetCache(cache_bytes, len)
+        fetcher = MediaFetcher(encoded_cache=cache, **(options | settings))  # type: ignore[arg-type]
+        made.append(fetcher)
+        return fetcher
+
+    yield make
+    for fetcher in made:
+        fetcher.close()
+
+
+async def get(fetcher: MediaFetcher, url: str, **kwargs: object) -> MediaRef:
+    return await fetcher.resolve(url, **({"timeout_s": 10.0} | kwargs))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as last changed long ago."""
+    monkeypatch.setattr("vllm_mm_ext.media.fetch.file_source._RACY_NS", -1)
+
+
+class TestHttp:
+    async def test_delivers_the_bytes_and_their_digest(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a.mp4", Resource(BODY))
+        ref = await get(make_fetcher(), url)
+        assert (ref.digest, ref.size) == (DIGEST, len(BODY))
+        assert (await ref.open()).read() == BODY
+        assert origin.last_headers["/a.mp4"]["user-agent"] == "test/1"
+
+    async def test_without_validators_it_is_downloaded_again_but_keeps_its_digest(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY))
+        fetcher = make_fetcher()
+        assert [(await get(fetcher, url)).digest for _ in range(3)] == [DIGEST] * 3
+        assert origin.body_bytes["/a"] == 3 * len(BODY)
+
+    @pytest.mark.parametrize(
+        "validator", [{"etag": '"v1"'}, {"last_modified": formatdate(1.6e9, usegmt=True)}]
+    )
+    async def test_validator_makes_a_follow_up_cost_no_body(
+        self, origin: Origin, make_fetcher: MakeFetcher, validator: dict[str, str]
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, **validator))  # type: ignore[arg-type]
+        fetcher = make_fetcher()
+        for _ in range(4):
+            ref = await get(fetcher, url)
+            assert ref.digest == DIGEST
+            assert (await ref.open()).read() == BODY
+        assert (origin.requests["/a"], origin.body_bytes["/a"]) == (4, len(BODY))
+        assert origin.statuses["/a", 304] == 3
+        stats = fetcher.stats()
+        assert (stats["http_requests"], stats["http_not_modified"]) == (4, 3)
+        assert (stats["http_bodies"], stats["http_body_bytes"]) == (1, len(BODY))
+
+    async def test_changed_content_is_seen_through_its_etag(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        fetcher = make_fetcher()
+        url = origin.serve("/a", Resource(BODY, etag='"v1"'))
+        await get(fetcher, url)
+        origin.serve("/a", Resource(b"new", etag='"v2"'))
+        assert (await get(fetcher, url)).digest == digest_of(b"new")
+
+    async def test_fresh_response_costs_no_request(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, headers={"Cache-Control": "max-age=60"}))
+        fetcher = make_fetcher()
+        for _ in range(3):
+            assert (await get(fetcher, url)).digest == DIGEST
+        assert origin.requests["/a"] == 1
+
+    async def test_304_renews_the_lifetime(self, origin: Origin, make_fetcher: MakeFetcher) -> None:
+        fetcher = make_fetcher()
+        url = origin.serve("/a", Resource(BODY, etag='"v"', headers={"Cache-Control": "no-cache"}))
+        await get(fetcher, url)
+        origin.serve("/a", Resource(BODY, etag='"v"', headers={"Cache-Control": "max-age=60"}))
+        for _ in range(3):
+            assert (await get(fetcher, url)).digest == DIGEST
+        assert (origin.requests["/a"], origin.body_bytes["/a"]) == (2, len(BODY))
+
+    async def test_no_store_is_kept_nowhere(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, etag='"v"', headers={"Cache-Control": "no-store"}))
+        fetcher = make_fetcher()
+        for _ in range(2):
+            ref = await get(fetcher, url)
+            assert not ref.storable
+            assert (await ref.open()).read() == BODY
+        assert origin.body_bytes["/a"] == 2 * len(BODY)
+        assert len(fetcher.encoded_cache) == 0
+
+    async def test_evicted_bytes_are_downloaded_again_on_open_only(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, etag='"v"'))
+        fetcher = make_fetcher()
+        await get(fetcher, url)
+        fetcher.encoded_cache.clear()
+        ref = await get(fetcher, url)
+        assert origin.body_bytes["/a"] == len(BODY)
+        assert (await ref.open()).read() == BODY
+        assert origin.body_bytes["/a"] == 2 * len(BODY)
+
+    async def test_content_that_changed_before_open_is_never_passed_off_as_the_old(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, headers={"Cache-Control": "max-age=60"}))
+        fetcher = make_fetcher()
+        await get(fetcher, url)
+        fetcher.encoded_cache.clear()
+        ref = await get(fetcher, url)
+        origin.serve("/a", Resource(b"new"))
+        with pytest.raises(MediaChangedError):
+            await ref.open()
+        assert (await get(fetcher, url)).digest == digest_of(b"new")
+
+    async def test_concurrent_requests_download_once(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, delay_s=0.2))
+        fetcher = make_fetcher()
+        refs = await asyncio.gather(*(get(fetcher, url) for _ in range(64)))
+        assert {ref.digest for ref in refs} == {DIGEST}
+        assert origin.requests["/a"] == 1
+
+    async def test_cancelled_download_leaves_no_descriptor_and_no_download(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        release = threading.Event()
+        url = origin.serve("/a", Resource(BODY, hold=release))
+        fetcher = make_fetcher()
+        await get(fetcher, origin.serve("/warm-up", Resource(b"x")))
+        memfds = _count_memfds()
+        task = asyncio.create_task(get(fetcher, url))
+        while not origin.body_bytes["/a"]:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while _count_memfds() > memfds or len(fetcher._flights):
+            await asyncio.sleep(0.01)
+        release.set()
+
+    def test_serves_one_event_loop_after_another(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, etag='"v"'))
+        fetcher = make_fetcher()
+        assert [asyncio.run(get(fetcher, url)).digest for _ in range(3)] == [DIGEST] * 3
+        assert origin.body_bytes["/a"] == len(BODY)
+
+    async def test_urls_with_other_credentials_are_remembered_apart(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, headers={"Cache-Control": "max-age=60"}))
+        fetcher = make_fetcher()
+        await get(fetcher, url.replace("//", "//user:one@"))
+        token = base64.b64encode(b"user:one").decode()
+        assert origin.last_headers["/a"]["authorization"] == f"Basic {token}"
+        await get(fetcher, url.replace("//", "//user:two@"))
+        assert origin.requests["/a"] == 2
+
+    async def test_encoded_path_and_query_arrive_as_sent(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        path = "/a%2Fb%20c?sig=x%2By%3D&u=%C3%A9"
+        url = origin.serve(path, Resource(BODY))
+        assert (await get(make_fetcher(), url + "#t=1,2")).digest == DIGEST
+
+
+class TestHttpLimits:
+    @pytest.mark.parametrize("chunked", [False, True])
+    async def test_size_limit_holds_with_and_without_content_length(
+        self, origin: Origin, make_fetcher: MakeFetcher, chunked: bool
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, chunked=chunked))
+        fetcher = make_fetcher(download_limit_bytes=len(BODY))
+        assert (await get(fetcher, url)).digest == DIGEST
+        with pytest.raises(MediaTooLargeError, match=f"limit is {len(BODY) - 1} bytes"):
+            await get(fetcher, url, max_bytes=len(BODY) - 1)
+        with pytest.raises(MediaTooLargeError):
+            await get(make_fetcher(download_limit_bytes=1000), url)
+
+    async def test_announced_size_past_the_limit_is_refused_before_the_body(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        release = threading.Event()
+        url = origin.serve("/a", Resource(b"", content_length=1 << 40, hold=release))
+        with pytest.raises(MediaTooLargeError):
+            await get(make_fetcher(), url)
+
+    async def test_size_limit_holds_for_remembered_media(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        fetcher = make_fetcher()
+        for path, headers in (("/fresh", {"Cache-Control": "max-age=60"}), ("/etag", {})):
+            url = origin.serve(path, Resource(BODY, etag='"v"', headers=headers))
+            await get(fetcher, url)
+            with pytest.raises(MediaTooLargeError):
+                await get(fetcher, url, max_bytes=10)
+
+    async def test_slow_body_runs_into_the_timeout(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        release = threading.Event()
+        url = origin.serve("/a", Resource(BODY, hold=release))
+        with pytest.raises(UnreachableMediaError, match=r"0\.2 s"):
+            await get(make_fetcher(), url, timeout_s=0.2)
+        release.set()
+
+
+class TestHttpFailures:
+    @pytest.mark.parametrize("status", [400, 401, 404, 410, 429, 500, 503, 204, 206])
+    async def test_error_status_is_a_client_error_naming_status_and_host_only(
+        self, origin: Origin, make_fetcher: MakeFetcher, status: int
+    ) -> None:
+        url = origin.serve("/a?secret=hunter2", Resource(status=status))
+        with pytest.raises(UnreachableMediaError) as caught:
+            await get(make_fetcher(), url.replace("//", "//user:password@"))
+        assert f"127.0.0.1 answered HTTP {status}" in str(caught.value)
+        for secret in ("hunter2", "password", "/a"):
+            assert secret not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "url", ["http://127.0.0.1:9/a?hunter2", "http://does-not-exist.invalid/a?hunter2"]
+    )
+    async def test_no_connection_is_a_client_error(
+        self, make_fetcher: MakeFetcher, url: str
+    ) -> None:
+        with pytest.raises(UnreachableMediaError) as caught:
+            await get(make_fetcher(), url)
+        assert "hunter2" not in str(caught.value)
+
+    async def test_truncated_body_is_not_taken_for_the_media(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, content_length=len(BODY) + 1))
+        fetcher = make_fetcher()
+        with pytest.raises(UnreachableMediaError, match="broke off"):
+            await get(fetcher, url)
+        assert len(fetcher.encoded_cache) == 0
+
+    async def test_transient_failures_are_tried_again(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, fail_first=2))
+        assert (await get(make_fetcher(max_retries=3), url)).digest == DIGEST
+        origin.serve("/a", Resource(BODY, fail_first=2))
+        with pytest.raises(UnreachableMediaError, match="HTTP 503"):
+            await get(make_fetcher(max_retries=2), url)
+
+    async def test_client_errors_are_not_tried_again(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(status=404))
+        with pytest.raises(UnreachableMediaError):
+            await get(make_fetcher(max_retries=3), url)
+        assert origin.requests["/a"] == 1
+
+    async def test_failure_is_not_remembered(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        fetcher = make_fetcher()
+        with pytest.raises(UnreachableMediaError):
+            await get(fetcher, origin.url("/a"))
+        assert (await get(fetcher, origin.serve("/a", Resource(BODY)))).digest == DIGEST
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "http://",
+            "http:///a",
+            "http://[::1/a",
+            "http://a b/c",
+            "http://evil\nhost/",
+            "http://h:99999999/a",
+            "https://user@:80/",
+        ],
+    )
+    async def test_malformed_url_is_a_client_error(
+        self, make_fetcher: MakeFetcher, url: str
+    ) -> None:
+        with pytest.raises(MediaError):
+            await get(make_fetcher(), url)
+
+    @pytest.mark.parametrize(
+        "url", ["ftp://h/a", "a.mp4", "/etc/passwd", "", "gopher://h", "s3://b/k"]
+    )
+    async def test_other_schemes_are_forbidden_and_the_allowed_ones_named(
+        self, make_fetcher: MakeFetcher, url: str
+    ) -> None:
+        with pytest.raises(ForbiddenMediaError, match="http, https, file or data"):
+            await get(make_fetcher(), url)
+
+
+class TestDomainsAndRedirects:
+    async def test_only_allowed_domains_are_contacted(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY))
+        fetcher = make_fetcher(allowed_media_domains=["localhost"])
+        with pytest.raises(ForbiddenMediaError, match=r"127\.0\.0\.1"):
+            await get(fetcher, url)
+        assert origin.requests["/a"] == 0
+        assert (await get(fetcher, origin.url("/a", "LOCALHOST"))).digest == DIGEST
+
+    @pytest.mark.parametrize(
+        "trick",
+        [
+            "http://localhost@127.0.0.1:{p}/a",
+            "http://127.0.0.1:{p}\\@localhost/a",
+            "http://127.0.0.1:{p}#@localhost/a",
+            "http://127.0.0.1:{p}?@localhost/a",
+            "http://localhost.:{p}/a",
+            "http://[::ffff:127.0.0.1]:{p}/a",
+        ],
+    )
+    async def test_disguised_hosts_are_not_contacted(
+        self, origin: Origin, make_fetcher: MakeFetcher, trick: str
+    ) -> None:
+        port = origin.url("").rpartition(":")[2]
+        with pytest.raises(ForbiddenMediaError):
+            await get(make_fetcher(allowed_media_domains=["localhost"]), trick.replace("{p}", port))
+        assert not origin.requests
+
+    async def test_redirect_to_another_domain_is_checked_too(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        target = origin.serve("/secret", Resource(BODY))
+        origin.serve("/a", Resource(status=302, location=target))
+        fetcher = make_fetcher(allowed_media_domains=["localhost"])
+        with pytest.raises(ForbiddenMediaError):
+            await get(fetcher, origin.url("/a", "localhost"))
+        assert origin.requests["/secret"] == 0
+
+    @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://h/a", "data:,x", "http://["])
+    async def test_redirect_cannot_leave_http(
+        self, origin: Origin, make_fetcher: MakeFetcher, target: str
+    ) -> None:
+        url = origin.serve("/a", Resource(status=302, location=target))
+        with pytest.raises(MediaError):
+            await get(make_fetcher(), url)
+
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    async def test_relative_redirects_are_followed(
+        self, origin: Origin, make_fetcher: MakeFetcher, status: int
+    ) -> None:
+        url = origin.serve("/x/a", Resource(status=status, location="../b?q=1"))
+        origin.serve("/b?q=1", Resource(BODY))
+        assert (await get(make_fetcher(), url)).digest == DIGEST
+
+    async def test_ten_redirects_are_followed_and_an_endless_chain_is_not(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        for hop in range(11):
+            origin.serve(f"/{hop}", Resource(status=302, location=f"/{hop + 1}"))
+        origin.serve("/11", Resource(BODY))
+        assert (await get(make_fetcher(), origin.url("/1"))).digest == DIGEST
+        with pytest.raises(UnreachableMediaError, match="more than 10"):
+            await get(make_fetcher(), origin.url("/0"))
+
+    async def test_redirects_can_be_turned_off(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(status=302, location="/b"))
+        origin.serve("/b", Resource(BODY))
+        with pytest.raises(ForbiddenMediaError, match="redirect"):
+            await get(make_fetcher(allow_redirects=False), url)
+        assert origin.requests["/b"] == 0
+
+    async def test_target_is_revalidated_and_a_new_target_is_seen(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        fetcher = make_fetcher()
+        url = origin.serve("/a", Resource(status=302, location="/b"))
+        origin.serve("/b", Resource(BODY, etag='"v"', headers={"Cache-Control": "max-age=60"}))
+        for _ in range(3):
+            assert (await get(fetcher, url)).digest == DIGEST
+        # The redirect has no lifetime of its own, so it is asked for each time.
+        assert (origin.requests["/a"], origin.body_bytes["/b"]) == (3, len(BODY))
+        origin.serve("/a", Resource(status=302, location="/c"))
+        origin.serve("/c", Resource(b"other", etag='"v"'))
+        assert (await get(fetcher, url)).digest == digest_of(b"other")
+
+    async def test_credentials_are_not_sent_to_a_redirect_target(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(status=302, location=origin.url("/b", "localhost")))
+        origin.serve("/b", Resource(BODY))
+        await get(make_fetcher(), url.replace("//", "//user:password@"))
+        assert "authorization" not in origin.last_headers["/b"]
+
+    async def test_cookies_are_not_carried_between_requests(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, headers={"Set-Cookie": "id=1"}))
+        fetcher = make_fetcher()
+        await get(fetcher, url)
+        await get(fetcher, url)
+        assert "cookie" not in origin.last_headers["/a"]
+
+
+class TestFreshness:
+    NOW = 1.7e9
+
+    @pytest.mark.parametrize(
+        ("headers", "storable", "lifetime"),
+        [
+            ({}, True, 0),
+            ({"cache-control": "max-age=60"}, True, 60),
+            ({"cache-control": "public, MAX-AGE=60 , must-revalidate"}, True, 60),
+            ({"cache-control": 'max-age="60"'}, True, 60),
+            ({"cache-control": "max-age=60, max-age=90"}, True, 60),
+            ({"cache-control": "max-age=60", "age": "20"}, True, 40),
+            ({"cache-control": "max-age=60", "age": "100"}, True, 0),
+            ({"cache-control": "max-age=60", "date": formatdate(NOW - 45)}, True, 15),
+            ({"cache-control": "max-age=60", "date": formatdate(NOW + 45)}, True, 60),
+            ({"cache-control": "max-age=-1"}, True, 0),
+            ({"cache-control": "max-age=soon"}, True, 0),
+            ({"cache-control": "max-age=" + "9" * 5000}, True, 2**31),
+            ({"cache-control": "s-maxage=60"}, True, 0),
+            ({"cache-control": "private, max-age=60"}, True, 60),
+            ({"cache-control": "no-cache, max-age=60"}, True, 0),
+            ({"cache-control": "max-age=60", "vary": "*"}, True, 0),
+            ({"cache-control": "max-age=60", "vary": "Accept-Encoding"}, True, 60),
+            ({"cache-control": "No-Store, max-age=60"}, False, 0),
+            ({"expires": formatdate(NOW + 30), "date": formatdate(NOW)}, True, 30),
+            ({"expires": formatdate(NOW + 30)}, True, 30),
+            ({"expires": formatdate(NOW - 30), "date": formatdate(NOW)}, True, 0),
+            ({"expires": "0"}, True, 0),
+            ({"expires": formatdate(NOW + 30), "cache-control": "max-age=5"}, True, 5),
+        ],
+    )
+    def test_follows_rfc_9111(
+        self, headers: dict[str, str], storable: bool, lifetime: float
+    ) -> None:
+        verdict = judge(headers, received=self.NOW, delay_s=0.0)
+        assert (verdict.storable, verdict.lifetime_s) == (storable, lifetime)
+
+    def test_time_spent_waiting_for_the_answer_counts_as_age(self) -> None:
+        assert judge({"cache-control": "max-age=60"}, received=self.NOW, delay_s=5).lifetime_s == 55
+
+    def test_repeated_fields_are_joined(self) -> None:
+        fields = freshness_fields([("Cache-Control", "max-age=60"), ("cache-control", "no-store")])
+        assert not judge(fields, received=self.NOW, delay_s=0).storable
+
+
+class TestFile:
+    async def test_delivers_the_bytes(self, tmp_path: Path, make_fetcher: MakeFetcher) -> None:
+        path = tmp_path / "sub dir" / "ä.mp4"
+        path.parent.mkdir()
+        path.write_bytes(BODY)
+        ref = await get(make_fetcher(), path.as_uri())
+        assert (ref.digest, (await ref.open()).read()) == (DIGEST, BODY)
+
+    @pytest.mark.usefixtures("settled")
+    async def test_follow_up_does_not_read_the_file(
+        self, tmp_path: Path, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(BODY)
+        fetcher = make_fetcher()
+        await get(fetcher, path.as_uri())
+
+        def no_read(*_: object) -> bytes:
+            raise AssertionError("the file was read")
+
+        monkeypatch.setattr(os, "read", no_read)
+        ref = await get(fetcher, path.as_uri())
+        assert (ref.digest, (await ref.open()).read()) == (DIGEST, BODY)
+
+    @pytest.mark.usefixtures("settled")
+    async def test_changed_file_is_seen(self, tmp_path: Path, make_fetcher: MakeFetcher) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(b"one")
+        fetcher = make_fetcher()
+        assert (await get(fetcher, path.as_uri())).digest == digest_of(b"one")
+        path.write_bytes(b"three")
+        assert (await get(fetcher, path.as_uri())).digest == digest_of(b"three")
+
+    async def test_same_size_change_right_after_reading_is_seen(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(b"one")
+        times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+        fetcher = make_fetcher()
+        for content in (b"two", b"six", b"ten"):
+            await get(fetcher, path.as_uri())
+            path.write_bytes(content)
+            os.utime(path, ns=times)
+            assert (await get(fetcher, path.as_uri())).digest == digest_of(content)
+
+    @pytest.mark.usefixtures("settled")
+    async def test_restored_modification_time_does_not_hide_a_change(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(b"one")
+        times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+        fetcher = make_fetcher()
+        await get(fetcher, path.as_uri())
+        time.sleep(0.05)  # longer than one tick of the file system's clock
+        path.write_bytes(b"two")
+        os.utime(path, ns=times)
+        assert (await get(fetcher, path.as_uri())).digest == digest_of(b"two")
+
+    @pytest.mark.usefixtures("settled")
+    async def test_swapped_link_is_seen(self, tmp_path: Path, make_fetcher: MakeFetcher) -> None:
+        for name in ("one", "two"):
+            (tmp_path / name).write_text(name)
+        link = tmp_path / "link"
+        link.symlink_to(tmp_path / "one")
+        fetcher = make_fetcher()
+        assert (await get(fetcher, link.as_uri())).digest == digest_of(b"one")
+        link.unlink()
+        link.symlink_to(tmp_path / "two")
+        assert (await get(fetcher, link.as_uri())).digest == digest_of(b"two")
+
+    @pytest.mark.usefixtures("settled")
+    async def test_evicted_file_that_changed_is_not_passed_off_as_the_old(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(b"one")
+        fetcher = make_fetcher(cache_bytes=0)
+        await get(fetcher, path.as_uri())
+        ref = await get(fetcher, path.as_uri())
+        path.write_bytes(b"other")
+        with pytest.raises(MediaChangedError):
+            await ref.open()
+
+    async def test_later_change_does_not_reach_what_was_read(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(BODY)
+        ref = await get(make_fetcher(), path.as_uri())
+        path.write_bytes(b"x" * len(BODY))
+        assert (await ref.open()).read() == BODY
+
+    async def test_outside_paths_look_the_same_whether_they_exist_or_not(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        allowed = tmp_path / "allowed"
+        allowed.mkdir()
+        (tmp_path / "secret").write_bytes(BODY)
+        (allowed / "link").symlink_to(tmp_path / "secret")
+        (allowed / "dangling").symlink_to(tmp_path / "nothing")
+        (tmp_path / "allowed2").mkdir()
+        (tmp_path / "allowed2" / "a").write_bytes(BODY)
+        fetcher = make_fetcher(allowed_local_media_path=allowed)
+        base = allowed.as_uri()
+        messages = set()
+        for url in (
+            f"{base}/../secret",
+            f"{base}/../nothing",
+            f"{base}/%2e%2e/secret",
+            f"{base}/link",
+            f"{base}/dangling",
+            f"{base}2/a",
+            base,
+            "file:///etc/passwd",
+            "file:///etc/nothing-here",
+            "file://localhost/etc/passwd",
+            "file:",
+        ):
+            with pytest.raises(ForbiddenMediaError, match="allowed-local-media-path") as caught:
+                await get(fetcher, url)
+            messages.add(str(caught.value))
+        assert len(messages) == 1
+
+    async def test_directory_swapped_for_a_link_after_the_check_is_not_read(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        allowed, outside = tmp_path / "allowed", tmp_path / "outside"
+        (allowed / "dir").mkdir(parents=True)
+        outside.mkdir()
+        (allowed / "dir" / "a").write_bytes(b"fine")
+        (outside / "a").write_bytes(b"secret")
+        fetcher = make_fetcher(allowed_local_media_path=allowed)
+        located = await fetcher._files.locate((allowed / "dir" / "a").as_uri())
+        (allowed / "dir").rename(tmp_path / "moved")
+        (allowed / "dir").symlink_to(outside)
+        with pytest.raises(ForbiddenMediaError):
+            await fetcher._files.fetch(located, timeout_s=1, max_bytes=None, load=True)
+
+    async def test_without_the_flag_files_are_forbidden(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        (tmp_path / "a").write_bytes(BODY)
+        fetcher = make_fetcher(allowed_local_media_path=None)
+        with pytest.raises(ForbiddenMediaError, match="--allowed-local-media-path"):
+            await get(fetcher, (tmp_path / "a").as_uri())
+
+    async def test_what_is_not_a_readable_regular_file_is_a_client_error(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        (tmp_path / "dir").mkdir()
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        fetcher = make_fetcher()
+        for name in ("dir", "pipe", "missing", "loop", "nul%00byte", "x" * 5000):
+            with pytest.raises(MediaError):
+                await get(fetcher, f"{tmp_path.as_uri()}/{name}")
+
+    async def test_size_limits_hold(self, tmp_path: Path, make_fetcher: MakeFetcher) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(BODY)
+        with pytest.raises(MediaTooLargeError, match="limit is 10 bytes"):
+            await get(make_fetcher(), path.as_uri(), max_bytes=10)
+        with pytest.raises(MediaTooLargeError):
+            await get(make_fetcher(local_limit_bytes=10), path.as_uri())
+
+    def test_allowed_path_must_be_a_directory(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        with pytest.raises(ValueError, match="existing directory"):
+            make_fetcher(allowed_local_media_path=tmp_path / "nothing")
+
+
+class TestData:
+    @pytest.mark.parametrize("size", [0, 1, 2, 3, 100, 300_000])
+    async def test_delivers_the_bytes(self, make_fetcher: MakeFetcher, size: int) -> None:
+        data = os.urandom(size)
+        ref = await get(make_fetcher(), _data_url(data))
+        assert (ref.digest, ref.size) == (digest_of(data), size)
+        assert (await ref.open()).read() == data
+
+    @pytest.mark.parametrize("size", [100, 300_000])
+    async def test_follow_up_finds_the_digest_without_decoding(
+        self, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch, size: int
+    ) -> None:
+        url = _data_url(BODY[:size])
+        fetcher = make_fetcher()
+        first = await get(fetcher, url)
+
+        def no_decode(*_: object, **__: object) -> bytes:
+            raise AssertionError("the data was decoded")
+
+        monkeypatch.setattr("pybase64.b64decode", no_decode)
+        assert (await get(fetcher, "".join(url))).digest == first.digest
+
+    async def test_evicted_data_is_decoded_again(self, make_fetcher: MakeFetcher) -> None:
+        fetcher = make_fetcher(cache_bytes=0)
+        await get(fetcher, _data_url(BODY))
+        ref = await get(fetcher, _data_url(BODY))
+        assert (await ref.open()).read() == BODY
+
+    async def test_size_limit_is_exact(self, make_fetcher: MakeFetcher) -> None:
+        fetcher = make_fetcher()
+        for size in (10, 11, 12):
+            await get(fetcher, _data_url(bytes(size)), max_bytes=size)
+            with pytest.raises(MediaTooLargeError):
+                await get(fetcher, _data_url(bytes(size)), max_bytes=size - 1)
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "data:video/mp4;base64",
+            "data:video/mp4,AAAA",
+            "data:,AAAA",
+            "data:video/mp4;base64,AAA",
+            "data:video/mp4;base64,AA A",
+            "data:video/mp4;base64,!!!!",
+            "data:video/mp4;base64,ÄÄÄÄ",
+            "data:video/mp4;base64," + "A" * 100_001,
+            "data:video/mp4;base64,=",
+        ],
+    )
+    async def test_malformed_data_is_a_client_error(
+        self, make_fetcher: MakeFetcher, url: str
+    ) -> None:
+        with pytest.raises(MediaError) as caught:
+            await get(make_fetcher(), url)
+        assert "AAAA" not in str(caught.value)
+
+
+def test_dropped_fetcher_stops_its_thread(
+    tmp_path: Path, origin: Origin, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache: ByteBudgetCache[str, Blob] = ByteBudgetCache(0, len)
+    fetcher = MediaFetcher(
+        allowed_local_media_path=tmp_path,
+        allowed_media_domains=[],
+        allow_redirects=True,
+        user_agent="test/1",
+        encoded_cache=cache,
+        download_limit_bytes=None,
+    )
+    thread = fetcher._thread._thread
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(get(fetcher, origin.serve("/a", Resource(BODY))))
+        del fetcher
+        gc.collect()
+        thread.join(10)
+    assert not thread.is_alive()
+    assert not caplog.records
+
+
+def _data_url(data: bytes) -> str:
+    return f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+
+
+def _count_memfds() -> int:
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            count += "memfd:mm_ext_media" in os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+    return count

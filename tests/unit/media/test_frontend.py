@@ -1,0 +1,239 @@
+"""The front-end makes each sampled video once, and never mistakes one for another."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_mm_ext.adapters.runtime import Runtime
+from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.config.root import MMExtConfig
+from vllm_mm_ext.errors import NoSuchStreamError
+from vllm_mm_ext.media.fetch.fetcher import MediaFetcher, MediaRef
+from vllm_mm_ext.media.fetch.file_source import _RACY_NS
+from vllm_mm_ext.media.traits import ModelTraits
+from vllm_mm_ext.media.types import SamplingSpec, SizeRule
+from vllm_mm_ext.media.video_plan import VideoPlan
+from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
+from vllm_mm_ext.testing.origin import Origin
+
+PLAN = VideoPlan(SamplingSpec(max_frames=8), SizeRule(kind="fixed", height=56, width=84))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("clips")
+    make_clip(folder / "a.mp4", duration=4, audio=[Tone(440.0, 0.0, 4.0)], seed=1)
+    make_clip(folder / "b.mp4", duration=4, seed=2)
+    make_audio(folder / "tone.wav", duration=1.0, sample_rate=44_100)
+    # A file is known by its identity only once it has been left alone for longer than the
+    # granularity of its time stamps.
+    time.sleep(_RACY_NS / 1e9 + 0.1)
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    config = MMExtConfig.from_additional_config({"mm_ext": {"media": {"decode": {"workers": 1}}}})
+    made = Runtime(config, ModelTraits(hears_video=True))
+    yield made
+    made.close()
+
+
+async def resolve(runtime: Runtime, path: Path) -> MediaRef:
+    fetcher: MediaFetcher = runtime.fetcher(path.parent, ())
+    return await fetcher.resolve(path.as_uri(), timeout_s=5)
+
+
+def jobs(runtime: Runtime) -> int:
+    count: int = runtime.stats()["decode"]["jobs"]
+    return count
+
+
+async def test_a_follow_up_is_neither_read_nor_decoded(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    first = await runtime.frontend.video(ref, PLAN)
+    after = jobs(runtime)
+    again = await resolve(runtime, clips["a"])
+    assert again._blob is None, "the file was read again"
+    second = await runtime.frontend.video(again, PLAN)
+    assert jobs(runtime) == after
+    assert second.frames is first.frames
+    assert (first.cached, second.cached) == (False, True)
+
+
+async def test_concurrent_requests_for_one_video_decode_once(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    async def one() -> Any:
+        return await runtime.frontend.video(await resolve(runtime, clips["a"]), PLAN)
+
+    results = await asyncio.gather(*(one() for _ in range(64)))
+    assert jobs(runtime) == 1
+    assert len({id(result.frames) for result in results}) == 1
+
+
+async def test_a_changed_file_is_seen(
+    runtime: Runtime, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(clips["a"].read_bytes())
+    first = await runtime.frontend.video(await resolve(runtime, path), PLAN)
+    path.write_bytes(clips["b"].read_bytes())
+    os.utime(path)
+    second = await runtime.frontend.video(await resolve(runtime, path), PLAN)
+    assert first.frames.digest != second.frames.digest
+    assert not np.array_equal(first.frames, second.frames)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(PLAN, sampling=SamplingSpec(max_frames=7)),
+        replace(PLAN, sampling=SamplingSpec(max_frames=8, policy="keyframe")),
+        replace(PLAN, size=SizeRule(kind="fixed", height=56, width=56)),
+        replace(PLAN, size=SizeRule()),
+        replace(PLAN, audio=True),
+        replace(PLAN, chooser_name="stock"),
+        replace(PLAN, reduction=Reduction(pool=2)),
+    ],
+    ids=["frames", "policy", "size", "native", "sound", "stock choice", "reduction"],
+)
+async def test_another_plan_never_shares_a_digest(
+    runtime: Runtime, clips: dict[str, Path], other: VideoPlan
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    first = await runtime.frontend.video(ref, PLAN)
+    second = await runtime.frontend.video(ref, other)
+    assert first.frames.digest != second.frames.digest
+    assert PLAN.key() != other.key()
+
+
+async def test_sound_comes_with_the_frames_of_one_fetch(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    plan = replace(PLAN, audio=True)
+    result = await runtime.frontend.video(await resolve(runtime, clips["a"]), plan)
+    waveform = result.frames.audio
+    assert waveform is not None
+    assert waveform.rate == 16_000
+    assert abs(len(waveform) / 16_000 - 4.0) < 0.1
+    spectrum = np.abs(np.fft.rfft(np.asarray(waveform)))
+    assert abs(np.argmax(spectrum) * 16_000 / len(waveform) - 440) < 2
+    assert jobs(runtime) == 1
+
+
+async def test_a_silent_video_has_no_sound_and_is_no_error(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    plan = replace(PLAN, audio=True)
+    result = await runtime.frontend.video(await resolve(runtime, clips["b"]), plan)
+    assert result.frames.audio is None
+
+
+async def test_audio_is_resampled_to_the_models_rate(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    result = await runtime.frontend.audio(await resolve(runtime, clips["tone"]))
+    assert result.waveform.rate == 16_000
+    assert len(result.waveform) == 16_000
+
+
+async def test_media_without_the_stream_asked_for_is_a_client_error(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    with pytest.raises(NoSuchStreamError):
+        await runtime.frontend.video(await resolve(runtime, clips["tone"]), PLAN)
+    with pytest.raises(NoSuchStreamError):
+        await runtime.frontend.audio(await resolve(runtime, clips["b"]))
+
+
+async def test_what_an_origin_forbids_to_store_is_not_remembered(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    with Origin() as origin:
+        url = origin.serve_file(clips["a"], cache_control="no-store")
+        fetcher = runtime.fetcher(None, ())
+        for _ in range(2):
+            ref = await fetcher.resolve(url, timeout_s=5)
+            result = await runtime.frontend.video(ref, PLAN)
+            assert not result.cached
+    assert runtime.stats()["decoded_cache"]["entries"] == 0
+
+
+async def test_reductions_share_one_decode_and_one_memo(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    plans = [PLAN, *(replace(PLAN, reduction=Reduction(pool=n)) for n in (2, 3))]
+    first = [await runtime.frontend.video(ref, plan) for plan in plans]
+    second = [await runtime.frontend.video(ref, plan) for plan in plans]
+    assert jobs(runtime) == 1
+    assert len({result.frames.digest for result in first}) == 3
+    for before, after, plan in zip(first, second, plans, strict=True):
+        assert after.frames.digest == before.frames.digest
+        assert np.shares_memory(after.frames, before.frames)
+        assert after.frames.memo is before.frames.memo is first[0].frames.memo
+        assert after.frames.reduction == plan.reduction
+
+
+async def test_frames_say_their_step_and_that_they_have_their_final_size(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    sized = (await runtime.frontend.video(ref, PLAN)).frames
+    assert (sized.step, sized.pinned) == (1.0, True)
+    assert sized.times == (0.0, 1.0, 2.0, 3.0)
+    budget = replace(PLAN, sampling=SamplingSpec(max_frames=3, min_frames=1), size=SizeRule())
+    spread = (await runtime.frontend.video(ref, budget)).frames
+    assert (spread.step, spread.pinned) == (None, False)
+
+
+async def test_a_cap_on_pixels_reaches_the_decoder(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    rule = SizeRule("qwen_vl", factor=28, min_pixels=784, max_pixels=10**6)
+    for size, pinned in (
+        (replace(rule, max_frame_pixels=112 * 112), True),
+        (SizeRule(max_frame_pixels=112 * 112), False),
+    ):
+        frames = (await runtime.frontend.video(ref, replace(PLAN, size=size))).frames
+        assert 0 < frames.shape[1] * frames.shape[2] <= 112 * 112
+        assert frames.pinned == pinned
+
+
+async def test_a_probe_reads_the_container_once_and_decodes_nothing(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    ref = await resolve(runtime, clips["a"])
+    infos = await asyncio.gather(*(runtime.frontend.probe(ref) for _ in range(16)))
+    assert jobs(runtime) == 1
+    assert {info.video.num_frames for info in infos if info.video} == {120}
+    assert infos[0].packets is None
+    assert len(runtime.frontend.cache) == 0
+    result = await runtime.frontend.video(ref, PLAN)
+    assert result.info == infos[0]
+
+
+async def test_a_decoded_video_needs_no_probe(runtime: Runtime, clips: dict[str, Path]) -> None:
+    ref = await resolve(runtime, clips["b"])
+    result = await runtime.frontend.video(ref, PLAN)
+    assert await runtime.frontend.probe(ref) is result.info
+    assert jobs(runtime) == 1
+
+
+async def test_stocks_choice_of_a_file_without_video_is_a_client_error(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    plan = replace(PLAN, chooser_name="first", chooser=lambda _: [0])
+    with pytest.raises(NoSuchStreamError):
+        await runtime.frontend.video(await resolve(runtime, clips["tone"]), plan)

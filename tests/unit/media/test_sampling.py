@@ -1,0 +1,335 @@
+"""Sampling policies: budgets, order, gaps and determinism; and what ``adaptive`` sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_mm_ext.errors import MediaError, NoSuchStreamError
+from vllm_mm_ext.media.decode.decoders.base import thumbnail_size
+from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.sampling import select, thumbnail_scan, timeline
+from vllm_mm_ext.media.types import (
+    DecodeLimits,
+    FrameSelection,
+    MediaInfo,
+    PacketTable,
+    SamplingSpec,
+    VideoStream,
+)
+from vllm_mm_ext.testing.media import Event, make_clip
+
+
+def media(
+    time: npt.NDArray[np.float64],
+    size: npt.NDArray[np.int64] | None = None,
+    key: npt.NDArray[np.bool_] | None = None,
+    order: npt.NDArray[np.int64] | None = None,
+) -> MediaInfo:
+    count = len(time)
+    size = np.full(count, 1000) if size is None else size
+    key = np.arange(count) % 30 == 0 if key is None else key
+    gap = (time[-1] - time[0]) / (count - 1) if count > 1 else 0.0
+    packets = PacketTable(
+        pts=np.round(time * 90000).astype(np.int64),
+        time=time,
+        size=size.astype(np.int32),
+        is_key=key,
+        time_base=1 / 90000,
+        order=np.arange(count) if order is None else order,
+    )
+    duration = float(time[-1] + gap)
+    fps = 1 / gap if gap else 0.0
+    stream = VideoStream(0, "h264", 640, 360, 0, fps, False, count, duration, "yuv420p")
+    return MediaInfo("mp4", 1, duration, stream, (), packets)
+
+
+def even(count: int, fps: float = 30.0, gop: int = 30) -> MediaInfo:
+    return media(np.arange(count) / fps, key=np.arange(count) % gop == 0)
+
+
+def noise_thumbnails(seed: int = 0) -> object:
+    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+        rng = np.random.default_rng([seed, *indices[:1]])
+        return rng.integers(0, 256, (len(indices), 9, 16), dtype=np.uint8)
+
+    return thumbnails
+
+
+def chosen(info: MediaInfo, **options: object) -> FrameSelection:
+    return select(info, SamplingSpec(**options), noise_thumbnails())  # type: ignore[arg-type]
+
+
+@st.composite
+def clips(draw: st.DrawFn) -> MediaInfo:
+    count = draw(st.integers(1, 900))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    gaps = {
+        "even": np.ones(count),
+        "uneven": rng.uniform(0.2, 4.0, count),
+        "bursts": rng.choice([0.05, 30.0], count, p=[0.95, 0.05]),
+        "still": np.zeros(count),
+    }[draw(st.sampled_from(["even", "uneven", "bursts", "still"]))] / 30.0
+    time = np.concatenate([[0.0], np.cumsum(gaps[1:])])
+    size = {
+        "flat": np.full(count, 500),
+        "random": rng.integers(1, 100_000, count),
+        "spikes": np.where(rng.random(count) < 0.02, 90_000, 400 + rng.integers(0, 50, count)),
+        "empty": np.zeros(count, np.int64),
+    }[draw(st.sampled_from(["flat", "random", "spikes", "empty"]))]
+    key = {
+        "gop": np.arange(count) % draw(st.integers(1, 300)) == 0,
+        "random": rng.random(count) < 0.05,
+        "all": np.ones(count, np.bool_),
+        "none": np.zeros(count, np.bool_),
+    }[draw(st.sampled_from(["gop", "random", "all", "none"]))]
+    order = np.arange(count)
+    if draw(st.booleans()) and count > 3:
+        # I B P B P ...: each odd frame is decoded after the one that follows it.
+        order[1:-1:2], order[2::2] = order[2::2].copy()[: len(order[1:-1:2])], order[1:-1:2].copy()
+    return media(time, size, key, order)
+
+
+specs = st.builds(
+    SamplingSpec,
+    policy=st.sampled_from(["uniform", "keyframe", "adaptive"]),
+    fps=st.sampled_from([0.1, 1.0, 2.0, 30.0]),
+    max_frames=st.integers(1, 64),
+    min_frames=st.integers(0, 16),
+    min_fps=st.sampled_from([0.0, 0.1, 1.0, 100.0]),
+    max_fps=st.sampled_from([0.5, 2.0, 8.0, 1000.0]),
+    multiple_of=st.sampled_from([1, 2, 4]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(info=clips(), spec=specs)
+def test_any_policy_keeps_its_budget_order_and_times(info: MediaInfo, spec: SamplingSpec) -> None:
+    selection = select(info, spec, noise_thumbnails())  # type: ignore[arg-type]
+    again = select(info, spec, noise_thumbnails())  # type: ignore[arg-type]
+    assert info.packets is not None
+    count = len(selection.indices)
+    assert 1 <= count <= min(spec.max_frames, len(info.packets))
+    assert (np.diff(selection.indices) > 0).all()
+    assert selection.indices[0] >= 0
+    assert selection.indices[-1] < len(info.packets)
+    assert (selection.times == info.packets.time[selection.indices]).all()
+    assert (selection.indices == again.indices).all()
+    if count >= spec.multiple_of:
+        assert count % spec.multiple_of == 0
+    if spec.policy != "keyframe":
+        # What a planner without the packets may count on.
+        assert count <= timeline.target_count(replace(info, packets=None), spec)
+    if spec.policy != "adaptive":
+        least = min(spec.min_frames, spec.max_frames, len(info.packets))
+        assert count >= least - least % spec.multiple_of
+    assert (selection.profile is not None) == (spec.policy == "adaptive")
+
+
+@settings(max_examples=80, deadline=None)
+@given(info=clips(), count=st.integers(2, 64))
+def test_adaptive_leaves_no_gap_wider_than_eight_uniform_spacings(
+    info: MediaInfo, count: int
+) -> None:
+    assert info.packets is not None
+    if len(info.packets) <= count:
+        return
+    selection = chosen(
+        info, policy="adaptive", fps=1000.0, max_frames=count, min_frames=count, max_fps=1000.0
+    )
+    assert len(selection.indices) == count
+    time = info.packets.time
+    spacing = (time[-1] - time[0]) / (count - 1)
+    # Where no frame is to be had for longer, the bound cannot hold.
+    widest = float(np.diff(time).max())
+    assert np.diff(selection.times).max(initial=0.0) <= 8 * spacing + 2 * widest + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(info=clips(), min_fps=st.sampled_from([0.1, 0.5, 1.0, 3.0]), ceiling=st.integers(1, 9))
+def test_adaptive_keeps_the_floor_and_the_ceiling(
+    info: MediaInfo, min_fps: float, ceiling: int
+) -> None:
+    assert info.packets is not None
+    selection = chosen(
+        info, policy="adaptive", fps=4.0, max_frames=200, min_fps=min_fps, max_fps=float(ceiling)
+    )
+    time, most = info.packets.time, max(ceiling, int(np.ceil(min_fps)))
+    assert np.bincount(timeline.second_of(selection.times)).max() <= most
+    length = float(time[-1] - time[0])
+    slots = int(np.ceil(length * min_fps))
+    if length > 0 and slots and len(selection.indices) >= slots and most >= np.ceil(min_fps):
+        # Any stretch of two slots that has frames all along has one that was chosen.
+        covered = np.diff(selection.times).max(initial=0.0)
+        assert covered <= 2 / min_fps + 2 * np.diff(time).max() + 1 + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(info=clips(), count=st.integers(3, 32))
+def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, count: int) -> None:
+    packets = info.packets
+    assert packets is not None
+    calls: list[list[int]] = []
+
+    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+        calls.append(list(indices))
+        return np.zeros((len(indices), 9, 16), np.uint8)
+
+    select(info, SamplingSpec(policy="adaptive", max_frames=count), thumbnails)
+    assert len(calls) <= 1
+    for indices in calls:
+        assert (np.diff(indices) > 0).all()
+        assert len(indices) <= thumbnail_scan.MAX_THUMBNAILS
+        assert timeline.decode_cost(packets, np.array(indices)) <= len(packets) + 1e-6
+
+
+def test_uniform_equals_the_choice_of_stock_loaders_where_a_budget_binds() -> None:
+    for count in (1, 2, 31, 32, 33, 119, 1801):
+        wanted = min(32, count, max(4, count // 30))
+        expected = np.linspace(0, count - 1, wanted, dtype=int)
+        selection = chosen(even(count))
+        assert (selection.indices == expected).all()
+        assert selection.step is None
+
+
+def test_uniform_takes_the_frame_on_screen_at_each_moment_of_a_fixed_grid() -> None:
+    selection = chosen(even(610, fps=30.5), fps=1.5, multiple_of=2)
+    moments = np.arange(30) / 1.5
+    assert (selection.times <= moments + 1e-6).all()
+    assert (selection.times > moments - 1 / 30.5).all()
+    assert selection.step == pytest.approx(1 / 1.5)
+
+
+def test_a_source_slower_than_asked_gives_all_its_frames_at_its_own_step() -> None:
+    selection = chosen(even(50, fps=5.0), fps=25.0, max_frames=1000)
+    assert selection.indices.tolist() == list(range(50))
+    assert selection.step == pytest.approx(1 / 5)
+
+
+def test_a_still_picture_in_an_uneven_clip_is_taken_once() -> None:
+    time = np.concatenate([np.arange(60) / 10, [12.0], 18.0 + np.arange(60) / 10])
+    selection = chosen(media(time))
+    assert (np.diff(selection.indices) > 0).all()
+    assert selection.times.tolist() == [0, 1, 2, 3, 4, 5, 5.9, 12, *range(18, 24)]
+    assert selection.step is None
+
+
+def test_uniform_follows_time_not_index_on_uneven_clips() -> None:
+    time = np.concatenate([np.arange(100) * 0.01, 1.0 + np.arange(9) * 1.0])
+    times = chosen(media(time), max_frames=9, min_frames=9).times
+    assert (np.abs(times - np.linspace(0, 9, 9)) <= 1.0).all()
+    assert (times <= np.linspace(0, 9, 9) + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("max_frames", "min_frames", "multiple_of", "expected"),
+    [(32, 4, 1, 10), (7, 4, 1, 7), (32, 12, 1, 12), (7, 4, 2, 6), (1, 4, 2, 1), (32, 4, 4, 8)],
+)
+def test_count_is_clamped_then_rounded(
+    max_frames: int, min_frames: int, multiple_of: int, expected: int
+) -> None:
+    spec = SamplingSpec(max_frames=max_frames, min_frames=min_frames, multiple_of=multiple_of)
+    assert timeline.target_count(even(300), spec) == expected
+
+
+def test_keyframe_takes_keyframes_only_while_there_are_enough() -> None:
+    few = chosen(even(300, gop=50), policy="keyframe", min_frames=4)
+    assert few.indices.tolist() == [0, 50, 100, 150, 200, 250]
+    thinned = chosen(even(3000, gop=10), policy="keyframe", max_frames=7)
+    assert len(thinned.indices) == 7
+    assert (thinned.indices % 10 == 0).all()
+    filled = chosen(even(300, gop=300), policy="keyframe", min_frames=4)
+    assert len(filled.indices) == 4
+    assert filled.indices[0] == 0
+
+
+def test_explicit_indices_are_checked() -> None:
+    info = even(100)
+    assert chosen(info, policy="explicit", indices=(3, 3, 99)).indices.tolist() == [3, 3, 99]
+    for bad in ((), (5, 4), (-1,), (100,), tuple(range(33))):
+        with pytest.raises(MediaError):
+            chosen(info, policy="explicit", indices=bad)
+
+
+def test_impossible_specs_and_files_without_video_are_client_errors() -> None:
+    with pytest.raises(MediaError, match="max_frames"):
+        chosen(even(10), max_frames=0)
+    with pytest.raises(NoSuchStreamError):
+        chosen(MediaInfo("wav", 1, 1.0, None, ()))
+
+
+def test_hours_of_video_are_chosen_from_like_seconds() -> None:
+    selection = chosen(even(2 * 3600 * 30, gop=250), policy="adaptive", max_frames=256)
+    assert len(selection.indices) == 256
+
+
+def test_motion_score_is_the_mean_difference_and_blind_to_fades() -> None:
+    rng = np.random.default_rng(0)
+    still = rng.integers(60, 160, (18, 32)).astype(np.uint8)
+    time = np.arange(100) * 0.15
+    fading = np.stack([(still * (0.6 + 0.004 * k)).astype(np.uint8) for k in range(100)])
+    fading[50, 4:8, 4:8] = 255
+    motion, transient = thumbnail_scan.motion_score(fading, time)
+    assert transient[np.isfinite(transient)].argmax() == 50 - np.isfinite(transient).argmax()
+    others = np.delete(motion, [0, 50, 51])
+    assert others.max() < 0.01 < motion[50] < 1.0
+
+
+def look(path: Path, **options: object) -> tuple[FrameSelection, MediaInfo]:
+    info = probe(str(path), DecodeLimits())
+    decoder = PyAVDecoder(10**7)
+
+    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+        rows = np.array(indices, np.int64)
+        small = decoder.thumbnails(str(path), info, rows, 64, 1)
+        assert small.shape == (len(indices), *thumbnail_size(info, 64))
+        return small
+
+    return select(info, SamplingSpec(**options), thumbnails), info  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scene", ["static", "talking_head", "fade", "noise"])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_adaptive_shows_a_sub_second_event_that_uniform_misses(
+    tmp_path: Path, scene: str, codec: str
+) -> None:
+    events = [Event("flash", 7.1, 7.35), Event("insert", 17.35, 17.7)]
+    truth = make_clip(
+        tmp_path / "clip.mp4",
+        width=160,
+        height=90,
+        fps=25,
+        duration=30.0,
+        gop=250,
+        scene=scene,  # type: ignore[arg-type]
+        codec=codec,
+        events=events,
+        bframes=2,
+    )
+    options = {"max_frames": 12, "min_frames": 12}
+    assert truth.caught(look(truth.path, policy="uniform", **options)[0].times) == 0
+    assert truth.caught(look(truth.path, policy="adaptive", **options)[0].times) == 2
+
+
+def test_intra_only_clips_are_looked_at_instead(tmp_path: Path) -> None:
+    truth = make_clip(
+        tmp_path / "clip.avi",
+        width=160,
+        height=90,
+        duration=20.0,
+        codec="mjpeg",
+        scene="talking_head",
+        events=[Event("object", 7.1, 7.4)],
+    )
+    selection, _ = look(truth.path, policy="adaptive", max_frames=8)
+    assert truth.caught(selection.times) == 1
+    assert selection.profile is not None
+    assert np.isfinite(selection.profile.confirmed).mean() > 0.5

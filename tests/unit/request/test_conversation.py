@@ -1,0 +1,92 @@
+"""Reading videos and text from conversations as vLLM's request classes hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+from vllm_mm_ext.request.conversation import (
+    template_tokens,
+    text_of,
+    video_urls,
+    videos_without_url,
+)
+
+CLIP = "https://host/clip.mp4"
+
+
+def messages(*content: Any, role: str = "user") -> list[Any]:
+    request = ChatCompletionRequest(model="m", messages=[{"role": role, "content": list(content)}])
+    return list(request.messages)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": CLIP}},
+        {"type": "video_url", "video_url": {"url": CLIP}, "uuid": "a"},
+        {"type": "video_url", "video_url": CLIP, "uuid": "a"},
+        {"video_url": CLIP},
+        {"video_url": {"url": CLIP}, "uuid": "a"},
+    ],
+)
+def test_every_spelling_of_a_video_is_found(part: dict[str, Any]) -> None:
+    assert video_urls(messages(part, {"type": "text", "text": "hi"})) == [CLIP]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": None, "uuid": "a"},
+        {"type": "image_url", "image_url": {"url": CLIP}},
+        {"type": "text", "text": CLIP},
+    ],
+)
+def test_nothing_else_is_taken_for_a_video(part: dict[str, Any]) -> None:
+    assert video_urls(messages(part)) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "count"),
+    [
+        ({"type": "video_url", "video_url": None, "uuid": "a"}, 1),
+        ({"video_url": None, "uuid": "a"}, 1),
+        ({"type": "video_url", "video_url": {"url": ""}}, 1),
+        ({"type": "video_embeds", "video_embeds": "AAAA"}, 1),
+        ({"type": "video_url", "video_url": {"url": CLIP}, "uuid": "a"}, 0),
+        ({"type": "image_url", "image_url": None, "uuid": "a"}, 0),
+        ({"type": "text", "text": CLIP}, 0),
+    ],
+)
+def test_videos_that_come_without_a_url_are_counted(part: dict[str, Any], count: int) -> None:
+    assert videos_without_url([{"role": "user", "content": [part]}]) == count
+
+
+def test_videos_keep_their_order_and_repeats() -> None:
+    urls = ["https://a/1", "https://a/2", "https://a/1"]
+    parts = [{"type": "video_url", "video_url": {"url": url}} for url in urls]
+    assert video_urls([*messages(*parts[:2]), *messages(parts[2])]) == urls
+
+
+def test_a_conversation_of_plain_text_has_no_videos() -> None:
+    assert video_urls([{"role": "user", "content": "hi"}, {"role": "tool", "content": None}]) == []
+
+
+def test_all_text_is_counted_and_urls_are_not() -> None:
+    conversation = [
+        {"role": "system", "content": "be brief"},
+        *messages(
+            {"type": "video_url", "video_url": {"url": CLIP}}, {"type": "text", "text": "hi"}
+        ),
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look"}}]},
+    ]
+    text = text_of(conversation, [{"function": {"name": "zoom"}}])
+    assert all(word in text for word in ("be brief", "hi", "look", "zoom"))
+    assert CLIP not in text
+
+
+def test_longer_conversations_reserve_more_for_the_template() -> None:
+    one = messages({"type": "text", "text": "hi"})
+    assert template_tokens([]) < template_tokens(one) < template_tokens(one * 2)

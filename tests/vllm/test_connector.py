@@ -1,0 +1,355 @@
+"""The connector delivers what stock vLLM's would, or better, in the same shape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.media import MediaConnector
+
+from vllm_mm_ext.adapters import runtime as runtime_module
+from vllm_mm_ext.adapters.media.media_connector import (
+    MMExtMediaConnector,
+    sampling_with,
+    server_job,
+)
+from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime
+from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.config.root import MMExtConfig, SamplingConfig
+from vllm_mm_ext.media.traits import ModelTraits
+from vllm_mm_ext.media.types import SamplingSpec, SizeRule
+from vllm_mm_ext.media.video_plan import VideoPlan, set_plans
+from vllm_mm_ext.plugin import register
+from vllm_mm_ext.testing.media import make_audio, make_clip
+from vllm_mm_ext.testing.origin import Origin, Resource
+
+PROCESSORS = (None, "Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("connector")
+    make_clip(folder / "h264.mp4", duration=5, bframes=2, gop=30, seed=1)
+    make_clip(folder / "mpeg4.avi", duration=5, codec="mpeg4", fps=25, seed=2)
+    make_clip(folder / "vfr.mp4", duration=5, vfr=True, seed=3)
+    make_audio(folder / "tone.wav", duration=1.5, sample_rate=22_050)
+    return {path.stem: path for path in folder.iterdir()}
+
+
+def attach(media: dict[str, Any], traits: ModelTraits | None = None) -> None:
+    config = MMExtConfig.from_additional_config(
+        {"mm_ext": {"media": {"decode": {"workers": 1}, **media}}}
+    )
+    attach_runtime(config, traits or ModelTraits())
+
+
+@pytest.fixture(autouse=True)
+def detached() -> Iterator[None]:
+    yield
+    current_runtime().close()
+    runtime_module._runtime = None
+
+
+def connectors(folder: Path, **kwargs: Any) -> tuple[MediaConnector, MMExtMediaConnector]:
+    options = {"allowed_local_media_path": str(folder), **kwargs}
+    return MediaConnector(**options), MMExtMediaConnector(**options)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("name", ["h264", "mpeg4"])
+def test_policy_stock_at_native_size_delivers_stocks_pixels_and_metadata(
+    clips: dict[str, Path], name: str, processor: str | None
+) -> None:
+    attach({"sampling": {"policy": "stock"}, "resize": "native"})
+    stock, ours = connectors(clips[name].parent)
+    expected, described = stock.fetch_video(clips[name].as_uri(), video_processor=processor).media
+    frames, metadata = ours.fetch_video(clips[name].as_uri(), video_processor=processor).media
+    assert np.array_equal(frames, expected)
+    assert metadata == described
+
+
+def test_policy_stock_takes_more_frames_than_the_plugins_own_policies_may(
+    clips: dict[str, Path],
+) -> None:
+    attach({"sampling": {"policy": "stock", "max_frames": 4}, "resize": "native"})
+    stock, ours = connectors(clips["h264"].parent)
+    options = {"video_processor": "Qwen2VLVideoProcessor"}
+    expected, _ = stock.fetch_video(clips["h264"].as_uri(), **options).media
+    frames, _ = ours.fetch_video(clips["h264"].as_uri(), **options).media
+    assert len(expected) > 4
+    assert np.array_equal(frames, expected)
+
+
+async def test_asynchronous_and_synchronous_fetches_are_the_same_media(
+    clips: dict[str, Path],
+) -> None:
+    attach({})
+    _, ours = connectors(clips["h264"].parent)
+    url = clips["h264"].as_uri()
+    first = await ours.fetch_video_async(url)
+    second = await ours.fetch_video_async(url, video_processor="Qwen2VLVideoProcessor")
+    assert first.original_bytes == second.original_bytes
+    assert first.media[0] is second.media[0]
+
+
+def test_metadata_has_exactly_the_keys_models_accept(clips: dict[str, Path]) -> None:
+    attach({"sampling": {"policy": "adaptive"}})
+    stock, ours = connectors(clips["h264"].parent)
+    expected = stock.fetch_video(clips["h264"].as_uri()).media[1]
+    assert ours.fetch_video(clips["h264"].as_uri()).media[1].keys() == expected.keys()
+
+
+def test_index_over_fps_is_the_exact_time_for_a_variable_frame_rate(
+    clips: dict[str, Path],
+) -> None:
+    attach({})
+    _, ours = connectors(clips["vfr"].parent)
+    frames, metadata = ours.fetch_video(clips["vfr"].as_uri()).media
+    times = np.asarray(metadata["frames_indices"]) / metadata["fps"]
+    assert np.allclose(times, frames.times, atol=1e-3)
+    assert metadata["frames_indices"][-1] < metadata["total_num_frames"]
+
+
+def test_frames_arrive_at_the_size_the_model_asks_for(clips: dict[str, Path]) -> None:
+    attach({}, ModelTraits(size_rule=SizeRule(kind="fixed", height=84, width=112)))
+    _, ours = connectors(clips["h264"].parent)
+    assert ours.fetch_video(clips["h264"].as_uri()).media[0].shape[1:] == (84, 112, 3)
+
+
+def test_vllms_hasher_reads_no_frames_and_tells_plans_apart(clips: dict[str, Path]) -> None:
+    attach({})
+    _, ours = connectors(clips["h264"].parent)
+    _, fewer = connectors(
+        clips["h264"].parent, media_io_kwargs={"video": {"num_frames": 2, "min_frames": 1}}
+    )
+    url = clips["h264"].as_uri()
+    hashes = set()
+    for connector in (ours, fewer):
+        item = connector.fetch_video(url)
+        fed = b"".join(bytes(part) for part in MultiModalHasher.serialize_item(item.original_bytes))
+        assert len(fed) < 200
+        hashes.add(MultiModalHasher.hash_kwargs("blake3", video=item.original_bytes))
+    assert len(hashes) == 2
+
+
+def test_a_waveform_is_hashed_by_its_digest(clips: dict[str, Path]) -> None:
+    register()
+    attach({})
+    _, ours = connectors(clips["tone"].parent)
+    waveform, rate = ours.fetch_audio(clips["tone"].as_uri())
+    assert (rate, len(waveform)) == (16_000, 24_000)
+    by_digest = MultiModalHasher.hash_kwargs("blake3", audio=waveform)
+    by_samples = MultiModalHasher.hash_kwargs("blake3", audio=np.array(waveform))
+    again, _ = ours.fetch_audio(clips["tone"].as_uri())
+    assert by_digest != by_samples
+    assert by_digest == MultiModalHasher.hash_kwargs("blake3", audio=again)
+
+
+def test_a_loader_the_operator_chose_stays_in_charge(clips: dict[str, Path]) -> None:
+    attach({})
+    options = {"media_io_kwargs": {"video": {"video_backend": "opencv", "num_frames": 3}}}
+    stock, ours = connectors(clips["h264"].parent, **options)
+    expected, described = stock.fetch_video(clips["h264"].as_uri()).media
+    frames, metadata = ours.fetch_video(clips["h264"].as_uri()).media
+    assert np.array_equal(frames, expected)
+    assert metadata == described
+
+
+def test_switched_off_it_is_stock(clips: dict[str, Path]) -> None:
+    attach({"enabled": False})
+    stock, ours = connectors(clips["h264"].parent)
+    url = clips["h264"].as_uri()
+    assert ours.fetch_video(url).media[1] == stock.fetch_video(url).media[1]
+    assert ours.fetch_audio(clips["tone"].as_uri())[1] == 22_050
+
+
+def test_stock_vllm_can_select_the_plugins_sampling_as_a_video_loader(
+    clips: dict[str, Path],
+) -> None:
+    register()
+    attach({"sampling": {"policy": "adaptive"}})
+    stock, ours = connectors(
+        clips["h264"].parent, media_io_kwargs={"video": {"video_backend": "mm_ext"}}
+    )
+    by_loader, described = stock.fetch_video(clips["h264"].as_uri()).media
+    by_connector, metadata = ours.fetch_video(clips["h264"].as_uri()).media
+    assert np.array_equal(by_loader, by_connector)
+    assert described["frames_indices"] == metadata["frames_indices"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"fps": 1e9}, "fps"),
+        ({"fps": 0}, "fps"),
+        ({"fps": "fast"}, "fps"),
+        ({"num_frames": 1 << 40}, "num_frames"),
+        ({"max_frames": -3}, "max_frames"),
+        ({"min_frames": float("nan")}, "min_frames"),
+    ],
+)
+def test_absurd_video_options_are_refused_by_name(kwargs: dict[str, Any], word: str) -> None:
+    with pytest.raises(VLLMValidationError, match=word):
+        sampling_with(SamplingConfig(), kwargs)
+
+
+def test_video_options_override_the_configuration() -> None:
+    changed = sampling_with(SamplingConfig(), {"fps": 2, "num_frames": 3})
+    assert (changed.fps, changed.max_frames, changed.min_frames) == (2.0, 3, 3)
+    assert sampling_with(SamplingConfig(), {"fps": -1, "num_frames": -1}) == SamplingConfig()
+
+
+PLAN = VideoPlan(
+    SamplingSpec(fps=2.0, max_frames=6, min_frames=1), SizeRule(), reduction=Reduction(pool=2)
+)
+
+
+async def test_a_request_gets_what_it_planned_and_another_the_servers_defaults(
+    clips: dict[str, Path],
+) -> None:
+    attach({"sampling": {"max_frames": 4}})
+    _, ours = connectors(clips["h264"].parent)
+    url = clips["h264"].as_uri()
+
+    async def request(plans: dict[str, VideoPlan]) -> Any:
+        set_plans(plans)
+        # As vLLM does it: one task for each item.
+        item = await asyncio.gather(ours.fetch_video_async(url))
+        return item[0].media[0]
+
+    planned, default = await asyncio.gather(request({url: PLAN}), request({}))
+    assert (len(planned), planned.reduction) == (6, Reduction(pool=2))
+    assert (len(default), default.reduction) == (4, Reduction())
+
+
+def test_a_plan_replaces_stocks_choice_and_a_plan_with_it_keeps_stocks_metadata(
+    clips: dict[str, Path],
+) -> None:
+    attach({"sampling": {"policy": "stock"}, "resize": "native"})
+    stock, ours = connectors(clips["h264"].parent)
+    url = clips["h264"].as_uri()
+    described = stock.fetch_video(url).media[1]
+
+    def fetch(plan: VideoPlan) -> Any:
+        set_plans({url: plan})
+        return ours.fetch_video(url).media
+
+    frames, metadata = contextvars.copy_context().run(fetch, PLAN)
+    assert (len(frames), metadata["video_backend"][:7]) == (6, "mm_ext:")
+    job = server_job(current_runtime(), {}, url, None)
+    assert job is not None
+    frames, metadata = contextvars.copy_context().run(
+        fetch, dataclasses.replace(job.plan, reduction=Reduction(pool=2))
+    )
+    assert metadata == described
+    assert frames.reduction == Reduction(pool=2)
+
+
+def test_what_planning_resolved_is_not_fetched_again(clips: dict[str, Path]) -> None:
+    attach({})
+    with Origin() as origin:
+        url = origin.serve_file(clips["h264"], cache_control="no-store")
+        _, ours = connectors(clips["h264"].parent)
+        runtime = current_runtime()
+        fetcher = runtime.fetcher(ours.allowed_local_media_path, ours.allowed_media_domains)
+
+        def plan_and_fetch() -> int:
+            ref = runtime.run_blocking(fetcher.resolve(url, timeout_s=5))
+            info = runtime.run_blocking(runtime.frontend.probe(ref))
+            assert info.video is not None
+            set_plans({url: PLAN}, {url: ref})
+            return len(ours.fetch_video(url).media[0])
+
+        assert contextvars.copy_context().run(plan_and_fetch) == 6
+        assert origin.requests.total() == 1
+
+
+class Planned:
+    """A clip that planning resolved, from an origin whose content no cache may keep."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        _, self.connector = connectors(folder)
+        self.url = url
+        runtime = current_runtime()
+        fetcher = runtime.fetcher(
+            self.connector.allowed_local_media_path, self.connector.allowed_media_domains
+        )
+        self.ref = runtime.run_blocking(fetcher.resolve(url, timeout_s=5))
+        assert self.ref._blob is not None
+        self.blob = weakref.ref(self.ref._blob)
+        set_plans({url: PLAN}, {url: self.ref})
+
+    async def bytes_are_held(self) -> bool:
+        # Event loops may still be returning from the calls that used them.
+        deadline = time.monotonic() + 5
+        while self.blob() is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+            gc.collect()
+        return self.blob() is not None
+
+
+async def test_encoded_bytes_are_let_go_after_the_last_use_of_a_url(clips: dict[str, Path]) -> None:
+    attach({})
+    with Origin() as origin:
+        url = origin.serve_file(clips["h264"], cache_control="no-store")
+        planned = Planned(clips["h264"].parent, url)
+        items = await asyncio.gather(*(planned.connector.fetch_video_async(url) for _ in range(3)))
+        assert [len(item.media[0]) for item in items] == [6, 6, 6]
+        assert not await planned.bytes_are_held()
+        assert origin.requests.total() == 1
+        # Whoever asks after that gets them again.
+        assert len((await planned.connector.fetch_video_async(url)).media[0]) == 6
+        assert not await planned.bytes_are_held()
+        assert origin.requests.total() == 2
+
+
+def test_encoded_bytes_are_let_go_without_an_event_loop_too(clips: dict[str, Path]) -> None:
+    attach({})
+    with Origin() as origin:
+        url = origin.serve_file(clips["h264"], cache_control="no-store")
+
+        def request() -> bool:
+            planned = Planned(clips["h264"].parent, url)
+            planned.connector.fetch_video(url)
+            return asyncio.run(planned.bytes_are_held())
+
+        assert not contextvars.copy_context().run(request)
+
+
+async def test_encoded_bytes_are_let_go_when_a_video_fails_or_its_client_leaves(
+    clips: dict[str, Path],
+) -> None:
+    attach({})
+    with Origin() as origin:
+        headers = {"Cache-Control": "no-store"}
+        url = origin.serve("/junk", Resource(b"no video at all" * 1000, headers=headers))
+        planned = Planned(clips["h264"].parent, url)
+        with pytest.raises(VLLMValidationError):
+            await planned.connector.fetch_video_async(url)
+        assert not await planned.bytes_are_held()
+
+        url = origin.serve_file(clips["h264"], cache_control="no-store")
+        planned = Planned(clips["h264"].parent, url)
+        task = asyncio.create_task(planned.connector.fetch_video_async(url))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert planned.ref._blob is None
+
+
+def test_the_servers_default_reduction_comes_with_the_frames(clips: dict[str, Path]) -> None:
+    config = {"mm_ext": {"compression": {"reduction": {"pool": 2}}}}
+    attach_runtime(MMExtConfig.from_additional_config(config), ModelTraits())
+    _, ours = connectors(clips["h264"].parent)
+    assert ours.fetch_video(clips["h264"].as_uri()).media[0].reduction == Reduction(pool=2)

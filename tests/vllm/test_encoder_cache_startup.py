@@ -1,0 +1,276 @@
+"""The encoder cache at start-up: what is built, what is refused, and the CUDA host tier."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from encoder_cache_harness import WIDTH, Item, engine_config, request
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecoderCacheManager
+
+from vllm_mm_ext import encoder_cache
+from vllm_mm_ext.adapters.encoder_cache import ec_connector as connector_module
+from vllm_mm_ext.adapters.encoder_cache import manager as manager_module
+from vllm_mm_ext.adapters.encoder_cache.cuda_connector import (
+    CostAwareEmbeddingCache,
+    CostAwareScheduler,
+    CudaECConnector,
+)
+from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector, NoHostTier
+from vllm_mm_ext.adapters.encoder_cache.host_store import HostStore
+from vllm_mm_ext.adapters.encoder_cache.manager import MMExtEncoderCacheManager
+from vllm_mm_ext.adapters.encoder_cache.startup import HostTierError
+from vllm_mm_ext.adapters.names.encoder_cache_names import (
+    CUDA_HOST_TIER_NAMES,
+    DEVICE_TIER_NAMES,
+    EMBEDS_NAMES,
+    HOST_TIER_NAMES,
+)
+from vllm_mm_ext.adapters.vllm_compat import VllmName
+
+
+@pytest.fixture
+def config() -> Any:
+    found = copy.deepcopy(engine_config())
+    found.ec_transfer_config.mm_encoder_output_widths = {"video": WIDTH}
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*DEVICE_TIER_NAMES, *HOST_TIER_NAMES, *CUDA_HOST_TIER_NAMES, *EMBEDS_NAMES],
+    ids=lambda name: name.path,
+)
+def test_vllm_has_the_names_relied_on(name: VllmName) -> None:
+    name.check()
+
+
+def test_the_names_given_to_vllm_are_found_in_the_package() -> None:
+    assert encoder_cache.MMExtEncoderCacheManager is MMExtEncoderCacheManager
+    assert encoder_cache.MMExtECConnector is MMExtECConnector
+    with pytest.raises(AttributeError, match="Other"):
+        _ = encoder_cache.Other
+
+
+def test_without_a_size_the_device_tier_is_as_large_as_vllms_cache(config: Any) -> None:
+    manager: Any = MMExtEncoderCacheManager.create_manager(cache_size=500, vllm_config=config)
+    assert manager.num_freeable_slots == manager.cache_size == 500
+    config.ec_transfer_config = None
+    manager = MMExtEncoderCacheManager.create_manager(cache_size=500, vllm_config=config)
+    assert manager._cache.capacity == 500 * 4 * config.model_config.get_inputs_embeds_size()
+
+
+def test_what_is_not_as_expected_leaves_vllms_own_cache(
+    config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = VllmName("vllm.v1.core.encoder_cache_manager:EncoderCacheManager.gone")
+    monkeypatch.setattr(manager_module, "DEVICE_TIER_NAMES", (gone,))
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        made = MMExtEncoderCacheManager.create_manager(cache_size=500, vllm_config=config)
+    assert type(made) is EncoderCacheManager
+    assert "gone" in caplog.text
+
+
+@pytest.mark.parametrize("tier", ["DEVICE_TIER_NAMES", "HOST_TIER_NAMES"])
+@pytest.mark.parametrize("role", list(ECConnectorRole))
+def test_where_vllm_changed_the_host_tier_keeps_nothing_and_the_engine_goes_on(
+    config: Any, role: Any, tier: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    gone = VllmName("vllm.v1.core.encoder_cache_manager:EncoderCacheManager.gone")
+    monkeypatch.setattr(connector_module, tier, (gone,))
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        made: Any = MMExtECConnector(config, role)
+    assert type(made) is NoHostTier
+    assert "gone" in caplog.text
+    outputs: dict[str, Any] = {"video": torch.zeros(2)}
+    made.save_caches(outputs, mm_hash="video")
+    made.start_load_caches(outputs)
+    assert list(outputs) == ["video"]
+    assert not made.has_cache_item("video")
+    made.update_state_after_alloc(request("one", [Item("video", 4)]), 0)
+    assert made.build_connector_meta(SimpleNamespace(total_num_scheduled_tokens=1)) is not None
+    # The device tier does without it.
+    manager: Any = MMExtEncoderCacheManager.create_manager(cache_size=500, vllm_config=config)
+    assert manager._host is None
+    # What makes any host tier unsafe is still refused.
+    config.model_config.multimodal_config.allow_missing_mm_embeddings = True
+    with pytest.raises(HostTierError, match="raw embeddings"):
+        MMExtECConnector(config, role)
+
+
+def test_encoder_decoder_models_keep_vllms_manager() -> None:
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(is_encoder_decoder=True))
+    made = MMExtEncoderCacheManager.create_manager(cache_size=500, vllm_config=config)
+    assert type(made) is EncoderDecoderCacheManager
+
+
+def test_raw_embeddings_stay_closed_and_open_only_if_the_operator_says_so(config: Any) -> None:
+    multimodal = config.model_config.multimodal_config
+    assert not multimodal.enable_mm_embeds
+    assert not multimodal.allow_missing_mm_embeddings
+    assert config.ec_transfer_config.is_ec_consumer
+    config._resolve_mm_embedding_inputs()
+    assert not multimodal.enable_mm_embeds
+    multimodal.enable_mm_embeds = True
+    config._resolve_mm_embedding_inputs()
+    assert multimodal.enable_mm_embeds
+    # Other connectors are left to vLLM.
+    multimodal.enable_mm_embeds = False
+    config.ec_transfer_config.ec_connector = "ECExampleConnector"
+    config._resolve_mm_embedding_inputs()
+    assert multimodal.enable_mm_embeds
+
+
+@pytest.mark.parametrize("role", list(ECConnectorRole))
+def test_the_host_tier_refuses_what_it_cannot_work_with(config: Any, role: Any) -> None:
+    MMExtECConnector(config, role)
+    config.model_config.multimodal_config.allow_missing_mm_embeddings = True
+    with pytest.raises(HostTierError, match="raw embeddings"):
+        MMExtECConnector(config, role)
+    config.model_config.multimodal_config.allow_missing_mm_embeddings = False
+    config.ec_manager_config.encoder_cache_manager_cls = None
+    with pytest.raises(HostTierError, match="--ec-manager-config"):
+        MMExtECConnector(config, role)
+    config.ec_transfer_config.ec_role = "ec_consumer"
+    with pytest.raises(HostTierError, match="ec_both"):
+        MMExtECConnector(config, role)
+
+
+def test_the_store_keeps_no_more_than_the_output() -> None:
+    store = HostStore()
+    batch = torch.arange(40.0).reshape(10, 4)
+    store.save("part", batch[2:4])
+    store.save("whole", batch)
+    assert torch.equal(store.load("part"), batch[2:4])
+    assert store.load("part").untyped_storage().nbytes() == 32
+    assert store.load("whole") is batch
+    store.drop(["part", "never there"])
+    assert len(store) == 1
+    store.drop(None)
+    assert not len(store)
+
+
+# --- the host tier on CUDA: vLLM's scheduler side, with our eviction ------------------------------
+
+
+def test_blocks_of_the_least_worthy_item_go_first_and_of_none_in_use() -> None:
+    cache = CostAwareEmbeddingCache(10)
+    for key, cost in (("dear", 50.0), ("cheap", 1.0), ("busy", 0.1)):
+        cache.next_cost = cost
+        assert cache.alloc(key, 3) is not None
+        cache.mark_ready(key)
+    cache.pin("busy")
+    assert cache.alloc("too large", 11) is None
+    assert cache.alloc("new", 4) is not None
+    assert {key for key in ("dear", "cheap", "busy") if cache.get(key)} == {"dear", "busy"}
+    # One is being filled, one is being read: only one could go.
+    assert cache.alloc("no room", 9) is None
+    cache.discard("new")
+    assert len(cache.ranks) == 2
+
+
+def test_on_cuda_what_cannot_work_is_refused(config: Any) -> None:
+    extra = config.ec_transfer_config.ec_connector_extra_config
+    extra["ec_enable_nixl"] = True
+    with pytest.raises(HostTierError, match="ec_enable_nixl"):
+        CudaECConnector(config, ECConnectorRole.SCHEDULER)
+    del extra["ec_enable_nixl"]
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(HostTierError, match="pipeline"):
+        CudaECConnector(config, ECConnectorRole.SCHEDULER)
+
+
+@pytest.fixture
+def cuda(config: Any) -> Iterator[CostAwareScheduler]:
+    """Room for 1,024 embeddings."""
+    config.ec_transfer_config.ec_connector_extra_config["ec_cpu_bytes"] = 1024 * WIDTH * 4
+    made = CostAwareScheduler(config)
+    made._cache = CostAwareEmbeddingCache(1024 * WIDTH * 4 // made._region.block_size_bytes)
+    yield made
+    made.shutdown()
+
+
+def step(cuda: CostAwareScheduler, scheduled: dict[str, list[int]]) -> Any:
+    return cuda.build_connector_meta(SimpleNamespace(scheduled_encoder_inputs=scheduled))
+
+
+def done(cuda: CostAwareScheduler, meta: Any) -> None:
+    from vllm.distributed.ec_transfer.ec_connector.cpu.common import ECCPUWorkerMetadata
+
+    report = ECCPUWorkerMetadata(list(meta.saves), [one[0] for one in meta.loads.values()])
+    cuda.update_connector_output(SimpleNamespace(ec_connector_worker_meta=report))
+
+
+def test_on_cuda_outputs_are_saved_then_loaded(cuda: CostAwareScheduler) -> None:
+    one = request("a", [Item("video", 100)])
+    cuda.update_state_after_alloc(one, 0)
+    meta = step(cuda, {"a": [0]})
+    assert list(meta.saves) == ["video"]
+    assert not cuda.has_cache_item("video")
+    done(cuda, meta)
+    assert cuda.has_cache_item("video")
+    cuda.update_state_after_alloc(one, 0)
+    meta = step(cuda, {})
+    assert list(meta.loads) == ["video"]
+    done(cuda, meta)
+    assert not cuda.has_pending_push_work()
+
+
+def test_on_cuda_what_is_given_up_holds_no_blocks(cuda: CostAwareScheduler) -> None:
+    one = request("a", [Item("video", 100), Item("huge", 2000)])
+    cuda.update_state_after_alloc(one, 0)
+    assert not step(cuda, {}).saves
+    cuda.update_state_after_alloc(one, 1)
+    assert not step(cuda, {"a": [1]}).saves
+    cuda.update_state_after_alloc(one, 0)
+    done(cuda, step(cuda, {"a": [0]}))
+    cuda.update_state_after_alloc(one, 0)
+    cuda.cancel("video")
+    assert not step(cuda, {}).loads
+    assert not cuda.has_pending_push_work()
+
+
+def test_on_cuda_an_item_is_saved_for_whom_it_is_encoded(cuda: CostAwareScheduler) -> None:
+    preempted, other = (request(name, [Item("video", 100)]) for name in "ab")
+    cuda.update_state_after_alloc(preempted, 0)
+    cuda.update_state_after_alloc(other, 0)
+    meta = step(cuda, {"b": [0]})
+    assert list(meta.saves) == ["video"]
+    done(cuda, meta)
+    assert cuda.has_cache_item("video")
+
+
+def test_on_cuda_what_was_found_is_there_to_load(cuda: CostAwareScheduler) -> None:
+    """Nothing found in a pass is evicted in it, even to save what comes before it."""
+    old = request("old", [Item("old", 700)])
+    cuda.update_state_after_alloc(old, 0)
+    done(cuda, step(cuda, {"old": [0]}))
+    new = request("new", [Item("new", 700), Item("old", 700)])
+    assert cuda.has_cache_item("old")
+    cuda.update_state_after_alloc(new, 0)
+    cuda.update_state_after_alloc(new, 1)
+    meta = step(cuda, {"new": [0]})
+    assert list(meta.loads) == ["old"]
+    assert not meta.saves
+
+
+def test_on_cuda_new_weights_forget_what_is_there_and_what_is_being_copied(
+    cuda: CostAwareScheduler,
+) -> None:
+    one = request("a", [Item("there", 100), Item("being copied", 100)])
+    cuda.update_state_after_alloc(one, 0)
+    done(cuda, step(cuda, {"a": [0]}))
+    cuda.update_state_after_alloc(one, 1)
+    meta = step(cuda, {"a": [1]})
+    cuda.reset()
+    assert not cuda.has_cache_item("there")
+    done(cuda, meta)
+    assert not cuda.has_cache_item("being copied")
+    assert not len(cuda._cache.ranks)
+    assert not cuda.has_pending_push_work()

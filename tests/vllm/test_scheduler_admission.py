@@ -1,0 +1,158 @@
+"""Requests that vLLM does not let in, and text under an overload of encoder work.
+
+On vLLM's real scheduler classes; ``scheduler_harness`` plays the model runner.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from scheduler_harness import Costs, Play, make_scheduler, request
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT
+
+AGING_S = 30.0
+BLOCKS = 1024
+
+
+def adapted(adapter: int, name: str, **kwargs: object) -> Request:
+    one = request(name, **kwargs)  # type: ignore[arg-type]
+    one.lora_request = SimpleNamespace(  # type: ignore[assignment]
+        lora_int_id=adapter, lora_name=f"lora{adapter}", lora_path="/", adapter_id=adapter
+    )
+    return one
+
+
+@pytest.mark.parametrize("video", [18, 30])
+def test_a_promoted_video_without_blocks_does_not_stop_one_that_holds_them(video: int) -> None:
+    play = Play(make_scheduler(blocks=BLOCKS))
+    coming = [
+        (0.0, request("text", text=7600, answer=1640)),
+        (0.5, request("promoted", items=[512] * video, answer=4)),
+        (15.2, request("started", items=[512] * 13, answer=4)),
+    ]
+    play.play(coming, until=30)
+    assert all(timing.ended is not None for timing in play.timings.values())
+
+
+def test_a_small_video_in_a_long_prompt_does_not_stop_one_that_holds_the_blocks() -> None:
+    play = Play(make_scheduler(blocks=BLOCKS))
+    play.add(request("started", items=[512] * 28, answer=200))
+    play.step()
+    play.add(request("hungry", text=6500, items=[256], answer=4))
+    play.run(until=60)
+    assert all(timing.ended is not None for timing in play.timings.values())
+
+
+def test_a_preempted_video_does_not_stop_one_that_holds_the_blocks() -> None:
+    play = Play(make_scheduler(blocks=700))
+    play.add(*[request(f"v{number}", items=[512] * 10, answer=600) for number in range(3)])
+    play.run(until=120)
+    assert any(output.preempted_req_ids for output in play.steps)
+    assert all(timing.ended is not None for timing in play.timings.values())
+
+
+def test_later_requests_do_not_take_the_blocks_for_ever() -> None:
+    """Text that always leaves too few blocks comes without pause."""
+    settings = {"aging_s": AGING_S}
+    play = Play(make_scheduler(slots=64, blocks=BLOCKS, settings=settings))
+    coming = [(0.25 * n, request(f"t{n}", text=1500, answer=100)) for n in range(200)]
+    coming.append((2.0, request("video", items=[512] * 26, answer=4)))
+    play.play(coming, until=60)
+    assert play.timings["video"].wait <= AGING_S
+
+
+def test_requests_that_need_other_blocks_go_on_while_a_video_backs_off() -> None:
+    play = Play(make_scheduler(blocks=BLOCKS))
+    play.add(request("book", text=8000, answer=800))
+    play.step()
+    play.add(request("video", items=[512] * 26, answer=4))
+    for _ in range(20):
+        play.step()
+    play.add(request("clip", items=[256] * 2, answer=4), request("line", answer=4))
+    play.run()
+    for name in ("clip", "line"):
+        assert play.timings[name].wait < 1.0
+    assert play.timings["video"].ended is not None
+
+
+def test_a_video_that_waits_for_a_lora_slot_stops_nobody_and_gets_one_within_the_bound() -> None:
+    scheduler = make_scheduler(slots=8, blocks=65536, settings={"aging_s": AGING_S})
+    scheduler.lora_config = SimpleNamespace(max_loras=1)
+    play = Play(scheduler)
+    coming = [(0.5 * n, adapted(1, f"t{n}", answer=100)) for n in range(80)]
+    coming += [(1.5 + 2 * n, adapted(1, f"v{n}", items=[512] * 6)) for n in range(15)]
+    coming += [(1.0, adapted(2, "other", items=[512] * 4))]
+    play.play(coming, until=60)
+    assert play.timings["other"].wait <= AGING_S
+    assert all(play.timings[f"v{n}"].wait < 3.0 for n in range(15))
+
+
+def test_text_without_an_adapter_passes_a_video_that_waits_for_one() -> None:
+    scheduler = make_scheduler(slots=8, settings={"aging_s": 2.0})
+    scheduler.lora_config = SimpleNamespace(max_loras=1)
+    play = Play(scheduler)
+    play.add(adapted(1, "first", answer=600))
+    play.step()
+    play.add(adapted(2, "video", items=[512] * 4))
+    coming = [(3.0 + n / 2, request(f"t{n}", answer=4)) for n in range(5)]
+    play.play(coming, until=20)
+    assert all(play.timings[f"t{n}"].wait < 0.5 for n in range(5))
+    assert play.timings["video"].ended is not None
+
+
+def test_the_credit_is_for_the_item_that_is_encoded_first() -> None:
+    """A small item of a request without a slot comes before it by rank."""
+    settings = {"encoder_tokens_decoding": 100, "text_slots": 0}
+    play = Play(make_scheduler(slots=2, settings=settings))
+    play.add(request("decodes", answer=400))
+    play.step()
+    play.add(request("started", items=[512] * 6, answer=4))
+    while "started" not in {one.request_id for one in play.scheduler.running}:
+        play.step()
+    play.add(request("small", items=[64], answer=4))
+    for _ in range(60):
+        play.step()
+    assert play.timings["started"].tokens
+
+
+@pytest.mark.parametrize(("slots", "bound_s"), [(4, 20.0), (16, 8.0)])
+def test_text_is_answered_soon_all_through_an_overload_of_encoder_work(
+    slots: int, bound_s: float
+) -> None:
+    costs = Costs(step_s=0.5, prefill_s=400e-6, encoder_s=4e-3)
+    settings = {"target_itl_ms": 3000.0, "aging_s": AGING_S}
+    play = Play(make_scheduler(slots=slots, blocks=65536, settings=settings), costs)
+    play.add(request("decodes", answer=30_000))
+    end = 1200.0
+    # An item takes 2 s, so a video takes 20 s: four times as many come as can be served, and more
+    # wait at the end than a step looks at.
+    coming = [(5.0 * n, request(f"v{n}", items=[512] * 10)) for n in range(int(end / 5))]
+    coming += [(17.0 * n, request(f"t{n}")) for n in range(int(end / 17))]
+    play.play(coming, until=end)
+    assert len(play.scheduler.waiting) > 2 * LOOKED_AT
+    waits = [
+        timing.wait
+        for name, timing in play.timings.items()
+        if name.startswith("t") and timing.came < end - 60
+    ]
+    # A step that encodes takes 3 s. With few slots one must become free.
+    assert max(waits) < bound_s
+    assert sum(bool(one.tokens) for key, one in play.timings.items() if key[0] == "v") > 35
+
+
+def test_nothing_is_remembered_of_requests_that_ended() -> None:
+    scheduler = make_scheduler(blocks=BLOCKS)
+    play = Play(scheduler)
+    play.add(request("book", text=8000, answer=50))
+    play.step()
+    play.add(request("video", items=[512] * 26, answer=4), request("gone", items=[512] * 26))
+    for _ in range(20):
+        play.step()
+    assert scheduler._admission._refusals
+    scheduler.finish_requests("gone", RequestStatus.FINISHED_ABORTED)
+    play.run()
+    assert not scheduler._admission._refusals
+    assert not scheduler._admission._failed

@@ -1,0 +1,95 @@
+"""Frames leave the decoder at the size the model's own processor would resize them to."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_mm_ext.adapters.processors.model_traits import read_traits
+from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.testing.checkpoints import checkpoint
+
+QWEN = ("qwen2_5_omni", "qwen3_omni", "qwen2_5_vl", "qwen3_vl")
+VIDEO_FAMILIES = (*QWEN, "llava_onevision")
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"size": {"shortest_edge": 3136, "longest_edge": 50176}},
+    {"max_pixels": 100352},
+)
+SOURCES = ((6, 720, 1280), (4, 360, 640), (8, 1080, 608), (4, 64, 64))
+
+
+@cache
+def processor_of(family: str, settings: int) -> Any:
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    from vllm_mm_ext.plugin import register
+
+    register()
+    config = ModelConfig(str(checkpoint(family)), mm_processor_kwargs=SETTINGS[settings])
+    return MULTIMODAL_REGISTRY.create_processor(config)
+
+
+def processed_pixels(mm_processor: Any, frames: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    """Shape of what the HF processor makes of frames, by way of vLLM's processor."""
+    metadata = {
+        "total_num_frames": len(frames),
+        "fps": 2.0,
+        "duration": len(frames) / 2,
+        "video_backend": "test",
+        "frames_indices": list(range(len(frames))),
+        "do_sample_frames": False,
+    }
+    items = mm_processor.info.parse_mm_data({"video": [(frames, metadata)]})
+    made = mm_processor._apply_hf_processor_main(items, {})
+    if "video_grid_thw" in made:
+        return tuple(np.asarray(made["video_grid_thw"]).ravel().tolist())
+    return tuple(made["pixel_values_videos"][0].shape)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [(f, s) for f in VIDEO_FAMILIES for s in range(len(SETTINGS)) if f in QWEN or s == 0],
+)
+def test_the_processor_makes_the_same_of_resized_and_native_frames(
+    family: str, settings: int
+) -> None:
+    mm_processor = processor_of(family, settings)
+    rule = read_traits(mm_processor).size_rule
+    assert rule.kind != "native", "the family's resizing rule is not known"
+    for num_frames, height, width in SOURCES:
+        native = np.zeros((num_frames, height, width, 3), np.uint8)
+        size = target_size(rule, width=width, height=height, num_frames=num_frames)
+        resized = np.zeros((num_frames, *size, 3), np.uint8)
+        grid = processed_pixels(mm_processor, resized)
+        assert grid == processed_pixels(mm_processor, native)
+        if len(grid) == 3:
+            patch = mm_processor.info.get_hf_processor().video_processor.patch_size
+            assert (grid[1] * patch, grid[2] * patch) == size, "resized once more"
+
+
+@pytest.mark.parametrize(
+    ("family", "hears", "rate", "multiple"),
+    [
+        ("qwen2_5_omni", True, 16_000, 2),
+        ("qwen3_omni", True, 16_000, 2),
+        ("qwen2_5_vl", False, None, 2),
+        ("qwen3_vl", False, None, 2),
+        ("llava_onevision", False, None, 1),
+        ("qwen2_audio", False, 16_000, 1),
+    ],
+)
+def test_traits_follow_from_the_model(
+    family: str, hears: bool, rate: int | None, multiple: int
+) -> None:
+    traits = read_traits(processor_of(family, 0))
+    assert (traits.hears_video, traits.audio_rate) == (hears, rate)
+    assert traits.frame_multiple == multiple
+
+
+def test_a_text_model_has_no_traits() -> None:
+    assert not read_traits(None).hears_video

@@ -1,0 +1,1 @@
+"""Encoder outputs kept between requests, behind vLLM's interfaces."""

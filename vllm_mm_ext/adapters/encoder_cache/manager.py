@@ -1,0 +1,277 @@
+"""vLLM's interface to the device tier of the encoder cache.
+
+Named by ``--ec-manager-config``. It lives in the scheduler; the worker holds the tensors and drops
+those that ``get_freed_mm_hashes`` names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecoderCacheManager
+
+from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost, output_bytes
+from vllm_mm_ext.adapters.names.encoder_cache_names import DEVICE_TIER_NAMES
+from vllm_mm_ext.adapters.vllm_compat import logger, problem
+from vllm_mm_ext.config.root import MIB, MMExtConfig
+from vllm_mm_ext.policies.encoder_cache.byte_cache import ByteCache
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+    from vllm_mm_ext.policies.encoder_cache.items import OutputBytes
+
+_HOST_TIER = "mm_ext_host_tier"
+
+
+class HostSide(Protocol):
+    """What the device tier asks of the host tier's scheduler side."""
+
+    def has_cache_item(self, identifier: str) -> bool:
+        """Whether an item can be loaded instead of encoded."""
+
+    def used(self, key: str) -> None:
+        """The device tier had an item."""
+
+    def cancel(self, key: str) -> None:
+        """An item allocated in this pass was given up."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+
+def attach_host_tier(vllm_config: VllmConfig, host: HostSide) -> None:
+    """Let the device tier of this engine find its host tier, which vLLM creates first."""
+    setattr(vllm_config.ec_transfer_config, _HOST_TIER, host)
+
+
+class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
+    """Encoder outputs on the device within a byte budget.
+
+    An item that an mm item before it shares its placeholder with (sound in video) is never refused:
+    neither can be prefilled without the other, and the one that is there would wait for ever.
+
+    Args:
+        cache: Bookkeeping of the budget.
+        sizes: Bytes of an embedding.
+        host: The host tier, if there is one.
+        largest_item: Embeddings of the largest item that vLLM admits.
+        preempts_scheduled: Whether a request may be preempted in the pass that scheduled it.
+    """
+
+    def __init__(
+        self,
+        cache: ByteCache,
+        sizes: OutputBytes,
+        host: HostSide | None = None,
+        *,
+        largest_item: int,
+        preempts_scheduled: bool = False,
+    ) -> None:
+        # Nothing of vLLM's own bookkeeping is used.
+        self.cache_size = cache.capacity // sizes.largest
+        self._largest_item = largest_item
+        self._cache = cache
+        self._sizes = sizes
+        self._host = host
+        self._preempts_scheduled = preempts_scheduled
+        self._embeds: dict[str, int] = {}
+        # By request and input index, the item's identifier.
+        self._inputs: dict[str, dict[int, str]] = {}
+        # Items allocated in this pass, which no worker has encoded yet, and for which request.
+        self._fresh: dict[str, str] = {}
+        self._freed: list[str] = []
+
+    @classmethod
+    def create_manager(cls, *, cache_size: int, vllm_config: VllmConfig) -> EncoderCacheManager:
+        """Build the manager from the engine's configuration; vLLM's own where ours cannot work.
+
+        Args:
+            cache_size: Embeddings that vLLM's own cache would hold.
+            vllm_config: The engine's configuration.
+        """
+        if vllm_config.model_config.is_encoder_decoder:
+            return EncoderDecoderCacheManager(cache_size)
+        changed = problem(DEVICE_TIER_NAMES)
+        if changed is not None:
+            logger.warning("mm_ext: vLLM's own encoder cache is used instead: %s", changed)
+            return EncoderCacheManager(cache_size)
+        settings = MMExtConfig.from_additional_config(vllm_config.additional_config).encoder_cache
+        sizes = output_bytes(vllm_config)
+        capacity = int(settings.device_mb * MIB) or cache_size * sizes.largest
+        return cls(
+            # A text-only engine has no encoder and asks for nothing.
+            ByteCache(max(capacity, 1)),
+            sizes,
+            getattr(vllm_config.ec_transfer_config, _HOST_TIER, None),
+            largest_item=cache_size,
+            preempts_scheduled=vllm_config.scheduler_config.policy == "priority",
+        )
+
+    @property
+    def num_freeable_slots(self) -> int:
+        """Embeddings that can be allocated now, by evicting or as an item that passes through."""
+        room = (self._cache.capacity - self._cache.busy) // self._sizes.largest
+        if self._cache.passing is None and self._largest_item > self.cache_size:
+            room = max(room, self._largest_item)
+        return max(room, 0)
+
+    def reset(self) -> None:
+        """Forget everything, in the host tier, too: the model's weights have changed."""
+        self._cache.clear()
+        self._embeds.clear()
+        self._inputs.clear()
+        self._fresh.clear()
+        self._freed.clear()
+        if self._host is not None:
+            self._host.reset()
+
+    def check_and_update_cache(self, request: Request, input_id: int) -> bool:
+        """Whether an item is on the device; if so, the request uses it from now on."""
+        key = request.mm_features[input_id].identifier
+        if key not in self._cache:
+            return False
+        owner = self._fresh.get(key, request.request_id)
+        if self._preempts_scheduled and owner != request.request_id:
+            # The request it is about to be encoded for may yet be preempted.
+            return False
+        self._use(request.request_id, input_id, key)
+        return True
+
+    def get_cached_num_encoder_embeds(self, request: Request, input_id: int) -> int | None:
+        """Embeddings of an item on the device."""
+        return self._embeds.get(request.mm_features[input_id].identifier)
+
+    def can_allocate(
+        self,
+        request: Request,
+        input_id: int,
+        encoder_compute_budget: int,
+        num_embeds_to_schedule: int,
+    ) -> bool:
+        """Whether an item can be encoded or loaded now; makes room for it if so.
+
+        Args:
+            request: Who needs it.
+            input_id: Its place in the request.
+            encoder_compute_budget: Embeddings that may still be encoded in this step. What the
+                host tier has needs none of it.
+            num_embeds_to_schedule: Embeddings found for the request in this pass already, for
+                which room was made and not yet taken.
+        """
+        feature = request.mm_features[input_id]
+        with_earlier, with_later = _sharing(request, input_id)
+        pending = num_embeds_to_schedule * self._sizes.largest
+        size = self._size(feature)
+        if with_earlier:
+            self._evict(pending + size)
+            return True
+        on_host = self._host is not None and self._host.has_cache_item(feature.identifier)
+        if not on_host and request.get_num_encoder_embeds(input_id) > encoder_compute_budget:
+            return False
+        if size > self._cache.capacity:
+            return self._cache.passing is None and pending <= self._cache.capacity
+        needed = size + sum(
+            self._size(other) for other in with_later if other.identifier not in self._cache
+        )
+        # Together they may be more than there will ever be room for.
+        needed = needed if needed <= self._cache.capacity else size
+        if not self._cache.fits(pending + needed):
+            return False
+        self._evict(pending + needed)
+        return True
+
+    def allocate(self, request: Request, input_id: int) -> None:
+        """Take the room that ``can_allocate`` made."""
+        feature = request.mm_features[input_id]
+        key = feature.identifier
+        if key in self._cache:
+            self._use(request.request_id, input_id, key)
+            return
+        self._cache.add(
+            key, self._size(feature), feature_cost(feature), request.request_id, overdraw=True
+        )
+        self._embeds[key] = request.get_num_encoder_embeds(input_id)
+        self._inputs.setdefault(request.request_id, {})[input_id] = key
+        self._fresh[key] = request.request_id
+
+    def get_cached_input_ids(self, request: Request) -> set[int]:
+        """Indices of the items that a request uses."""
+        return set(self._inputs.get(request.request_id, ()))
+
+    def free_encoder_input(self, request: Request, input_id: int) -> None:
+        """A request has no more use for one of its items."""
+        inputs = self._inputs.get(request.request_id, {})
+        key = inputs.pop(input_id, None)
+        if not inputs:
+            self._inputs.pop(request.request_id, None)
+        # An item may be in a request more than once.
+        if key is None or key in inputs.values():
+            return
+        self._forget(self._cache.release(key, request.request_id))
+        if self._fresh.get(key) == request.request_id:
+            # Preempted in the pass that scheduled it: nobody will encode it.
+            del self._fresh[key]
+            if not self._cache.users(key):
+                if key in self._cache:
+                    self._cache.drop(key)
+                    self._forget([key])
+                if self._host is not None:
+                    self._host.cancel(key)
+
+    def get_freed_mm_hashes(self) -> list[str]:
+        """Items evicted since the last call that are not cached again. Ends a scheduling pass."""
+        self._fresh.clear()
+        freed = [key for key in dict.fromkeys(self._freed) if key not in self._cache]
+        self._freed = []
+        return freed
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` unless all bookkeeping agrees; for tests."""
+        self._cache.check_integrity()
+        assert len(self._embeds) == len(self._cache)
+        users: dict[str, set[str]] = {key: set() for key in self._embeds}
+        for request, inputs in self._inputs.items():
+            assert inputs
+            for key in inputs.values():
+                users[key].add(request)
+        assert all(self._cache.users(key) == found for key, found in users.items())
+        assert self._fresh.keys() <= self._embeds.keys()
+
+    def _use(self, request: str, input_id: int, key: str) -> None:
+        self._inputs.setdefault(request, {})[input_id] = key
+        if self._cache.use(key, request) and self._host is not None:
+            self._host.used(key)
+
+    def _evict(self, size: int) -> None:
+        self._forget(self._cache.make_room(size))
+
+    def _forget(self, keys: list[str]) -> None:
+        for key in keys:
+            del self._embeds[key]
+            self._fresh.pop(key, None)
+        self._freed += keys
+
+    def _size(self, feature: Any) -> int:
+        return int(feature.mm_position.get_num_embeds()) * self._sizes.of(feature.modality)
+
+
+def _sharing(request: Any, index: int) -> tuple[bool, list[Any]]:
+    """Whether an earlier item stands in an item's placeholder, and the later ones that do."""
+    features = request.mm_features
+    place = features[index].mm_position
+
+    def shares(other: Any) -> bool:
+        one = other.mm_position
+        return bool(
+            one.offset < place.offset + place.length and place.offset < one.offset + one.length
+        )
+
+    # Items are in the order of their placeholders, so those that share one are neighbours.
+    later = []
+    for other in features[index + 1 :]:
+        if not shares(other):
+            break
+        later.append(other)
+    return index > 0 and shares(features[index - 1]), later

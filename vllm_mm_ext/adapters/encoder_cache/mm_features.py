@@ -1,0 +1,38 @@
+"""Sizes and costs of vLLM's mm features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_mm_ext.policies.encoder_cache.items import OutputBytes, deepstack_levels, encode_cost
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def output_bytes(vllm_config: VllmConfig) -> OutputBytes:
+    """Bytes of one embedding of the engine's model, by modality.
+
+    vLLM measures the widths where there is an EC connector; they follow from the model's
+    configuration otherwise.
+    """
+    model_config = vllm_config.model_config
+    transfer = vllm_config.ec_transfer_config
+    element = model_config.dtype.itemsize
+    width = model_config.get_inputs_embeds_size() * (1 + deepstack_levels(model_config.hf_config))
+    measured = transfer.mm_encoder_output_widths if transfer is not None else {}
+    return OutputBytes(
+        width * element, {modality: found * element for modality, found in measured.items()}
+    )
+
+
+def feature_cost(feature: Any) -> float:
+    """Work of encoding an mm feature, from the tensors the encoder is given where they are known.
+
+    They are not where vLLM keeps them in shared memory for the worker alone.
+    """
+    values = None
+    if feature.data is not None:
+        tensors = (element.data for element in feature.data.values())
+        values = [tensor.numel() for tensor in tensors if hasattr(tensor, "numel")]
+    return encode_cost(feature.modality, feature.mm_position.get_num_embeds(), values)

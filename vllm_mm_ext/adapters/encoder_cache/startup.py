@@ -1,0 +1,82 @@
+"""What the host tier needs of the engine, seen to when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_mm_ext.adapters.names.encoder_cache_names import EMBEDS_NAMES
+from vllm_mm_ext.adapters.vllm_compat import Feature, wrap
+from vllm_mm_ext.config.root import MIB, MMExtConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONNECTOR = "MMExtECConnector"
+_MANAGER = "vllm_mm_ext.encoder_cache.MMExtEncoderCacheManager"
+
+
+class HostTierError(ValueError):
+    """The engine is configured in a way the host tier cannot work with."""
+
+
+def check_host_tier(vllm_config: VllmConfig) -> None:
+    """Raise ``HostTierError`` where the host tier would be wrong, or of no use."""
+    transfer = vllm_config.ec_transfer_config
+    if not (transfer.is_ec_producer and transfer.is_ec_consumer):
+        raise HostTierError(f'ec_role must be "ec_both" for the host tier, got {transfer.ec_role}')
+    if vllm_config.ec_manager_config.encoder_cache_manager_cls != _MANAGER:
+        raise HostTierError(
+            "the host tier needs the device tier beside it: --ec-manager-config "
+            f'\'{{"encoder_cache_manager_cls": "{_MANAGER}"}}\''
+        )
+    multimodal = vllm_config.model_config.multimodal_config
+    kv_consumer = vllm_config.kv_transfer_config is not None and (
+        vllm_config.kv_transfer_config.is_kv_consumer
+    )
+    if multimodal is not None and multimodal.allow_missing_mm_embeddings and not kv_consumer:
+        raise HostTierError(
+            "clients could send raw embeddings: the plugin did not take part when the engine's "
+            "configuration was made; is it named in VLLM_PLUGINS?"
+        )
+
+
+def host_bytes(vllm_config: VllmConfig) -> int:
+    """Size of the host tier in bytes, from the plugin's settings."""
+    settings = MMExtConfig.from_additional_config(vllm_config.additional_config).encoder_cache
+    return max(1, int(settings.host_mb * MIB))
+
+
+def keep_raw_embeddings_out() -> None:
+    """Leave ``--enable-mm-embeds`` as the operator set it where the host tier is the EC connector.
+
+    vLLM lets clients send embeddings, with or without tensors, wherever an EC connector reads: that
+    is how disaggregated encoders reach a model. The host tier reads only what it wrote.
+    """
+    from vllm.config import VllmConfig
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def resolve_mm_embedding_inputs(self: Any) -> None:
+            transfer = self.ec_transfer_config
+            if transfer is None or transfer.ec_connector != CONNECTOR:
+                original(self)
+                return
+            self.ec_transfer_config = None
+            try:
+                original(self)
+            finally:
+                self.ec_transfer_config = transfer
+
+        return resolve_mm_embedding_inputs
+
+    wrap(VllmConfig, "_resolve_mm_embedding_inputs", make)
+
+
+ENCODER_CACHE_FEATURES = (
+    Feature(
+        "raw embeddings",
+        "the host tier of the encoder cache refuses to start: clients could send embeddings",
+        EMBEDS_NAMES,
+        keep_raw_embeddings_out,
+    ),
+)

@@ -1,0 +1,1 @@
+"""KV blocks that know what they hold, inside vLLM's block pool."""

@@ -1,0 +1,138 @@
+"""How the block pool gets into vLLM: while a scheduler is built, and where it admits requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from vllm_mm_ext.adapters.vllm_compat import logger, wrap
+from vllm_mm_ext.config.kv_settings import KVSettings
+from vllm_mm_ext.config.root import MMExtConfig
+from vllm_mm_ext.policies.kv.control import KVControl
+
+GIB = 1 << 30
+
+
+def install() -> None:
+    """Let schedulers built from now on have the plugin's block pool. Idempotent."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    wrap(Scheduler, "__init__", _with_pool)
+    wrap(KVCacheManager, "allocate_slots", _noting_hits)
+
+
+def install_control() -> None:
+    """Let API processes reach the block pool (``control.KVClient``). Idempotent."""
+    from vllm.v1.engine.core import EngineCore
+
+    from vllm_mm_ext.policies.kv import control
+
+    def mm_ext_kv(self: Any, action: str, session_id: str) -> Any:
+        return control.answer(control_of(self.scheduler), action, session_id)
+
+    setattr(EngineCore, control.UTILITY, mm_ext_kv)
+
+
+def control_of(scheduler: Any) -> KVControl | None:
+    """The control of a vLLM scheduler's block pool; None if that is not the plugin's."""
+    from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
+
+    pool = scheduler.kv_cache_manager.block_pool
+    return KVControl(pool) if isinstance(pool, MMExtBlockPool) else None
+
+
+def _with_pool(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init(self: Any, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        settings = MMExtConfig.from_additional_config(vllm_config.additional_config).kv
+        # HiSparse moves blocks between pools of its own.
+        hisparse = vllm_config.attention_config.hisparse_config is not None
+        if hisparse and settings.enabled:
+            logger.warning("mm_ext: kv is off, HiSparse needs vLLM's own block pool")
+        if hisparse or not settings.enabled:
+            original(self, vllm_config, kv_cache_config, *args, **kwargs)
+            return
+        model = vllm_config.model_config
+        factory = pool_factory(
+            settings,
+            kv_cache_config,
+            model.get_hidden_size(),
+            # Only the composer has sound inside its video items.
+            getattr(model.hf_config, "audio_pad_token_id", None),
+        )
+        with pools_of(factory):
+            original(self, vllm_config, kv_cache_config, *args, **kwargs)
+
+    return init
+
+
+@contextmanager
+def pools_of(factory: Callable[..., Any]) -> Iterator[None]:
+    """Let vLLM's KV cache coordinators build their block pool with ``factory``."""
+    from vllm.v1.core import kv_cache_coordinator
+
+    stock = kv_cache_coordinator.BlockPool
+    kv_cache_coordinator.BlockPool = factory
+    try:
+        yield
+    finally:
+        kv_cache_coordinator.BlockPool = stock
+
+
+def pool_factory(
+    settings: KVSettings, kv_cache_config: Any, hidden_size: int, audio_token: int | None = None
+) -> Callable[..., Any]:
+    """What builds a block pool with these settings.
+
+    Args:
+        settings: The section ``kv``.
+        kv_cache_config: vLLM's ``KVCacheConfig``.
+        hidden_size: Of the language model.
+        audio_token: What stands for sound inside a video item, if the model has that.
+    """
+    from vllm_mm_ext.adapters.kv.block_pool import Limits, MMExtBlockPool
+    from vllm_mm_ext.policies.kv.sessions import Sessions
+
+    # All tensors are views of one allocation, whose size each of them tells.
+    total = max((tensor.size for tensor in kv_cache_config.kv_cache_tensors), default=0)
+    # One block is vLLM's null block.
+    blocks = kv_cache_config.num_blocks - 1
+    block_bytes = total // kv_cache_config.num_blocks
+    quota = int(settings.max_visual_cache_share * blocks)
+    if settings.max_visual_cache_gb is not None:
+        quota = min(blocks, int(settings.max_visual_cache_gb * GIB) // max(1, block_bytes))
+    limits = Limits(
+        quota=quota,
+        floor=round((1.0 - settings.pressure_limit) * blocks),
+        min_items=settings.min_items,
+        hidden_size=hidden_size,
+        block_bytes=block_bytes,
+    )
+    sessions = Sessions(settings.session_ttl_s)
+    return partial(MMExtBlockPool, limits=limits, sessions=sessions, audio_token=audio_token)
+
+
+def _noting_hits(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
+
+    def allocate_slots(
+        self: Any,
+        request: Any,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        made = original(self, request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
+        if made is not None and num_new_computed_tokens and request.mm_features:
+            for group, manager in enumerate(self.coordinator.single_type_managers):
+                pool = manager.block_pool
+                if isinstance(pool, MMExtBlockPool):
+                    found = num_new_computed_tokens // manager.block_size
+                    blocks = manager.req_to_blocks[request.request_id][:found]
+                    pool.found(request, blocks, manager.block_size, group)
+        return made
+
+    return allocate_slots

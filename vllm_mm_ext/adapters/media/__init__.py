@@ -1,0 +1,1 @@
+"""The front-end behind vLLM's media connector and video loader."""

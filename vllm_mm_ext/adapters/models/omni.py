@@ -1,0 +1,98 @@
+"""What the omni models share: positions of, and embeddings for, videos with their sound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.multimodal.utils import get_mm_embedding_modalities, set_mm_embedding_modality
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
+from vllm_mm_ext.adapters.models.frame_positions import FrameTimesModel
+from vllm_mm_ext.adapters.models.mrope import Markers
+
+
+def in_prompt_order(
+    embeddings: Sequence[torch.Tensor], kinds: Sequence[str], modality: np.ndarray[Any, Any]
+) -> list[torch.Tensor]:
+    """Cut encoder outputs into runs and put them in the order of their placeholder tokens.
+
+    vLLM hands over a video's outputs and then its track's (or the reverse), each whole, though
+    their tokens alternate or, within one step, even come in the opposite order.
+
+    Args:
+        embeddings: Encoder outputs ``[tokens, hidden]``, in order within each modality.
+        kinds: Modality of each.
+        modality: Modality of each placeholder token of the step, in prompt order.
+
+    Returns:
+        The same rows, one tensor per run of tokens of one modality, marked with it.
+    """
+    streams = {
+        kind: torch.cat([e for e, k in zip(embeddings, kinds, strict=True) if k == kind])
+        for kind in dict.fromkeys(kinds)
+    }
+    taken = dict.fromkeys(streams, 0)
+    bounds = [0, *(np.flatnonzero(modality[1:] != modality[:-1]) + 1).tolist(), len(modality)]
+    runs = []
+    for begin, end in pairwise(bounds):
+        kind = str(modality[begin])
+        first = taken[kind]
+        taken[kind] = first + end - begin
+        runs.append(set_mm_embedding_modality(streams[kind][first : taken[kind]], kind))
+    wrong = {k: len(s) for k, s in streams.items() if taken[k] != len(s)}
+    if wrong:
+        raise ValueError(f"encoder outputs {wrong} for placeholder tokens {taken}")
+    return runs
+
+
+class SoundTrackModel(FrameTimesModel):
+    """Mixin in front of an omni family's model class.
+
+    Attributes:
+        shares_markers: See ``mrope.Markers.shared``.
+    """
+
+    shares_markers: bool
+
+    def markers(self) -> Markers:
+        """Token ids around sound in video."""
+        config = self.config
+        return Markers(
+            video=config.video_token_id,
+            audio=config.audio_token_id,
+            vision_start=config.vision_start_token_id,
+            vision_end=config.vision_end_token_id,
+            shared=self.shares_markers,
+        )
+
+    def positions_per_second(self) -> float:
+        """M-RoPE positions per second of video and sound."""
+        return float(self.config.position_id_per_seconds)
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed a step's tokens, encoder outputs in place of placeholders."""
+        given = multimodal_embeddings
+        kinds = {getattr(e, "modality", None) for e in given} if given is not None else set()
+        if is_multimodal is not None and {"audio", "video"} <= kinds:
+            with gpu_sync_allowed():
+                placed = input_ids.cpu()[is_multimodal.cpu()].numpy()
+            modality = np.full(len(placed), "image")
+            modality[placed == self.config.video_token_id] = "video"
+            modality[placed == self.config.audio_token_id] = "audio"
+            multimodal_embeddings = in_prompt_order(
+                multimodal_embeddings, get_mm_embedding_modalities(given), modality
+            )
+        embedded: torch.Tensor = super().embed_input_ids(  # type: ignore[misc]
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+        return embedded

@@ -1,0 +1,210 @@
+"""The names inside vLLM that the model families and the frame choice of ``stock`` rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm_mm_ext.adapters.names.per_frame_names import PER_FRAME_NAMES
+from vllm_mm_ext.adapters.vllm_compat import VllmName
+
+_MODELS = "vllm.model_executor.models"
+_QWEN3_VL = f"{_MODELS}.qwen3_vl"
+_PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
+
+# Methods that ``processing`` and ``models`` override in vLLM's classes, with their parameters.
+_OVERRIDDEN = {
+    "_postprocess_hf_mm_data": ("processed_data",),
+    "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
+    "_get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+    "_maybe_apply_prompt_updates": ("mm_items", "mm_res"),
+    "get_mrope_input_positions": ("input_tokens", "mm_features"),
+    "embed_input_ids": ("input_ids", "multimodal_embeddings", "is_multimodal"),
+    "embed_multimodal": (),
+    "_process_image_input": ("image_input",),
+    "_process_video_input": ("video_input",),
+    "get_encoder_cudagraph_config": (),
+    "get_input_modality": ("mm_kwargs",),
+    "select_encoder_cudagraph_items": ("mm_kwargs", "indices"),
+    "encoder_eager_forward": ("mm_kwargs",),
+    "get_max_video_tokens": ("seq_len", "mm_counts"),
+    "get_num_frames_with_most_features": ("seq_len", "mm_counts"),
+}
+
+# Methods of a model that bound its encoder calls and reduce what comes of them.
+_ENCODER = (
+    "embed_multimodal",
+    "_process_image_input",
+    "_process_video_input",
+    "get_encoder_cudagraph_config",
+    "get_input_modality",
+    "select_encoder_cudagraph_items",
+    "encoder_eager_forward",
+)
+
+# What splitting a video into segments overrides and calls in vLLM's base classes.
+SEGMENT_NAMES = (
+    VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
+    VllmName(f"{_PROCESSOR}._apply_hf_processor_main", ("mm_items", "hf_kwargs")),
+    VllmName("vllm.multimodal.parse:VideoProcessorItems", ("data", "metadata")),
+    VllmName("vllm.multimodal.parse:MultiModalDataItems"),
+    VllmName("vllm.multimodal.processing:PromptReplacement", ("modality", "target", "replacement")),
+    VllmName("vllm.multimodal.inputs:MultiModalFieldConfig.batched", ("modality", "keep_on_cpu")),
+    VllmName("vllm.multimodal.inputs:MultiModalFieldConfig", ("field", "modality")),
+    VllmName("vllm.multimodal.inputs:MultiModalFieldElem", ("data", "field")),
+    VllmName("vllm.multimodal.inputs:MultiModalFlatField", ("slices", "dim", "keep_on_cpu")),
+)
+
+# What the omni processors and models call in vLLM.
+_SOUND_TRACK_NAMES = (
+    *SEGMENT_NAMES,
+    VllmName(f"{_PROCESSOR}._call_hf_processor", ("hf_data", "hf_kwargs")),
+    VllmName(f"{_PROCESSOR}._apply_prompt_updates", ("token_ids", "mm_prompt_updates")),
+    VllmName(f"{_PROCESSOR}._validate_mm_kwargs", ("mm_kwargs", "mm_item_counts")),
+    VllmName(f"{_PROCESSOR}._validate_mm_updates", ("mm_updates", "mm_item_counts")),
+    VllmName(f"{_PROCESSOR}._validate_mm_placeholders", ("mm_placeholders", "mm_item_counts")),
+    VllmName("vllm.multimodal.processing.processor:PlaceholderFeaturesInfo", ("is_embed",)),
+    VllmName("vllm.multimodal.utils:get_mm_embedding_modalities"),
+    VllmName("vllm.multimodal.utils:set_mm_embedding_modality"),
+    VllmName("vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
+)
+
+
+def _sizes(info: str) -> tuple[VllmName, ...]:
+    """The methods that say how large an item is profiled for."""
+    names = ("get_max_video_tokens", "get_num_frames_with_most_features")
+    return _methods("qwen2_vl", info, *names)
+
+
+def _methods(module: str, class_name: str, *methods: str) -> tuple[VllmName, ...]:
+    return tuple(
+        VllmName(f"{_MODELS}.{module}:{class_name}.{method}", _OVERRIDDEN[method], by_source=True)
+        for method in methods
+    )
+
+
+def _definitions(module: str, *names: str) -> tuple[VllmName, ...]:
+    return tuple(VllmName(f"{_MODELS}.{module}:{name}", by_source=True) for name in names)
+
+
+FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
+    **{family: (*SEGMENT_NAMES, *names) for family, names in PER_FRAME_NAMES.items()},
+    "Qwen2.5-Omni": (
+        *_SOUND_TRACK_NAMES,
+        *_sizes("Qwen2VLProcessingInfo"),
+        *_definitions(
+            "qwen2_5_omni_thinker",
+            "Qwen2_5OmniThinkerDummyInputsBuilder",
+            "Qwen2_5OmniThinkerProcessingInfo",
+        ),
+        *_methods(
+            "qwen2_5_omni_thinker",
+            "Qwen2_5OmniThinkerMultiModalProcessor",
+            "_postprocess_hf_mm_data",
+            "_get_mm_fields_config",
+            "_get_prompt_updates",
+            "_maybe_apply_prompt_updates",
+        ),
+        *_methods(
+            "qwen2_5_omni_thinker",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            "get_mrope_input_positions",
+            "embed_input_ids",
+            "embed_multimodal",
+        ),
+    ),
+    "Qwen3-Omni": (
+        *_SOUND_TRACK_NAMES,
+        *_sizes("Qwen2VLProcessingInfo"),
+        *_definitions(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerDummyInputsBuilder",
+            "Qwen3OmniMoeThinkerProcessingInfo",
+            "_get_feat_extract_output_lengths",
+        ),
+        *_methods(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerMultiModalProcessor",
+            "_postprocess_hf_mm_data",
+            "_get_prompt_updates",
+            "_maybe_apply_prompt_updates",
+        ),
+        *_methods(
+            "qwen3_omni_moe_thinker",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            "get_mrope_input_positions",
+            "embed_input_ids",
+            "embed_multimodal",
+        ),
+    ),
+    "Qwen2.5-VL": (
+        *SEGMENT_NAMES,
+        *_sizes("Qwen2VLProcessingInfo"),
+        *_definitions("qwen2_5_vl", "Qwen2_5_VLDummyInputsBuilder", "Qwen2_5_VLProcessingInfo"),
+        *_methods(
+            "qwen2_5_vl",
+            "Qwen2_5_VLMultiModalProcessor",
+            "_get_mm_fields_config",
+            "_get_prompt_updates",
+        ),
+        *_methods(
+            "qwen2_5_vl",
+            "Qwen2_5_VLForConditionalGeneration",
+            "get_mrope_input_positions",
+            *_ENCODER,
+        ),
+    ),
+    "Qwen3-VL": (
+        *SEGMENT_NAMES,
+        *_definitions("qwen3_vl", "Qwen3VLDummyInputsBuilder"),
+        *_definitions("qwen3_vl_moe", "Qwen3VLMoeProcessingInfo"),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor.get_video_repl",
+            ("tokens_per_frame", "timestamps", "tokenizer", "select_token_id"),
+            by_source=True,
+        ),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor._get_per_video_kwargs",
+            ("kwargs",),
+            by_source=True,
+        ),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor._expands_only_video_token",
+            ("hf_processor",),
+            by_source=True,
+        ),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLProcessingInfo._calculate_timestamps",
+            ("indices", "video_fps", "merge_size"),
+            by_source=True,
+        ),
+        VllmName(
+            f"{_QWEN3_VL}:Qwen3VLProcessingInfo._get_video_second_idx",
+            ("metadata", "do_sample_frames"),
+            by_source=True,
+        ),
+        *_methods(
+            "qwen3_vl",
+            "Qwen3VLMultiModalProcessor",
+            "_get_mm_fields_config",
+            "_get_prompt_updates",
+        ),
+        *_methods(
+            "qwen3_vl",
+            "Qwen3VLForConditionalGeneration",
+            "get_mrope_input_positions",
+            *_ENCODER,
+        ),
+    ),
+}
+
+_LOADER = "vllm.multimodal.video:VideoLoader"
+
+# Sampling policy ``stock``: the frames a loader of vLLM's would read.
+STOCK_CHOICE_NAMES = (
+    VllmName("vllm.multimodal.video:VIDEO_LOADER_REGISTRY.load", ("cls_name",)),
+    VllmName(f"{_LOADER}.compute_frames_index_to_sample", ("source", "target")),
+    VllmName(f"{_LOADER}._prepare_source", ("source",)),
+    VllmName(f"{_LOADER}.create_hf_metadata", ("source", "valid_frame_indices", "video_backend")),
+    VllmName("vllm.multimodal.video_decoders:VideoSourceMetadata"),
+    VllmName("vllm.multimodal.video_decoders:VideoTargetMetadata"),
+)

@@ -1,0 +1,47 @@
+"""The names inside vLLM that the KV block pool relies on."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.adapters.vllm_compat import VllmName
+
+_CORE = "vllm.v1.core"
+_POOL = f"{_CORE}.block_pool:BlockPool"
+_QUEUE = f"{_CORE}.kv_cache_utils:FreeKVCacheBlockQueue"
+_CACHE = ("request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size")
+
+POOL_NAMES: tuple[VllmName, ...] = (
+    VllmName(
+        f"{_CORE}.sched.scheduler:Scheduler.__init__",
+        ("vllm_config", "kv_cache_config", "structured_output_manager"),
+    ),
+    VllmName(f"{_CORE}.kv_cache_coordinator:BlockPool"),
+    VllmName(f"{_POOL}.__init__", ("num_gpu_blocks", "enable_caching", "hash_block_size")),
+    VllmName(f"{_POOL}.cache_full_blocks", (*_CACHE, "kv_cache_group_id", "block_mask")),
+    VllmName(f"{_POOL}.get_new_blocks", ("num_blocks",)),
+    VllmName(f"{_POOL}.free_blocks", ("ordered_blocks",)),
+    VllmName(f"{_POOL}.touch", ("blocks",)),
+    VllmName(f"{_POOL}._remove_cached_block_hashes", ("block",)),
+    VllmName(f"{_POOL}.evict_blocks", ("block_ids",)),
+    VllmName(f"{_POOL}.unpin_blocks", ("blocks", "on_reuse")),
+    VllmName(f"{_POOL}.move_block_hashes", ("src_block", "dst_block")),
+    VllmName(f"{_POOL}.reset_prefix_cache", ("self",)),
+    VllmName(f"{_QUEUE}.__init__", ("blocks",)),
+    VllmName(f"{_QUEUE}.popleft", ("self",)),
+    VllmName(f"{_QUEUE}.popleft_n", ("n",)),
+    VllmName(f"{_QUEUE}.remove", ("block",)),
+    VllmName(f"{_QUEUE}.append", ("block",)),
+    VllmName(f"{_QUEUE}.append_n", ("blocks",)),
+    VllmName(
+        f"{_CORE}.kv_cache_manager:KVCacheManager.allocate_slots",
+        ("request", "num_new_tokens", "num_new_computed_tokens"),
+    ),
+    VllmName(f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
+    VllmName("vllm.config:AttentionConfig.hisparse_config"),
+    VllmName("vllm.v1.request:Request.__init__", ("mm_features", "session_id", "block_hasher")),
+    VllmName("vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "identifier")),
+)
+
+CONTROL_NAMES: tuple[VllmName, ...] = (
+    VllmName("vllm.v1.engine.core:EngineCore.reset_prefix_cache", ("self",)),
+    VllmName("vllm.v1.engine.core_client:AsyncMPClient.call_utility_async", ("method",)),
+)

@@ -1,0 +1,351 @@
+"""The composer's multimodal processor for vLLM: segments with their sound, windows of sound.
+
+A segment is one mm item: its groups of frames and the windows of sound between them, in the order
+of the prompt. `composer_layout` says how a whole video stands there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import BatchFeature
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import (
+    AudioProcessorItems,
+    MultiModalDataItems,
+    VideoProcessorItems,
+)
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    PromptReplacement,
+    PromptUpdateDetails,
+)
+
+from vllm_mm_ext.adapters.processors.composer_info import (
+    ComposerProcessingInfo,
+    default_reduction_of,
+)
+from vllm_mm_ext.adapters.processors.fields import KINDS, token_kinds
+from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor, part_of
+from vllm_mm_ext.adapters.processors.sound_tracks import DigestAudioItems
+from vllm_mm_ext.composer.configuration import SAMPLE_RATE, SPECIAL_TOKENS, ComposerConfig
+from vllm_mm_ext.composer.features import pixel_values
+from vllm_mm_ext.composer.layout import (
+    audio_layout,
+    group_starts,
+    interleaved,
+    run_tokens,
+)
+from vllm_mm_ext.composer.sound import AUDIO_FIELDS, SoundPiece, fields_of
+from vllm_mm_ext.config.options import Reduction, TrainedReductions
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.video.segments import (
+    Segment,
+    Sound,
+    VideoLayout,
+    VideoSegment,
+    VideoShape,
+)
+from vllm_mm_ext.video.token_counts import TokenCount
+
+# Positions of frames are whole microseconds: exact for the clocks of containers, and hashable.
+MICROSECONDS = 1_000_000
+# Client-named sounds whose windows are remembered, for requests that send the name alone.
+_MAX_NAMES = 4096
+
+
+class _WithoutSegments(BaseMultiModalProcessor[ComposerProcessingInfo]):  # type: ignore[misc]
+    """Windows of sound, and the fields of both modalities."""
+
+    @property
+    def config(self) -> ComposerConfig:
+        """Of the checkpoint."""
+        config: ComposerConfig = self.info.get_hf_config()
+        return config
+
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        audios = mm_items.get("audio")
+        pieces = list(audios.data) if audios else []
+        if not pieces:
+            return BatchFeature({})
+        return BatchFeature(
+            fields_of(self.config, "audio", pieces, self.info.ctx.model_config.dtype)
+        )
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        of = MultiModalFieldConfig.batched
+        sound = {
+            f"{modality}_{key}": of(modality, keep_on_cpu=key != "mel")
+            for modality in ("video", "audio")
+            for key in AUDIO_FIELDS
+        }
+        return {"pixel_values_videos": of("video"), KINDS: of("video", keep_on_cpu=True), **sound}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[PromptReplacement]:
+        audios = mm_items.get("audio")
+        if not audios:
+            return []
+        pad = self.config.audio_pad_token_id
+
+        def window(index: int) -> PromptUpdateDetails:
+            tokens = audio_layout(self.config, len(audios.data[index]))
+            return PromptUpdateDetails.select_token_id(tokens, embed_token_id=pad)
+
+        return [PromptReplacement(modality="audio", target=[pad], replacement=window)]
+
+
+class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
+    """Videos in segments, sound in windows.
+
+    Raises:
+        ValueError: The server's own reduction is none that the checkpoint supports, or vLLM is to
+            prune videos by itself.
+    """
+
+    def __init__(self, info: ComposerProcessingInfo, *args: Any, **kwargs: Any) -> None:
+        config = info.get_hf_config()
+        self.trained = TrainedReductions(config.pairs)
+        self.checkpoint_reduction = default_reduction_of(config)
+        super().__init__(info, *args, **kwargs)
+        self._named_sounds: OrderedDict[str, list[str]] = OrderedDict()
+        if not self.trained.allow(self.default_reduction):
+            raise ValueError(
+                f"compression.reduction = {self.default_reduction.key()!r}: the checkpoint was "
+                f"trained for {self.trained}"
+            )
+        if info.ctx.get_mm_config().is_multimodal_pruning_enabled():
+            raise ValueError("a composer has no --video-pruning-rate; see compression.reduction")
+
+    # --- layout -----------------------------------------------------------------------------------
+
+    @property
+    def video_token_id(self) -> int:
+        """``<|video_pad|>``."""
+        return self.config.video_pad_token_id
+
+    @property
+    def sound_token_id(self) -> int:
+        """``<|audio_pad|>``, which stands for sound inside a video item as well."""
+        return self.config.audio_pad_token_id
+
+    @property
+    def hears_video(self) -> bool:
+        """Whether videos are heard: not where the server takes no audio at all."""
+        hears = self.config.audio_config is not None
+        return hears and bool(self.info.ctx.get_mm_config().get_limit_per_prompt("audio"))
+
+    def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
+        """Every video is cut; there is no other way to take one."""
+        return True
+
+    def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout:
+        """A grid per frame, placed at its microsecond.
+
+        Raises:
+            MediaError: The checkpoint does not support the reduction.
+            ValueError: The sound is not at the model's rate.
+        """
+        config, reduction = self.config, shape.reduction
+        if not self.trained.allow(reduction):
+            raise MediaError(
+                f"reduction {reduction.key()}: the served model was trained for {self.trained}",
+                parameter="mm_ext.reduction",
+                value=reduction.key(),
+            )
+        micro = np.rint(_seconds(shape, config.fps) * MICROSECONDS).astype(np.int64)
+        seconds = tuple((micro / MICROSECONDS).tolist())
+        side = int(config.vision_config.image_size)
+        sound = None
+        if shape.audio_samples and self.hears_video:
+            per_frame, unit = config.side**2, reduction.temporal
+            groups = [min(unit, shape.frames - at) for at in range(0, shape.frames, unit)]
+            runs = interleaved(
+                group_starts(seconds, unit),
+                [frames * per_frame for frames in groups],
+                config.audio_tokens(shape.audio_samples),
+                config.audio_window_s,
+            )
+            sound = Sound(tuple(runs), unit=0)
+        return VideoLayout(
+            size=(side, side),
+            grids=shape.frames,
+            height=config.side,
+            width=config.side,
+            temporal_patch=1,
+            positions=micro,
+            timestamps=seconds if config.timestamps else None,
+            sound=sound,
+        )
+
+    def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """``<video>`` and ``</video>``."""
+        return (self.config.video_start_token_id,), (self.config.video_end_token_id,)
+
+    def segment_tokens_of(self, part: Segment) -> list[int]:
+        """Prompt tokens of a segment."""
+        runs = part.runs if part.layout.sound else [(left, 0) for left in part.left]
+        assert part.positions is not None
+        starts = group_starts((part.positions / MICROSECONDS).tolist(), part.reduction.temporal)
+        times = self.info.get_hf_processor().timestamp_tokens
+        return run_tokens(self.config, runs, starts, times)
+
+    def placeholder(self, part: Segment) -> PromptUpdateDetails:
+        """Tokens of a segment; those of its markers take no embedding."""
+        embedded = [self.config.video_pad_token_id, self.config.audio_pad_token_id]
+        return PromptUpdateDetails.select_token_ids(self.segment_tokens_of(part), embedded)
+
+    def video_tokens(
+        self,
+        frames: int,
+        height: int,
+        width: int,
+        *,
+        times: Sequence[float] | None,
+        audio_samples: int,
+        reduction: Reduction,
+    ) -> TokenCount:
+        """Prompt tokens that a video becomes; see `SegmentProcessor.video_tokens`."""
+        count = super().video_tokens(
+            frames, height, width, times=times, audio_samples=audio_samples, reduction=reduction
+        )
+        windows = len(self.config.audio_tokens(audio_samples)) if count.audio else 0
+        return count._replace(text=count.text + 2 * windows)
+
+    def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
+        """``<frame>`` before each group, and the time where it is written."""
+        unit = reduction.temporal
+        text = -(-(grids[1] - grids[0]) // unit)
+        if layout.timestamps is not None:
+            written = self.info.get_hf_processor().timestamp_tokens
+            starts = group_starts(layout.timestamps[slice(*grids)], unit)
+            text += sum(len(written(start)) for start in starts)
+        return text
+
+    # --- inputs of the model ----------------------------------------------------------------------
+
+    def track_piece(self, frames: SampledFrames, part: Segment) -> Waveform | None:
+        """A segment's windows of sound."""
+        if part.layout.sound is None or part.audio[0] == part.audio[1]:
+            return None
+        assert frames.audio is not None
+        per_window = self.config.audio_tokens(self.config.window_samples)[0]
+        windows = range(part.audio[0] // per_window, -(-part.audio[1] // per_window))
+        return SoundPiece.cut(frames.audio, windows, self.config)
+
+    def encode_inputs(
+        self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """Pixels, windows of sound and what stands where."""
+        dtype, config = self.info.ctx.model_config.dtype, self.config
+        frames = [
+            self.at_size(np.asarray(one), part_of(one).layout.size) if len(one) else one
+            for one in segments
+        ]
+        tokens = [self.segment_tokens_of(part_of(one)) for one in segments]
+        return {
+            "pixel_values_videos": [pixel_values(np.asarray(own)).to(dtype) for own in frames],
+            KINDS: [
+                token_kinds(ids, config.video_pad_token_id, config.audio_pad_token_id)
+                for ids in tokens
+            ],
+            **fields_of(config, "video", [one.audio for one in segments], dtype),
+        }
+
+    # --- vLLM's processor -------------------------------------------------------------------------
+
+    def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
+        """What decides the tokens of a video; a track at another rate is an error."""
+        track = frames.audio
+        if track is not None and track.rate != SAMPLE_RATE and self.hears_video:
+            raise ValueError(f"a sound track at {track.rate} Hz; the model takes {SAMPLE_RATE} Hz")
+        return super().shape_of(frames, metadata)
+
+    def split(self, inputs: Any) -> Any:
+        """Videos into segments, sounds into windows.
+
+        Raises:
+            ValueError: Embeddings were sent, or something else than frames of bytes.
+        """
+        items = inputs.mm_data_items
+        kinds = {"video": VideoProcessorItems, "audio": AudioProcessorItems}
+        for modality, own in items.items():
+            if not isinstance(own, kinds[modality]):
+                raise ValueError(f"{modality}: a composer takes no embeddings")
+        inputs = super().split(inputs)
+        videos = inputs.mm_data_items.get("video")
+        if videos and type(videos) is VideoProcessorItems:
+            raise ValueError(
+                "a composer takes videos as uint8 frames [n, height, width, 3], one placeholder "
+                f"{SPECIAL_TOKENS['video_pad_token_id']} for each"
+            )
+        audios = inputs.mm_data_items.get("audio")
+        return inputs if audios is None else self._split_sounds(inputs, list(audios.data))
+
+    def _split_sounds(self, inputs: Any, sounds: list[Any]) -> Any:
+        names = (inputs.mm_uuid_items or {}).get("audio") or [None] * len(sounds)
+        pieces = [self._windows(*pair) for pair in zip(sounds, names, strict=True)]
+        pad, prompt = self.config.audio_pad_token_id, []
+        counts = iter([len(own) for own, _ in pieces])
+        for token in inputs.prompt:
+            prompt += [token] * (next(counts, 1) if token == pad else 1)
+        if next(counts, None) is not None:
+            raise ValueError(
+                f"{len(pieces)} sounds, but fewer placeholders "
+                f"{SPECIAL_TOKENS['audio_pad_token_id']} in the prompt"
+            )
+        items = MultiModalDataItems(dict(inputs.mm_data_items))
+        items["audio"] = DigestAudioItems([window for own, _ in pieces for window in own])
+        uuids = {k: v for k, v in (inputs.mm_uuid_items or {}).items() if k != "audio"}
+        if any(name is not None for name in names):
+            uuids["audio"] = [name for _, own in pieces for name in own]
+        return dataclasses.replace(
+            inputs, prompt=prompt, mm_data_items=items, mm_uuid_items=uuids or None
+        )
+
+    def _windows(
+        self, samples: npt.NDArray[np.float32] | None, name: str | None
+    ) -> tuple[list[SoundPiece | None], list[str | None]]:
+        """A sound's windows and their names; None where the client sent the name alone."""
+        if samples is None:
+            known = self._named_sounds.get(name or "")
+            if known is None:
+                raise ValueError(f"the sound named {name!r} is not known; send it anew")
+            return [None] * len(known), list(known)
+        count = len(self.config.audio_tokens(len(samples)))
+        if not count:
+            raise MediaError("the sound is empty", parameter="input_audio")
+        windows = [
+            SoundPiece.cut(samples, range(number, number + 1), self.config)
+            for number in range(count)
+        ]
+        if name is None:
+            return [*windows], [None] * count
+        named = [f"{name}#{window.digest}" for window in windows]
+        self._named_sounds[name] = named
+        self._named_sounds.move_to_end(name)
+        while len(self._named_sounds) > _MAX_NAMES:
+            self._named_sounds.popitem(last=False)
+        return [*windows], [*named]
+
+
+def _seconds(shape: VideoShape, fps: float) -> npt.NDArray[np.float64]:
+    """Time of each frame: its own, else what vLLM's loader says, else at the model's rate."""
+    if shape.times is not None:
+        return np.asarray(shape.times, np.float64)
+    said = shape.metadata or {}
+    indices, rate = said.get("frames_indices"), said.get("fps")
+    if rate and indices is not None and len(indices) == shape.frames:
+        return np.asarray(indices, np.float64) / float(rate)
+    return np.arange(shape.frames) / fps

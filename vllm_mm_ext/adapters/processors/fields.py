@@ -1,0 +1,120 @@
+"""The per-item fields that tell the model about a video's segments, and HF's pixel arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalFlatField
+
+from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
+from vllm_mm_ext.video.segments import Segment
+
+POSITIONS = "video_grid_positions"
+"""int64 ``[grids]`` per item: temporal position of each grid; empty where vLLM's own apply."""
+CONTINUES = "video_continues"
+"""bool per item: it goes on where the video item before it ended."""
+REDUCTION = "video_reduction"
+"""float64 ``[4]`` per item: pool, temporal, static (0 none, 1 merge, 2 prune), share kept."""
+KEPT = "video_kept"
+"""int64 ``[tokens]`` per item: cells kept by a static reduction, else empty."""
+KINDS = "video_token_kinds"
+"""uint8 ``[tokens]`` per item whose embeddings are of several modalities: what stands at each token
+of its placeholder, by `TEXT`, `VIDEO` or `AUDIO`."""
+TEXT, VIDEO, AUDIO = range(3)
+
+_STATIC: tuple[Literal["none", "merge", "prune"], ...] = ("none", "merge", "prune")
+
+
+def configuration() -> dict[str, MultiModalFieldConfig]:
+    """vLLM's configuration of the fields: one value per item, never on the device."""
+    return {
+        name: MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        for name in (POSITIONS, CONTINUES, REDUCTION, KEPT)
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FlatField(MultiModalFlatField):  # type: ignore[misc]
+    """Gives no element the slices of all items: each is sent with its field, by several hops."""
+
+    def build_elems(self, modality: str, key: str, data: Any) -> Sequence[Any]:
+        found = super().build_elems(modality, key, data)
+        # To batch items again vLLM needs ``dim`` alone.
+        field = MultiModalFlatField(slices=[], dim=self.dim, keep_on_cpu=self.keep_on_cpu)
+        return [replace(elem, field=field) for elem in found]
+
+
+def without_slices(
+    config: Mapping[str, MultiModalFieldConfig],
+) -> dict[str, MultiModalFieldConfig]:
+    """The same fields, but what is sent with an item does not grow with the number of items."""
+
+    def of(field: Any) -> Any:
+        if type(field) is not MultiModalFlatField:
+            return field
+        return _FlatField(slices=field.slices, dim=field.dim, keep_on_cpu=field.keep_on_cpu)
+
+    return {name: replace(one, field=of(one.field)) for name, one in config.items()}
+
+
+def segment_fields(parts: Sequence[Segment]) -> dict[str, Any]:
+    """The fields of some segments."""
+    empty = torch.empty(0, dtype=torch.int64)
+    return {
+        POSITIONS: [_tensor(part.positions, empty) for part in parts],
+        CONTINUES: torch.tensor([part.continues for part in parts]),
+        REDUCTION: torch.tensor(
+            [
+                [r.pool, r.temporal, _STATIC.index(r.static), r.keep]
+                for r in (part.reduction for part in parts)
+            ],
+            dtype=torch.float64,
+        ),
+        KEPT: [_tensor(part.kept, empty) for part in parts],
+    }
+
+
+def reduction_of(values: torch.Tensor | None) -> Reduction:
+    """Read the field ``REDUCTION`` back."""
+    if values is None:
+        return NO_REDUCTION
+    pool, temporal, static, keep = values.tolist()
+    # Made of a Reduction by ``segment_fields``: nothing to validate.
+    return Reduction.model_construct(
+        pool=int(pool), temporal=int(temporal), static=_STATIC[int(static)], keep=keep
+    )
+
+
+def token_kinds(tokens: Sequence[int], video: int, audio: int) -> torch.Tensor:
+    """The field ``KINDS`` of an item, from its tokens and the ids that take embeddings."""
+    ids = torch.tensor(tokens)
+    return ((ids == video) * VIDEO + (ids == audio) * AUDIO).to(torch.uint8)
+
+
+def _tensor(values: npt.NDArray[np.int64] | None, empty: torch.Tensor) -> torch.Tensor:
+    return empty if values is None else torch.from_numpy(np.ascontiguousarray(values))
+
+
+def resized(
+    video_processor: Any, frames: npt.NDArray[np.uint8], size: tuple[int, int]
+) -> npt.NDArray[np.uint8]:
+    """Frames ``[n, height, width, 3]`` at another size, as the video processor resizes them."""
+    from transformers.image_processing_backends import TorchvisionBackend
+    from transformers.image_utils import SizeDict
+
+    channels_first = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+    # The family's own ``resize`` would choose a size by itself.
+    resize = TorchvisionBackend.resize
+    out = resize(
+        video_processor,
+        image=channels_first,
+        size=SizeDict(height=size[0], width=size[1]),
+        resample=video_processor.resample,
+    )
+    back: npt.NDArray[np.uint8] = out.permute(0, 2, 3, 1).contiguous().numpy()
+    return back

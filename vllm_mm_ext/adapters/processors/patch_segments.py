@@ -1,0 +1,146 @@
+"""Segments of the Qwen families: frames in temporal patches, tokens by merged patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_mm_ext.adapters.processors.model_traits import size_default_of, size_rule_of
+from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor, part_of
+from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.video.grid_times import GridTimes
+from vllm_mm_ext.video.pair_times import place
+from vllm_mm_ext.video.segments import (
+    Sound,
+    VideoLayout,
+    VideoSegment,
+    VideoShape,
+)
+
+# What the pixels of frames at their final size still go through.
+_PIXEL_KWARGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+
+class PatchSegmentProcessor(SegmentProcessor):
+    """Mixin for families whose video processor is Qwen2-VL's or Qwen3-VL's."""
+
+    @property
+    def video_token_id(self) -> int:
+        """``<|video_pad|>`` or its like."""
+        return int(self.info.get_hf_config().video_token_id)
+
+    @property
+    def positions_per_second(self) -> float:
+        """M-RoPE positions per second of video."""
+        return float(self.info.get_hf_config().vision_config.tokens_per_second)
+
+    def seconds_per_grid(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> float:
+        """Seconds between grids as transformers' processor assumes them for the whole video."""
+        raise NotImplementedError
+
+    def sound(self, shape: VideoShape, grids: GridTimes, per_grid: int) -> Sound | None:
+        """How the video interleaves with its sound; None for a family that hears none."""
+        return None
+
+    def timestamps(self, shape: VideoShape) -> tuple[float, ...] | None:
+        """Seconds written into the prompt before each grid, if the family does that."""
+        return None
+
+    def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout | None:
+        """Merged patches of each pair of frames."""
+        processor = self.info.get_hf_processor().video_processor
+        factor = processor.patch_size * processor.merge_size
+        size = (shape.height, shape.width)
+        # A request that sets a size wants another one than the front-end was told.
+        final = shape.final and not _sets_size(hf_kwargs)
+        if not final or size[0] % factor or size[1] % factor:
+            chosen = self._size_of_processor(shape, hf_kwargs)
+            if chosen is None:
+                return None
+            size = chosen
+        patch = int(processor.temporal_patch_size)
+        num_grids = math.ceil(shape.frames / patch)
+        per_grid = (size[0] // factor) * (size[1] // factor)
+        assumed = self.seconds_per_grid(shape, hf_kwargs)
+        hears = shape.audio_samples > 0
+        placed = place(
+            shape,
+            num_grids=num_grids,
+            temporal_patch=patch,
+            assumed_step=assumed,
+            exact=hears,
+        )
+        positions = None
+        if placed is not None:
+            positions = placed.temporal_positions(self.positions_per_second)
+            assumed = placed.mean_step if placed.step is not None else 1.0
+        sound = None
+        if hears:
+            grids = placed or GridTimes(tuple(i * assumed for i in range(num_grids)), assumed)
+            sound = self.sound(shape, grids, per_grid)
+        return VideoLayout(
+            size=size,
+            grids=num_grids,
+            height=size[0] // factor,
+            width=size[1] // factor,
+            temporal_patch=patch,
+            positions=positions,
+            seconds_per_grid=assumed,
+            timestamps=self.timestamps(shape),
+            sound=sound,
+        )
+
+    def _size_of_processor(
+        self, shape: VideoShape, hf_kwargs: Mapping[str, object]
+    ) -> tuple[int, int] | None:
+        """Size that transformers would give the whole video; None where its rule is not known."""
+        processor = self.info.get_hf_processor(**hf_kwargs)
+        merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        overrides = merged | dict(merged.get("videos_kwargs") or {})
+        rule = size_rule_of(processor.video_processor, overrides, size_default_of(processor))
+        if rule.kind not in ("qwen_vl", "qwen3_vl"):
+            return None
+        return target_size(rule, width=shape.width, height=shape.height, num_frames=shape.frames)
+
+    def encode_inputs(
+        self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """Patches of each segment, by the model's own video processor."""
+        processor = self.info.get_hf_processor(**hf_kwargs).video_processor
+        merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        given = merged | dict(merged.get("videos_kwargs") or {})
+        frames = [
+            torch.from_numpy(self.at_size(np.asarray(segment), part_of(segment).layout.size))
+            .permute(0, 3, 1, 2)
+            .contiguous()
+            for segment in segments
+        ]
+        out = processor(
+            videos=frames,
+            do_resize=False,
+            do_sample_frames=False,
+            return_tensors="pt",
+            **{key: given[key] for key in _PIXEL_KWARGS if key in given},
+        )
+        pixels = out["pixel_values_videos"]
+        if pixels.is_floating_point():
+            pixels = pixels.to(self.info.ctx.model_config.dtype)
+        return {
+            "pixel_values_videos": pixels,
+            "video_grid_thw": out["video_grid_thw"],
+            # float32: the model's dtype, to which vLLM casts the field, cannot hold 2/3.
+            "second_per_grid_ts": torch.tensor(
+                [part.layout.seconds_per_grid for part in map(part_of, segments)],
+                dtype=torch.float32,
+            ),
+        }
+
+
+def _sets_size(hf_kwargs: Mapping[str, object]) -> bool:
+    scoped = hf_kwargs.get("videos_kwargs")
+    given = hf_kwargs.keys() | (scoped.keys() if isinstance(scoped, Mapping) else set())
+    return bool(given & {"size", "min_pixels", "max_pixels"})

@@ -1,0 +1,94 @@
+"""Segments of families whose encoder sees every frame by itself, at one fixed size.
+
+A temporal grid is a frame, and there are no temporal positions: a segment is a run of whole frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor
+from vllm_mm_ext.video.segments import VideoLayout, VideoSegment, VideoShape
+
+
+class PerFrameInfo:
+    """Mixin in front of a family's processing info: a video item is a segment at most."""
+
+    ctx: Any
+
+    def frame_tokens(self) -> tuple[int, int]:
+        """Tokens of a frame, vertically and horizontally, after the model's own pooling."""
+        raise NotImplementedError
+
+    def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
+        """Frames of the largest video item, by which vLLM sizes and profiles its encoder cache."""
+        stock: int = super().get_num_frames_with_most_features(seq_len, mm_counts)  # type: ignore[misc]
+        target = vllm_compat.settings_of(self.ctx.model_config).segments.tokens
+        if not target:
+            return stock
+        rows, columns = self.frame_tokens()
+        return min(stock, max(1, target // (rows * columns)))
+
+
+class PerFrameProcessor(SegmentProcessor):
+    """Mixin in front of a per-frame family's multimodal processor; its info is a `PerFrameInfo`."""
+
+    tail = 0
+    """Tokens the model adds after the last frame of a video."""
+
+    numbered = False
+    """Whether the number of a frame within its video stands in the prompt."""
+
+    def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
+        """Whether videos of a request with these options are split at all."""
+        # Frames that transformers is told to choose itself are not known before.
+        chooses = self.info.ctx.get_merged_mm_kwargs(hf_kwargs).get("do_sample_frames")
+        return super().splits(hf_kwargs) and not chooses
+
+    def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout | None:
+        """One grid per frame; None where the processor leaves frames without a fixed size."""
+        size = dict(self.info.get_hf_processor(**hf_kwargs).video_processor.size)
+        if not size.get("height") or not size.get("width"):
+            return None
+        rows, columns = self.info.frame_tokens()
+        return VideoLayout(
+            size=(int(size["height"]), int(size["width"])),
+            grids=shape.frames,
+            height=rows,
+            width=columns,
+            temporal_patch=1,
+            # Equal frames with other numbers are another item to vLLM's processor cache.
+            positions=np.arange(shape.frames) if self.numbered else None,
+            tail=self.tail,
+        )
+
+    def frame_pixels(
+        self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
+    ) -> list[torch.Tensor]:
+        """Each segment's frames ``[frames, 3, height, width]`` as the encoder takes them."""
+        ctx = self.info.ctx
+        processor = self.info.get_hf_processor(**hf_kwargs).video_processor
+        merged = ctx.get_merged_mm_kwargs(hf_kwargs)
+        given = merged | dict(merged.get("videos_kwargs") or {})
+        known = processor.valid_kwargs.__annotations__.keys()
+        options = {key: value for key, value in given.items() if key in known}
+        options |= {"do_sample_frames": False, "return_tensors": "pt"}
+        # One by one: transformers would stack segments of equal length, which copies them all.
+        return [
+            self._finished(processor(videos=[_channels_first(frames)], **options))
+            for frames in segments
+        ]
+
+    def _finished(self, made: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+        pixels = made["pixel_values_videos"][0]
+        dtype = self.info.ctx.model_config.dtype if pixels.is_floating_point() else None
+        return pixels.to(device="cpu", dtype=dtype)
+
+
+def _channels_first(frames: VideoSegment) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).contiguous()

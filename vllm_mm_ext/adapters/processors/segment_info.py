@@ -1,0 +1,69 @@
+"""What vLLM profiles and budgets for: one segment, not the longest video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.processors.model_traits import size_default_of, size_rule_of
+from vllm_mm_ext.video.track_pieces import AudioWindow
+
+
+class SegmentInfo:
+    """Mixin in front of the processing info of a family with a pixel budget per frame."""
+
+    ctx: Any
+
+    def largest_segment(self) -> int | None:
+        """Tokens of the largest segment: the configured size, or what cannot be cut.
+
+        That is one grid of the largest frames and, for a family that hears, the grids of one window
+        of its audio encoder at the configured frame rate, with their sound. None where videos are
+        not cut.
+        """
+        settings = vllm_compat.settings_of(self.ctx.model_config)
+        target, grid = settings.segments.tokens, self._largest_grid()
+        if not target:
+            return None
+        window = self.audio_window()
+        frames = settings.media.sampling.fps * (window.seconds if window else 0.0)
+        grids = max(1, math.ceil(frames / self._temporal_patch()))
+        return max(target, grids * grid + (window.tokens if window else 0))
+
+    def audio_window(self) -> AudioWindow | None:
+        """Where sound may be cut; None for a family that hears none."""
+        return None
+
+    def _temporal_patch(self) -> int:
+        info: Any = self
+        return int(info.get_hf_processor().video_processor.temporal_patch_size)
+
+    def _largest_grid(self) -> int:
+        info: Any = self
+        processor = info.get_hf_processor()
+        merged = info.ctx.get_merged_mm_kwargs({})
+        overrides = merged | dict(merged.get("videos_kwargs") or {})
+        rule = size_rule_of(processor.video_processor, overrides, size_default_of(processor))
+        return rule.max_pixels // rule.factor**2
+
+    def get_max_video_tokens(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
+        """Most embeddings of one video item."""
+        largest = self.largest_segment()
+        if largest is not None:
+            return min(seq_len, largest)
+        stock: int = super().get_max_video_tokens(seq_len, mm_counts)  # type: ignore[misc]
+        return stock
+
+    def get_num_frames_with_most_features(
+        self, seq_len: int, mm_counts: Mapping[str, int], *args: Any, **kwargs: Any
+    ) -> int:
+        """Frames of the video that memory is profiled with."""
+        stock: int = super().get_num_frames_with_most_features(  # type: ignore[misc]
+            seq_len, mm_counts, *args, **kwargs
+        )
+        largest = self.largest_segment()
+        if largest is None:
+            return stock
+        return min(stock, self._temporal_patch() * max(1, largest // max(1, self._largest_grid())))

@@ -1,0 +1,373 @@
+"""vLLM's processors, given a video's segments instead of the video.
+
+The split happens inside ``apply``, after vLLM has checked the number of videos a client sent
+against ``--limit-mm-per-prompt``. From there on every segment is an ordinary mm item: hashed,
+cached, scheduled and encoded on its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.processors import fields
+from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.video.segments import (
+    Segment,
+    VideoLayout,
+    VideoSegment,
+    VideoShape,
+    cut_video,
+    segment_digest,
+    segments_of,
+)
+from vllm_mm_ext.video.splits import SegmentRecipe, SplitRecipe, SplitVideo, remembered
+from vllm_mm_ext.video.token_counts import TokenCount
+
+# Pixels of one request may take this share of vLLM's processor cache; other items go there too.
+_CACHE_SHARE = 0.5
+# Client-named videos whose segments are remembered, for requests that send the name alone.
+_MAX_NAMES = 4096
+
+
+class SegmentItems(VideoProcessorItems):  # type: ignore[misc]
+    """Video items that are segments, hashed by their digest."""
+
+    def get_item_for_hash(self, index: int) -> object:
+        """What identifies the item to vLLM's caches."""
+        segment = segment_at(self, index)
+        return self.data[index] if segment is None else f"mm_ext:{segment.digest}"
+
+
+def segment_at(items: Any, index: int) -> VideoSegment | None:
+    """The segment that is a request's video item, if it is one."""
+    if not isinstance(items, VideoProcessorItems):
+        return None
+    item = items.get(index)
+    frames = item[0] if isinstance(item, tuple) else item
+    return frames if isinstance(frames, VideoSegment) else None
+
+
+class SegmentProcessor:
+    """Mixin in front of a family's multimodal processor. A family says how it lays videos out."""
+
+    info: Any
+    checkpoint_reduction: Reduction | None = None
+    """What the checkpoint declares for requests that name no reduction."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = vllm_compat.settings_of(self.info.ctx.model_config)
+        self.segment_tokens = settings.segments.tokens
+        self._frames_are_final = settings.media.enabled and settings.media.resize == "target"
+        self.default_reduction = settings.compression.default_reduction(self.checkpoint_reduction)
+        self._named: OrderedDict[str, SplitVideo] = OrderedDict()
+
+    # --- what a family defines --------------------------------------------------------------------
+
+    @property
+    def video_token_id(self) -> int:
+        """The token that stands for a video in the prompt, and for each of its visual tokens."""
+        raise NotImplementedError
+
+    def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout | None:
+        """How the model lays a video out; None to leave the video to stock vLLM."""
+        raise NotImplementedError
+
+    def encode_inputs(
+        self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """The model's inputs for some segments, as the family's field configuration names them."""
+        raise NotImplementedError
+
+    def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
+        """Prompt tokens of a segment."""
+        return [self.video_token_id] * part.visual
+
+    def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prompt tokens before the first and after the last segment of a video."""
+        return (), ()
+
+    def track_piece(self, frames: SampledFrames, part: Segment) -> Waveform | None:
+        """A segment's piece of its video's sound."""
+        return None
+
+    def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
+        """Whether videos of a request with these options are split at all."""
+        # vLLM's own pruning counts and places tokens by whole videos.
+        return not self.info.ctx.get_mm_config().is_multimodal_pruning_enabled()
+
+    # --- counting ---------------------------------------------------------------------------------
+
+    def video_tokens(
+        self,
+        frames: int,
+        height: int,
+        width: int,
+        *,
+        times: Sequence[float] | None,
+        audio_samples: int,
+        reduction: Reduction,
+    ) -> TokenCount:
+        """Prompt tokens that a video becomes.
+
+        Args:
+            frames: Frames delivered.
+            height, width: Their size in pixels.
+            times: Their presentation times in seconds.
+            audio_samples: Samples of its sound at the model's rate, 0 for silence.
+            reduction: How its tokens are made fewer.
+
+        Raises:
+            ValueError: The family leaves such a video to stock vLLM.
+        """
+        shape = VideoShape(
+            frames,
+            height,
+            width,
+            times=None if times is None else tuple(times),
+            audio_samples=audio_samples,
+            reduction=reduction,
+            final=self._frames_are_final,
+        )
+        layout = self.layout(shape, {}) if self.splits({}) else None
+        if layout is None:
+            raise ValueError("stock vLLM lays this video out")
+        visual = text = audio = 0
+        for cut in cut_video(layout, reduction, self.segment_tokens):
+            grids = cut.grids[1] - cut.grids[0]
+            visual += reduction.count(grids, layout.height, layout.width)
+            audio += cut.audio[1] - cut.audio[0]
+            text += self.text_tokens(layout, cut.grids, reduction)
+        before, after = self.around(layout)
+        return TokenCount(visual + layout.tail, audio, text + len(before) + len(after))
+
+    def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
+        """Tokens of a segment that stand for neither picture nor sound."""
+        return 0
+
+    # --- splitting --------------------------------------------------------------------------------
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Split the videos of a request, then process as usual."""
+        inputs = self.split(inputs)
+        if inputs.cache is not None and not self._fits_cache(inputs.mm_data_items.get("video")):
+            # vLLM counts on what it found in its cache still being there when it has put the rest
+            # in. A whole video of that size it would not have kept either.
+            inputs = dataclasses.replace(inputs, cache=None)
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _fits_cache(self, videos: Any) -> bool:
+        if not isinstance(videos, SegmentItems):
+            return True
+        config = self.info.ctx.model_config
+        capacity = self.info.ctx.get_mm_config().mm_processor_cache_gb * (1 << 30)
+        values = 0
+        for index in range(len(videos)):
+            if (segment := segment_at(videos, index)) is not None:
+                height, width = part_of(segment).layout.size
+                values += len(segment) * 3 * height * width
+        return bool(values * config.dtype.itemsize <= _CACHE_SHARE * capacity)
+
+    def split(self, inputs: Any) -> Any:
+        """Replace the videos of a request by their segments, in items and prompt alike."""
+        videos = inputs.mm_data_items.get("video")
+        if not isinstance(videos, VideoProcessorItems) or not self.splits(
+            inputs.hf_processor_mm_kwargs
+        ):
+            return inputs
+        names = (inputs.mm_uuid_items or {}).get("video") or [None] * len(videos)
+        split = [
+            self._split_one(videos, index, name, inputs.hf_processor_mm_kwargs)
+            for index, name in enumerate(names)
+        ]
+        found = [video for video in split if video is not None]
+        if len(found) < len(split):
+            return inputs
+        prompt = self.expand_prompt(inputs.prompt, found)
+        if prompt is None:
+            return inputs
+        items = MultiModalDataItems(dict(inputs.mm_data_items))
+        data = [(segment, v.metadata) for v in found for segment in v.segments]
+        items["video"] = SegmentItems(
+            [None if pair[0] is None else pair for pair in data], [pair[1] for pair in data]
+        )
+        uuids = {k: v for k, v in (inputs.mm_uuid_items or {}).items() if k != "video"}
+        if any(name is not None for name in names):
+            uuids["video"] = [name for video in found for name in video.names]
+        return dataclasses.replace(
+            inputs, prompt=prompt, mm_data_items=items, mm_uuid_items=uuids or None
+        )
+
+    def expand_prompt(self, prompt: list[int], videos: Sequence[SplitVideo]) -> list[int] | None:
+        """The prompt with one video token per segment; None if it has too few for the videos.
+
+        As in vLLM, the first tokens stand for the videos, and any further ones are text.
+        """
+        expanded: list[int] = []
+        left = iter(videos)
+        for token in prompt:
+            video = next(left, None) if token == self.video_token_id else None
+            if video is None:
+                expanded.append(token)
+            else:
+                expanded += [*video.before, *[token] * len(video.segments), *video.after]
+        return expanded if next(left, None) is None else None
+
+    def _split_one(
+        self,
+        videos: VideoProcessorItems,
+        index: int,
+        name: str | None,
+        hf_kwargs: Mapping[str, object],
+    ) -> SplitVideo | None:
+        item = videos.get(index)
+        if item is None:
+            return None if name is None else self._named.get(name)
+        metadata = videos.metadata[index] if isinstance(videos.metadata, list) else None
+        frames = item[0] if isinstance(item, tuple) else item
+        if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.dtype != np.uint8:
+            return None
+        if metadata is not None and metadata.get("do_sample_frames"):
+            return None
+        if not isinstance(frames, SampledFrames):
+            frames = _wrapped(frames, self.default_reduction)
+        video = self._split_frames(frames, metadata, hf_kwargs)
+        if video is None or name is None:
+            return video
+        named = [f"{name}#{segment.digest}" for segment in video.segments if segment is not None]
+        video = dataclasses.replace(video, names=named)
+        without_data = dataclasses.replace(video, segments=[None] * len(named))
+        self._named[name] = without_data
+        self._named.move_to_end(name)
+        while len(self._named) > _MAX_NAMES:
+            self._named.popitem(last=False)
+        return video
+
+    def _split_frames(
+        self,
+        frames: SampledFrames,
+        metadata: dict[str, Any] | None,
+        hf_kwargs: Mapping[str, object],
+    ) -> SplitVideo | None:
+        """The split of a video, worked out once for each way in which the video is split."""
+        asked = (frames.reduction.key(), repr(sorted(hf_kwargs.items())), repr(metadata))
+        recipe = remembered(
+            frames,
+            (self.segment_tokens, *asked),
+            lambda: self._recipe(frames, metadata, hf_kwargs),
+        )
+        return None if recipe is None else recipe.applied(frames, metadata)
+
+    def _recipe(
+        self,
+        frames: SampledFrames,
+        metadata: dict[str, Any] | None,
+        hf_kwargs: Mapping[str, object],
+    ) -> SplitRecipe | None:
+        shape = self.shape_of(frames, metadata)
+        layout = self.layout(shape, hf_kwargs)
+        if layout is None:
+            return None
+
+        def pixels(part: slice) -> npt.NDArray[np.uint8]:
+            return self.at_size(np.asarray(frames[part]), layout.size)
+
+        digests = frames.frame_digests()
+        segments = []
+        for part in segments_of(layout, shape.reduction, self.segment_tokens, pixels):
+            track = self.track_piece(frames, part)
+            digest = segment_digest(part, frames.shape[1:3], digests[part.frames], track)
+            segments.append(SegmentRecipe(part, digest, track))
+        return SplitRecipe(tuple(segments), *self.around(layout))
+
+    def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
+        """What decides the tokens of a video."""
+        return VideoShape(
+            frames=len(frames),
+            height=frames.shape[1],
+            width=frames.shape[2],
+            times=frames.times,
+            step=frames.step,
+            audio_samples=0 if frames.audio is None else len(frames.audio),
+            reduction=frames.reduction,
+            metadata=metadata,
+            final=frames.pinned,
+        )
+
+    def at_size(
+        self, frames: npt.NDArray[np.uint8], size: tuple[int, int]
+    ) -> npt.NDArray[np.uint8]:
+        """Frames resized as the model's processor does it; unchanged where they have the size."""
+        if frames.shape[1:3] == size:
+            return frames
+        return fields.resized(self.info.get_hf_processor().video_processor, frames, size)
+
+    # --- vLLM's processor -------------------------------------------------------------------------
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        """Process segments here, once each and without the text; the rest as usual."""
+        videos = mm_items.get("video")
+        segments = [segment_at(videos, i) for i in range(len(videos) if videos else 0)]
+        own = [segment for segment in segments if segment is not None]
+        if not own:
+            return super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
+        others = MultiModalDataItems({k: v for k, v in mm_items.items() if k != "video"})
+        processed = super()._apply_hf_processor_main(others, hf_kwargs)  # type: ignore[misc]
+        processed.update(self.encode_inputs(own, hf_kwargs))
+        processed.update(fields.segment_fields([part_of(segment) for segment in own]))
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        return fields.without_slices({**stock, **fields.configuration()})
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        updates = super()._get_prompt_updates(  # type: ignore[misc]
+            mm_items, hf_processor_mm_kwargs, out_mm_kwargs
+        )
+        videos = mm_items.get("video")
+        if not videos or segment_at(videos, 0) is None:
+            return updates  # type: ignore[no-any-return]
+        others = [update for update in updates if update.modality != "video"]
+        return [*others, self.segment_update(videos)]
+
+    def segment_update(self, videos: Any) -> PromptReplacement:
+        """What replaces the tokens that stand for segments."""
+
+        def of_segment(index: int) -> list[int] | PromptUpdateDetails:
+            segment = segment_at(videos, index)
+            assert segment is not None
+            return self.placeholder(part_of(segment))
+
+        return PromptReplacement(
+            modality="video", target=[self.video_token_id], replacement=of_segment
+        )
+
+
+def part_of(segment: VideoSegment) -> Segment:
+    """The place of a segment in its video."""
+    assert segment.part is not None  # Only views of a segment have none.
+    return segment.part
+
+
+def _wrapped(frames: npt.NDArray[np.uint8], reduction: Reduction) -> SampledFrames:
+    """Frames that came as a bare array."""
+    contiguous = np.ascontiguousarray(frames)
+    digest = blake3(repr(contiguous.shape).encode() + b"|").update(contiguous.data).hexdigest()
+    return SampledFrames(contiguous, digest=str(digest), reduction=reduction)

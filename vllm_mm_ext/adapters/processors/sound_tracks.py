@@ -1,0 +1,344 @@
+"""The sound of a video as hidden audio items, paired with its segments.
+
+vLLM's omni processors take sound in video from a flag that holds for a whole request and an audio
+item per video, paired by order. Here the frames of a video carry their own sound track
+(``media.payload.SampledFrames.audio``): a segment that has a piece of it becomes a video item and
+an audio item that share one run of prompt tokens; any other item is left as it is.
+
+The pieces become items inside ``apply``, after vLLM has checked the number of items a client sent
+against ``--limit-mm-per-prompt``. Everything that shapes the prompt follows from the segment alone,
+so that the two can be cached apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import AudioProcessorItems, MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
+from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
+
+from vllm_mm_ext.adapters.processors.patch_segments import PatchSegmentProcessor
+from vllm_mm_ext.adapters.processors.segment_processor import segment_at
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.payload import SampledFrames, Waveform, known_digest
+from vllm_mm_ext.video.cuts import Run
+from vllm_mm_ext.video.grid_times import GridTimes
+from vllm_mm_ext.video.segments import Segment, Sound, VideoLayout, VideoShape
+from vllm_mm_ext.video.track_pieces import AudioWindow, TrackPiece, piece_of
+
+# Client-named segments whose having sound is remembered, for requests that send the name alone.
+_MAX_NAMES = 1 << 16
+
+
+class DigestAudioItems(AudioProcessorItems):  # type: ignore[misc]
+    """Audio items hashed by the digest they carry instead of by their samples."""
+
+    def get_item_for_hash(self, index: int) -> object:
+        """What identifies the item to vLLM's caches."""
+        item = self.data[index]
+        digest = known_digest(item)
+        return item if digest is None else f"mm_ext:{digest}"
+
+
+class TrackedItems(MultiModalDataItems):  # type: ignore[misc]
+    """Data items whose last audio items are pieces of sound tracks.
+
+    Attributes:
+        owners: For each piece, in the order of the audio items, the index of its video item.
+    """
+
+    owners: tuple[int, ...] = ()
+
+
+class SoundTrackProcessor(PatchSegmentProcessor):
+    """Mixin in front of an omni family's multimodal processor.
+
+    A family says how many tokens a waveform becomes and how tokens interleave.
+
+    Attributes:
+        assumed_fps: Frames per second that transformers assumes where nobody says.
+    """
+
+    data_parser: Any
+    assumed_fps: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._has_track: OrderedDict[str, bool] = OrderedDict()
+
+    # --- what a family defines --------------------------------------------------------------------
+
+    def audio_tokens(self, num_mel_frames: int) -> int:
+        """Tokens that a waveform of so many log-mel frames becomes."""
+        raise NotImplementedError
+
+    def audio_window(self) -> AudioWindow:
+        """What the audio encoder attends within: sound is cut between such windows."""
+        raise NotImplementedError
+
+    def interleave(
+        self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int
+    ) -> list[Run]:
+        """Runs of ``(visual tokens, audio tokens)`` of a video with sound."""
+        raise NotImplementedError
+
+    def track_features(self, track: Waveform) -> torch.Tensor:
+        """Log-mel spectrogram ``[bins, frames]`` of a whole track, as of any other audio."""
+        raise NotImplementedError
+
+    # --- layout -----------------------------------------------------------------------------------
+
+    @property
+    def hears_video(self) -> bool:
+        """Whether videos are heard: not where the server takes no audio at all."""
+        return bool(self.info.ctx.get_mm_config().get_limit_per_prompt("audio"))
+
+    @property
+    def positions_per_second(self) -> float:
+        """M-RoPE positions per second of video and sound."""
+        return float(self.info.get_hf_config().position_id_per_seconds)
+
+    def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
+        """A client's own flag for sound in video leaves everything to vLLM."""
+        return not hf_kwargs.get("use_audio_in_video") and super().splits(hf_kwargs)
+
+    def seconds_per_grid(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> float:
+        """One rate for all videos, from the options of the server or the request."""
+        merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        given = merged | dict(merged.get("videos_kwargs") or {})
+        patch = int(self.info.get_hf_processor().video_processor.temporal_patch_size)
+        return patch / float(given.get("fps") or self.assumed_fps)
+
+    def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
+        """What decides the tokens of a video; a track at another rate is an error.
+
+        Raises:
+            ValueError: The track is not at the model's sampling rate.
+        """
+        rate = self.info.get_feature_extractor().sampling_rate
+        if frames.audio is not None and frames.audio.rate != rate and self.hears_video:
+            raise ValueError(f"a sound track at {frames.audio.rate} Hz; the model takes {rate} Hz")
+        return super().shape_of(frames, metadata)
+
+    def sound(self, shape: VideoShape, grids: GridTimes, per_grid: int) -> Sound | None:
+        """How a video interleaves with its sound."""
+        hop = self.info.get_feature_extractor().hop_length
+        num_tokens = self.audio_tokens(math.ceil(shape.audio_samples / hop))
+        if not num_tokens or not self.hears_video:
+            return None
+        window = self.audio_window()
+        runs = tuple(self.interleave(grids, per_grid, num_tokens))
+        return Sound(runs, window.tokens, window.least)
+
+    def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The start and end tokens of audio around a video with sound."""
+        if layout.sound is None:
+            return (), ()
+        config = self.info.get_hf_config()
+        return (config.audio_start_token_id,), (config.audio_end_token_id,)
+
+    def track_piece(self, frames: SampledFrames, part: Segment) -> Waveform | None:
+        """A segment's log-mel frames, cut from those of the whole track."""
+        if part.layout.sound is None or part.audio[0] == part.audio[1]:
+            return None
+        assert frames.audio is not None
+        if "mel" not in frames.memo:
+            # The transform clamps to the clip's maximum, so pieces cannot be computed apart.
+            frames.memo["mel"] = self.track_features(frames.audio)
+        window = self.audio_window()
+        begin = part.audio[0] // window.tokens * window.mel_frames
+        total = part.layout.sound.runs
+        to_the_end = part.audio[1] == sum(audio for _, audio in total)
+        end = None if to_the_end else part.audio[1] // window.tokens * window.mel_frames
+        return piece_of(frames.audio, frames.memo["mel"][:, begin:end])
+
+    def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
+        """Tokens of a segment; with sound, only the visual ones take the video's embeddings."""
+        if part.audio[0] == part.audio[1]:
+            return super().placeholder(part)
+        config = self.info.get_hf_config()
+        tokens: list[int] = []
+        for visual, audible in part.runs:
+            tokens += [config.video_token_id] * visual + [config.audio_token_id] * audible
+        return PromptUpdateDetails.select_token_id(tokens, embed_token_id=config.video_token_id)
+
+    # --- vLLM's processor -------------------------------------------------------------------------
+
+    def split(self, inputs: Any) -> Any:
+        """Split videos, and attach to each segment its piece of sound."""
+        audios = inputs.mm_data_items.get("audio")
+        embedded = audios is not None and not isinstance(audios, AudioProcessorItems)
+        if embedded or inputs.hf_processor_mm_kwargs.get("use_audio_in_video"):
+            # Pieces of sound cannot stand beside audio that comes as embeddings.
+            return inputs
+        inputs = super().split(inputs)
+        items = TrackedItems(dict(inputs.mm_data_items))
+        uuids = dict(inputs.mm_uuid_items or {})
+        videos = items.get("video")
+        own: list[Any] = [] if audios is None else list(audios.data)
+        if own:
+            items["audio"] = DigestAudioItems(own)
+        if not isinstance(videos, VideoProcessorItems):
+            return dataclasses.replace(inputs, mm_data_items=items)
+
+        names: Sequence[str | None] = uuids.get("video") or [None] * len(videos)
+        pieces = {
+            index: piece
+            for index, name in enumerate(names)
+            for piece, present in [self._find_piece(videos, index, name)]
+            if present
+        }
+        if pieces:
+            items.owners = tuple(pieces)
+            items["audio"] = DigestAudioItems([*own, *pieces.values()])
+            uuids["audio"] = [
+                *(uuids.get("audio") or [None] * len(own)),
+                *(names[index] and f"{names[index]}#audio" for index in pieces),
+            ]
+        return dataclasses.replace(inputs, mm_data_items=items, mm_uuid_items=uuids)
+
+    def _find_piece(
+        self, videos: VideoProcessorItems, index: int, name: str | None
+    ) -> tuple[Waveform | None, bool]:
+        """A segment's sound and whether it has one; one sent by name alone has it remembered."""
+        if videos.data[index] is None:
+            return None, name is not None and self._has_track.get(name, False)
+        segment = segment_at(videos, index)
+        piece = None if segment is None else segment.audio
+        if name is not None:
+            self._has_track[name] = piece is not None
+            self._has_track.move_to_end(name)
+            while len(self._has_track) > _MAX_NAMES:
+                self._has_track.popitem(last=False)
+        return piece, piece is not None
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        """Pieces of tracks bring their features along; only other audio is transformed."""
+        audios = mm_items.get("audio")
+        heard = list(audios.data) if isinstance(audios, AudioProcessorItems) else []
+        pieces = [audio for audio in heard if isinstance(audio, TrackPiece)]
+        if not pieces:
+            return super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        others = MultiModalDataItems({k: v for k, v in mm_items.items() if k != "audio"})
+        if own := heard[: len(heard) - len(pieces)]:
+            others["audio"] = DigestAudioItems(own)
+        data = super()._apply_hf_processor_main(others, hf_kwargs)
+        mel = [piece.mel.to(self.info.ctx.model_config.dtype) for piece in pieces]
+        lengths = torch.tensor([features.shape[1] for features in mel])
+        before = data.get("input_audio_features")
+        if before is None:
+            data["audio_feature_lengths"] = lengths
+            data["feature_attention_mask"] = []
+            data["input_audio_features"] = torch.cat(mel, dim=1)
+        else:
+            data["audio_feature_lengths"] = torch.cat([data["audio_feature_lengths"], lengths])
+            data["input_audio_features"] = torch.cat([before, *mel], dim=1)
+        masks = list(data["feature_attention_mask"])
+        data["feature_attention_mask"] = masks + [torch.ones(int(n)) for n in lengths]
+        return data
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        flag = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        return {**stock, "use_audio_in_video": flag}
+
+    def encode_inputs(
+        self, segments: Sequence[Any], hf_kwargs: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """As for silent video, and which segments are heard."""
+        heard = torch.tensor([segment.audio is not None for segment in segments])
+        return {**super().encode_inputs(segments, hf_kwargs), "use_audio_in_video": heard}
+
+    def _postprocess_hf_mm_data(
+        self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object], processed_data: Any
+    ) -> Any:
+        """Make the request's one flag a flag per video."""
+        data = super()._postprocess_hf_mm_data(hf_data, hf_kwargs, processed_data)  # type: ignore[misc]
+        grids = data.get("video_grid_thw")
+        data.pop("use_audio_in_video", None)
+        if grids is not None and len(grids):
+            flag = bool(hf_kwargs.get("use_audio_in_video", False))
+            data["use_audio_in_video"] = torch.tensor([flag] * len(grids))
+        return data
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        if hf_processor_mm_kwargs.get("use_audio_in_video"):
+            return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        config = self.info.get_hf_config()
+        merge = int(config.vision_config.spatial_merge_size) ** 2
+
+        def audio(index: int) -> list[int]:
+            num_frames = int(out_mm_kwargs["audio"][index]["audio_feature_lengths"].data)
+            tokens = self.audio_tokens(num_frames)
+            if tokens == 0:
+                raise MediaError(
+                    f"audio item {index} has {num_frames} log-mel frames of 10 ms, too few for the"
+                    " model to hear anything",
+                    parameter="input_audio",
+                )
+            return [config.audio_token_id] * tokens
+
+        def vision(kind: str, token: int) -> PromptReplacement:
+            def tokens(index: int) -> list[int]:
+                grid = out_mm_kwargs[kind][index][f"{kind}_grid_thw"].data
+                return [token] * (int(grid.prod()) // merge)
+
+            return PromptReplacement(modality=kind, target=[token], replacement=tokens)
+
+        videos = mm_items.get("video")
+        segmented = bool(videos) and segment_at(videos, 0) is not None
+        return [
+            PromptReplacement(modality="audio", target=[config.audio_token_id], replacement=audio),
+            vision("image", config.image_token_id),
+            self.segment_update(videos) if segmented else vision("video", config.video_token_id),
+        ]
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> tuple[list[int], Any]:
+        if not isinstance(mm_items, TrackedItems):
+            return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc,no-any-return]
+        processor: Any = self
+        counts = mm_items.get_all_counts()
+        processor._validate_mm_kwargs(mm_res.kwargs, counts)
+        processor._validate_mm_updates(mm_res.prompt_updates, counts)
+
+        updates = dict(mm_res.prompt_updates)
+        audio_updates = list(updates.pop("audio", ()))
+        num_own = len(audio_updates) - len(mm_items.owners)
+        if num_own:
+            updates["audio"] = audio_updates[:num_own]
+        prompt, found = processor._apply_prompt_updates(mm_res.prompt_ids, updates)
+
+        placeholders = {modality: list(infos) for modality, infos in found.items()}
+        audio_token = self.info.get_hf_config().audio_token_id
+        heard = {}
+        for k, owner in enumerate(mm_items.owners):
+            video = placeholders["video"][owner]
+            is_audio = torch.from_numpy(np.asarray(video.tokens) == audio_token)
+            heard[owner] = int(is_audio.sum())
+            track = PlaceholderFeaturesInfo(
+                modality="audio",
+                item_idx=num_own + k,
+                start_idx=video.start_idx,
+                tokens=video.tokens,
+                is_embed=is_audio,
+            )
+            placeholders.setdefault("audio", []).append(track)
+            if heard[owner] != len(audio_updates[num_own + k][0].content.full):
+                raise ValueError("a video and its sound track do not belong together; send it anew")
+        for index, video in enumerate(placeholders.get("video", ())):
+            if index not in heard and audio_token in video.tokens:
+                raise ValueError("the sound of a video named by uuid is not known; send it anew")
+        processor._validate_mm_placeholders(placeholders, counts)
+        return prompt, placeholders

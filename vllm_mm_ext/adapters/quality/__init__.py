@@ -1,0 +1,1 @@
+"""Load figures between vLLM and the quality controller."""

@@ -1,0 +1,1 @@
+"""The scheduler that prepares each step of vLLM's own."""

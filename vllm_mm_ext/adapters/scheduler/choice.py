@@ -1,0 +1,69 @@
+"""Which class ``--scheduler-cls vllm_mm_ext.scheduler.MMExtScheduler`` stands for."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.names.scheduler_names import (
+    QUEUE_METHODS,
+    REQUEST_ATTRIBUTES,
+    SCHEDULER_ATTRIBUTES,
+    SCHEDULER_NAMES,
+)
+
+logger = logging.getLogger("vllm.mm_ext")
+
+WITHOUT_SCHEDULER = "videos stall text, and a request that waits for the encoder holds a slot"
+
+
+def scheduler_class() -> Any:
+    """The plugin's scheduler; stock's if vLLM has changed underneath, with one warning."""
+    problem = scheduler_problem()
+    if problem is not None:
+        logger.warning(
+            "mm_ext: 'scheduler' is off, stock vLLM behaviour is used instead (%s): %s",
+            WITHOUT_SCHEDULER,
+            problem,
+        )
+        return stock_scheduler
+    from vllm_mm_ext.adapters.scheduler.mm_scheduler import MMExtScheduler
+
+    return MMExtScheduler
+
+
+def scheduler_problem() -> str | None:
+    """What of vLLM is not as the plugin's scheduler needs it; None if all is."""
+    return vllm_compat.problem(SCHEDULER_NAMES) or _changed_attributes()
+
+
+def _changed_attributes() -> str | None:
+    """What vLLM's classes no longer have of what is read and set here, or want beyond it."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.request_queue import RequestQueue
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+    owners = (
+        (Scheduler, SCHEDULER_ATTRIBUTES),
+        (KVCacheManager, ("coordinator",)),
+        (Request, REQUEST_ATTRIBUTES),
+    )
+    for owner, names in owners:
+        known = inspect.unwrap(owner.__init__).__code__.co_names
+        missing = [name for name in names if name not in known]
+        if missing:
+            return f"vLLM's {owner.__name__} no longer has {', '.join(missing)}"
+    unknown = RequestQueue.__abstractmethods__ - set(QUEUE_METHODS)
+    return f"vLLM's queues have {', '.join(sorted(unknown))} now" if unknown else None
+
+
+def stock_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """What vLLM builds without ``--scheduler-cls``."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    return (AsyncScheduler if asynchronous else Scheduler)(vllm_config, *args, **kwargs)

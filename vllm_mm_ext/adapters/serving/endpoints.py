@@ -1,0 +1,45 @@
+"""HTTP surface of the plugin: trace headers on vLLM's routes and one statistics route."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+from vllm_mm_ext.adapters.quality.engine_figures import published
+from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
+
+
+class MMExtEndpointPlugin:
+    """vLLM endpoint plugin (``vllm.endpoint_plugins``), loaded when ``VLLM_PLUGINS`` names it."""
+
+    name = "mm_ext"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._config: Any = None
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this API server, and what engines publish with the plugin's scheduler."""
+        engines: dict[int, dict[str, float]] = {}
+        if self._config is not None:
+            count = self._config.parallel_config.data_parallel_size
+            loads = published(self._config).loads(count)
+            engines = {engine: asdict(load) for engine, load in loads}
+        return {**current_runtime().stats(), "engines": engines}
+
+    def attach_router(self, app: Any) -> None:
+        """Add the middleware and ``GET /mm_ext/stats`` to vLLM's FastAPI application."""
+        app.add_middleware(TraceMiddleware)
+
+        app.add_api_route("/mm_ext/stats", self.stats, methods=["GET"])
+
+    async def init_state(
+        self,
+        engine_client: Any,
+        state: Any,  # noqa: ARG002 - vLLM's interface
+        args: Namespace,  # noqa: ARG002
+    ) -> None:
+        """Keep the configuration; the runtime is attached when vLLM creates its renderer."""
+        self._config = getattr(engine_client, "vllm_config", None)

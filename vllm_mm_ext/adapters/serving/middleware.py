@@ -1,0 +1,41 @@
+"""Response headers that say what the front-end did: ``Server-Timing`` and ``X-MM-Ext``."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from vllm_mm_ext.request.trace import open_trace
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class TraceMiddleware:
+    """Pure ASGI middleware: opens a trace per request and reports it in the response headers.
+
+    vLLM renders the prompt before it starts the response, streamed or not, so everything the
+    front-end did is known when the headers go out. Requests without media get no header.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        trace = open_trace()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start" and (trace.videos or trace.audios):
+                headers = list(message.get("headers", ()))
+                headers.append((b"server-timing", trace.server_timing().encode("latin-1")))
+                headers.append((b"x-mm-ext", trace.summary().encode("latin-1")))
+                message["headers"] = headers
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)

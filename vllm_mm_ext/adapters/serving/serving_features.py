@@ -1,0 +1,119 @@
+"""What the serving side adds to vLLM, and the vLLM names each addition relies on."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.adapters.vllm_compat import Feature, VllmName
+
+_RENDERER = "vllm.renderers.base:BaseRenderer"
+_OPENAI = "vllm.entrypoints.openai"
+_CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
+_RESPONSES = f"{_OPENAI}.responses.serving:OpenAIServingResponses"
+_ROUTE = ("request", "raw_request")
+_RENDER = ("conversations", "chat_params", "tok_params")
+
+
+def _install_timing() -> None:
+    from vllm_mm_ext.adapters import vllm_wrappers
+    from vllm_mm_ext.adapters.serving.preprocessing import finished, started
+
+    vllm_wrappers.around_preprocessing(started, finished)
+
+
+def _install_options() -> None:
+    from vllm_mm_ext.adapters import vllm_wrappers
+    from vllm_mm_ext.adapters.serving import answers
+
+    vllm_wrappers.around_chat(answers.begin, answers.answered, answers.streamed)
+    vllm_wrappers.around_responses(answers.begin, answers.resume, answers.answered)
+    vllm_wrappers.before_other_routes(answers.begin_without_options)
+
+
+def _install_planning() -> None:
+    from vllm_mm_ext.adapters import vllm_wrappers
+    from vllm_mm_ext.adapters.serving.planning import plan, plan_blocking
+
+    vllm_wrappers.around_chat_rendering(plan, plan_blocking)
+
+
+def _install_cache_reports() -> None:
+    from vllm_mm_ext.adapters import vllm_wrappers
+    from vllm_mm_ext.adapters.serving.answers import observer
+    from vllm_mm_ext.adapters.serving.preprocessing import looked_up
+
+    vllm_wrappers.preprocess_in_context()
+    vllm_wrappers.after_cache_lookup(looked_up)
+    vllm_wrappers.after_first_output(observer)
+
+
+SERVING_FEATURES: tuple[Feature, ...] = (
+    Feature(
+        "stage times",
+        "response headers lack preprocessing time and token counts",
+        (VllmName(f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time")),),
+        _install_timing,
+    ),
+    Feature(
+        "request options",
+        "an mm_ext block in a request is ignored, and answers have none",
+        (
+            VllmName(f"{_CHAT}.create_chat_completion", _ROUTE),
+            VllmName(f"{_CHAT}._get_session_id", _ROUTE),
+            VllmName(f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponse"),
+            VllmName(f"{_RESPONSES}.create_responses", _ROUTE),
+            VllmName(f"{_RESPONSES}._get_session_id", _ROUTE),
+            VllmName(f"{_RESPONSES}.responses_stream_generator", ("request", "context")),
+            VllmName(f"{_RESPONSES}.responses_full_generator", ("request", "context")),
+            VllmName(f"{_OPENAI}.responses.protocol:ResponsesResponse"),
+            VllmName(
+                f"{_OPENAI}.completion.serving:OpenAIServingCompletion.create_completion", _ROUTE
+            ),
+            VllmName(
+                f"{_OPENAI}.chat_completion.batch_serving:OpenAIServingChatBatch"
+                ".create_batch_chat_completion",
+                _ROUTE,
+            ),
+            VllmName(
+                "vllm.entrypoints.scale_out.render.serving:ServingRender.render_chat_request",
+                _ROUTE,
+            ),
+            VllmName(
+                "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
+                _ROUTE,
+            ),
+        ),
+        _install_options,
+    ),
+    Feature(
+        "planning",
+        "videos get what the server's settings say, whatever the context, the budget and the load",
+        (
+            VllmName(f"{_RENDERER}.render_chat_async", _RENDER),
+            VllmName(f"{_RENDERER}.render_chat", _RENDER),
+            VllmName(f"{_RENDERER}.tokenize_prompt_async", ("prompt", "params")),
+            VllmName(f"{_RENDERER}.tokenize_prompt", ("prompt", "params")),
+            VllmName(f"{_RENDERER}.default_chat_tok_params"),
+            VllmName("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY.load", ("cls_name",)),
+            VllmName(
+                "vllm.multimodal.processing:BaseProcessingInfo.validate_num_items",
+                ("modality", "num_items"),
+            ),
+        ),
+        _install_planning,
+    ),
+    Feature(
+        "cache reports",
+        "answers do not say what the processor cache and the prefix cache held",
+        (
+            VllmName(f"{_RENDERER}.__init__", ("config", "tokenizer")),
+            VllmName(
+                f"{_RENDERER}._process_multimodal", ("prompt", "mm_data", "mm_processor_kwargs")
+            ),
+            VllmName(
+                "vllm.multimodal.processing:BaseMultiModalProcessor._get_cache_missing_items",
+                ("cache", "mm_data_items", "mm_hashes"),
+            ),
+            VllmName("vllm.v1.engine.async_llm:AsyncLLM.generate", ("prompt", "sampling_params")),
+        ),
+        _install_cache_reports,
+    ),
+)

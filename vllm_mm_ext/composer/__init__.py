@@ -1,0 +1,1 @@
+"""The composer: the reference architecture that gives video and sound to a text model."""

@@ -1,0 +1,279 @@
+"""``python -m vllm_mm_ext.composer.training.train``: train a composer."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from vllm_mm_ext.composer.configuration import ComposerConfig
+from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
+from vllm_mm_ext.composer.training.data import Ahead, folder_batches, generated_batches
+from vllm_mm_ext.composer.training.evaluate import accuracy, accuracy_table, held_out_samples
+from vllm_mm_ext.composer.training.folder import read_folder
+from vllm_mm_ext.composer.training.model import fresh_model, tiny_config
+from vllm_mm_ext.composer.training.processes import joined, launch, launched, rank
+from vllm_mm_ext.composer.training.tokenizer import build_tokenizer
+from vllm_mm_ext.composer.training.towers import train_towers
+from vllm_mm_ext.composer.training.trainer import (
+    Batches,
+    Recipe,
+    Trainer,
+    has_state,
+    save_checkpoint,
+)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+_console = Console()
+_EVAL_CLIPS = 36
+# Steps between lines that say what is answered right so far.
+_REPORT_STEPS = 100
+
+
+class Device(StrEnum):
+    """Where to train."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Parts(StrEnum):
+    """What is trained."""
+
+    all = "all"
+    connectors = "connectors"
+
+
+@app.command()
+def train(
+    output: Annotated[
+        Path, typer.Argument(help="Directory of the checkpoint and of the state to resume from.")
+    ],
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint to start from, as compose_checkpoint makes them; "
+            "without it, the shipped model's sizes with random weights.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train on clips with conversations.jsonl from here instead of the generator.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in all, resumed ones included.")] = 6000,
+    parts: Annotated[Parts, typer.Option(help="What is trained.")] = Parts.all,
+    freeze_towers: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-towers", help="Encoders stay as they are; may be given when resuming."
+        ),
+    ] = False,
+    lr: Annotated[float, typer.Option(min=1e-8, max=1.0, help="Highest learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(min=0, max=999, help="Decides weights and data.")] = 0,
+    ramp: Annotated[
+        int, typer.Option(min=0, help="Generator: steps until clips have full length.")
+    ] = 1500,
+    tower_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the towers alone, before the first (generator).")
+    ] = 0,
+    perception_steps: Annotated[
+        int,
+        typer.Option(min=0, help="Steps over which the loss on embeddings fades (generator)."),
+    ] = 0,
+    clips: Annotated[int, typer.Option(min=1, help="Folder: conversations of a batch.")] = 8,
+    frames: Annotated[int, typer.Option(min=1, help="Folder: most frames of a clip.")] = 32,
+    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
+    bf16: Annotated[
+        bool | None,
+        typer.Option("--bf16/--fp32", help="Compute in bfloat16; default: where it is fast."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's choice.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, max=64, help="CPU: data-parallel processes of one thread each.")
+    ] = 1,
+    save_minutes: Annotated[float, typer.Option(min=0.0, help="Minutes between saves.")] = 5.0,
+    eval_every: Annotated[
+        int, typer.Option(min=0, help="Steps between tables of held-out accuracy; 0: none.")
+    ] = 500,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the final weights here as well, in bfloat16.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the state in the output directory.")
+    ] = False,
+) -> None:
+    """Train a composer on generated clips or on a folder, on CPU or CUDA."""
+    place = _device(device)
+    if processes > 1 and place.type != "cpu":
+        raise typer.BadParameter("several processes train on the CPU", param_hint="--processes")
+    if threads is not None and processes == 1:
+        torch.set_num_threads(threads)
+    if resume and not has_state(output):
+        raise typer.BadParameter(f"{output} holds no state to resume", param_hint="--resume")
+    if not resume and has_state(output):
+        raise typer.BadParameter(
+            f"{output} holds a training already; give --resume or another directory",
+            param_hint="OUTPUT",
+        )
+    if processes > 1 and not launched():
+        raise typer.Exit(launch(processes))
+    model, tokenizer = _start(init, seed)
+    model.to(place)
+    recipe = Recipe(
+        steps=steps,
+        seed=seed,
+        lr=lr,
+        perception_steps=perception_steps,
+        connectors_only=parts is Parts.connectors,
+        freeze_towers=freeze_towers,
+        autocast=_fast_bf16(place) if bf16 is None else bf16,
+    )
+    with joined():
+        batches = Ahead(_batches(model.config, tokenizer, folder, seed, ramp, clips, frames))
+        if tower_steps and not resume:
+            _towers(model, tower_steps, seed)
+        trainer = Trainer(model, tokenizer, recipe, batches)
+        try:
+            if resume:
+                _resume(trainer, output)
+            _loop(trainer, output, save_minutes * 60, eval_every if folder is None else 0)
+        finally:
+            batches.close()
+        first = rank() == 0
+    if export is not None and first:
+        save_checkpoint(model, tokenizer, export, torch.bfloat16)
+        _console.print(f"exported to {export}")
+
+
+def _start(init: Path | None, seed: int) -> tuple[ComposerForConditionalGeneration, Any]:
+    if init is None:
+        tokenizer = build_tokenizer()
+        return fresh_model(tiny_config(tokenizer), seed), tokenizer
+    model = ComposerForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(init)
+
+
+def _batches(
+    config: ComposerConfig,
+    tokenizer: Any,
+    folder: Path | None,
+    seed: int,
+    ramp: int,
+    clips: int,
+    frames: int,
+) -> Batches:
+    if folder is None:
+        return generated_batches(config, tokenizer, seed, ramp)
+    try:
+        conversations = read_folder(folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error), param_hint="--folder") from error
+    return folder_batches(config, tokenizer, conversations, seed=seed, clips=clips, frames=frames)
+
+
+def _resume(trainer: Trainer, output: Path) -> None:
+    try:
+        trainer.resume(output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--resume") from error
+
+
+def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> None:
+    steps = trainer.recipe.steps
+    size = int(trainer.model.config.vision_config.image_size)
+    samples = held_out_samples(_EVAL_CLIPS, size) if eval_every else []
+    progress = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+        console=_console,
+        disable=rank() > 0,
+    )
+    first = rank() == 0
+    saved = time.monotonic()
+    loss_average = right_average = None
+    asked: dict[str, list[bool]] = defaultdict(list)
+    with progress:
+        task = progress.add_task("", total=steps, completed=trainer.step, shown="")
+        while trainer.step < steps:
+            loss, answers = trainer.train_step()
+            right = sum(one for _, one in answers) / len(answers)
+            loss_average = _average(loss_average, loss)
+            right_average = _average(right_average, right)
+            shown = f"loss {loss_average:.3f}  right {right_average:.1%}"
+            progress.update(task, completed=trainer.step, shown=shown)
+            if first:
+                for name, one in answers:
+                    asked[name].append(one)
+            if asked and trainer.step % _REPORT_STEPS == 0:
+                shares = [
+                    f"{name} {sum(all_) / len(all_):.0%}" for name, all_ in sorted(asked.items())
+                ]
+                progress.console.print(f"step {trainer.step}: {shown}: {', '.join(shares)}")
+                asked.clear()
+            if first and time.monotonic() - saved > save_s:
+                trainer.save(output)
+                saved = time.monotonic()
+            if first and eval_every and trainer.step % eval_every == 0:
+                found = accuracy(trainer.model, trainer.tokenizer, samples)
+                progress.console.print(accuracy_table(found))
+    if first:
+        trainer.save(output)
+
+
+def _towers(model: ComposerForConditionalGeneration, steps: int, seed: int) -> None:
+    with Progress(
+        *Progress.get_default_columns(),
+        TextColumn("{task.fields[shown]}"),
+        console=_console,
+        disable=rank() > 0,
+    ) as progress:
+        task = progress.add_task("towers", total=steps, shown="")
+
+        def report(step: int, shares: dict[str, float]) -> None:
+            shown = "  ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            progress.update(task, completed=step + 1, shown=shown)
+
+        train_towers(model, steps, seed, report)
+
+
+def _average(before: float | None, now: float) -> float:
+    return now if before is None else 0.98 * before + 0.02 * now
+
+
+def _device(wanted: Device) -> torch.device:
+    if wanted is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch finds no CUDA device", param_hint="--device")
+    return torch.device(wanted.value)
+
+
+def _fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed by the hardware rather than emulated."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+if __name__ == "__main__":
+    app()

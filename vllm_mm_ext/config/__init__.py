@@ -1,0 +1,1 @@
+"""The one typed configuration: what an operator and a request may set."""

@@ -1,0 +1,1 @@
+"""Bytes to frames and waveforms in worker processes."""

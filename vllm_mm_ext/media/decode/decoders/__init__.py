@@ -1,0 +1,25 @@
+"""Video decoder backends and the choice between them."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.media.decode.decoders.base import Decoder, UnsuitableFileError
+from vllm_mm_ext.media.types import DecoderName
+
+__all__ = ["Decoder", "UnsuitableFileError", "get_decoder"]
+
+
+def get_decoder(name: DecoderName, *, max_pixels: int) -> Decoder:
+    """The backend called ``name``; ``auto`` is PyAV, the faster and the exact one as measured
+    by ``vllm_mm_ext.tools.bench.decoders`` (see ``docs/decoders.md``).
+
+    Args:
+        name: ``auto``, ``pyav`` or ``decord``.
+        max_pixels: Most pixels a decoded picture may have.
+    """
+    if name == "decord":
+        from vllm_mm_ext.media.decode.decoders.decord_decoder import DecordDecoder
+
+        return DecordDecoder(max_pixels)
+    from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+
+    return PyAVDecoder(max_pixels)

@@ -1,0 +1,89 @@
+"""Frames through decord, for the files where its frame numbers can be relied on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_mm_ext.media.decode.decoders.base import UnsuitableFileError
+from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+from vllm_mm_ext.media.types import MediaInfo
+
+# decord's seeks return wrong pictures for open GOPs, for B frames in MPEG-4 part 2 and for
+# MPEG-TS (checked against sequential decoding), so only these are taken, with closed GOPs.
+_CODECS = frozenset({"h264", "vp8", "vp9", "av1"})
+_CONTAINERS = frozenset({"mov", "matroska"})
+# Frames decoded per call: bounds the copy that decord hands out.
+_BATCH = 8
+
+
+class DecordDecoder:
+    """decord2's ``VideoReader``; see ``Decoder`` for the contract."""
+
+    name = "decord"
+
+    def __init__(self, max_pixels: int) -> None:
+        """``max_pixels``: only for thumbnails, which PyAV makes."""
+        self._thumbnailer = PyAVDecoder(max_pixels)
+
+    def decode(
+        self,
+        path: str,
+        info: MediaInfo,
+        indices: npt.NDArray[np.int64],
+        size: tuple[int, int] | None,
+        out: npt.NDArray[np.uint8],
+        threads: int,
+    ) -> npt.NDArray[np.int64]:
+        import decord
+
+        check_suitable(info)
+        assert info.packets is not None
+        height, width = size or (-1, -1)
+        try:
+            reader = decord.VideoReader(path, width=width, height=height, num_threads=threads)
+            _check_timeline(reader, info)
+            for begin in range(0, len(indices), _BATCH):
+                batch = reader.get_batch(indices[begin : begin + _BATCH].tolist()).asnumpy()
+                out[begin : begin + len(batch)] = batch
+        except (decord.DECORDError, RuntimeError, AssertionError, ValueError) as error:
+            raise UnsuitableFileError(f"decord: {error}") from error
+        return np.arange(len(indices), dtype=np.int64)
+
+    def thumbnails(
+        self,
+        path: str,
+        info: MediaInfo,
+        indices: npt.NDArray[np.int64],
+        edge: int,
+        threads: int,
+    ) -> npt.NDArray[np.uint8]:
+        # decord always converts to RGB; PyAV reads the luma plane alone.
+        return self._thumbnailer.thumbnails(path, info, indices, edge, threads)
+
+
+def check_suitable(info: MediaInfo) -> None:
+    """Raise ``UnsuitableFileError`` for kinds of files decord is known to get wrong."""
+    video, table = info.video, info.packets
+    assert video is not None
+    assert table is not None
+    if video.codec not in _CODECS or info.container.split(",")[0] not in _CONTAINERS:
+        raise UnsuitableFileError(f"decord is not exact for {video.codec} in {info.container}")
+    if not table.exact or video.rotation:
+        raise UnsuitableFileError("decord needs exact timestamps and an unrotated picture")
+    latest = np.maximum.accumulate(table.order)
+    if (latest > table.order)[table.is_key].any():
+        raise UnsuitableFileError("decord is not exact for open GOPs")
+
+
+def _check_timeline(reader: Any, info: MediaInfo) -> None:
+    """decord must number the frames as the packet table does."""
+    table = info.packets
+    assert table is not None
+    if len(reader) != len(table):
+        raise UnsuitableFileError(f"decord counts {len(reader)} frames, the file {len(table)}")
+    starts = reader.get_frame_timestamp(np.arange(len(table)))[:, 0]
+    if np.abs(starts - starts[0] - table.time).max() > 1e-3:
+        raise UnsuitableFileError("decord's timestamps differ from the container's")

@@ -1,0 +1,310 @@
+"""Frames through PyAV: planned runs, decoded in parallel, each frame told by its timestamp."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.decoders.base import thumbnail_size
+from vllm_mm_ext.media.decode.decoders.read_plan import Run, plan_runs, split_lanes
+from vllm_mm_ext.media.types import MediaInfo, PacketTable
+
+# Takes a frame: (row of the packet table, decoded picture, converter of this thread).
+Emit = Callable[[int, VideoFrame, VideoReformatter], None]
+
+# Beyond this more parallel parts only add seeks and picture buffers.
+_MAX_LANES = 8
+# More parts than lanes, so that a lane that is done early takes over work. A part costs a
+# millisecond to open the file again.
+_PARTS_PER_LANE = 2
+# A decoder shows frames in order; after this many later ones a missing frame will not come.
+_PATIENCE = 32
+
+
+class _DistrustError(Exception):
+    """What came out of the decoder is not what the container promised."""
+
+
+class PyAVDecoder:
+    """The default backend: see ``Decoder`` for the contract."""
+
+    name = "pyav"
+
+    def __init__(self, max_pixels: int) -> None:
+        """``max_pixels``: FFmpeg refuses larger pictures, whatever the container said."""
+        self._max_pixels = max_pixels
+
+    def decode(
+        self,
+        path: str,
+        info: MediaInfo,
+        indices: npt.NDArray[np.int64],
+        size: tuple[int, int] | None,
+        out: npt.NDArray[np.uint8],
+        threads: int,
+    ) -> npt.NDArray[np.int64]:
+        assert info.video is not None
+        height, width = size or (info.video.height, info.video.width)
+        rows, first = np.unique(indices, return_index=True)
+        position = dict(zip(rows.tolist(), first.tolist(), strict=True))
+
+        def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
+            _convert(frame, converter, "rgb24", info, out[position[row]], height, width)
+
+        decoded = self._read(path, info, rows, emit, threads)
+        for i, row in enumerate(indices.tolist()):
+            if row in decoded and position[row] != i:
+                out[i] = out[position[row]]
+        return np.flatnonzero(np.isin(indices, sorted(decoded)))
+
+    def thumbnails(
+        self,
+        path: str,
+        info: MediaInfo,
+        indices: npt.NDArray[np.int64],
+        edge: int,
+        threads: int,
+    ) -> npt.NDArray[np.uint8]:
+        height, width = thumbnail_size(info, edge)
+        rows, where = np.unique(indices, return_inverse=True)
+        small = np.zeros((len(rows), height, width), np.uint8)
+        position = {row: i for i, row in enumerate(rows.tolist())}
+
+        def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
+            _convert(frame, converter, "gray", info, small[position[row]], height, width)
+
+        decoded = self._read(path, info, rows, emit, threads)
+        for i, row in enumerate(rows.tolist()):
+            if row not in decoded and i:
+                small[i] = small[i - 1]
+        return small[where]
+
+    def _read(
+        self,
+        path: str,
+        info: MediaInfo,
+        rows: npt.NDArray[np.int64],
+        emit: Emit,
+        threads: int,
+    ) -> set[int]:
+        """Decode ``rows`` (unique, increasing); returns those that came."""
+        table, video = info.packets, info.video
+        assert table is not None
+        assert video is not None
+        threads = threads or os.cpu_count() or 1
+        decoded: set[int] = set()
+        if table.exact and len(rows):
+            parts = split_lanes(table, rows, _PARTS_PER_LANE * min(threads, _MAX_LANES))
+            lanes = min(threads, _MAX_LANES, len(parts))
+            each = max(1, threads // lanes)
+            if lanes == 1:
+                decoded = self._lane(path, info, rows, emit, each)
+            else:
+                with ThreadPoolExecutor(lanes) as pool:
+                    jobs = [pool.submit(self._lane, path, info, p, emit, each) for p in parts]
+                    decoded = set().union(*(job.result() for job in jobs))
+        missing = [row for row in rows.tolist() if row not in decoded]
+        if missing:
+            with _Reader(path, video.index, self._max_pixels, threads, guess=True) as reader:
+                decoded |= _sequential(reader, table, missing, emit)
+        return decoded
+
+    def _lane(
+        self,
+        path: str,
+        info: MediaInfo,
+        rows: npt.NDArray[np.int64],
+        emit: Emit,
+        threads: int,
+    ) -> set[int]:
+        assert info.packets is not None
+        assert info.video is not None
+        with _Reader(path, info.video.index, self._max_pixels, threads) as reader:
+            try:
+                return _planned(reader, info.packets, plan_runs(info.packets, rows), emit)
+            except _DistrustError:
+                return set()
+
+
+class _Reader:
+    """One open file with one decoder, both used by one thread."""
+
+    def __init__(
+        self, path: str, stream: int, max_pixels: int, threads: int, *, guess: bool = False
+    ) -> None:
+        self._opened = open_container(path, max_pixels=max_pixels, guess=guess)
+        self._stream_index = stream
+        self._max_pixels = max_pixels
+        self._threads = threads
+        self.converter = VideoReformatter()
+
+    def __enter__(self) -> _Reader:
+        self._container: InputContainer = self._opened.__enter__()
+        self._stream = self._container.streams[self._stream_index]
+        self._context = self._stream.codec_context
+        self._context.options = {"max_pixels": str(self._max_pixels)}
+        self._context.thread_count = self._threads
+        self._context.thread_type = "AUTO"
+        self._packets = self._demux()
+        self._skip: Literal["DEFAULT", "NONREF"] = "DEFAULT"
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def _demux(self) -> Iterator[Packet[Any]]:
+        return iter(self._container.demux(self._stream))
+
+    def read(self) -> Packet[Any] | None:
+        """Next packet with data; None at the end of the file, or where it cannot be read."""
+        try:
+            while (packet := next(self._packets, None)) is not None:
+                if packet.size:
+                    return packet
+        except av.FFmpegError:
+            pass
+        return None
+
+    def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
+        """Frames that come out for ``packet`` (None drains); a broken packet gives none.
+
+        With ``needed`` false the decoder may drop the packet if no other frame refers to it.
+        """
+        skip: Literal["DEFAULT", "NONREF"] = "DEFAULT" if needed else "NONREF"
+        if skip != self._skip:
+            self._context.skip_frame = skip
+            self._skip = skip
+        try:
+            return list(self._context.decode(packet))  # type: ignore[attr-defined]
+        except av.EOFError:
+            return []
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            return []
+
+    def flush(self) -> None:
+        """Forget all pictures. Needed (after draining) before any jump: at an open GOP an H.264
+        decoder takes the gap in frame numbers for loss and holds pictures back."""
+        self._context.flush_buffers()
+
+    def seek(self, pts: int) -> None:
+        """Go to the last keyframe at or before ``pts``."""
+        try:
+            self._container.seek(pts, stream=self._stream, backward=True)
+        except av.FFmpegError as error:
+            raise _DistrustError from error
+        self._packets = self._demux()
+
+
+def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -> set[int]:
+    """Decode the runs, checking that what comes out is what the packet table says.
+
+    Raises:
+        _DistrustError: A seek missed, or a "keyframe" does not decode as one. Frames emitted
+            before that may be wrong.
+    """
+    pts = table.pts.tolist()
+    row_of = {p: row for row, p in enumerate(pts)}
+    order = table.order.tolist()
+    decoded: set[int] = set()
+    entered: set[int] = set()  # keyframes decoding began at, not seen yet
+
+    def take(frames: list[VideoFrame]) -> None:
+        for frame in frames:
+            row = row_of.get(frame.pts, -1) if frame.pts is not None else -1
+            if row in entered:
+                entered.discard(row)
+                if not frame.key_frame:
+                    raise _DistrustError
+            if row in wanted and row not in decoded:
+                emit(row, frame, reader.converter)
+                decoded.add(row)
+
+    wanted = {row for run in runs for row in run.wanted}
+    for run in runs:
+        if run is not runs[0]:
+            take(reader.decode(None))
+            reader.flush()
+        if run.seek:
+            reader.seek(pts[run.key])
+        if run.start:
+            entered.add(run.key)
+        running = run.start == 0
+        while (packet := reader.read()) is not None:
+            row = row_of.get(packet.pts, -1) if packet.pts is not None else -1
+            at = order[row] if row >= 0 else -1
+            if not running:
+                if at > run.start:
+                    raise _DistrustError
+                running = at == run.start
+                if not running:
+                    continue
+            take(reader.decode(packet, needed=row in wanted or at == run.start))
+            if at >= run.stop:
+                break
+    take(reader.decode(None))
+    if entered:
+        raise _DistrustError
+    return decoded
+
+
+def _sequential(reader: _Reader, table: PacketTable, rows: list[int], emit: Emit) -> set[int]:
+    """Decode everything from the start, as stock loaders do, up to the last wanted row.
+
+    Frames are told by timestamp, or by counting where the file has no usable timestamps.
+    """
+    row_of = {p: row for row, p in enumerate(table.pts.tolist())} if table.exact else {}
+    wanted, last = set(rows), rows[-1]
+    decoded: set[int] = set()
+    count = late = 0
+    draining = False
+    while not draining and len(decoded) < len(wanted) and late < _PATIENCE:
+        packet = reader.read()
+        draining = packet is None
+        for frame in reader.decode(packet):
+            row = row_of.get(frame.pts, -1) if row_of and frame.pts is not None else count
+            count += 1
+            late += row > last
+            if row in wanted and row not in decoded:
+                emit(row, frame, reader.converter)
+                decoded.add(row)
+    return decoded
+
+
+def _convert(
+    frame: VideoFrame,
+    converter: VideoReformatter,
+    pixel_format: Literal["rgb24", "gray"],
+    info: MediaInfo,
+    target: npt.NDArray[np.uint8],
+    height: int,
+    width: int,
+) -> None:
+    """One swscale pass from the decoded picture to ``target`` ``[height, width(, 3)]``."""
+    assert info.video is not None
+    rotation = info.video.rotation
+    if rotation in (90, 270):
+        height, width = width, height
+    # At the same size bicubic only sets how chroma is doubled, and is what OpenCV asks for;
+    # swscale widens its filters when it shrinks, so bicubic does not alias.
+    picture = converter.reformat(
+        frame,
+        width=width,
+        height=height,
+        format=pixel_format,
+        interpolation=Interpolation.BICUBIC,
+        threads=1,
+    ).to_ndarray()
+    target[...] = np.rot90(picture, -(rotation // 90)) if rotation else picture

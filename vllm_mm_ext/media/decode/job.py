@@ -1,0 +1,219 @@
+"""One decode job from file to arrays. Runs in a worker process, or anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_mm_ext.errors import (
+    MediaTooLargeError,
+    NoSuchStreamError,
+    UnreadableMediaError,
+)
+from vllm_mm_ext.media.audio.audio_track import check_audio, decode_audio, estimate_bytes
+from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
+from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.media.types import (
+    AudioStream,
+    DecodeRequest,
+    DecodeResult,
+    FrameSelection,
+    MediaInfo,
+    SamplingSpec,
+)
+
+# Makes room for an array of this shape and dtype, contents undefined.
+Allocate = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[np.generic]]
+
+# Longest edge of stage-2 thumbnails in pixels: what the adaptive policy's scores are set for.
+_THUMBNAIL_EDGE = 64
+
+
+def run_job(
+    path: str,
+    request: DecodeRequest,
+    allocate: Allocate = np.empty,
+    reserve: Callable[[int], None] | None = None,
+) -> DecodeResult:
+    """Probe a file, choose frames, and decode them and its audio track in parallel.
+
+    Args:
+        path: A local file, ``/proc/self/fd/N`` included.
+        request: What to do.
+        allocate: Provides the memory of ``frames`` and ``audio``.
+        reserve: Called once, before decoding, with the bytes the result will take; may block.
+
+    Raises:
+        MediaError: The file is unreadable, lacks a wanted stream, or is past a limit.
+    """
+    timings: dict[str, float] = {}
+    try:
+        with _timed(timings, "probe"):
+            info = request.info or probe(path, request.limits)
+        if request.probe_only:
+            return DecodeResult(info=info, timings=timings)
+        return _decode(path, info, request, allocate, reserve, timings)
+    except MemoryError as error:
+        raise MediaTooLargeError(
+            "Decoding the media needs more memory than the limit of "
+            f"{request.limits.memory_bytes} bytes."
+        ) from error
+
+
+def _decode(
+    path: str,
+    info: MediaInfo,
+    request: DecodeRequest,
+    allocate: Allocate,
+    reserve: Callable[[int], None] | None,
+    timings: dict[str, float],
+) -> DecodeResult:
+    sound = _wanted_audio(info, request)
+    selection: FrameSelection | None = None
+    shape: tuple[int, ...] = (0,)
+    if request.sampling is not None:
+        if info.video is None:
+            raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
+        with _timed(timings, "profile"):
+            selection = _select(path, info, request.sampling, request)
+        shape = _output_shape(info, selection, request)
+    if reserve is not None:
+        reserve(int(np.prod(shape)) + (estimate_bytes(sound, request.limits) if sound else 0))
+
+    result = DecodeResult(info=info, timings=timings)
+    with ThreadPoolExecutor(1) as beside:
+        audio: Future[tuple[npt.NDArray[np.float32], int]] | None = None
+        if sound is not None:
+            audio = beside.submit(_audio, path, sound, request, allocate, timings)
+        if selection is not None:
+            with _timed(timings, "decode"):
+                _frames(path, info, selection, request, shape, allocate, result)
+        if audio is not None:
+            samples, rate = audio.result()
+            if len(samples):
+                result.audio, result.audio_rate = samples, rate
+            elif request.audio == "required":
+                raise UnreadableMediaError(
+                    "The audio stream holds no readable samples.", parameter="input_audio"
+                )
+    return result
+
+
+def _wanted_audio(info: MediaInfo, request: DecodeRequest) -> AudioStream | None:
+    if request.audio == "none":
+        return None
+    if not info.audio:
+        if request.audio == "required":
+            raise NoSuchStreamError("The media has no audio stream.", parameter="input_audio")
+        return None
+    check_audio(info.audio[0], request.limits)
+    return info.audio[0]
+
+
+def _select(
+    path: str, info: MediaInfo, spec: SamplingSpec, request: DecodeRequest
+) -> FrameSelection:
+    from vllm_mm_ext.media.sampling import select
+
+    decoder = get_decoder(request.decoder, max_pixels=request.limits.max_pixels)
+
+    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+        rows = np.asarray(indices, np.int64)
+        return decoder.thumbnails(path, info, rows, _THUMBNAIL_EDGE, request.threads)
+
+    return select(info, spec, thumbnails)
+
+
+def _output_shape(
+    info: MediaInfo, selection: FrameSelection, request: DecodeRequest
+) -> tuple[int, int, int, int]:
+    assert info.video is not None
+    limits, count = request.limits, len(selection.indices)
+    if count > limits.max_frames:
+        raise MediaTooLargeError(
+            f"{count} frames were asked for, past the limit of {limits.max_frames}.",
+            parameter="video_url",
+            value=count,
+        )
+    height, width = target_size(
+        request.size, width=info.video.width, height=info.video.height, num_frames=count
+    )
+    num_bytes = count * height * width * 3
+    if num_bytes > limits.max_output_bytes:
+        raise MediaTooLargeError(
+            f"{count} frames of {width}x{height} take {num_bytes} bytes, "
+            f"past the limit of {limits.max_output_bytes}.",
+            parameter="video_url",
+            value=num_bytes,
+        )
+    return count, height, width, 3
+
+
+def _frames(
+    path: str,
+    info: MediaInfo,
+    selection: FrameSelection,
+    request: DecodeRequest,
+    shape: tuple[int, ...],
+    allocate: Allocate,
+    result: DecodeResult,
+) -> None:
+    """Decode the selection into ``result``."""
+    out = np.asarray(allocate(shape, np.uint8), np.uint8)
+    decoder = get_decoder(request.decoder, max_pixels=request.limits.max_pixels)
+    assert info.video is not None
+    own_size = request.size.kind == "native" and shape[1:3] == (info.video.height, info.video.width)
+    size = None if own_size else (shape[1], shape[2])
+    work = (path, info, selection.indices, size, out, request.threads)
+    try:
+        positions = decoder.decode(*work)
+    except UnsuitableFileError:
+        decoder = PyAVDecoder(request.limits.max_pixels)
+        positions = decoder.decode(*work)
+    if not len(positions):
+        raise UnreadableMediaError(
+            "None of the chosen frames could be decoded.", parameter="video_url"
+        )
+    if len(positions) < len(out):
+        for place, position in enumerate(positions.tolist()):
+            out[place] = out[position]
+        out = out[: len(positions)]
+        selection = replace(
+            selection,
+            indices=selection.indices[positions],
+            times=selection.times[positions],
+            # Frames missing at the end leave the others where they were.
+            step=selection.step if positions[-1] == len(positions) - 1 else None,
+        )
+    result.frames, result.selection, result.decoder = out, selection, decoder.name
+
+
+def _audio(
+    path: str,
+    stream: AudioStream,
+    request: DecodeRequest,
+    allocate: Allocate,
+    timings: dict[str, float],
+) -> tuple[npt.NDArray[np.float32], int]:
+    with _timed(timings, "audio"):
+        samples, rate = decode_audio(path, stream, request.limits)
+        out = np.asarray(allocate(samples.shape, np.float32), np.float32)
+        out[...] = samples
+    return out, rate
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        timings[stage] = time.monotonic() - start

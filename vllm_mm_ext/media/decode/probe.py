@@ -1,0 +1,282 @@
+"""What a media file holds, from its container alone: nothing is decoded."""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from dataclasses import dataclass, field
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.audio.stream import AudioStream as AvAudioStream
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.stream import VideoStream as AvVideoStream
+
+from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
+from vllm_mm_ext.media.decode.container import describe, open_container
+from vllm_mm_ext.media.types import (
+    AudioStream,
+    DecodeLimits,
+    MediaInfo,
+    PacketTable,
+    VideoStream,
+)
+
+# Demuxing costs about 2 us a packet: this many take some 4 s. It is 4.6 hours at 120 fps.
+MAX_PACKETS = 2_000_000
+_NO_PTS = np.iinfo(np.int64).min
+# Where neither timestamps nor headers tell the frame rate.
+_DEFAULT_FPS = 25.0
+_NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
+
+
+def probe(path: str, limits: DecodeLimits) -> MediaInfo:
+    """Read the container: streams and, for video, one row per presentable frame.
+
+    Args:
+        path: A local file, ``/proc/self/fd/N`` included.
+        limits: ``max_pixels`` and ``max_duration_s`` apply, and ``MAX_PACKETS``.
+
+    Raises:
+        UnreadableMediaError: Not media, or without a single readable audio or video packet.
+        MediaTooLargeError: A frame has too many pixels, or there are too many packets.
+        MediaTooLongError: The video is longer than ``max_duration_s``.
+    """
+    with open_container(path, max_pixels=limits.max_pixels) as container:
+        info = _read(container, path, limits)
+    if info is not None:
+        return info
+    # Some raw formats (ADTS, MP3, elementary streams) show their parameters only once decoded.
+    with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
+        info = _read(container, path, limits)
+    if info is None:
+        raise UnreadableMediaError("The media holds no readable audio or video stream.")
+    return info
+
+
+def video_stream(container: InputContainer) -> AvVideoStream | None:
+    """First stream that is moving pictures (cover art and thumbnails are not), or None."""
+    for stream in container.streams.video:
+        if not stream.disposition & _NOT_VIDEO and stream.codec_context is not None:
+            return stream
+    return None
+
+
+def audio_streams(container: InputContainer) -> list[AvAudioStream]:
+    """Audio streams that this FFmpeg has a decoder for, in file order."""
+    return [stream for stream in container.streams.audio if stream.codec_context is not None]
+
+
+def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaInfo | None:
+    """None when the headers leave something out that decoding a few frames may tell."""
+    video = video_stream(container)
+    audio = audio_streams(container)
+    if video is None and not audio:
+        return None
+    if any(stream.codec_context.sample_rate <= 0 for stream in audio):
+        return None
+    claimed = container.duration / av.time_base if container.duration else 0.0
+    described, packets = None, None
+    if video is not None:
+        width, height = video.codec_context.width, video.codec_context.height
+        if width <= 0 or height <= 0:
+            return None
+        _check_pixels(width, height, limits)
+        _check_duration(_seconds(video) or claimed, limits)
+        described, packets = _read_video(container, video, limits)
+    sounds = tuple(
+        AudioStream(
+            index=stream.index,
+            codec=stream.codec_context.codec.canonical_name,
+            sample_rate=stream.codec_context.sample_rate,
+            channels=stream.codec_context.channels,
+            duration=_seconds(stream) or claimed,
+        )
+        for stream in audio
+    )
+    seconds = [s.duration for s in sounds] + ([described.duration] if described else [])
+    return MediaInfo(
+        container=container.format.name,
+        num_bytes=os.stat(path).st_size,
+        duration=max(seconds),
+        video=described,
+        audio=sounds,
+        packets=packets,
+    )
+
+
+@dataclass
+class _Packets:
+    """Packets of one stream in decoding order; int64 columns (cheap at millions of rows)."""
+
+    pts: array[int] = field(default_factory=lambda: array("q"))
+    duration: array[int] = field(default_factory=lambda: array("q"))
+    size: array[int] = field(default_factory=lambda: array("q"))
+    flags: array[int] = field(default_factory=lambda: array("b"))  # 1 keyframe, 2 hidden
+
+
+def _read_packets(container: InputContainer, stream: AvVideoStream) -> _Packets:
+    if stream.frames > MAX_PACKETS:
+        raise _too_many(stream.frames)
+    rows = _Packets()
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            rows.pts.append(_NO_PTS if packet.pts is None else packet.pts)
+            rows.duration.append(packet.duration or 0)
+            rows.size.append(packet.size)
+            rows.flags.append(packet.is_keyframe | packet.is_discard << 1)
+            if len(rows.pts) > MAX_PACKETS:
+                raise _too_many(len(rows.pts))
+    except av.FFmpegError as error:
+        # A file cut short still has its first part; stock loaders serve that too.
+        if not rows.pts:
+            raise UnreadableMediaError(
+                f"The video stream could not be read: {describe(error)}."
+            ) from error
+    return rows
+
+
+def _read_video(
+    container: InputContainer, stream: AvVideoStream, limits: DecodeLimits
+) -> tuple[VideoStream, PacketTable]:
+    rows = _read_packets(container, stream)
+    pts = np.frombuffer(rows.pts, np.int64) if rows.pts else np.empty(0, np.int64)
+    flags = np.frombuffer(rows.flags, np.int8) if rows.flags else np.empty(0, np.int8)
+    is_key = (flags & 1).astype(bool)
+    shown = (flags & 2) == 0
+    exact = bool((pts[shown] != _NO_PTS).all())
+    if is_key.any():
+        # Decoders output nothing before the first keyframe, nor pictures that lead it.
+        first = int(is_key.argmax())
+        shown[:first] = False
+        if exact:
+            shown &= pts >= pts[first]
+    if not shown.any():
+        raise UnreadableMediaError("The video stream holds no frame.")
+    order = np.flatnonzero(shown)
+    if exact:
+        order = order[np.argsort(pts[order], kind="stable")]
+        exact = bool((np.diff(pts[order].astype(np.float64)) > 0).all())
+    time_base = float(stream.time_base) if stream.time_base else 1.0 / _DEFAULT_FPS
+    guessed = float(stream.guessed_rate or stream.average_rate or 0.0)
+    times, last = _times(pts[order], rows.duration[int(order[-1])], time_base, guessed, exact)
+    duration = float(times[-1]) + last
+    _check_duration(duration, limits)
+    gaps = np.diff(times)
+    is_vfr = _uneven(gaps, time_base)
+    fps = len(order) / duration if duration > 0 else guessed or _DEFAULT_FPS
+    # For an even stream the declared rate is the exact one (30000/1001).
+    if guessed > 0 and not is_vfr and abs(guessed / fps - 1) < 0.01:
+        fps = guessed
+    table = PacketTable(
+        pts=pts[order] if exact else np.round(times / time_base).astype(np.int64),
+        time=times,
+        size=np.frombuffer(rows.size, np.int64)[order].astype(np.int32),
+        is_key=is_key[order],
+        time_base=time_base,
+        order=order,
+        exact=exact,
+    )
+    width, height = stream.codec_context.width, stream.codec_context.height
+    rotation = _rotation(container, stream.index)
+    if rotation in (90, 270):
+        width, height = height, width
+    described = VideoStream(
+        index=stream.index,
+        codec=stream.codec_context.codec.canonical_name,
+        width=width,
+        height=height,
+        rotation=rotation,
+        fps=fps,
+        is_vfr=is_vfr,
+        num_frames=len(order),
+        duration=duration,
+        pixel_format=stream.codec_context.pix_fmt or "",
+    )
+    return described, table
+
+
+def _times(
+    pts: npt.NDArray[np.int64], last_ticks: int, time_base: float, fps: float, exact: bool
+) -> tuple[npt.NDArray[np.float64], float]:
+    """Seconds of each frame from the first, and how long the last one is shown."""
+    if exact:
+        # In floating point: garbage timestamps may be further apart than int64 holds.
+        ticks = pts - pts[0] if int(pts[-1]) - int(pts[0]) < 2**62 else pts / 1.0 - pts[0]
+        times = np.asarray(ticks * time_base, np.float64)
+        usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        last = last_ticks * time_base
+        if not 0 < last <= max(10 * usual, 1.0):
+            last = usual or 1.0 / (fps or _DEFAULT_FPS)
+        return times, last
+    step = 1.0 / (fps or _DEFAULT_FPS)
+    return np.arange(len(pts), dtype=np.float64) * step, step
+
+
+def _uneven(gaps: npt.NDArray[np.float64], time_base: float) -> bool:
+    """Gaps differ by more than the rounding of timestamps to the time base can explain."""
+    if len(gaps) < 2:
+        return False
+    return bool(np.abs(gaps - np.median(gaps)).max() > 0.02 * np.median(gaps) + 1.5 * time_base)
+
+
+def _rotation(container: InputContainer, index: int) -> int:
+    """Clockwise display rotation in degrees; other angles than quarter turns count as 0.
+
+    PyAV gives a stream's display matrix only in FFmpeg's own description of the file.
+    """
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        text = container.dumps_format()  # type: ignore[attr-defined]
+    finally:
+        av.logging.set_level(before)
+    for section in re.split(r"^  Stream ", text, flags=re.MULTILINE)[1:]:
+        if re.match(rf"#0:{index}\D", section):
+            found = re.search(
+                r"^      Display Matrix: rotation of (-?[\d.]+) degrees$",
+                section,
+                re.IGNORECASE | re.MULTILINE,
+            )
+            angle = float(found.group(1)) if found else 0.0
+            turned = round(-angle) % 360
+            return turned if turned in (90, 180, 270) else 0
+    return 0
+
+
+def _seconds(stream: AvVideoStream | AvAudioStream) -> float:
+    if not stream.duration or not stream.time_base:
+        return 0.0
+    return max(0.0, float(stream.duration * stream.time_base))
+
+
+def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise MediaTooLargeError(
+            f"The video is {width}x{height} ({width * height} pixels a frame), "
+            f"past the limit of {limits.max_pixels} pixels.",
+            parameter="video_url",
+            value=f"{width}x{height}",
+        )
+
+
+def _check_duration(seconds: float, limits: DecodeLimits) -> None:
+    if limits.max_duration_s and seconds > limits.max_duration_s:
+        raise MediaTooLongError(
+            f"The video lasts {seconds:.1f} s, past the limit of {limits.max_duration_s:g} s.",
+            parameter="video_url",
+            value=round(seconds, 3),
+        )
+
+
+def _too_many(count: int) -> MediaTooLargeError:
+    return MediaTooLargeError(
+        f"The video stream claims {count} frames, past the limit of {MAX_PACKETS}.",
+        parameter="video_url",
+        value=count,
+    )

@@ -1,0 +1,1 @@
+"""Media to bytes: HTTP, local files, data URLs."""

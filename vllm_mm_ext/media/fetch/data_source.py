@@ -1,0 +1,98 @@
+"""Media inside the URL itself (RFC 2397), base64 only."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+from dataclasses import dataclass, field
+
+import pybase64
+from cachetools import LRUCache
+
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.fetch.blob import Blob, check_size, digest_of
+from vllm_mm_ext.media.fetch.source import Fetched, tighter
+
+# Below this many characters hashing and decoding take less time than a hop to a thread.
+_INLINE_CHARS = 64 << 10
+
+
+@dataclass(frozen=True)
+class DataLocation:
+    """A ``data:`` URL, equal to any other with the same encoded text.
+
+    Attributes:
+        text_digest: BLAKE3 of the base64 text.
+        url: The whole URL. It can be long, so it is not copied to cut the text out.
+        start: Index in ``url`` at which the base64 text begins.
+    """
+
+    text_digest: str
+    url: str = field(repr=False, compare=False)
+    start: int = field(repr=False, compare=False)
+
+
+class DataSource:
+    """Decodes ``data:`` URLs; finds the digest of one seen before without decoding it.
+
+    Args:
+        max_bytes: Limit on the decoded size, None for none.
+        max_known: URLs whose digest is remembered (two hashes each, never the text).
+
+    Attributes:
+        counts: URLs found again without decoding, and URLs decoded.
+    """
+
+    def __init__(self, *, max_bytes: int | None, max_known: int = 4096) -> None:
+        self._max_bytes = max_bytes
+        # Only touched on the fetcher's event loop, so it needs no lock.
+        self._known: LRUCache[str, tuple[str, int]] = LRUCache(max_known)
+        self.counts = {"data_known": 0, "data_decodes": 0}
+
+    async def locate(self, url: str) -> DataLocation:
+        """Check the form of ``url`` and hash its text."""
+        comma = url.find(",")
+        if comma < 0:
+            raise MediaError("Invalid data URL: there is no ',' before the data.")
+        _, semicolon, encoding = url[len("data:") : comma].rpartition(";")
+        if not semicolon or encoding != "base64":
+            raise MediaError("Only base64 data URLs are supported.")
+        if len(url) <= _INLINE_CHARS:
+            return _locate(url, comma + 1)
+        return await asyncio.to_thread(_locate, url, comma + 1)
+
+    async def fetch(
+        self, location: DataLocation, *, timeout_s: float, max_bytes: int | None, load: bool
+    ) -> Fetched:
+        """See ``Source.fetch``. ``timeout_s`` does not apply."""
+        del timeout_s
+        length = len(location.url) - location.start
+        padding = location.url.count("=", max(location.start, len(location.url) - 2))
+        check_size(length // 4 * 3 - padding, tighter(self._max_bytes, max_bytes), "The data URL")
+        if not load:
+            known = self._known.get(location.text_digest)
+            if known is not None:
+                self.counts["data_known"] += 1
+                return Fetched(*known, None)
+        if length <= _INLINE_CHARS:
+            blob = _decode(location)
+        else:
+            blob = await asyncio.to_thread(_decode, location)
+        self.counts["data_decodes"] += 1
+        self._known[location.text_digest] = (blob.digest, blob.size)
+        return Fetched.of(blob)
+
+
+def _locate(url: str, start: int) -> DataLocation:
+    try:
+        return DataLocation(digest_of(memoryview(url.encode("ascii"))[start:]), url, start)
+    except UnicodeEncodeError:
+        raise MediaError("Invalid data URL: the data is not base64.") from None
+
+
+def _decode(location: DataLocation) -> Blob:
+    try:
+        text = location.url[location.start :]
+        return Blob.from_bytes(pybase64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        raise MediaError("Invalid data URL: the data is not base64.") from None

@@ -1,0 +1,164 @@
+"""Local files under the directory the operator allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import url2pathname
+
+from cachetools import LRUCache
+from urllib3.util import parse_url
+
+from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
+from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
+from vllm_mm_ext.media.fetch.source import Fetched, MediaChangedError, tighter
+
+_FLAG = "--allowed-local-media-path"
+_READ_CHUNK = 1 << 20
+# A file may change again without a new time stamp within the granularity of its file system's
+# clock; 2 s (FAT) is the coarsest in use. A younger file's identity proves nothing yet, so it is
+# read and hashed each time until it is older than this.
+_RACY_NS = 2_000_000_000
+
+
+class FileIdentity(NamedTuple):
+    """What distinguishes one state of a file from another without reading it.
+
+    The change time is included because, unlike the modification time, no program can set it back.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileIdentity:
+        return cls(
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
+
+    def is_settled(self, now_ns: int) -> bool:
+        """True if a change made at or after ``now_ns`` is certain to change the identity."""
+        return now_ns - max(self.mtime_ns, self.ctime_ns) > _RACY_NS
+
+
+class FileSource:
+    """Reads files below ``allowed_path`` into memory and remembers their digests by identity.
+
+    The content is copied, so a file that changes later does not change what was read. A location
+    is a path with all links resolved; what is opened is checked again through the descriptor, so
+    a link swapped in between does not lead outside.
+
+    Args:
+        allowed_path: Only files below this directory are read; None forbids all.
+        max_bytes: Limit on the size of one file, None for none.
+        max_known: Files whose digest is remembered.
+
+    Attributes:
+        counts: Files found unchanged without reading, and files read.
+    """
+
+    def __init__(
+        self, allowed_path: Path | None, *, max_bytes: int | None, max_known: int = 4096
+    ) -> None:
+        if allowed_path is not None:
+            allowed_path = allowed_path.resolve()
+            if not allowed_path.is_dir():
+                raise ValueError(f"`{_FLAG}` must be an existing directory, got {allowed_path}")
+        self._allowed = allowed_path
+        self._max_bytes = max_bytes
+        self._known: LRUCache[FileIdentity, str] = LRUCache(max_known)
+        self._lock = threading.Lock()
+        self.counts = {"file_unchanged": 0, "file_reads": 0}
+
+    async def locate(self, url: str) -> Path:
+        """The resolved path of a ``file:`` URL. Says nothing about files outside the directory."""
+        if self._allowed is None:
+            raise ForbiddenMediaError(f"Cannot load local files without `{_FLAG}`.")
+        spec = parse_url(url)
+        try:
+            path = Path(url2pathname((spec.netloc or "") + (spec.path or "")))
+            resolved = await asyncio.to_thread(path.resolve)
+        except (ValueError, OSError, RuntimeError):  # null byte; too long; a loop of links
+            raise MediaError("The file URL does not hold a usable path.") from None
+        self._check_allowed(resolved)
+        return resolved
+
+    async def fetch(
+        self, location: Path, *, timeout_s: float, max_bytes: int | None, load: bool
+    ) -> Fetched:
+        """See ``Source.fetch``. ``timeout_s`` does not apply to local reads."""
+        del timeout_s
+        limit = tighter(self._max_bytes, max_bytes)
+        stop = threading.Event()
+        try:
+            return await asyncio.to_thread(self._fetch, location, limit, load, stop)
+        finally:
+            stop.set()  # On cancellation the thread ends at its next chunk.
+
+    def _fetch(
+        self, path: Path, max_bytes: int | None, load: bool, stop: threading.Event
+    ) -> Fetched:
+        fd = self._open(path)
+        try:
+            identity = FileIdentity.of(os.fstat(fd))
+            check_size(identity.size, max_bytes, "The file")
+            if not load:
+                with self._lock:
+                    digest = self._known.get(identity)
+                    self.counts["file_unchanged"] += digest is not None
+                if digest is not None:
+                    return Fetched(digest, identity.size, None)
+            started_ns = time.time_ns()
+            blob = _copy(fd, max_bytes, stop)
+            if FileIdentity.of(os.fstat(fd)) != identity:
+                raise MediaChangedError("The file changed while it was read; send it again.")
+        except OSError as error:
+            raise UnreachableMediaError(f"The file cannot be read: {error.strerror}.") from None
+        finally:
+            os.close(fd)
+        with self._lock:
+            self.counts["file_reads"] += 1
+            if identity.is_settled(started_ns):
+                self._known[identity] = blob.digest
+        return Fetched.of(blob)
+
+    def _open(self, path: Path) -> int:
+        try:
+            # Looked at before opening: opening a device can have effects.
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise MediaError("The file URL does not name a regular file.")
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise UnreachableMediaError("The file does not exist.") from None
+        except OSError as error:
+            raise UnreachableMediaError(f"The file cannot be opened: {error.strerror}.") from None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise MediaError("The file URL does not name a regular file.")
+            # The path the kernel really opened, whatever was swapped since it was resolved.
+            self._check_allowed(Path(os.readlink(f"/proc/self/fd/{fd}")))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _check_allowed(self, resolved: Path) -> None:
+        if self._allowed not in resolved.parents:
+            raise ForbiddenMediaError(f"The file path must be below the server's `{_FLAG}`.")
+
+
+def _copy(fd: int, max_bytes: int | None, stop: threading.Event) -> Blob:
+    with BlobWriter(max_bytes, "The file") as writer:
+        while chunk := os.read(fd, _READ_CHUNK):
+            if stop.is_set():
+                raise asyncio.CancelledError
+            writer.append(chunk)
+        return writer.finish()

@@ -1,0 +1,79 @@
+"""What every place media can come from offers: ``http(s):``, ``file:`` and ``data:`` URLs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.fetch.blob import Blob
+
+L = TypeVar("L", bound=Hashable)
+
+
+class MediaChangedError(MediaError):
+    """The content behind a URL is no longer what was resolved; resolving again sees the new one."""
+
+    code = "changed"
+
+
+class BusyError(MediaError):
+    """Too much other media is being downloaded at the moment; the same request may do later."""
+
+    code = "busy"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Content a source found.
+
+    Attributes:
+        digest: Hex BLAKE3 of the encoded bytes.
+        size: Their number.
+        blob: The bytes, or None when the source knew the digest without reading them.
+        storable: False if the origin forbids keeping the content past this use.
+    """
+
+    digest: str
+    size: int
+    blob: Blob | None
+    storable: bool = True
+
+    @classmethod
+    def of(cls, blob: Blob, *, storable: bool = True) -> Fetched:
+        """Content that was just read."""
+        return cls(blob.digest, blob.size, blob, storable)
+
+
+class Source(Protocol[L]):
+    """One URL scheme. All methods run on the fetcher's own event loop."""
+
+    async def locate(self, url: str) -> L:
+        """What ``url`` names, after access checks; equal locations have the same content.
+
+        Raises:
+            MediaError: The URL is malformed or not allowed.
+        """
+
+    async def fetch(
+        self, location: L, *, timeout_s: float, max_bytes: int | None, load: bool
+    ) -> Fetched:
+        """Content at ``location``.
+
+        Args:
+            location: Result of :meth:`locate`.
+            timeout_s: Seconds for one attempt over the network.
+            max_bytes: Limit on the encoded size; None for the source's own limit only.
+            load: Return the bytes even if the digest is known without them.
+
+        Raises:
+            BusyError: There was no room for the download for too long.
+            MediaError: Unreachable, too large, or not readable.
+        """
+
+
+def tighter(first: int | None, second: int | None) -> int | None:
+    """The lower of two limits, None meaning no limit."""
+    limits = [limit for limit in (first, second) if limit is not None]
+    return min(limits) if limits else None

@@ -1,1 +1,0 @@
-"""The composer: video and audio for any text model."""

@@ -1,0 +1,1 @@
+"""Which encoder outputs stay on the device and in host memory."""

@@ -1,0 +1,173 @@
+"""Items within a byte budget: those in use stay, of the others the least worth keeping goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm_mm_ext.policies.eviction.cost_aware import CostAware
+
+
+@dataclass(slots=True)
+class _Entry:
+    size: int
+    last_user: str
+    users: set[str] = field(default_factory=set)
+
+
+class ByteCache:
+    """Which items are cached, who uses them and which are evicted. It does not hold them.
+
+    An item larger than the budget passes through: it is cached while it has users, next to what is
+    there, and evicts nothing. There is one such item at a time, so the items take the budget and
+    one item at most, and more only where ``add`` is told to overdraw.
+
+    Args:
+        capacity: The budget in bytes, above 0.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be above 0, got {capacity}")
+        self.capacity = capacity
+        self._entries: dict[str, _Entry] = {}
+        self._ranks: CostAware[str] = CostAware()
+        self._held = 0
+        self._busy = 0
+        self._passing: str | None = None
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def held(self) -> int:
+        """Bytes of all items but the one that passes through."""
+        return self._held
+
+    @property
+    def busy(self) -> int:
+        """Bytes of those of them that are in use."""
+        return self._busy
+
+    @property
+    def passing(self) -> str | None:
+        """The item that passes through."""
+        return self._passing
+
+    def users(self, key: str) -> frozenset[str]:
+        """Who uses an item; nobody where it is not cached."""
+        entry = self._entries.get(key)
+        return frozenset(entry.users) if entry is not None else frozenset()
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes fit once everything not in use is evicted."""
+        return self._busy + size <= self.capacity
+
+    def make_room(self, size: int) -> list[str]:
+        """Evict until so many bytes are free, or nothing is left to evict; returns what went."""
+        gone: list[str] = []
+        while self._held + size > self.capacity and self._held > self._busy:
+            victim = self._ranks.victim(lambda key: not self._entries[key].users)
+            assert victim is not None
+            self._held -= self._entries.pop(victim).size
+            self._ranks.evict(victim)
+            gone.append(victim)
+        return gone
+
+    def add(self, key: str, size: int, cost: float, user: str, *, overdraw: bool = False) -> None:
+        """Cache an item for a user. ``make_room`` comes first.
+
+        Args:
+            key: Names the item.
+            size: Its bytes.
+            cost: What encoding it again takes.
+            user: Who needs it.
+            overdraw: It is cached even where there is no room.
+
+        Raises:
+            ValueError: It is cached, or there is no room.
+        """
+        if key in self._entries:
+            raise ValueError(f"{key} is cached already")
+        if size > self.capacity:
+            if self._passing is None:
+                self._passing = key
+            elif not overdraw:
+                raise ValueError(f"{key} has to wait for {self._passing} to pass through")
+        elif self._held + size > self.capacity and not overdraw:
+            raise ValueError(f"no room for the {size} bytes of {key}")
+        self._entries[key] = _Entry(size, user, {user})
+        if key != self._passing:
+            self._held += size
+            self._busy += size
+            self._ranks.admit(key, size, cost)
+
+    def use(self, key: str, user: str) -> bool:
+        """Note that a user needs a cached item; whether that is a new use."""
+        entry = self._entries[key]
+        if user in entry.users:
+            return False
+        if not entry.users:
+            self._busy += entry.size
+        entry.users.add(user)
+        # A request that is checked step by step while it waits uses an item once.
+        new = user != entry.last_user
+        entry.last_user = user
+        if new and key in self._ranks:
+            self._ranks.hit(key)
+        return new
+
+    def release(self, key: str, user: str) -> list[str]:
+        """A user needs an item no more; returns what went with it."""
+        entry = self._entries.get(key)
+        if entry is None or user not in entry.users:
+            return []
+        entry.users.remove(user)
+        if entry.users:
+            return []
+        if key == self._passing:
+            self._passing = None
+            del self._entries[key]
+            return [key]
+        self._busy -= entry.size
+        # What was overdrawn is returned as soon as it can be.
+        return self.make_room(0)
+
+    def drop(self, key: str) -> None:
+        """Forget an item, in use or not, as if it had not been there."""
+        entry = self._entries.pop(key)
+        if key == self._passing:
+            self._passing = None
+            return
+        self._held -= entry.size
+        if entry.users:
+            self._busy -= entry.size
+        self._ranks.forget(key)
+
+    def touch(self, key: str) -> None:
+        """Count a use of an item elsewhere; ignored where it is not cached."""
+        if key in self._ranks:
+            self._ranks.hit(key)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._ranks.clear()
+        self._held = 0
+        self._busy = 0
+        self._passing = None
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` unless entries, ranks and counters agree; for tests."""
+        own = {key: entry for key, entry in self._entries.items() if key != self._passing}
+        assert self._held == sum(entry.size for entry in own.values())
+        assert self._busy == sum(entry.size for entry in own.values() if entry.users)
+        assert self._held <= max(self.capacity, self._busy)
+        assert len(self._ranks) == len(own)
+        assert all(key in self._ranks for key in own)
+        if self._passing is not None:
+            assert self._entries[self._passing].users
+            assert self._entries[self._passing].size > self.capacity
+        self._ranks.check_integrity()

@@ -1,0 +1,120 @@
+"""Keeping and dropping a conversation's media on request: the engine's side and the API's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from vllm_mm_ext.policies.kv.item_registry import CachedMedia
+
+# The method of vLLM's ``EngineCore`` that API processes call.
+UTILITY = "mm_ext_kv"
+
+
+class _Sessions(Protocol):
+    def pin(self, session_id: str) -> set[int]: ...
+    def unpin(self, session_id: str) -> set[int]: ...
+    def release(self, session_id: str) -> set[int]: ...
+    def protected(self, item: int) -> bool: ...
+
+
+class _Pool(Protocol):
+    @property
+    def sessions(self) -> _Sessions: ...
+    def reprotect(self, items: set[int]) -> None: ...
+    def release(self, items: set[int]) -> None: ...
+    def media(self) -> list[CachedMedia]: ...
+
+
+class KVControl:
+    """What can be asked of one engine's block pool, between its steps.
+
+    Args:
+        pool: The pool.
+    """
+
+    def __init__(self, pool: _Pool) -> None:
+        self._pool = pool
+
+    def pin(self, session_id: str) -> int:
+        """Give up a session's media, those cached now and later, after all others.
+
+        They stay within the quota, and a request that needs their memory still gets it.
+
+        Args:
+            session_id: As in vLLM's requests; it may have had none yet.
+
+        Returns:
+            Number of mm items that are kept for it now.
+        """
+        return self._changed(self._pool.sessions.pin(session_id))
+
+    def unpin(self, session_id: str) -> int:
+        """End a pin; the session's TTL starts now. Returns the number of its items."""
+        return self._changed(self._pool.sessions.unpin(session_id))
+
+    def release(self, session_id: str) -> int:
+        """End a session: what no other one needs is kept no longer.
+
+        Returns:
+            Number of its items.
+        """
+        items = self._pool.sessions.release(session_id)
+        self._pool.reprotect(items)
+        self._pool.release({item for item in items if not self._pool.sessions.protected(item)})
+        return len(items)
+
+    def media(self) -> list[CachedMedia]:
+        """What is cached, latest use first."""
+        return self._pool.media()
+
+    def _changed(self, items: set[int]) -> int:
+        self._pool.reprotect(items)
+        return len(items)
+
+
+class KVClient:
+    """``KVControl`` for API processes.
+
+    Args:
+        engine_client: vLLM's ``AsyncLLM``.
+    """
+
+    def __init__(self, engine_client: Any) -> None:
+        self._core = engine_client.engine_core
+
+    async def pin(self, session_id: str) -> None:
+        """As ``KVControl.pin``, on all engines: the session's requests may go to any."""
+        await self._call("pin", session_id)
+
+    async def unpin(self, session_id: str) -> None:
+        """As ``KVControl.unpin``, on all engines."""
+        await self._call("unpin", session_id)
+
+    async def release(self, session_id: str) -> None:
+        """As ``KVControl.release``, on all engines."""
+        await self._call("release", session_id)
+
+    async def media(self) -> list[dict[str, Any]]:
+        """As ``KVControl.media``, as plain values; with several engines, of the first one.
+
+        Raises:
+            RuntimeError: The engine runs without the plugin's block pool.
+        """
+        found: list[dict[str, Any]] | None = await self._call("media", "")
+        if found is None:
+            raise RuntimeError("the engine has no vllm_mm_ext block pool (kv.enabled)")
+        return found
+
+    async def _call(self, action: str, session_id: str) -> Any:
+        return await self._core.call_utility_async(UTILITY, action, session_id)
+
+
+def answer(control: KVControl | None, action: str, session_id: str) -> Any:
+    """Carry out what ``KVClient`` asks, in the engine; None without the plugin's pool."""
+    if control is None:
+        return None
+    if action == "media":
+        return [asdict(media) for media in control.media()]
+    actions = {"pin": control.pin, "unpin": control.unpin, "release": control.release}
+    return actions[action](session_id)

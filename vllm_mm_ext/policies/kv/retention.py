@@ -1,0 +1,107 @@
+"""Which cached media are given up first. Pure: items, no vLLM.
+
+Blocks are taken in this order: those that hold nothing, then text in LRU order, then kept items.
+Of the latter those that no live session uses go first and pinned ones last, and of these the one
+with the lowest score (``caching.cost_aware``: recency, uses, recompute cost per block). An item
+goes whole, and only after all that follow it in their prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from vllm_mm_ext.policies.eviction.cost_aware import CostAware
+from vllm_mm_ext.policies.kv.item_registry import CachedItem
+from vllm_mm_ext.policies.kv.sessions import Protection, Sessions
+from vllm_mm_ext.policies.kv.worst import Worst
+
+
+class Retention:
+    """The order in which idle items are given up. Every operation takes constant time.
+
+    Args:
+        sessions: What protects items.
+    """
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self._random = random.Random(0)
+        self.clear()
+
+    @property
+    def idle(self) -> int:
+        """Items kept although no request uses them."""
+        return len(self._idle)
+
+    def settle(self, item: CachedItem) -> None:
+        """Note that no request uses an item any more."""
+        if item.renewed:
+            item.renewed = False
+            self._scores.admit(item.key, item.size, item.cost)
+        self._turn += 1
+        self._idle[item.number] = self._turn
+        self.reconsider(item)
+
+    def busy(self, item: CachedItem) -> None:
+        """Note that a request uses an item: it cannot be given up."""
+        self._idle.pop(item.number, None)
+        self.reconsider(item)
+
+    def reconsider(self, item: CachedItem) -> None:
+        """Find an item's place anew: what follows it, or its protection, may have changed."""
+        self._withdraw(item)
+        if item.number in self._idle and not item.children:
+            protection = self._sessions.protection(item.number)
+            self._protection[item.number] = protection
+            self._candidates[protection].add(item)
+
+    def victim(self) -> CachedItem | None:
+        """The item to give up next; None if all are in use. It stays until ``give_up``."""
+        for candidates in self._candidates.values():
+            if len(candidates):
+                return candidates.worst()
+        return None
+
+    def give_up(self, item: CachedItem) -> None:
+        """Drop an item that made room; its uses are remembered in case it comes back."""
+        self._idle.pop(item.number, None)
+        self._withdraw(item)
+        if item.key in self._scores:
+            self._scores.evict(item.key)
+
+    def clear(self) -> None:
+        """Forget all items and their scores."""
+        self._scores: CostAware[bytes] = CostAware()
+        # Idle items by number, and when they became idle.
+        self._idle: dict[int, int] = {}
+        self._turn = 0
+        # Those of them that nothing kept follows, in the order they may go.
+        self._candidates = {
+            protection: Worst(self._rank, self._random) for protection in Protection
+        }
+        self._protection: dict[int, Protection] = {}
+
+    def check_integrity(self, items: Iterable[CachedItem]) -> None:
+        """Raise ``AssertionError`` unless exactly the items that may go are candidates."""
+        idle = {item.number: item for item in items if item.blocks and item.idle}
+        assert idle.keys() == self._idle.keys()
+        leaves = {number for number, item in idle.items() if not item.children}
+        assert leaves == self._protection.keys()
+        for number in leaves:
+            protection = self._sessions.protection(number)
+            assert self._protection[number] == protection
+            assert idle[number] in self._candidates[protection]
+        assert sum(len(some) for some in self._candidates.values()) == len(leaves)
+        for candidates in self._candidates.values():
+            candidates.check_integrity()
+        self._scores.check_integrity()
+
+    def _withdraw(self, item: CachedItem) -> None:
+        protection = self._protection.pop(item.number, None)
+        if protection is not None:
+            self._candidates[protection].remove(item)
+
+    def _rank(self, item: CachedItem) -> tuple[float, int]:
+        # Of equals the longest idle one: of a video, whose segments score alike, the last.
+        return self._scores.score(item.key), self._idle[item.number]

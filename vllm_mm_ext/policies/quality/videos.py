@@ -1,0 +1,138 @@
+"""Plain values around quality decisions: what is known of a video, what is decided about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from vllm_mm_ext.config.options import Reduction, TrainedReductions
+
+Reason = Literal["load", "total_tokens", "context", "limit"]
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """A video of a request, as its container describes it.
+
+    Attributes:
+        digest: Digest of the encoded content.
+        duration: Seconds.
+        num_frames: Frames it has.
+        width, height: Displayed size in pixels.
+        uses: How often the request shows it; all uses have one plan.
+    """
+
+    digest: str
+    duration: float
+    num_frames: int
+    width: int
+    height: int
+    uses: int = 1
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a video gets if its request does not say: frames per second, bounds, reduction."""
+
+    fps: float
+    min_frames: int
+    max_frames: int
+    reduction: Reduction
+
+
+@dataclass(frozen=True)
+class Family:
+    """What can be done to videos of the served model.
+
+    Attributes:
+        resizable: Frames may have different sizes.
+        reducible: Tokens can be reduced.
+        countable: Tokens can be told in advance; without that nothing is fitted.
+        frame_multiple: Frame counts are multiples of this (temporal patch size).
+        max_item_tokens: Tokens one video may have at most, 0 for any number (a video that is not
+            cut into segments must fit into vLLM's encoder cache).
+        trained: The reductions the model was trained for; None where any can be used.
+    """
+
+    resizable: bool
+    reducible: bool
+    countable: bool
+    frame_multiple: int = 1
+    max_item_tokens: int = 0
+    trained: TrainedReductions | None = None
+
+
+@dataclass(frozen=True)
+class ContextUse:
+    """The context of a request in tokens: its length, and what is not for videos.
+
+    Attributes:
+        length: The model's maximum.
+        text: Taken by everything that is not video.
+        output: Kept for the answer.
+    """
+
+    length: int
+    text: int
+    output: int
+
+    @property
+    def left(self) -> int:
+        """Tokens left for videos."""
+        return max(0, self.length - self.text - self.output)
+
+
+class VideoCosts(Protocol):
+    """What a request's videos would become; ``index`` is a video's place among them."""
+
+    def frames(self, index: int, fps: float, min_frames: int, max_frames: int) -> int:
+        """Frames that sampling would deliver."""
+
+    def pixels(self, index: int, frames: int, cap: int) -> int:
+        """Pixels of one delivered frame if none may have more than ``cap`` (0: no cap)."""
+
+    def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
+        """Prompt tokens of one use, with sound and markers. Fewer frames, a lower cap or a stronger
+        reduction never cost more.
+        """
+
+
+class Lowered(NamedTuple):
+    """Something that is lower than asked, and why.
+
+    Attributes:
+        what: ``frames``, ``resolution`` or ``reduction``.
+        wanted, given: Its value before and after, in words.
+        why: ``load``; or the budget at fault: the request's ``total_tokens``, the ``context``, or
+            a ``limit`` of the server.
+    """
+
+    what: Literal["frames", "resolution", "reduction"]
+    wanted: str
+    given: str
+    why: Reason
+
+
+@dataclass(frozen=True)
+class VideoDecision:
+    """How a video is to be sampled, sized and reduced.
+
+    Attributes:
+        level: Load tier, 0 for as asked.
+        fps, min_frames, max_frames: For its sampling.
+        frame_pixels: Cap on the pixels of one frame, 0 for none.
+        reduction: How its tokens are made fewer.
+        frames: Frames expected.
+        tokens: Prompt tokens expected of each use; None where the family cannot tell.
+        lowered: What is lower than asked.
+    """
+
+    level: int
+    fps: float
+    min_frames: int
+    max_frames: int
+    frame_pixels: int
+    reduction: Reduction
+    frames: int
+    tokens: int | None
+    lowered: tuple[Lowered, ...] = ()

@@ -1,0 +1,1 @@
+"""Order, budgets and encoder plan of an engine step."""

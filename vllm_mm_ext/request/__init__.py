@@ -1,0 +1,1 @@
+"""What one request asks for, what it is given, and what it is told."""

@@ -1,0 +1,1 @@
+"""Pictures and sound made by code and encoded with PyAV, for training and tests."""

@@ -1,0 +1,1 @@
+"""What people run: ``vllm-mm`` and its benchmarks."""

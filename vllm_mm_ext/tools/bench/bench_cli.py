@@ -1,0 +1,91 @@
+"""``vllm-mm bench``: one subcommand per registered benchmark, and ``list``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_mm_ext.testing.checkpoints import cache_root
+from vllm_mm_ext.tools.bench.commands import BENCHMARKS, Benchmark
+from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult
+
+app = typer.Typer(
+    help="Benchmarks of the plugin against stock vLLM, on the same inputs in the same run.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.command("list")
+def list_benchmarks() -> None:
+    """Name every benchmark with what it shows."""
+    table = Table(box=None, show_header=False)
+    for benchmark in BENCHMARKS.values():
+        table.add_row(f"[bold]{benchmark.name}[/]", benchmark.shows)
+    Console().print(table)
+
+
+_Json = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
+_WorkDir = Annotated[Path | None, typer.Option(help="Where generated media is kept between runs.")]
+
+
+def _add(benchmark: Benchmark) -> None:
+    def command(
+        json: _Json = None,
+        repeats: Annotated[
+            int, typer.Option(min=1, help="Repeats of each measurement.")
+        ] = benchmark.repeats,
+        work_dir: _WorkDir = None,
+    ) -> None:
+        _show(benchmark.load()(_context(repeats, work_dir)), json)
+
+    app.command(benchmark.name, help=benchmark.shows)(command)
+
+
+def _context(repeats: int, work_dir: Path | None) -> BenchContext:
+    return BenchContext(repeats, work_dir or cache_root() / "bench")
+
+
+def _show(result: BenchResult, json: Path | None) -> None:
+    result.print(Console())
+    if json is not None:
+        result.write_json(json)
+
+
+@app.command("soak", help=BENCHMARKS["soak"].shows)
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.1, help="Minutes of work for each server.")] = 5.0,
+    caches: Annotated[
+        Literal["tiny", "default"], typer.Option(help="How large the caches are.")
+    ] = "tiny",
+    clients: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 6,
+    seed: Annotated[int, typer.Option(help="Of the work.")] = 0,
+    stock: Annotated[bool, typer.Option(help="Give stock vLLM the same work first.")] = True,
+    series: Annotated[
+        Path | None, typer.Option(help="Write every sample to this file, a JSON object a line.")
+    ] = None,
+    json: _Json = None,
+    work_dir: _WorkDir = None,
+) -> None:
+    """The one benchmark with options of its own."""
+    from vllm_mm_ext.tools.bench.soak import run
+
+    result = run(
+        _context(1, work_dir),
+        minutes=minutes,
+        caches=caches,
+        clients=clients,
+        seed=seed,
+        stock=stock,
+        series=series,
+    )
+    _show(result, json)
+
+
+for _benchmark in BENCHMARKS.values():
+    if _benchmark.name != "soak":
+        _add(_benchmark)

@@ -1,0 +1,151 @@
+"""The benchmarks by name. Their modules are imported only when they run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+        name: Its name on the command line.
+        shows: One line: what it shows.
+        target: ``module:function`` under ``vllm_mm_ext.tools.bench``, called with a ``BenchContext``.
+        repeats: Default number of repeats.
+    """
+
+    name: str
+    shows: str
+    target: str
+    repeats: int = 3
+
+    def load(self) -> Callable[[BenchContext], BenchResult]:
+        """Import and return its function."""
+        module, _, function = self.target.partition(":")
+        loaded: Callable[[BenchContext], BenchResult] = getattr(
+            importlib.import_module(f"vllm_mm_ext.tools.bench.{module}"), function
+        )
+        return loaded
+
+
+BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
+    {
+        benchmark.name: benchmark
+        for benchmark in (
+            Benchmark(
+                "frontend",
+                "Time to frames ready on first sight, per clip and sampling policy.",
+                "frontend_bench:run",
+                repeats=5,
+            ),
+            Benchmark(
+                "followup",
+                "Time to first token of follow-up turns about one video, file and http.",
+                "followup:run",
+            ),
+            Benchmark(
+                "load",
+                "Many videos at once: API-server memory, and one video asked for 64 times.",
+                "load_bench:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "soak",
+                "Mixed work for minutes or hours: memory, descriptors and threads over time.",
+                "soak:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "media-robustness",
+                "2,000 damaged files, impostors and bombs through the server; text alongside.",
+                "robustness:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "sampling",
+                "Sub-second events caught with 32 frames: uniform against adaptive sampling.",
+                "sampling:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "segments",
+                "Videos larger than the encoder cache, clips that grew, lost KV, first tokens.",
+                "segments_bench:run",
+            ),
+            Benchmark(
+                "preprocessing",
+                "Time on the preprocessing thread per video, first and later turns.",
+                "preprocessing_bench:run",
+            ),
+            Benchmark(
+                "reduction",
+                "Tokens, prefill time, first token and KV cache per token reduction.",
+                "reduction:run",
+            ),
+            Benchmark(
+                "fit",
+                "Two hours of video asked of a 32k context: fitted, or refused before decoding.",
+                "fit_bench:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "load-ramp",
+                "Load up to twice the capacity and back: quality tiers on against off.",
+                "load_ramp:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "cache-policies",
+                "Cost saved by eviction on Zipf, session and scan traces, next to the optimum.",
+                "cache_policies:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "encoder-cache",
+                "Many videos asked about again: encoder work and first token, device and host.",
+                "encoder_cache_bench:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "conversations",
+                "12 conversations about their own videos with KV for half: what is found again.",
+                "conversations:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "kv-pool",
+                "Time per KV block allocated, cached and freed, in pools of 10^3 to 10^6 blocks.",
+                "kv_pool:run",
+            ),
+            Benchmark(
+                "mixed-traffic",
+                "Text beside a new video every 2 s: ITL, TTFT and videos per minute; full slots.",
+                "mixed_traffic:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "scheduler-step",
+                "CPU time of a scheduling step with 100 to 10,000 requests waiting.",
+                "scheduler_step:run",
+            ),
+            Benchmark(
+                "accuracy",
+                "Right answers about known clips: by sampling, frames and token reduction.",
+                "accuracy:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "decoders",
+                "Decode time per backend over codecs and GOPs, next to stock's decoder.",
+                "decoders:run",
+            ),
+        )
+    }
+)

