@@ -22,7 +22,7 @@ class MediaError(ValueError):
     code = "media_error"
     #: The HTTP status of the answer to a request that fails with this error.
     status: ClassVar[HTTPStatus] = HTTPStatus.BAD_REQUEST
-    #: Seconds after which the same request may succeed, for the Retry-After header; None: no such header.
+    #: Seconds after which the same request may succeed (the Retry-After header); None: no header.
     retry_after_s: ClassVar[int | None] = None
 
     def __init__(self, message: str, *, parameter: str = "media", value: Any = None) -> None:

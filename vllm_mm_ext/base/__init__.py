@@ -1,1 +1,1 @@
-"""What every room may use: memory that goes back to the system, concurrent work, files shared by processes."""
+"""What every room may use: freed memory, concurrent work, files that processes share."""

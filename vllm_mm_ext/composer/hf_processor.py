@@ -12,7 +12,6 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMi
 from transformers.image_utils import PILImageResampling
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from vllm_mm_ext.adapters.processors.fields import resized
 from vllm_mm_ext.composer.configuration import (
     SAMPLE_RATE,
     ComposerConfig,
@@ -20,6 +19,7 @@ from vllm_mm_ext.composer.configuration import (
 )
 from vllm_mm_ext.composer.features import mel_windows, pixel_values
 from vllm_mm_ext.composer.layout import audio_layout, video_layout
+from vllm_mm_ext.video.resize import resized
 
 # Parts of a hub reference, which configuration and tokenizer are loaded from as well.
 _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")

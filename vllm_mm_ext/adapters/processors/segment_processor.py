@@ -23,6 +23,7 @@ from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.processors import fields
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.video.resize import resized
 from vllm_mm_ext.video.segments import (
     Segment,
     VideoLayout,
@@ -312,7 +313,7 @@ class SegmentProcessor:
         """Frames resized as the model's processor does it; unchanged where they have the size."""
         if frames.shape[1:3] == size:
             return frames
-        return fields.resized(self.info.get_hf_processor().video_processor, frames, size)
+        return resized(self.info.get_hf_processor().video_processor, frames, size)
 
     # --- vLLM's processor -------------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""``python -m vllm_mm_ext.composer.training.compose``: a composer from three released checkpoints."""
+"""A composer from three released checkpoints.
+
+Run as ``python -m vllm_mm_ext.composer.training.compose``.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class Benchmark:
     Attributes:
         name: Its name on the command line.
         shows: One line: what it shows.
-        target: ``module:function`` under ``vllm_mm_ext.tools.bench``, called with a ``BenchContext``.
+        target: ``module:function`` under ``vllm_mm_ext.tools.bench``; takes a ``BenchContext``.
         repeats: Default number of repeats.
     """
 

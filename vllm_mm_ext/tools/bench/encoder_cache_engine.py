@@ -1,7 +1,7 @@
 """Twelve conversations about a video each, whose KV is lost between turns, inside an engine.
 
-Run by ``encoder_cache.py``: ``python -m vllm_mm_ext.tools.bench.encoder_cache_engine SIDE MODEL MEDIA
-TIERS``, where TIERS is ``own`` (vLLM's cache), ``device`` or ``host`` (both tiers).
+Run by ``encoder_cache_bench.py`` as a module of its own, with ``SIDE MODEL MEDIA TIERS``; TIERS is
+``own`` (vLLM's cache), ``device`` or ``host`` (both tiers).
 """
 
 from __future__ import annotations
