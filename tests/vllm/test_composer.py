@@ -343,7 +343,7 @@ def test_embeddings_stand_in_the_order_of_the_prompt() -> None:
 
 def test_segments_with_different_reductions_are_encoded_together() -> None:
     """One call has what each would have by itself, whatever is beside it."""
-    from vllm_mm_ext.composer.projector import VideoConnector
+    from vllm_mm_ext.composer.projector import VideoProjector
 
     config = plain().config
     torch.manual_seed(0)
@@ -351,7 +351,7 @@ def test_segments_with_different_reductions_are_encoded_together() -> None:
         config=config,
         encoder_max_patches=32,
         vision_tower=lambda frames: frames,
-        video_connector=VideoConnector(config),
+        video_projector=VideoProjector(config),
     )
     fake._no_tokens = lambda: torch.empty(0, config.text_config.hidden_size)
     width = config.vision_config.hidden_size

@@ -1,4 +1,4 @@
-"""Configuration of the composer: a vision tower, an audio tower and connectors for any text model.
+"""Configuration of the composer: a vision tower, an audio tower and projectors for any text model.
 
 Read by training, by transformers' Auto classes and by vLLM; imports neither torch nor vLLM.
 """
@@ -67,8 +67,8 @@ class ComposerConfig(PreTrainedConfig):  # type: ignore[misc]
         audio_stack: Encoder frames of 20 ms that become one token.
         audio_pad_windows: The encoder sees silence up to the end of the window, as Whisper's
             released weights were trained; what it makes of the silence is dropped.
-        hidden: Width of the connectors; None: that of the vision tower.
-        heads: Attention heads of the connectors; None: those of the vision tower.
+        hidden: Width of the projectors; None: that of the vision tower.
+        heads: Attention heads of the projectors; None: those of the vision tower.
         video_start_token_id, frame_token_id, video_end_token_id, audio_start_token_id,
             audio_end_token_id, video_pad_token_id, audio_pad_token_id: Ids of `SPECIAL_TOKENS`.
             Required.

@@ -22,7 +22,7 @@ from vllm_mm_ext.composer.pooling import (
 )
 
 
-class VideoConnector(nn.Module):  # type: ignore[misc]
+class VideoProjector(nn.Module):  # type: ignore[misc]
     """Patch tokens to embeddings: pooling, time, temporal reduction, projection.
 
     Args:
@@ -100,7 +100,7 @@ class VideoConnector(nn.Module):  # type: ignore[misc]
         return out
 
 
-class AudioConnector(nn.Module):  # type: ignore[misc]
+class AudioProjector(nn.Module):  # type: ignore[misc]
     """Encoder frames to embeddings: stacking, projection, time.
 
     Args:

@@ -12,11 +12,11 @@ from transformers.models.siglip import SiglipVisionModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from vllm_mm_ext.composer.configuration import ComposerConfig
-from vllm_mm_ext.composer.projector import AudioConnector, VideoConnector
+from vllm_mm_ext.composer.projector import AudioProjector, VideoProjector
 
 
 class ComposerForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
-    """SigLIP and Whisper encoders, connectors and a text model.
+    """SigLIP and Whisper encoders, projectors and a text model.
 
     Args:
         config: Decides all of it.
@@ -35,15 +35,15 @@ class ComposerForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
         # The pooling head has no part in a composer.
         vision.vision_use_head = False
         self.vision_tower = SiglipVisionModel(vision)
-        self.video_connector = VideoConnector(config)
+        self.video_projector = VideoProjector(config)
         if config.audio_config is not None:
             self.audio_tower = WhisperEncoder(config.audio_config)
-            self.audio_connector = AudioConnector(config)
+            self.audio_projector = AudioProjector(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The parts initialise themselves; connectors keep PyTorch's defaults.
+        # The parts initialise themselves; projectors keep PyTorch's defaults.
         del module
 
     def get_input_embeddings(self) -> nn.Module:
@@ -68,7 +68,7 @@ class ComposerForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
         pool: int = 1,
         temporal: int = 1,
     ) -> torch.Tensor:
-        """Embeddings of all videos, as `VideoConnector.forward` returns them.
+        """Embeddings of all videos, as `VideoProjector.forward` returns them.
 
         Args:
             pixel_values: ``[frames, 3, size, size]``, normalised.
@@ -77,7 +77,7 @@ class ComposerForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
             pool, temporal: The reduction.
         """
         patches = self.vision_tower(pixel_values).last_hidden_state
-        return self.video_connector(patches, seconds, frames_per_item, pool, temporal)
+        return self.video_projector(patches, seconds, frames_per_item, pool, temporal)
 
     def audio_embeddings(
         self,
@@ -93,7 +93,7 @@ class ComposerForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
             lengths: True encoder frames of each window; outputs past them are dropped.
         """
         states = audio_states(self.audio_tower, features, lengths)
-        out: list[torch.Tensor] = self.audio_connector(states, start_seconds)
+        out: list[torch.Tensor] = self.audio_projector(states, start_seconds)
         return out
 
     def inputs_embeds(

@@ -68,8 +68,10 @@ class Reduction(Options):
 
     def count(self, grids: int, height: int, width: int) -> int:
         """Tokens left of ``grids`` x ``height`` x ``width`` tokens, at least one of any."""
-        cells = math.prod(self.grid(grids, height, width))
-        # What is left of no tokens is none, of any at least one.
+        return self.kept(math.prod(self.grid(grids, height, width)))
+
+    def kept(self, cells: int) -> int:
+        """Cells that stay of ``cells`` pooled and merged ones, at least one of any."""
         return cells if self.static == "none" else math.ceil(cells * self.keep)
 
     def key(self) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
@@ -27,25 +25,9 @@ def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indice
         Ascending flat indices into the grid, as many as ``reduction.count`` says.
     """
     flat = scores.reshape(-1)
-    quota = (
-        flat.size if reduction.static == "none" else max(1, math.ceil(flat.size * reduction.keep))
-    )
+    quota = reduction.kept(flat.size)
     first = np.flatnonzero(np.isinf(flat))
     if quota < len(first):
         spread: Indices = first[(2 * np.arange(quota) + 1) * len(first) // (2 * quota)]
         return spread
     return np.sort(np.argsort(-flat, kind="stable")[:quota]).astype(np.int64)
-
-
-def kept_per_grid(kept: Indices, grid: tuple[int, int, int]) -> Indices:
-    """Cells that stay in each pooled and merged grid.
-
-    Args:
-        kept: Flat indices into ``grid``.
-        grid: Grids, height and width after pooling and merging.
-
-    Returns:
-        int64 ``[grids]``.
-    """
-    grids, height, width = grid
-    return np.bincount(kept // (height * width), minlength=grids).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Attention of variable lengths, poolers, compressors and connectors."""
+"""Attention of variable lengths, poolers, compressors and projectors."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_counts_are_those_of_the_options(
 ) -> None:
     frames = [5, 8]
     patches = torch.randn(sum(frames), 16, 128)
-    out = model.video_connector(patches, torch.arange(13.0), frames, pool, temporal)
+    out = model.video_projector(patches, torch.arange(13.0), frames, pool, temporal)
     reduction = Reduction(pool=pool, temporal=temporal)
     assert len(out) == sum(reduction.count(n, 4, 4) for n in frames)
 
@@ -126,9 +126,9 @@ def test_segments_cut_at_the_stride_give_the_tokens_of_the_whole(
     model: ComposerForConditionalGeneration, pool: int, temporal: int
 ) -> None:
     patches, seconds = torch.randn(11, 16, 128), torch.rand(11).cumsum(0) * 7
-    whole = model.video_connector(patches, seconds, [11], pool, temporal)
+    whole = model.video_projector(patches, seconds, [11], pool, temporal)
     parts = [
-        model.video_connector(patches[a:b], seconds[a:b], [b - a], pool, temporal)
+        model.video_projector(patches[a:b], seconds[a:b], [b - a], pool, temporal)
         for a, b in ((0, 4), (4, 8), (8, 11))
     ]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
@@ -136,7 +136,7 @@ def test_segments_cut_at_the_stride_give_the_tokens_of_the_whole(
 
 def test_an_undeclared_reduction_is_refused(model: ComposerForConditionalGeneration) -> None:
     with pytest.raises(ValueError, match="does not support pool 3"):
-        model.video_connector(torch.randn(1, 16, 128), torch.zeros(1), [1], 3, 1)
+        model.video_projector(torch.randn(1, 16, 128), torch.zeros(1), [1], 3, 1)
 
 
 def test_a_window_of_sound_does_not_depend_on_others(

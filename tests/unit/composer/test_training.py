@@ -225,7 +225,7 @@ def test_towers_frozen_when_resuming_stay_as_they_were(tmp_path: Path) -> None:
         for name, tensor in frozen.model.state_dict().items()
         if not torch.equal(tensor, before[name])
     }
-    assert changed == {"video_connector", "audio_connector", "language_model"}
+    assert changed == {"video_projector", "audio_projector", "language_model"}
 
 
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
@@ -253,13 +253,13 @@ def test_resuming_another_training_is_refused(tmp_path: Path) -> None:
         trainer(seed=6).resume(tmp_path)
 
 
-def test_connectors_only_leaves_all_else_as_it_was() -> None:
-    one = trainer(connectors_only=True)
+def test_projectors_only_leaves_all_else_as_it_was() -> None:
+    one = trainer(projectors_only=True)
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
     one.train_step()
     changed = {n for n, tensor in one.model.state_dict().items() if not tensor.equal(before[n])}
     assert changed
-    assert {name.split(".")[0] for name in changed} == {"video_connector", "audio_connector"}
+    assert {name.split(".")[0] for name in changed} == {"video_projector", "audio_projector"}
 
 
 def test_a_saved_checkpoint_loads_with_the_same_weights(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The composer in vLLM: its own SigLIP, Whisper encoder and text model, joined by the connectors.
+"""The composer in vLLM: its own SigLIP, Whisper encoder and text model, joined by the projectors.
 
 Weights have the names that `reference.py` gives them.
 """
@@ -49,7 +49,7 @@ from vllm_mm_ext.adapters.processors.fields import (
     reduction_of,
 )
 from vllm_mm_ext.composer.configuration import ARCHITECTURE, ComposerConfig
-from vllm_mm_ext.composer.projector import AudioConnector, VideoConnector
+from vllm_mm_ext.composer.projector import AudioProjector, VideoProjector
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.video.reduce import reduce_tokens
 
@@ -100,13 +100,13 @@ class MMExtComposerForConditionalGeneration(
         self.configure_mm_token_handling(
             config.text_config.vocab_size, [config.video_pad_token_id, config.audio_pad_token_id]
         )
-        # Towers and connectors are not quantised: they are small, and their weights come in the
+        # Towers and projectors are not quantised: they are small, and their weights come in the
         # checkpoint's own type.
         with self._mark_tower_model(vllm_config, "video"):
             self.vision_tower = SiglipVisionModel(
                 config.vision_config, prefix=maybe_prefix(prefix, "vision_tower")
             )
-            self.video_connector = VideoConnector(config)
+            self.video_projector = VideoProjector(config)
         if config.audio_config is not None:
             of_audio = vllm_config.with_hf_config(config.audio_config, [ARCHITECTURE])
             of_audio.quant_config = None
@@ -116,7 +116,7 @@ class MMExtComposerForConditionalGeneration(
                     prefix=maybe_prefix(prefix, "audio_tower"),
                     enable_pp=False,
                 )
-                self.audio_connector = AudioConnector(config)
+                self.audio_projector = AudioProjector(config)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -130,7 +130,7 @@ class MMExtComposerForConditionalGeneration(
         """Which parts of the model are what."""
         return MultiModelKeys.from_string_field(
             language_model="language_model.",
-            connector=["video_connector.", "audio_connector."],
+            connector=["video_projector.", "audio_projector."],
             tower_model=["vision_tower.", "audio_tower."],
         )
 
@@ -218,7 +218,7 @@ class MMExtComposerForConditionalGeneration(
             if not own:
                 continue
             at = torch.cat([seconds[index] for index in own]).float()
-            tokens = self.video_connector(
+            tokens = self.video_projector(
                 torch.cat([patches[index] for index in own]),
                 at.to(patches[0].device, non_blocking=True),
                 [counts[index] for index in own],
@@ -266,11 +266,11 @@ class MMExtComposerForConditionalGeneration(
             batch = windows[begin : begin + most]
             encoded = self.audio_tower([mel for mel, _, _ in batch])
             states += [own[:true] for own, (_, true, _) in zip(encoded, batch, strict=True)]
-        made: list[torch.Tensor] = self.audio_connector(states, [start for _, _, start in windows])
+        made: list[torch.Tensor] = self.audio_projector(states, [start for _, _, start in windows])
         return made
 
     def _no_tokens(self) -> torch.Tensor:
-        weight = self.video_connector.projection[-1].weight
+        weight = self.video_projector.projection[-1].weight
         return weight.new_empty(0, len(weight))
 
     # --- text -------------------------------------------------------------------------------------

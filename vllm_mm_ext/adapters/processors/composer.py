@@ -141,10 +141,9 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         return self.config.audio_pad_token_id
 
     @property
-    def hears_video(self) -> bool:
-        """Whether videos are heard: not where the server takes no audio at all."""
-        hears = self.config.audio_config is not None
-        return hears and bool(self.info.ctx.get_mm_config().get_limit_per_prompt("audio"))
+    def sound_rate(self) -> int | None:
+        """16 kHz, if the checkpoint has an audio tower."""
+        return None if self.config.audio_config is None else SAMPLE_RATE
 
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
         """Every video is cut; there is no other way to take one."""
@@ -264,13 +263,6 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         }
 
     # --- vLLM's processor -------------------------------------------------------------------------
-
-    def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
-        """What decides the tokens of a video; a track at another rate is an error."""
-        track = frames.audio
-        if track is not None and track.rate != SAMPLE_RATE and self.hears_video:
-            raise ValueError(f"a sound track at {track.rate} Hz; the model takes {SAMPLE_RATE} Hz")
-        return super().shape_of(frames, metadata)
 
     def split(self, inputs: Any) -> Any:
         """Videos into segments, sounds into windows.

@@ -15,6 +15,7 @@ from vllm_mm_ext.media.audio.waveforms import padded_length
 from vllm_mm_ext.media.payload import Waveform
 from vllm_mm_ext.video.cuts import Run
 from vllm_mm_ext.video.grid_times import GridTimes, interleave_chunks
+from vllm_mm_ext.video.token_counts import omni_audio_tokens
 from vllm_mm_ext.video.track_pieces import AudioWindow
 
 # Two strides of two (``Qwen2_5OmniAudioEncoder``).
@@ -34,7 +35,7 @@ class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMult
 
     def audio_tokens(self, num_mel_frames: int) -> int:
         """One token per four frames."""
-        return max(0, ((num_mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
+        return omni_audio_tokens(num_mel_frames)
 
     def audio_window(self) -> AudioWindow:
         """Windows of two seconds."""

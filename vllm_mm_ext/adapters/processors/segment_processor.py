@@ -104,10 +104,21 @@ class SegmentProcessor:
         """A segment's piece of its video's sound."""
         return None
 
+    @property
+    def sound_rate(self) -> int | None:
+        """Rate in Hz of the sound that the model takes with a video; None: it takes none."""
+        return None
+
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
         """Whether videos of a request with these options are split at all."""
         # vLLM's own pruning counts and places tokens by whole videos.
         return not self.info.ctx.get_mm_config().is_multimodal_pruning_enabled()
+
+    @property
+    def hears_video(self) -> bool:
+        """Whether videos are heard: not where the server takes no audio at all."""
+        hears = self.sound_rate is not None
+        return hears and bool(self.info.ctx.get_mm_config().get_limit_per_prompt("audio"))
 
     # --- counting ---------------------------------------------------------------------------------
 
@@ -294,7 +305,14 @@ class SegmentProcessor:
         return SplitRecipe(tuple(segments), *self.around(layout))
 
     def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
-        """What decides the tokens of a video."""
+        """What decides the tokens of a video.
+
+        Raises:
+            ValueError: The video's sound is not at the model's sampling rate.
+        """
+        rate, track = self.sound_rate, frames.audio
+        if track is not None and track.rate != rate and self.hears_video:
+            raise ValueError(f"a sound track at {track.rate} Hz; the model takes {rate} Hz")
         return VideoShape(
             frames=len(frames),
             height=frames.shape[1],

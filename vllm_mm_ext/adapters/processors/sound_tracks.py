@@ -97,9 +97,9 @@ class SoundTrackProcessor(PatchSegmentProcessor):
     # --- layout -----------------------------------------------------------------------------------
 
     @property
-    def hears_video(self) -> bool:
-        """Whether videos are heard: not where the server takes no audio at all."""
-        return bool(self.info.ctx.get_mm_config().get_limit_per_prompt("audio"))
+    def sound_rate(self) -> int:
+        """The rate of the model's feature extractor."""
+        return int(self.info.get_feature_extractor().sampling_rate)
 
     @property
     def positions_per_second(self) -> float:
@@ -116,17 +116,6 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         given = merged | dict(merged.get("videos_kwargs") or {})
         patch = int(self.info.get_hf_processor().video_processor.temporal_patch_size)
         return patch / float(given.get("fps") or self.assumed_fps)
-
-    def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
-        """What decides the tokens of a video; a track at another rate is an error.
-
-        Raises:
-            ValueError: The track is not at the model's sampling rate.
-        """
-        rate = self.info.get_feature_extractor().sampling_rate
-        if frames.audio is not None and frames.audio.rate != rate and self.hears_video:
-            raise ValueError(f"a sound track at {frames.audio.rate} Hz; the model takes {rate} Hz")
-        return super().shape_of(frames, metadata)
 
     def sound(self, shape: VideoShape, grids: GridTimes, per_grid: int) -> Sound | None:
         """How a video interleaves with its sound."""

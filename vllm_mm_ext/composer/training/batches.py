@@ -225,7 +225,7 @@ class Media(NamedTuple):
 def encode_media(model: ComposerForConditionalGeneration, batch: Batch) -> Media:
     """Encode the videos and the sound of a batch."""
     patches = model.vision_tower(batch.pixel_values).last_hidden_state
-    video = model.video_connector(
+    video = model.video_projector(
         patches, batch.seconds, batch.frames_per_item, batch.pool, batch.temporal
     )
     audio = None

@@ -43,7 +43,7 @@ def compose(
     timestamps: bool = False,
     seed: int = 0,
 ) -> tuple[ComposerForConditionalGeneration, Any]:
-    """A composer with the towers and the text model of three checkpoints and fresh connectors.
+    """A composer with the towers and the text model of three checkpoints and fresh projectors.
 
     The tokens of media are added to the tokenizer, and the embeddings grow to hold them; new rows
     are the mean of the old ones, so that they stand out in no direction.
@@ -55,7 +55,7 @@ def compose(
         reductions: As in `ComposerConfig`.
         audio_stack: Encoder frames per token of sound.
         timestamps: Times are written before groups of frames.
-        seed: Decides the connectors.
+        seed: Decides the projectors.
 
     Returns:
         Model in float32, and tokenizer with a chat template that shows media.
@@ -158,12 +158,12 @@ def main(
     timestamps: Annotated[
         bool, typer.Option("--timestamps", help="Write times before groups of frames.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the connectors' weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the projectors' weights.")] = 0,
     bf16: Annotated[
         bool, typer.Option("--bf16/--fp32", help="Type of the weights written.")
     ] = True,
 ) -> None:
-    """Assemble a composer, ready to train and to serve: towers, text model, fresh connectors."""
+    """Assemble a composer, ready to train and to serve: towers, text model, fresh projectors."""
     if output.exists() and any(output.iterdir()):
         raise typer.BadParameter(f"{output} is not empty", param_hint="OUTPUT")
     pairs = _reductions(["2x1", "1x4", "2x4"] if reduction is None else reduction)
@@ -180,7 +180,7 @@ def main(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     save_checkpoint(model, tokenizer, output, torch.bfloat16 if bf16 else torch.float32)
-    typer.echo(f"wrote {output}: connectors are untrained, see scripts/train_composer")
+    typer.echo(f"wrote {output}: projectors are untrained, see scripts/train_composer")
 
 
 if __name__ == "__main__":

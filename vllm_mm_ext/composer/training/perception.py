@@ -1,7 +1,7 @@
 """An additional loss on embeddings of generated clips: they tell what is seen and heard when.
 
 Answers say little about a clip each, and a text model that starts from nothing learns to ask its
-media only once they tell things apart. Linear heads read the connectors' outputs and are thrown
+media only once they tell things apart. Linear heads read the projectors' outputs and are thrown
 away after training; the weight of this loss falls to zero on the way.
 """
 

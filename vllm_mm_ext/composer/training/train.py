@@ -50,7 +50,7 @@ class Parts(StrEnum):
     """What is trained."""
 
     all = "all"
-    connectors = "connectors"
+    projectors = "projectors"
 
 
 @app.command()
@@ -141,7 +141,7 @@ def train(
         seed=seed,
         lr=lr,
         perception_steps=perception_steps,
-        connectors_only=parts is Parts.connectors,
+        projectors_only=parts is Parts.projectors,
         freeze_towers=freeze_towers,
         autocast=_fast_bf16(place) if bf16 is None else bf16,
     )

@@ -46,7 +46,7 @@ class Recipe:
         clip: Largest norm of the gradient.
         perception_steps: Steps over which the weight of `perception`'s loss falls to zero; it
             concerns generated clips only.
-        connectors_only: Towers and text model stay as they are.
+        projectors_only: Towers and text model stay as they are.
         freeze_towers: The encoders stay as they are from here on.
         autocast: Compute in bfloat16 where that is safe; weights stay float32.
     """
@@ -59,7 +59,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     perception_steps: int = 0
-    connectors_only: bool = False
+    projectors_only: bool = False
     freeze_towers: bool = False
     autocast: bool = False
 
@@ -95,7 +95,7 @@ class Trainer:
         self.step = 0
         self.device = next(model.parameters()).device
         for name, parameter in model.named_parameters():
-            trained = name.split(".")[0].endswith("_connector") or not recipe.connectors_only
+            trained = name.split(".")[0].endswith("_projector") or not recipe.projectors_only
             # Whisper's positions are sinusoids and stay.
             parameter.requires_grad_(trained and not name.endswith("embed_positions.weight"))
         torch.manual_seed(recipe.seed)
@@ -176,7 +176,7 @@ class Trainer:
             ValueError: It was saved with another seed or other trained parts.
         """
         state = torch.load(directory / _STATE, map_location=self.device, weights_only=True)
-        for key in ("seed", "connectors_only"):
+        for key in ("seed", "projectors_only"):
             before, now = state["recipe"][key], getattr(self.recipe, key)
             if before != now:
                 raise ValueError(f"the saved training has {key} {before}, this one has {now}")

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.types import SizeRule, VideoStream
+from vllm_mm_ext.video.token_counts import omni_audio_tokens
 
 
 class FamilyName(StrEnum):
@@ -80,10 +81,7 @@ def _merged_patches(factor: int) -> Callable[[int, int, int], int]:
 
 
 def _omni_audio(seconds: float) -> int:
-    # 100 mel frames a second, halved by a convolution and again by a pool; transformers,
-    # Qwen2_5OmniAudioEncoder._get_feat_extract_output_lengths.
-    mel_frames = math.ceil(seconds * 100)
-    return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
+    return omni_audio_tokens(math.ceil(seconds * 100))
 
 
 # Sizes: defaults of the Qwen2VLVideoProcessor and LlavaOnevisionVideoProcessor classes in
