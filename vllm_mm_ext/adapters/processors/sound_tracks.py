@@ -121,11 +121,14 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         """What decides the tokens of a video; a track at another rate is an error.
 
         Raises:
-            ValueError: The track is not at the model's sampling rate.
+            MediaError: The track is not at the model's sampling rate.
         """
         rate = self.info.get_feature_extractor().sampling_rate
         if frames.audio is not None and frames.audio.rate != rate and self.hears_video:
-            raise ValueError(f"a sound track at {frames.audio.rate} Hz; the model takes {rate} Hz")
+            raise MediaError(
+                f"a sound track at {frames.audio.rate} Hz; the model takes {rate} Hz",
+                parameter="video_url",
+            )
         return super().shape_of(frames, metadata)
 
     def sound(self, shape: VideoShape, grids: GridTimes, per_grid: int) -> Sound | None:
@@ -336,9 +339,15 @@ class SoundTrackProcessor(PatchSegmentProcessor):
             )
             placeholders.setdefault("audio", []).append(track)
             if heard[owner] != len(audio_updates[num_own + k][0].content.full):
-                raise ValueError("a video and its sound track do not belong together; send it anew")
+                raise MediaError(
+                    "a video and its sound track do not belong together; send it anew",
+                    parameter="video_url",
+                )
         for index, video in enumerate(placeholders.get("video", ())):
             if index not in heard and audio_token in video.tokens:
-                raise ValueError("the sound of a video named by uuid is not known; send it anew")
+                raise MediaError(
+                    "the sound of a video named by uuid is not known; send it anew",
+                    parameter="video_url",
+                )
         processor._validate_mm_placeholders(placeholders, counts)
         return prompt, placeholders

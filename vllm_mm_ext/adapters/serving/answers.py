@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from vllm_mm_ext.adapters.media.media_connector import client_errors
+from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.serving.requests import open_request, refuse_options
 from vllm_mm_ext.request import report
 from vllm_mm_ext.request.blocks import KEY, with_block
