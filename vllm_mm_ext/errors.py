@@ -77,7 +77,7 @@ class UnreadableMediaError(MediaError):
 
 
 class UnsupportedFormatError(UnreadableMediaError):
-    """The file has a format that the server does not take (a picture, a playlist, subtitles)."""
+    """The file has a format that the server does not take (a picture, subtitles)."""
 
     code = "unsupported_format"
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
@@ -156,7 +156,9 @@ def raising_package(error: BaseException, packages: Sequence[str]) -> str | None
     """
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        # Frames of Cython modules have no globals; their file names begin with the package.
+        name = frame.f_globals.get("__name__") or frame.f_code.co_filename.replace("/", ".")
+        package = name.partition(".")[0]
         if package in packages:
             found = package
     return found

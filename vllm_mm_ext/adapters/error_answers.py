@@ -29,7 +29,7 @@ from vllm_mm_ext.errors import InternalMediaError, MediaError, raising_package
 logger = logging.getLogger("vllm.mm_ext")
 
 
-class FailedAnswer(GracefulHTTPError):  # type: ignore[misc]  # noqa: N818 - what vLLM answers
+class FailedMediaError(GracefulHTTPError):  # type: ignore[misc]
     """A ``MediaError`` whose status is neither 400 nor 422.
 
     Attributes:
@@ -41,8 +41,8 @@ class FailedAnswer(GracefulHTTPError):  # type: ignore[misc]  # noqa: N818 - wha
         self.parameter = error.parameter
 
 
-class RefusedAnswer(FailedAnswer, VLLMClientError):  # type: ignore[misc]
-    """A ``FailedAnswer`` that is the client's fault."""
+class RefusedMediaError(FailedMediaError, VLLMClientError):  # type: ignore[misc]
+    """A ``FailedMediaError`` that is the client's fault."""
 
 
 def answer_to(error: MediaError) -> VLLMError:
@@ -53,7 +53,7 @@ def answer_to(error: MediaError) -> VLLMError:
         return VLLMUnprocessableEntityError(
             error.message, parameter=error.parameter, value=error.value
         )
-    return RefusedAnswer(error) if error.status < 500 else FailedAnswer(error)
+    return RefusedMediaError(error) if error.status < 500 else FailedMediaError(error)
 
 
 @contextmanager
@@ -68,17 +68,21 @@ def client_errors() -> Iterator[None]:
         yield
     except VLLMError:
         raise
-    except MediaError as error:
-        raise answer_to(error) from error
     except Exception as error:
-        if raising_package(error, ("vllm", "vllm_mm_ext")) != "vllm_mm_ext":
+        first: BaseException = error
+        while first.__cause__ is not None and not isinstance(first, MediaError):
+            # vLLM raises an error of its own, which quotes the data, where a processor fails.
+            first = first.__cause__
+        if isinstance(first, MediaError):
+            raise answer_to(first) from error
+        if raising_package(first, ("vllm", "vllm_mm_ext")) != "vllm_mm_ext":
             raise
         logger.exception("A request about media failed by a fault of the plugin")
         raise answer_to(InternalMediaError()) from error
 
 
 def attach_to(app: Any) -> None:
-    """Put the parameter into FastAPI's answers to ``FailedAnswer``.
+    """Put the parameter into FastAPI's answers to ``FailedMediaError``.
 
     vLLM leaves the parameter out of its answer to a ``GracefulHTTPError``.
 
@@ -89,9 +93,9 @@ def attach_to(app: Any) -> None:
     from fastapi.responses import JSONResponse
     from vllm.entrypoints.serve import create_error_response
 
-    async def handle(_: Any, answer: FailedAnswer) -> Any:
+    async def handle(_: Any, answer: FailedMediaError) -> Any:
         body = create_error_response(answer)
         body.error.param = answer.parameter
         return JSONResponse(body.model_dump(), status_code=body.error.code)
 
-    app.add_exception_handler(FailedAnswer, handle)
+    app.add_exception_handler(FailedMediaError, handle)

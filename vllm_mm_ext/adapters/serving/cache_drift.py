@@ -7,9 +7,10 @@ client left), or both evict in a different order. vLLM notices and makes the API
 item, so that the same request succeeds when it comes again. What it answers to the request itself
 says nothing of that:
 
-- The engine misses the item: ``LruKeyReplicatedReceiverCache`` raises ``MultiModalCacheMissError``,
-  the engine's output has ``mm_cache_miss_hashes`` and the finish reason "error", and the route makes
-  ``GenerationError("Internal server error")`` of the reason, a 500. Pooling routes alone answer 503.
+- The engine misses the item: ``LruKeyReplicatedReceiverCache`` raises
+  ``MultiModalCacheMissError``, the engine's output has ``mm_cache_miss_hashes`` and the finish
+  reason "error", and the route makes ``GenerationError("Internal server error")`` of the reason, a
+  500. Only the routes of pooling answer 503.
 - The API server forgets an item while another request with the same item is being preprocessed:
   the sender cache's ``get_and_update_item`` fails an assertion, a 500 that quotes the hash.
 
@@ -57,7 +58,7 @@ def _engine_misses(original: Callable[..., Any]) -> Callable[..., Any]:
         states = [self.request_states.get(request_id) for request_id in missed]
         processed = original(self, engine_core_outputs, *args, **kwargs)
         for state in states:
-            # No queue: an engine without an event loop. No detokenizer: pooling, which vLLM answers.
+            # No queue: an engine without an event loop. No detokenizer: pooling, see above.
             if state is not None and state.queue is not None and state.detokenizer is not None:
                 state.queue.put(LostInputsError())
         return processed

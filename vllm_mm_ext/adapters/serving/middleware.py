@@ -24,8 +24,8 @@ class TraceMiddleware:
     vLLM renders the prompt before it starts the response, streamed or not, so everything the
     front-end did is known when the headers go out. Requests without media get no such headers.
 
-    Every 503 gets a ``Retry-After``, vLLM's own as well: here, as in vLLM, a 503 means that the same
-    request may succeed a little later. Only the middleware reaches the answers of all routes.
+    Every 503 gets a ``Retry-After``, vLLM's own as well: a 503 always means that the same request
+    may succeed a little later. Only the middleware reaches the answers of all routes.
     """
 
     def __init__(self, app: ASGIApp) -> None:
