@@ -95,7 +95,7 @@ def test_errors_cross_processes(error: type[MediaError]) -> None:
     assert (got.message, got.parameter, got.value) == ("what is wrong", "video_url", 7)
 
 
-# --- vLLM's routes, with its handlers and the plugin's middleware -----------------------------------
+# --- vLLM's routes, with its handlers and the plugin's middleware ---------------------------------
 
 
 class Failing:
@@ -218,7 +218,7 @@ def test_vllms_own_busy_answer_says_when_to_come_again(
     assert response.headers["retry-after"] == "1"
 
 
-# --- whose fault it is ------------------------------------------------------------------------------
+# --- whose fault it is ----------------------------------------------------------------------------
 
 
 def fault_of_the_plugin() -> None:
@@ -327,7 +327,7 @@ def test_a_decoder_crash_is_the_files_fault() -> None:
     assert DecodeCrashError("twice").status == 422
 
 
-# --- inputs that get lost between vLLM's processor caches -------------------------------------------
+# --- inputs that get lost between vLLM's processor caches -----------------------------------------
 
 
 def output_of_a_request(**output: Any) -> RequestOutputCollector:

@@ -1,4 +1,4 @@
-"""The reference page of what requests may ask, and what answers and errors say (``docs/options.md``).
+"""The reference page of what requests may ask, and answers and errors say (``docs/options.md``).
 
 ``python -m vllm_mm_ext.config.options_page`` prints it.
 """
@@ -90,16 +90,16 @@ later ends the stream with an event that holds the same `error`.
 
 | status | cause | send it again? |
 | --- | --- | --- |
-| 400 | A URL, a data URL or an option is malformed or not allowed here, or the prompt does not fit \
-the model's context. | no |
+| 400 | A URL, a data URL or an option is malformed or not allowed here, or the prompt does not \
+fit the model's context. | no |
 | 413 | The media has more bytes, pixels, frames or seconds than a limit. | no; less of it |
 | 415 | The format is none that is taken: pictures, subtitles. | no |
-| 422 | The URL names no file, or its origin answers 4xx; the file is no media, damaged, without the \
-stream asked for, takes too long to decode, or makes the decoder crash. | no |
+| 422 | The URL names no file, or its origin answers 4xx; the file is no media, damaged, without \
+the stream asked for, takes too long to decode, or makes the decoder crash. | no |
 | 500 | The server's own fault; its log has the cause. | no |
 | 502 | The origin of the media fails, or changes the media while it is read. | later |
-| 503 | The server has no room at present, or has lost the preprocessed media of the request. | after \
-`Retry-After` seconds |
+| 503 | The server has no room at present, or has lost the preprocessed media of the request. | \
+after `Retry-After` seconds |
 | 504 | The origin of the media takes too long. | later |
 
 What vLLM itself refuses, such as too many items or a prompt that is too long, is its own 400.
