@@ -69,16 +69,23 @@ def client_errors() -> Iterator[None]:
     except VLLMError:
         raise
     except Exception as error:
-        first: BaseException = error
-        while first.__cause__ is not None and not isinstance(first, MediaError):
-            # vLLM raises an error of its own, which quotes the data, where a processor fails.
-            first = first.__cause__
-        if isinstance(first, MediaError):
-            raise answer_to(first) from error
-        if raising_package(first, ("vllm", "vllm_mm_ext")) != "vllm_mm_ext":
+        # No local variable may hold an error, which leads to this frame by its traceback.
+        if isinstance(_cause(error), MediaError):
+            raise answer_to(_cause(error)) from error
+        if raising_package(_cause(error), ("vllm", "vllm_mm_ext")) != "vllm_mm_ext":
             raise
         logger.exception("A request about media failed by a fault of the plugin")
         raise answer_to(InternalMediaError()) from error
+
+
+def _cause(error: BaseException) -> Any:
+    """The error that led to this one, or itself; a ``MediaError`` speaks for what led to it.
+
+    Where a processor fails, vLLM raises an error of its own that quotes the data.
+    """
+    while error.__cause__ is not None and not isinstance(error, MediaError):
+        error = error.__cause__
+    return error
 
 
 def attach_to(app: Any) -> None:

@@ -303,17 +303,17 @@ def around_preprocessing(
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         async def process_for_engine_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-            token = before()
             with client_errors():
+                token = before()
                 engine_input = await original(self, *args, **kwargs)
-            spans = {
-                modality: [
-                    Span(p.offset, p.offset + p.length, int(p.get_num_embeds())) for p in ranges
-                ]
-                for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
-            }
-            after(token, spans, engine_input.get("prompt_token_ids") or ())
-            return engine_input
+                spans = {
+                    modality: [
+                        Span(p.offset, p.offset + p.length, int(p.get_num_embeds())) for p in ranges
+                    ]
+                    for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
+                }
+                after(token, spans, engine_input.get("prompt_token_ids") or ())
+                return engine_input
 
         return process_for_engine_async
 

@@ -28,8 +28,9 @@ def begin_without_options(raw: Any, route: str) -> None:
 
 def answered(response: Any) -> None:
     """Add the block to a response object of vLLM's."""
-    if trace := _reported():
-        setattr(response, KEY, report.block(trace))
+    with client_errors():
+        if trace := _reported():
+            setattr(response, KEY, report.block(trace))
 
 
 def streamed(chunks: AsyncGenerator[str, None], choices: int) -> AsyncGenerator[str, None]:
