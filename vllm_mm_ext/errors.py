@@ -1,29 +1,32 @@
-"""Errors a client can cause. No torch, no vLLM: decode workers raise these too.
+"""Errors that end a request about media, and the HTTP status that each is answered with.
 
-Each error says what was wrong and, where there is one, the limit that applies.
-``vllm_mm_ext.adapters.media.media_connector`` turns them into vLLM's own 400 response.
+This module imports neither torch nor vLLM: decode workers raise these errors too.
+``vllm_mm_ext.adapters.error_answers`` turns them into vLLM's exceptions, which vLLM answers on
+every route. ``docs/options.md`` lists the statuses for clients.
 """
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
 
 
 class MediaError(ValueError):
-    """The client's media cannot be served as asked.
+    """A reference to media, or what was asked about it, is malformed.
+
+    Subclasses are the errors with other causes.
 
     Args:
-        message: What is wrong, in words a client can act on, naming the limit.
+        message: What is wrong, in words that a client can act on, naming the limit if one applies.
         parameter: The request field at fault (``video_url``, ``input_audio``...).
-        value: The offending value, if short and safe to echo.
+        value: The offending value, if it is short and safe to echo.
     """
 
     code = "media_error"
     #: The HTTP status of the answer to a request that fails with this error.
     status: ClassVar[HTTPStatus] = HTTPStatus.BAD_REQUEST
-    #: Seconds after which the same request may succeed (the Retry-After header); None: no header.
-    retry_after_s: ClassVar[int | None] = None
 
     def __init__(self, message: str, *, parameter: str = "media", value: Any = None) -> None:
         super().__init__(message)
@@ -40,55 +43,72 @@ def _rebuild(cls: type[MediaError], message: str, parameter: str, value: Any) ->
 
 
 class ForbiddenMediaError(MediaError):
-    """The URL, domain or local path is not allowed by the server's settings."""
+    """The server's settings do not allow the URL's scheme, domain or local path."""
 
     code = "forbidden"
 
 
 class UnreachableMediaError(MediaError):
-    """The URL could not be fetched (DNS, refused, timeout, HTTP error)."""
+    """The URL names nothing that can be fetched: there is no such file, or the origin refuses."""
 
     code = "unreachable"
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 class MediaTooLargeError(MediaError):
-    """Encoded bytes, pixels, frames or memory are past a limit."""
+    """The media's bytes, pixels, frames or memory are past a limit."""
 
     code = "too_large"
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 class MediaTooLongError(MediaError):
-    """The duration is past a limit."""
+    """The media's duration is past a limit."""
 
     code = "too_long"
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 class UnreadableMediaError(MediaError):
-    """Not media, truncated, or corrupt beyond use."""
+    """The file is not media, is cut short before its first frame, or is damaged beyond use."""
 
     code = "unreadable"
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class UnsupportedFormatError(UnreadableMediaError):
+    """The file has a format that the server does not take (a picture, subtitles)."""
+
+    code = "unsupported_format"
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
 
 
 class NoSuchStreamError(MediaError):
-    """The file has no video (or no audio) stream."""
+    """The file has no video stream where a video was asked for, or no audio stream for audio."""
 
     code = "no_stream"
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 class DecodeTimeoutError(MediaError):
-    """Decoding ran past its time limit and was stopped."""
+    """The file took longer to decode than the server allows, so the decoder was stopped."""
 
     code = "decode_timeout"
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 class DecodeCrashError(MediaError):
-    """The decoder process died on this input; the process was replaced."""
+    """The file made the decoder process die. The server goes on with a fresh process."""
 
     code = "decode_crash"
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 class OverBudgetError(MediaError):
-    """Even at its lowest quality the media takes more tokens than there are."""
+    """The media takes more tokens, even at the lowest quality, than the prompt has room for.
+
+    The status is that of vLLM's own answer to a prompt that is too long.
+    """
 
     code = "over_budget"
 
@@ -104,4 +124,41 @@ class BusyError(MediaError):
 
     code = "busy"
     status = HTTPStatus.SERVICE_UNAVAILABLE
-    retry_after_s = 1
+    #: Seconds after which the same request may succeed, for the Retry-After header.
+    retry_after_s: ClassVar[int] = 1
+
+
+class InternalMediaError(MediaError):
+    """This plugin's own code failed. The message never holds the cause; the server's log does."""
+
+    code = "internal"
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+
+    def __init__(
+        self,
+        message: str = "The server failed to handle the media. The cause is in the server's log.",
+        *,
+        parameter: str = "media",
+        value: Any = None,
+    ) -> None:
+        super().__init__(message, parameter=parameter, value=value)
+
+
+def raising_package(error: BaseException, packages: Sequence[str]) -> str | None:
+    """Whose code raised an error: of some packages, the one with the innermost call.
+
+    Args:
+        error: A caught error, with its traceback.
+        packages: Names of top-level packages. Calls into other packages count for the caller.
+
+    Returns:
+        The package's name, or None if no code of these packages is on the error's way.
+    """
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # Frames of Cython modules have no globals; their file names begin with the package.
+        name = frame.f_globals.get("__name__") or frame.f_code.co_filename.replace("/", ".")
+        package = name.partition(".")[0]
+        if package in packages:
+            found = package
+    return found

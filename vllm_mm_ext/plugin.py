@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
-from vllm_mm_ext.adapters.names.base_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
+from vllm_mm_ext.adapters.names.base_names import ERROR_NAMES, FAMILY_NAMES, STOCK_CHOICE_NAMES
 from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
 from vllm_mm_ext.adapters.scheduler.routing import ROUTING_FEATURE
@@ -139,6 +139,7 @@ FEATURES: tuple[Feature, ...] = (
             ),
             VllmName("vllm.multimodal.media.audio:AudioMediaIO.get_max_bytes"),
             *STOCK_CHOICE_NAMES,
+            *ERROR_NAMES,
         ),
         _install_connector,
     ),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.media import MediaConnector
 
@@ -335,7 +335,7 @@ async def test_encoded_bytes_are_let_go_when_a_video_fails_or_its_client_leaves(
         headers = {"Cache-Control": "no-store"}
         url = origin.serve("/junk", Resource(b"no video at all" * 1000, headers=headers))
         planned = Planned(clips["h264"].parent, url)
-        with pytest.raises(VLLMValidationError):
+        with pytest.raises(VLLMUnprocessableEntityError):
             await planned.connector.fetch_video_async(url)
         assert not await planned.bytes_are_held()
 

@@ -23,7 +23,7 @@ from front import Front, opened
 from omni_reference import make_processor, new_cache, pixels, render, sound, video
 from starlette.requests import Request
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMError
 
 from vllm_mm_ext.adapters.models.composer import MMExtComposerForConditionalGeneration as Composer
 from vllm_mm_ext.adapters.models.internvl import InternVLForConditionalGeneration as InternVL
@@ -162,7 +162,7 @@ async def stays() -> Any:
 
 async def refused(front: Front, messages: list[Any]) -> None:
     """A request that cannot be answered; as in a server, the error goes no further."""
-    with pytest.raises((VLLMValidationError, ValueError)):
+    with pytest.raises((VLLMError, ValueError)):
         await route(front, Request({"type": "http"}, stays), messages)
 
 

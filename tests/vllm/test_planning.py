@@ -14,7 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 
 from vllm_mm_ext.adapters.media.media_connector import server_job
 from vllm_mm_ext.adapters.runtime import current_runtime
@@ -142,7 +142,7 @@ def test_a_bound_of_the_server_is_named(front: Front) -> None:
     [("page.mp4", "media"), ("tone.wav", "video"), ("missing.mp4", "does not exist")],
 )
 def test_bad_media_is_refused_as_without_planning(front: Front, name: str, words: str) -> None:
-    with pytest.raises(VLLMValidationError, match=words):
+    with pytest.raises(VLLMUnprocessableEntityError, match=words):
         front.render(name)
 
 
@@ -244,7 +244,7 @@ def test_what_is_refused_fetches_nothing_more(front: Front, together: bool) -> N
         async def run() -> None:
             frontend = current_runtime().loop.loop
             before = asyncio.all_tasks(frontend)
-            with pytest.raises(VLLMValidationError, match="404"):
+            with pytest.raises(VLLMUnprocessableEntityError, match="404"):
                 await front.renderer.render_chat_async(lists, params)
             assert asyncio.all_tasks() == {asyncio.current_task()}
             async with asyncio.timeout(5):

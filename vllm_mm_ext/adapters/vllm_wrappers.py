@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
+from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.vllm_compat import wrap
 from vllm_mm_ext.base.tasks import all_or_none
 
@@ -166,16 +167,17 @@ def around_chat_rendering(
     """Call a planner for each conversation, before any of its media is fetched.
 
     Requests arrive before they are planned, so that vLLM's latency metrics hold planning as well.
+    The plugin's errors become vLLM's (``error_answers``).
 
     Args:
         plan: Called with ``(renderer, messages, chat_params, tok_params)``; ``tok_params`` may be
             None. Its context is that in which the conversation is then rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
     """
-    from vllm.exceptions import VLLMClientError
+    from vllm.exceptions import VLLMError
     from vllm.renderers.base import BaseRenderer
 
-    ends = (VLLMClientError, ValueError, OSError, aiohttp.ClientError, asyncio.CancelledError)
+    ends = (VLLMError, ValueError, OSError, aiohttp.ClientError, asyncio.CancelledError)
 
     def make_async(original: Callable[..., Any]) -> Callable[..., Any]:
         async def render_chat_async(
@@ -185,8 +187,11 @@ def around_chat_rendering(
 
             async def one(messages: Any) -> Any:
                 try:
-                    await plan(self, messages, chat_params, tok_params)
-                    rendered = await original(self, [messages], chat_params, tok_params, **kwargs)
+                    with client_errors():
+                        await plan(self, messages, chat_params, tok_params)
+                        rendered = await original(
+                            self, [messages], chat_params, tok_params, **kwargs
+                        )
                 except ends as error:
                     _drop_tracebacks(error)
                     raise
@@ -205,8 +210,9 @@ def around_chat_rendering(
             arrived = time.time()
 
             def one(messages: Any) -> Any:
-                plan_blocking(self, messages, chat_params, tok_params)
-                rendered = original(self, [messages], chat_params, tok_params, **kwargs)
+                with client_errors():
+                    plan_blocking(self, messages, chat_params, tok_params)
+                    rendered = original(self, [messages], chat_params, tok_params, **kwargs)
                 return _arrived_at(arrived, rendered)
 
             return _joined(
@@ -288,7 +294,7 @@ def around_preprocessing(
     before: Callable[[], Any],
     after: Callable[[Any, Mapping[str, list[Span]], Sequence[int]], None],
 ) -> None:
-    """Observe the step that turns media into model inputs.
+    """Observe the step that turns media into model inputs; its errors become vLLM's.
 
     ``before()`` runs first and its result comes back to ``after(token, spans, prompt)``, with the
     mm items of each modality in their order and the prompt's token ids.
@@ -297,16 +303,17 @@ def around_preprocessing(
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         async def process_for_engine_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-            token = before()
-            engine_input = await original(self, *args, **kwargs)
-            spans = {
-                modality: [
-                    Span(p.offset, p.offset + p.length, int(p.get_num_embeds())) for p in ranges
-                ]
-                for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
-            }
-            after(token, spans, engine_input.get("prompt_token_ids") or ())
-            return engine_input
+            with client_errors():
+                token = before()
+                engine_input = await original(self, *args, **kwargs)
+                spans = {
+                    modality: [
+                        Span(p.offset, p.offset + p.length, int(p.get_num_embeds())) for p in ranges
+                    ]
+                    for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
+                }
+                after(token, spans, engine_input.get("prompt_token_ids") or ())
+                return engine_input
 
         return process_for_engine_async
 

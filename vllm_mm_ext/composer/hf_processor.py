@@ -19,6 +19,7 @@ from vllm_mm_ext.composer.configuration import (
 )
 from vllm_mm_ext.composer.features import mel_windows, pixel_values
 from vllm_mm_ext.composer.layout import audio_layout, video_layout
+from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.video.resize import resized
 
 # Parts of a hub reference, which configuration and tokenizer are loaded from as well.
@@ -164,7 +165,7 @@ class ComposerProcessor(ProcessorMixin):  # type: ignore[misc]
             samples = heard[token].pop(0)
             windows += [] if samples is None else [samples]
         if any(layouts.values()):
-            raise ValueError("the prompt has fewer placeholders than there are videos and sounds")
+            raise MediaError("the prompt has fewer placeholders than there are videos and sounds")
         made: dict[str, Any] = {"input_ids": torch.tensor([ids])}
         if videos:
             made["pixel_values"] = torch.cat([pixel_values(self.frames(v)) for v in videos])

@@ -1,4 +1,4 @@
-"""The reference page of what requests may ask and answers report (``docs/options.md``).
+"""The reference page of what requests may ask, and answers and errors say (``docs/options.md``).
 
 ``python -m vllm_mm_ext.config.options_page`` prints it.
 """
@@ -80,9 +80,36 @@ its longest item. |
 """
 
 
+_ERRORS = """
+## When a request fails
+
+The status says whose fault it is. The body is vLLM's for the route: on OpenAI's routes `error` with
+`message` (cause, and limit if there is one), `type`, `param` (the field at fault) and `code` (the
+status once more). What fails before the answer begins has its status on streams too; what fails
+later ends the stream with an event that holds the same `error`.
+
+| status | cause | send it again? |
+| --- | --- | --- |
+| 400 | A URL, a data URL or an option is malformed or not allowed here, or the prompt does not \
+fit the model's context. | no |
+| 413 | The media has more bytes, pixels, frames or seconds than a limit. | no; less of it |
+| 415 | The format is none that is taken: pictures, subtitles. | no |
+| 422 | The URL names no file, or its origin answers 4xx; the file is no media, damaged, without \
+the stream asked for, takes too long to decode, or makes the decoder crash. | no |
+| 500 | The server's own fault; its log has the cause. | no |
+| 502 | The origin of the media fails, or changes the media while it is read. | later |
+| 503 | The server has no room at present, or has lost the preprocessed media of the request. | \
+after `Retry-After` seconds |
+| 504 | The origin of the media takes too long. | later |
+
+What vLLM itself refuses, such as too many items or a prompt that is too long, is its own 400.
+`Retry-After` needs the plugin named in `VLLM_PLUGINS`, as the other headers do.
+"""
+
+
 def to_markdown() -> str:
     """The whole page."""
-    return "\n".join([_ASK, *reference_tables(RequestOptions, "mm_ext"), _ANSWER])
+    return "\n".join([_ASK, *reference_tables(RequestOptions, "mm_ext"), _ANSWER, _ERRORS])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,9 +16,9 @@ from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
 from vllm_mm_ext.config.root import SamplingConfig
-from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaRef
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
@@ -132,7 +132,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             of source and plan, so vLLM's hasher never reads the frames.
 
         Raises:
-            VLLMValidationError: The media cannot be served (a 400 naming the cause).
+            VLLMError: The media cannot be served; ``error_answers`` says by which class.
         """
         runtime = current_runtime()
         job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
@@ -158,7 +158,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             ``(waveform float32 [samples], rate in Hz)``.
 
         Raises:
-            VLLMValidationError: The media cannot be served (a 400 naming the cause).
+            VLLMError: The media cannot be served; ``error_answers`` says by which class.
         """
         runtime = current_runtime()
         if not self._handles_audio(runtime):
@@ -358,16 +358,3 @@ def metadata_of(info: MediaInfo, selection: FrameSelection, digest: str) -> dict
 def _frames_and_rate(info: MediaInfo) -> tuple[int, float]:
     assert info.video is not None
     return info.video.num_frames, info.video.fps
-
-
-@contextmanager
-def client_errors() -> Iterator[None]:
-    """Turn media errors into vLLM's own 400, same message."""
-    try:
-        yield
-    except MediaError as error:
-        raise VLLMValidationError(
-            error.message, parameter=error.parameter, value=error.value
-        ) from error
-    except TimeoutError as error:
-        raise VLLMValidationError("fetching the media timed out", parameter="media") from error

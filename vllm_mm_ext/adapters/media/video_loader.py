@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 from vllm.multimodal.video import VideoLoader
 
-from vllm_mm_ext.adapters.media.media_connector import (
-    client_errors,
-    metadata_of,
-    sampling_with,
-    spec_for,
-)
+from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.media.media_connector import metadata_of, sampling_with, spec_for
 from vllm_mm_ext.adapters.runtime import current_runtime
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
@@ -40,7 +36,7 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
             Frames uint8 ``[n, height, width, 3]`` and vLLM's video metadata.
 
         Raises:
-            VLLMValidationError: The bytes cannot be served as video.
+            VLLMError: The bytes cannot be served as video.
         """
         runtime = current_runtime()
         sampling = sampling_with(runtime.config.media.sampling, kwargs)

@@ -51,6 +51,7 @@ from vllm_mm_ext.adapters.processors.fields import (
 from vllm_mm_ext.composer.configuration import ARCHITECTURE, ComposerConfig
 from vllm_mm_ext.composer.projector import AudioProjector, VideoProjector
 from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.video.reduce import reduce_tokens
 
 Windows = list[tuple[torch.Tensor, int, float]]
@@ -88,7 +89,7 @@ class MMExtComposerForConditionalGeneration(
             return "<|video_pad|>"
         if modality.startswith("audio"):
             return "<|audio_pad|>"
-        raise ValueError(f"a composer takes video and audio, not {modality}")
+        raise MediaError(f"a composer takes video and audio, not {modality}")
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()

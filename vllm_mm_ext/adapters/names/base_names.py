@@ -11,6 +11,16 @@ _MODELS = "vllm.model_executor.models"
 _QWEN3_VL = f"{_MODELS}.qwen3_vl"
 _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
 
+# What ``error_answers`` raises in the place of the plugin's own errors.
+_FAILURE = ("message", "parameter", "value")
+ERROR_NAMES = (
+    VllmName("vllm.exceptions:VLLMValidationError", _FAILURE),
+    VllmName("vllm.exceptions:VLLMUnprocessableEntityError", _FAILURE),
+    VllmName("vllm.exceptions:GracefulHTTPError", ("message", "http_status")),
+    VllmName("vllm.exceptions:VLLMClientError"),
+    VllmName("vllm.entrypoints.serve:create_error_response", ("message",)),
+)
+
 # Methods that ``processing`` and ``models`` override in vLLM's classes, with their parameters.
 _OVERRIDDEN = {
     "_postprocess_hf_mm_data": ("processed_data",),

@@ -268,17 +268,17 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         """Videos into segments, sounds into windows.
 
         Raises:
-            ValueError: Embeddings were sent, or something else than frames of bytes.
+            MediaError: Embeddings were sent, or something else than frames of bytes.
         """
         items = inputs.mm_data_items
         kinds = {"video": VideoProcessorItems, "audio": AudioProcessorItems}
         for modality, own in items.items():
             if not isinstance(own, kinds[modality]):
-                raise ValueError(f"{modality}: a composer takes no embeddings")
+                raise MediaError(f"{modality}: a composer takes no embeddings")
         inputs = super().split(inputs)
         videos = inputs.mm_data_items.get("video")
         if videos and type(videos) is VideoProcessorItems:
-            raise ValueError(
+            raise MediaError(
                 "a composer takes videos as uint8 frames [n, height, width, 3], one placeholder "
                 f"{SPECIAL_TOKENS['video_pad_token_id']} for each"
             )
@@ -293,7 +293,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         for token in inputs.prompt:
             prompt += [token] * (next(counts, 1) if token == pad else 1)
         if next(counts, None) is not None:
-            raise ValueError(
+            raise MediaError(
                 f"{len(pieces)} sounds, but fewer placeholders "
                 f"{SPECIAL_TOKENS['audio_pad_token_id']} in the prompt"
             )
@@ -313,7 +313,9 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         if samples is None:
             known = self._named_sounds.get(name or "")
             if known is None:
-                raise ValueError(f"the sound named {name!r} is not known; send it anew")
+                raise MediaError(
+                    f"the sound named {name!r} is not known; send it anew", parameter="input_audio"
+                )
             return [None] * len(known), list(known)
         count = len(self.config.audio_tokens(len(samples)))
         if not count:

@@ -22,6 +22,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.processors import fields
 from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
 from vllm_mm_ext.video.resize import resized
 from vllm_mm_ext.video.segments import (
@@ -308,11 +309,14 @@ class SegmentProcessor:
         """What decides the tokens of a video.
 
         Raises:
-            ValueError: The video's sound is not at the model's sampling rate.
+            MediaError: The video's sound is not at the model's sampling rate.
         """
         rate, track = self.sound_rate, frames.audio
         if track is not None and track.rate != rate and self.hears_video:
-            raise ValueError(f"a sound track at {track.rate} Hz; the model takes {rate} Hz")
+            raise MediaError(
+                f"a sound track at {track.rate} Hz; the model takes {rate} Hz",
+                parameter="video_url",
+            )
         return VideoShape(
             frames=len(frames),
             height=frames.shape[1],

@@ -325,9 +325,15 @@ class SoundTrackProcessor(PatchSegmentProcessor):
             )
             placeholders.setdefault("audio", []).append(track)
             if heard[owner] != len(audio_updates[num_own + k][0].content.full):
-                raise ValueError("a video and its sound track do not belong together; send it anew")
+                raise MediaError(
+                    "a video and its sound track do not belong together; send it anew",
+                    parameter="video_url",
+                )
         for index, video in enumerate(placeholders.get("video", ())):
             if index not in heard and audio_token in video.tokens:
-                raise ValueError("the sound of a video named by uuid is not known; send it anew")
+                raise MediaError(
+                    "the sound of a video named by uuid is not known; send it anew",
+                    parameter="video_url",
+                )
         processor._validate_mm_placeholders(placeholders, counts)
         return prompt, placeholders

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from vllm_mm_ext.adapters.media.media_connector import client_errors
+from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.serving.requests import open_request, refuse_options
 from vllm_mm_ext.request import report
 from vllm_mm_ext.request.blocks import KEY, with_block
@@ -28,8 +28,9 @@ def begin_without_options(raw: Any, route: str) -> None:
 
 def answered(response: Any) -> None:
     """Add the block to a response object of vLLM's."""
-    if trace := _reported():
-        setattr(response, KEY, report.block(trace))
+    with client_errors():
+        if trace := _reported():
+            setattr(response, KEY, report.block(trace))
 
 
 def streamed(chunks: AsyncGenerator[str, None], choices: int) -> AsyncGenerator[str, None]:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
+from vllm_mm_ext.adapters import error_answers
 from vllm_mm_ext.adapters.quality.engine_figures import published
 from vllm_mm_ext.adapters.runtime import current_runtime
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
@@ -30,9 +31,9 @@ class MMExtEndpointPlugin:
         return {**current_runtime().stats(), "engines": engines}
 
     def attach_router(self, app: Any) -> None:
-        """Add the middleware and ``GET /mm_ext/stats`` to vLLM's FastAPI application."""
+        """Add the middleware, error answers and ``GET /mm_ext/stats`` to vLLM's application."""
         app.add_middleware(TraceMiddleware)
-
+        error_answers.attach_to(app)
         app.add_api_route("/mm_ext/stats", self.stats, methods=["GET"])
 
     async def init_state(

@@ -1,10 +1,14 @@
-"""Response headers that say what the front-end did: ``Server-Timing`` and ``X-MM-Ext``."""
+"""Response headers: ``Server-Timing`` and ``X-MM-Ext`` say what the front-end did, and
+``Retry-After`` when a request that found no room may come again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
 from typing import Any
 
+from vllm_mm_ext.errors import BusyError
 from vllm_mm_ext.request.trace import open_trace
 
 Scope = MutableMapping[str, Any]
@@ -18,7 +22,10 @@ class TraceMiddleware:
     """Pure ASGI middleware: opens a trace per request and reports it in the response headers.
 
     vLLM renders the prompt before it starts the response, streamed or not, so everything the
-    front-end did is known when the headers go out. Requests without media get no header.
+    front-end did is known when the headers go out. Requests without media get no such headers.
+
+    Every 503 gets a ``Retry-After``, vLLM's own as well: a 503 always means that the same request
+    may succeed a little later. Only the middleware reaches the answers of all routes.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -31,10 +38,15 @@ class TraceMiddleware:
         trace = open_trace()
 
         async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start" and (trace.videos or trace.audios):
+            if message["type"] == "http.response.start":
                 headers = list(message.get("headers", ()))
-                headers.append((b"server-timing", trace.server_timing().encode("latin-1")))
-                headers.append((b"x-mm-ext", trace.summary().encode("latin-1")))
+                if trace.videos or trace.audios:
+                    headers.append((b"server-timing", trace.server_timing().encode("latin-1")))
+                    headers.append((b"x-mm-ext", trace.summary().encode("latin-1")))
+                if message["status"] == HTTPStatus.SERVICE_UNAVAILABLE and not any(
+                    name.lower() == b"retry-after" for name, _ in headers
+                ):
+                    headers.append((b"retry-after", str(BusyError.retry_after_s).encode()))
                 message["headers"] = headers
             await send(message)
 

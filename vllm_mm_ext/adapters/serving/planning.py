@@ -17,12 +17,8 @@ from typing import Any
 from vllm import envs
 
 from vllm_mm_ext.adapters import vllm_compat
-from vllm_mm_ext.adapters.media.media_connector import (
-    MMExtMediaConnector,
-    VideoJob,
-    client_errors,
-    server_job,
-)
+from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, VideoJob, server_job
 from vllm_mm_ext.adapters.quality.engine_figures import controller_for
 from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
 from vllm_mm_ext.adapters.serving.requests import OptionError, current_request
@@ -59,8 +55,8 @@ async def plan(renderer: Any, messages: Sequence[Any], chat_params: Any, tok_par
         tok_params: vLLM's ``TokenizeParams``, or None for the model's own.
 
     Raises:
-        VLLMValidationError: A video cannot be served or does not fit, or an option is past the
-            server's bounds.
+        VLLMError: A video cannot be served or does not fit, or an option is past the server's
+            bounds.
     """
     with client_errors():
         jobs = _Conversation(renderer, messages, chat_params, tok_params)

@@ -45,6 +45,14 @@ def _install_cache_reports() -> None:
     vllm_wrappers.after_first_output(observer)
 
 
+def _install_cache_drift() -> None:
+    from vllm_mm_ext.adapters.serving import cache_drift
+
+    cache_drift.install()
+
+
+_OUTPUTS = "vllm.v1.engine.output_processor"
+
 SERVING_FEATURES: tuple[Feature, ...] = (
     Feature(
         "stage times",
@@ -115,5 +123,24 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             VllmName("vllm.v1.engine.async_llm:AsyncLLM.generate", ("prompt", "sampling_params")),
         ),
         _install_cache_reports,
+    ),
+    Feature(
+        "lost inputs",
+        "a request whose media the engine's processor cache lost is answered 500 instead of 503",
+        (
+            VllmName(f"{_OUTPUTS}:OutputProcessor.process_outputs", ("engine_core_outputs",)),
+            VllmName(f"{_OUTPUTS}:RequestOutputCollector.put", ("output",)),
+            VllmName("vllm.v1.engine:EngineCoreOutput", ("request_id", "mm_cache_miss_hashes")),
+            VllmName(
+                "vllm.multimodal.processing:BaseMultiModalProcessor._merge_mm_kwargs",
+                ("cache", "mm_hashes", "mm_is_cached"),
+            ),
+            VllmName(
+                "vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached_item", ("mm_hash",)
+            ),
+            VllmName("vllm.exceptions:GracefulHTTPError", ("message", "http_status")),
+            VllmName("vllm.exceptions:RetryableRequestError", ("message",)),
+        ),
+        _install_cache_drift,
     ),
 )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import av
 from av.container import InputContainer
 
-from vllm_mm_ext.errors import UnreadableMediaError
+from vllm_mm_ext.errors import UnreadableMediaError, UnsupportedFormatError
 
 # Self-contained formats only. Playlists and scripts (hls, dash, concat, image sequences, ...)
 # would let a client's file name other files or hosts for the server to read.
@@ -32,7 +32,8 @@ def open_container(path: str, *, max_pixels: int, guess: bool = False) -> Iterat
             headers do not tell the reordering delay or the audio parameters.
 
     Raises:
-        UnreadableMediaError: Not one of the accepted formats, or broken beyond opening.
+        UnsupportedFormatError: FFmpeg knows the format, and it is none of the accepted ones.
+        UnreadableMediaError: FFmpeg does not know the format, or the file is damaged.
     """
     options = {
         "format_whitelist": _FORMATS,
@@ -45,6 +46,11 @@ def open_container(path: str, *, max_pixels: int, guess: bool = False) -> Iterat
         options["codec_whitelist"] = "none"
     try:
         container = av.open(path, options=options, metadata_errors="replace")
+    except av.error.ArgumentError as error:
+        # What FFmpeg says of a format that is not on the whitelist.
+        raise UnsupportedFormatError(
+            "The media could not be opened: it is not in a supported audio or video format."
+        ) from error
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise UnreadableMediaError(
             f"The media could not be opened: {describe(error)}. "

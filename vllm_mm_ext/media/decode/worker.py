@@ -23,13 +23,22 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.errors import MediaError, UnreadableMediaError
+from vllm_mm_ext.errors import (
+    InternalMediaError,
+    MediaError,
+    UnreadableMediaError,
+    raising_package,
+)
 from vllm_mm_ext.media.decode import shared_array, wire
+from vllm_mm_ext.media.decode.container import describe
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.wire import Done, Reserve, ShippedArray
 from vllm_mm_ext.media.types import DecodeRequest
 
 __all__ = ["main", "run_job"]
+
+# The packages that decode.
+_DECODERS = ("av", "decord")
 
 # How often to look whether the parent still lives, should a fork of it keep the socket open.
 _PARENT_CHECK_MS = 2000
@@ -97,14 +106,16 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
         wire.send(sock, error)
     except Exception as error:
         traceback.print_exc()
-        wire.send(
-            sock,
-            UnreadableMediaError(
-                f"The media could not be decoded: {type(error).__name__}: {error}"
-            ),
-        )
+        wire.send(sock, _as_media_error(error))
     finally:
         memory.close()
+
+
+def _as_media_error(error: Exception) -> MediaError:
+    """A decoder that cannot cope with a file is the file's fault; an error of ours is not."""
+    if raising_package(error, ("vllm_mm_ext", *_DECODERS)) in _DECODERS:
+        return UnreadableMediaError(f"The media could not be decoded: {describe(error)}.")
+    return InternalMediaError()
 
 
 def _die_with_parent(sock: socket.socket, parent: int) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
-from vllm_mm_ext.errors import ForbiddenMediaError, MediaError
+from vllm_mm_ext.errors import BusyError, ForbiddenMediaError, MediaError
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.data_source import DataSource
 from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.http_source import HttpSource
-from vllm_mm_ext.media.fetch.source import BusyError, Fetched, MediaChangedError, Source
+from vllm_mm_ext.media.fetch.source import Fetched, MediaChangedError, Source
 from vllm_mm_ext.media.loop_thread import LoopThread
 
 __all__ = ["BusyError", "MediaChangedError", "MediaFetcher", "MediaRef"]

@@ -16,11 +16,16 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 from yarl import URL
 
-from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
+from vllm_mm_ext.errors import (
+    BusyError,
+    ForbiddenMediaError,
+    MediaError,
+    UnreachableMediaError,
+)
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
 from vllm_mm_ext.media.fetch.byte_gate import ByteGate, NoRoomError, Room
 from vllm_mm_ext.media.fetch.freshness import StoredResponse, freshness_fields, judge
-from vllm_mm_ext.media.fetch.source import BusyError, Fetched, tighter
+from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
 logger = logging.getLogger(__name__)
 

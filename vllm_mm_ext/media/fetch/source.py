@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Protocol, TypeVar
 
 from vllm_mm_ext.errors import MediaError
@@ -13,15 +14,13 @@ L = TypeVar("L", bound=Hashable)
 
 
 class MediaChangedError(MediaError):
-    """The content behind a URL is no longer what was resolved; resolving again sees the new one."""
+    """The content behind a URL is no longer what was resolved; resolving again sees the new one.
+
+    A request fails with this error only where the content changes again and again.
+    """
 
     code = "changed"
-
-
-class BusyError(MediaError):
-    """Too much other media is being downloaded at the moment; the same request may do later."""
-
-    code = "busy"
+    status = HTTPStatus.BAD_GATEWAY
 
 
 @dataclass(frozen=True)
