@@ -208,6 +208,20 @@ def test_a_new_session_takes_over_what_stands_for_the_video(setup: Setup) -> Non
     assert setup.plan(video("other"), session="second")[0].level == 0
 
 
+@pytest.mark.parametrize("asker", [None, "other"])
+@pytest.mark.parametrize("first", [None, "first"])
+def test_what_one_session_s_text_left_for_a_video_decides_for_no_other(
+    setup: Setup, first: str | None, asker: str | None
+) -> None:
+    context = ContextUse(length=8192, text=100, output=400)
+    crowded = replace(context, text=6500)
+    (full,) = Setup().plan(video(), context=context)
+    (left,) = setup.plan(video(), session=first, context=crowded)
+    assert (left.tokens or 0) < (full.tokens or 0)
+    assert setup.plan(video(), session=asker, context=context) == (full,)
+    assert setup.plan(video(), session=first, context=crowded) == (left,)
+
+
 def test_a_video_in_constant_use_comes_back_to_full_quality_for_new_sessions(setup: Setup) -> None:
     setup.busy(1.0)
     setup.plan(video(), session="old")
@@ -267,11 +281,11 @@ def test_a_video_shown_too_often_for_its_tokens_is_lowered_until_all_uses_fit(
 def test_a_standing_grant_below_the_floor_takes_nothing_from_the_context(setup: Setup) -> None:
     context = ContextUse(length=8000, text=100, output=400)
     options = RequestOptions(floor=Floor(frames=8))
-    setup.plan(video("a"), options=options, context=replace(context, length=2500))
+    setup.plan(video("a"), options=options, session="s", context=replace(context, length=2500))
     videos = [video("a"), video("b")]
     # Long sound, so that the floor is above what was granted.
     costs = RuleCosts([replace(videos[0], duration=4000.0), videos[1]], sound_rate=1)
-    decisions = setup.plan(*videos, options=options, context=context, costs=costs)
+    decisions = setup.plan(*videos, options=options, session="s", context=context, costs=costs)
     assert total(decisions) <= context.left
 
 

@@ -53,7 +53,8 @@ class Stickiness:
             if decision is not None and self._stands(decision, owner, now):
                 if now - decision.used > self._settings.ttl_s * _TOUCH_SHARE:
                     self._board.keep(key, replace(decision, used=now))
-                return decision
+                # What stands for the video itself was made beside other text.
+                return decision if owner is not None else replace(decision, tokens=0)
         return None
 
     def remember(
@@ -85,7 +86,8 @@ class Stickiness:
             standing = earlier is not None and self._stands(earlier, owner, now)
             if not standing or owner == session:
                 made = earlier.made if earlier is not None and standing else now
-                self._board.keep(key, Decision(level, lowered, tokens, made, now))
+                granted = 0 if owner is None else tokens
+                self._board.keep(key, Decision(level, lowered, granted, made, now))
             if standing:
                 return
 
