@@ -107,7 +107,10 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "configuration",
         "additional_config.mm_ext is not validated at start-up",
-        (VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),),
+        (
+            VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
+            VllmName("vllm.config:ParallelConfig", ("_api_process_count", "_api_process_rank")),
+        ),
         _install_config,
     ),
     Feature(

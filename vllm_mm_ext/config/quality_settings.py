@@ -105,8 +105,8 @@ class StickySettings(_Section):
     )
 
 
-# Gentle first. What does not change from frame to frame says least, then motion between
-# neighbouring patches of frames, then detail inside a frame.
+# Gentle reductions first. Tokens that do not change from frame to frame tell the model least; motion
+# between neighbouring temporal patches tells it more, and detail inside a frame most.
 _REDUCTIONS = (
     Reduction(static="merge", keep=0.75),
     Reduction(static="merge", keep=0.5),
