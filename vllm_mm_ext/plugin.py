@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.client_id_wrappers import CLIENT_ID_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
 from vllm_mm_ext.adapters.names.base_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
@@ -181,6 +182,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     *ENCODER_CACHE_FEATURES,
     *SERVING_FEATURES,
+    CLIENT_ID_FEATURE,
     ROUTING_FEATURE,
 )
 

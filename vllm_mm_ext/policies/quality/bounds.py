@@ -18,7 +18,7 @@ def check_bounds(options: RequestOptions, bounds: BoundSettings) -> None:
         bounds: The ``bounds`` section.
 
     Raises:
-        OptionBoundError: An option is past its bound; the message names it, its value and the bound.
+        OptionBoundError: An option is past its bound; the message names option, value and bound.
     """
     floor = options.floor
     at_most: list[tuple[str, float | None, float]] = [

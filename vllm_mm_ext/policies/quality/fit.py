@@ -70,7 +70,7 @@ class Ladder:
     Args:
         index: The video's place in its request.
         target: What the video is to get at best and at least.
-        costs: What plans cost. Counting is slow, so that only the plans a search visits are counted.
+        costs: What plans cost. Counting is slow, so only plans that a search visits are counted.
         family: What can be lowered for the served model.
     """
 
@@ -220,8 +220,9 @@ def _caps(pixels: int, floor: int) -> list[int]:
 
 
 def strongest(asked: Reduction, allowed: Reduction) -> Reduction:
-    """Two reductions in one: in each respect the stronger; ``asked`` says how to treat static tokens,
-    where it says so.
+    """Two reductions in one: in each respect the stronger of both.
+
+    Static tokens are treated as ``asked`` says, where it says how.
     """
     static = asked.static if asked.static != "none" else allowed.static
     return Reduction(

@@ -1,4 +1,4 @@
-"""What the videos of a request are to get before any token budget: as asked, less under load. Pure."""
+"""What videos are to get before any token budget: as asked, or less under load. Pure."""
 
 from __future__ import annotations
 
