@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.client_id_wrappers import CLIENT_ID_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
 from vllm_mm_ext.adapters.names.base_names import ERROR_NAMES, FAMILY_NAMES, STOCK_CHOICE_NAMES
@@ -107,7 +108,10 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "configuration",
         "additional_config.mm_ext is not validated at start-up",
-        (VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),),
+        (
+            VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
+            VllmName("vllm.config:ParallelConfig", ("_api_process_count", "_api_process_rank")),
+        ),
         _install_config,
     ),
     Feature(
@@ -179,6 +183,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     *ENCODER_CACHE_FEATURES,
     *SERVING_FEATURES,
+    CLIENT_ID_FEATURE,
     ROUTING_FEATURE,
 )
 

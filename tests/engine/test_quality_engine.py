@@ -11,9 +11,9 @@ import openai
 import psutil
 import pytest
 
+from vllm_mm_ext.base.shared_state import SharedState
 from vllm_mm_ext.config.quality_settings import TierSettings
-from vllm_mm_ext.policies.quality.board import Board
-from vllm_mm_ext.policies.quality.load_signal import LoadSignal
+from vllm_mm_ext.policies.quality.service_tier import ServiceTier
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.server import Server, serve
@@ -23,17 +23,17 @@ pytestmark = pytest.mark.engine
 SETTINGS = TierSettings(hold_s=600.0)
 
 
-def boards_of(server: Server) -> dict[int, Path]:
-    """The open board of each process of the service that has one, by process id."""
+def states_of(server: Server) -> dict[int, Path]:
+    """The shared state that each process of the service has open, by process id."""
     found = {}
     for process in psutil.Process(server.pid).children(recursive=True):
         for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
-            if "mm_ext-board-" in str(descriptor.readlink()):
+            if "mm_ext-state-" in str(descriptor.readlink()):
                 found[process.pid] = descriptor
     return found
 
 
-async def _crowd(server: Server, count: int, signal: LoadSignal) -> list[int]:
+async def _crowd(server: Server, count: int, tier: ServiceTier) -> list[int]:
     """Levels seen while ``count`` requests run, each over a connection of its own."""
 
     async def ask() -> None:
@@ -48,7 +48,7 @@ async def _crowd(server: Server, count: int, signal: LoadSignal) -> list[int]:
     running = asyncio.gather(*(ask() for _ in range(count)))
     levels = []
     while not running.done():
-        levels.append(signal.level(time.monotonic()))
+        levels.append(tier.level(time.monotonic()))
         await asyncio.sleep(0.02)
     await running
     return levels
@@ -73,7 +73,10 @@ async def _levels(server: Server, urls: list[str]) -> list[int]:
     return levels
 
 
-def test_all_api_servers_share_a_tier_that_follows_the_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugin_scheduler", [False, True])
+def test_all_api_servers_share_a_tier_that_follows_the_load(
+    tmp_path: Path, plugin_scheduler: bool
+) -> None:
     urls = []
     for seed in range(9):
         clip = tmp_path / f"{seed}.mp4"
@@ -86,26 +89,30 @@ def test_all_api_servers_share_a_tier_that_follows_the_load(tmp_path: Path) -> N
         args=[
             *("--api-server-count", "2", "--max-num-seqs", "8", "--max-model-len", "2048"),
             *("--allowed-local-media-path", str(tmp_path)),
+            *(("--scheduler-cls", "vllm_mm_ext.scheduler.MMExtScheduler") * plugin_scheduler),
         ],
         # Long enough that the tier outlasts the questions about it.
         additional_config={"mm_ext": {"quality": {"tiers": {"hold_s": 600}}}},
     ) as server:
-        boards = boards_of(server)
-        assert len(boards) == 2
-        assert len({path.stat().st_ino for path in boards.values()}) == 1
-        # Nothing is left to clean up.
-        assert all(str(path.readlink()).endswith("(deleted)") for path in boards.values())
-        board = Board(os.open(next(iter(boards.values())), os.O_RDWR))
-        signal = LoadSignal(SETTINGS, board)
-        assert signal.level(time.monotonic()) == 0
+        states = states_of(server)
+        assert len(states) == 2 + plugin_scheduler
+        files = {path.readlink() for path in states.values()}
+        assert len(files) == 1
+        state = SharedState(os.open(next(iter(states.values())), os.O_RDWR))
+        tier = ServiceTier(SETTINGS, state)
+        assert tier.level(time.monotonic()) == 0
         assert asyncio.run(_levels(server, [first])) == [0]
-        levels = asyncio.run(_crowd(server, 16, signal))
+        levels = asyncio.run(_crowd(server, 16, tier))
         assert max(levels) == 2
-        (last,) = board.samples(range(1))
+        load = state.load(0)
+        assert load is not None
         # The engine's last word before it falls idle says so.
-        assert (last.running, last.waiting, last.capacity) == (0, 0, 8)
-        assert signal.level(last.time + 2 * SETTINGS.hold_s) == 0
+        assert (load.running, load.waiting, load.slots) == (0, 0, 8)
+        # API servers publish for engines that do not, and leave alone what an engine publishes.
+        assert load.by_engine == plugin_scheduler
+        assert tier.level(load.time + 2 * SETTINGS.hold_s) == 0
         # Any API server gives a new video the tier, and one that was asked about before its own.
         assert asyncio.run(_levels(server, rest)) == [2] * len(rest)
         assert asyncio.run(_levels(server, [first] * 4)) == [0] * 4
-        board.close()
+        state.close()
+    assert not any(path.exists() for path in files)

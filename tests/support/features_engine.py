@@ -225,16 +225,16 @@ def tier_when_busy(engine: Any) -> int | None:
     """
     from vllm.renderers.base import BaseRenderer
 
-    from vllm_mm_ext.adapters.quality.engine_figures import controller_for
-    from vllm_mm_ext.policies.quality.tiers import LoadSample
+    from vllm_mm_ext.adapters.quality.service import controller_for, state_for
+    from vllm_mm_ext.base.shared_state import EngineLoad
 
     # Left by the plugin's wrapper, from which videos are planned.
     if not hasattr(BaseRenderer.render_chat, "_mm_ext"):
         return None
-    controller = controller_for(engine.llm_engine.vllm_config)
-    busy = LoadSample(kv_usage=1.0, running=4, waiting=100, capacity=4, time=time.monotonic())
-    controller.signal.report(0, busy)
-    return controller.level()
+    config = engine.llm_engine.vllm_config
+    busy = EngineLoad(time=time.monotonic(), kv_usage=1.0, running=4, waiting=100, slots=4)
+    state_for(config).write_load(0, busy)
+    return controller_for(config).level()
 
 
 def refusal(media: Path) -> str:

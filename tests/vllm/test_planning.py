@@ -113,6 +113,18 @@ def test_text_and_the_answer_leave_less_for_videos(front: Front) -> None:
     assert crowded.video_tokens < free.video_tokens
 
 
+@pytest.mark.parametrize("session", [None, "short"])
+def test_long_text_beside_a_video_takes_nothing_from_it_in_other_sessions(
+    front: Front, session: str | None
+) -> None:
+    options = {"fps": 4, "max_frames": 401}
+    crowded = front.render(
+        "long.mp4", options=options, session="long", max_tokens=900, text="word " * 150
+    )
+    free = front.render("long.mp4", options=options, session=session, max_tokens=16)
+    assert free.video_tokens > crowded.video_tokens
+
+
 def test_a_follow_up_keeps_its_plan(front: Front) -> None:
     options = {"total_tokens": 150}
     first = front.render("other.mp4", options=options, session="s")

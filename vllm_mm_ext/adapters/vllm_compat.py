@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from packaging.version import Version
 
+from vllm_mm_ext.base.shared_state import service_name
 from vllm_mm_ext.config.root import MMExtConfig
 
 # Not vllm.logger: this module also runs where vLLM itself cannot be imported (`doctor`).
@@ -33,6 +34,7 @@ CONNECTOR_NAME = "mm_ext"
 LOADER_NAME = "mm_ext"
 CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
 _SETTINGS = "mm_ext_settings"
+_SERVICE = "mm_ext_service"
 
 T = TypeVar("T")
 
@@ -221,7 +223,8 @@ def around_engine_config(read: Callable[[object], T]) -> None:
     """Read ``additional_config`` before vLLM builds its configuration, and keep what was read.
 
     vLLM hands multimodal processors and their profiling nothing but the ``ModelConfig``, in the API
-    server and in the engine alike; what ``read`` returned travels with it (see ``settings_of``).
+    server and in the engine alike; what ``read`` returned travels with it (see ``settings_of``),
+    and so does the name of the service (see ``service_of``).
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -230,6 +233,9 @@ def around_engine_config(read: Callable[[object], T]) -> None:
             settings = read(self.additional_config)
             vllm_config = original(self, *args, **kwargs)
             setattr(vllm_config.model_config, _SETTINGS, settings)
+            parallel = vllm_config.parallel_config
+            service = service_name(parallel._api_process_count, parallel._api_process_rank)
+            setattr(vllm_config.model_config, _SERVICE, service)
             return vllm_config
 
         return create_engine_config
@@ -302,6 +308,12 @@ def settings_of(model_config: Any) -> MMExtConfig:
     """The plugin's settings that travel with a ``ModelConfig``; the defaults without any."""
     settings = getattr(model_config, _SETTINGS, None)
     return settings if isinstance(settings, MMExtConfig) else MMExtConfig()
+
+
+def service_of(model_config: Any) -> str | None:
+    """The name of the service that travels with a ``ModelConfig``; None without one."""
+    service = getattr(model_config, _SERVICE, None)
+    return service if isinstance(service, str) else None
 
 
 def media_connector(

@@ -92,7 +92,11 @@ class TierSettings(_Section):
 
 
 class StickySettings(_Section):
-    """How long a video keeps the tier and the token budget it was first given."""
+    """How long a video keeps the tier it was first given, and within a session its tokens.
+
+    A request that names no session, or another one, takes over the tier of the video; its tokens
+    are granted by what else is in the request.
+    """
 
     enabled: bool = Field(
         True, description="False: every request is decided anew, and caches hit less often."
@@ -101,12 +105,12 @@ class StickySettings(_Section):
         1800.0,
         gt=0,
         le=7 * 86400,
-        description="Seconds after its last use for which a decision stands.",
+        description="Seconds after its last use for which a decision holds.",
     )
 
 
-# Gentle first. What does not change from frame to frame says least, then motion between
-# neighbouring patches of frames, then detail inside a frame.
+# Gentle reductions first. Tokens that do not change from frame to frame tell the model least,
+# motion between temporal patches that follow each other tells it more, detail inside a frame most.
 _REDUCTIONS = (
     Reduction(static="merge", keep=0.75),
     Reduction(static="merge", keep=0.5),
@@ -128,8 +132,8 @@ class BudgetSettings(_Section):
         gt=0,
         le=1,
         description="Share of the context that the videos of a request may take when they are "
-        "first sent. The rest is for what follows in the conversation; videos keep their "
-        "tokens as long as the context holds them.",
+        "first sent. The rest is for what follows in the conversation; within a session, "
+        "videos keep their tokens as long as the context holds them.",
     )
     answer_share: float = Field(
         0.05,

@@ -1,4 +1,4 @@
-"""The quality controller: bounds, tiers, standing decisions and fitting together."""
+"""The quality controller: bounds, tiers, sticky decisions and fitting together."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quality_costs import FAMILY, FIXED, QWEN2_5_VL, RuleCosts, defaults, video
 
+from vllm_mm_ext.base.shared_state import EngineLoad, private_state
 from vllm_mm_ext.config.options import NO_REDUCTION, Floor, Reduction, RequestOptions
 from vllm_mm_ext.config.quality_settings import (
     QualitySettings,
     StickySettings,
 )
 from vllm_mm_ext.errors import OverBudgetError
-from vllm_mm_ext.policies.quality.board import private
 from vllm_mm_ext.policies.quality.controller import QualityController
-from vllm_mm_ext.policies.quality.tiers import LoadSample
 from vllm_mm_ext.policies.quality.videos import (
     ContextUse,
     Family,
@@ -31,17 +30,18 @@ WIDE = ContextUse(length=1 << 20, text=100, output=100)
 
 
 class Setup:
-    """A controller on a board of its own, a clock that is set by hand, and one family."""
+    """A controller with a state of its own, a clock that is set by hand, and one family."""
 
     def __init__(self, settings: QualitySettings | None = None) -> None:
         self.now = 1000.0
-        self.board = private()
+        self.state = private_state()
         self.controller = QualityController(
-            settings or QualitySettings(), self.board, clock=lambda: self.now
+            settings or QualitySettings(), self.state, clock=lambda: self.now
         )
 
     def busy(self, kv: float) -> None:
-        self.controller.signal.report(0, LoadSample(kv, 0, 0, 64, self.now))
+        self.state.write_load(0, EngineLoad(self.now, kv, 0, 0, 64))
+        self.controller.level()
 
     def plan(
         self,
@@ -68,7 +68,7 @@ class Setup:
 def setup() -> Iterator[Setup]:
     made = Setup()
     yield made
-    made.board.close()
+    made.state.close()
 
 
 def with_settings(**sections: object) -> Setup:
@@ -175,7 +175,7 @@ def test_a_family_that_cannot_count_still_follows_load(setup: Setup) -> None:
     assert (decision.level, decision.tokens, costs.calls) == (2, None, [])
 
 
-# --- standing decisions ---------------------------------------------------------------------------
+# --- sticky decisions -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("session", [None, "talk"])
@@ -199,13 +199,27 @@ def test_a_decision_that_nobody_used_for_its_time_to_live_is_made_anew(setup: Se
     assert setup.plan(video(), session="talk")[0].level == 2
 
 
-def test_a_new_session_takes_over_what_stands_for_the_video(setup: Setup) -> None:
+def test_a_new_session_takes_over_the_tier_of_the_video(setup: Setup) -> None:
     setup.busy(1.0)
     setup.plan(video(), session="first")
     setup.now += 200
     assert setup.controller.level() == 0
     assert setup.plan(video(), session="second")[0].level == 2
     assert setup.plan(video("other"), session="second")[0].level == 0
+
+
+@pytest.mark.parametrize("asker", [None, "other"])
+@pytest.mark.parametrize("first", [None, "first"])
+def test_what_one_session_s_text_left_for_a_video_decides_for_no_other(
+    setup: Setup, first: str | None, asker: str | None
+) -> None:
+    context = ContextUse(length=8192, text=100, output=400)
+    crowded = replace(context, text=6500)
+    (full,) = Setup().plan(video(), context=context)
+    (left,) = setup.plan(video(), session=first, context=crowded)
+    assert (left.tokens or 0) < (full.tokens or 0)
+    assert setup.plan(video(), session=asker, context=context) == (full,)
+    assert setup.plan(video(), session=first, context=crowded) == (left,)
 
 
 def test_a_video_in_constant_use_comes_back_to_full_quality_for_new_sessions(setup: Setup) -> None:
@@ -264,14 +278,14 @@ def test_a_video_shown_too_often_for_its_tokens_is_lowered_until_all_uses_fit(
     assert 0 < 3 * (thrice.tokens or 0) <= context.left < 3 * (once.tokens or 0)
 
 
-def test_a_standing_grant_below_the_floor_takes_nothing_from_the_context(setup: Setup) -> None:
+def test_an_earlier_grant_below_the_floor_takes_nothing_from_the_context(setup: Setup) -> None:
     context = ContextUse(length=8000, text=100, output=400)
     options = RequestOptions(floor=Floor(frames=8))
-    setup.plan(video("a"), options=options, context=replace(context, length=2500))
+    setup.plan(video("a"), options=options, session="s", context=replace(context, length=2500))
     videos = [video("a"), video("b")]
     # Long sound, so that the floor is above what was granted.
     costs = RuleCosts([replace(videos[0], duration=4000.0), videos[1]], sound_rate=1)
-    decisions = setup.plan(*videos, options=options, context=context, costs=costs)
+    decisions = setup.plan(*videos, options=options, session="s", context=context, costs=costs)
     assert total(decisions) <= context.left
 
 
@@ -284,7 +298,7 @@ def test_a_second_video_leaves_the_first_as_it_is(setup: Setup) -> None:
     assert total(both) <= 0.8 * 12_000
 
 
-def test_videos_that_leave_no_room_for_a_new_one_are_granted_anew(setup: Setup) -> None:
+def test_videos_whose_grants_leave_too_little_for_a_new_one_are_granted_anew(setup: Setup) -> None:
     context = ContextUse(length=4096, text=100, output=200)
     options = RequestOptions(floor=Floor(resolution=500))
     (before,) = setup.plan(video("a"), options=options, session="talk", context=context)
@@ -391,4 +405,4 @@ def test_every_plan_of_a_conversation_fits_its_context(
                 assert cost == decision.tokens
         assert len(tiers) <= 1
     finally:
-        setup.board.close()
+        setup.state.close()

@@ -12,7 +12,7 @@ from quality_costs import FAMILY, FIXED, QWEN2_5_VL, QWEN3_VL, RuleCosts, video
 
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction, TrainedReductions
 from vllm_mm_ext.config.quality_settings import BudgetSettings
-from vllm_mm_ext.policies.quality.fit import Ladder, Step, Wish, over_budget, share, strongest
+from vllm_mm_ext.policies.quality.fit import Ladder, Step, Target, over_budget, share, strongest
 from vllm_mm_ext.policies.quality.videos import Family, VideoSource
 
 REDUCTIONS = BudgetSettings().reductions
@@ -43,7 +43,7 @@ def ladder(
     costs = RuleCosts([source], rule=rule)  # type: ignore[arg-type]
     family = replace(family, resizable=family.resizable and rule is not FIXED)
     frames = costs.frames(0, fps, 4, most)
-    wish = Wish(
+    target = Target(
         source,
         frames=frames,
         sparse_frames=32,
@@ -54,14 +54,14 @@ def ladder(
         reduction=reduction,
         reductions=REDUCTIONS,
     )
-    return Ladder(0, wish, costs, family), costs
+    return Ladder(0, target, costs, family), costs
 
 
-def is_no_better(later: Step, earlier: Step, wish: Wish) -> bool:
+def is_no_better(later: Step, earlier: Step, target: Target) -> bool:
     ours, theirs = later.reduction, earlier.reduction
     return (
         later.frames <= earlier.frames
-        and (later.cap or wish.pixels) <= (earlier.cap or wish.pixels)
+        and (later.cap or target.pixels) <= (earlier.cap or target.pixels)
         and ours.pool >= theirs.pool
         and ours.temporal >= theirs.temporal
         and ours.keep <= theirs.keep
@@ -76,13 +76,13 @@ def test_each_step_lowers_and_never_raises_and_costs_no_more(
         source, fps=fps, most=most, rule=rule, reduction=reduction, floor_frames=floor
     )
     for place in range(1, len(found.steps)):
-        assert is_no_better(found.steps[place], found.steps[place - 1], found.wish)
+        assert is_no_better(found.steps[place], found.steps[place - 1], found.target)
         # A smaller frame may end in more cells that are pooled from less than a full one.
         slack = 1.0 if found.steps[place].reduction.pool == 1 else 1.1
         assert found.cost(place) <= slack * found.cost(place - 1)
     last = found.steps[-1]
-    assert last.frames >= min(found.wish.frames, floor)
-    assert (last.cap or found.wish.pixels) >= min(found.wish.pixels, FLOOR_PIXELS)
+    assert last.frames >= min(found.target.frames, floor)
+    assert (last.cap or found.target.pixels) >= min(found.target.pixels, FLOOR_PIXELS)
 
 
 @given(sources, rules, st.integers(1, 200_000), st.integers(0, 200_000))
@@ -101,11 +101,11 @@ def test_the_best_plan_is_within_the_budget_and_no_worse_for_a_larger_one(
 
 def test_frames_go_first_then_resolution_then_tokens_then_frames_again() -> None:
     found, _ = ladder(video(seconds=300), fps=2.0)
-    wish = found.wish
+    target = found.target
     changes: list[str] = []
     for earlier, later in zip(found.steps, found.steps[1:], strict=False):
         if later.frames < earlier.frames:
-            changed = "frames" if later.frames >= wish.sparse_frames else "frames below sparse"
+            changed = "frames" if later.frames >= target.sparse_frames else "frames below sparse"
         elif later.reduction != earlier.reduction:
             changed = "reduction"
         else:
@@ -118,7 +118,7 @@ def test_frames_go_first_then_resolution_then_tokens_then_frames_again() -> None
 
 def test_frames_that_share_a_pixel_budget_do_not_grow_when_they_get_fewer() -> None:
     found, costs = ladder(video(seconds=600, width=1920, height=1080), rule=QWEN3_VL)
-    wanted = costs.pixels(0, found.wish.frames, 0)
+    wanted = costs.pixels(0, found.target.frames, 0)
     fewer = found.steps[40]
     assert costs.pixels(0, fewer.frames, 0) > wanted
     assert costs.pixels(0, fewer.frames, fewer.cap) <= wanted
@@ -199,7 +199,7 @@ def test_too_many_videos_are_refused_with_how_many_would_fit() -> None:
     videos = [video(str(index)) for index in range(5)]
     costs = RuleCosts(videos)
     ladders = [
-        Ladder(index, replace(ladder()[0].wish, source=source), costs, FAMILY)
+        Ladder(index, replace(ladder()[0].target, source=source), costs, FAMILY)
         for index, source in enumerate(videos)
     ]
     error = over_budget(ladders, 3 * ladders[0].floor, costs, "total_tokens")
@@ -209,7 +209,7 @@ def test_too_many_videos_are_refused_with_how_many_would_fit() -> None:
 def test_a_video_shown_several_times_counts_as_several_videos() -> None:
     source = replace(video(), uses=3)
     costs = RuleCosts([source])
-    found = Ladder(0, replace(ladder()[0].wish, source=source), costs, FAMILY)
+    found = Ladder(0, replace(ladder()[0].target, source=source), costs, FAMILY)
     error = over_budget([found], 2 * found.floor, costs, "total_tokens")
     assert f"The 3 videos of this request need {3 * found.floor} tokens" in error.message
     assert "2 of the videos" in error.message
@@ -220,8 +220,8 @@ def test_sound_that_fills_the_budget_is_refused_with_what_would_fit(seconds: flo
     source = video(seconds=seconds)
     costs = RuleCosts([source], sound_rate=25)
     frames = costs.frames(0, 1.0, 4, 64)
-    wish = replace(ladder()[0].wish, source=source, frames=frames)
-    found = Ladder(0, wish, costs, FAMILY)
+    target = replace(ladder()[0].target, source=source, frames=frames)
+    found = Ladder(0, target, costs, FAMILY)
     cure = "total_tokens of at least {needed}, {missing} more"
     error = over_budget([found], 1000, costs, "total_tokens", cure)
     assert "a shorter video or" in error.message

@@ -9,30 +9,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vllm_mm_ext.base.shared_state import EngineLoad, TierState
 from vllm_mm_ext.config.quality_settings import BudgetSettings, QualitySettings, TierSettings
-from vllm_mm_ext.policies.quality.tiers import LoadSample, LoadTiers, TierState, mean_of
+from vllm_mm_ext.policies.quality.tiers import LoadTiers, mean_of
 
 SETTINGS = TierSettings()
 HOLD = SETTINGS.hold_s
 TIERS = LoadTiers(SETTINGS)
 
 samples = st.builds(
-    LoadSample,
+    EngineLoad,
+    time=st.just(0.0),
     kv_usage=st.floats(0, 1),
     running=st.integers(0, 128),
     waiting=st.integers(0, 128),
-    capacity=st.sampled_from([16, 64, 256]),
-    time=st.just(0.0),
+    slots=st.sampled_from([16, 64, 256]),
+    backlog_s=st.none() | st.floats(0, 20),
 )
 gaps = st.floats(0, 40)
 histories = st.lists(st.tuples(gaps, samples), min_size=1, max_size=20)
 
 
-def load(kv: float = 0.0, running: int = 0, time: float = 0.0, capacity: int = 1000) -> LoadSample:
-    return LoadSample(kv, running, 0, capacity, time)
+def load(
+    kv: float = 0.0, running: int = 0, time: float = 0.0, slots: int = 1000, waiting: int = 0
+) -> EngineLoad:
+    return EngineLoad(time, kv, running, waiting, slots)
 
 
-def run(history: list[tuple[float, LoadSample]]) -> list[tuple[float, TierState]]:
+def run(history: list[tuple[float, EngineLoad]]) -> list[tuple[float, TierState]]:
     state, now, seen = TierState(), 0.0, []
     for gap, sample in history:
         now += gap
@@ -49,14 +53,14 @@ def run(history: list[tuple[float, LoadSample]]) -> list[tuple[float, TierState]
         (load(kv=0.9), 2),
         (load(running=31), 0),
         (load(running=32), 1),
-        (LoadSample(0, 30, 34, 1000, 0), 2),
-        (load(running=5, capacity=10), 0),
-        (load(running=6, capacity=10), 1),
-        (LoadSample(0, 4, 4, 10, 0), 2),
+        (load(running=30, waiting=34), 2),
+        (load(running=5, slots=10), 0),
+        (load(running=6, slots=10), 1),
+        (load(running=4, waiting=4, slots=10), 2),
     ],
 )
 def test_any_signal_at_its_threshold_raises_the_tier_at_once(
-    sample: LoadSample, level: int
+    sample: EngineLoad, level: int
 ) -> None:
     assert TIERS.observe(TierState(), sample).level == level
 
@@ -94,7 +98,7 @@ def test_a_silent_engine_counts_as_busy_until_its_sample_is_stale() -> None:
 
 
 @given(histories)
-def test_never_comes_down_faster_than_the_hold(history: list[tuple[float, LoadSample]]) -> None:
+def test_never_comes_down_faster_than_the_hold(history: list[tuple[float, EngineLoad]]) -> None:
     changed, level = -1e9, 0
     for now, state in run(history):
         if state.level < level:
@@ -109,7 +113,7 @@ def test_never_comes_down_faster_than_the_hold(history: list[tuple[float, LoadSa
 
 
 @given(histories)
-def test_ends_at_the_top_without_load(history: list[tuple[float, LoadSample]]) -> None:
+def test_ends_at_the_top_without_load(history: list[tuple[float, EngineLoad]]) -> None:
     now, state = run(history)[-1]
     idle = TIERS.observe(state, load(time=now + 1))
     assert TIERS.settle(idle, now + 1 + HOLD * SETTINGS.levels).level == 0
@@ -119,7 +123,7 @@ def test_ends_at_the_top_without_load(history: list[tuple[float, LoadSample]]) -
 
 @given(histories, st.lists(st.tuples(st.floats(0, 1), st.integers(0, 64)), max_size=20))
 def test_more_load_never_gives_a_better_tier(
-    history: list[tuple[float, LoadSample]], more: list[tuple[float, int]]
+    history: list[tuple[float, EngineLoad]], more: list[tuple[float, int]]
 ) -> None:
     more = more + [(0.0, 0)] * (len(history) - len(more))
     heavier = [
@@ -134,7 +138,7 @@ def test_more_load_never_gives_a_better_tier(
 
 @given(histories, gaps, gaps)
 def test_looking_in_between_changes_nothing(
-    history: list[tuple[float, LoadSample]], first: float, second: float
+    history: list[tuple[float, EngineLoad]], first: float, second: float
 ) -> None:
     now, state = run(history)[-1]
     glimpsed = TIERS.settle(state, now + first)
@@ -143,11 +147,11 @@ def test_looking_in_between_changes_nothing(
 
 
 def test_the_load_of_a_service_is_the_mean_of_its_engines() -> None:
-    engines = [LoadSample(0.9, 40, 2, 64, 10.0), LoadSample(0.1, 0, 0, 64, 9.0)]
-    mean = mean_of(engines, 10.0, 60.0)
-    assert mean == LoadSample(0.5, 20, 1, 64, 10.0)
-    assert mean_of(engines, 69.5, 60.0) == LoadSample(0.45, 20, 1, 64, 69.5)
-    assert mean_of([], 0.0, 60.0) is None
+    busy, idle = load(0.9, 40, 10.0, 64, waiting=2), load(0.1, 0, 9.0, 64)
+    assert mean_of([busy, idle], 60.0) == replace(load(0.5, 20, 10.0, 64, 1), backlog_s=0.0)
+    # The first engine has been silent for too long.
+    later = replace(idle, time=71.0)
+    assert mean_of([busy, later], 60.0) == replace(load(0.05, 0, 71.0, 64), backlog_s=0.0)
 
 
 @pytest.mark.parametrize(

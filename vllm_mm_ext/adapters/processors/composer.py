@@ -7,12 +7,12 @@ of the prompt. `composer_layout` says how a whole video stands there.
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cachetools import LRUCache
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import (
@@ -119,7 +119,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         self.trained = TrainedReductions(config.pairs)
         self.checkpoint_reduction = default_reduction_of(config)
         super().__init__(info, *args, **kwargs)
-        self._named_sounds: OrderedDict[str, list[str]] = OrderedDict()
+        self._named_sounds: LRUCache[str, list[str]] = LRUCache(_MAX_NAMES)
         if not self.trained.allow(self.default_reduction):
             raise ValueError(
                 f"compression.reduction = {self.default_reduction.key()!r}: the checkpoint was "
@@ -328,9 +328,6 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
             return [*windows], [None] * count
         named = [f"{name}#{window.digest}" for window in windows]
         self._named_sounds[name] = named
-        self._named_sounds.move_to_end(name)
-        while len(self._named_sounds) > _MAX_NAMES:
-            self._named_sounds.popitem(last=False)
         return [*windows], [*named]
 
 

@@ -8,13 +8,13 @@ cached, scheduled and encoded on its own.
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
+from cachetools import LRUCache
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
@@ -74,7 +74,7 @@ class SegmentProcessor:
         self.segment_tokens = settings.segments.tokens
         self._frames_are_final = settings.media.enabled and settings.media.resize == "target"
         self.default_reduction = settings.compression.default_reduction(self.checkpoint_reduction)
-        self._named: OrderedDict[str, SplitVideo] = OrderedDict()
+        self._named: LRUCache[str, SplitVideo] = LRUCache(_MAX_NAMES)
 
     # --- what a family defines --------------------------------------------------------------------
 
@@ -261,11 +261,7 @@ class SegmentProcessor:
             return video
         named = [f"{name}#{segment.digest}" for segment in video.segments if segment is not None]
         video = dataclasses.replace(video, names=named)
-        without_data = dataclasses.replace(video, segments=[None] * len(named))
-        self._named[name] = without_data
-        self._named.move_to_end(name)
-        while len(self._named) > _MAX_NAMES:
-            self._named.popitem(last=False)
+        self._named[name] = dataclasses.replace(video, segments=[None] * len(named))
         return video
 
     def _split_frames(

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import AudioProcessorItems, MultiModalDataItems, VideoProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
@@ -72,7 +72,7 @@ class SoundTrackProcessor(PatchSegmentProcessor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._has_track: OrderedDict[str, bool] = OrderedDict()
+        self._has_track: LRUCache[str, bool] = LRUCache(_MAX_NAMES)
 
     # --- what a family defines --------------------------------------------------------------------
 
@@ -204,9 +204,6 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         piece = None if segment is None else segment.audio
         if name is not None:
             self._has_track[name] = piece is not None
-            self._has_track.move_to_end(name)
-            while len(self._has_track) > _MAX_NAMES:
-                self._has_track.popitem(last=False)
         return piece, piece is not None
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:

@@ -1,7 +1,7 @@
-"""vLLM's engine figures on the board (``vllm.stat_logger_plugins`` entry point).
+"""Publishes vLLM's engine statistics (``vllm.stat_logger_plugins`` entry point).
 
-The class of the entry point is made by vLLM in each API server. The engine reports after each step,
-to one API server only, so every one of them writes what it gets.
+vLLM makes the class of the entry point in each API server, and tells one of them what an engine
+reports after each step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_mm_ext.adapters.quality.engine_figures import board_for, quality_settings
-from vllm_mm_ext.policies.quality.load_signal import LoadSignal
-from vllm_mm_ext.policies.quality.tiers import LoadSample
+from vllm_mm_ext.adapters.quality.service import quality_settings, state_for
+from vllm_mm_ext.base.shared_state import EngineLoad
+from vllm_mm_ext.policies.quality.service_tier import ServiceTier
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -27,8 +27,8 @@ _NEEDED = (
 )
 
 
-class BoardStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
-    """Writes how busy the engines are to the board.
+class LoadStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
+    """Lets the load tier follow the engines' steps, whatever scheduler they run.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -36,11 +36,11 @@ class BoardStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
     """
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
-        self._signal: LoadSignal | None = None
+        self._tier: ServiceTier | None = None
         engines = max(
             vllm_config.parallel_config.data_parallel_size, *(index + 1 for index in engine_indexes)
         )
-        self._capacity = vllm_config.scheduler_config.max_num_seqs
+        self._slots = vllm_config.scheduler_config.max_num_seqs
         missing = [name for name in _NEEDED if not hasattr(SchedulerStats, name)]
         if missing:
             logger.warning(
@@ -49,10 +49,8 @@ class BoardStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
             )
             return
         settings = quality_settings(vllm_config)
-        # Joined in any case: the board loses its name when all API servers have it.
-        board = board_for(vllm_config)
         if settings.enabled:
-            self._signal = LoadSignal(settings.tiers, board, engines=engines)
+            self._tier = ServiceTier(settings.tiers, state_for(vllm_config), engines)
 
     def record(
         self,
@@ -61,17 +59,17 @@ class BoardStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
         mm_cache_stats: Any = None,  # noqa: ARG002
         engine_idx: int = 0,
     ) -> None:
-        """Take a step's figures; nothing where this API server did not get any."""
-        if scheduler_stats is None or self._signal is None:
+        """Take the statistics of a step; nothing where this API server did not get any."""
+        if scheduler_stats is None or self._tier is None:
             return
-        sample = LoadSample(
+        load = EngineLoad(
+            time=time.monotonic(),
             kv_usage=scheduler_stats.kv_cache_usage,
             running=scheduler_stats.num_running_reqs,
             waiting=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
-            capacity=self._capacity,
-            time=time.monotonic(),
+            slots=self._slots,
         )
-        self._signal.report(engine_idx, sample)
+        self._tier.heard(engine_idx, load)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say when engines are up."""

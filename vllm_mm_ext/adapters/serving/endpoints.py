@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_mm_ext.adapters import error_answers
-from vllm_mm_ext.adapters.quality.engine_figures import published
+from vllm_mm_ext.adapters.quality.service import state_for
 from vllm_mm_ext.adapters.runtime import current_runtime
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
 
@@ -22,12 +22,12 @@ class MMExtEndpointPlugin:
         self._config: Any = None
 
     async def stats(self) -> dict[str, Any]:
-        """Counters of this API server, and what engines publish with the plugin's scheduler."""
-        engines: dict[int, dict[str, float]] = {}
+        """Counters of this API server, and the load of the engines (see ``EngineLoad``)."""
+        engines: dict[int, dict[str, float | None]] = {}
         if self._config is not None:
             count = self._config.parallel_config.data_parallel_size
-            loads = published(self._config).loads(count)
-            engines = {engine: asdict(load) for engine, load in loads}
+            loads = state_for(self._config).loads(count)
+            engines = {engine: asdict(load) for engine, load in loads.items()}
         return {**current_runtime().stats(), "engines": engines}
 
     def attach_router(self, app: Any) -> None:

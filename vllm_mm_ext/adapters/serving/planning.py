@@ -19,7 +19,7 @@ from vllm import envs
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, VideoJob, server_job
-from vllm_mm_ext.adapters.quality.engine_figures import controller_for
+from vllm_mm_ext.adapters.quality.service import controller_for
 from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
 from vllm_mm_ext.adapters.serving.requests import OptionError, current_request
 from vllm_mm_ext.base.tasks import all_or_none

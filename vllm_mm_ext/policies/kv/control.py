@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from vllm_mm_ext.base.client_ids import short_id
 from vllm_mm_ext.policies.kv.item_registry import CachedMedia
 
 # The method of vLLM's ``EngineCore`` that API processes call.
@@ -42,16 +43,16 @@ class KVControl:
         They stay within the quota, and a request that needs their memory still gets it.
 
         Args:
-            session_id: As in vLLM's requests; it may have had none yet.
+            session_id: As clients send it with requests; it may have had none yet.
 
         Returns:
             Number of mm items that are kept for it now.
         """
-        return self._changed(self._pool.sessions.pin(session_id))
+        return self._changed(self._pool.sessions.pin(short_id(session_id, "session")))
 
     def unpin(self, session_id: str) -> int:
         """End a pin; the session's TTL starts now. Returns the number of its items."""
-        return self._changed(self._pool.sessions.unpin(session_id))
+        return self._changed(self._pool.sessions.unpin(short_id(session_id, "session")))
 
     def release(self, session_id: str) -> int:
         """End a session: what no other one needs is kept no longer.
@@ -59,7 +60,7 @@ class KVControl:
         Returns:
             Number of its items.
         """
-        items = self._pool.sessions.release(session_id)
+        items = self._pool.sessions.release(short_id(session_id, "session"))
         self._pool.reprotect(items)
         self._pool.release({item for item in items if not self._pool.sessions.protected(item)})
         return len(items)

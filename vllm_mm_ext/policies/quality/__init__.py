@@ -1,1 +1,1 @@
-"""Quality under budgets and load: pure policies, and one adapter for vLLM's load figures."""
+"""What videos get under token budgets and load: pure policies, and what ties them to vLLM."""

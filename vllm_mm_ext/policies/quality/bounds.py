@@ -1,4 +1,4 @@
-"""What a request may ask of this server."""
+"""Refuses options that this server or the served model does not allow."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ _KEY = "mm_ext"
 def check_bounds(options: RequestOptions, bounds: BoundSettings) -> None:
     """Refuse options past the server's bounds.
 
+    Args:
+        options: What a request asks.
+        bounds: The ``bounds`` section.
+
     Raises:
-        OptionBoundError: One is; the message names it, its value and the bound.
+        OptionBoundError: An option is past its bound; the message names option, value and bound.
     """
     floor = options.floor
     at_most: list[tuple[str, float | None, float]] = [
@@ -39,8 +43,12 @@ def check_bounds(options: RequestOptions, bounds: BoundSettings) -> None:
 def check_family(options: RequestOptions, family: Family) -> None:
     """Refuse options that the served model cannot follow.
 
+    Args:
+        options: What a request asks.
+        family: What can be done to videos of the served model.
+
     Raises:
-        OptionBoundError: There is one; the message names it.
+        OptionBoundError: There is such an option; the message names it.
     """
     if options.reduction not in (None, NO_REDUCTION) and not family.reducible:
         assert options.reduction is not None

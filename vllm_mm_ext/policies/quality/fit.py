@@ -1,12 +1,14 @@
 """Fit-to-budget: what is lowered, in which order, until the videos of a request fit. Pure.
 
-A video has a ladder of plans. Its first step is what was asked; each further step lowers one thing
-and nothing rises again, so a larger budget never gives a plan that is worse in any respect:
+A video has a ladder of plans. The first step of the ladder is the video's target; each further step
+lowers one thing and nothing rises again, so a larger budget never gives a plan that is worse in any
+respect:
 
 1. Frames, down to a sparse but even coverage. Neighbouring frames of one or more a second resemble
    each other, so this costs the least.
 2. Resolution, down to its floor. What happens and when stays known; fine print is lost.
-3. Token reduction, as far as allowed. It blurs tokens that the encoder has already seen whole.
+3. Token reduction, as far as allowed. It merges or drops tokens that the encoder made of the whole
+   picture.
 4. Frames, down to their floor. From here on events are missed.
 """
 
@@ -27,19 +29,19 @@ _SIDE_STEP = 28
 
 
 @dataclass(frozen=True)
-class Wish:
+class Target:
     """What one video is to get if the budget allows, and how far it may be lowered.
 
     Attributes:
         source: The video.
         frames: Frames wanted (those that sampling would deliver).
         sparse_frames: Frames that are enough before resolution is touched.
-        floor_frames: Frames it keeps in any case.
+        floor_frames: Frames that the video keeps in any case.
         cap: Wanted cap on the pixels of one frame, 0 for none.
         pixels: Pixels that one frame has then.
-        floor_pixels: Pixels that a frame keeps, where it has that many.
+        floor_pixels: Pixels that a frame keeps, where the target has that many.
         reduction: Token reduction wanted.
-        reductions: Stronger ones that may be used, in order.
+        reductions: Stronger reductions that may be used, in order.
     """
 
     source: VideoSource
@@ -63,18 +65,18 @@ class Step:
 
 
 class Ladder:
-    """The plans of one video from best to least, and what each costs per use of the video.
+    """The plans of one video from best to lowest, and what each costs per use of the video.
 
     Args:
         index: The video's place in its request.
-        wish: What it is to get at best and at least.
-        costs: What plans cost; asked only for the plans that a search visits.
-        family: What can be lowered.
+        target: What the video is to get at best and at least.
+        costs: What plans cost. Counting is slow, so only plans that a search visits are counted.
+        family: What can be lowered for the served model.
     """
 
-    def __init__(self, index: int, wish: Wish, costs: VideoCosts, family: Family) -> None:
-        self.wish = wish
-        self.steps = _steps(wish, family)
+    def __init__(self, index: int, target: Target, costs: VideoCosts, family: Family) -> None:
+        self.target = target
+        self.steps = _steps(target, family)
         self.index = index
         self._costs = costs
         self._known: dict[int, int] = {}
@@ -91,11 +93,11 @@ class Ladder:
     @property
     def uses(self) -> int:
         """How often the request shows the video."""
-        return self.wish.source.uses
+        return self.target.source.uses
 
     @property
     def demand(self) -> int:
-        """Tokens of the plan that was asked."""
+        """Tokens of the first plan, the target."""
         return self.cost(0)
 
     @property
@@ -118,13 +120,13 @@ def share(
 
     Args:
         demands: Tokens each video wants per use.
-        floors: Tokens each needs per use; all uses together must not exceed the budget.
-        uses: How often each is shown.
+        floors: Tokens each video needs per use; all uses together must not exceed the budget.
+        uses: How often each video is shown.
         budget: Tokens for all.
 
     Returns:
-        Tokens for a use of each, at least its floor, all uses together at most ``budget``. None
-        shrinks when the budget grows.
+        Tokens for a use of each video, at least its floor; all uses together take at most
+        ``budget``. No share shrinks when the budget grows.
     """
 
     def at(level: int) -> list[int]:
@@ -152,11 +154,11 @@ def over_budget(
     """The error for videos whose lowest plans do not fit, with what would.
 
     Args:
-        ladders: Those of all videos that share the budget.
-        budget: Tokens they have.
+        ladders: The ladders of all videos that share the budget.
+        budget: Tokens that those videos have.
         costs: What plans cost.
         reason: What sets the budget, in words.
-        cure: What would give more of it, in words; ``{needed}`` and ``{missing}`` are filled in.
+        cure: What would raise the budget, in words; ``{needed}`` and ``{missing}`` are filled in.
     """
     needed = floors_of(ladders)
     count = sum(ladder.uses for ladder in ladders)
@@ -174,30 +176,32 @@ def over_budget(
     )
 
 
-def _steps(wish: Wish, family: Family) -> list[Step]:
+def _steps(target: Target, family: Family) -> list[Step]:
     multiple = family.frame_multiple
-    sparse = max(wish.floor_frames, min(wish.frames, wish.sparse_frames))
-    steps = [Step(wish.frames, wish.cap, wish.reduction)]
-    # Where frames share a pixel budget fewer of them would be larger, so lowered plans hold on to
-    # the size that was wanted.
-    cap = wish.pixels if family.resizable else 0
+    sparse = max(target.floor_frames, min(target.frames, target.sparse_frames))
+    steps = [Step(target.frames, target.cap, target.reduction)]
+    # Where frames share a pixel budget fewer of them would be larger, so lowered plans keep the
+    # size of the target.
+    cap = target.pixels if family.resizable else 0
     steps += [
-        Step(frames, cap, wish.reduction) for frames in _counts(wish.frames, sparse, multiple)
+        Step(frames, cap, target.reduction) for frames in _counts(target.frames, sparse, multiple)
     ]
     frames = steps[-1].frames
     if family.resizable:
-        floor = min(wish.pixels, wish.floor_pixels)
-        steps += [Step(frames, pixels, wish.reduction) for pixels in _caps(wish.pixels, floor)]
+        floor = min(target.pixels, target.floor_pixels)
+        steps += [Step(frames, pixels, target.reduction) for pixels in _caps(target.pixels, floor)]
         cap = floor
-    reduction = wish.reduction
-    for allowed in wish.reductions if family.reducible else ():
+    reduction = target.reduction
+    for allowed in target.reductions if family.reducible else ():
         stronger = strongest(reduction, allowed)
         if family.trained is not None:
             stronger = family.trained.towards(reduction, stronger)
         if stronger != reduction:
             reduction = stronger
             steps.append(Step(frames, cap, reduction))
-    steps += [Step(count, cap, reduction) for count in _counts(frames, wish.floor_frames, multiple)]
+    steps += [
+        Step(count, cap, reduction) for count in _counts(frames, target.floor_frames, multiple)
+    ]
     return steps
 
 
@@ -216,7 +220,10 @@ def _caps(pixels: int, floor: int) -> list[int]:
 
 
 def strongest(asked: Reduction, allowed: Reduction) -> Reduction:
-    """Both reductions in one: in each respect the stronger; the way of ``asked`` is kept."""
+    """Two reductions in one: in each respect the stronger of both.
+
+    Static tokens are treated as ``asked`` says, where it says how.
+    """
     static = asked.static if asked.static != "none" else allowed.static
     return Reduction(
         pool=max(asked.pool, allowed.pool),

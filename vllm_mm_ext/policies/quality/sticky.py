@@ -1,58 +1,57 @@
-"""Standing decisions: a video keeps its tier and its tokens, so that follow-ups hit caches."""
+"""Sticky decisions: a video keeps its load tier and its tokens, so that follow-ups hit caches."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from blake3 import blake3
 
+from vllm_mm_ext.base.shared_state import KEY_BYTES, Decision, SharedState
 from vllm_mm_ext.config.options import RequestOptions
 from vllm_mm_ext.config.quality_settings import StickySettings
-from vllm_mm_ext.policies.quality.board import KEY_BYTES, Board, Decision
 
 # A decision is noted as used again once this share of its time to live has passed: most requests
-# then only read the board.
+# then only read the shared state.
 _TOUCH_SHARE = 1 / 16
-# How often a lowered decision that belongs to no session may outlive its time to live. A video that
-# many ask about would otherwise never come back to full quality.
+# How many times to live a tier above 0 that belongs to no session lasts at most. A video that many
+# ask about would otherwise never come back to full quality.
 _MAX_LIVES = 4
 
 
-class Stickiness:
-    """Looks up and keeps decisions about videos.
+class StickyDecisions:
+    """Finds and keeps decisions about videos.
 
-    A decision belongs to a video, the options it was asked with and, if the request names one, a
-    session. A session that has none for a video yet takes over what stands for the video itself: so
-    do follow-ups whose client names no session, and others who ask about the same video.
+    A decision is kept for a video, the options it was asked with and, if the request names one, a
+    session. The tier is kept for the video itself as well: a session that has no decision about a
+    video yet takes over that tier, and so does a request without a session. Tokens are granted by
+    what else is in a request, and so never to other sessions or to requests without one.
 
     Args:
         settings: The ``sticky`` section.
-        board: Where decisions are kept.
+        state: Where decisions are kept.
     """
 
-    def __init__(self, settings: StickySettings, board: Board) -> None:
+    def __init__(self, settings: StickySettings, state: SharedState) -> None:
         self._settings = settings
-        self._board = board
+        self._state = state
 
     def find(
         self, session: str | None, digest: str, options: RequestOptions, now: float
     ) -> Decision | None:
-        """What stands for a video.
+        """The decision about a video that is in force; None if there is none.
 
         Args:
             session: Session of the request, None without one.
             digest: Digest of the video.
             options: What the request asks.
-            now: Seconds on the board's clock.
+            now: Seconds on the clock of the decisions.
         """
         if not self._settings.enabled:
             return None
         for owner in dict.fromkeys((session, None)):
             key = _key(owner, digest, options)
-            decision = self._board.find(key)
-            if decision is not None and self._stands(decision, owner, now):
+            decision = self._in_force(key, owner, now)
+            if decision is not None:
                 if now - decision.used > self._settings.ttl_s * _TOUCH_SHARE:
-                    self._board.keep(key, replace(decision, used=now))
+                    self._state.keep(key, decision._replace(used=now))
                 return decision
         return None
 
@@ -63,37 +62,39 @@ class Stickiness:
         options: RequestOptions,
         *,
         level: int,
-        lowered: bool,
         tokens: int,
         now: float,
     ) -> None:
-        """Let a decision stand from now on; see ``find`` for the arguments.
+        """Keep a decision from now on; see ``find`` for the arguments.
 
-        What stands for the video itself is left alone where it still does, and where the session
+        The tier of the video itself is left alone while it is in force, and where the session
         already had a decision: others may be in the middle of a conversation that goes by it.
 
         Args:
             level: Tier of the video.
-            lowered: Something is lower than asked.
-            tokens: Prompt tokens each use of it was given, 0 where they cannot be counted.
+            tokens: Prompt tokens that each use of the video was granted, 0 where they cannot be
+                counted.
         """
         if not self._settings.enabled:
             return
         for owner in dict.fromkeys((session, None)):
             key = _key(owner, digest, options)
-            earlier = self._board.find(key)
-            standing = earlier is not None and self._stands(earlier, owner, now)
-            if not standing or owner == session:
-                made = earlier.made if earlier is not None and standing else now
-                self._board.keep(key, Decision(level, lowered, tokens, made, now))
-            if standing:
+            earlier = self._in_force(key, owner, now)
+            if earlier is None or owner == session:
+                made = now if earlier is None else earlier.made
+                granted = 0 if owner is None else tokens
+                self._state.keep(key, Decision(level, granted, made, now))
+            if earlier is not None:
                 return
 
-    def _stands(self, decision: Decision, owner: str | None, now: float) -> bool:
+    def _in_force(self, key: bytes, owner: str | None, now: float) -> Decision | None:
         ttl = self._settings.ttl_s
-        if now - decision.used > ttl:
-            return False
-        return owner is not None or not decision.lowered or now - decision.made <= _MAX_LIVES * ttl
+        decision = self._state.find(key)
+        if decision is None or now - decision.used > ttl:
+            return None
+        if owner is None and decision.level and now - decision.made > _MAX_LIVES * ttl:
+            return None
+        return decision
 
 
 def _key(session: str | None, digest: str, options: RequestOptions) -> bytes:

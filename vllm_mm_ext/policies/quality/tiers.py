@@ -3,76 +3,49 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
+from vllm_mm_ext.base.shared_state import EngineLoad, TierState
 from vllm_mm_ext.config.quality_settings import TierSettings
 
 
-@dataclass(frozen=True)
-class LoadSample:
-    """How busy an engine is.
+def mean_of(loads: Sequence[EngineLoad], stale_s: float) -> EngineLoad:
+    """One load for all engines of a service, over which vLLM balances requests.
 
-    Attributes:
-        kv_usage: Share of its KV blocks in use, 0..1 (blocks that are only cached are free).
-        running, waiting: Requests being served and queued.
-        capacity: Requests it can run at once (``max_num_seqs``).
-        time: Seconds on a clock all processes share.
-        backlog_s: Seconds of encoder work that wait, where the engine tells.
+    Args:
+        loads: The newest load of each engine, one at least.
+        stale_s: An engine whose load is by so many seconds older than the newest one counts as
+            idle.
+
+    Returns:
+        The mean, at the time of the newest load.
     """
-
-    kv_usage: float
-    running: float
-    waiting: float
-    capacity: float
-    time: float
-    backlog_s: float = 0.0
-
-
-def mean_of(samples: list[LoadSample], now: float, stale_s: float) -> LoadSample | None:
-    """One sample for all engines of a service; requests are balanced over them.
-
-    An engine whose sample is older than ``stale_s`` seconds counts as idle. None without samples.
-    """
-    if not samples:
-        return None
-    heard = [s for s in samples if now - s.time <= stale_s]
-    count = len(samples)
-    return LoadSample(
-        kv_usage=sum(s.kv_usage for s in heard) / count,
-        running=sum(s.running for s in heard) / count,
-        waiting=sum(s.waiting for s in heard) / count,
-        capacity=sum(s.capacity for s in samples) / count,
+    now = max(load.time for load in loads)
+    fresh = [load for load in loads if now - load.time <= stale_s]
+    count = len(loads)
+    return EngineLoad(
         time=now,
-        backlog_s=sum(s.backlog_s for s in heard) / count,
+        kv_usage=sum(load.kv_usage for load in fresh) / count,
+        running=sum(load.running for load in fresh) / count,
+        waiting=sum(load.waiting for load in fresh) / count,
+        slots=sum(load.slots for load in loads) / count,
+        backlog_s=sum(load.backlog_s or 0.0 for load in fresh) / count,
     )
 
 
-@dataclass(frozen=True)
-class TierState:
-    """Where a service stands.
-
-    Attributes:
-        level: Current tier.
-        rest: Tier that the last sample allows to come down to.
-        calm_since: Since when ``rest`` has been below ``level``, in seconds; infinite if it is not.
-        seen: Time of the last sample.
-    """
-
-    level: int = 0
-    rest: int = 0
-    calm_since: float = math.inf
-    seen: float = -math.inf
-
-
 class LoadTiers:
-    """Turns samples into a tier.
+    """Turns loads into a tier.
 
-    A signal at or past its threshold raises the tier at once. It comes down one at a time, each
-    after all signals have been below the tier's thresholds, less a margin, for ``hold_s``.
+    A signal at or past its threshold raises the tier at once. The tier comes down one at a time,
+    each after all signals have been below the tier's thresholds, less a margin, for ``hold_s``.
 
-    An engine sends a sample with each step and, when it falls idle, one that says so. A sample
-    stands until the next; one older than ``stale_s`` was the last of an engine that is gone, and
-    from then on the service counts as idle.
+    An engine publishes a load with each step and, when it falls idle, one that says so. A load
+    holds until the next one; a load older than ``stale_s`` was the last of an engine that is gone,
+    and from then on the service counts as idle.
+
+    Args:
+        settings: The ``tiers`` section.
     """
 
     def __init__(self, settings: TierSettings) -> None:
@@ -82,7 +55,7 @@ class LoadTiers:
         )
 
     def settle(self, state: TierState, now: float) -> TierState:
-        """The state at ``now`` if nothing was heard since."""
+        """The state at ``now`` if nothing was observed since."""
         silent_from = state.seen + self._settings.stale_s
         state = self._descend(state, min(now, silent_from))
         if now > silent_from and state.level:
@@ -90,12 +63,12 @@ class LoadTiers:
             state = self._descend(replace(state, rest=0, calm_since=calm), now)
         return state
 
-    def observe(self, state: TierState, sample: LoadSample) -> TierState:
-        """The state once ``sample`` was heard."""
-        now = max(sample.time, state.seen)
+    def observe(self, state: TierState, load: EngineLoad) -> TierState:
+        """The state once ``load`` was observed."""
+        now = max(load.time, state.seen)
         state = self.settle(state, now)
-        level = max(state.level, self._passed(sample, 1.0))
-        rest = self._passed(sample, 1.0 - self._settings.margin)
+        level = max(state.level, self._passed(load, 1.0))
+        rest = self._passed(load, 1.0 - self._settings.margin)
         calm = min(state.calm_since, now) if rest < level else math.inf
         return TierState(level, rest, calm, now)
 
@@ -106,11 +79,11 @@ class LoadTiers:
             calm += hold
         return replace(state, level=level, calm_since=calm if level > state.rest else math.inf)
 
-    def _passed(self, sample: LoadSample, share: float) -> int:
+    def _passed(self, load: EngineLoad, share: float) -> int:
         """How many thresholds, scaled by ``share``, any signal has reached."""
-        batch = sample.running + sample.waiting
-        load = batch / sample.capacity if sample.capacity > 0 else 0.0
-        signals = (sample.kv_usage, batch, load, sample.backlog_s)
+        batch = load.running + load.waiting
+        occupancy = batch / load.slots if load.slots > 0 else 0.0
+        signals = (load.kv_usage, batch, occupancy, load.backlog_s or 0.0)
         reached = [
             any(signal >= limit * share for signal, limit in zip(signals, limits, strict=True))
             for limits in self._steps

@@ -1,4 +1,4 @@
-"""Plain values around quality decisions: what is known of a video, what is decided about it."""
+"""The values that quality decisions take and give: what is known of a video, what it gets."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class VideoSource:
     Attributes:
         digest: Digest of the encoded content.
         duration: Seconds.
-        num_frames: Frames it has.
+        num_frames: Frames that the video has.
         width, height: Displayed size in pixels.
-        uses: How often the request shows it; all uses have one plan.
+        uses: How often the request shows the video; all uses have one plan.
     """
 
     digest: str
@@ -32,7 +32,13 @@ class VideoSource:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a video gets if its request does not say: frames per second, bounds, reduction."""
+    """What a video gets if its request does not say.
+
+    Attributes:
+        fps: Frames per second.
+        min_frames, max_frames: Bounds of the number of frames.
+        reduction: How its tokens are made fewer.
+    """
 
     fps: float
     min_frames: int
@@ -47,7 +53,7 @@ class Family:
     Attributes:
         resizable: Frames may have different sizes.
         reducible: Tokens can be reduced.
-        countable: Tokens can be told in advance; without that nothing is fitted.
+        countable: Tokens can be counted in advance; otherwise videos are not fitted to budgets.
         frame_multiple: Frame counts are multiples of this (temporal patch size).
         max_item_tokens: Tokens one video may have at most, 0 for any number (a video that is not
             cut into segments must fit into vLLM's encoder cache).
@@ -64,12 +70,12 @@ class Family:
 
 @dataclass(frozen=True)
 class ContextUse:
-    """The context of a request in tokens: its length, and what is not for videos.
+    """The context of a request, in tokens.
 
     Attributes:
-        length: The model's maximum.
-        text: Taken by everything that is not video.
-        output: Kept for the answer.
+        length: The context length of the model.
+        text: Tokens of everything that is not video.
+        output: Tokens kept for the answer.
     """
 
     length: int
@@ -92,8 +98,9 @@ class VideoCosts(Protocol):
         """Pixels of one delivered frame if none may have more than ``cap`` (0: no cap)."""
 
     def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
-        """Prompt tokens of one use, with sound and markers. Fewer frames, a lower cap or a stronger
-        reduction never cost more.
+        """Prompt tokens of one use, with sound and markers.
+
+        Fewer frames, a lower cap or a stronger reduction never cost more.
         """
 
 
@@ -102,9 +109,9 @@ class Lowered(NamedTuple):
 
     Attributes:
         what: ``frames``, ``resolution`` or ``reduction``.
-        wanted, given: Its value before and after, in words.
-        why: ``load``; or the budget at fault: the request's ``total_tokens``, the ``context``, or
-            a ``limit`` of the server.
+        wanted, given: The value before and after, in words.
+        why: ``load``; or the budget that the videos had to fit: the request's ``total_tokens``,
+            the ``context``, or a ``limit`` of the server.
     """
 
     what: Literal["frames", "resolution", "reduction"]
@@ -119,11 +126,11 @@ class VideoDecision:
 
     Attributes:
         level: Load tier, 0 for as asked.
-        fps, min_frames, max_frames: For its sampling.
+        fps, min_frames, max_frames: For the sampling of the video.
         frame_pixels: Cap on the pixels of one frame, 0 for none.
-        reduction: How its tokens are made fewer.
+        reduction: How the tokens of the video are made fewer.
         frames: Frames expected.
-        tokens: Prompt tokens expected of each use; None where the family cannot tell.
+        tokens: Prompt tokens expected of each use; None where they cannot be counted.
         lowered: What is lower than asked.
     """
 
