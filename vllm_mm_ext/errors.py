@@ -82,9 +82,10 @@ class DecodeTimeoutError(MediaError):
 
 
 class DecodeCrashError(MediaError):
-    """The decoder process died on this input; the process was replaced."""
+    """Decoder processes died on this input, one after the other."""
 
     code = "decode_crash"
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 class OverBudgetError(MediaError):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from http import HTTPStatus
 
 import numpy as np
 import psutil
@@ -29,8 +30,8 @@ from vllm_mm_ext.errors import (
     NoSuchStreamError,
 )
 from vllm_mm_ext.media.decode import wire
+from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.pool import DecodePool
-from vllm_mm_ext.media.decode.worker import run_job
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 from vllm_mm_ext.testing.media import Tone, bunny_path, make_audio, make_clip, mutate, read_stamp
 
@@ -115,11 +116,11 @@ async def test_decord_falls_back_where_it_would_be_wrong(pool, tmp_path, fd):
     assert [read_stamp(frame) for frame in result.frames] == [0, 17]
 
 
-def test_run_sync_works_from_plain_threads(pool, fd):
+def test_several_event_loops_share_a_pool(pool, fd):
     stamps = []
 
     def work(index):
-        stamps.append(read_stamp(pool.run_sync(fd, wanting(index)).frames[0]))
+        stamps.append(read_stamp(asyncio.run(pool.run(fd, wanting(index))).frames[0]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -201,20 +202,59 @@ def stuck():
     os.close(write)
 
 
-async def test_a_killed_worker_fails_its_own_job_and_is_replaced(fd, stuck):
+async def kill_the_worker_of(task: asyncio.Task, pool: DecodePool, how: signal.Signals) -> int:
+    """End the process that works on a one-worker pool's job; its process id."""
+    worker = await busy_worker(pool)
+    worker.send_signal(how)
+    while worker.pid in pool.worker_pids() and not task.done():
+        await asyncio.sleep(0.01)
+    return worker.pid
+
+
+@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+async def test_a_job_whose_worker_dies_is_done_by_a_fresh_one(fd, how):
+    pool = DecodePool(workers=1, threads=1)
+    try:
+        await pool.run(fd, wanting(0))
+        (first,) = workers_of(pool)
+        first.suspend()  # So that it is in the middle of the next job when it dies.
+        task = asyncio.create_task(pool.run(fd, wanting(7)))
+        await kill_the_worker_of(task, pool, how)
+        assert read_stamp((await task).frames[0]) == 7
+        assert [pool.stats()[key] for key in ("died", "started", "jobs", "busy")] == [1, 2, 2, 0]
+        assert pool.worker_pids() != [first.pid]
+    finally:
+        pool.close()
+
+
+async def test_a_job_past_its_time_is_not_tried_again(stuck):
+    pool = DecodePool(workers=1, threads=1)
+    try:
+        with pytest.raises(DecodeTimeoutError):
+            await pool.run(stuck, wanting(0, limits=DecodeLimits(timeout_s=1)))
+        assert pool.stats()["started"] == 1
+    finally:
+        pool.close()
+
+
+async def test_media_that_two_workers_die_on_are_refused_and_the_pool_goes_on(fd, stuck):
     pool = DecodePool(workers=1, threads=1)
     try:
         doomed = asyncio.create_task(pool.run(stuck, wanting(0)))
-        (await busy_worker(pool)).send_signal(signal.SIGSEGV)
-        with pytest.raises(DecodeCrashError):
+        for _ in range(2):
+            await kill_the_worker_of(doomed, pool, signal.SIGSEGV)
+        with pytest.raises(DecodeCrashError, match="exit status -11") as refused:
             await doomed
+        assert refused.value.status == HTTPStatus.UNPROCESSABLE_ENTITY
         assert len((await pool.run(fd, wanting(0))).frames) == 1
-        assert pool.stats()["died"] == 1
-        assert pool.stats()["started"] == 2
-        # One that dies while idle is replaced too.
-        workers_of(pool)[0].kill()
-        await asyncio.sleep(0.1)
+        assert pool.stats()["died"] == 2
+        assert pool.stats()["started"] == 3
+        # One that dies while idle is replaced too, and no job notices.
+        (idle,) = workers_of(pool)
+        idle.kill()
+        idle.wait()
         assert len((await pool.run(fd, wanting(0))).frames) == 1
+        assert pool.stats()["busy"] == 0
     finally:
         pool.close()
 
@@ -290,11 +330,12 @@ async def test_kept_arrays_stay_valid_and_hold_no_descriptors(pool, fd):
 
 def test_workers_end_with_the_process_that_owns_the_pool(clip):
     code = (
-        "import os, sys\n"
+        "import asyncio, os, sys\n"
         "from vllm_mm_ext.media.decode.pool import DecodePool\n"
         "from vllm_mm_ext.media.types import DecodeRequest\n"
         "pool = DecodePool(workers=1)\n"
-        "pool.run_sync(os.open(sys.argv[1], os.O_RDONLY), DecodeRequest(probe_only=True))\n"
+        "media = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "asyncio.run(pool.run(media, DecodeRequest(probe_only=True)))\n"
         "print(*pool.worker_pids(), flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -396,11 +437,11 @@ def test_a_sampling_rate_no_one_uses_is_refused(tmp_path):
 def test_a_message_that_breaks_off_leaks_no_descriptor():
     ours, theirs = socket.socketpair()
     with ours, theirs, open(os.devnull) as file:
-        socket.send_fds(theirs, [struct.pack("<QB", 100, 1)], [file.fileno()])
+        socket.send_fds(theirs, [struct.pack("<I", 100)], [file.fileno()])
         theirs.close()
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(EOFError):
-            wire.receive(ours)
+            wire.receive(ours, wire.decode_reply)
         assert len(os.listdir("/proc/self/fd")) == before
 
 
