@@ -38,13 +38,18 @@ class FifoCapacity:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._waiting: deque[Share] = deque()
+        self._queue: deque[Share] = deque()
         self.used = 0
+
+    @property
+    def waiting(self) -> int:
+        """Shares that were asked for and not granted yet."""
+        return len(self._queue)
 
     def ask(self, amount: int) -> Share:
         """Queue for a share; it may be granted at once."""
         share = Share(amount)
-        self._waiting.append(share)
+        self._queue.append(share)
         self._grant()
         return share
 
@@ -53,14 +58,14 @@ class FifoCapacity:
         if share.granted:
             self.used -= share.amount
         else:
-            self._waiting.remove(share)
+            self._queue.remove(share)
         self._grant()
 
     def _grant(self) -> None:
-        while self._waiting:
-            head = self._waiting[0]
+        while self._queue:
+            head = self._queue[0]
             if self.used and self.used + head.amount > self._capacity:
                 return
-            self._waiting.popleft()
+            self._queue.popleft()
             self.used += head.amount
             head.granted = True

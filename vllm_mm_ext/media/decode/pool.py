@@ -37,7 +37,18 @@ class _WorkerDiedError(Exception):
 
 @dataclass
 class PoolStats:
-    """Counters since the pool was made; ``busy`` and ``bytes_in_flight`` are of this moment."""
+    """Counters since the pool was made, and three values of this moment.
+
+    Attributes:
+        started: Worker processes started.
+        died: Workers that ended by themselves or sent what no sound worker sends.
+        timed_out: Jobs stopped at their time limit.
+        cancelled: Jobs that their caller gave up.
+        jobs: Jobs that got a worker.
+        busy: Jobs that have a worker now.
+        waiting: Jobs that wait for a worker, or with one for room, now.
+        bytes_in_flight: Bytes of frames and sound that jobs have room for now.
+    """
 
     started: int = 0
     died: int = 0
@@ -45,6 +56,7 @@ class PoolStats:
     cancelled: int = 0
     jobs: int = 0
     busy: int = 0
+    waiting: int = 0
     bytes_in_flight: int = 0
 
 
@@ -122,7 +134,10 @@ class DecodePool:
     def stats(self) -> dict[str, int]:
         """``PoolStats`` as a dictionary."""
         with self._change:
-            return asdict(self._stats) | {"bytes_in_flight": self._room.used}
+            queues = (self._probes.slots, self._decodes.slots, self._room)
+            self._stats.waiting = sum(queue.waiting for queue in queues)
+            self._stats.bytes_in_flight = self._room.used
+            return asdict(self._stats)
 
     def worker_pids(self) -> list[int]:
         """Process ids of the live workers, for accounting of their memory."""
