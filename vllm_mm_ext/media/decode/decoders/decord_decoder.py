@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import av
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.decode.decoders.base import UnsuitableFileError
+from vllm_mm_ext.media.decode.container import describe, open_container
+from vllm_mm_ext.media.decode.decoders.base import Decoder, UnsuitableFileError
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.types import MediaInfo
 
@@ -19,16 +21,12 @@ _CONTAINERS = frozenset({"mov", "matroska"})
 _BATCH = 8
 
 
-class DecordDecoder:
+class DecordDecoder(Decoder):
     """decord2's ``VideoReader``; see ``Decoder`` for the contract."""
 
     name = "decord"
 
-    def __init__(self, max_pixels: int) -> None:
-        """``max_pixels``: only for thumbnails, which PyAV makes."""
-        self._thumbnailer = PyAVDecoder(max_pixels)
-
-    def decode(
+    def _decode(
         self,
         path: str,
         info: MediaInfo,
@@ -40,6 +38,7 @@ class DecordDecoder:
         import decord
 
         check_suitable(info)
+        _check_first_picture(path, info, self._max_pixels)
         assert info.packets is not None
         height, width = size or (-1, -1)
         try:
@@ -52,7 +51,7 @@ class DecordDecoder:
             raise UnsuitableFileError(f"decord: {error}") from error
         return np.arange(len(indices), dtype=np.int64)
 
-    def thumbnails(
+    def _thumbnails(
         self,
         path: str,
         info: MediaInfo,
@@ -61,7 +60,7 @@ class DecordDecoder:
         threads: int,
     ) -> npt.NDArray[np.uint8]:
         # decord always converts to RGB; PyAV reads the luma plane alone.
-        return self._thumbnailer.thumbnails(path, info, indices, edge, threads)
+        return PyAVDecoder(self._max_pixels).thumbnails(path, info, indices, edge, threads)
 
 
 def check_suitable(info: MediaInfo) -> None:
@@ -76,6 +75,23 @@ def check_suitable(info: MediaInfo) -> None:
     latest = np.maximum.accumulate(table.order)
     if (latest > table.order)[table.is_key].any():
         raise UnsuitableFileError("decord is not exact for open GOPs")
+
+
+def _check_first_picture(path: str, info: MediaInfo, max_pixels: int) -> None:
+    """The pictures must be of the size that the container says.
+
+    decord knows no limit on pixels, so PyAV, which does, decodes the first picture before decord.
+    """
+    assert info.video is not None
+    with open_container(path, max_pixels=max_pixels) as container:
+        stream = container.streams[info.video.index]
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        try:
+            picture = next(container.decode(stream), None)
+        except av.FFmpegError as error:
+            raise UnsuitableFileError(f"the first picture: {describe(error)}") from error
+    if picture is None or (picture.width, picture.height) != (info.video.width, info.video.height):
+        raise UnsuitableFileError("the pictures are not of the size that the container says")
 
 
 def _check_timeline(reader: Any, info: MediaInfo) -> None:

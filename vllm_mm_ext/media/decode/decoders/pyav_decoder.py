@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from vllm_mm_ext.media.decode.container import open_container
-from vllm_mm_ext.media.decode.decoders.base import thumbnail_size
+from vllm_mm_ext.media.decode.decoders.base import Decoder, thumbnail_size
 from vllm_mm_ext.media.decode.decoders.read_plan import Run, plan_runs, split_lanes
 from vllm_mm_ext.media.types import MediaInfo, PacketTable
 
@@ -36,16 +36,15 @@ class _DistrustError(Exception):
     """What came out of the decoder is not what the container promised."""
 
 
-class PyAVDecoder:
-    """The default backend: see ``Decoder`` for the contract."""
+class PyAVDecoder(Decoder):
+    """The default backend: see ``Decoder`` for the contract.
+
+    FFmpeg refuses pictures of more than ``max_pixels``, whatever the container said of them.
+    """
 
     name = "pyav"
 
-    def __init__(self, max_pixels: int) -> None:
-        """``max_pixels``: FFmpeg refuses larger pictures, whatever the container said."""
-        self._max_pixels = max_pixels
-
-    def decode(
+    def _decode(
         self,
         path: str,
         info: MediaInfo,
@@ -68,7 +67,7 @@ class PyAVDecoder:
                 out[i] = out[position[row]]
         return np.flatnonzero(np.isin(indices, sorted(decoded)))
 
-    def thumbnails(
+    def _thumbnails(
         self,
         path: str,
         info: MediaInfo,
