@@ -1,4 +1,4 @@
-"""Frames through decord, for the files where its frame numbers can be relied on."""
+"""The decord backend, for the files in which decord finds the right frames."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from vllm_mm_ext.media.decode.decoders.base import Decoder, UnsuitableFileError
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.types import MediaInfo
 
-# decord's seeks return wrong pictures for open GOPs, for B frames in MPEG-4 part 2 and for
-# MPEG-TS (checked against sequential decoding), so only these are taken, with closed GOPs.
+# decord's seeks return wrong pictures for open GOPs, for B frames in MPEG-4 part 2 and for MPEG-TS
+# (checked against sequential decoding), so decord gets only these codecs and containers, and only
+# with closed GOPs.
 _CODECS = frozenset({"h264", "vp8", "vp9", "av1"})
 _CONTAINERS = frozenset({"mov", "matroska"})
-# Frames decoded per call: bounds the copy that decord hands out.
+# Frames per call of decord: this bounds the size of the copy that decord returns.
 _BATCH = 8
 
 
@@ -64,7 +65,14 @@ class DecordDecoder(Decoder):
 
 
 def check_suitable(info: MediaInfo) -> None:
-    """Raise ``UnsuitableFileError`` for kinds of files decord is known to get wrong."""
+    """Refuse the kinds of files that decord is known to decode wrongly.
+
+    Args:
+        info: The file's probe, with its packet table.
+
+    Raises:
+        UnsuitableFileError: The file is of such a kind.
+    """
     video, table = info.video, info.packets
     assert video is not None
     assert table is not None
@@ -78,9 +86,9 @@ def check_suitable(info: MediaInfo) -> None:
 
 
 def _check_first_picture(path: str, info: MediaInfo, max_pixels: int) -> None:
-    """The pictures must be of the size that the container says.
+    """Refuse a file whose pictures are not of the size that its container says.
 
-    decord knows no limit on pixels, so PyAV, which does, decodes the first picture before decord.
+    decord has no limit on pixels, so PyAV, which has one, decodes the first picture before decord.
     """
     assert info.video is not None
     with open_container(path, max_pixels=max_pixels) as container:
@@ -95,7 +103,7 @@ def _check_first_picture(path: str, info: MediaInfo, max_pixels: int) -> None:
 
 
 def _check_timeline(reader: Any, info: MediaInfo) -> None:
-    """decord must number the frames as the packet table does."""
+    """Refuse a file whose frames decord counts or times otherwise than the packet table does."""
     table = info.packets
     assert table is not None
     if len(reader) != len(table):
