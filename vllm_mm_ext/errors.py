@@ -98,7 +98,7 @@ class DecodeTimeoutError(MediaError):
 
 
 class DecodeCrashError(MediaError):
-    """The file made the decoder process die. The server goes on with a fresh process."""
+    """Decoder processes died on this input, one after the other."""
 
     code = "decode_crash"
     status = HTTPStatus.UNPROCESSABLE_ENTITY

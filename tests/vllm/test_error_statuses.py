@@ -39,11 +39,12 @@ from vllm_mm_ext.errors import (
     UnreadableMediaError,
     UnsupportedFormatError,
 )
+from vllm_mm_ext.media.decode import wire
 from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.decode.probe import probe
-from vllm_mm_ext.media.decode.worker import _as_media_error
+from vllm_mm_ext.media.decode.worker import _as_reply
 from vllm_mm_ext.media.fetch.source import MediaChangedError
-from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec
+from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.video.grid_times import grid_times
 
@@ -83,7 +84,7 @@ EVERY = sorted(set(errors_of(MediaError)), key=lambda error: error.__name__)
 @pytest.mark.parametrize("error", EVERY)
 def test_each_error_has_its_status_which_the_docs_list(error: type[MediaError]) -> None:
     assert error.status == STATUSES[error.code]
-    docs = (Path(__file__).parents[1] / "docs" / "options.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
     assert f"\n| {error.status.value} | " in docs
 
 
@@ -286,7 +287,7 @@ async def test_a_fault_in_the_decode_worker_is_no_fault_of_the_file(tmp_path: Pa
     pool = DecodePool(workers=1)
     try:
         with pytest.raises(InternalMediaError, match="server's log"):
-            await pool.run(fd, DecodeRequest(sampling=SamplingSpec(fps="fast")))  # type: ignore[arg-type]
+            await pool.run(fd, DecodeRequest(size=SizeRule(kind="qwen_vl", factor=0)))
         # The worker is well.
         result = await pool.run(fd, DecodeRequest(sampling=SamplingSpec(max_frames=2)))
         assert len(result.frames) == 2
@@ -300,7 +301,9 @@ def test_a_decoder_that_cannot_cope_is_the_files_fault() -> None:
 
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - whatever it says
         av.VideoFrame(16, 16, "yuv420p").reformat(format="no such format")
-    error = _as_media_error(raised.value)
+    reply = _as_reply(raised.value)
+    assert isinstance(reply, wire.Failed)
+    error = reply.error()
     assert type(error) is UnreadableMediaError
     assert "no such" not in error.message
 

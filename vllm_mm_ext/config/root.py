@@ -75,7 +75,11 @@ class DecodeConfig(_Section):
         "auto", description="Decoder; `auto` is the measured best (docs/decoders.md)."
     )
     workers: int = Field(
-        0, ge=0, le=256, description="Worker processes per API server; 0: one per core, at most 8."
+        0,
+        ge=0,
+        le=256,
+        description="Decodes at a time per API server, and probes of containers beside them, each "
+        "in a worker process; 0: one per core, at most 8.",
     )
     threads: int = Field(0, ge=0, le=64, description="FFmpeg threads per job; 0: one per core.")
     timeout_s: float = Field(
@@ -97,7 +101,8 @@ class DecodeConfig(_Section):
         1024,
         ge=16,
         le=1 << 16,
-        description="Decoded frames of all running jobs together, MiB; further jobs wait.",
+        description="Decoded frames and sound of all running jobs together, MiB; further jobs wait "
+        "in their order.",
     )
 
 

@@ -1,8 +1,8 @@
-"""Arrays that carry their origin through vLLM's plumbing.
+"""Decoded media as arrays that also say where they come from.
 
-vLLM hands decoded media on as bare arrays. These subclasses are arrays to everything that does not
-know them and tell those that do where the samples came from, so that nothing is hashed by content
-and a processor learns the real frame times and the sound of a video.
+vLLM hands decoded media from its loaders to its processors as bare arrays. The array classes here
+pass through vLLM like any other array, and carry attributes for the plugin's own code: a digest, so
+that vLLM's hasher need not read the pixels, and the true times and the sound of a video's frames.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 
 
 class _Carrier(np.ndarray[Any, Any]):
-    """Array whose attributes hold for the whole of it only: views, slices and results drop them."""
+    """An array with attributes that describe the whole array.
+
+    A view, a slice or the result of arithmetic is other media, and so has none of the attributes.
+    """
 
     digest: str | None
 
@@ -27,7 +30,7 @@ class _Carrier(np.ndarray[Any, Any]):
     def __array_wrap__(
         self, array: npt.NDArray[Any], context: Any = None, return_scalar: bool = False
     ) -> Any:
-        # Arithmetic yields plain arrays and scalars: a result no longer is the media.
+        # The result of arithmetic is not the media: NumPy gets a plain array or scalar.
         plain = np.asarray(array)
         return plain[()] if return_scalar else plain
 
@@ -46,8 +49,8 @@ class Waveform(_Carrier):
     """A mono waveform with its identity.
 
     Args:
-        samples: float32 ``[samples]``; shared, not copied.
-        digest: Identity of the source bytes and of everything done to them.
+        samples: float32 ``[samples]``; the waveform shares their memory.
+        digest: Identity of the source bytes and of all processing up to these samples.
         rate: Sampling rate in Hz.
 
     Attributes:
@@ -77,25 +80,25 @@ class SampledFrames(_Carrier):
     """The frames of one video with their identity, their times and the video's sound.
 
     Args:
-        frames: uint8 RGB ``[n, height, width, 3]``; shared, not copied.
+        frames: uint8 RGB ``[n, height, width, 3]``; the object shares their memory.
         digest: Identity of the source bytes, the frames chosen, their size, whether sound comes
             along, and ``reduction``.
         times: Presentation time of each frame in seconds from the start of the video, ascending.
-            None leaves the model to assume its usual frame rate, as with any other array.
-        audio: The whole sound track at the model's rate, starting at the start of the video; None
-            for a video without sound.
+            With None the model assumes its usual frame rate, as it does for any other array.
+        audio: The whole audio track at the model's sampling rate, from the start of the video on;
+            None for a video without sound.
         step: Seconds between the moments 0, ``step``, 2 ``step``... that the frames show; None
-            where they were not taken on such a grid.
-        reduction: How the model's tokens of these frames are made fewer.
+            where the frames were not sampled at such moments.
+        reduction: How the number of the model's tokens for these frames is reduced.
         pinned: The frames have their final size: the model's processor must not resize them.
 
     Attributes:
         digest, times, audio, step, reduction, pinned: As given; None, None, None, None, no
             reduction and False on an array derived from sampled frames.
-        memo: Values worked out from the frames, kept with them for later turns: one dictionary for
-            all reductions of the frames; empty on a derived or unpickled array. No value may hold
-            the frames or a view of them: Python's garbage collector does not look into NumPy
-            arrays, so frames that their own memo leads back to are never freed.
+        memo: Values that were computed from the frames, kept for later requests: all reductions of
+            the frames share one dictionary; a derived or unpickled array has an empty one. No value
+            may hold the frames or a view of them: Python's garbage collector does not look into
+            NumPy arrays, so frames to which their own memo leads back are never freed.
 
     Raises:
         ValueError: ``frames`` does not have four dimensions, or ``times`` not one per frame.
@@ -155,12 +158,10 @@ class SampledFrames(_Carrier):
         return made
 
     def reduced(self, reduction: Reduction) -> SampledFrames:
-        """The same frames and sound, to be given to the model with another ``reduction``.
-
-        Pixels and ``memo`` are the same.
+        """The same frames and sound with a token reduction; they share pixels and ``memo``.
 
         Args:
-            reduction: In place of no reduction, which ``self`` must have.
+            reduction: The token reduction; these frames themselves must have none.
         """
         if reduction == self.reduction:
             return self
@@ -179,5 +180,5 @@ class SampledFrames(_Carrier):
 
 
 def known_digest(obj: object) -> str | None:
-    """Identity an array carries, or None where its contents must be read to tell."""
+    """The digest that an array carries; None for an array whose contents must be hashed."""
     return obj.digest if isinstance(obj, _Carrier) else None

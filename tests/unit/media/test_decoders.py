@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 
 import av
 import cv2
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_mm_ext.errors import MediaTooLargeError, UnreadableMediaError
 from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders import pyav_decoder as pyav_module
 from vllm_mm_ext.media.decode.decoders.read_plan import plan_runs, split_lanes
@@ -109,6 +111,61 @@ def test_decord_refuses_what_it_gets_wrong(tmp_path, kind):
     path = make_clip(tmp_path / options.pop("name"), **options).path
     with pytest.raises(UnsuitableFileError):
         decode(path, [0, 20], name="decord")
+
+
+def attempt(name, path, info, max_pixels=LIMITS.max_pixels):
+    """Have a backend decode the first frame of a file."""
+    out = np.zeros((1, 36, 64, 3), np.uint8)
+    return get_decoder(name, max_pixels=max_pixels).decode(
+        str(path), info, np.array([0]), (36, 64), out, 1
+    )
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["pyav", "decord"])
+
+
+@BACKENDS
+def test_no_backend_opens_a_file_that_names_other_files(tmp_path, backend):
+    inner = make_clip(tmp_path / "inner.mp4", duration=1).path
+    info = probe(str(inner), LIMITS)
+    assert attempt(backend, inner, info).tolist() == [0]
+    script = tmp_path / "script.mp4"
+    script.write_text("ffconcat version 1.0\nfile inner.mp4\n")
+    with pytest.raises(UnreadableMediaError):
+        attempt(backend, script, info)
+
+
+@BACKENDS
+def test_no_backend_opens_a_file_that_is_not_the_probed_one(tmp_path, backend):
+    info = probe(str(make_clip(tmp_path / "a.mp4", duration=1).path), LIMITS)
+    other = make_clip(tmp_path / "a.mkv", duration=1).path
+    with pytest.raises(UnreadableMediaError, match="probed"):
+        attempt(backend, other, info)
+
+
+@BACKENDS
+def test_no_backend_decodes_pictures_past_the_limit(tmp_path, backend):
+    path = make_clip(tmp_path / "a.mp4", width=64, height=48, duration=1).path
+    info = probe(str(path), LIMITS)
+    assert attempt(backend, path, info, max_pixels=64 * 48).tolist() == [0]
+    with pytest.raises(MediaTooLargeError, match="limit of 3071 pixels"):
+        attempt(backend, path, info, max_pixels=64 * 48 - 1)
+
+
+def test_decord_is_not_given_pictures_larger_than_the_container_says(tmp_path):
+    clip = make_clip(tmp_path / "a.mp4", width=640, height=360, duration=1).path
+    data = bytearray(clip.read_bytes())
+    at = data.index(b"avc1", data.index(b"stsd")) + 28  # Width and height of the sample entry.
+    assert struct.unpack_from(">HH", data, at) == (640, 360)
+    struct.pack_into(">HH", data, at, 64, 36)
+    path = tmp_path / "lie.mp4"
+    path.write_bytes(data)
+    info = probe(str(path), LIMITS)
+    assert (info.video.width, info.video.height) == (64, 36)
+    for max_pixels in (LIMITS.max_pixels, 64 * 36):
+        with pytest.raises(UnsuitableFileError, match="picture"):
+            attempt("decord", path, info, max_pixels)
+    assert not len(attempt("pyav", path, info, 64 * 36))
 
 
 @pytest.mark.parametrize("kind", ["h264-bframes", "h264-rotated", "mpeg4"])

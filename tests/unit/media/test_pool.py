@@ -8,19 +8,20 @@ import gc
 import io
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
+from http import HTTPStatus
 
 import numpy as np
 import psutil
 import pytest
 import soundfile
+from fake_worker import FakeWorker
 
 from vllm_mm_ext.errors import (
+    BusyError,
     DecodeCrashError,
     DecodeTimeoutError,
     MediaError,
@@ -28,9 +29,10 @@ from vllm_mm_ext.errors import (
     MediaTooLongError,
     NoSuchStreamError,
 )
+from vllm_mm_ext.media.decode import pool as pool_module
 from vllm_mm_ext.media.decode import wire
+from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.pool import DecodePool
-from vllm_mm_ext.media.decode.worker import run_job
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 from vllm_mm_ext.testing.media import Tone, bunny_path, make_audio, make_clip, mutate, read_stamp
 
@@ -115,11 +117,11 @@ async def test_decord_falls_back_where_it_would_be_wrong(pool, tmp_path, fd):
     assert [read_stamp(frame) for frame in result.frames] == [0, 17]
 
 
-def test_run_sync_works_from_plain_threads(pool, fd):
+def test_several_event_loops_share_a_pool(pool, fd):
     stamps = []
 
     def work(index):
-        stamps.append(read_stamp(pool.run_sync(fd, wanting(index)).frames[0]))
+        stamps.append(read_stamp(asyncio.run(pool.run(fd, wanting(index))).frames[0]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -201,20 +203,61 @@ def stuck():
     os.close(write)
 
 
-async def test_a_killed_worker_fails_its_own_job_and_is_replaced(fd, stuck):
+async def kill_the_worker_of(task: asyncio.Task, pool: DecodePool, how: signal.Signals) -> int:
+    """End the process that works on a one-worker pool's job; its process id."""
+    worker = await busy_worker(pool)
+    worker.send_signal(how)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        worker.resume()  # A process that is stopped takes no signal.
+    while worker.pid in pool.worker_pids() and not task.done():
+        await asyncio.sleep(0.01)
+    return worker.pid
+
+
+@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+async def test_a_job_whose_worker_dies_is_done_by_a_fresh_one(fd, how):
+    pool = DecodePool(workers=1, threads=1)
+    try:
+        await pool.run(fd, wanting(0))
+        (first,) = workers_of(pool)
+        first.suspend()  # So that it is in the middle of the next job when it dies.
+        task = asyncio.create_task(pool.run(fd, wanting(7)))
+        await kill_the_worker_of(task, pool, how)
+        assert read_stamp((await task).frames[0]) == 7
+        assert [pool.stats()[key] for key in ("died", "started", "jobs", "busy")] == [1, 2, 2, 0]
+        assert pool.worker_pids() != [first.pid]
+    finally:
+        pool.close()
+
+
+async def test_a_job_past_its_time_is_not_tried_again(stuck):
+    pool = DecodePool(workers=1, threads=1)
+    try:
+        with pytest.raises(DecodeTimeoutError):
+            await pool.run(stuck, wanting(0, limits=DecodeLimits(timeout_s=1)))
+        assert pool.stats()["started"] == 1
+    finally:
+        pool.close()
+
+
+async def test_media_that_two_workers_die_on_are_refused_and_the_pool_goes_on(fd, stuck):
     pool = DecodePool(workers=1, threads=1)
     try:
         doomed = asyncio.create_task(pool.run(stuck, wanting(0)))
-        (await busy_worker(pool)).send_signal(signal.SIGSEGV)
-        with pytest.raises(DecodeCrashError):
+        for _ in range(2):
+            await kill_the_worker_of(doomed, pool, signal.SIGSEGV)
+        with pytest.raises(DecodeCrashError, match="exit status -11") as refused:
             await doomed
+        assert refused.value.status == HTTPStatus.UNPROCESSABLE_ENTITY
         assert len((await pool.run(fd, wanting(0))).frames) == 1
-        assert pool.stats()["died"] == 1
-        assert pool.stats()["started"] == 2
-        # One that dies while idle is replaced too.
-        workers_of(pool)[0].kill()
-        await asyncio.sleep(0.1)
+        assert pool.stats()["died"] == 2
+        assert pool.stats()["started"] == 3
+        # One that dies while idle is replaced too, and no job notices.
+        (idle,) = workers_of(pool)
+        idle.kill()
+        idle.wait()
         assert len((await pool.run(fd, wanting(0))).frames) == 1
+        assert pool.stats()["busy"] == 0
     finally:
         pool.close()
 
@@ -261,6 +304,115 @@ async def test_output_in_flight_is_bounded_and_a_larger_job_runs_alone(fd):
         pool.close()
 
 
+async def turns(pool: DecodePool, until) -> None:
+    """Let the event loop turn until a condition holds of the pool's counters."""
+    for _ in range(3000):
+        if until(pool.stats()):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"it never came to that: {pool.stats()}")
+
+
+async def test_a_probe_does_not_wait_for_decodes(fd, stuck):
+    pool = DecodePool(workers=1, threads=1)
+    decodes = [asyncio.create_task(pool.run(stuck, wanting(0))) for _ in range(3)]
+    try:
+        await turns(pool, lambda stats: stats["busy"] == 1)
+        for _ in range(3):
+            probed = await asyncio.wait_for(pool.run(fd, DecodeRequest(probe_only=True)), 60)
+            assert probed.info.video.num_frames == 60
+        assert not any(decode.done() for decode in decodes)
+    finally:
+        for decode in decodes:
+            decode.cancel()
+        await asyncio.gather(*decodes, return_exceptions=True)
+        pool.close()
+
+
+async def test_a_large_job_is_not_passed_by_small_ones_that_come_later(fd, monkeypatch):
+    order: list[int] = []
+    go_on = threading.Event()
+
+    class Worker(FakeWorker):
+        """Needs as much room as the job has frames, and keeps it until it may go on."""
+
+        def talk(self, sock, request):
+            wire.send(sock, wire.Reserve(request.sampling.max_frames))
+            wire.receive(sock, wire.decode_order)
+            order.append(request.sampling.max_frames)
+            go_on.wait(60)
+            wire.send(sock, wire.Failed("unreadable", "done", "media", None))
+
+    monkeypatch.setattr(pool_module, "WorkerProcess", Worker)
+    pool = DecodePool(workers=4, threads=1, max_in_flight_bytes=10)
+    jobs = []
+    try:
+        for number, size in enumerate((6, 9, 3, 2)):
+            request = DecodeRequest(sampling=SamplingSpec(max_frames=size))
+            jobs.append(asyncio.create_task(pool.run(fd, request)))
+            await turns(pool, lambda stats, number=number: stats["waiting"] == number)
+            await turns(pool, lambda stats: stats["bytes_in_flight"] > 0)
+        assert order == [6]
+        go_on.set()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        assert order[:2] == [6, 9]
+        assert sorted(order[2:]) == [2, 3]
+    finally:
+        go_on.set()
+        pool.close()
+
+
+async def test_jobs_of_a_lane_start_in_the_order_in_which_they_came(fd, stuck):
+    pool = DecodePool(workers=1, threads=1)
+    order = []
+
+    async def job(number: int) -> None:
+        await pool.run(fd, wanting(number))
+        order.append(number)
+
+    try:
+        first = asyncio.create_task(pool.run(stuck, wanting(0)))
+        await turns(pool, lambda stats: stats["busy"] == 1)
+        jobs = [asyncio.create_task(job(number)) for number in range(6)]
+        await asyncio.sleep(0)
+        jobs[2].cancel()
+        first.cancel()
+        await asyncio.gather(first, *jobs, return_exceptions=True)
+    finally:
+        pool.close()
+    assert order == [0, 1, 3, 4, 5]
+
+
+async def test_jobs_of_a_closed_pool_are_told_to_come_again(fd, stuck):
+    pool = DecodePool(workers=1, threads=1)
+    jobs = [asyncio.create_task(pool.run(stuck, wanting(0))) for _ in range(3)]
+    await turns(pool, lambda stats: stats["busy"] == 1)
+    pool.close()
+    assert {type(error) for error in await asyncio.gather(*jobs, return_exceptions=True)} == {
+        BusyError
+    }
+    with pytest.raises(BusyError):
+        await pool.run(fd, wanting(0))
+    assert pool.worker_pids() == []
+
+
+async def test_a_worker_knows_nothing_of_the_servers_secrets(fd, monkeypatch):
+    secrets = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "VLLM_API_KEY", "HTTPS_PROXY")
+    for name in secrets:
+        monkeypatch.setenv(name, "hidden")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    pool = DecodePool(workers=1, threads=1)
+    try:
+        await pool.run(fd, DecodeRequest(probe_only=True))
+        (worker,) = workers_of(pool)
+        environment = worker.environ()
+    finally:
+        pool.close()
+    assert "hidden" not in environment.values()
+    assert environment["LC_ALL"] == "C.UTF-8"
+    assert environment["PATH"] == os.environ["PATH"]
+
+
 async def test_no_descriptor_or_memory_leaks_over_many_jobs(pool, fd):
     async def jobs(count):
         for i in range(count):
@@ -290,11 +442,12 @@ async def test_kept_arrays_stay_valid_and_hold_no_descriptors(pool, fd):
 
 def test_workers_end_with_the_process_that_owns_the_pool(clip):
     code = (
-        "import os, sys\n"
+        "import asyncio, os, sys\n"
         "from vllm_mm_ext.media.decode.pool import DecodePool\n"
         "from vllm_mm_ext.media.types import DecodeRequest\n"
         "pool = DecodePool(workers=1)\n"
-        "pool.run_sync(os.open(sys.argv[1], os.O_RDONLY), DecodeRequest(probe_only=True))\n"
+        "media = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "asyncio.run(pool.run(media, DecodeRequest(probe_only=True)))\n"
         "print(*pool.worker_pids(), flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -391,17 +544,6 @@ def test_a_sampling_rate_no_one_uses_is_refused(tmp_path):
     soundfile.write(path, np.zeros(1000, np.float32), 1_000_003)
     with pytest.raises(MediaTooLargeError, match="limit of 768000"):
         run_job(str(path), DecodeRequest(audio="required"))
-
-
-def test_a_message_that_breaks_off_leaks_no_descriptor():
-    ours, theirs = socket.socketpair()
-    with ours, theirs, open(os.devnull) as file:
-        socket.send_fds(theirs, [struct.pack("<QB", 100, 1)], [file.fileno()])
-        theirs.close()
-        before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(EOFError):
-            wire.receive(ours)
-        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_samples_that_are_no_numbers_are_silence(tmp_path):

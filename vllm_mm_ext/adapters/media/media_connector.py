@@ -291,11 +291,20 @@ def sampling_with(config: SamplingConfig, kwargs: Mapping[str, Any]) -> Sampling
     if not kwargs:
         return config
     for key, value in kwargs.items():
-        high = MAX_REQUEST_FPS if key == "fps" else MAX_REQUEST_FRAMES
-        unlimited = key in ("fps", "num_frames") and value == -1
-        if not isinstance(value, (int, float)) or not (unlimited or 0 < value <= high):
+        rate = key == "fps"
+        high = MAX_REQUEST_FPS if rate else MAX_REQUEST_FRAMES
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        unlimited = key in ("fps", "num_frames") and number and value == -1
+        # The comparison also refuses what is no number (NaN).
+        valid = number and (0 < value <= high if rate else value % 1 == 0 and 1 <= value <= high)
+        if not (valid or unlimited):
+            bounds = (
+                f"a number above 0 and at most {high}"
+                if rate
+                else (f"a whole number from 1 to {high}")
+            )
             raise VLLMValidationError(
-                f"media_io_kwargs.video.{key} must be above 0 and at most {high}",
+                f"media_io_kwargs.video.{key} must be {bounds}, got {value!r}",
                 parameter=key,
                 value=value,
             )

@@ -87,15 +87,15 @@ def decode_audio(
                 rate = _checked_rate(frame.sample_rate)
                 chunks.append(_mono(frame))
                 total += len(chunks[-1])
-            if limits.max_audio_s and total > limits.max_audio_s * rate:
-                if not limits.truncate_audio:
-                    _check_length(total / rate, limits)
-                break
             if total * 4 > limits.max_output_bytes:
                 raise MediaTooLargeError(
                     f"The audio decodes to more than the limit of {limits.max_output_bytes} bytes.",
                     parameter="input_audio",
                 )
+            if limits.max_audio_s and total > limits.max_audio_s * rate:
+                if not limits.truncate_audio:
+                    _check_length(total / rate, limits)
+                break
     samples = np.concatenate(chunks) if chunks else np.empty(0, np.float32)
     if limits.max_audio_s:
         samples = samples[: int(limits.max_audio_s * rate)]

@@ -1,7 +1,8 @@
-"""One decode job from file to arrays. Runs in a worker process, or anywhere else."""
+"""One decode job, from a file to arrays. It runs in a worker process, or in any other."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,10 +31,11 @@ from vllm_mm_ext.media.types import (
     SamplingSpec,
 )
 
-# Makes room for an array of this shape and dtype, contents undefined.
+# Makes an array of this shape and dtype with undefined contents.
 Allocate = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[np.generic]]
 
-# Longest edge of stage-2 thumbnails in pixels: what the adaptive policy's scores are set for.
+# Longest edge in pixels of the thumbnails that the adaptive policy looks at: its scores are tuned
+# to this size.
 _THUMBNAIL_EDGE = 64
 
 
@@ -43,13 +45,17 @@ def run_job(
     allocate: Allocate = np.empty,
     reserve: Callable[[int], None] | None = None,
 ) -> DecodeResult:
-    """Probe a file, choose frames, and decode them and its audio track in parallel.
+    """Probe a file, choose frames, and decode the frames and the audio track in parallel.
 
     Args:
         path: A local file, ``/proc/self/fd/N`` included.
         request: What to do.
-        allocate: Provides the memory of ``frames`` and ``audio``.
-        reserve: Called once, before decoding, with the bytes the result will take; may block.
+        allocate: Makes the memory of the result's ``frames`` and ``audio``.
+        reserve: The job calls this once, before it decodes, with the bytes that frames and audio
+            will take; it may block until there is room.
+
+    Returns:
+        What was asked for, with the packet table of the file.
 
     Raises:
         MediaError: The file is unreadable, lacks a wanted stream, or is past a limit.
@@ -86,7 +92,7 @@ def _decode(
             selection = _select(path, info, request.sampling, request)
         shape = _output_shape(info, selection, request)
     if reserve is not None:
-        reserve(int(np.prod(shape)) + (estimate_bytes(sound, request.limits) if sound else 0))
+        reserve(math.prod(shape) + (0 if sound is None else _sound_bytes(sound, request)))
 
     result = DecodeResult(info=info, timings=timings)
     with ThreadPoolExecutor(1) as beside:
@@ -108,6 +114,7 @@ def _decode(
 
 
 def _wanted_audio(info: MediaInfo, request: DecodeRequest) -> AudioStream | None:
+    """The audio stream to decode, or None; refuses a file without one where sound is required."""
     if request.audio == "none":
         return None
     if not info.audio:
@@ -116,6 +123,11 @@ def _wanted_audio(info: MediaInfo, request: DecodeRequest) -> AudioStream | None
         return None
     check_audio(info.audio[0], request.limits)
     return info.audio[0]
+
+
+def _sound_bytes(sound: AudioStream, request: DecodeRequest) -> int:
+    """Bytes that the sound will take if its header is right; more than the limit it never takes."""
+    return min(estimate_bytes(sound, request.limits), request.limits.max_output_bytes)
 
 
 def _select(
@@ -135,6 +147,7 @@ def _select(
 def _output_shape(
     info: MediaInfo, selection: FrameSelection, request: DecodeRequest
 ) -> tuple[int, int, int, int]:
+    """Shape of the decoded frames; refuses more frames or bytes than the limits allow."""
     assert info.video is not None
     limits, count = request.limits, len(selection.indices)
     if count > limits.max_frames:
@@ -166,7 +179,7 @@ def _frames(
     allocate: Allocate,
     result: DecodeResult,
 ) -> None:
-    """Decode the selection into ``result``."""
+    """Decode the selected frames and put them, with the selection that is left, into ``result``."""
     out = np.asarray(allocate(shape, np.uint8), np.uint8)
     decoder = get_decoder(request.decoder, max_pixels=request.limits.max_pixels)
     assert info.video is not None
@@ -212,6 +225,7 @@ def _audio(
 
 @contextmanager
 def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    """Write the seconds that the body takes into ``timings``."""
     start = time.monotonic()
     try:
         yield

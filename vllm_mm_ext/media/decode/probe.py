@@ -84,7 +84,7 @@ def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaIn
         width, height = video.codec_context.width, video.codec_context.height
         if width <= 0 or height <= 0:
             return None
-        _check_pixels(width, height, limits)
+        check_pixels(width, height, limits.max_pixels)
         _check_duration(_seconds(video) or claimed, limits)
         described, packets = _read_video(container, video, limits)
     sounds = tuple(
@@ -255,11 +255,16 @@ def _seconds(stream: AvVideoStream | AvAudioStream) -> float:
     return max(0.0, float(stream.duration * stream.time_base))
 
 
-def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
-    if width * height > limits.max_pixels:
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Refuse pictures that are too large.
+
+    Raises:
+        MediaTooLargeError: A picture has more than ``max_pixels`` pixels.
+    """
+    if width * height > max_pixels:
         raise MediaTooLargeError(
             f"The video is {width}x{height} ({width * height} pixels a frame), "
-            f"past the limit of {limits.max_pixels} pixels.",
+            f"past the limit of {max_pixels} pixels.",
             parameter="video_url",
             value=f"{width}x{height}",
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import math
 import mmap
 import os
-import tempfile
 import weakref
 
 import numpy as np
@@ -15,6 +15,10 @@ import numpy.typing as npt
 NAME = "vllm_mm_ext"
 """Name of the memory files, as the mappings of a process show them."""
 
+# A process that reads mapped memory past the end of its file is killed (SIGBUS). The kernel refuses
+# to shrink a file with this seal, and to take the seal off.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -22,17 +26,23 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def create(shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[npt.NDArray[np.generic], int]:
-    """A new zeroed array in shared memory, and the descriptor of that memory.
+    """Make a zeroed array in shared memory.
 
-    The caller owns the descriptor; the array stays valid without it.
+    Args:
+        shape: Length of each axis.
+        dtype: Type of the elements.
+
+    Returns:
+        The array, and the descriptor of its memory. The caller owns the descriptor; the array stays
+        valid without it.
 
     Raises:
-        MemoryError: No room.
+        MemoryError: There is no room.
     """
-    num_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
-    fd = _memory_file()
+    fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, num_bytes)
+        os.ftruncate(fd, _num_bytes(shape, dtype))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         return adopt(fd, shape, dtype), fd
     except BaseException:
         os.close(fd)
@@ -40,30 +50,39 @@ def create(shape: tuple[int, ...], dtype: npt.DTypeLike) -> tuple[npt.NDArray[np
 
 
 def adopt(fd: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
-    """The array that lies in the memory of ``fd``, shared, not copied.
+    """Map an array that another process made with ``create``; nothing is copied.
 
-    ``fd`` may be closed at once. The memory is unmapped when the last view of the array is
-    gone. (``mmap.mmap`` would keep a descriptor open for each array.)
+    The memory is unmapped when the last view of the array is gone. (``mmap.mmap`` would keep a
+    descriptor open for each array.)
+
+    Args:
+        fd: Descriptor of the memory; the caller may close it at once.
+        shape: Length of each axis.
+        dtype: Type of the elements.
 
     Raises:
-        MemoryError: It cannot be mapped, or ``fd`` holds less than the array.
+        ValueError: ``fd`` is no memory that keeps its size, or holds less than the array.
+        MemoryError: The memory cannot be mapped.
     """
-    kind = np.dtype(dtype)
-    num_bytes = max(1, math.prod(shape) * kind.itemsize)
+    num_bytes = _num_bytes(shape, dtype)
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise ValueError("the descriptor is not one of shared memory") from error
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise ValueError("the shared memory could shrink while it is mapped")
     if os.fstat(fd).st_size < num_bytes:
-        raise MemoryError(f"{num_bytes} bytes do not lie in the shared memory")
+        raise ValueError(f"{num_bytes} bytes do not lie in the shared memory")
     address = _libc.mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
     if address in (None, ctypes.c_void_p(-1).value):
         raise MemoryError(f"cannot map {num_bytes} bytes of shared memory")
     block = (ctypes.c_char * num_bytes).from_address(address)
     weakref.finalize(block, _libc.munmap, address, num_bytes).atexit = False
-    array: npt.NDArray[np.generic] = np.ndarray(shape, kind, buffer=memoryview(block).cast("B"))
+    memory = memoryview(block).cast("B")
+    array: npt.NDArray[np.generic] = np.ndarray(shape, np.dtype(dtype), buffer=memory)
     return array
 
 
-def _memory_file() -> int:
-    try:
-        return os.memfd_create(NAME, os.MFD_CLOEXEC)
-    except (AttributeError, OSError):  # a kernel or sandbox without memfd
-        with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
-            return os.dup(file.fileno())
+def _num_bytes(shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:
+    # An empty mapping is an error; an empty array gets a byte.
+    return max(1, math.prod(shape) * np.dtype(dtype).itemsize)

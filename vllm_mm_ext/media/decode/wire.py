@@ -1,87 +1,314 @@
-"""Messages between a decode pool and its workers: a pickled object and file descriptors."""
+"""Messages between a decode pool and its worker processes.
+
+A message is a typed value in MessagePack, with file descriptors beside it: encoded media travels to
+a worker, and frames and sound travel back, as descriptors of shared memory. A worker reads files
+that a stranger made, so the pool believes nothing a worker says: ``decode_reply`` takes known
+messages with known types and sound values only, and ``check_result`` holds a result against the
+request. Nothing that a worker sends is ever run or unpickled.
+"""
 
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 import struct
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
-from vllm_mm_ext.media.types import DecodeResult
+import msgspec
+import numpy as np
 
-_HEADER = struct.Struct("<QB")
-_MAX_FDS = 4
+from vllm_mm_ext.errors import (
+    MediaError,
+    MediaTooLargeError,
+    MediaTooLongError,
+    NoSuchStreamError,
+    UnreadableMediaError,
+    UnsupportedFormatError,
+)
+from vllm_mm_ext.media.decode.probe import MAX_PACKETS
+from vllm_mm_ext.media.decode.wire_checks import (
+    MalformedMessageError,
+    check_frames,
+    check_info,
+    check_sound,
+    check_timings,
+    require,
+)
+from vllm_mm_ext.media.types import DecodeRequest, FrameSelection, MediaInfo
+
+M = TypeVar("M")
+
+MAX_BYTES = MAX_PACKETS * 29 + (1 << 20)
+"""Bytes of the largest message: the packet table of a probe (29 bytes a row), and the rest."""
+MAX_RESULT_BYTES = 1 << 20
+"""Bytes of the largest message about a decode: each of a few thousand frames takes 16."""
+
+_HEADER = struct.Struct("<I")
+_MAX_FDS = 2
+# Characters of an error message.
+_MAX_TEXT = 4096
 
 
-class Reserve(NamedTuple):
-    """The job wants to produce this many bytes."""
+class _Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages; the class name tells them apart."""
+
+
+class Job(_Message):
+    """Pool to worker, with the descriptor of the encoded media: do this."""
+
+    request: DecodeRequest
+
+
+class Proceed(_Message):
+    """Pool to worker, in answer to ``Reserve``: there is room now."""
+
+
+class Reserve(_Message):
+    """Worker to pool: the job is about to make this many bytes of frames and sound."""
 
     num_bytes: int
 
 
-class ShippedArray(NamedTuple):
-    """An array in the descriptor that travels at this place; shape and dtype name."""
+class Probed(_Message):
+    """Worker to pool: the answer to a job with ``probe_only``.
 
-    shape: tuple[int, ...]
-    dtype: str
+    Attributes:
+        info: What the container says.
+        timings: Stage name to seconds.
+    """
 
-
-class Done(NamedTuple):
-    """The job's result without its arrays, which follow in descriptors in this order."""
-
-    result: DecodeResult
-    frames: ShippedArray | None
-    audio: ShippedArray | None
+    info: MediaInfo
+    timings: dict[str, float]
 
 
-def send(sock: socket.socket, message: Any, fds: Sequence[int] = ()) -> None:
-    """Send ``message``; the receiver gets duplicates of ``fds`` (at most 4)."""
-    payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    sock.settimeout(None)
-    socket.send_fds(sock, [_HEADER.pack(len(payload), len(fds))], list(fds))
-    sock.sendall(payload)
+class Decoded(_Message):
+    """Worker to pool: the answer to any other job.
+
+    The descriptor of the frames travels beside the message, then the one of the sound, for those of
+    the two that there are.
+
+    Attributes:
+        info: What the container says, without its packet table.
+        selection: The frames decoded, without an activity profile.
+        frames: Shape of the frames (uint8), ``(n, height, width, 3)``.
+        samples: Samples of the sound (float32, mono).
+        audio_rate: Sampling rate of the sound in Hz, 0 without sound.
+        decoder: Backend that decoded.
+        timings: Stage name to seconds.
+    """
+
+    info: MediaInfo
+    selection: FrameSelection | None
+    frames: tuple[int, int, int, int] | None
+    samples: int | None
+    audio_rate: int
+    decoder: Literal["", "pyav", "decord"]
+    timings: dict[str, float]
 
 
-def receive(sock: socket.socket, deadline: float | None = None) -> tuple[Any, list[int]]:
-    """Next message and its descriptors, which the caller must close.
+class Failed(_Message):
+    """Worker to pool: the media cannot be served. ``error`` makes the exception of it.
+
+    Attributes:
+        code, message, parameter, value: Those of the ``MediaError``.
+    """
+
+    code: str
+    message: str
+    parameter: str
+    value: int | float | str | None
+
+    @classmethod
+    def of(cls, error: MediaError) -> Failed:
+        """The message that carries ``error``."""
+        code = error.code if error.code in _ERRORS else MediaError.code
+        value = error.value
+        if not isinstance(value, int | float | str | None):
+            value = None
+        return cls(code, error.message[:_MAX_TEXT], error.parameter, value)
+
+    def error(self) -> MediaError:
+        """The error that the worker met, as one of the classes a worker may name."""
+        return _ERRORS[self.code](self.message, parameter=self.parameter, value=self.value)
+
+
+class Broken(_Message):
+    """Worker to pool: the decoder failed through a fault of its own, described in ``text``."""
+
+    text: str
+
+
+# What is wrong with a file; a worker cannot claim any other error.
+_ERRORS: dict[str, type[MediaError]] = {
+    kind.code: kind
+    for kind in (
+        MediaError,
+        MediaTooLargeError,
+        MediaTooLongError,
+        NoSuchStreamError,
+        UnreadableMediaError,
+        UnsupportedFormatError,
+    )
+}
+
+Reply = Reserve | Probed | Decoded | Failed | Broken
+Order = Job | Proceed
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise NotImplementedError(f"{type(value)} does not travel")
+
+
+def _typed(kind: Any, value: object) -> Any:
+    """An array of the element type that a field declares (``NDArray[np.int64]``...)."""
+    dtype = np.dtype(typing.get_args(typing.get_args(kind)[1])[0])
+    if not isinstance(value, bytes):
+        raise TypeError("an array travels as bytes")
+    if dtype == np.bool_:
+        # Any byte but 0 is true; NumPy expects 0 and 1 alone.
+        return np.frombuffer(value, np.uint8) != 0
+    return np.frombuffer(value, dtype)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply, dec_hook=_typed)
+_orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order, dec_hook=_typed)
+
+
+def encode(message: Reply | Order) -> bytes:
+    """The bytes of a message."""
+    return _encoder.encode(message)
+
+
+def decode_order(payload: bytes | bytearray) -> Order:
+    """What the pool wants of its worker."""
+    return _orders.decode(payload)
+
+
+def decode_reply(payload: bytes | bytearray) -> Reply:
+    """What a worker said, checked as far as the message alone can tell.
+
+    Raises:
+        MalformedMessageError: It is no message of a worker, or a value in it cannot be true.
+    """
+    try:
+        message = _replies.decode(payload)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise MalformedMessageError(f"not a message of a worker: {error}") from error
+    match message:
+        case Probed() | Decoded():
+            check_info(message.info)
+            check_timings(message.timings)
+        case Failed():
+            require(message.code in _ERRORS, "kind of error")
+            texts = (message.message, message.parameter, message.value)
+            short = all(len(text) <= _MAX_TEXT for text in texts if isinstance(text, str))
+            require(short, "length of an error")
+    return message
+
+
+def check_result(result: Probed | Decoded, request: DecodeRequest) -> None:
+    """Hold a result against the request it answers, before memory is mapped for it.
+
+    Raises:
+        MalformedMessageError: It is no answer to the request, or past the request's limits.
+    """
+    require(isinstance(result, Probed) == request.probe_only, "kind of answer")
+    if isinstance(result, Decoded):
+        require(result.info.packets is None, "packet table of a decoded file")
+        check_frames(result.frames, result.selection, result.info, request)
+        check_sound(result.samples, result.audio_rate, request)
+
+
+def num_arrays(reply: Reply) -> int:
+    """Descriptors that belong to a message: one for each array of a result."""
+    if not isinstance(reply, Decoded):
+        return 0
+    return (reply.frames is not None) + (reply.samples is not None)
+
+
+# --- the socket -----------------------------------------------------------------------------------
+
+
+def send(
+    sock: socket.socket,
+    message: Reply | Order,
+    fds: Sequence[int] = (),
+    deadline: float | None = None,
+) -> None:
+    """Send a message.
 
     Args:
         sock: Stream socket.
+        message: The message.
+        fds: The receiver gets duplicates of these descriptors (at most 2).
         deadline: ``time.monotonic()`` value to give up at.
 
     Raises:
-        EOFError: The other side is gone.
+        OSError: The other side is gone.
         TimeoutError: The deadline passed.
     """
+    payload = encode(message)
     _arm(sock, deadline)
-    header, fds, _, _ = socket.recv_fds(sock, _HEADER.size, _MAX_FDS)
+    socket.send_fds(sock, [_HEADER.pack(len(payload))], list(fds))
+    sock.sendall(payload)
+
+
+def receive(
+    sock: socket.socket,
+    decode: Callable[[bytearray], M],
+    deadline: float | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> tuple[M, list[int]]:
+    """Wait for the next message.
+
+    Args:
+        sock: Stream socket.
+        decode: ``decode_reply`` or ``decode_order``.
+        deadline: ``time.monotonic()`` value to give up at.
+        max_bytes: A longer message is not read.
+
+    Returns:
+        The message, and the descriptors that came with it, which the caller must close.
+
+    Raises:
+        EOFError, OSError: The other side is gone.
+        TimeoutError: The deadline passed.
+        MalformedMessageError: The message is too long, or ``decode`` refuses it.
+    """
+    _arm(sock, deadline)
+    header, fds, _, _ = socket.recv_fds(sock, _HEADER.size, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
     try:
-        while len(header) < _HEADER.size:
-            header += _some(sock, _HEADER.size - len(header), deadline)
-        length, _ = _HEADER.unpack(header)
-        payload = bytearray(length)
-        view, got = memoryview(payload), 0
-        while got < length:
-            _arm(sock, deadline)
-            count = sock.recv_into(view[got:])
-            if not count:
-                raise EOFError
-            got += count
-        return pickle.loads(payload), fds
+        header += _read(sock, _HEADER.size - len(header), deadline)
+        (length,) = _HEADER.unpack(header)
+        if length > max_bytes:
+            raise MalformedMessageError(f"a message of {length} bytes, more than {max_bytes}")
+        return decode(_read(sock, length, deadline)), fds
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
 
 
-def _some(sock: socket.socket, count: int, deadline: float | None) -> bytes:
-    _arm(sock, deadline)
-    data = sock.recv(count)
-    if not data:
-        raise EOFError
+def _read(sock: socket.socket, count: int, deadline: float | None) -> bytearray:
+    data = bytearray(count)
+    view, got = memoryview(data), 0
+    while got < count:
+        _arm(sock, deadline)
+        received = sock.recv_into(view[got:])
+        if not received:
+            raise EOFError
+        got += received
     return data
 
 

@@ -1,12 +1,15 @@
 """A decode worker process: ``python -m vllm_mm_ext.media.decode.worker SOCKET_FD``.
 
-It is started as a fresh interpreter, never forked or spawned from the server: neither torch
-nor vLLM is loaded, and a crash of FFmpeg ends this process alone.
+The decode pool starts a worker as a fresh interpreter, never by a fork of the server: a worker
+loads neither torch nor vLLM, and a crash of FFmpeg ends the worker alone. A worker does one job at
+a time:
 
-Messages, each a pickled object (see ``wire``):
-    pool → worker  ``DecodeRequest`` with the media's descriptor
-    worker → pool  ``Reserve`` before decoding; the pool answers ``True`` when there is room
-    worker → pool  ``Done`` with the descriptors of the arrays, or a ``MediaError``
+    pool → worker  ``Job`` with the descriptor of the media
+    worker → pool  ``Reserve`` before it decodes; the pool answers ``Proceed`` when there is room
+    worker → pool  ``Probed``, or ``Decoded`` with the descriptors of the arrays; ``Failed`` if the
+                   media cannot be served, ``Broken`` if the worker itself is at fault
+
+The messages are those of ``wire``.
 """
 
 from __future__ import annotations
@@ -20,22 +23,20 @@ import threading
 import traceback
 from dataclasses import replace
 
+import av
 import numpy as np
 import numpy.typing as npt
 
 from vllm_mm_ext.errors import (
-    InternalMediaError,
     MediaError,
+    MediaTooLargeError,
     UnreadableMediaError,
     raising_package,
 )
 from vllm_mm_ext.media.decode import shared_array, wire
 from vllm_mm_ext.media.decode.container import describe
 from vllm_mm_ext.media.decode.job import run_job
-from vllm_mm_ext.media.decode.wire import Done, Reserve, ShippedArray
-from vllm_mm_ext.media.types import DecodeRequest
-
-__all__ = ["main", "run_job"]
+from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
 # The packages that decode.
 _DECODERS = ("av", "decord")
@@ -45,12 +46,13 @@ _PARENT_CHECK_MS = 2000
 
 
 class _SharedAllocator:
-    """Allocates arrays in shared memory and remembers their descriptors."""
+    """Allocates arrays in shared memory and remembers the descriptors of the memory."""
 
     def __init__(self) -> None:
         self._fds: dict[int, int] = {}  # address of the memory to descriptor
 
     def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+        """As ``shared_array.create``; this object owns the descriptor."""
         array, fd = shared_array.create(shape, dtype)
         self._fds[array.ctypes.data] = fd
         return array
@@ -60,68 +62,93 @@ class _SharedAllocator:
         return self._fds[array.ctypes.data]
 
     def close(self) -> None:
+        """Close all descriptors."""
         for fd in self._fds.values():
             os.close(fd)
 
 
 def main(sock: socket.socket) -> None:
-    """Serve jobs until the pool closes its end."""
+    """Do jobs until the pool closes its end of the socket."""
     threading.Thread(target=_die_with_parent, args=(sock, os.getppid()), daemon=True).start()
     while True:
         try:
-            request, (media,) = wire.receive(sock)
+            order, (media,) = wire.receive(sock, wire.decode_order)
         except (EOFError, OSError):
             return
         try:
-            _serve(sock, request, media)
+            assert isinstance(order, wire.Job)
+            _serve(sock, order.request, media)
         finally:
             os.close(media)
 
 
 def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
+    """Do one job and send the answer."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     ceiling = request.limits.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (ceiling if hard < 0 else min(ceiling, hard), hard))
     memory = _SharedAllocator()
 
     def reserve(num_bytes: int) -> None:
-        wire.send(sock, Reserve(num_bytes))
-        wire.receive(sock)
+        wire.send(sock, wire.Reserve(num_bytes))
+        wire.receive(sock, wire.decode_order)
 
     try:
         result = run_job(f"/proc/self/fd/{media}", request, memory.allocate, reserve)
-        shipped, fds = [], []
-        for array in (result.frames, result.audio):
-            shipped.append(None if array is None else ShippedArray(array.shape, array.dtype.name))
-            if array is not None:
-                fds.append(memory.fd_of(array))
-        result.frames = result.audio = None
-        if not request.probe_only:
-            # Per-packet tables grow with the file, not with what was asked for.
-            result.info = replace(result.info, packets=None)
-        if result.selection is not None:
-            result.selection = replace(result.selection, profile=None)
-        wire.send(sock, Done(result, *shipped), fds)
+        _answer(sock, request, result, memory)
     except MediaError as error:
-        wire.send(sock, error)
+        wire.send(sock, wire.Failed.of(error))
+    except MemoryError:
+        # Also of FFmpeg, whose MemoryError is an error of both kinds.
+        too_large = MediaTooLargeError(
+            f"Decoding the media needs more memory than the limit of {ceiling} bytes."
+        )
+        wire.send(sock, wire.Failed.of(too_large))
+    except av.FFmpegError as error:
+        unreadable = UnreadableMediaError(f"The media could not be decoded: {describe(error)}.")
+        wire.send(sock, wire.Failed.of(unreadable))
     except Exception as error:
         traceback.print_exc()
-        wire.send(sock, _as_media_error(error))
+        wire.send(sock, _as_reply(error))
     finally:
         memory.close()
 
 
-def _as_media_error(error: Exception) -> MediaError:
+def _as_reply(error: Exception) -> wire.Failed | wire.Broken:
     """A decoder that cannot cope with a file is the file's fault; an error of ours is not."""
     if raising_package(error, ("vllm_mm_ext", *_DECODERS)) in _DECODERS:
-        return UnreadableMediaError(f"The media could not be decoded: {describe(error)}.")
-    return InternalMediaError()
+        why = f"The media could not be decoded: {describe(error)}."
+        return wire.Failed.of(UnreadableMediaError(why))
+    return wire.Broken(f"{type(error).__name__}: {error}"[:1000])
+
+
+def _answer(
+    sock: socket.socket, request: DecodeRequest, result: DecodeResult, memory: _SharedAllocator
+) -> None:
+    """Send a result; its arrays lie in ``memory``."""
+    if request.probe_only:
+        wire.send(sock, wire.Probed(result.info, result.timings))
+        return
+    frames, audio, selection = result.frames, result.audio, result.selection
+    message = wire.Decoded(
+        # What grows with the file and not with the request stays here.
+        info=replace(result.info, packets=None),
+        selection=None if selection is None else replace(selection, profile=None),
+        frames=None if frames is None else frames.shape,
+        samples=None if audio is None else len(audio),
+        audio_rate=result.audio_rate,
+        decoder=result.decoder,
+        timings=result.timings,
+    )
+    arrays = [array for array in (frames, audio) if array is not None]
+    wire.send(sock, message, [memory.fd_of(array) for array in arrays])
 
 
 def _die_with_parent(sock: socket.socket, parent: int) -> None:
-    """End the process, mid-decode too, when the pool is gone.
+    """End this process, in the middle of a job too, when the pool's process is gone.
 
-    Not ``PR_SET_PDEATHSIG``: that fires when the *thread* that started the worker ends.
+    ``PR_SET_PDEATHSIG`` would not do: the kernel sends that signal already when the *thread* ends
+    that started the worker.
     """
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)

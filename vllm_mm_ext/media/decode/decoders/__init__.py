@@ -9,11 +9,11 @@ __all__ = ["Decoder", "UnsuitableFileError", "get_decoder"]
 
 
 def get_decoder(name: DecoderName, *, max_pixels: int) -> Decoder:
-    """The backend called ``name``; ``auto`` is PyAV, the faster and the exact one as measured
-    by ``vllm_mm_ext.tools.bench.decoders`` (see ``docs/decoders.md``).
+    """Make a decoder.
 
     Args:
-        name: ``auto``, ``pyav`` or ``decord``.
+        name: ``pyav``, ``decord``, or ``auto`` for PyAV, which is the faster backend and exact for
+            more files (measured by ``vllm_mm_ext.tools.bench.decoders``, see ``docs/decoders.md``).
         max_pixels: Most pixels a decoded picture may have.
     """
     if name == "decord":

@@ -1,23 +1,37 @@
-"""What a video decoder backend is."""
+"""What a video decoder backend is, and what every backend checks before it decodes."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_mm_ext.errors import UnreadableMediaError
+from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.probe import check_pixels
 from vllm_mm_ext.media.types import MediaInfo
 
 
-class Decoder(Protocol):
+class UnsuitableFileError(Exception):
+    """The backend cannot promise the right frames of this file."""
+
+
+class Decoder(ABC):
     """Decodes chosen frames of one probed file.
 
-    The frame returned for index ``i`` is frame ``i`` in presentation order, always: a backend
-    that cannot make sure of it for a file raises ``UnsuitableFileError``.
+    The frame returned for index ``i`` is frame ``i`` in presentation order, always: a backend that
+    cannot make sure of that for a file raises ``UnsuitableFileError``.
+
+    Args:
+        max_pixels: Most pixels that a picture of the file may have.
     """
 
-    name: str
+    name: ClassVar[str]
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
 
     def decode(
         self,
@@ -40,13 +54,17 @@ class Decoder(Protocol):
             threads: Decoding threads, 0 for one per core.
 
         Returns:
-            int64 positions of ``indices`` that were decoded, increasing. Rows of ``out`` at
-            other positions are undefined.
+            int64 positions of ``indices`` that were decoded, increasing. Rows of ``out`` at other
+            positions are undefined.
 
         Raises:
             UnsuitableFileError: This backend cannot decode this file exactly.
+            UnreadableMediaError: The file is of no format that may be opened, or not the one that
+                was probed.
+            MediaTooLargeError: Its pictures have more than ``max_pixels``.
         """
-        ...
+        check_file(path, info, self._max_pixels)
+        return self._decode(path, info, indices, size, out, threads)
 
     def thumbnails(
         self,
@@ -56,7 +74,7 @@ class Decoder(Protocol):
         edge: int,
         threads: int,
     ) -> npt.NDArray[np.uint8]:
-        """Small gray pictures of frames, for motion scores.
+        """Make small gray pictures of frames, for motion scores.
 
         Args:
             path, info, indices, threads: As for ``decode``.
@@ -64,12 +82,58 @@ class Decoder(Protocol):
 
         Returns:
             uint8 ``[n, h, w]``; a frame that could not be decoded repeats the one before it.
+
+        Raises:
+            UnreadableMediaError, MediaTooLargeError: As ``decode``.
         """
-        ...
+        check_file(path, info, self._max_pixels)
+        return self._thumbnails(path, info, indices, edge, threads)
+
+    @abstractmethod
+    def _decode(
+        self,
+        path: str,
+        info: MediaInfo,
+        indices: npt.NDArray[np.int64],
+        size: tuple[int, int] | None,
+        out: npt.NDArray[np.uint8],
+        threads: int,
+    ) -> npt.NDArray[np.int64]:
+        """As ``decode``, of a file that was checked."""
+
+    @abstractmethod
+    def _thumbnails(
+        self,
+        path: str,
+        info: MediaInfo,
+        indices: npt.NDArray[np.int64],
+        edge: int,
+        threads: int,
+    ) -> npt.NDArray[np.uint8]:
+        """As ``thumbnails``, of a file that was checked."""
 
 
-class UnsuitableFileError(Exception):
-    """The backend cannot promise the right frames of this file."""
+def check_file(path: str, info: MediaInfo, max_pixels: int) -> None:
+    """Refuse a file that a decoder must not open, whatever its own library would make of the file.
+
+    Args:
+        path: The file.
+        info: Its probe.
+        max_pixels: Most pixels of a picture.
+
+    Raises:
+        UnreadableMediaError: The file is of no format that may be opened, or not the one that was
+            probed.
+        MediaTooLargeError: The container says that the pictures have more pixels.
+    """
+    video = info.video
+    assert video is not None
+    with open_container(path, max_pixels=max_pixels) as container:
+        streams = container.streams
+        known = container.format.name == info.container and video.index < len(streams)
+        if not known or streams[video.index].type != "video":
+            raise UnreadableMediaError("The media are not what they were when they were probed.")
+    check_pixels(video.width, video.height, max_pixels)
 
 
 def thumbnail_size(info: MediaInfo, edge: int) -> tuple[int, int]:

@@ -1,34 +1,33 @@
-"""Frames through decord, for the files where its frame numbers can be relied on."""
+"""The decord backend, for the files in which decord finds the right frames."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import av
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.decode.decoders.base import UnsuitableFileError
+from vllm_mm_ext.media.decode.container import describe, open_container
+from vllm_mm_ext.media.decode.decoders.base import Decoder, UnsuitableFileError
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.types import MediaInfo
 
-# decord's seeks return wrong pictures for open GOPs, for B frames in MPEG-4 part 2 and for
-# MPEG-TS (checked against sequential decoding), so only these are taken, with closed GOPs.
+# decord's seeks return wrong pictures for open GOPs, for B frames in MPEG-4 part 2 and for MPEG-TS
+# (checked against sequential decoding), so decord gets only these codecs and containers, and only
+# with closed GOPs.
 _CODECS = frozenset({"h264", "vp8", "vp9", "av1"})
 _CONTAINERS = frozenset({"mov", "matroska"})
-# Frames decoded per call: bounds the copy that decord hands out.
+# Frames per call of decord: this bounds the size of the copy that decord returns.
 _BATCH = 8
 
 
-class DecordDecoder:
+class DecordDecoder(Decoder):
     """decord2's ``VideoReader``; see ``Decoder`` for the contract."""
 
     name = "decord"
 
-    def __init__(self, max_pixels: int) -> None:
-        """``max_pixels``: only for thumbnails, which PyAV makes."""
-        self._thumbnailer = PyAVDecoder(max_pixels)
-
-    def decode(
+    def _decode(
         self,
         path: str,
         info: MediaInfo,
@@ -40,6 +39,7 @@ class DecordDecoder:
         import decord
 
         check_suitable(info)
+        _check_first_picture(path, info, self._max_pixels)
         assert info.packets is not None
         height, width = size or (-1, -1)
         try:
@@ -52,7 +52,7 @@ class DecordDecoder:
             raise UnsuitableFileError(f"decord: {error}") from error
         return np.arange(len(indices), dtype=np.int64)
 
-    def thumbnails(
+    def _thumbnails(
         self,
         path: str,
         info: MediaInfo,
@@ -61,11 +61,18 @@ class DecordDecoder:
         threads: int,
     ) -> npt.NDArray[np.uint8]:
         # decord always converts to RGB; PyAV reads the luma plane alone.
-        return self._thumbnailer.thumbnails(path, info, indices, edge, threads)
+        return PyAVDecoder(self._max_pixels).thumbnails(path, info, indices, edge, threads)
 
 
 def check_suitable(info: MediaInfo) -> None:
-    """Raise ``UnsuitableFileError`` for kinds of files decord is known to get wrong."""
+    """Refuse the kinds of files that decord is known to decode wrongly.
+
+    Args:
+        info: The file's probe, with its packet table.
+
+    Raises:
+        UnsuitableFileError: The file is of such a kind.
+    """
     video, table = info.video, info.packets
     assert video is not None
     assert table is not None
@@ -78,8 +85,25 @@ def check_suitable(info: MediaInfo) -> None:
         raise UnsuitableFileError("decord is not exact for open GOPs")
 
 
+def _check_first_picture(path: str, info: MediaInfo, max_pixels: int) -> None:
+    """Refuse a file whose pictures are not of the size that its container says.
+
+    decord has no limit on pixels, so PyAV, which has one, decodes the first picture before decord.
+    """
+    assert info.video is not None
+    with open_container(path, max_pixels=max_pixels) as container:
+        stream = container.streams[info.video.index]
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        try:
+            picture = next(container.decode(stream), None)
+        except av.FFmpegError as error:
+            raise UnsuitableFileError(f"the first picture: {describe(error)}") from error
+    if picture is None or (picture.width, picture.height) != (info.video.width, info.video.height):
+        raise UnsuitableFileError("the pictures are not of the size that the container says")
+
+
 def _check_timeline(reader: Any, info: MediaInfo) -> None:
-    """decord must number the frames as the packet table does."""
+    """Refuse a file whose frames decord counts or times otherwise than the packet table does."""
     table = info.packets
     assert table is not None
     if len(reader) != len(table):

@@ -1,4 +1,4 @@
-"""Frames through PyAV: planned runs, decoded in parallel, each frame told by its timestamp."""
+"""The PyAV backend: it decodes planned runs in parallel and tells each frame by its timestamp."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from vllm_mm_ext.media.decode.container import open_container
-from vllm_mm_ext.media.decode.decoders.base import thumbnail_size
+from vllm_mm_ext.media.decode.decoders.base import Decoder, thumbnail_size
 from vllm_mm_ext.media.decode.decoders.read_plan import Run, plan_runs, split_lanes
 from vllm_mm_ext.media.types import MediaInfo, PacketTable
 
-# Takes a frame: (row of the packet table, decoded picture, converter of this thread).
+# Receives a decoded frame: row of the packet table, picture, converter of the calling thread.
 Emit = Callable[[int, VideoFrame, VideoReformatter], None]
 
-# Beyond this more parallel parts only add seeks and picture buffers.
+# Threads that decode parts of one file; more of them only add seeks and picture buffers.
 _MAX_LANES = 8
-# More parts than lanes, so that a lane that is done early takes over work. A part costs a
-# millisecond to open the file again.
+# There are more parts than threads, so that a thread that is done early takes another part. Each
+# part opens the file again, which costs a millisecond.
 _PARTS_PER_LANE = 2
-# A decoder shows frames in order; after this many later ones a missing frame will not come.
+# A decoder returns frames in presentation order: a frame is missing for good when the decoder has
+# returned this many later ones.
 _PATIENCE = 32
 
 
 class _DistrustError(Exception):
-    """What came out of the decoder is not what the container promised."""
+    """The decoder returned something else than the container promised."""
 
 
-class PyAVDecoder:
-    """The default backend: see ``Decoder`` for the contract."""
+class PyAVDecoder(Decoder):
+    """The default backend: see ``Decoder`` for the contract.
+
+    FFmpeg refuses pictures of more than ``max_pixels``, whatever the container said of them.
+    """
 
     name = "pyav"
 
-    def __init__(self, max_pixels: int) -> None:
-        """``max_pixels``: FFmpeg refuses larger pictures, whatever the container said."""
-        self._max_pixels = max_pixels
-
-    def decode(
+    def _decode(
         self,
         path: str,
         info: MediaInfo,
@@ -68,7 +68,7 @@ class PyAVDecoder:
                 out[i] = out[position[row]]
         return np.flatnonzero(np.isin(indices, sorted(decoded)))
 
-    def thumbnails(
+    def _thumbnails(
         self,
         path: str,
         info: MediaInfo,
@@ -98,7 +98,11 @@ class PyAVDecoder:
         emit: Emit,
         threads: int,
     ) -> set[int]:
-        """Decode ``rows`` (unique, increasing); returns those that came."""
+        """Decode ``rows`` (unique, increasing).
+
+        Returns:
+            The rows that could be decoded.
+        """
         table, video = info.packets, info.video
         assert table is not None
         assert video is not None
@@ -128,6 +132,7 @@ class PyAVDecoder:
         emit: Emit,
         threads: int,
     ) -> set[int]:
+        """Decode one part; empty where the file's packet table turns out to be wrong."""
         assert info.packets is not None
         assert info.video is not None
         with _Reader(path, info.video.index, self._max_pixels, threads) as reader:
@@ -138,7 +143,7 @@ class PyAVDecoder:
 
 
 class _Reader:
-    """One open file with one decoder, both used by one thread."""
+    """One open file and its decoder, for one thread."""
 
     def __init__(
         self, path: str, stream: int, max_pixels: int, threads: int, *, guess: bool = False
@@ -167,7 +172,7 @@ class _Reader:
         return iter(self._container.demux(self._stream))
 
     def read(self) -> Packet[Any] | None:
-        """Next packet with data; None at the end of the file, or where it cannot be read."""
+        """Next packet with data; None at the end of the file, or where the file is unreadable."""
         try:
             while (packet := next(self._packets, None)) is not None:
                 if packet.size:
@@ -177,9 +182,14 @@ class _Reader:
         return None
 
     def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
-        """Frames that come out for ``packet`` (None drains); a broken packet gives none.
+        """Give the decoder a packet.
 
-        With ``needed`` false the decoder may drop the packet if no other frame refers to it.
+        Args:
+            packet: The packet; None asks for all frames that the decoder still holds.
+            needed: If false, the decoder may drop the packet when no other frame refers to it.
+
+        Returns:
+            The frames that are ready; none for a broken packet.
         """
         skip: Literal["DEFAULT", "NONREF"] = "DEFAULT" if needed else "NONREF"
         if skip != self._skip:
@@ -195,8 +205,11 @@ class _Reader:
             return []
 
     def flush(self) -> None:
-        """Forget all pictures. Needed (after draining) before any jump: at an open GOP an H.264
-        decoder takes the gap in frame numbers for loss and holds pictures back."""
+        """Make the decoder forget all pictures, which every jump in the file needs.
+
+        Without that, an H.264 decoder takes the gap in frame numbers at an open GOP for loss and
+        holds pictures back. The decoder must have returned all its frames before.
+        """
         self._context.flush_buffers()
 
     def seek(self, pts: int) -> None:
@@ -209,7 +222,7 @@ class _Reader:
 
 
 def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -> set[int]:
-    """Decode the runs, checking that what comes out is what the packet table says.
+    """Decode the runs and check that the decoder returns what the packet table says.
 
     Raises:
         _DistrustError: A seek missed, or a "keyframe" does not decode as one. Frames emitted
@@ -261,9 +274,9 @@ def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -
 
 
 def _sequential(reader: _Reader, table: PacketTable, rows: list[int], emit: Emit) -> set[int]:
-    """Decode everything from the start, as stock loaders do, up to the last wanted row.
+    """Decode everything from the start of the file, as stock loaders do, up to the last wanted row.
 
-    Frames are told by timestamp, or by counting where the file has no usable timestamps.
+    A frame's timestamp tells its row; in a file without usable timestamps, counting does.
     """
     row_of = {p: row for row, p in enumerate(table.pts.tolist())} if table.exact else {}
     wanted, last = set(rows), rows[-1]
@@ -297,8 +310,8 @@ def _convert(
     rotation = info.video.rotation
     if rotation in (90, 270):
         height, width = width, height
-    # At the same size bicubic only sets how chroma is doubled, and is what OpenCV asks for;
-    # swscale widens its filters when it shrinks, so bicubic does not alias.
+    # At the source's own size, bicubic only decides how chroma is upsampled, and is what OpenCV
+    # uses; when swscale shrinks a picture it widens its filters, so bicubic does not alias.
     picture = converter.reformat(
         frame,
         width=width,

@@ -1,13 +1,13 @@
-"""Which packets to decode for the wanted frames. A pure function of the packet table.
+"""Which packets to decode for the wanted frames: pure functions of the packet table.
 
-A frame can be decoded from the last keyframe at or before it. So every group of pictures
-(GOP) that holds a wanted frame is decoded from its keyframe up to the last wanted frame in it,
-and the packets of other GOPs, and the rest of each GOP, are left out. Two ways lead over a
-gap: reading its packets without decoding them, or a seek in the file.
+A decoder can start at the last keyframe at or before a wanted frame. So the decoder gets every
+group of pictures (GOP) that holds a wanted frame, from the GOP's keyframe up to the last wanted
+frame in the GOP, and no other packets. There are two ways over a gap between such runs: to read its
+packets without decoding them, or to seek in the file.
 
-Open GOPs: pictures that follow a keyframe in the file but are shown before it need the
-previous GOP too. They come before the keyframe in presentation order, so they belong to the
-previous GOP here, and its run reaches past the next keyframe.
+Open GOPs: pictures that follow a keyframe in the file but are shown before the keyframe need the
+previous GOP too. Such pictures come before the keyframe in presentation order, so this module
+counts them to the previous GOP, whose run then reaches past the next keyframe.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ import numpy.typing as npt
 
 from vllm_mm_ext.media.types import PacketTable
 
-# Reading past a packet costs 2-4 us plus the copy of its bytes (about 1 GB/s through PyAV's
-# demuxer); a seek costs some 0.3 ms with an index and several ms in containers without one.
+# A gap of more bytes or packets than this is crossed by a seek. To read past a packet costs 2-4 us
+# plus the copy of its bytes (about 1 GB/s through PyAV's demuxer); a seek costs some 0.3 ms in a
+# container with an index and several ms in one without.
 SEEK_OVER_BYTES = 4 << 20
 SEEK_OVER_PACKETS = 1000
 
 
 class Run(NamedTuple):
-    """Packets decoded without a break.
+    """Packets that are decoded one after the other, without a gap.
 
     Attributes:
         key: Row of the keyframe to begin at, or -1 for the first packet of the file.
         start: Decode position of the first packet.
         stop: Decode position of the last packet, inclusive.
         wanted: Rows of the frames wanted from this run, increasing.
-        seek: Seek to ``key``; otherwise read on to it from the end of the run before.
+        seek: Whether to seek to ``key``; otherwise the reader reads on from the previous run's end.
     """
 
     key: int
@@ -46,12 +47,12 @@ class Run(NamedTuple):
 
     @property
     def num_packets(self) -> int:
-        """Packets given to the decoder (hidden ones counted)."""
+        """Number of packets that the decoder gets, with those of hidden frames."""
         return self.stop - self.start + 1
 
 
 def plan_runs(table: PacketTable, rows: npt.NDArray[np.int64]) -> list[Run]:
-    """Cheapest set of runs that covers the wanted frames.
+    """Find the cheapest set of runs that covers the wanted frames.
 
     Args:
         table: Packet table with exact timestamps.
@@ -84,8 +85,8 @@ def split_lanes(
 ) -> list[npt.NDArray[np.int64]]:
     """Cut the wanted rows at keyframes into parts of about equal decoding work.
 
-    Parts are decoded in parallel. The cost of a cut is a seek and, in an open GOP, decoding
-    the pictures that lead the next keyframe's run twice.
+    Threads decode the parts in parallel. A cut costs a seek and, in an open GOP, decoding the
+    pictures between two keyframes' runs twice.
 
     Args:
         table: Packet table with exact timestamps.
@@ -113,7 +114,7 @@ def split_lanes(
 
 
 def _keys_of(table: PacketTable, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Row of the keyframe each wanted row is decoded from, -1 for the start of the file."""
+    """Row of the keyframe at which decoding starts, for each wanted row; -1: start of the file."""
     key_rows = np.flatnonzero(table.is_key)
     if not len(key_rows):
         return np.full(len(rows), -1, np.int64)
@@ -125,17 +126,19 @@ def _keys_of(table: PacketTable, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.
         earlier = key_rows[: nearest[i]]
         fit = earlier[table.order[earlier] <= table.order[rows[i]]]
         found[i] = fit[-1] if len(fit) else -1
-    # Runs are in file order, whatever a broken file claims.
+    # Runs must be in file order, whatever a broken file claims.
     return np.minimum.accumulate(found[::-1])[::-1].astype(np.int64)
 
 
 def _groups(keys: npt.NDArray[np.int64]) -> Sequence[tuple[int, int]]:
+    """Begin and end of each range of positions with the same keyframe."""
     cuts = np.flatnonzero(np.diff(keys)) + 1
     edges = [0, *cuts.tolist(), len(keys)]
     return list(itertools.pairwise(edges))
 
 
 def _seek_wins(table: PacketTable, previous: int, start: int) -> bool:
+    """Whether a seek over the packets between two decode positions is faster than reading them."""
     gap = start - previous - 1
     if gap > SEEK_OVER_PACKETS:
         return True

@@ -1,0 +1,50 @@
+"""A thread in place of a decode worker process, for what no real worker does on demand."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+from vllm_mm_ext.media.decode import wire
+from vllm_mm_ext.media.types import DecodeRequest
+
+
+class FakeWorker:
+    """Stands in for ``WorkerProcess``; ``talk`` says what the worker does with a job."""
+
+    def __init__(self) -> None:
+        self.sock, self._theirs = socket.socketpair()
+        self.pid = id(self)
+        self.alive = True
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def talk(self, sock: socket.socket, request: DecodeRequest) -> None:
+        """Answer a job on the worker's end of the socket."""
+        raise NotImplementedError
+
+    def _work(self) -> None:
+        with self._theirs:
+            try:
+                while True:
+                    order, (media,) = wire.receive(self._theirs, wire.decode_order)
+                    os.close(media)
+                    assert isinstance(order, wire.Job)
+                    self.talk(self._theirs, order.request)
+            except (EOFError, OSError, ValueError):
+                return
+
+    def kill(self) -> None:
+        """End the conversation."""
+        self.sock.shutdown(socket.SHUT_RDWR)
+
+    def wait(self) -> int:
+        """As of a process that was killed."""
+        return -9
+
+    def dispose(self) -> None:
+        """End the thread."""
+        self.kill()
+        self._thread.join()
+        self.sock.close()
