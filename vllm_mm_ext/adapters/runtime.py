@@ -77,6 +77,7 @@ class Runtime:
                     # As in vLLM, zero or less means no limit.
                     download_limit_bytes=max(envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB, 0) * MIB or None,
                     max_retries=envs.VLLM_MEDIA_FETCH_MAX_RETRIES,
+                    allow_private_addresses=self.config.media.fetch.private_addresses == "allow",
                 )
             return self._fetchers[key]
 

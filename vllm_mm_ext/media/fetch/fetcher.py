@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+from aiohttp.abc import AbstractResolver
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
@@ -90,6 +92,9 @@ class MediaFetcher:
         retry_pause_s: Seconds before the second attempt; each further pause is four times longer.
         max_known: URLs, files and data URLs remembered, each.
         max_in_flight_bytes: Bound on the bodies being downloaded together; see ``HttpSource``.
+        allow_private_addresses: Download from loopback and private addresses too; see
+            ``HttpSource``.
+        make_resolver: Makes what resolves host names; see ``HttpSource``.
     """
 
     def __init__(
@@ -106,6 +111,8 @@ class MediaFetcher:
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
         max_in_flight_bytes: int = 1 << 30,
+        allow_private_addresses: bool = True,
+        make_resolver: Callable[[], AbstractResolver] = aiohttp.ThreadedResolver,
     ) -> None:
         self.encoded_cache = encoded_cache
         self._files = FileSource(
@@ -121,6 +128,8 @@ class MediaFetcher:
             retry_pause_s=retry_pause_s,
             max_known=max_known,
             max_in_flight_bytes=max_in_flight_bytes,
+            allow_private_addresses=allow_private_addresses,
+            make_resolver=make_resolver,
         )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
         self._thread = LoopThread("mm-ext-fetch")
@@ -145,6 +154,19 @@ class MediaFetcher:
         """
         return await self._thread.run(self._resolve(url, timeout_s, max_bytes))
 
+    async def download(self, url: str, *, timeout_s: float, max_bytes: int | None = None) -> Blob:
+        """Return the bytes that an HTTP URL has now. Nothing is remembered, as in stock vLLM.
+
+        Args:
+            url: ``http:`` or ``https:`` URL.
+            timeout_s: Seconds for the first attempt.
+            max_bytes: Limit on the encoded size on top of the fetcher's own; None for none.
+
+        Raises:
+            MediaError: As ``resolve``.
+        """
+        return await self._thread.run(self._download(url, timeout_s, max_bytes))
+
     def stats(self) -> dict[str, int]:
         """Counters since the start: what was read and what was found without reading."""
         return {**self._http.counts, **self._files.counts, **self._data.counts}
@@ -166,6 +188,14 @@ class MediaFetcher:
             )
 
         return MediaRef(fetched, load)
+
+    async def _download(self, url: str, timeout_s: float, max_bytes: int | None) -> Blob:
+        location = await self._http.locate(url)
+        fetched = await self._http.fetch(
+            location, timeout_s=timeout_s, max_bytes=max_bytes, load=True
+        )
+        assert fetched.blob is not None
+        return fetched.blob
 
     async def _load(
         self, source: Source[Any], location: Any, digest: str, timeout_s: float, limit: int | None
