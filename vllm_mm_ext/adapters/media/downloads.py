@@ -12,6 +12,7 @@ from typing import Any
 from vllm.connections import HTTPConnection
 
 from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.errors import ForbiddenDomainError, ForbiddenMediaError
 
 
 class StockDownloads(HTTPConnection):  # type: ignore[misc]
@@ -82,9 +83,14 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
     ) -> bytes:
         fetcher = current_runtime().fetcher(*self._access)
         with self._translated():
-            blob = await fetcher.download(
-                url, timeout_s=math.inf if timeout is None else timeout, max_bytes=max_bytes
-            )
+            try:
+                blob = await fetcher.download(
+                    url, timeout_s=math.inf if timeout is None else timeout, max_bytes=max_bytes
+                )
+            except ForbiddenDomainError as error:
+                # Of a redirect's target: vLLM has checked the URL itself. Translated, this error
+                # would be a ValueError, which vLLM takes for an invalid URL.
+                raise ForbiddenMediaError(error.message) from None
         if request_budget is not None:
             request_budget.charge(blob.size)
         return await asyncio.to_thread(blob.read)

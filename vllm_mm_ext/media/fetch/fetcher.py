@@ -17,6 +17,7 @@ from vllm_mm_ext.errors import ForbiddenMediaError, MediaError
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.data_source import DataSource
+from vllm_mm_ext.media.fetch.download_cache import CachedDownloads, DownloadCacheSettings
 from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.http_source import HttpSource
 from vllm_mm_ext.media.fetch.source import BusyError, Fetched, MediaChangedError, Source
@@ -95,6 +96,7 @@ class MediaFetcher:
         allow_private_addresses: Download from loopback and private addresses too; see
             ``HttpSource``.
         make_resolver: Makes what resolves host names; see ``HttpSource``.
+        download_cache: Where downloads are kept on disk; None keeps none.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class MediaFetcher:
         max_in_flight_bytes: int = 1 << 30,
         allow_private_addresses: bool = True,
         make_resolver: Callable[[], AbstractResolver] = aiohttp.ThreadedResolver,
+        download_cache: DownloadCacheSettings | None = None,
     ) -> None:
         self.encoded_cache = encoded_cache
         self._files = FileSource(
@@ -130,6 +133,9 @@ class MediaFetcher:
             max_in_flight_bytes=max_in_flight_bytes,
             allow_private_addresses=allow_private_addresses,
             make_resolver=make_resolver,
+        )
+        self._disk = download_cache and CachedDownloads(
+            self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
         )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
         self._thread = LoopThread("mm-ext-fetch")
@@ -155,7 +161,7 @@ class MediaFetcher:
         return await self._thread.run(self._resolve(url, timeout_s, max_bytes))
 
     async def download(self, url: str, *, timeout_s: float, max_bytes: int | None = None) -> Blob:
-        """Return the bytes that an HTTP URL has now. Nothing is remembered, as in stock vLLM.
+        """Return the bytes that an HTTP URL has now. Nothing is remembered, in memory or on disk.
 
         Args:
             url: ``http:`` or ``https:`` URL.
@@ -169,7 +175,8 @@ class MediaFetcher:
 
     def stats(self) -> dict[str, int]:
         """Counters since the start: what was read and what was found without reading."""
-        return {**self._http.counts, **self._files.counts, **self._data.counts}
+        counts = {**self._http.counts, **self._files.counts, **self._data.counts}
+        return counts if self._disk is None else {**counts, **self._disk.counts}
 
     def close(self) -> None:
         """Cancel what runs and close connections. Blocks briefly. Also runs at exit."""
@@ -238,7 +245,7 @@ class MediaFetcher:
         except LocationParseError:
             raise MediaError("The media URL is not valid.") from None
         if scheme in ("http", "https"):
-            return self._http
+            return self._disk or self._http
         if scheme == "file":
             return self._files
         raise ForbiddenMediaError("The media URL must be an http, https, file or data URL.")

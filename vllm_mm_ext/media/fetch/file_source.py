@@ -117,7 +117,7 @@ class FileSource:
                 if digest is not None:
                     return Fetched(digest, identity.size, None)
             started_ns = time.time_ns()
-            blob = _copy(fd, max_bytes, stop)
+            blob = read_blob(fd, max_bytes, stop)
             if FileIdentity.of(os.fstat(fd)) != identity:
                 raise MediaChangedError("The file changed while it was read; send it again.")
         except OSError as error:
@@ -155,10 +155,21 @@ class FileSource:
             raise ForbiddenMediaError(f"The file path must be below the server's `{_FLAG}`.")
 
 
-def _copy(fd: int, max_bytes: int | None, stop: threading.Event) -> Blob:
+def read_blob(fd: int, max_bytes: int | None, stop: threading.Event | None = None) -> Blob:
+    """Copy an open file from its current offset into memory.
+
+    Args:
+        fd: Descriptor open for reading.
+        max_bytes: Limit on the size; None for none.
+        stop: Ends the copy between two chunks when it is set.
+
+    Raises:
+        MediaTooLargeError: The file has more than ``max_bytes`` bytes.
+        OSError: The file cannot be read.
+    """
     with BlobWriter(max_bytes, "The file") as writer:
         while chunk := os.read(fd, _READ_CHUNK):
-            if stop.is_set():
+            if stop is not None and stop.is_set():
                 raise asyncio.CancelledError
             writer.append(chunk)
         return writer.finish()
