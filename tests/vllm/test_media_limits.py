@@ -357,10 +357,11 @@ def test_downloads_expire(
 ) -> None:
     monkeypatch.setenv("VLLM_MEDIA_CACHE_TTL_HOURS", "1")
     url = origin.serve("/a.mp4", Resource(media["video"].read_bytes()))
+    _, ours = connectors()
     for age_s, requests in ((0, 1), (3500, 1), (3700, 2)):
         for file in disk.glob("*"):
             os.utime(file, (time.time() - age_s,) * 2)
-        fetch(connectors()[1], "video", url)
+        fetch(ours, "video", url)
         assert origin.requests["/a.mp4"] == requests
 
 

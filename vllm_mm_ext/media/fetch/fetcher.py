@@ -134,9 +134,11 @@ class MediaFetcher:
             allow_private_addresses=allow_private_addresses,
             make_resolver=make_resolver,
         )
-        self._disk = download_cache and CachedDownloads(
-            self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
-        )
+        self._disk: CachedDownloads | None = None
+        if download_cache is not None:
+            self._disk = CachedDownloads(
+                self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
+            )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
         self._thread = LoopThread("mm-ext-fetch")
         self._finalizer = weakref.finalize(self, _close, self._thread, self._http)
