@@ -80,9 +80,9 @@ class _CrowdedOutError(_TransientError):
 
 
 class HttpSource:
-    """Downloads ``http:`` and ``https:`` URLs and remembers their digests while HTTP allows it.
+    """Downloads ``http:`` and ``https:`` URLs and remembers digests for as long as HTTP allows.
 
-    A location is the normalised URL without its fragment, credentials included.
+    A location is the normalised URL with its credentials and without its fragment.
 
     Args:
         allowed_domains: Host names that may be contacted, redirects included; empty allows all.
@@ -141,13 +141,20 @@ class HttpSource:
         }
 
     async def locate(self, url: str) -> str:
-        """The normalised URL, if its scheme and domain are allowed."""
+        """Return the normalised URL, if its scheme, its domain and its address are allowed.
+
+        The address of a host given by name is checked when the name is resolved.
+        """
         return self._check(url)
 
     async def fetch(
         self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool
     ) -> Fetched:
-        """See ``Source.fetch``. A fresh URL costs no request, an unchanged one no body."""
+        """See ``Source.fetch``.
+
+        A remembered response that is still fresh costs no request. One that the origin confirms
+        (304) costs a request without a body.
+        """
         limit = tighter(self._max_bytes, max_bytes)
         known = None if load else self._known.get(location)
         if known is not None and known.is_fresh(time.monotonic()):
@@ -166,7 +173,7 @@ class HttpSource:
         raise AssertionError("unreachable")
 
     async def close(self) -> None:
-        """Close connections. The source can be used again afterwards."""
+        """Close all connections. The source can be used again afterwards."""
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -215,7 +222,7 @@ class HttpSource:
                 not_modified = response.status == 304 and known is not None and bool(conditional)
                 if not_modified and known is not None:
                     fields = {**known.headers, **fields}
-                # The chain is as fresh as its stalest hop.
+                # A chain of redirects is as fresh as its stalest hop.
                 verdict = judge(fields, received=time.time(), delay_s=arrived - sent)
                 storable = storable and verdict.storable
                 fresh_until = min(fresh_until, arrived + verdict.lifetime_s)
@@ -267,7 +274,7 @@ class HttpSource:
             ) from None
 
     def _remember(self, location: str, stored: StoredResponse, storable: bool) -> None:
-        # Without lifetime and validators the entry could never be used.
+        # A response with neither a lifetime nor a validator could never be used again.
         if storable and (stored.has_validator() or stored.is_fresh(time.monotonic())):
             self._known[location] = stored
         else:
@@ -294,7 +301,8 @@ class HttpSource:
             raise ForbiddenMediaError("Media may only be fetched by http or https.")
         if not spec.hostname:
             raise MediaError("The media URL has no host.")
-        # One parser decides for the check, another connects: they must agree on the host.
+        # urllib3's parser finds the host that is checked here, yarl's the host that aiohttp
+        # contacts: both must find the same.
         normalised = spec._replace(fragment=None).url
         try:
             contacted = URL(normalised, encoded=True).raw_host
@@ -327,7 +335,7 @@ class HttpSource:
             resolver = CheckedResolver(self._rules, self._make_resolver())
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(resolver=resolver),
-                # Cookies of one client's media must not be sent for another's.
+                # A cookie that came with one client's media must not go out with another's.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(total=None),
