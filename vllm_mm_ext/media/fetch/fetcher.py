@@ -232,7 +232,7 @@ class MediaFetcher:
         *,
         load: bool,
     ) -> Fetched:
-        # Callers with different limits share no read: the one with the lower limit may have to fail.
+        # Callers with different limits share no read: the lower limit may make one of them fail.
         key = (location, max_bytes, load)
         fetched = await self._flights.run(
             key,
