@@ -48,11 +48,29 @@ class ForbiddenMediaError(MediaError):
     code = "forbidden"
 
 
+class ForbiddenDomainError(ForbiddenMediaError):
+    """The URL's host is not among the domains the server allows."""
+
+
 class UnreachableMediaError(MediaError):
-    """The URL names nothing that can be fetched: there is no such file, or the origin refuses."""
+    """The URL leads to no media: the host or the file does not exist, or the origin says no."""
 
     code = "unreachable"
     status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class OriginError(UnreachableMediaError):
+    """The origin failed: a 5xx answer, a broken or refused connection, or no valid HTTP."""
+
+    code = "origin_error"
+    status = HTTPStatus.BAD_GATEWAY
+
+
+class OriginTimeoutError(OriginError):
+    """The origin did not deliver the media in time."""
+
+    code = "origin_timeout"
+    status = HTTPStatus.GATEWAY_TIMEOUT
 
 
 class MediaTooLargeError(MediaError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters import vllm_compat
@@ -17,6 +18,7 @@ from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus, VllmName
 
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
+    from vllm_mm_ext.config.root import MediaConfig
 
 
 def _install_config() -> None:
@@ -74,7 +76,27 @@ def attach(vllm_config: Any, mm_processor: Any) -> None:
 
     if mm_processor is not None:
         config = MMExtConfig.from_additional_config(vllm_config.additional_config)
+        warn_of_private_addresses(config.media, vllm_config.model_config.allowed_media_domains)
         attach_runtime(config, read_traits(mm_processor))
+
+
+def warn_of_private_addresses(config: MediaConfig, domains: Sequence[str] | None) -> None:
+    """Say at start-up that clients can make this server contact its own network, if they can.
+
+    An operator who has set ``private_addresses`` to either value has decided, and is not told.
+
+    Args:
+        config: Settings of the media front-end.
+        domains: vLLM's ``--allowed-media-domains``.
+    """
+    decided = "private_addresses" in config.fetch.model_fields_set
+    if config.enabled and not domains and not decided:
+        vllm_compat.logger.warning(
+            "mm_ext: media URLs may point to loopback and private addresses, and no "
+            "--allowed-media-domains are set, so clients can make this server contact services on "
+            "its own network. Set mm_ext.media.fetch.private_addresses to 'refuse', or to 'allow' "
+            "if that is wanted."
+        )
 
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
@@ -131,7 +153,18 @@ FEATURES: tuple[Feature, ...] = (
             VllmName("vllm.envs:environment_variables"),
             VllmName(
                 f"{_CONNECTOR}.__init__",
-                ("media_io_kwargs", "allowed_local_media_path", "allowed_media_domains"),
+                (
+                    "media_io_kwargs",
+                    "connection",
+                    "allowed_local_media_path",
+                    "allowed_media_domains",
+                ),
+            ),
+            *(
+                VllmName(
+                    f"vllm.connections:HTTPConnection.{method}", ("url", "timeout", "max_bytes")
+                )
+                for method in ("get_bytes", "async_get_bytes")
             ),
             VllmName(
                 f"{_CONNECTOR}.fetch_video_async", ("video_url", "image_mode", "video_processor")

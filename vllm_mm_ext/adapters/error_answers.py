@@ -24,7 +24,7 @@ from vllm.exceptions import (
     VLLMValidationError,
 )
 
-from vllm_mm_ext.errors import InternalMediaError, MediaError, raising_package
+from vllm_mm_ext.errors import ForbiddenDomainError, InternalMediaError, MediaError, raising_package
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -70,6 +70,9 @@ def client_errors() -> Iterator[None]:
         raise
     except Exception as error:
         # No local variable may hold an error, which leads to this frame by its traceback.
+        if isinstance(_cause(error), ForbiddenDomainError):
+            # As vLLM's own connector does.
+            raise ValueError(_cause(error).message) from error
         if isinstance(_cause(error), MediaError):
             raise answer_to(_cause(error)) from error
         if raising_package(_cause(error), ("vllm", "vllm_mm_ext")) != "vllm_mm_ext":

@@ -19,6 +19,7 @@ from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.download_cache import DownloadCacheSettings
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.frontend import MediaFrontend
 from vllm_mm_ext.media.loop_thread import LoopThread
@@ -48,6 +49,7 @@ class Runtime:
             traits,
             max_pixels=envs.VLLM_MAX_IMAGE_PIXELS,
             max_audio_s=envs.VLLM_MAX_AUDIO_DECODE_DURATION_S,
+            max_audio_bytes=envs.VLLM_MAX_AUDIO_DECODE_BYTES,
         )
         self._encoded: ByteBudgetCache[str, Blob] = ByteBudgetCache(
             config.media.cache.encoded_mb * MIB,
@@ -77,6 +79,8 @@ class Runtime:
                     # As in vLLM, zero or less means no limit.
                     download_limit_bytes=max(envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB, 0) * MIB or None,
                     max_retries=envs.VLLM_MEDIA_FETCH_MAX_RETRIES,
+                    download_cache=_download_cache(),
+                    allow_private_addresses=self.config.media.fetch.private_addresses == "allow",
                 )
             return self._fetchers[key]
 
@@ -117,6 +121,19 @@ class Runtime:
             fetcher.close()
         self.loop.stop(_nothing())
         self.frontend.close()
+
+
+def _download_cache() -> DownloadCacheSettings | None:
+    """The directory for downloads that vLLM's settings name, if they do."""
+    from vllm import envs
+
+    if not envs.VLLM_MEDIA_CACHE:
+        return None
+    return DownloadCacheSettings(
+        directory=Path(envs.VLLM_MEDIA_CACHE),
+        max_bytes=envs.VLLM_MEDIA_CACHE_MAX_SIZE_MB * MIB,
+        ttl_s=envs.VLLM_MEDIA_CACHE_TTL_HOURS * 3600,
+    )
 
 
 async def _nothing() -> None:

@@ -123,6 +123,19 @@ class CacheConfig(_Section):
     )
 
 
+class FetchConfig(_Section):
+    """Where media may be downloaded from, beside vLLM's `--allowed-media-domains`.
+
+    Link-local addresses and the metadata services of clouds are refused whatever is set here.
+    """
+
+    private_addresses: Literal["allow", "refuse"] = Field(
+        "allow",
+        description="`allow`: as stock vLLM, clients may name loopback and private addresses. "
+        "`refuse`: not those; for servers whose clients are not trusted.",
+    )
+
+
 class AudioConfig(_Section):
     """Waveforms: audio items and the sound of videos."""
 
@@ -154,6 +167,7 @@ class MediaConfig(_Section):
         "resize them to. `native`: at full size, as stock vLLM delivers them.",
     )
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    fetch: FetchConfig = Field(default_factory=FetchConfig)
     decode: DecodeConfig = Field(default_factory=DecodeConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     audio: AudioConfig = Field(default_factory=AudioConfig)

@@ -96,12 +96,19 @@ class MediaFrontend:
     Args:
         config: The ``media`` section of the plugin's configuration.
         traits: What the served model wants.
-        max_pixels: vLLM's own ceiling on the pixels of a frame, 0 for none.
+        max_pixels: vLLM's own ceiling on the pixels of a frame, 0 or less for none.
         max_audio_s: vLLM's own ceiling on decoded audio in seconds.
+        max_audio_bytes: vLLM's own ceiling on decoded audio in bytes, all channels together.
     """
 
     def __init__(
-        self, config: MediaConfig, traits: ModelTraits, *, max_pixels: int, max_audio_s: float
+        self,
+        config: MediaConfig,
+        traits: ModelTraits,
+        *,
+        max_pixels: int,
+        max_audio_s: float,
+        max_audio_bytes: int,
     ) -> None:
         self.config = config
         self.traits = traits
@@ -127,11 +134,12 @@ class MediaFrontend:
         self.limits = DecodeLimits(
             timeout_s=decode.timeout_s,
             memory_bytes=decode.worker_memory_mb * MIB,
-            max_pixels=min(decode.max_pixels, max_pixels or decode.max_pixels),
+            max_pixels=min(decode.max_pixels, max_pixels if max_pixels > 0 else decode.max_pixels),
             max_frames=_MAX_FRAMES,
             max_output_bytes=decode.max_output_mb * MIB,
             max_duration_s=decode.max_duration_s,
             max_audio_s=min(sound.max_duration_s or max_audio_s, max_audio_s),
+            max_audio_bytes=max_audio_bytes,
             truncate_audio=sound.overflow == "truncate",
         )
 

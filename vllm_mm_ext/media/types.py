@@ -212,7 +212,9 @@ class DecodeLimits:
         max_frames: Frames returned by one job.
         max_output_bytes: Bytes of frames returned by one job.
         max_duration_s: Seconds of video; 0 for no limit.
-        max_audio_s: Seconds of audio; 0 for no limit.
+        max_audio_s: Seconds of audio.
+        max_audio_bytes: Bytes of audio as it is decoded: float32 samples of all channels at the
+            file's own rate. None for no limit.
         truncate_audio: Cut audio at ``max_audio_s`` instead of refusing it.
     """
 
@@ -223,6 +225,7 @@ class DecodeLimits:
     max_output_bytes: int = 2 << 30
     max_duration_s: float = 4 * 3600.0
     max_audio_s: float = 600.0
+    max_audio_bytes: int | None = None
     truncate_audio: bool = False
 
 

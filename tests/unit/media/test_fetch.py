@@ -3,6 +3,7 @@ import base64
 import gc
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +11,14 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from vllm_mm_ext.errors import (
     ForbiddenMediaError,
     MediaError,
     MediaTooLargeError,
+    OriginError,
+    OriginTimeoutError,
     UnreachableMediaError,
 )
 from vllm_mm_ext.media.cache import ByteBudgetCache
@@ -258,14 +262,14 @@ class TestHttpLimits:
     ) -> None:
         release = threading.Event()
         url = origin.serve("/a", Resource(BODY, hold=release))
-        with pytest.raises(UnreachableMediaError, match=r"0\.2 s"):
+        with pytest.raises(OriginTimeoutError, match=r"0\.2 s"):
             await get(make_fetcher(), url, timeout_s=0.2)
         release.set()
 
 
 class TestHttpFailures:
     @pytest.mark.parametrize("status", [400, 401, 404, 410, 429, 500, 503, 204, 206])
-    async def test_error_status_is_a_client_error_naming_status_and_host_only(
+    async def test_an_error_names_status_and_host_and_nothing_else(
         self, origin: Origin, make_fetcher: MakeFetcher, status: int
     ) -> None:
         url = origin.serve("/a?secret=hunter2", Resource(status=status))
@@ -276,9 +280,62 @@ class TestHttpFailures:
             assert secret not in str(caught.value)
 
     @pytest.mark.parametrize(
+        ("status", "error"),
+        [
+            *((status, UnreachableMediaError) for status in (204, 206, 400, 401, 403, 404, 410)),
+            *((status, OriginError) for status in (408, 429, 500, 502, 503, 504)),
+        ],
+    )
+    async def test_who_is_at_fault_shows_in_the_type_of_the_error(
+        self, origin: Origin, make_fetcher: MakeFetcher, status: int, error: type[MediaError]
+    ) -> None:
+        with pytest.raises(MediaError) as caught:
+            await get(make_fetcher(), origin.serve("/a", Resource(status=status)))
+        assert type(caught.value) is error
+        assert caught.value.value == status
+
+    async def test_an_origin_that_is_not_there_or_speaks_no_http_is_to_blame(
+        self, make_fetcher: MakeFetcher
+    ) -> None:
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+            with pytest.raises(MediaError) as caught:
+                await get(make_fetcher(), url)
+        assert type(caught.value) is OriginError
+
+        async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"SSH-2.0-server\r\n\r\n")
+            writer.close()
+
+        async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+            with pytest.raises(MediaError) as caught:
+                await get(make_fetcher(), url)
+        assert type(caught.value) is OriginError
+
+    @pytest.mark.parametrize(
+        ("errno", "error"),
+        [(socket.EAI_NONAME, UnreachableMediaError), (socket.EAI_AGAIN, OriginError)],
+    )
+    async def test_a_name_that_does_not_exist_is_the_clients_fault_and_silence_is_not(
+        self, make_fetcher: MakeFetcher, errno: int, error: type[MediaError]
+    ) -> None:
+        class Failing(AbstractResolver):
+            async def resolve(self, *_: object) -> list[ResolveResult]:
+                raise socket.gaierror(errno, "no answer")
+
+            async def close(self) -> None:
+                pass
+
+        with pytest.raises(MediaError, match=r"cannot be resolved") as caught:
+            await get(make_fetcher(make_resolver=Failing), "http://name.test/")
+        assert type(caught.value) is error
+
+    @pytest.mark.parametrize(
         "url", ["http://127.0.0.1:9/a?hunter2", "http://does-not-exist.invalid/a?hunter2"]
     )
-    async def test_no_connection_is_a_client_error(
+    async def test_an_error_about_a_connection_does_not_quote_the_url(
         self, make_fetcher: MakeFetcher, url: str
     ) -> None:
         with pytest.raises(UnreachableMediaError) as caught:
@@ -290,7 +347,7 @@ class TestHttpFailures:
     ) -> None:
         url = origin.serve("/a", Resource(BODY, content_length=len(BODY) + 1))
         fetcher = make_fetcher()
-        with pytest.raises(UnreachableMediaError, match="broke off"):
+        with pytest.raises(OriginError, match="broke off"):
             await get(fetcher, url)
         assert len(fetcher.encoded_cache) == 0
 
@@ -300,7 +357,7 @@ class TestHttpFailures:
         url = origin.serve("/a", Resource(BODY, fail_first=2))
         assert (await get(make_fetcher(max_retries=3), url)).digest == DIGEST
         origin.serve("/a", Resource(BODY, fail_first=2))
-        with pytest.raises(UnreachableMediaError, match="HTTP 503"):
+        with pytest.raises(OriginError, match="HTTP 503"):
             await get(make_fetcher(max_retries=2), url)
 
     async def test_client_errors_are_not_tried_again(

@@ -17,6 +17,7 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.media.downloads import StockDownloads
 from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
 from vllm_mm_ext.config.root import SamplingConfig
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaRef
@@ -107,8 +108,15 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
     """Drop-in for vLLM's ``MediaConnector``; same constructor, same limits.
 
     Video and audio go through the process's ``MediaFrontend``. Images, embeddings, JPEG-sequence
-    data URLs and videos for which a stock loader was configured take vLLM's own path.
+    data URLs and videos for which a stock loader was configured take vLLM's own path, with
+    downloads by the front-end's rules.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.connection = StockDownloads(
+            self.allowed_local_media_path, self.allowed_media_domains, client_errors
+        )
 
     def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
         """Fetch, sample and decode a video; see ``fetch_video_async``."""

@@ -13,6 +13,8 @@ from vllm_mm_ext.media.types import AudioStream, DecodeLimits
 
 # The highest rate of sampled sound in use (DXD is half of it). A header may claim any.
 MAX_SAMPLE_RATE = 768_000
+# Of one float32 sample, as which every format is delivered.
+_SAMPLE_BYTES = 4
 # Beyond any headroom: 120 dB above full scale.
 _MAX_AMPLITUDE = 1e6
 # Full scale of FFmpeg's integer sample formats (planar ones end in "p").
@@ -20,22 +22,25 @@ _FULL_SCALE = {"s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 
 
 def check_audio(stream: AudioStream, limits: DecodeLimits) -> None:
-    """Refuse, before decoding, a track that says it is longer than ``limits.max_audio_s``.
+    """Refuse a track, before it is decoded, whose header says that it is past a limit.
 
     Raises:
-        MediaTooLongError: It is, and ``truncate_audio`` is off.
-        MediaTooLargeError: Its sampling rate is past ``MAX_SAMPLE_RATE``.
+        MediaTooLongError: It is longer than ``limits.max_audio_s``, and ``truncate_audio`` is off.
+        MediaTooLargeError: Its sampling rate is past ``MAX_SAMPLE_RATE``, or it decodes to more
+            than ``limits.max_audio_bytes``.
     """
     _checked_rate(stream.sample_rate)
-    if limits.max_audio_s and not limits.truncate_audio:
-        # Half a second of grace: headers count encoder padding.
-        _check_length(stream.duration - 0.5, limits)
+    # Half a second of grace: headers count encoder padding.
+    seconds = max(stream.duration - 0.5, 0.0)
+    if not limits.truncate_audio:
+        _check_length(seconds, limits)
+    samples = int(min(seconds, limits.max_audio_s) * stream.sample_rate)
+    _check_bytes(samples * stream.channels * _SAMPLE_BYTES, limits)
 
 
 def estimate_bytes(stream: AudioStream, limits: DecodeLimits) -> int:
-    """Bytes of the decoded track if its header is right."""
-    seconds = min(stream.duration, limits.max_audio_s or stream.duration)
-    return int(seconds * stream.sample_rate) * 4
+    """Bytes of the decoded track, mixed to mono, if its header is right."""
+    return int(min(stream.duration, limits.max_audio_s) * stream.sample_rate) * _SAMPLE_BYTES
 
 
 def decode_audio(
@@ -49,7 +54,8 @@ def decode_audio(
     Args:
         path: The file.
         stream: Its audio stream, from ``probe``.
-        limits: ``max_audio_s`` with ``truncate_audio``, and ``max_output_bytes`` apply.
+        limits: ``max_audio_s`` with ``truncate_audio``, ``max_audio_bytes`` and
+            ``max_output_bytes`` apply.
 
     Returns:
         float32 ``[samples]`` in -1..1, the mean of the channels, and Hz.
@@ -59,7 +65,7 @@ def decode_audio(
         UnreadableMediaError: The sample rate changes midway.
     """
     chunks: list[npt.NDArray[np.float32]] = []
-    total, rate = 0, stream.sample_rate
+    total, decoded_bytes, rate = 0, 0, stream.sample_rate
     with open_container(path, max_pixels=limits.max_pixels) as container:
         source = container.streams[stream.index]
         context = source.codec_context
@@ -87,19 +93,19 @@ def decode_audio(
                 rate = _checked_rate(frame.sample_rate)
                 chunks.append(_mono(frame))
                 total += len(chunks[-1])
-            if total * 4 > limits.max_output_bytes:
+                decoded_bytes += len(chunks[-1]) * frame.layout.nb_channels * _SAMPLE_BYTES
+            if total * _SAMPLE_BYTES > limits.max_output_bytes:
                 raise MediaTooLargeError(
                     f"The audio decodes to more than the limit of {limits.max_output_bytes} bytes.",
                     parameter="input_audio",
                 )
-            if limits.max_audio_s and total > limits.max_audio_s * rate:
+            if total > limits.max_audio_s * rate:
                 if not limits.truncate_audio:
                     _check_length(total / rate, limits)
                 break
+            _check_bytes(decoded_bytes, limits)
     samples = np.concatenate(chunks) if chunks else np.empty(0, np.float32)
-    if limits.max_audio_s:
-        samples = samples[: int(limits.max_audio_s * rate)]
-    return samples, rate
+    return samples[: int(limits.max_audio_s * rate)], rate
 
 
 def _checked_rate(rate: int) -> int:
@@ -129,6 +135,16 @@ def _mono(frame: AudioFrame) -> npt.NDArray[np.float32]:
         scaled = np.nan_to_num(data.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
         scaled = np.clip(scaled, -_MAX_AMPLITUDE, _MAX_AMPLITUDE, out=scaled)
     return np.asarray(scaled.mean(axis=0) if len(scaled) > 1 else scaled[0], np.float32)
+
+
+def _check_bytes(num_bytes: int, limits: DecodeLimits) -> None:
+    if limits.max_audio_bytes is not None and num_bytes > limits.max_audio_bytes:
+        raise MediaTooLargeError(
+            f"The audio decodes to at least {num_bytes} bytes of samples in all its channels, past "
+            f"the limit of {limits.max_audio_bytes} bytes (VLLM_MAX_AUDIO_DECODE_BYTES).",
+            parameter="input_audio",
+            value=num_bytes,
+        )
 
 
 def _check_length(seconds: float, limits: DecodeLimits) -> None:

@@ -1,7 +1,7 @@
-"""Waveforms for the model: resampling, log-mel spectrograms.
+"""Waveforms for the model: resampling and log-mel spectrograms.
 
-Torch is imported inside the functions, so that importing this module costs nothing. Decode workers
-do not use it.
+The functions import torch themselves, so that importing this module is cheap. Decode workers do not
+use this module.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ MODEL_RATE = 16_000
 N_FFT = 400
 HOP = 160
 WINDOW_S = 30
-# Entries of torchaudio's filter bank, one row per output phase. Its size follows from the reduced
-# ratio of the rates: 44100 to 16000 Hz takes 0.07 million, 44101 to 16000 Hz 706 million.
+# Most entries that torchaudio's filter bank may have. It has one row per output phase, so its size
+# follows from the reduced ratio of the rates: 0.07 million entries from 44100 to 16000 Hz, and 706
+# million from 44101 to 16000 Hz.
 _MAX_KERNEL = 4_000_000
 
 Samples = npt.NDArray[np.float32]
 Normalization = Literal["whisper", "mean_variance"]
 
-# Torch's thread count is process-wide state that `resample` changes and puts back.
+# `resample` changes torch's number of threads, which is one for the whole process, and restores it.
 _threads_lock = threading.Lock()
 
 
 def resample(waveform: Samples, rate: int, target: int = MODEL_RATE) -> Samples:
-    """Resample by windowed-sinc interpolation.
+    """Resample a waveform by windowed-sinc interpolation.
 
-    Sample for sample as vLLM's own resampler does, except between rates with hardly a common
-    divisor, where that would take gigabytes: there FFmpeg's resampler is used.
+    The result equals that of vLLM's own resampler, sample for sample. The exception are rates with
+    hardly a common divisor, for which that method would take gigabytes: FFmpeg resamples those.
 
     Args:
         waveform: float32 mono ``[samples]``.
-        rate: Its sampling rate in Hz.
-        target: Sampling rate wanted, in Hz.
+        rate: Sampling rate of the waveform in Hz.
+        target: Sampling rate of the result in Hz.
 
     Returns:
         float32 ``[ceil(samples * target / rate)]``; the input itself when the rates are equal.
@@ -53,8 +54,8 @@ def resample(waveform: Samples, rate: int, target: int = MODEL_RATE) -> Samples:
         return _resample_any(waveform, rate, target)
     import torch
 
-    # Resampling runs in a process that may fork an engine later: OpenMP and oneDNN thread pools
-    # do not survive a fork, so none are started here.
+    # This process may fork an engine later, and thread pools of OpenMP and oneDNN do not survive a
+    # fork. So resampling starts none.
     with _threads_lock:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -69,7 +70,10 @@ def resample(waveform: Samples, rate: int, target: int = MODEL_RATE) -> Samples:
 
 @contextmanager
 def _quiet_flags() -> Iterator[None]:
-    """oneDNN off. Putting its flags back makes torch warn about TF32 on GPUs that are not there."""
+    """Switch oneDNN off for the ``with`` block, without torch's warning when it is switched on.
+
+    The warning is about TF32 on Intel GPUs, which need not be there.
+    """
     import torch
 
     with warnings.catch_warnings():
@@ -79,7 +83,7 @@ def _quiet_flags() -> Iterator[None]:
 
 
 def _resample_any(waveform: Samples, rate: int, target: int) -> Samples:
-    """Resampling whose memory does not depend on the ratio of the rates."""
+    """Resample with FFmpeg, which takes no more memory for one ratio of rates than another."""
     import av
 
     resampler = av.AudioResampler(format="flt", layout="mono", rate=target)
@@ -95,14 +99,14 @@ def _resample_any(waveform: Samples, rate: int, target: int) -> Samples:
 
 @lru_cache(maxsize=32)
 def _resampler(rate: int, target: int) -> Any:
-    """``torchaudio.functional.resample`` with the kernel of one pair of rates computed once."""
+    """Return torchaudio's resampler for two rates, whose filter bank is computed once."""
     import torchaudio
 
     return torchaudio.transforms.Resample(rate, target)
 
 
 def num_mel_frames(num_samples: int) -> int:
-    """Log-mel frames that hold a clip's own sound: one per ``HOP`` samples begun."""
+    """Return how many log-mel frames hold a clip's own sound: one per ``HOP`` samples begun."""
     return -(-num_samples // HOP)
 
 
@@ -113,20 +117,20 @@ def log_mel(
     normalization: Normalization = "whisper",
     pad_to: Literal["clip", "window"] | int = "clip",
 ) -> npt.NDArray[np.float32]:
-    """Log-mel spectrogram of a whole clip.
+    """Return the log-mel spectrogram of a whole clip.
 
     The short-time Fourier transform has a Hann window of ``N_FFT`` samples every ``HOP`` samples,
     centred, with the ends reflected; power is mapped to Slaney-scale, Slaney-normalised mel bins
     between 0 and 8 kHz. ``whisper`` is the normalisation of OpenAI's Whisper and transformers'
     ``WhisperFeatureExtractor``: log10, floored 8 below the clip's maximum, then ``(x + 4) / 4``.
     ``mean_variance`` is the natural logarithm brought to zero mean and unit variance in each bin
-    over the clip (utterance cepstral-style normalisation). Both use statistics of the whole clip:
-    slice the result into windows, never the waveform (see ``windows``).
+    over the clip (as in cepstral mean and variance normalisation of an utterance). Both use
+    statistics of the whole clip: cut the result into windows, never the waveform (see ``windows``).
 
     Args:
         waveform: float32 mono at ``MODEL_RATE``.
-        n_mels: Mel bins.
-        normalization: See above.
+        n_mels: Number of mel bins.
+        normalization: ``whisper`` or ``mean_variance``, as above.
         pad_to: ``clip`` pads the sound with just enough silence that every frame equals that of
             the clip in endless silence, and returns the clip's own frames; ``window`` pads to a
             multiple of ``WINDOW_S``; an integer pads to that many samples.
@@ -175,24 +179,28 @@ def log_mel(
 
 
 def padded_length(num_samples: int) -> int:
-    """Samples to pad a clip to so that its own frames do not see where the padding ends.
+    """Return the length to pad a clip to so that no frame of the clip depends on that length.
 
-    The last frame that holds sound reaches ``N_FFT / 2`` samples past the clip, and so do the
-    frames after it that still see its tail and count towards the clip's maximum; beyond another
-    ``N_FFT / 2`` samples the transform reflects silence into silence.
+    A frame reaches ``N_FFT / 2`` samples to either side of its centre. Frames whose centre lies up
+    to ``N_FFT / 2`` samples past the clip still hold some of its sound and count towards its
+    maximum; such a frame ends at most ``N_FFT`` samples past the clip. From there on the padding is
+    silence, which the transform reflects into silence.
+
+    Args:
+        num_samples: Samples of the clip.
     """
     return math.ceil((num_samples + N_FFT) / HOP) * HOP
 
 
 def windows(spectrogram: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
-    """Cut a spectrogram ``[n_mels, frames]`` into views of at most ``WINDOW_S`` seconds."""
+    """Cut a spectrogram ``[n_mels, frames]`` into views of at most ``WINDOW_S`` seconds each."""
     step = WINDOW_S * MODEL_RATE // HOP
     return [spectrogram[:, i : i + step] for i in range(0, spectrogram.shape[1], step)]
 
 
 @lru_cache(maxsize=4)
 def _mel_filters(n_mels: int) -> Any:
-    """Mel filter bank, torch float32 ``[n_mels, N_FFT // 2 + 1]``."""
+    """Return the mel filter bank, torch float32 ``[n_mels, N_FFT // 2 + 1]``."""
     import torchaudio
 
     bank = torchaudio.functional.melscale_fbanks(

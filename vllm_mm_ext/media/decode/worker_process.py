@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from socket import socketpair
 
-_PACKAGE_ROOT = str(Path(__file__).parents[2])
+_PACKAGE_ROOT = str(Path(__file__).parents[3])
 # What a worker gets of the server's environment: what programs and Python are found by, language,
 # place of temporary files, and what sets the number of threads and the use of memory. Nothing else:
 # a hostile file that takes a worker over must find no credentials there.

@@ -13,17 +13,17 @@ from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.fetch.blob import Blob, check_size, digest_of
 from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
-# Below this many characters hashing and decoding take less time than a hop to a thread.
+# Up to this many characters, hashing and decoding take less time than handing them to a thread.
 _INLINE_CHARS = 64 << 10
 
 
 @dataclass(frozen=True)
 class DataLocation:
-    """A ``data:`` URL, equal to any other with the same encoded text.
+    """A ``data:`` URL. Two locations are equal if their encoded texts are.
 
     Attributes:
-        text_digest: BLAKE3 of the base64 text.
-        url: The whole URL. It can be long, so it is not copied to cut the text out.
+        text_digest: Hex BLAKE3 of the base64 text.
+        url: The whole URL. It can be long, so the text is not copied out of it.
         start: Index in ``url`` at which the base64 text begins.
     """
 
@@ -33,14 +33,14 @@ class DataLocation:
 
 
 class DataSource:
-    """Decodes ``data:`` URLs; finds the digest of one seen before without decoding it.
+    """Decodes ``data:`` URLs and remembers digests, so that a known URL is not decoded again.
 
     Args:
         max_bytes: Limit on the decoded size, None for none.
-        max_known: URLs whose digest is remembered (two hashes each, never the text).
+        max_known: How many URLs are remembered: two hashes and a size each, never the text.
 
     Attributes:
-        counts: URLs found again without decoding, and URLs decoded.
+        counts: How many URLs were known without decoding, and how many were decoded.
     """
 
     def __init__(self, *, max_bytes: int | None, max_known: int = 4096) -> None:
@@ -50,7 +50,11 @@ class DataSource:
         self.counts = {"data_known": 0, "data_decodes": 0}
 
     async def locate(self, url: str) -> DataLocation:
-        """Check the form of ``url`` and hash its text."""
+        """Return the location of a URL after checking its form and hashing its text.
+
+        Raises:
+            MediaError: The URL is not a base64 ``data:`` URL.
+        """
         comma = url.find(",")
         if comma < 0:
             raise MediaError("Invalid data URL: there is no ',' before the data.")

@@ -1,4 +1,4 @@
-"""Encoded media by URL: fetched once, named by content, remembered while that is right."""
+"""Encoded media by URL: read once, named by content, remembered as long as the content stands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+from aiohttp.abc import AbstractResolver
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
@@ -15,6 +17,7 @@ from vllm_mm_ext.errors import BusyError, ForbiddenMediaError, MediaError
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.data_source import DataSource
+from vllm_mm_ext.media.fetch.download_cache import CachedDownloads, DownloadCacheSettings
 from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.http_source import HttpSource
 from vllm_mm_ext.media.fetch.source import Fetched, MediaChangedError, Source
@@ -24,16 +27,16 @@ __all__ = ["BusyError", "MediaChangedError", "MediaFetcher", "MediaRef"]
 
 
 class MediaRef:
-    """Resolved media: the digest is known, the bytes are read when they are asked for.
+    """Media whose digest is known and whose bytes are read when somebody asks for them.
 
-    Meant for one request: it holds on to bytes that resolving had to read, until they were used
-    (``in_use``).
+    A reference belongs to one request. Where resolving the URL had to read the bytes, the reference
+    holds them until their last use ends (``in_use``).
 
     Attributes:
         digest: Hex BLAKE3 of the encoded bytes.
-        size: Their number.
-        storable: False if the origin forbids keeping anything of it past this request
-            (``Cache-Control: no-store``): do not cache what is decoded from it.
+        size: Number of the encoded bytes.
+        storable: False if the origin forbids keeping the content past this request
+            (``Cache-Control: no-store``): nothing decoded from it may be cached.
     """
 
     def __init__(self, fetched: Fetched, load: Callable[[], Awaitable[Blob]]) -> None:
@@ -45,11 +48,11 @@ class MediaRef:
         self._users = 0
 
     async def open(self) -> Blob:
-        """The bytes: those just read, else the cached ones, else read or downloaded again.
+        """Return the encoded bytes: as just read, else from the cache, else read again.
 
         Raises:
-            MediaChangedError: The content is no longer that of ``digest``. Resolve again.
-            MediaError: It can no longer be read.
+            MediaChangedError: The URL's content no longer has this digest. Resolve the URL again.
+            MediaError: The content can no longer be read.
         """
         blob = self._blob
         if blob is None:
@@ -58,9 +61,10 @@ class MediaRef:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let go of the bytes after the last of the uses that overlap, however they end.
+        """Keep the bytes while the ``with`` block runs, and drop them after the last such block.
 
-        Uses are entered and left in one thread. What is opened after that is read again.
+        Blocks may overlap. All of them are entered and left in one thread. ``open`` reads the
+        bytes again after they were dropped.
         """
         self._users += 1
         try:
@@ -72,17 +76,17 @@ class MediaRef:
 
 
 class MediaFetcher:
-    """Resolves media URLs to digests and bytes. Usable from any event loop and thread.
+    """Resolves media URLs to digests and bytes. Any event loop and any thread may use it.
 
-    Concurrent requests for the same media share one read. All work runs on a private event loop
-    and its threads, so the caller's loop never blocks on it.
+    Concurrent requests for the same media share one read. The fetcher works on an event loop and
+    threads of its own, so it never blocks the caller's loop.
 
     Args:
         allowed_local_media_path: Directory below which ``file:`` URLs may point; None forbids them.
         allowed_media_domains: Hosts that may be contacted, redirects included; empty allows all.
         allow_redirects: Follow HTTP redirects (at most 10).
         user_agent: ``User-Agent`` of HTTP requests.
-        encoded_cache: Where bytes are kept, by digest.
+        encoded_cache: Keeps encoded bytes by their digest.
         download_limit_bytes: Limit on one download; None for none.
         local_limit_bytes: Limit on one ``file:`` or ``data:`` URL, whose bytes are copied into
             memory; None for none.
@@ -90,6 +94,10 @@ class MediaFetcher:
         retry_pause_s: Seconds before the second attempt; each further pause is four times longer.
         max_known: URLs, files and data URLs remembered, each.
         max_in_flight_bytes: Bound on the bodies being downloaded together; see ``HttpSource``.
+        allow_private_addresses: Download from loopback and private addresses too; see
+            ``HttpSource``.
+        make_resolver: Makes what resolves host names; see ``HttpSource``.
+        download_cache: Where downloads are kept on disk; None keeps none.
     """
 
     def __init__(
@@ -106,6 +114,9 @@ class MediaFetcher:
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
         max_in_flight_bytes: int = 1 << 30,
+        allow_private_addresses: bool = True,
+        make_resolver: Callable[[], AbstractResolver] = aiohttp.ThreadedResolver,
+        download_cache: DownloadCacheSettings | None = None,
     ) -> None:
         self.encoded_cache = encoded_cache
         self._files = FileSource(
@@ -121,7 +132,14 @@ class MediaFetcher:
             retry_pause_s=retry_pause_s,
             max_known=max_known,
             max_in_flight_bytes=max_in_flight_bytes,
+            allow_private_addresses=allow_private_addresses,
+            make_resolver=make_resolver,
         )
+        self._disk: CachedDownloads | None = None
+        if download_cache is not None:
+            self._disk = CachedDownloads(
+                self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
+            )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
         self._thread = LoopThread("mm-ext-fetch")
         self._finalizer = weakref.finalize(self, _close, self._thread, self._http)
@@ -129,7 +147,7 @@ class MediaFetcher:
     async def resolve(
         self, url: str, *, timeout_s: float, max_bytes: int | None = None
     ) -> MediaRef:
-        """Find out what content ``url`` has now, reading it only if that is not known.
+        """Find out which content a URL has now, and read the content only if that is not known.
 
         Args:
             url: ``http:``, ``https:``, ``file:`` or base64 ``data:`` URL.
@@ -137,20 +155,35 @@ class MediaFetcher:
             max_bytes: Limit on the encoded size on top of the fetcher's own; None for none.
 
         Raises:
-            ForbiddenMediaError: Scheme, domain or path is not allowed.
-            UnreachableMediaError: It cannot be fetched.
-            MediaTooLargeError: It is past a size limit.
-            BusyError: Other downloads left no room for it for as long as ``timeout_s``.
-            MediaError: The URL is malformed, or the file not a regular one.
+            ForbiddenMediaError: Scheme, domain, address or path is not allowed.
+            UnreachableMediaError: The URL leads to no media. Its subclasses ``OriginError`` and
+                ``OriginTimeoutError``: the origin failed, or took too long.
+            MediaTooLargeError: The content is past a size limit.
+            BusyError: Other downloads left no room for this one for as long as ``timeout_s``.
+            MediaError: The URL is malformed, or the file is not a regular file.
         """
         return await self._thread.run(self._resolve(url, timeout_s, max_bytes))
 
+    async def download(self, url: str, *, timeout_s: float, max_bytes: int | None = None) -> Blob:
+        """Return the bytes that an HTTP URL has now. Nothing is remembered, in memory or on disk.
+
+        Args:
+            url: ``http:`` or ``https:`` URL.
+            timeout_s: Seconds for the first attempt.
+            max_bytes: Limit on the encoded size on top of the fetcher's own; None for none.
+
+        Raises:
+            MediaError: As ``resolve``.
+        """
+        return await self._thread.run(self._download(url, timeout_s, max_bytes))
+
     def stats(self) -> dict[str, int]:
-        """Counters since the start: what was read and what was found without reading."""
-        return {**self._http.counts, **self._files.counts, **self._data.counts}
+        """Return counters since the start: what was read, and what was known without reading."""
+        counts = {**self._http.counts, **self._files.counts, **self._data.counts}
+        return counts if self._disk is None else {**counts, **self._disk.counts}
 
     def close(self) -> None:
-        """Cancel what runs and close connections. Blocks briefly. Also runs at exit."""
+        """Cancel running work and close all connections. Blocks briefly. Also runs at exit."""
         self._finalizer()
 
     async def _resolve(self, url: str, timeout_s: float, max_bytes: int | None) -> MediaRef:
@@ -160,12 +193,21 @@ class MediaFetcher:
         digest = fetched.digest
 
         async def load() -> Blob:
-            # Not with `fetched`, which would keep the bytes as long as the reference.
+            # This function does not refer to `fetched`: that would keep the bytes in memory for
+            # as long as the reference lives.
             return await self._thread.run(
                 self._load(source, location, digest, timeout_s, max_bytes)
             )
 
         return MediaRef(fetched, load)
+
+    async def _download(self, url: str, timeout_s: float, max_bytes: int | None) -> Blob:
+        location = await self._http.locate(url)
+        fetched = await self._http.fetch(
+            location, timeout_s=timeout_s, max_bytes=max_bytes, load=True
+        )
+        assert fetched.blob is not None
+        return fetched.blob
 
     async def _load(
         self, source: Source[Any], location: Any, digest: str, timeout_s: float, limit: int | None
@@ -190,7 +232,7 @@ class MediaFetcher:
         *,
         load: bool,
     ) -> Fetched:
-        # Callers with different limits do not share: the lower one may have to fail.
+        # Callers with different limits share no read: the lower limit may make one of them fail.
         key = (location, max_bytes, load)
         fetched = await self._flights.run(
             key,
@@ -208,7 +250,7 @@ class MediaFetcher:
         except LocationParseError:
             raise MediaError("The media URL is not valid.") from None
         if scheme in ("http", "https"):
-            return self._http
+            return self._disk or self._http
         if scheme == "file":
             return self._files
         raise ForbiddenMediaError("The media URL must be an http, https, file or data URL.")

@@ -20,16 +20,17 @@ from vllm_mm_ext.media.fetch.source import Fetched, MediaChangedError, tighter
 
 _FLAG = "--allowed-local-media-path"
 _READ_CHUNK = 1 << 20
-# A file may change again without a new time stamp within the granularity of its file system's
-# clock; 2 s (FAT) is the coarsest in use. A younger file's identity proves nothing yet, so it is
-# read and hashed each time until it is older than this.
+# Two changes of a file may get the same time stamp if they fall within one tick of the file
+# system's clock. The coarsest clock in use ticks every 2 s (FAT). The identity of a file that
+# changed less than 2 s ago therefore proves nothing: such a file is read and hashed each time.
 _RACY_NS = 2_000_000_000
 
 
 class FileIdentity(NamedTuple):
-    """What distinguishes one state of a file from another without reading it.
+    """What tells one state of a file from another without reading the file.
 
-    The change time is included because, unlike the modification time, no program can set it back.
+    The change time is part of it because no program can set it back, as it can the modification
+    time.
     """
 
     device: int
@@ -45,24 +46,24 @@ class FileIdentity(NamedTuple):
         )
 
     def is_settled(self, now_ns: int) -> bool:
-        """True if a change made at or after ``now_ns`` is certain to change the identity."""
+        """Return whether every change made at or after ``now_ns`` will change the identity."""
         return now_ns - max(self.mtime_ns, self.ctime_ns) > _RACY_NS
 
 
 class FileSource:
-    """Reads files below ``allowed_path`` into memory and remembers their digests by identity.
+    """Reads files below ``allowed_path`` into memory and remembers digests by file identity.
 
-    The content is copied, so a file that changes later does not change what was read. A location
-    is a path with all links resolved; what is opened is checked again through the descriptor, so
-    a link swapped in between does not lead outside.
+    The source copies the content, so a file that changes later does not change what was read. A
+    location is a path with all links resolved. The source checks the path again through the open
+    descriptor, so a link that somebody swaps in between the two checks leads nowhere else.
 
     Args:
         allowed_path: Only files below this directory are read; None forbids all.
         max_bytes: Limit on the size of one file, None for none.
-        max_known: Files whose digest is remembered.
+        max_known: How many digests of files are remembered.
 
     Attributes:
-        counts: Files found unchanged without reading, and files read.
+        counts: How many files were found unchanged without reading, and how many were read.
     """
 
     def __init__(
@@ -79,7 +80,10 @@ class FileSource:
         self.counts = {"file_unchanged": 0, "file_reads": 0}
 
     async def locate(self, url: str) -> Path:
-        """The resolved path of a ``file:`` URL. Says nothing about files outside the directory."""
+        """Return the path of a ``file:`` URL with all links resolved.
+
+        The errors do not tell whether a file outside the allowed directory exists.
+        """
         if self._allowed is None:
             raise ForbiddenMediaError(f"Cannot load local files without `{_FLAG}`.")
         spec = parse_url(url)
@@ -94,14 +98,14 @@ class FileSource:
     async def fetch(
         self, location: Path, *, timeout_s: float, max_bytes: int | None, load: bool
     ) -> Fetched:
-        """See ``Source.fetch``. ``timeout_s`` does not apply to local reads."""
+        """See ``Source.fetch``. ``timeout_s`` does not apply to local files."""
         del timeout_s
         limit = tighter(self._max_bytes, max_bytes)
         stop = threading.Event()
         try:
             return await asyncio.to_thread(self._fetch, location, limit, load, stop)
         finally:
-            stop.set()  # On cancellation the thread ends at its next chunk.
+            stop.set()  # If this task was cancelled, the thread ends at its next chunk.
 
     def _fetch(
         self, path: Path, max_bytes: int | None, load: bool, stop: threading.Event
@@ -117,7 +121,7 @@ class FileSource:
                 if digest is not None:
                     return Fetched(digest, identity.size, None)
             started_ns = time.time_ns()
-            blob = _copy(fd, max_bytes, stop)
+            blob = read_blob(fd, max_bytes, stop)
             if FileIdentity.of(os.fstat(fd)) != identity:
                 raise MediaChangedError("The file changed while it was read; send it again.")
         except OSError as error:
@@ -132,7 +136,8 @@ class FileSource:
 
     def _open(self, path: Path) -> int:
         try:
-            # Looked at before opening: opening a device can have effects.
+            # The kind of file is looked at before the file is opened: opening a device can have
+            # effects.
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 raise MediaError("The file URL does not name a regular file.")
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -143,7 +148,7 @@ class FileSource:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise MediaError("The file URL does not name a regular file.")
-            # The path the kernel really opened, whatever was swapped since it was resolved.
+            # This is the path that the kernel opened, whatever was swapped after `locate`.
             self._check_allowed(Path(os.readlink(f"/proc/self/fd/{fd}")))
         except BaseException:
             os.close(fd)
@@ -155,10 +160,21 @@ class FileSource:
             raise ForbiddenMediaError(f"The file path must be below the server's `{_FLAG}`.")
 
 
-def _copy(fd: int, max_bytes: int | None, stop: threading.Event) -> Blob:
+def read_blob(fd: int, max_bytes: int | None, stop: threading.Event | None = None) -> Blob:
+    """Copy an open file from its current offset into memory.
+
+    Args:
+        fd: Descriptor open for reading.
+        max_bytes: Limit on the size; None for none.
+        stop: Ends the copy between two chunks when it is set.
+
+    Raises:
+        MediaTooLargeError: The file has more than ``max_bytes`` bytes.
+        OSError: The file cannot be read.
+    """
     with BlobWriter(max_bytes, "The file") as writer:
         while chunk := os.read(fd, _READ_CHUNK):
-            if stop.is_set():
+            if stop is not None and stop.is_set():
                 raise asyncio.CancelledError
             writer.append(chunk)
         return writer.finish()

@@ -1,9 +1,9 @@
-"""When a remembered HTTP response may be used again (RFC 9111), as pure functions.
+"""When a remembered HTTP response may be used again (RFC 9111). Pure functions.
 
-The server acts as a *private* cache: it is the only client the origin sees, and a URL that carries
-credentials is remembered under those credentials. So ``private`` responses are kept and
-``s-maxage`` is ignored. Heuristic freshness (RFC 9111 section 4.2.2) is not used: a response
-without an explicit lifetime is asked about again every time.
+The server acts as a *private* cache: the origin sees no client but the server, and the server
+remembers a URL that carries credentials under those credentials. So it keeps ``private`` responses
+and ignores ``s-maxage``. It uses no heuristic freshness (RFC 9111 section 4.2.2): it asks the
+origin every time about a response without an explicit lifetime.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 
-# Response fields that say something about freshness; a 304 replaces them (RFC 9111 section 3.2).
+# Response fields that tell about freshness. A 304 answer replaces them (RFC 9111 section 3.2).
 _FIELDS = ("cache-control", "expires", "date", "age", "etag", "last-modified", "vary")
 # RFC 9111 section 1.2.2: larger values of delta-seconds count as 2**31.
 _MAX_DELTA_SECONDS = 2**31
@@ -21,10 +21,10 @@ _MAX_DELTA_SECONDS = 2**31
 
 @dataclass(frozen=True)
 class Freshness:
-    """What the response headers allow.
+    """What the headers of a response allow.
 
     Attributes:
-        storable: False forbids remembering the response at all (``no-store``).
+        storable: False if the response must not be remembered at all (``no-store``).
         lifetime_s: Seconds from its arrival in which the response needs no request.
     """
 
@@ -39,8 +39,8 @@ class StoredResponse:
     Attributes:
         digest: Digest of the body.
         size: Bytes of the body.
-        url: Where the body came from, after redirects; validators hold for this URL only.
-        headers: Freshness fields of the response, lower-case names.
+        url: The URL that the body came from, after redirects. Validators hold for this URL only.
+        headers: Freshness fields of the response, with lower-case names.
         fresh_until: Monotonic seconds up to which no request is needed.
     """
 
@@ -51,11 +51,11 @@ class StoredResponse:
     fresh_until: float
 
     def is_fresh(self, now: float) -> bool:
-        """True while no request is needed. ``now`` in monotonic seconds."""
+        """Return whether the response needs no request yet. ``now`` is in monotonic seconds."""
         return now < self.fresh_until
 
     def conditional_headers(self, url: str) -> dict[str, str]:
-        """Request headers that let ``url`` answer 304; empty for another URL than the body's."""
+        """Return request headers that allow a 304 answer; none for a URL other than the body's."""
         if url != self.url:
             return {}
         headers = {}
@@ -66,16 +66,16 @@ class StoredResponse:
         return headers
 
     def has_validator(self) -> bool:
-        """True if the origin gave an ETag or a Last-Modified date."""
+        """Return whether the origin gave an ETag or a Last-Modified date."""
         return "etag" in self.headers or "last-modified" in self.headers
 
     def refreshed(self, headers: Mapping[str, str], fresh_until: float) -> StoredResponse:
-        """This response after a 304 that carried ``headers``."""
+        """Return this response as a 304 answer with ``headers`` leaves it."""
         return replace(self, headers=headers, fresh_until=fresh_until)
 
 
 def freshness_fields(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The freshness fields of a response; repeated fields are joined by a comma."""
+    """Return the freshness fields of a response. Repeated fields are joined by a comma."""
     fields: dict[str, str] = {}
     for name, value in headers:
         name = name.lower()
@@ -85,7 +85,7 @@ def freshness_fields(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def judge(fields: Mapping[str, str], *, received: float, delay_s: float) -> Freshness:
-    """Storability and remaining lifetime of a response (RFC 9111 sections 4.2.1 and 4.2.3).
+    """Decide whether a response may be stored, and how long it is fresh (RFC 9111 section 4.2).
 
     Args:
         fields: Result of :func:`freshness_fields`.

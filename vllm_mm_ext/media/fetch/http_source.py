@@ -1,16 +1,18 @@
-"""Media over HTTP: allowed domains on every hop, limits, retries and revalidation."""
+"""Media over HTTP: allowed hosts on every hop, limits, retries and revalidation."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
+import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import urljoin
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 from cachetools import LRUCache
 from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
@@ -18,12 +20,17 @@ from yarl import URL
 
 from vllm_mm_ext.errors import (
     BusyError,
+    ForbiddenDomainError,
     ForbiddenMediaError,
     MediaError,
+    OriginError,
+    OriginTimeoutError,
     UnreachableMediaError,
 )
+from vllm_mm_ext.media.fetch.address_rules import AddressRules, is_literal
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
 from vllm_mm_ext.media.fetch.byte_gate import ByteGate, NoRoomError, Room
+from vllm_mm_ext.media.fetch.checked_resolver import CheckedResolver
 from vllm_mm_ext.media.fetch.freshness import StoredResponse, freshness_fields, judge
 from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
@@ -31,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 _MAX_REDIRECTS = 10
 _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
+# These 4xx answers say nothing against the URL: the origin gave up waiting, or sees too many
+# requests.
+_ORIGIN_IS_BUSY = frozenset({408, 429})
+_NO_SUCH_HOST = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 # Same growth of timeout and pause per retry as vLLM's own media client.
 _BACKOFF_FACTOR = 4
 _WHAT = "The remote media"
@@ -41,10 +52,26 @@ _SMALL_BYTES = 1 << 20
 _STEP_BYTES = 8 << 20
 
 
-class _TransientError(UnreachableMediaError):
-    """A failure that another attempt may not meet; ``lasting`` says it after the last one."""
+class _TransientError(MediaError):
+    """An attempt failed in a way that another attempt may not.
 
-    lasting: type[MediaError] = UnreachableMediaError
+    Attributes:
+        lasting: The error that the source raises if the last attempt failed like this.
+    """
+
+    lasting: type[MediaError] = OriginError
+
+
+class _TimedOutError(_TransientError):
+    """The origin took longer than the attempt's timeout."""
+
+    lasting = OriginTimeoutError
+
+
+class _NoSuchHostError(_TransientError):
+    """Name servers say that there is no such host. Some say so by mistake, so it is asked again."""
+
+    lasting = UnreachableMediaError
 
 
 class _CrowdedOutError(_TransientError):
@@ -54,13 +81,16 @@ class _CrowdedOutError(_TransientError):
 
 
 class HttpSource:
-    """Downloads ``http:`` and ``https:`` URLs and remembers their digests while HTTP allows it.
+    """Downloads ``http:`` and ``https:`` URLs and remembers digests for as long as HTTP allows.
 
-    A location is the normalised URL without its fragment, credentials included.
+    A location is the normalised URL with its credentials and without its fragment.
 
     Args:
         allowed_domains: Host names that may be contacted, redirects included; empty allows all.
         allow_redirects: False makes a redirect an error.
+        allow_private_addresses: Contact loopback and private addresses too; see ``AddressRules``.
+            Link-local addresses and the metadata services of clouds are never contacted.
+        make_resolver: Called on the event loop for what resolves host names.
         user_agent: ``User-Agent`` request header.
         max_bytes: Limit on one body, None for none.
         max_retries: Attempts in all, at least one. Timeouts, broken connections and 5xx answers
@@ -84,11 +114,16 @@ class HttpSource:
         user_agent: str,
         max_bytes: int | None,
         max_retries: int,
+        allow_private_addresses: bool = True,
+        make_resolver: Callable[[], AbstractResolver] = aiohttp.ThreadedResolver,
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
         max_in_flight_bytes: int = 1 << 30,
     ) -> None:
+        self._domains_as_given = list(allowed_domains)
         self._allowed_domains = frozenset(domain.lower() for domain in allowed_domains)
+        self._rules = AddressRules(allow_private_addresses)
+        self._make_resolver = make_resolver
         self._allow_redirects = allow_redirects
         self._user_agent = user_agent
         self._max_bytes = max_bytes
@@ -107,13 +142,20 @@ class HttpSource:
         }
 
     async def locate(self, url: str) -> str:
-        """The normalised URL, if its scheme and domain are allowed."""
+        """Return the normalised URL, if its scheme, its domain and its address are allowed.
+
+        The address of a host given by name is checked when the name is resolved.
+        """
         return self._check(url)
 
     async def fetch(
         self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool
     ) -> Fetched:
-        """See ``Source.fetch``. A fresh URL costs no request, an unchanged one no body."""
+        """See ``Source.fetch``.
+
+        A remembered response that is still fresh costs no request. One that the origin confirms
+        (304) costs a request without a body.
+        """
         limit = tighter(self._max_bytes, max_bytes)
         known = None if load else self._known.get(location)
         if known is not None and known.is_fresh(time.monotonic()):
@@ -126,13 +168,13 @@ class HttpSource:
                 return await self._attempt(location, known, limit, attempt_timeout)
             except _TransientError as error:
                 if attempt + 1 == self._max_attempts:
-                    raise error.lasting(error.message) from None
+                    raise error.lasting(error.message, value=error.value) from None
                 logger.info("%s Trying again.", error.message)
             await asyncio.sleep(self._retry_pause_s * _BACKOFF_FACTOR**attempt)
         raise AssertionError("unreachable")
 
     async def close(self) -> None:
-        """Close connections. The source can be used again afterwards."""
+        """Close all connections. The source can be used again afterwards."""
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -145,9 +187,10 @@ class HttpSource:
             async with asyncio.timeout(timeout_s) as clock:
                 return await self._follow(location, known, limit, clock, timeout_s)
         except TimeoutError:
-            raise _TransientError(f"{host} did not deliver the media in {timeout_s:g} s.") from None
-        except aiohttp.ClientConnectorDNSError:
-            raise _TransientError(f"The host name {host} cannot be resolved.") from None
+            raise _TimedOutError(f"{host} did not deliver the media in {timeout_s:g} s.") from None
+        except aiohttp.ClientConnectorDNSError as error:
+            failure = _NoSuchHostError if error.errno in _NO_SUCH_HOST else _TransientError
+            raise failure(f"The host name {host} cannot be resolved.") from None
         except aiohttp.ClientPayloadError:
             raise _TransientError(f"{host} broke off in the middle of the media.") from None
         except (aiohttp.ClientConnectionError, OSError):
@@ -156,7 +199,7 @@ class HttpSource:
             if isinstance(error, MediaError):
                 raise
             # Not the error's own text: it may quote the URL with its credentials.
-            raise UnreachableMediaError(f"{host} did not answer with valid HTTP.") from None
+            raise OriginError(f"{host} did not answer with valid HTTP.") from None
 
     async def _follow(
         self,
@@ -180,7 +223,7 @@ class HttpSource:
                 not_modified = response.status == 304 and known is not None and bool(conditional)
                 if not_modified and known is not None:
                     fields = {**known.headers, **fields}
-                # The chain is as fresh as its stalest hop.
+                # A chain of redirects is as fresh as its stalest hop.
                 verdict = judge(fields, received=time.time(), delay_s=arrived - sent)
                 storable = storable and verdict.storable
                 fresh_until = min(fresh_until, arrived + verdict.lifetime_s)
@@ -232,7 +275,7 @@ class HttpSource:
             ) from None
 
     def _remember(self, location: str, stored: StoredResponse, storable: bool) -> None:
-        # Without lifetime and validators the entry could never be used.
+        # A response with neither a lifetime nor a validator could never be used again.
         if storable and (stored.has_validator() or stored.is_fresh(time.monotonic())):
             self._known[location] = stored
         else:
@@ -259,7 +302,8 @@ class HttpSource:
             raise ForbiddenMediaError("Media may only be fetched by http or https.")
         if not spec.hostname:
             raise MediaError("The media URL has no host.")
-        # One parser decides for the check, another connects: they must agree on the host.
+        # urllib3's parser finds the host that is checked here, yarl's the host that aiohttp
+        # contacts: both must find the same.
         normalised = spec._replace(fragment=None).url
         try:
             contacted = URL(normalised, encoded=True).raw_host
@@ -268,20 +312,37 @@ class HttpSource:
         if contacted != spec.hostname.strip("[]"):
             raise MediaError("The media URL is not valid.")
         if self._allowed_domains and spec.hostname not in self._allowed_domains:
-            raise ForbiddenMediaError(
-                f"The domain {spec.hostname} is not among the allowed domains: "
-                f"{', '.join(sorted(self._allowed_domains))}."
+            # Word for word vLLM's own message.
+            raise ForbiddenDomainError(
+                f"The URL must be from one of the allowed domains: {self._domains_as_given}. "
+                f"Input URL domain: {spec.hostname}"
             )
+        self._check_literal(contacted)
         return normalised
+
+    def _check_literal(self, host: str) -> None:
+        """Check a host that is written as an IP address, which no resolver is asked about."""
+        if not is_literal(host):
+            return
+        try:
+            allowed = self._rules.allows(host)
+        except ValueError:  # 127.1, 2130706433 and the like
+            raise MediaError("The host of the media URL is not a valid IP address.") from None
+        if not allowed:
+            raise ForbiddenMediaError(f"This server does not download media from {host}.")
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
+            resolver = CheckedResolver(self._rules, self._make_resolver())
             self._session = aiohttp.ClientSession(
-                # Cookies of one client's media must not be sent for another's.
+                connector=aiohttp.TCPConnector(resolver=resolver),
+                # A cookie that came with one client's media must not go out with another's.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(total=None),
-                trust_env=True,
+                # The server's own credentials (netrc) are not for hosts that clients name, and a
+                # proxy would connect to addresses that nobody checked.
+                trust_env=False,
             )
         return self._session
 
@@ -319,5 +380,9 @@ def _make_room(room: Room, size: int) -> None:
 
 
 def _raise_for_status(status: int, host: str) -> None:
-    error = _TransientError if status >= 500 else UnreachableMediaError
+    error: type[MediaError] = UnreachableMediaError
+    if status >= 500:
+        error = _TransientError
+    elif status in _ORIGIN_IS_BUSY:
+        error = OriginError
     raise error(f"{host} answered HTTP {status}.", value=status)

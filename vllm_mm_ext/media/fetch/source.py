@@ -1,4 +1,4 @@
-"""What every place media can come from offers: ``http(s):``, ``file:`` and ``data:`` URLs."""
+"""The interface of media sources: one each for ``http(s):``, ``file:`` and ``data:`` URLs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ L = TypeVar("L", bound=Hashable)
 
 
 class MediaChangedError(MediaError):
-    """The content behind a URL is no longer what was resolved; resolving again sees the new one.
-
-    A request fails with this error only where the content changes again and again.
-    """
+    """The content of a URL changed after it was resolved. Resolving it again finds the new one."""
 
     code = "changed"
     status = HTTPStatus.BAD_GATEWAY
@@ -25,12 +22,12 @@ class MediaChangedError(MediaError):
 
 @dataclass(frozen=True)
 class Fetched:
-    """Content a source found.
+    """What a source found at a location.
 
     Attributes:
         digest: Hex BLAKE3 of the encoded bytes.
-        size: Their number.
-        blob: The bytes, or None when the source knew the digest without reading them.
+        size: Number of the encoded bytes.
+        blob: The encoded bytes, or None if the source knew the digest without reading them.
         storable: False if the origin forbids keeping the content past this use.
     """
 
@@ -41,15 +38,15 @@ class Fetched:
 
     @classmethod
     def of(cls, blob: Blob, *, storable: bool = True) -> Fetched:
-        """Content that was just read."""
+        """Make the result for content that was just read."""
         return cls(blob.digest, blob.size, blob, storable)
 
 
 class Source(Protocol[L]):
-    """One URL scheme. All methods run on the fetcher's own event loop."""
+    """Finds the content of URLs of one scheme. The fetcher calls it on its own event loop only."""
 
     async def locate(self, url: str) -> L:
-        """What ``url`` names, after access checks; equal locations have the same content.
+        """Check access to a URL and return its location. Equal locations have equal content.
 
         Raises:
             MediaError: The URL is malformed or not allowed.
@@ -58,21 +55,21 @@ class Source(Protocol[L]):
     async def fetch(
         self, location: L, *, timeout_s: float, max_bytes: int | None, load: bool
     ) -> Fetched:
-        """Content at ``location``.
+        """Find out which content a location has.
 
         Args:
             location: Result of :meth:`locate`.
-            timeout_s: Seconds for one attempt over the network.
+            timeout_s: Seconds for the first attempt over the network.
             max_bytes: Limit on the encoded size; None for the source's own limit only.
             load: Return the bytes even if the digest is known without them.
 
         Raises:
-            BusyError: There was no room for the download for too long.
-            MediaError: Unreachable, too large, or not readable.
+            BusyError: Other downloads left no room for this one for too long.
+            MediaError: The content is unreachable, too large, or not readable.
         """
 
 
 def tighter(first: int | None, second: int | None) -> int | None:
-    """The lower of two limits, None meaning no limit."""
+    """Return the lower of two limits. None means no limit."""
     limits = [limit for limit in (first, second) if limit is not None]
     return min(limits) if limits else None

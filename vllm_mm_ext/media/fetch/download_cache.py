@@ -1,0 +1,182 @@
+"""Downloads kept on disk, as vLLM keeps them where ``VLLM_MEDIA_CACHE`` names a directory.
+
+Names, ages and sizes follow vLLM's own media connector, so that stock code (which loads images)
+and the plugin can share a directory. As there, what the origin says about caching does not count:
+the operator asked for the directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachetools import LRUCache
+
+from vllm_mm_ext.media.fetch.blob import Blob, check_size
+from vllm_mm_ext.media.fetch.file_source import FileIdentity, read_blob
+from vllm_mm_ext.media.fetch.source import Fetched, Source, tighter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DownloadCacheSettings:
+    """Where and how long downloads are kept.
+
+    Attributes:
+        directory: Created if it does not exist.
+        max_bytes: Bytes of all files together. The least recently used go first.
+        ttl_s: Seconds since the last use after which a file is not used again.
+    """
+
+    directory: Path
+    max_bytes: int
+    ttl_s: float
+
+
+class CachedDownloads:
+    """A source of HTTP URLs that looks on disk before it asks the origin.
+
+    Args:
+        origin: Downloads what is not on disk.
+        settings: See there.
+        max_bytes: Limit on the size of one download, None for none.
+        max_known: Files whose digest is remembered.
+
+    Attributes:
+        counts: Downloads found on disk, and downloads written there.
+    """
+
+    def __init__(
+        self,
+        origin: Source[str],
+        settings: DownloadCacheSettings,
+        *,
+        max_bytes: int | None,
+        max_known: int = 4096,
+    ) -> None:
+        self._origin = origin
+        self._settings = settings
+        self._max_bytes = max_bytes
+        self._known: LRUCache[FileIdentity, str] = LRUCache(max_known)
+        self._lock = threading.Lock()
+        self._usable = _is_writable(settings.directory)
+        self.counts = {"disk_hits": 0, "disk_writes": 0}
+
+    async def locate(self, url: str) -> str:
+        """See ``Source.locate``: access is checked whether or not the download is on disk."""
+        return await self._origin.locate(url)
+
+    async def fetch(
+        self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool
+    ) -> Fetched:
+        """See ``Source.fetch``."""
+        if self._usable:
+            limit = tighter(self._max_bytes, max_bytes)
+            found = await asyncio.to_thread(self._look_up, location, limit, load)
+            if found is not None:
+                return found
+        fetched = await self._origin.fetch(
+            location, timeout_s=timeout_s, max_bytes=max_bytes, load=load
+        )
+        if self._usable and fetched.blob is not None:
+            await asyncio.to_thread(self._keep, location, fetched.blob)
+        return fetched
+
+    def _look_up(self, url: str, limit: int | None, load: bool) -> Fetched | None:
+        path = self._path_of(url)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            found = FileIdentity.of(os.fstat(fd))
+            if time.time() - found.mtime_ns / 1e9 > self._settings.ttl_s:
+                path.unlink(missing_ok=True)
+                return None
+            os.utime(fd)  # The time of the last use, by which files are evicted.
+            check_size(found.size, limit, "The remote media")
+            with self._lock:
+                digest = self._known.pop(found, None)
+            blob = read_blob(fd, limit) if load or digest is None else None
+            digest = digest if blob is None else blob.digest
+            assert digest is not None
+            with self._lock:
+                self.counts["disk_hits"] += 1
+                # Files are replaced, never rewritten, and who touches one changes its identity.
+                self._known[FileIdentity.of(os.fstat(fd))] = digest
+            return Fetched(digest, found.size, blob)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    def _keep(self, url: str, blob: Blob) -> None:
+        path = self._path_of(url)
+        temporary = None
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._settings.directory, delete=False) as file:
+                temporary = file.name
+                for chunk in blob.chunks():
+                    file.write(chunk)
+            os.rename(temporary, path)
+        except OSError:
+            if temporary is not None:
+                with suppress(OSError):
+                    os.remove(temporary)
+            return
+        with self._lock:
+            self.counts["disk_writes"] += 1
+        self._evict(keep=path.name)
+
+    def _evict(self, keep: str) -> None:
+        """Remove what is too old, then the least recently used beyond the bound, but ``keep``."""
+        now, total = time.time(), 0
+        kept: list[tuple[float, int, str]] = []
+        expired: list[str] = []
+        with os.scandir(self._settings.directory) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                except OSError:
+                    continue
+                if entry.name.startswith(".") or not stat.S_ISREG(status.st_mode):
+                    continue
+                if now - status.st_mtime > self._settings.ttl_s:
+                    expired.append(entry.path)
+                    continue
+                total += status.st_size
+                if entry.name != keep:
+                    kept.append((status.st_mtime, status.st_size, entry.path))
+        for _, size, name in sorted(kept):
+            if total <= self._settings.max_bytes:
+                break
+            expired.append(name)
+            total -= size
+        for name in expired:
+            with suppress(OSError):
+                os.remove(name)
+
+    def _path_of(self, url: str) -> Path:
+        name = hashlib.sha256(url.encode()).hexdigest()[:20]
+        return self._settings.directory / (name + Path(url.split("?", 1)[0]).suffix)
+
+
+def _is_writable(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory):
+            pass
+    except OSError:
+        logger.warning("%s is not writable: downloads are not kept on disk.", directory)
+        return False
+    return True
