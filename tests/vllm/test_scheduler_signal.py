@@ -13,10 +13,10 @@ import pytest
 from scheduler_harness import Play, make_scheduler, request
 
 from vllm_mm_ext.adapters.quality.engine_figures import sample_of
-from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.config.quality_settings import QualitySettings
 from vllm_mm_ext.policies.quality.board import private
 from vllm_mm_ext.policies.quality.controller import QualityController
+from vllm_mm_ext.policies.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.policies.scheduler.signal import (
     EngineLoad,
     LoadReader,
