@@ -168,8 +168,11 @@ async def test_limits_are_refused_before_decoding(pool, fd):
 async def test_too_little_memory_is_an_error_of_this_job_alone(pool, fd):
     limits = DecodeLimits(memory_bytes=2 << 30)
     request = wanting(*range(60), size=SizeRule("fixed", 3400, 3400), limits=limits)
+    before = [pool.stats()[key] for key in ("jobs", "died")]
     with pytest.raises(MediaTooLargeError, match="memory than the limit of 2147483648 bytes"):
         await pool.run(fd, request)
+    # It is not tried again, and the worker goes on.
+    assert [pool.stats()[key] for key in ("jobs", "died")] == [before[0] + 1, before[1]]
     assert len((await pool.run(fd, wanting(0))).frames) == 1
 
 

@@ -222,6 +222,7 @@ def test_a_table_whose_columns_are_no_whole_elements_is_refused() -> None:
         with_(DECODED, samples=0),
         with_(DECODED, samples=1 << 40),
         with_(DECODED, audio_rate=0),
+        with_(DECODED, decoder="other"),
         with_(DECODED, selection=replace(SELECTION, indices=np.array([0, 4]))),
         with_(DECODED, selection=replace(SELECTION, indices=np.array([-1, 3]))),
         with_(DECODED, selection=replace(SELECTION, indices=np.array([3, 0]))),

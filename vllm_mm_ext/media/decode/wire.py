@@ -15,7 +15,7 @@ import struct
 import time
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -48,11 +48,13 @@ MAX_RESULT_BYTES = 1 << 20
 
 _HEADER = struct.Struct("<I")
 _MAX_FDS = 2
+# What can have decoded frames; nothing has where there are none.
+_DECODERS = frozenset({"", "pyav", "decord"})
 # Characters of an error message.
 _MAX_TEXT = 4096
 
 
-class _Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+class _Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Base of all messages; the class name tells them apart."""
 
 
@@ -105,7 +107,7 @@ class Decoded(_Message):
     frames: tuple[int, int, int, int] | None
     samples: int | None
     audio_rate: int
-    decoder: Literal["", "pyav", "decord"]
+    decoder: str
     timings: dict[str, float]
 
 
@@ -226,6 +228,7 @@ def check_result(result: Probed | Decoded, request: DecodeRequest) -> None:
     require(isinstance(result, Probed) == request.probe_only, "kind of answer")
     if isinstance(result, Decoded):
         require(result.info.packets is None, "packet table of a decoded file")
+        require(result.decoder in _DECODERS, "name of a decoder")
         check_frames(result.frames, result.selection, result.info, request)
         check_sound(result.samples, result.audio_rate, request)
 

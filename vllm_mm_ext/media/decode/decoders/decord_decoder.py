@@ -98,7 +98,8 @@ def _check_first_picture(path: str, info: MediaInfo, max_pixels: int) -> None:
             picture = next(container.decode(stream), None)
         except av.FFmpegError as error:
             raise UnsuitableFileError(f"the first picture: {describe(error)}") from error
-    if picture is None or (picture.width, picture.height) != (info.video.width, info.video.height):
+    size = (picture.width, picture.height) if isinstance(picture, av.VideoFrame) else None
+    if size != (info.video.width, info.video.height):
         raise UnsuitableFileError("the pictures are not of the size that the container says")
 
 
