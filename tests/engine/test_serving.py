@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from PIL import Image
@@ -178,20 +179,15 @@ def test_media_that_the_engine_never_got_may_be_sent_again(served: Served, strea
     """vLLM refuses the finished prompt, and takes the sound in it for known to the engine."""
     name = f"lost-{stream}.wav"
     make_audio(served.files / name, duration=29.0 - stream)
-    messages: Any = [{"role": "user", "content": [served.audio(name)]}]
-
-    def ask(**options: Any) -> None:
-        list(
-            served.client.chat.completions.create(
-                model=served.server.model, messages=messages, **options
-            )
-        )
-
-    # The text alone leaves room for so long an answer; with the sound, it does not.
+    body = {"model": served.server.model, "prompt": "long " * 1000}
+    counted = httpx.post(f"{served.server.url}/tokenize", json=body, timeout=60).json()["count"]
+    # The text alone fits into the context; with the 700 tokens of the sound, it does not.
     with pytest.raises(openai.BadRequestError, match="8192"):
-        ask(max_tokens=8000)
+        served.ask(served.audio(name), text="long " * (7900 * 1000 // counted))
+    messages: Any = [{"role": "user", "content": [served.audio(name)]}]
+    ask = served.client.chat.completions.create
     with pytest.raises(openai.APIError) as lost:
-        ask(max_tokens=1, stream=stream)
+        list(ask(model=served.server.model, messages=messages, max_tokens=1, stream=stream))
     assert "Send it again" in lost.value.message
     if isinstance(lost.value, openai.APIStatusError):
         assert lost.value.status_code == 503

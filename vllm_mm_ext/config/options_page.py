@@ -80,7 +80,7 @@ its longest item. |
 """
 
 
-_ERRORS = """
+_ERRORS = """\
 ## When a request fails
 
 The status says whose fault it is. The body is vLLM's for the route: on OpenAI's routes `error` with

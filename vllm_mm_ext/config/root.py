@@ -151,7 +151,7 @@ class AudioConfig(_Section):
         "Never looser than vLLM's.",
     )
     overflow: Literal["error", "truncate"] = Field(
-        "error", description="What happens to audio past the limit: a 400, or it is cut there."
+        "error", description="What happens to audio past the limit: a 413, or it is cut there."
     )
 
 
