@@ -16,13 +16,12 @@ from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMValidationError
 
-from vllm_mm_ext.adapters.media.media_connector import server_job
+from vllm_mm_ext.adapters.media.media_connector import server_plan
 from vllm_mm_ext.adapters.runtime import current_runtime
 from vllm_mm_ext.config.options import Reduction
-from vllm_mm_ext.media.video_plan import set_plans
 from vllm_mm_ext.request import report
+from vllm_mm_ext.request.context import current_request
 from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
-from vllm_mm_ext.request.trace import current_trace
 from vllm_mm_ext.testing.media import make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -176,7 +175,7 @@ def test_options_for_a_video_named_by_its_uuid_alone_are_refused(
 
 def test_text_alone_is_neither_planned_nor_reported(front: Front) -> None:
     trace = front.render().trace
-    assert not trace.plans
+    assert not trace.media
     assert not report.has_media(trace)
 
 
@@ -258,9 +257,8 @@ def test_what_is_refused_fetches_nothing_more(front: Front, together: bool) -> N
 
 
 def test_a_request_leaves_nothing_behind_in_the_context(front: Front) -> None:
-    set_plans({})
     front.render("short.mp4", options={"fps": 1})
-    assert current_trace() is None
+    assert current_request() is None
     (video,) = front.render("short.mp4").videos
     assert video["frames"] == 8
 
@@ -275,9 +273,9 @@ def test_a_plan_costs_what_it_was_said_to_cost(front: Front, reduction: Reductio
         ref = await fetcher.resolve(url, timeout_s=5)
         info = await runtime.frontend.probe(ref)
         assert info.video is not None
-        job = server_job(runtime, {}, url, None)
-        assert job is not None
-        return PlannedVideo(url, 1, ref, info, info.video, job.plan)
+        plan = server_plan(runtime, {}, url, None)
+        assert plan is not None
+        return PlannedVideo(url, 1, ref, info, info.video, plan)
 
     video = runtime.run_blocking(probed())
     frontend = runtime.frontend

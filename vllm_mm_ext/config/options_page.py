@@ -69,14 +69,26 @@ pass as they are. Clients that do not know the block ignore it.
 | `videos[].reduction` | The token reduction applied, with the keys above. |
 | `videos[].level` | Load level the video is served at; 0 is full quality. |
 | `videos[].lowered` | What was lowered to fit a budget or for the load, and why. |
-| `videos[].decoded_cache` | Nothing was fetched or decoded for this request. |
-| `audios[]` | `seconds` and `decoded_cache` of each audio item. |
+| `audios[].seconds` | Duration of each audio item. |
 | `tokens` | Prompt tokens: `visual`, `audio`, `text`. They add up to the prompt. |
+| `stages_ms` | Milliseconds per stage of the front-end; items run in parallel, so a stage holds \
+its longest item. |
+
+Caches serve all clients, so what they held can tell a client that another one has sent the same
+video. Answers say it where the operator sets `mm_ext.reports.cache_hits`:
+
+| key | meaning |
+| --- | --- |
+| `videos[].decoded_cache`, `audios[].decoded_cache` | Nothing was decoded for this request. |
 | `cache.prompt_tokens` | Leading prompt tokens that the prefix cache held; null if unknown. |
 | `cache.<modality>` | `items` (a video has one per segment), and how many of them had their model \
 inputs in the processor cache (`processor`) and lie wholly in the cached prefix (`prefix`). |
-| `stages_ms` | Milliseconds per stage of the front-end; items run in parallel, so a stage holds \
-its longest item. |
+
+How long an answer takes tells the same, if less surely, and `stages_ms` and `Server-Timing` say
+which stages ran. Where that matters, a proxy in front removes them. vLLM's `cache_salt` keeps apart
+what conversations leave behind: the prefix cache, decisions about their videos, their sessions. It
+does not keep apart decoded media, processor and encoder caches, as in vLLM: these hold nothing of
+a conversation.
 """
 
 

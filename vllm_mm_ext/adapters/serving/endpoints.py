@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_mm_ext.adapters.quality.engine_figures import published
-from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
 
 
@@ -19,6 +19,7 @@ class MMExtEndpointPlugin:
 
     def __init__(self) -> None:
         self._config: Any = None
+        self._renderer: Any = None
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this API server, and what engines publish with the plugin's scheduler."""
@@ -27,7 +28,7 @@ class MMExtEndpointPlugin:
             count = self._config.parallel_config.data_parallel_size
             loads = published(self._config).loads(count)
             engines = {engine: asdict(load) for engine, load in loads}
-        return {**current_runtime().stats(), "engines": engines}
+        return {**runtime_of(self._renderer).stats(), "engines": engines}
 
     def attach_router(self, app: Any) -> None:
         """Add the middleware and ``GET /mm_ext/stats`` to vLLM's FastAPI application."""
@@ -41,5 +42,6 @@ class MMExtEndpointPlugin:
         state: Any,  # noqa: ARG002 - vLLM's interface
         args: Namespace,  # noqa: ARG002
     ) -> None:
-        """Keep the configuration; the runtime is attached when vLLM creates its renderer."""
+        """Keep what says whose counters these are; a renderer's front-end is made with it."""
         self._config = getattr(engine_client, "vllm_config", None)
+        self._renderer = getattr(engine_client, "renderer", None)

@@ -74,8 +74,8 @@ class MediaRef:
 class MediaFetcher:
     """Resolves media URLs to digests and bytes. Usable from any event loop and thread.
 
-    Concurrent requests for the same media share one read. All work runs on a private event loop
-    and its threads, so the caller's loop never blocks on it.
+    Concurrent requests for the same media share one read. All work runs on an event loop in a
+    thread of its own and that loop's threads, so the caller's loop never blocks on it.
 
     Args:
         allowed_local_media_path: Directory below which ``file:`` URLs may point; None forbids them.
@@ -90,6 +90,8 @@ class MediaFetcher:
         retry_pause_s: Seconds before the second attempt; each further pause is four times longer.
         max_known: URLs, files and data URLs remembered, each.
         max_in_flight_bytes: Bound on the bodies being downloaded together; see ``HttpSource``.
+        loop: Where the work runs; a loop of the fetcher's own without it. Whoever stops a loop that
+            was given awaits ``disconnect`` on it last.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class MediaFetcher:
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
         max_in_flight_bytes: int = 1 << 30,
+        loop: LoopThread | None = None,
     ) -> None:
         self.encoded_cache = encoded_cache
         self._files = FileSource(
@@ -123,8 +126,10 @@ class MediaFetcher:
             max_in_flight_bytes=max_in_flight_bytes,
         )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
-        self._thread = LoopThread("mm-ext-fetch")
-        self._finalizer = weakref.finalize(self, _close, self._thread, self._http)
+        self._thread = loop or LoopThread("mm-ext-fetch")
+        self._finalizer = (
+            weakref.finalize(self, _close, self._thread, self._http) if loop is None else None
+        )
 
     async def resolve(
         self, url: str, *, timeout_s: float, max_bytes: int | None = None
@@ -149,9 +154,17 @@ class MediaFetcher:
         """Counters since the start: what was read and what was found without reading."""
         return {**self._http.counts, **self._files.counts, **self._data.counts}
 
+    async def disconnect(self) -> None:
+        """Close connections; called on the loop that the fetcher was given."""
+        await self._http.close()
+
     def close(self) -> None:
-        """Cancel what runs and close connections. Blocks briefly. Also runs at exit."""
-        self._finalizer()
+        """Cancel what runs on the fetcher's own loop, if it has one, and close connections.
+
+        Blocks briefly. Also runs at exit.
+        """
+        if self._finalizer is not None:
+            self._finalizer()
 
     async def _resolve(self, url: str, timeout_s: float, max_bytes: int | None) -> MediaRef:
         source = self._source_of(url)

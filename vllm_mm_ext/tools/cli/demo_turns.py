@@ -83,7 +83,7 @@ def report(turns: list[Turn]) -> Table:
         tokens = turn.applied.get("tokens", {})
         videos = turn.applied.get("videos", [])
         frames = ", ".join(str(video["frames"]) for video in videos)
-        remembered = all(video["cached"] for video in videos)
+        remembered = "decode" not in turn.stages_ms
         media_ms = max(turn.stages_ms.get(stage, 0.0) for stage in ("video", "audio"))
         table.add_row(
             str(number),
