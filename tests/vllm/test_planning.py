@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,13 +16,15 @@ from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 
 from vllm_mm_ext.adapters.media.media_connector import server_plan
-from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.adapters.runtime import current_runtime, runtime_of
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.request import report
-from vllm_mm_ext.request.context import current_request
+from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
+from vllm_mm_ext.request.media_items import MediaItem
 from vllm_mm_ext.testing.media import make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -85,6 +88,75 @@ def test_one_video_shown_twice_counts_twice(front: Front) -> None:
     assert made.video_tokens <= 120
     first, second = made.videos
     assert first["frames"] == second["frames"]
+
+
+@pytest.mark.parametrize("online", [True, False], ids=["online", "offline"])
+def test_uses_of_one_url_are_told_apart_by_their_place_in_the_messages(
+    front: Front, online: bool
+) -> None:
+    messages = front.messages("short.mp4", "other.mp4", "short.mp4")
+    urls = [part["video_url"]["url"] for part in messages[0]["content"][:3]]
+    # A part that names a video by its uuid alone is none that the connector is asked for.
+    messages[0]["content"].insert(1, {"video_url": None, "uuid": "sent before"})
+    config = front.renderer.model_config
+
+    async def parsed() -> list[Any]:
+        context = enter_request(RequestContext(renderer=front.renderer))
+        plan = server_plan(runtime_of(front.renderer), {}, urls[0], None)
+        assert plan is not None
+        for url, frames in zip(urls, (2, 8, 6), strict=True):
+            sampling = replace(plan.sampling, fps=8.0, max_frames=frames)
+            context.add([MediaItem("video", url, replace(plan, sampling=sampling))])
+        if online:
+            _, data, _ = await parse_chat_messages_async(messages, config, "openai")
+        else:
+            _, data, _ = parse_chat_messages(messages, config, "openai")
+        assert data is not None
+        return [item for item in data["video"] if item is not None]
+
+    assert [len(item.media[0]) for item in asyncio.run(parsed())] == [2, 8, 6]
+
+
+def test_the_processor_is_never_entered_twice_at_once(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(front.renderer.mm_processor)
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def watched(original: Any) -> Any:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside, most
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            try:
+                time.sleep(0.002)
+                return original(*args, **kwargs)
+            finally:
+                with lock:
+                    inside -= 1
+
+        return method
+
+    for name in ("video_tokens", "_cached_apply_hf_processor"):
+        monkeypatch.setattr(kind, name, watched(getattr(kind, name)))
+
+    async def together() -> None:
+        names = ["short.mp4", "other.mp4", "long.mp4"] * 4
+        await asyncio.gather(*(front.rendered(front.messages(name)) for name in names))
+
+    asyncio.run(together())
+    assert most == 1
+
+
+def test_decisions_of_one_cache_salt_do_not_stand_for_another(front: Front) -> None:
+    options = {"fps": 4, "max_frames": 400}
+    crowded = {"max_tokens": 900, "text": "word " * 150}
+    asked: dict[str, Any] = {"options": options, "session": "salted"}
+    first = front.render("long.mp4", cache_salt="a", **asked, **crowded)
+    again = front.render("long.mp4", cache_salt="a", **asked, max_tokens=16)
+    other = front.render("long.mp4", cache_salt="b", **asked, max_tokens=16)
+    assert first.video_tokens == again.video_tokens < other.video_tokens
 
 
 def test_a_video_sent_again_in_a_later_turn_keeps_its_plan_and_its_caches(front: Front) -> None:

@@ -84,11 +84,13 @@ video. Answers say it where the operator sets `mm_ext.reports.cache_hits`:
 | `cache.<modality>` | `items` (a video has one per segment), and how many of them had their model \
 inputs in the processor cache (`processor`) and lie wholly in the cached prefix (`prefix`). |
 
-How long an answer takes tells the same, if less surely, and `stages_ms` and `Server-Timing` say
-which stages ran. Where that matters, a proxy in front removes them. vLLM's `cache_salt` keeps apart
-what conversations leave behind: the prefix cache, decisions about their videos, their sessions. It
-does not keep apart decoded media, processor and encoder caches, as in vLLM: these hold nothing of
-a conversation.
+`stages_ms` and `Server-Timing` then also have the stages that only media go through which no cache
+held (`decode`, `resample`...). How long an answer takes, and the stages that are always there, tell
+the same, if less surely.
+
+vLLM's `cache_salt` keeps apart what conversations leave behind: the prefix cache, decisions about
+their videos, their sessions. As in vLLM, it does not keep apart what depends on the media alone:
+decoded frames, model inputs, encoder outputs.
 """
 
 

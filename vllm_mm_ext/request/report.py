@@ -28,7 +28,7 @@ def block(trace: RequestTrace) -> dict[str, Any]:
     }
     if trace.shows_cache_hits:
         made["cache"] = _cache(trace)
-    made["stages_ms"] = {name: round(s * 1e3, 2) for name, s in trace.stages.items()}
+    made["stages_ms"] = {name: round(s * 1e3, 2) for name, s in trace.shown_stages.items()}
     return made
 
 

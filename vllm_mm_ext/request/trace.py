@@ -39,8 +39,10 @@ class RequestTrace:
     """Collected while one request is rendered.
 
     Attributes:
-        stages: Stage name to seconds of wall-clock time. Items of one request run in parallel,
-            so a stage holds the longest of its items.
+        stages: Stage name to seconds of wall-clock time, of the stages that every item goes
+            through. Items of one request run in parallel, so a stage holds the longest of its
+            items.
+        work: The same for the stages of items that no cache held.
         media: The videos and audios of the request's conversations, in the order of the messages.
         tokens: Embeddings per modality plus ``text``, once the prompt is built.
         asked: The request carries options, so it is reported on even without media.
@@ -52,6 +54,7 @@ class RequestTrace:
     """
 
     stages: dict[str, float] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)
     media: list[MediaItem] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
     asked: bool = False
@@ -61,9 +64,19 @@ class RequestTrace:
     shows_cache_hits: bool = False
 
     def add_stages(self, stages: Mapping[str, float]) -> None:
-        """Record stage times in seconds; parallel items keep the longest."""
-        for name, seconds in stages.items():
-            self.stages[name] = max(seconds, self.stages.get(name, 0.0))
+        """Record times in seconds of stages that every item goes through."""
+        _keep_longest(self.stages, stages)
+
+    def add_work(self, stages: Mapping[str, float]) -> None:
+        """Record times in seconds of stages that only an item goes through which no cache held."""
+        _keep_longest(self.work, stages)
+
+    @property
+    def shown_stages(self) -> dict[str, float]:
+        """The stage times that the client gets to see, in seconds."""
+        shown = dict(self.work) if self.shows_cache_hits else {}
+        _keep_longest(shown, self.stages)
+        return shown
 
     def set_tokens(self, embeddings: Mapping[str, int], prompt_tokens: int) -> None:
         """Record embeddings per modality; whatever is not media is text."""
@@ -91,7 +104,7 @@ class RequestTrace:
 
     def server_timing(self) -> str:
         """Value of the standard ``Server-Timing`` header (milliseconds, W3C Server Timing)."""
-        return ", ".join(f"mm_{k};dur={v * 1e3:.2f}" for k, v in self.stages.items())
+        return ", ".join(f"mm_{k};dur={v * 1e3:.2f}" for k, v in self.shown_stages.items())
 
     def summary(self) -> str:
         """Compact JSON for the ``X-MM-Ext`` header: the first items, and times if not too many."""
@@ -117,3 +130,8 @@ class RequestTrace:
 
     def _hit(self, cached: bool) -> dict[str, bool]:
         return {"cached": cached} if self.shows_cache_hits else {}
+
+
+def _keep_longest(times: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, seconds in more.items():
+        times[name] = max(seconds, times.get(name, 0.0))

@@ -235,7 +235,7 @@ def _deliver_video(
         metadata = metadata_of(result.info, selection, frames.digest or "")
     else:
         metadata = stock.metadata(result.info, selection)
-    context.trace.add_stages(_stages(used, "video"))
+    _note_times(context, used, "video")
     item.report = VideoReport(
         policy=selection.policy if stock is None else "stock",
         frames=len(frames),
@@ -256,13 +256,16 @@ def _deliver_audio(
     """A waveform as vLLM takes it, noted in the request's report."""
     waveform = used.result.waveform
     rate = waveform.rate or 0
-    context.trace.add_stages(_stages(used, "audio"))
+    _note_times(context, used, "audio")
     item.report = AudioReport(len(waveform) / rate, used.result.cached)
     return waveform, rate
 
 
-def _stages(used: MediaUse[VideoResult] | MediaUse[AudioResult], stage: str) -> dict[str, float]:
-    return {"fetch": used.fetch_s, **used.result.stages, stage: used.fetch_s + used.use_s}
+def _note_times(
+    context: RequestContext, used: MediaUse[VideoResult] | MediaUse[AudioResult], stage: str
+) -> None:
+    context.trace.add_stages({"fetch": used.fetch_s, stage: used.fetch_s + used.use_s})
+    context.trace.add_work(used.result.stages)
 
 
 def sampling_with(config: SamplingConfig, kwargs: Mapping[str, Any]) -> SamplingConfig:
