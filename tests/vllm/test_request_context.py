@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import vllm_mm_ext
-from vllm_mm_ext.adapters.runtime import Runtime
+from vllm_mm_ext.adapters.runtime import Runtime, attach_runtime, runtime_of
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
@@ -99,3 +99,16 @@ def test_fetching_and_decoding_share_one_event_loop(tmp_path: Path) -> None:
     assert event_loops() - before == 1
     made.close()
     assert event_loops() == before
+
+
+def test_a_front_end_ends_when_its_renderer_is_dropped() -> None:
+    class Renderer:
+        pass
+
+    renderer = Renderer()
+    attach_runtime(MMExtConfig(), ModelTraits(), renderer)
+    loop = runtime_of(renderer).loop.loop
+    assert loop.is_running()
+    del renderer
+    gc.collect()
+    assert loop.is_closed()

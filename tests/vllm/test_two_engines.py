@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,20 +78,6 @@ def test_a_front_end_ends_when_its_engine_is_shut_down_and_no_other(files: Path)
             ending.render("short.mp4")
         assert ended.loop.loop.is_closed()
         assert staying.render("short.mp4").videos[0]["frames"] == 4
-
-
-def test_a_front_end_ends_when_its_engine_is_dropped(files: Path) -> None:
-    def dropped() -> tuple[Any, Any]:
-        manager = opened(files, additional_config=config(4))
-        front = manager.__enter__()
-        front.render("short.mp4")
-        return runtime_of(front.renderer).loop, weakref.ref(front.renderer)
-
-    loop, renderer = dropped()
-    gc.collect()
-    assert renderer() is None
-    loop._thread.join(10)
-    assert loop.loop.is_closed()
 
 
 def test_the_server_s_loader_options_hold_offline_too(files: Path) -> None:
