@@ -18,8 +18,10 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 
+from vllm_mm_ext.adapters.media import media_connector as connector
 from vllm_mm_ext.adapters.media.media_connector import server_plan
 from vllm_mm_ext.adapters.runtime import current_runtime, runtime_of
+from vllm_mm_ext.adapters.serving import planning
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.request import report
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
@@ -115,6 +117,19 @@ def test_uses_of_one_url_are_told_apart_by_their_place_in_the_messages(
         return [item for item in data["video"] if item is not None]
 
     assert [len(item.media[0]) for item in asyncio.run(parsed())] == [2, 6]
+
+
+def test_a_video_s_plan_is_worked_out_once(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(*args: Any) -> Any:
+        asked.append(args)
+        return server_plan(*args)
+
+    for module in (connector, planning):
+        monkeypatch.setattr(module, "server_plan", counted)
+    front.render("short.mp4", "other.mp4", "short.mp4")
+    assert len(asked) == 2
 
 
 def test_the_processor_is_never_entered_twice_at_once(

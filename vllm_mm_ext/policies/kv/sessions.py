@@ -63,7 +63,7 @@ class _Users:
 
 
 class Sessions:
-    """Sessions by key, in the order of their last use; at most ``MAX_SESSIONS`` besides pinned ones.
+    """Sessions by key, in the order of last use; ``MAX_SESSIONS`` of them besides pinned ones.
 
     What protects an item is told in O(1); the rest is O(1) per session and item that changes.
 
