@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.media.types import MediaInfo, SamplingSpec, SizeRule
 
-# Chooses frame indices from a probe; its name tells two choosers apart in cache keys.
+# Chooses the indices of the frames wanted from what a probe found.
 IndexChooser = Callable[[MediaInfo], Sequence[int]]
 
 
@@ -20,7 +20,7 @@ class VideoPlan:
         sampling: Frames wanted; not used with a chooser.
         size: Output size rule.
         audio: Deliver the sound track along with the frames, if there is one.
-        chooser_name: Identity of ``chooser``, part of the content key.
+        chooser_name: Tells two choosers apart in cache keys.
         chooser: Picks explicit indices after probing (stock vLLM's own choice).
         reduction: How the model's tokens are made fewer.
     """

@@ -21,7 +21,7 @@ class PlannedVideo:
 
     Attributes:
         url: As the request spells it.
-        uses: How often the request shows it.
+        uses: How often the conversation shows it.
         ref: Its content.
         info: What its container says.
         stream: Its video stream.
