@@ -98,6 +98,7 @@ def planned_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planned
     config = {
         "media": {"sampling": {"fps": 2.0, "max_frames": 64, "min_frames": 2}},
         "segments": {"tokens": 64},
+        "reports": {"cache_hits": True},
     }
     args = ["--allowed-local-media-path", str(files), "--max-model-len", "2048"]
     args += ["--limit-mm-per-prompt", '{"video": 4, "image": 2}']

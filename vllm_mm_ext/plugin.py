@@ -28,7 +28,9 @@ def _install_config() -> None:
 
 
 def _install_frontend() -> None:
-    vllm_compat.after_renderer_created(attach)
+    from vllm_mm_ext.adapters.runtime import detach_runtime
+
+    vllm_compat.around_renderer(attach, detach_runtime)
 
 
 def _install_connector() -> None:
@@ -68,16 +70,17 @@ def _install_composer() -> None:
     vllm_compat.override_models(COMPOSER)
 
 
-def attach(vllm_config: Any, mm_processor: Any) -> None:
-    """Start the front-end of this process with the server's settings and model."""
+def attach(renderer: Any) -> None:
+    """Start the front-end of a renderer of vLLM's, with its server's settings and model."""
     from vllm_mm_ext.adapters.processors.model_traits import read_traits
     from vllm_mm_ext.adapters.runtime import attach_runtime
     from vllm_mm_ext.config.root import MMExtConfig
 
-    if mm_processor is not None:
-        config = MMExtConfig.from_additional_config(vllm_config.additional_config)
-        warn_of_private_addresses(config.media, vllm_config.model_config.allowed_media_domains)
-        attach_runtime(config, read_traits(mm_processor))
+    if renderer.mm_processor is not None:
+        config = MMExtConfig.from_additional_config(renderer.config.additional_config)
+        domains = renderer.config.model_config.allowed_media_domains
+        warn_of_private_addresses(config.media, domains)
+        attach_runtime(config, read_traits(renderer.mm_processor), renderer)
 
 
 def warn_of_private_addresses(config: MediaConfig, domains: Sequence[str] | None) -> None:
@@ -141,6 +144,7 @@ FEATURES: tuple[Feature, ...] = (
         "the front-end runs with default settings and does not know the model",
         (
             VllmName(f"{_RENDERER}.__init__", ("config", "tokenizer")),
+            VllmName(f"{_RENDERER}.shutdown", ("self",)),
             VllmName("vllm.multimodal.parse:MultiModalDataParser"),
         ),
         _install_frontend,

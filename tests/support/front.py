@@ -16,7 +16,8 @@ from vllm.renderers import renderer_from_config
 from vllm_mm_ext import plugin
 from vllm_mm_ext.adapters.serving import answers
 from vllm_mm_ext.request import report
-from vllm_mm_ext.request.trace import RequestTrace, open_trace
+from vllm_mm_ext.request.context import RequestContext, enter_request
+from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 CONTEXT = 2048
@@ -87,12 +88,13 @@ class Front:
     ) -> Rendered:
         """As ``render_messages``, for requests at the same time: each is a task of its own."""
         request = ChatCompletionRequest(model="m", messages=messages, **more)
-        trace = open_trace()
+        trace = enter_request(RequestContext()).trace
         answers.begin(options, session)
         _, (made,) = await self.renderer.render_chat_async(
             [request.messages],
             request.build_chat_params(None, "auto"),
             request.build_tok_params(self.renderer.model_config),
+            prompt_extras={"cache_salt": request.cache_salt},
         )
         return Rendered(len(made["prompt_token_ids"]), trace, made["arrival_time"])
 
@@ -101,7 +103,10 @@ class Front:
 def opened(files: Path, **arguments: Any) -> Iterator[Front]:
     """A renderer for a tiny Qwen2.5-VL that may read ``files``; ``arguments`` are of the engine."""
     plugin.register()
-    config = {"media": {"sampling": {"fps": 2.0, "max_frames": 64, "min_frames": 2}}}
+    config = {
+        "media": {"sampling": {"fps": 2.0, "max_frames": 64, "min_frames": 2}},
+        "reports": {"cache_hits": True},
+    }
     args = EngineArgs(
         **{
             "model": str(checkpoint("qwen2_5_vl")),

@@ -64,7 +64,12 @@ Part = Text | Media
 
 
 def request(
-    name: str, parts: Sequence[Part], *, session: str | None = None, max_tokens: int = 64
+    name: str,
+    parts: Sequence[Part],
+    *,
+    session: str | None = None,
+    salt: str | None = None,
+    max_tokens: int = 64,
 ) -> Request:
     """A request with these parts in its prompt."""
     tokens: list[int] = []
@@ -83,6 +88,7 @@ def request(
         None,
         mm_features=features,
         session_id=session,
+        cache_salt=salt,
         block_hasher=get_request_block_hasher(BLOCK, sha256),
     )
 

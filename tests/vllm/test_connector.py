@@ -18,19 +18,21 @@ from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.media import MediaConnector
 
-from vllm_mm_ext.adapters import runtime as runtime_module
 from vllm_mm_ext.adapters.media.media_connector import (
     MMExtMediaConnector,
     sampling_with,
-    server_job,
+    server_plan,
 )
-from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime
+from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime, detach_runtime
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MMExtConfig, SamplingConfig
+from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
-from vllm_mm_ext.media.video_plan import VideoPlan, set_plans
+from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.plugin import register
+from vllm_mm_ext.request.context import RequestContext, enter_request
+from vllm_mm_ext.request.media_items import MediaItem
 from vllm_mm_ext.testing.media import make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -57,8 +59,7 @@ def attach(media: dict[str, Any], traits: ModelTraits | None = None) -> None:
 @pytest.fixture(autouse=True)
 def detached() -> Iterator[None]:
     yield
-    current_runtime().close()
-    runtime_module._runtime = None
+    detach_runtime()
 
 
 def connectors(folder: Path, **kwargs: Any) -> tuple[MediaConnector, MMExtMediaConnector]:
@@ -222,6 +223,13 @@ PLAN = VideoPlan(
 )
 
 
+def planned(*plans: tuple[str, VideoPlan], content: MediaRef | None = None) -> RequestContext:
+    """A request with these videos, in the order of its messages, as the current one."""
+    context = enter_request(RequestContext())
+    context.add([MediaItem("video", url, plan, content) for url, plan in plans])
+    return context
+
+
 async def test_a_request_gets_what_it_planned_and_another_the_servers_defaults(
     clips: dict[str, Path],
 ) -> None:
@@ -229,14 +237,14 @@ async def test_a_request_gets_what_it_planned_and_another_the_servers_defaults(
     _, ours = connectors(clips["h264"].parent)
     url = clips["h264"].as_uri()
 
-    async def request(plans: dict[str, VideoPlan]) -> Any:
-        set_plans(plans)
+    async def request(*plans: tuple[str, VideoPlan]) -> Any:
+        planned(*plans)
         # As vLLM does it: one task for each item.
         item = await asyncio.gather(ours.fetch_video_async(url))
         return item[0].media[0]
 
-    planned, default = await asyncio.gather(request({url: PLAN}), request({}))
-    assert (len(planned), planned.reduction) == (6, Reduction(pool=2))
+    with_plan, default = await asyncio.gather(request((url, PLAN)), request())
+    assert (len(with_plan), with_plan.reduction) == (6, Reduction(pool=2))
     assert (len(default), default.reduction) == (4, Reduction())
 
 
@@ -249,15 +257,15 @@ def test_a_plan_replaces_stocks_choice_and_a_plan_with_it_keeps_stocks_metadata(
     described = stock.fetch_video(url).media[1]
 
     def fetch(plan: VideoPlan) -> Any:
-        set_plans({url: plan})
+        planned((url, plan))
         return ours.fetch_video(url).media
 
     frames, metadata = contextvars.copy_context().run(fetch, PLAN)
     assert (len(frames), metadata["video_backend"][:7]) == (6, "mm_ext:")
-    job = server_job(current_runtime(), {}, url, None)
-    assert job is not None
+    plan = server_plan(current_runtime(), {}, url, None)
+    assert plan is not None
     frames, metadata = contextvars.copy_context().run(
-        fetch, dataclasses.replace(job.plan, reduction=Reduction(pool=2))
+        fetch, dataclasses.replace(plan, reduction=Reduction(pool=2))
     )
     assert metadata == described
     assert frames.reduction == Reduction(pool=2)
@@ -269,13 +277,13 @@ def test_what_planning_resolved_is_not_fetched_again(clips: dict[str, Path]) -> 
         url = origin.serve_file(clips["h264"], cache_control="no-store")
         _, ours = connectors(clips["h264"].parent)
         runtime = current_runtime()
-        fetcher = runtime.fetcher(ours.allowed_local_media_path, ours.allowed_media_domains)
+        fetcher = ours.fetcher(runtime)
 
         def plan_and_fetch() -> int:
             ref = runtime.run_blocking(fetcher.resolve(url, timeout_s=5))
             info = runtime.run_blocking(runtime.frontend.probe(ref))
             assert info.video is not None
-            set_plans({url: PLAN}, {url: ref})
+            planned((url, PLAN), content=ref)
             return len(ours.fetch_video(url).media[0])
 
         assert contextvars.copy_context().run(plan_and_fetch) == 6
@@ -283,19 +291,22 @@ def test_what_planning_resolved_is_not_fetched_again(clips: dict[str, Path]) -> 
 
 
 class Planned:
-    """A clip that planning resolved, from an origin whose content no cache may keep."""
+    """A clip that planning resolved, from an origin whose content no cache may keep.
 
-    def __init__(self, folder: Path, url: str) -> None:
+    Args:
+        folder: What the connector may read.
+        url: Of the clip.
+        uses: How often the request shows it.
+    """
+
+    def __init__(self, folder: Path, url: str, uses: int = 1) -> None:
         _, self.connector = connectors(folder)
-        self.url = url
         runtime = current_runtime()
-        fetcher = runtime.fetcher(
-            self.connector.allowed_local_media_path, self.connector.allowed_media_domains
-        )
+        fetcher = self.connector.fetcher(runtime)
         self.ref = runtime.run_blocking(fetcher.resolve(url, timeout_s=5))
         assert self.ref._blob is not None
         self.blob = weakref.ref(self.ref._blob)
-        set_plans({url: PLAN}, {url: self.ref})
+        planned(*[(url, PLAN)] * uses, content=self.ref)
 
     async def bytes_are_held(self) -> bool:
         # Event loops may still be returning from the calls that used them.
@@ -310,14 +321,15 @@ async def test_encoded_bytes_are_let_go_after_the_last_use_of_a_url(clips: dict[
     attach({})
     with Origin() as origin:
         url = origin.serve_file(clips["h264"], cache_control="no-store")
-        planned = Planned(clips["h264"].parent, url)
-        items = await asyncio.gather(*(planned.connector.fetch_video_async(url) for _ in range(3)))
+        clip = Planned(clips["h264"].parent, url, uses=3)
+        items = await asyncio.gather(*(clip.connector.fetch_video_async(url) for _ in range(3)))
         assert [len(item.media[0]) for item in items] == [6, 6, 6]
-        assert not await planned.bytes_are_held()
+        assert not await clip.bytes_are_held()
         assert origin.requests.total() == 1
         # Whoever asks after that gets them again.
-        assert len((await planned.connector.fetch_video_async(url)).media[0]) == 6
-        assert not await planned.bytes_are_held()
+        planned((url, PLAN), content=clip.ref)
+        assert len((await clip.connector.fetch_video_async(url)).media[0]) == 6
+        assert not await clip.bytes_are_held()
         assert origin.requests.total() == 2
 
 
@@ -327,9 +339,9 @@ def test_encoded_bytes_are_let_go_without_an_event_loop_too(clips: dict[str, Pat
         url = origin.serve_file(clips["h264"], cache_control="no-store")
 
         def request() -> bool:
-            planned = Planned(clips["h264"].parent, url)
-            planned.connector.fetch_video(url)
-            return asyncio.run(planned.bytes_are_held())
+            clip = Planned(clips["h264"].parent, url)
+            clip.connector.fetch_video(url)
+            return asyncio.run(clip.bytes_are_held())
 
         assert not contextvars.copy_context().run(request)
 
@@ -341,18 +353,18 @@ async def test_encoded_bytes_are_let_go_when_a_video_fails_or_its_client_leaves(
     with Origin() as origin:
         headers = {"Cache-Control": "no-store"}
         url = origin.serve("/junk", Resource(b"no video at all" * 1000, headers=headers))
-        planned = Planned(clips["h264"].parent, url)
+        clip = Planned(clips["h264"].parent, url)
         with pytest.raises(VLLMUnprocessableEntityError):
-            await planned.connector.fetch_video_async(url)
-        assert not await planned.bytes_are_held()
+            await clip.connector.fetch_video_async(url)
+        assert not await clip.bytes_are_held()
 
         url = origin.serve_file(clips["h264"], cache_control="no-store")
-        planned = Planned(clips["h264"].parent, url)
-        task = asyncio.create_task(planned.connector.fetch_video_async(url))
+        clip = Planned(clips["h264"].parent, url)
+        task = asyncio.create_task(clip.connector.fetch_video_async(url))
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        assert planned.ref._blob is None
+        assert clip.ref._blob is None
 
 
 def test_the_servers_default_reduction_comes_with_the_frames(clips: dict[str, Path]) -> None:

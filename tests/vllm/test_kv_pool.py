@@ -13,6 +13,7 @@ from vllm_mm_ext.adapters.kv import install as adapter
 from vllm_mm_ext.config.kv_settings import KVSettings
 from vllm_mm_ext.policies.eviction.traces import FAMILIES
 from vllm_mm_ext.policies.kv.control import KVControl
+from vllm_mm_ext.policies.kv.sessions import session_key
 
 ALL = KVSettings(max_visual_cache_share=1, pressure_limit=1, min_items=0)
 PROMPT = Text(0, 8)
@@ -196,6 +197,18 @@ def test_media_of_a_live_session_go_after_others_and_pinned_ones_last() -> None:
         assert [item.identifier for item in engine.pool.registry] == left
     assert control.unpin("p") == 1
     assert control.release("p") == 1
+    assert not len(engine.pool.registry)
+    engine.pool.check_integrity()
+
+
+def test_sessions_of_two_cache_salts_never_meet() -> None:
+    engine = Engine(100, ALL)
+    control = KVControl(engine.pool)
+    for salt in (None, "a", "b"):
+        engine.serve(request(f"salt {salt}", [Media("v", 40), Text(1, 3)], session="s", salt=salt))
+    assert len(engine.pool.registry) == 3
+    for salt in (None, "a", "b"):
+        assert control.release(session_key("s", salt)) == 1
     assert not len(engine.pool.registry)
     engine.pool.check_integrity()
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,14 +16,17 @@ from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
+from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 
-from vllm_mm_ext.adapters.media.media_connector import server_job
-from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.adapters.media import media_connector as connector
+from vllm_mm_ext.adapters.media.media_connector import server_plan
+from vllm_mm_ext.adapters.runtime import current_runtime, runtime_of
+from vllm_mm_ext.adapters.serving import planning
 from vllm_mm_ext.config.options import Reduction
-from vllm_mm_ext.media.video_plan import set_plans
 from vllm_mm_ext.request import report
+from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
-from vllm_mm_ext.request.trace import current_trace
+from vllm_mm_ext.request.media_items import MediaItem
 from vllm_mm_ext.testing.media import make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -86,6 +90,88 @@ def test_one_video_shown_twice_counts_twice(front: Front) -> None:
     assert made.video_tokens <= 120
     first, second = made.videos
     assert first["frames"] == second["frames"]
+
+
+@pytest.mark.parametrize("online", [True, False], ids=["online", "offline"])
+def test_uses_of_one_url_are_told_apart_by_their_place_in_the_messages(
+    front: Front, online: bool
+) -> None:
+    messages = front.messages("short.mp4", "short.mp4")
+    url = messages[0]["content"][0]["video_url"]["url"]
+    # A part that names a video by its uuid alone is none that the connector is asked for.
+    messages[0]["content"].insert(1, {"video_url": None, "uuid": "sent before"})
+    config = front.renderer.model_config
+
+    async def parsed() -> list[Any]:
+        context = enter_request(RequestContext(renderer=front.renderer))
+        plan = server_plan(runtime_of(front.renderer), {}, url, None)
+        assert plan is not None
+        for frames in (2, 6):
+            sampling = replace(plan.sampling, fps=8.0, max_frames=frames)
+            context.add([MediaItem("video", url, replace(plan, sampling=sampling))])
+        if online:
+            _, data, _ = await parse_chat_messages_async(messages, config, "openai")
+        else:
+            _, data, _ = parse_chat_messages(messages, config, "openai")
+        assert data is not None
+        return [item for item in data["video"] if item is not None]
+
+    assert [len(item.media[0]) for item in asyncio.run(parsed())] == [2, 6]
+
+
+def test_a_video_s_plan_is_worked_out_once(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(*args: Any) -> Any:
+        asked.append(args)
+        return server_plan(*args)
+
+    for module in (connector, planning):
+        monkeypatch.setattr(module, "server_plan", counted)
+    front.render("short.mp4", "other.mp4", "short.mp4")
+    assert len(asked) == 2
+
+
+def test_the_processor_is_never_entered_twice_at_once(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(front.renderer.mm_processor)
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def watched(original: Any) -> Any:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside, most
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            try:
+                time.sleep(0.002)
+                return original(*args, **kwargs)
+            finally:
+                with lock:
+                    inside -= 1
+
+        return method
+
+    for name in ("video_tokens", "_cached_apply_hf_processor"):
+        monkeypatch.setattr(kind, name, watched(getattr(kind, name)))
+
+    async def together() -> None:
+        names = ["short.mp4", "other.mp4", "long.mp4"] * 4
+        await asyncio.gather(*(front.rendered(front.messages(name)) for name in names))
+
+    asyncio.run(together())
+    assert most == 1
+
+
+def test_decisions_of_one_cache_salt_do_not_stand_for_another(front: Front) -> None:
+    options = {"fps": 4, "max_frames": 400}
+    crowded = {"max_tokens": 900, "text": "word " * 150}
+    asked: dict[str, Any] = {"options": options, "session": "salted"}
+    first = front.render("long.mp4", cache_salt="a", **asked, **crowded)
+    again = front.render("long.mp4", cache_salt="a", **asked, max_tokens=16)
+    other = front.render("long.mp4", cache_salt="b", **asked, max_tokens=16)
+    assert first.video_tokens == again.video_tokens < other.video_tokens
 
 
 def test_a_video_sent_again_in_a_later_turn_keeps_its_plan_and_its_caches(front: Front) -> None:
@@ -188,7 +274,7 @@ def test_options_for_a_video_named_by_its_uuid_alone_are_refused(
 
 def test_text_alone_is_neither_planned_nor_reported(front: Front) -> None:
     trace = front.render().trace
-    assert not trace.plans
+    assert not trace.media
     assert not report.has_media(trace)
 
 
@@ -270,9 +356,8 @@ def test_what_is_refused_fetches_nothing_more(front: Front, together: bool) -> N
 
 
 def test_a_request_leaves_nothing_behind_in_the_context(front: Front) -> None:
-    set_plans({})
     front.render("short.mp4", options={"fps": 1})
-    assert current_trace() is None
+    assert current_request() is None
     (video,) = front.render("short.mp4").videos
     assert video["frames"] == 8
 
@@ -287,9 +372,9 @@ def test_a_plan_costs_what_it_was_said_to_cost(front: Front, reduction: Reductio
         ref = await fetcher.resolve(url, timeout_s=5)
         info = await runtime.frontend.probe(ref)
         assert info.video is not None
-        job = server_job(runtime, {}, url, None)
-        assert job is not None
-        return PlannedVideo(url, 1, ref, info, info.video, job.plan)
+        plan = server_plan(runtime, {}, url, None)
+        assert plan is not None
+        return PlannedVideo(url, 1, ref, info, info.video, plan)
 
     video = runtime.run_blocking(probed())
     frontend = runtime.frontend

@@ -1,15 +1,17 @@
-"""The plugin's state in one process.
+"""The media front-end of each engine whose requests this process renders.
 
-vLLM builds media connectors and video loaders by name, without a way to pass a configuration.
-So the process holds one runtime; it is set when vLLM creates its renderer (the first point where
-both the configuration and the model's processor exist).
+vLLM builds media connectors and video loaders by name, without a way to pass a configuration. So
+the process keeps a runtime for each of vLLM's renderers, made when vLLM makes the renderer (the
+first point where both the configuration and the model's processor exist) and closed with it. The
+connector finds the runtime by the renderer that the request's context names.
 """
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import threading
-from collections.abc import Coroutine, Sequence
+import weakref
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,18 +34,21 @@ _MAX_ENCODED = 512
 
 
 class Runtime:
-    """Front-end, fetchers and background loop of one process.
+    """Front-end and fetchers for one engine, and the event-loop thread on which they all work.
 
     Args:
         config: The plugin's configuration.
         traits: What the served model wants from the front-end.
+        number: Of the engine, among those this process has rendered for. All API servers of a
+            service have the same number for its engine.
     """
 
-    def __init__(self, config: MMExtConfig, traits: ModelTraits) -> None:
+    def __init__(self, config: MMExtConfig, traits: ModelTraits, number: int = 0) -> None:
         from vllm import envs
 
         self.config = config
-        self.loop = LoopThread("mm-ext-frontend")
+        self.number = number
+        self.loop = LoopThread("mm-ext")
         self.frontend = MediaFrontend(
             config.media,
             traits,
@@ -58,6 +63,7 @@ class Runtime:
         )
         self._fetchers: dict[tuple[Path | None, tuple[str, ...]], MediaFetcher] = {}
         self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _close, self.loop, self.frontend, self._fetchers)
 
     def fetcher(
         self, allowed_local_media_path: Path | None, allowed_media_domains: Sequence[str]
@@ -81,6 +87,7 @@ class Runtime:
                     max_retries=envs.VLLM_MEDIA_FETCH_MAX_RETRIES,
                     download_cache=_download_cache(),
                     allow_private_addresses=self.config.media.fetch.private_addresses == "allow",
+                    loop=self.loop,
                 )
             return self._fetchers[key]
 
@@ -99,7 +106,7 @@ class Runtime:
     def run_blocking(self, work: Coroutine[Any, Any, T]) -> T:
         """Run front-end work from a thread that has no event loop (``LLM.chat``)."""
         try:
-            return asyncio.run_coroutine_threadsafe(work, self.loop.loop).result()
+            return self.loop.submit(work).result()
         finally:
             trim_when_due()
 
@@ -116,11 +123,8 @@ class Runtime:
         }
 
     def close(self) -> None:
-        """Stop workers and the background loop."""
-        for fetcher in self._fetchers.values():
-            fetcher.close()
-        self.loop.stop(_nothing())
-        self.frontend.close()
+        """Stop workers and the event-loop thread. Also runs when the runtime is dropped."""
+        self._finalizer()
 
 
 def _download_cache() -> DownloadCacheSettings | None:
@@ -136,28 +140,75 @@ def _download_cache() -> DownloadCacheSettings | None:
     )
 
 
-async def _nothing() -> None:
-    """Nothing is left to wind down on the front-end's loop."""
+def _close(loop: LoopThread, frontend: MediaFrontend, fetchers: Mapping[Any, MediaFetcher]) -> None:
+    async def disconnect() -> None:
+        for fetcher in fetchers.values():
+            await fetcher.disconnect()
+
+    loop.stop(disconnect())
+    frontend.close()
 
 
 _lock = threading.Lock()
-_runtime: Runtime | None = None
+_runtimes: weakref.WeakKeyDictionary[Any, Runtime] = weakref.WeakKeyDictionary()
+_unowned: Runtime | None = None
+_numbers = itertools.count()
 
 
-def attach_runtime(config: MMExtConfig, traits: ModelTraits) -> Runtime:
-    """Make this the process's runtime, replacing (and closing) an earlier one."""
-    global _runtime
+def attach_runtime(config: MMExtConfig, traits: ModelTraits, renderer: Any = None) -> Runtime:
+    """Make the runtime of a renderer; it ends with the renderer.
+
+    Args:
+        config: The plugin's configuration.
+        traits: What the served model wants from the front-end.
+        renderer: vLLM's renderer, which had no runtime before. None makes the runtime of connectors
+            that are used without a renderer. Either way an earlier one of that kind is closed.
+    """
+    global _unowned
     with _lock:
-        if _runtime is not None:
-            _runtime.close()
-        _runtime = Runtime(config, traits)
-        return _runtime
+        runtime = Runtime(config, traits, 0 if renderer is None else next(_numbers))
+        if _unowned is not None:
+            _unowned.close()
+        _unowned = runtime if renderer is None else None
+        if renderer is not None:
+            _runtimes[renderer] = runtime
+        return runtime
+
+
+def detach_runtime(renderer: Any = None) -> None:
+    """Close the runtime of a renderer that ends, or that without a renderer, if there is one."""
+    global _unowned
+    with _lock:
+        if renderer is None:
+            runtime, _unowned = _unowned, None
+        else:
+            runtime = _runtimes.pop(renderer, None)
+    if runtime is not None:
+        runtime.close()
+
+
+def runtime_of(renderer: Any) -> Runtime:
+    """The runtime of a renderer.
+
+    Args:
+        renderer: vLLM's renderer. Where it is None or has no runtime, as in code that uses a
+            connector or loader by itself, the runtime is that of ``current_runtime``.
+    """
+    with _lock:
+        found = None if renderer is None else _runtimes.get(renderer)
+    return found or current_runtime()
 
 
 def current_runtime() -> Runtime:
-    """The process's runtime; without an attached model, one with default settings."""
-    global _runtime
+    """The runtime where no renderer is named: that without a renderer, else the last one made.
+
+    Where there is none at all, one with default settings is made.
+    """
+    global _unowned
     with _lock:
-        if _runtime is None:
-            _runtime = Runtime(MMExtConfig(), ModelTraits())
-        return _runtime
+        if _unowned is not None:
+            return _unowned
+        if _runtimes:
+            return list(_runtimes.values())[-1]
+        _unowned = Runtime(MMExtConfig(), ModelTraits())
+        return _unowned

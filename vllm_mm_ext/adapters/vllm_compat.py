@@ -243,18 +243,33 @@ def around_engine_config(read: Callable[[object], T]) -> None:
     wrap(EngineArgs, "create_engine_config", make)
 
 
-def after_renderer_created(attach: Callable[[Any, Any], None]) -> None:
-    """Call ``attach(vllm_config, mm_processor)`` in every process that renders requests."""
+def around_renderer(attach: Callable[[Any], None], detach: Callable[[Any], None]) -> None:
+    """Follow vLLM's renderers, of which each engine has one in every process that renders for it.
+
+    Args:
+        attach: Called with each new renderer.
+        detach: Called with each renderer that is shut down. Renderers may also be dropped without.
+    """
     from vllm.renderers.base import BaseRenderer
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def init(self: Any, config: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, config, tokenizer, *args, **kwargs)
-            attach(config, self.mm_processor)
+    def make_init(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            attach(self)
 
         return init
 
-    wrap(BaseRenderer, "__init__", make)
+    def make_shutdown(original: Callable[..., Any]) -> Callable[..., Any]:
+        def shutdown(self: Any) -> None:
+            try:
+                original(self)
+            finally:
+                detach(self)
+
+        return shutdown
+
+    wrap(BaseRenderer, "__init__", make_init)
+    wrap(BaseRenderer, "shutdown", make_shutdown)
 
 
 def hash_by_digest(is_digested: Callable[[object], str | None]) -> None:
@@ -319,10 +334,14 @@ def service_of(model_config: Any) -> str | None:
 def media_connector(
     model_config: Any, media_io_kwargs: Mapping[str, Mapping[str, Any]] | None
 ) -> Any:
-    """The connector vLLM gives a request with these options: the server's, whichever that is."""
+    """The connector vLLM gives a request with these options: the server's, whichever that is.
+
+    As in vLLM, the server's own options hold where the request's are empty (``LLM.chat`` has none).
+    """
     from vllm import envs
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
+    media_io_kwargs = media_io_kwargs or model_config.multimodal_config.media_io_kwargs
     return MEDIA_CONNECTOR_REGISTRY.load(
         envs.VLLM_MEDIA_CONNECTOR,
         media_io_kwargs=media_io_kwargs,

@@ -19,7 +19,7 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 
@@ -30,6 +30,7 @@ from vllm_mm_ext.base.tasks import all_or_none
 logger = logging.getLogger("vllm.mm_ext")
 
 Stream = AsyncGenerator[str, None]
+T = TypeVar("T")
 
 
 class Span(NamedTuple):
@@ -161,8 +162,8 @@ def _block(request: Any) -> Any:
 
 
 def around_chat_rendering(
-    plan: Callable[[Any, Sequence[Any], Any, Any], Awaitable[None]],
-    plan_blocking: Callable[[Any, Sequence[Any], Any, Any], None],
+    plan: Callable[[Any, Sequence[Any], Any, Any, str | None], Awaitable[None]],
+    plan_blocking: Callable[[Any, Sequence[Any], Any, Any, str | None], None],
 ) -> None:
     """Call a planner for each conversation, before any of its media is fetched.
 
@@ -170,8 +171,9 @@ def around_chat_rendering(
     The plugin's errors become vLLM's (``error_answers``).
 
     Args:
-        plan: Called with ``(renderer, messages, chat_params, tok_params)``; ``tok_params`` may be
-            None. Its context is that in which the conversation is then rendered.
+        plan: Called with ``(renderer, messages, chat_params, tok_params, cache_salt)``, of which
+            the last two may be None. Its context is that in which the conversation is then
+            rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
     """
     from vllm.exceptions import VLLMError
@@ -184,11 +186,12 @@ def around_chat_rendering(
             self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
             arrived = time.time()
+            salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
 
             async def one(messages: Any) -> Any:
                 try:
                     with client_errors():
-                        await plan(self, messages, chat_params, tok_params)
+                        await plan(self, messages, chat_params, tok_params, salt)
                         rendered = await original(
                             self, [messages], chat_params, tok_params, **kwargs
                         )
@@ -208,10 +211,11 @@ def around_chat_rendering(
             self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
             arrived = time.time()
+            salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
 
             def one(messages: Any) -> Any:
                 with client_errors():
-                    plan_blocking(self, messages, chat_params, tok_params)
+                    plan_blocking(self, messages, chat_params, tok_params, salt)
                     rendered = original(self, [messages], chat_params, tok_params, **kwargs)
                 return _arrived_at(arrived, rendered)
 
@@ -275,6 +279,18 @@ def preprocess_in_context() -> None:
     wrap(BaseRenderer, "__init__", make)
 
 
+async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:
+    """Result of work that uses a renderer's multimodal processor, done where vLLM uses it.
+
+    The processor and its tokenizer are not for several threads; vLLM keeps them to one.
+
+    Args:
+        renderer: vLLM's renderer.
+        work: Runs without the caller's context variables.
+    """
+    return await asyncio.get_running_loop().run_in_executor(renderer._mm_executor, work)
+
+
 def after_cache_lookup(seen: Callable[[Mapping[str, list[bool]]], None]) -> None:
     """Call ``seen`` with which items of a request the processor cache holds, per modality."""
     from vllm.multimodal.processing import BaseMultiModalProcessor
@@ -292,12 +308,12 @@ def after_cache_lookup(seen: Callable[[Mapping[str, list[bool]]], None]) -> None
 
 def around_preprocessing(
     before: Callable[[], Any],
-    after: Callable[[Any, Mapping[str, list[Span]], Sequence[int]], None],
+    after: Callable[[Any, Any, Mapping[str, list[Span]], Sequence[int]], None],
 ) -> None:
     """Observe the step that turns media into model inputs; its errors become vLLM's.
 
-    ``before()`` runs first and its result comes back to ``after(token, spans, prompt)``, with the
-    mm items of each modality in their order and the prompt's token ids.
+    ``before()`` runs first and its result comes back to ``after(token, renderer, spans, prompt)``,
+    with the mm items of each modality in their order and the prompt's token ids.
     """
     from vllm.renderers.base import BaseRenderer
 
@@ -312,7 +328,7 @@ def around_preprocessing(
                     ]
                     for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
                 }
-                after(token, spans, engine_input.get("prompt_token_ids") or ())
+                after(token, self, spans, engine_input.get("prompt_token_ids") or ())
                 return engine_input
 
         return process_for_engine_async

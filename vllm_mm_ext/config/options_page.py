@@ -69,14 +69,28 @@ pass as they are. Clients that do not know the block ignore it.
 | `videos[].reduction` | The token reduction applied, with the keys above. |
 | `videos[].level` | Load level the video is served at; 0 is full quality. |
 | `videos[].lowered` | What was lowered to fit a budget or for the load, and why. |
-| `videos[].decoded_cache` | Nothing was fetched or decoded for this request. |
-| `audios[]` | `seconds` and `decoded_cache` of each audio item. |
+| `audios[].seconds` | Duration of each audio item. |
 | `tokens` | Prompt tokens: `visual`, `audio`, `text`. They add up to the prompt. |
+| `stages_ms` | Milliseconds per stage of the front-end; items run in parallel, so a stage holds \
+its longest item. |
+
+Caches serve all clients, so what they held can tell a client that another one has sent the same
+video. Answers say it where the operator sets `mm_ext.reports.cache_hits`:
+
+| key | meaning |
+| --- | --- |
+| `videos[].decoded_cache`, `audios[].decoded_cache` | Nothing was decoded for this request. |
 | `cache.prompt_tokens` | Leading prompt tokens that the prefix cache held; null if unknown. |
 | `cache.<modality>` | `items` (a video has one per segment), and how many of them had their model \
 inputs in the processor cache (`processor`) and lie wholly in the cached prefix (`prefix`). |
-| `stages_ms` | Milliseconds per stage of the front-end; items run in parallel, so a stage holds \
-its longest item. |
+
+`stages_ms` and `Server-Timing` then also have the stages that only media go through which no cache
+held (`decode`, `resample`...). How long an answer takes, and the stages that are always there, tell
+the same, if less surely.
+
+vLLM's `cache_salt` keeps apart what conversations leave behind: the prefix cache, decisions about
+their videos, their sessions. As in vLLM, it does not keep apart what depends on the media alone:
+decoded frames, model inputs, encoder outputs.
 """
 
 

@@ -211,6 +211,17 @@ class CompressionConfig(_Section):
         return self.reduction if given or of_model is None else of_model
 
 
+class ReportsConfig(_Section):
+    """What answers tell clients about the server."""
+
+    cache_hits: bool = Field(
+        False,
+        description="Tell clients what caches held of their media: `decoded_cache` and `cache` of "
+        "the `mm_ext` block, `cached` of `X-MM-Ext`. Caches serve all clients, so a hit can tell "
+        "one of them that another has sent the same media; times can tell it too, if less surely.",
+    )
+
+
 class MMExtConfig(_Section):
     """Everything under ``additional_config.mm_ext``."""
 
@@ -221,6 +232,7 @@ class MMExtConfig(_Section):
     encoder_cache: EncoderCacheSettings = Field(default_factory=EncoderCacheSettings)
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
     kv: KVSettings = Field(default_factory=KVSettings)
+    reports: ReportsConfig = Field(default_factory=ReportsConfig)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> MMExtConfig:

@@ -1,7 +1,7 @@
-"""The front-end: from a media reference to sampled frames and waveforms, each made once.
+"""The front-end turns media into sampled frames and waveforms, each of them once.
 
-Fetching, decoding and resampling are shared by all requests of a process: concurrent requests
-for one video wait for one decode, and later ones find its frames in the cache.
+All requests to an engine that one process renders share a front-end: concurrent requests for one
+video wait for one decode, and later requests find its frames in the cache.
 """
 
 from __future__ import annotations
@@ -78,7 +78,13 @@ class VideoResult:
 
 @dataclass(frozen=True, eq=False)
 class AudioResult:
-    """A waveform at the model's rate, and what it took to make it."""
+    """A waveform at the model's rate.
+
+    Attributes:
+        waveform: The samples with their digest.
+        stages: Seconds per stage of the work done for this result.
+        cached: True when nothing was decoded for the caller.
+    """
 
     waveform: Waveform
     stages: dict[str, float]
@@ -91,7 +97,7 @@ class AudioResult:
 
 
 class MediaFrontend:
-    """Decodes and remembers media for one process.
+    """Decodes and remembers media for one engine.
 
     Args:
         config: The ``media`` section of the plugin's configuration.
@@ -182,7 +188,7 @@ class MediaFrontend:
         Raises:
             MediaError: The media cannot be served; the message names cause and limit.
         """
-        # A track's limits decide what is cut off it.
+        # The limits on a sound track decide how much of it is cut off.
         sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}|{self.limits.truncate_audio}"
         key = _digest("video", ref.digest, plan.decode_key(), sound if plan.audio else "")
         found = self.cache.get(key)
@@ -247,7 +253,7 @@ class MediaFrontend:
             if info.video is None:
                 raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
             indices = tuple(int(i) for i in plan.chooser(info))
-            # The chooser has limits of its own; the job's remain.
+            # The chooser limits the frames itself; the limits on a decode job hold as well.
             explicit = replace(
                 plan.sampling,
                 policy="explicit",
@@ -268,7 +274,8 @@ class MediaFrontend:
         frames = SampledFrames(
             done.frames,
             digest=key,
-            # Stock's own choice goes with what stock tells the model about time: nothing.
+            # With stock vLLM's choice of frames the model is told about time what stock tells it:
+            # nothing.
             times=None if plan.chooser else tuple(float(t) for t in done.selection.times),
             audio=waveform,
             step=done.selection.step,

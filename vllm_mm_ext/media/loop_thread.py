@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import Context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -17,28 +18,37 @@ class LoopThread:
     Downloads then share connections between callers on different loops, and hashing a body does
     not hold up the caller's loop.
 
+    Coroutines run in an empty context (``contextvars``): callers share work, and the context of
+    the first caller is no business of the others.
+
     Args:
-        name: Of the thread and its helpers.
+        name: Of the thread and of those for blocking calls.
         workers: Threads for blocking calls (``asyncio.to_thread``).
 
     Attributes:
-        loop: The event loop, for ``asyncio.run_coroutine_threadsafe``.
+        loop: The event loop.
     """
 
-    def __init__(self, name: str, workers: int = 8) -> None:
+    def __init__(self, name: str, workers: int = 16) -> None:
         self.loop = asyncio.new_event_loop()
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix=name)
         self.loop.set_default_executor(self._executor)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start ``coroutine`` from any thread; cancelling the future cancels it."""
+        return Context().run(asyncio.run_coroutine_threadsafe, coroutine, self.loop)
+
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Result of ``coroutine``, which is cancelled when the caller is."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+        if asyncio.get_running_loop() is self.loop:
+            return await coroutine
+        return await asyncio.wrap_future(self.submit(coroutine))
 
     def stop(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what runs, run ``last``, end the thread and wait for its end."""
-        asyncio.run_coroutine_threadsafe(self._wind_down(last), self.loop)
+        self.submit(self._wind_down(last))
         # A garbage collection may call this on the thread itself, which cannot wait for itself.
         if threading.current_thread() is not self._thread:
             self._thread.join()

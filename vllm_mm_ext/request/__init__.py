@@ -1,1 +1,1 @@
-"""What one request asks for, what it is given, and what it is told."""
+"""What a request asks, what becomes of its media, and what its answer reports of that."""

@@ -21,7 +21,7 @@ class PlannedVideo:
 
     Attributes:
         url: As the request spells it.
-        uses: How often the request shows it.
+        uses: How often the conversation shows it.
         ref: Its content.
         info: What its container says.
         stream: Its video stream.
@@ -44,6 +44,9 @@ class FrontendCosts:
         processor: vLLM's multimodal processor of the model.
         traits: What the model wants from the front-end.
         limits: The front-end's limits, which cut long sound.
+
+    The processor counts with a tokenizer of its own, which vLLM keeps to one thread: tokens are
+    counted there only (``vllm_wrappers.on_processor_thread``).
     """
 
     def __init__(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_mm_ext.request.trace import RequestTrace, VideoTrace
+from vllm_mm_ext.request.media_items import MediaItem, VideoReport
+from vllm_mm_ext.request.trace import RequestTrace
 
 _VISUAL = ("video", "image", "vision_chunk")
 
@@ -17,32 +18,37 @@ def has_media(trace: RequestTrace) -> bool:
 
 def block(trace: RequestTrace) -> dict[str, Any]:
     """What is reported to the client, as plain JSON values (docs/options.md describes the keys)."""
-    return {
-        "videos": [_video(trace, video) for video in trace.videos_in_order()],
+    made: dict[str, Any] = {
+        "videos": [_video(trace, item, report) for item, report in trace.videos],
         "audios": [
-            {"seconds": audio["seconds"], "decoded_cache": audio["cached"]}
+            {"seconds": round(audio.seconds, 2), **_hit(trace, audio.cached)}
             for audio in trace.audios
         ],
         "tokens": _tokens(trace.tokens),
-        "cache": _cache(trace),
-        "stages_ms": {name: round(s * 1e3, 2) for name, s in trace.stages.items()},
     }
+    if trace.shows_cache_hits:
+        made["cache"] = _cache(trace)
+    made["stages_ms"] = {name: round(s * 1e3, 2) for name, s in trace.shown_stages.items()}
+    return made
 
 
-def _video(trace: RequestTrace, video: VideoTrace) -> dict[str, Any]:
-    plan = trace.plans.get(video.url)
+def _video(trace: RequestTrace, item: MediaItem, report: VideoReport) -> dict[str, Any]:
     return {
-        "policy": video.policy,
-        "frames": video.frames,
-        "times": [round(float(t), 3) for t in video.times],
-        "size": [video.height, video.width],
-        "source_s": None if video.duration_s is None else round(video.duration_s, 3),
-        "audio_s": None if video.audio_s is None else round(video.audio_s, 2),
-        "reduction": video.reduction.model_dump(),
-        "level": 0 if plan is None else plan.level,
-        "lowered": [] if plan is None else [dict(lowered) for lowered in plan.lowered],
-        "decoded_cache": video.cached,
+        "policy": report.policy,
+        "frames": report.frames,
+        "times": [round(float(t), 3) for t in report.times],
+        "size": [report.height, report.width],
+        "source_s": None if report.duration_s is None else round(report.duration_s, 3),
+        "audio_s": None if report.audio_s is None else round(report.audio_s, 2),
+        "reduction": report.reduction.model_dump(),
+        "level": item.decision.level,
+        "lowered": [dict(lowered) for lowered in item.decision.lowered],
+        **_hit(trace, report.cached),
     }
+
+
+def _hit(trace: RequestTrace, cached: bool) -> dict[str, bool]:
+    return {"decoded_cache": cached} if trace.shows_cache_hits else {}
 
 
 def _tokens(counted: Mapping[str, int]) -> dict[str, int]:

@@ -17,8 +17,10 @@ from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher, MediaRef
 from vllm_mm_ext.media.fetch.file_source import _RACY_NS
+from vllm_mm_ext.media.frontend import VideoResult
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
+from vllm_mm_ext.media.use_media import use_media
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin
@@ -237,3 +239,26 @@ async def test_stocks_choice_of_a_file_without_video_is_a_client_error(
     plan = replace(PLAN, chooser_name="first", chooser=lambda _: [0])
     with pytest.raises(NoSuchStreamError):
         await runtime.frontend.video(await resolve(runtime, clips["tone"]), plan)
+
+
+async def test_media_that_changes_before_it_is_used_is_used_as_it_is_then(
+    runtime: Runtime, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "changing.mp4"
+    path.write_bytes(clips["a"].read_bytes())
+    fetcher = runtime.fetcher(tmp_path, ())
+    runtime._encoded.max_bytes = 0
+    tried = []
+
+    async def use(content: MediaRef) -> VideoResult:
+        tried.append(content.digest)
+        if len(tried) == 1:
+            content._blob = None  # As when the file was known already.
+            path.write_bytes(clips["b"].read_bytes())
+        return await runtime.frontend.video(content, PLAN)
+
+    used = await use_media(fetcher, path.as_uri(), use, timeout_s=5)
+    assert len(tried) == 2
+    assert used.content.digest == tried[1] != tried[0]
+    expected = await runtime.frontend.video(await resolve(runtime, clips["b"]), PLAN)
+    assert used.result.frames.digest == expected.frames.digest

@@ -4,35 +4,73 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.request import report
-from vllm_mm_ext.request.trace import PlanTrace, RequestTrace, VideoTrace
+from vllm_mm_ext.request.media_items import AudioReport, MediaItem, PlanReport, VideoReport
+from vllm_mm_ext.request.trace import RequestTrace
+
+UNPLANNED = PlanReport()
 
 
-def video(url: str, frames: int = 2) -> VideoTrace:
+def video(frames: int = 2, decision: PlanReport = UNPLANNED, cached: bool = False) -> MediaItem:
     times = [float(k) for k in range(frames)]
     reduction = Reduction(pool=2)
-    return VideoTrace("uniform", frames, 28, 56, times, False, None, url, 9.5, reduction)
+    made = VideoReport("uniform", frames, 28, 56, times, cached, None, 9.5, reduction)
+    return MediaItem("video", "file:///v", decision=decision, report=made)
 
 
-def test_videos_are_in_the_order_of_the_messages_however_they_finished() -> None:
-    trace = RequestTrace(order=["a", "b", "a", "c"])
-    trace.videos = [video("c"), video("a", 1), video("x"), video("a", 3), video("b")]
-    frames = [entry["frames"] for entry in report.block(trace)["videos"]]
-    assert frames[:2] == [1, 3], "both uses of the first URL, then the others"
-    assert len(frames) == 5
+def audio(cached: bool = False) -> MediaItem:
+    return MediaItem("audio", "file:///a", report=AudioReport(1.5, cached))
+
+
+def test_only_what_was_delivered_is_reported() -> None:
+    trace = RequestTrace(media=[video(1), MediaItem("video", "file:///failed"), audio(), video(3)])
+    made = report.block(trace)
+    assert [entry["frames"] for entry in made["videos"]] == [1, 3]
+    assert [entry["seconds"] for entry in made["audios"]] == [1.5]
 
 
 def test_a_plan_is_reported_with_its_video() -> None:
     lowered = {"what": "frames", "wanted": "64", "given": "32", "why": "context"}
-    trace = RequestTrace(plans={"a": PlanTrace(1, (lowered,))}, videos=[video("a"), video("b")])
+    trace = RequestTrace(media=[video(decision=PlanReport(1, (lowered,))), video()])
     first, second = report.block(trace)["videos"]
     assert (first["level"], first["lowered"]) == (1, [lowered])
     assert (second["level"], second["lowered"]) == (0, [])
     assert (first["size"], first["source_s"], first["reduction"]["pool"]) == ([28, 56], 9.5, 2)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_cache_hits_are_told_only_where_the_operator_says_so(cached: bool) -> None:
+    told = []
+    for shown in (False, True):
+        trace = RequestTrace(media=[video(cached=cached), audio(cached)], shows_cache_hits=shown)
+        trace.preprocessed = {"video": [cached]}
+        trace.cached_tokens = 9 * cached
+        trace.set_items({"video": [(3, 8)]})
+        told.append((json.dumps(report.block(trace)), trace.summary()))
+    hidden, shown_ = told
+    for text in hidden:
+        assert "cache" not in text
+    assert str(cached).lower() in shown_[0]
+    assert f'"cached":{str(cached).lower()}' in shown_[1]
+
+
+def test_hits_and_misses_look_the_same_where_they_are_not_told() -> None:
+    looks = set()
+    for cached in (False, True):
+        trace = RequestTrace(media=[video(cached=cached), audio(cached)])
+        trace.preprocessed = {"video": [cached]}
+        trace.cached_tokens = 9 * cached
+        trace.set_items({"video": [(3, 8)]})
+        trace.add_stages({"fetch": 0.5, "video": 0.5})
+        trace.add_work({} if cached else {"decode": 0.5})
+        headers = (trace.summary(), trace.server_timing())
+        looks.add((json.dumps(report.block(trace)), *headers))
+    assert len(looks) == 1
 
 
 @given(
@@ -51,7 +89,8 @@ def test_tokens_add_up_to_the_prompt(embeddings: dict[str, int], text: int) -> N
 def test_an_item_counts_as_prefix_only_when_all_of_it_was_cached(
     items: list[tuple[int, bool]], cached: int
 ) -> None:
-    trace = RequestTrace(preprocessed={"video": [hit for _, hit in items]}, cached_tokens=cached)
+    trace = RequestTrace(cached_tokens=cached, shows_cache_hits=True)
+    trace.preprocessed = {"video": [hit for _, hit in items]}
     spans, start = [], 3
     for length, _ in items:
         spans.append((start, start + length))
@@ -64,9 +103,10 @@ def test_an_item_counts_as_prefix_only_when_all_of_it_was_cached(
 
 
 def test_the_report_is_plain_json() -> None:
-    trace = RequestTrace(order=["a"], videos=[video("a")], stages={"fetch": 0.0123456})
-    trace.audios.append({"seconds": 1.5, "cached": True})
+    trace = RequestTrace(media=[video(), audio(True)], shows_cache_hits=True)
+    trace.add_stages({"fetch": 0.0123456})
+    trace.add_work({"decode": 0.5})
     made = report.block(trace)
     assert json.loads(json.dumps(made)) == made
-    assert made["stages_ms"] == {"fetch": 12.35}
+    assert made["stages_ms"] == {"decode": 500.0, "fetch": 12.35}
     assert made["cache"]["prompt_tokens"] is None

@@ -4,15 +4,17 @@ import json
 
 import pytest
 
-from vllm_mm_ext.request.trace import RequestTrace, VideoTrace
+from vllm_mm_ext.request.media_items import AudioReport, MediaItem, VideoReport
+from vllm_mm_ext.request.trace import RequestTrace
 
 
 def trace_of(videos: int, frames: int) -> RequestTrace:
-    trace = RequestTrace()
+    trace = RequestTrace(shows_cache_hits=True)
+    times = [i * 100.123 for i in range(frames)]
     for _ in range(videos):
-        times = [i * 100.123 for i in range(frames)]
-        trace.videos.append(VideoTrace("adaptive", frames, 1080, 1920, times, False, 12345.67))
-        trace.audios.append({"seconds": 12345.67, "cached": False})
+        video = VideoReport("adaptive", frames, 1080, 1920, times, False, 12345.67)
+        trace.media.append(MediaItem("video", "file:///v", report=video))
+        trace.media.append(MediaItem("audio", "file:///a", report=AudioReport(12345.67, False)))
     return trace
 
 

@@ -18,7 +18,7 @@ from vllm_mm_ext.policies.kv.item_registry import (
 from vllm_mm_ext.policies.kv.modalities import ModalityMap
 from vllm_mm_ext.policies.kv.placement import Placement
 from vllm_mm_ext.policies.kv.retention import Retention
-from vllm_mm_ext.policies.kv.sessions import Sessions
+from vllm_mm_ext.policies.kv.sessions import Sessions, session_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,8 @@ class Tagger:
             item.renewed = True
         item.last_use_s = self._sessions.now()
         if request.session_id is not None:
-            changed = self._sessions.use(request.session_id, item.number)
+            session = session_key(request.session_id, request.cache_salt)
+            changed = self._sessions.use(session, item.number)
             # Its request may use equal blocks of its own, so that the item itself is idle.
             for number in {*changed, item.number}:
                 affected = self._registry.numbered(number)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from vllm.connections import HTTPConnection
 
-from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.runtime import Runtime
 from vllm_mm_ext.errors import ForbiddenDomainError, ForbiddenMediaError
 
 
@@ -24,18 +24,18 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
     Args:
         allowed_local_media_path: As the connector has it.
         allowed_media_domains: As the connector has them.
-        translated: Turns the plugin's media errors into vLLM's.
+        runtime: Gives the front-end of the engine that asks.
     """
 
     def __init__(
         self,
         allowed_local_media_path: Path | None,
         allowed_media_domains: Sequence[str],
-        translated: Callable[[], AbstractContextManager[None]],
+        runtime: Callable[[], Runtime],
     ) -> None:
         super().__init__()
         self._access = (allowed_local_media_path, allowed_media_domains)
-        self._translated = translated
+        self._runtime = runtime
 
     def get_bytes(
         self,
@@ -46,11 +46,11 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
         **options: Any,
     ) -> bytes:
         """Download ``url``; see ``async_get_bytes``."""
-        runtime = current_runtime()
+        runtime = self._runtime()
         if not runtime.config.media.enabled:
             stock = super().get_bytes(url, timeout=timeout, max_bytes=max_bytes, **options)
             return bytes(stock)
-        work = self._download(url, timeout, max_bytes, options.get("request_budget"))
+        work = self._download(runtime, url, timeout, max_bytes, options.get("request_budget"))
         return runtime.run_blocking(work)
 
     async def async_get_bytes(
@@ -73,16 +73,22 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
         Raises:
             VLLMError, ValueError: What the media error is translated to.
         """
-        if not current_runtime().config.media.enabled:
+        runtime = self._runtime()
+        if not runtime.config.media.enabled:
             stock = super().async_get_bytes(url, timeout=timeout, max_bytes=max_bytes, **options)
             return bytes(await stock)
-        return await self._download(url, timeout, max_bytes, options.get("request_budget"))
+        return await self._download(runtime, url, timeout, max_bytes, options.get("request_budget"))
 
     async def _download(
-        self, url: str, timeout: float | None, max_bytes: int | None, request_budget: Any
+        self,
+        runtime: Runtime,
+        url: str,
+        timeout: float | None,
+        max_bytes: int | None,
+        request_budget: Any,
     ) -> bytes:
-        fetcher = current_runtime().fetcher(*self._access)
-        with self._translated():
+        fetcher = runtime.fetcher(*self._access)
+        with client_errors():
             try:
                 blob = await fetcher.download(
                     url, timeout_s=math.inf if timeout is None else timeout, max_bytes=max_bytes

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
@@ -18,15 +17,15 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.media.downloads import StockDownloads
-from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
+from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.config.root import SamplingConfig
-from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaRef
+from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
-from vllm_mm_ext.media.video_plan import VideoPlan, planned, resolved
-from vllm_mm_ext.request.trace import VideoTrace, current_trace
-
-R = TypeVar("R", VideoResult, AudioResult)
+from vllm_mm_ext.media.use_media import MediaUse, use_media
+from vllm_mm_ext.media.video_plan import VideoPlan
+from vllm_mm_ext.request.context import RequestContext, current_request
+from vllm_mm_ext.request.media_items import AudioReport, MediaItem, VideoReport
 
 # `--media-io-kwargs '{"video": {...}}'` keys the front-end understands itself; with any other
 # key the operator means a stock loader, and gets it.
@@ -39,31 +38,32 @@ VFR_TICKS_PER_S = 1000.0
 
 
 @dataclass(frozen=True)
-class VideoJob:
-    """One video as asked.
+class StockChoice:
+    """Chooses the frames that a loader of vLLM's own would read.
 
     Attributes:
-        plan: What to deliver.
-        stock: The loader whose choice of frames the plan follows, or None.
-        ref: The media, where planning resolved it already.
+        loader: The loader.
     """
 
-    plan: VideoPlan
-    stock: vllm_compat.StockLoader | None = None
-    ref: MediaRef | None = None
+    loader: vllm_compat.StockLoader
 
-    def using_ref(self) -> AbstractContextManager[None]:
-        """While this is open, ``ref`` keeps its bytes; the request keeps ``ref`` to its end."""
-        return nullcontext() if self.ref is None else self.ref.in_use()
+    def __call__(self, info: MediaInfo) -> Sequence[int]:
+        """Indices of the frames of a probed video."""
+        return self.loader.indices(*_frames_and_rate(info))
+
+    def metadata(self, info: MediaInfo, selection: FrameSelection) -> dict[str, Any]:
+        """What the loader would tell a model about the frames delivered."""
+        indices = [int(i) for i in selection.indices]
+        return self.loader.metadata(*_frames_and_rate(info), indices)
 
 
-def server_job(
+def server_plan(
     runtime: Runtime, options: Mapping[str, Any], url: str, video_processor: str | None
-) -> VideoJob | None:
+) -> VideoPlan | None:
     """What the server's settings make of a video.
 
     Args:
-        runtime: Of the process.
+        runtime: Of the engine that is asked.
         options: ``media_io_kwargs.video`` in force.
         url: As the request spells it.
         video_processor: vLLM's name of the model's video processor class, or None.
@@ -93,40 +93,39 @@ def server_job(
         reduction=runtime.default_reduction,
     )
     if sampling.policy != "stock":
-        return VideoJob(plan)
+        return plan
     of_model = None if chosen else get_video_loader_backend_for_processor(video_processor)
     stock = vllm_compat.StockLoader(of_model or envs.VLLM_VIDEO_LOADER_BACKEND, kwargs)
-    plan = replace(
+    return replace(
         plan,
-        chooser=lambda info: stock.indices(*_frames_and_rate(info)),
+        chooser=StockChoice(stock),
         chooser_name=f"{stock.name}{sorted(kwargs.items())}",
     )
-    return VideoJob(plan, stock)
 
 
 class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
     """Drop-in for vLLM's ``MediaConnector``; same constructor, same limits.
 
-    Video and audio go through the process's ``MediaFrontend``. Images, embeddings, JPEG-sequence
-    data URLs and videos for which a stock loader was configured take vLLM's own path, with
-    downloads by the front-end's rules.
+    Video and audio go through the front-end of the engine that is asked. Images, embeddings,
+    JPEG-sequence data URLs and videos for which a stock loader was configured take vLLM's own path,
+    with downloads by the front-end's rules.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connection = StockDownloads(
-            self.allowed_local_media_path, self.allowed_media_domains, client_errors
+            self.allowed_local_media_path, self.allowed_media_domains, lambda: _asking()[1]
         )
 
     def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
         """Fetch, sample and decode a video; see ``fetch_video_async``."""
-        runtime = current_runtime()
-        job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
-        if job is None:
+        context, runtime = _asking()
+        item = self._video_item(context, runtime, video_url, kwargs.get("video_processor"))
+        if item.plan is None:
             return super().fetch_video(video_url, **kwargs)
-        with client_errors(), job.using_ref():
-            result = runtime.run_blocking(self._video(runtime, video_url, job))
-        return self._deliver_video(result, job, video_url)
+        with client_errors(), _in_use(item):
+            used = runtime.run_blocking(self._video(runtime, item, item.plan))
+        return _deliver_video(used, item, item.plan, context)
 
     async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
         """Fetch, sample and decode a video.
@@ -142,22 +141,23 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         Raises:
             VLLMError: The media cannot be served; ``error_answers`` says by which class.
         """
-        runtime = current_runtime()
-        job = self._video_job(runtime, video_url, kwargs.get("video_processor"))
-        if job is None:
+        context, runtime = _asking()
+        item = self._video_item(context, runtime, video_url, kwargs.get("video_processor"))
+        if item.plan is None:
             return await super().fetch_video_async(video_url, **kwargs)
-        with client_errors(), job.using_ref():
-            result = await runtime.run(self._video(runtime, video_url, job))
-        return self._deliver_video(result, job, video_url)
+        with client_errors(), _in_use(item):
+            used = await runtime.run(self._video(runtime, item, item.plan))
+        return _deliver_video(used, item, item.plan, context)
 
     def fetch_audio(self, audio_url: str) -> Any:
         """Fetch and decode audio; see ``fetch_audio_async``."""
-        runtime = current_runtime()
+        context, runtime = _asking()
         if not self._handles_audio(runtime):
             return super().fetch_audio(audio_url)
+        item = context.claim("audio", audio_url)
         with client_errors():
-            result = runtime.run_blocking(self._audio(runtime, audio_url))
-        return self._deliver_audio(result)
+            used = runtime.run_blocking(self._audio(runtime, item))
+        return _deliver_audio(used, item, context)
 
     async def fetch_audio_async(self, audio_url: str) -> Any:
         """Fetch and decode audio to mono at the model's rate.
@@ -168,12 +168,13 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         Raises:
             VLLMError: The media cannot be served; ``error_answers`` says by which class.
         """
-        runtime = current_runtime()
+        context, runtime = _asking()
         if not self._handles_audio(runtime):
             return await super().fetch_audio_async(audio_url)
+        item = context.claim("audio", audio_url)
         with client_errors():
-            result = await runtime.run(self._audio(runtime, audio_url))
-        return self._deliver_audio(result)
+            used = await runtime.run(self._audio(runtime, item))
+        return _deliver_audio(used, item, context)
 
     # --- what was asked ---------------------------------------------------------------------------
 
@@ -181,113 +182,98 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         # An audio backend the operator chose (`media_io_kwargs.audio`) stays in charge.
         return runtime.config.media.enabled and not self.media_io_kwargs.get("audio")
 
-    def _video_job(
-        self, runtime: Runtime, url: str, video_processor: str | None
-    ) -> VideoJob | None:
-        """The request's plan for the video, else the server's; None for a stock loader.
-
-        Called in the request's own task: plans are in its context, which the front-end's loop
-        does not inherit.
-        """
+    def _video_item(
+        self, context: RequestContext, runtime: Runtime, url: str, video_processor: str | None
+    ) -> MediaItem:
+        """The item of the request that vLLM asks for; what was not planned is as on the server."""
         options = self.media_io_kwargs.get("video", {})
-        job = server_job(runtime, options, url, video_processor)
-        if job is None:
-            return None
-        plan = planned(url) or job.plan
-        return VideoJob(plan, job.stock if plan.chooser else None, resolved(url))
+        return context.claim(
+            "video", url, lambda: server_plan(runtime, options, url, video_processor)
+        )
 
     # --- doing it (on the front-end's loop) -------------------------------------------------------
 
-    async def _video(self, runtime: Runtime, url: str, job: VideoJob) -> VideoResult:
-        return await self._fetched(
-            runtime,
-            url,
-            lambda ref: runtime.frontend.video(ref, job.plan),
-            ref=job.ref,
-            stage="video",
+    async def _video(
+        self, runtime: Runtime, item: MediaItem, plan: VideoPlan
+    ) -> MediaUse[VideoResult]:
+        return await use_media(
+            self.fetcher(runtime),
+            item.url,
+            lambda content: runtime.frontend.video(content, plan),
+            content=item.content,
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
-            max_bytes=None,
         )
 
-    async def _audio(self, runtime: Runtime, url: str) -> AudioResult:
-        return await self._fetched(
-            runtime,
-            url,
+    async def _audio(self, runtime: Runtime, item: MediaItem) -> MediaUse[AudioResult]:
+        return await use_media(
+            self.fetcher(runtime),
+            item.url,
             runtime.frontend.audio,
-            ref=None,
-            stage="audio",
             timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
             max_bytes=AudioMediaIO().get_max_bytes(),
         )
 
-    async def _fetched(
-        self,
-        runtime: Runtime,
-        url: str,
-        use: Callable[[MediaRef], Awaitable[R]],
-        *,
-        ref: MediaRef | None,
-        stage: str,
-        timeout_s: float,
-        max_bytes: int | None,
-    ) -> R:
-        """Resolve ``url`` unless it is, use it, and add the times of both to the stages."""
-        fetcher = runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
-        started = time.perf_counter()
-        if ref is None:
-            ref = await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
-        try:
-            fetched = time.perf_counter()
-            result = await use(ref)
-        except MediaChangedError:
-            # It changed between looking it up and reading it: once more, with what is there now.
-            ref = await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
-            fetched = time.perf_counter()
-            result = await use(ref)
-        stages = {
-            "fetch": fetched - started,
-            **result.stages,
-            stage: time.perf_counter() - started,
-        }
-        return replace(result, stages=stages)
+    def fetcher(self, runtime: Runtime) -> MediaFetcher:
+        """What fetches media of a runtime's requests within this connector's access settings."""
+        return runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
 
-    # --- handing it to vLLM (in the request's context) --------------------------------------------
 
-    def _deliver_video(self, result: VideoResult, job: VideoJob, url: str) -> Any:
-        frames, selection = result.frames, result.selection
-        if job.stock is None:
-            metadata = metadata_of(result.info, selection, frames.digest or "")
-        else:
-            indices = [int(i) for i in selection.indices]
-            metadata = job.stock.metadata(*_frames_and_rate(result.info), indices)
-        if trace := current_trace():
-            trace.add_stages(result.stages)
-            trace.videos.append(
-                VideoTrace(
-                    policy=selection.policy if job.stock is None else "stock",
-                    frames=len(frames),
-                    height=frames.shape[1],
-                    width=frames.shape[2],
-                    times=selection.times.tolist(),
-                    cached=result.cached,
-                    audio_s=None
-                    if frames.audio is None
-                    else len(frames.audio) / (frames.audio.rate or 1),
-                    url=url,
-                    duration_s=result.info.duration,
-                    reduction=frames.reduction,
-                )
-            )
-        return MediaWithBytes((frames, metadata), (frames.digest or "").encode())
+# --- around a call of vLLM's ----------------------------------------------------------------------
 
-    def _deliver_audio(self, result: AudioResult) -> tuple[Any, int]:
-        waveform = result.waveform
-        rate = waveform.rate or 0
-        if trace := current_trace():
-            trace.add_stages(result.stages)
-            seconds = round(len(waveform) / rate, 2)
-            trace.audios.append({"seconds": seconds, "cached": result.cached})
-        return waveform, rate
+
+def _asking() -> tuple[RequestContext, Runtime]:
+    """Who asks: the request being rendered, else a caller that uses the connector by itself."""
+    context = current_request() or RequestContext()
+    return context, runtime_of(context.renderer)
+
+
+def _in_use(item: MediaItem) -> AbstractContextManager[None]:
+    """While this is open, the item's content keeps its bytes; the request keeps the item."""
+    return nullcontext() if item.content is None else item.content.in_use()
+
+
+def _deliver_video(
+    used: MediaUse[VideoResult], item: MediaItem, plan: VideoPlan, context: RequestContext
+) -> Any:
+    """A video as vLLM takes it, noted in the request's report."""
+    result = used.result
+    frames, selection = result.frames, result.selection
+    stock = plan.chooser if isinstance(plan.chooser, StockChoice) else None
+    if stock is None:
+        metadata = metadata_of(result.info, selection, frames.digest or "")
+    else:
+        metadata = stock.metadata(result.info, selection)
+    _note_times(context, used, "video")
+    item.report = VideoReport(
+        policy=selection.policy if stock is None else "stock",
+        frames=len(frames),
+        height=frames.shape[1],
+        width=frames.shape[2],
+        times=selection.times.tolist(),
+        cached=result.cached,
+        audio_s=None if frames.audio is None else len(frames.audio) / (frames.audio.rate or 1),
+        duration_s=result.info.duration,
+        reduction=frames.reduction,
+    )
+    return MediaWithBytes((frames, metadata), (frames.digest or "").encode())
+
+
+def _deliver_audio(
+    used: MediaUse[AudioResult], item: MediaItem, context: RequestContext
+) -> tuple[Any, int]:
+    """A waveform as vLLM takes it, noted in the request's report."""
+    waveform = used.result.waveform
+    rate = waveform.rate or 0
+    _note_times(context, used, "audio")
+    item.report = AudioReport(len(waveform) / rate, used.result.cached)
+    return waveform, rate
+
+
+def _note_times(
+    context: RequestContext, used: MediaUse[VideoResult] | MediaUse[AudioResult], stage: str
+) -> None:
+    context.trace.add_stages({"fetch": used.fetch_s, stage: used.fetch_s + used.use_s})
+    context.trace.add_work(used.result.stages)
 
 
 def sampling_with(config: SamplingConfig, kwargs: Mapping[str, Any]) -> SamplingConfig:

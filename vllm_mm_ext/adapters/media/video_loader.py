@@ -21,7 +21,10 @@ from vllm_mm_ext.media.video_plan import VideoPlan
 
 
 class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
-    """Samples and decodes encoded bytes with the front-end of the process."""
+    """Samples and decodes encoded bytes with a front-end of this process.
+
+    vLLM names no engine here: with several engines in a process this is the front-end of the last.
+    """
 
     @classmethod
     def load_bytes(cls, data: bytes, **kwargs: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:

@@ -37,7 +37,10 @@ POOL_NAMES: tuple[VllmName, ...] = (
     ),
     VllmName(f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
     VllmName("vllm.config:AttentionConfig.hisparse_config"),
-    VllmName("vllm.v1.request:Request.__init__", ("mm_features", "session_id", "block_hasher")),
+    VllmName(
+        "vllm.v1.request:Request.__init__",
+        ("mm_features", "session_id", "cache_salt", "block_hasher"),
+    ),
     VllmName("vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "identifier")),
 )
 

@@ -6,18 +6,28 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from vllm_mm_ext.adapters.error_answers import client_errors
-from vllm_mm_ext.adapters.serving.requests import open_request, refuse_options
+from vllm_mm_ext.adapters.serving.requests import read_options, refuse_options
 from vllm_mm_ext.request import report
 from vllm_mm_ext.request.blocks import KEY, with_block
-from vllm_mm_ext.request.trace import RequestTrace, current_trace, open_trace, resume_trace
+from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
+from vllm_mm_ext.request.trace import RequestTrace
 
 
 def begin(raw: Any, session: str | None) -> None:
-    """Start a request; see ``open_request``. A wrong option becomes vLLM's own 400."""
+    """Note what a request asks, in the context that the middleware opened for it, or in a new one.
+
+    Args:
+        raw: Value of the body's `mm_ext`; None when it has none.
+        session: Session id of the request.
+
+    Raises:
+        VLLMValidationError: An option is wrong (a 400).
+    """
+    context = current_request() or enter_request(RequestContext())
     with client_errors():
-        open_request(raw, session)
-    trace = current_trace() or open_trace()
-    trace.asked = raw is not None
+        context.options = read_options(raw)
+    context.session = session
+    context.trace.asked = raw is not None
 
 
 def begin_without_options(raw: Any, route: str) -> None:
@@ -42,13 +52,18 @@ def streamed(chunks: AsyncGenerator[str, None], choices: int) -> AsyncGenerator[
 
 
 def resume() -> Callable[[], None]:
-    """Carry the request over to wherever its events are made."""
-    trace = current_trace()
-    return (lambda: None) if trace is None else (lambda: resume_trace(trace))
+    """What takes the request over to wherever its events are made."""
+    context = current_request()
+
+    def enter() -> None:
+        if context is not None:
+            enter_request(context)
+
+    return enter
 
 
 def observer() -> Callable[[int | None], None] | None:
-    """Record how much of the prompt the prefix cache held, for requests that are reported."""
+    """What notes how much of the prompt the prefix cache held, for requests that are reported."""
     trace = _reported()
     if trace is None:
         return None
@@ -60,8 +75,8 @@ def observer() -> Callable[[int | None], None] | None:
 
 
 def _reported() -> RequestTrace | None:
-    """The current trace if the client gets to see it: it sent media, or options."""
-    trace = current_trace()
-    if trace is None or not (trace.asked or report.has_media(trace)):
+    """The current request's trace if the client gets to see it: it sent media, or options."""
+    context = current_request()
+    if context is None or not (context.trace.asked or report.has_media(context.trace)):
         return None
-    return trace
+    return context.trace

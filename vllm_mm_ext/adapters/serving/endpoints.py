@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_mm_ext.adapters import error_answers
 from vllm_mm_ext.adapters.quality.service import state_for
-from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
 
 
@@ -20,6 +20,7 @@ class MMExtEndpointPlugin:
 
     def __init__(self) -> None:
         self._config: Any = None
+        self._renderer: Any = None
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this API server, and the load of the engines (see ``EngineLoad``)."""
@@ -28,7 +29,7 @@ class MMExtEndpointPlugin:
             count = self._config.parallel_config.data_parallel_size
             loads = state_for(self._config).loads(count)
             engines = {engine: asdict(load) for engine, load in loads.items()}
-        return {**current_runtime().stats(), "engines": engines}
+        return {**runtime_of(self._renderer).stats(), "engines": engines}
 
     def attach_router(self, app: Any) -> None:
         """Add the middleware, error answers and ``GET /mm_ext/stats`` to vLLM's application."""
@@ -42,5 +43,6 @@ class MMExtEndpointPlugin:
         state: Any,  # noqa: ARG002 - vLLM's interface
         args: Namespace,  # noqa: ARG002
     ) -> None:
-        """Keep the configuration; the runtime is attached when vLLM creates its renderer."""
+        """Keep what says whose counters these are; a renderer's front-end is made with it."""
         self._config = getattr(engine_client, "vllm_config", None)
+        self._renderer = getattr(engine_client, "renderer", None)

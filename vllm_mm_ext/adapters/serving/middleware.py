@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_mm_ext.errors import BusyError
-from vllm_mm_ext.request.trace import open_trace
+from vllm_mm_ext.request.context import RequestContext, enter_request
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -19,7 +19,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class TraceMiddleware:
-    """Pure ASGI middleware: opens a trace per request and reports it in the response headers.
+    """Pure ASGI middleware: opens a request's context and reports its trace in response headers.
 
     vLLM renders the prompt before it starts the response, streamed or not, so everything the
     front-end did is known when the headers go out. Requests without media get no such headers.
@@ -35,7 +35,7 @@ class TraceMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        trace = open_trace()
+        trace = enter_request(RequestContext()).trace
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -7,26 +7,30 @@ delivers by these plans.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from blake3 import blake3
 from vllm import envs
+from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
-from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, VideoJob, server_job
+from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, server_plan
 from vllm_mm_ext.adapters.quality.service import controller_for
-from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
-from vllm_mm_ext.adapters.serving.requests import OptionError, current_request
+from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
+from vllm_mm_ext.adapters.serving.requests import OptionError
+from vllm_mm_ext.adapters.vllm_wrappers import on_processor_thread
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS
-from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
+from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.types import MediaInfo
-from vllm_mm_ext.media.video_plan import VideoPlan, set_plans
+from vllm_mm_ext.media.use_media import use_media
+from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.policies.quality.controller import QualityController
 from vllm_mm_ext.policies.quality.videos import (
     ContextUse,
@@ -35,6 +39,7 @@ from vllm_mm_ext.policies.quality.videos import (
     VideoDecision,
     VideoSource,
 )
+from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.request.conversation import (
     template_tokens,
     text_of,
@@ -42,83 +47,120 @@ from vllm_mm_ext.request.conversation import (
     videos_without_url,
 )
 from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
-from vllm_mm_ext.request.trace import PlanTrace, current_trace
+from vllm_mm_ext.request.media_items import MediaItem, PlanReport
 
 
-async def plan(renderer: Any, messages: Sequence[Any], chat_params: Any, tok_params: Any) -> None:
-    """Plan the videos of a conversation in the current context.
+async def plan(
+    renderer: Any,
+    messages: Sequence[Any],
+    chat_params: Any,
+    tok_params: Any,
+    cache_salt: str | None,
+) -> None:
+    """Plan the videos of a conversation, whose context becomes the current one.
 
     Args:
         renderer: vLLM's renderer.
         messages: OpenAI chat messages.
         chat_params: vLLM's ``ChatParams`` in force.
         tok_params: vLLM's ``TokenizeParams``, or None for the model's own.
+        cache_salt: As the request names it.
 
     Raises:
         VLLMError: A video cannot be served or does not fit, or an option is past the server's
             bounds.
     """
+    context = _entered(renderer, cache_salt)
     with client_errors():
-        jobs = _Conversation(renderer, messages, chat_params, tok_params)
-        if jobs.nothing_to_plan:
+        planning = _Conversation(context, renderer, messages, chat_params, tok_params)
+        if planning.nothing_to_plan:
             return
-        videos = await jobs.runtime.run(jobs.probe())
-        prompt = await renderer.tokenize_prompt_async(*jobs.text())
-        # Counting tokens of hours of video takes its time, which others need not wait for.
+        videos = await planning.runtime.run(planning.probe())
+        prompt = await renderer.tokenize_prompt_async(*planning.text())
         text = len(prompt["prompt_token_ids"])
         started = time.perf_counter()
-        decisions = await asyncio.to_thread(jobs.decisions, videos, text)
-        jobs.plan_by(videos, decisions, time.perf_counter() - started)
+        # Counting tokens of hours of video takes its time, so it keeps nobody's event loop.
+        decisions = await on_processor_thread(renderer, partial(planning.decisions, videos, text))
+        planning.plan_by(videos, decisions, time.perf_counter() - started)
 
 
 def plan_blocking(
-    renderer: Any, messages: Sequence[Any], chat_params: Any, tok_params: Any
+    renderer: Any,
+    messages: Sequence[Any],
+    chat_params: Any,
+    tok_params: Any,
+    cache_salt: str | None,
 ) -> None:
-    """As ``plan``, for ``LLM.chat``."""
+    """As ``plan``, for ``LLM.chat``, which preprocesses in the caller's thread as well."""
+    context = _entered(renderer, cache_salt)
     with client_errors():
-        jobs = _Conversation(renderer, messages, chat_params, tok_params)
-        if jobs.nothing_to_plan:
+        planning = _Conversation(context, renderer, messages, chat_params, tok_params)
+        if planning.nothing_to_plan:
             return
-        videos = jobs.runtime.run_blocking(jobs.probe())
-        prompt = renderer.tokenize_prompt(*jobs.text())
+        videos = planning.runtime.run_blocking(planning.probe())
+        prompt = renderer.tokenize_prompt(*planning.text())
         started = time.perf_counter()
-        decisions = jobs.decisions(videos, len(prompt["prompt_token_ids"]))
-        jobs.plan_by(videos, decisions, time.perf_counter() - started)
+        decisions = planning.decisions(videos, len(prompt["prompt_token_ids"]))
+        planning.plan_by(videos, decisions, time.perf_counter() - started)
+
+
+def _entered(renderer: Any, cache_salt: str | None) -> RequestContext:
+    """The context of a conversation that vLLM begins to render, made the current one."""
+    request = current_request() or RequestContext()
+    settings = vllm_compat.settings_of(renderer.model_config)
+    request.trace.shows_cache_hits = settings.reports.cache_hits
+    return enter_request(request.conversation(renderer, cache_salt))
 
 
 class _Conversation:
-    """One conversation on its way to a plan."""
+    """One conversation on its way to a plan.
+
+    Args:
+        context: Of the conversation; it is given its videos.
+        renderer: vLLM's renderer.
+        messages: OpenAI chat messages.
+        chat_params: vLLM's ``ChatParams`` in force.
+        tok_params: vLLM's ``TokenizeParams``, or None for the model's own.
+
+    Raises:
+        MediaError, VLLMValidationError: As ``plan``.
+    """
 
     def __init__(
-        self, renderer: Any, messages: Sequence[Any], chat_params: Any, tok_params: Any
+        self,
+        context: RequestContext,
+        renderer: Any,
+        messages: Sequence[Any],
+        chat_params: Any,
+        tok_params: Any,
     ) -> None:
+        self.context = context
         self.renderer = renderer
         self.messages = messages
         self.tools = chat_params.chat_template_kwargs.get("tools")
         self.tok_params = tok_params or renderer.default_chat_tok_params
-        self.request = current_request()
-        self.jobs: dict[str, VideoJob] = {}
+        self.plans: dict[str, VideoPlan] = {}
         self.stages: list[dict[str, float]] = []
-        asked = self.request.options != DEFAULT_OPTIONS
+        asked = context.options != DEFAULT_OPTIONS
         if asked:
-            self.controller.check(self.request.options)
+            self.controller.check(context.options)
             if videos_without_url(messages):
                 raise OptionError(
                     "mm_ext options apply to videos that are sent with their URL; this request has "
                     "one that is named by its uuid alone, or sent as embeddings",
                     parameter="mm_ext",
                 )
-        self.urls = video_urls(messages)
-        if not self.urls or renderer.mm_processor is None:
+        urls = video_urls(messages)
+        if not urls or renderer.mm_processor is None:
             return
         # vLLM's own limit first: what it refuses is not even fetched.
-        renderer.mm_processor.info.validate_num_items("video", len(self.urls))
+        renderer.mm_processor.info.validate_num_items("video", len(urls))
         connector = vllm_compat.media_connector(renderer.model_config, chat_params.media_io_kwargs)
         if isinstance(connector, MMExtMediaConnector):
             self.connector = connector
-            self.runtime: Runtime = current_runtime()
-            self.jobs = self._jobs()
-        if asked and len(self.jobs) < len(set(self.urls)):
+            self.runtime: Runtime = runtime_of(renderer)
+            self._take_items(urls)
+        if asked and len(self.plans) < len(set(urls)):
             raise OptionError(
                 "this server leaves some of these videos to a loader of vLLM's own, which takes "
                 "no mm_ext options",
@@ -127,51 +169,49 @@ class _Conversation:
 
     @property
     def nothing_to_plan(self) -> bool:
-        return not self.jobs
+        return not self.plans
 
     @property
     def controller(self) -> QualityController:
         return controller_for(self.renderer.config)
 
-    def _jobs(self) -> dict[str, VideoJob]:
-        """What the server would do with each video that the front-end samples itself."""
+    def _take_items(self, urls: Sequence[str]) -> None:
+        """Give the context its videos, each as the server's settings would have it.
+
+        Uses of one URL get the same plan. Only videos whose frames the plugin chooses are planned.
+        """
         options = self.connector.media_io_kwargs.get("video", {})
-        jobs = {}
-        for url in dict.fromkeys(self.urls):
-            job = server_job(self.runtime, options, url, None)
-            if job is not None and job.plan.chooser is None:
-                jobs[url] = job
-        return jobs
+        processor = get_video_processor_cls_name(self.renderer.model_config)
+        plans = {url: server_plan(self.runtime, options, url, processor) for url in set(urls)}
+        self.items = [MediaItem("video", url, plans[url]) for url in urls]
+        self.context.add(self.items)
+        for url in dict.fromkeys(urls):
+            plan = plans[url]
+            if plan is not None and plan.chooser is None:
+                self.plans[url] = plan
 
     # --- on the front-end's loop ------------------------------------------------------------------
 
     async def probe(self) -> list[PlannedVideo]:
         """Fetch and probe all videos at once."""
-        fetcher = self.runtime.fetcher(
-            self.connector.allowed_local_media_path, self.connector.allowed_media_domains
-        )
-        probed = await all_or_none(self._probe_one(fetcher, url) for url in self.jobs)
-        uses = Counter(self.urls)
+        probed = await all_or_none(self._probe_one(url) for url in self.plans)
+        uses = Counter(item.url for item in self.items)
         return [
-            PlannedVideo(url, uses[url], ref, info, info.video, self.jobs[url].plan)
-            for url, (ref, info) in zip(self.jobs, probed, strict=True)
+            PlannedVideo(url, uses[url], content, info, info.video, plan)
+            for (url, plan), (content, info) in zip(self.plans.items(), probed, strict=True)
             # The connector says what is wrong with media without pictures.
             if info.video is not None
         ]
 
-    async def _probe_one(self, fetcher: MediaFetcher, url: str) -> tuple[MediaRef, MediaInfo]:
-        started = time.perf_counter()
-        ref = await fetcher.resolve(url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT)
-        try:
-            fetched = time.perf_counter()
-            info = await self.runtime.frontend.probe(ref)
-        except MediaChangedError:
-            # It changed between looking it up and reading it: once more, with what is there now.
-            ref = await fetcher.resolve(url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT)
-            fetched = time.perf_counter()
-            info = await self.runtime.frontend.probe(ref)
-        self.stages.append({"fetch": fetched - started, "probe": time.perf_counter() - fetched})
-        return ref, info
+    async def _probe_one(self, url: str) -> tuple[MediaRef, MediaInfo]:
+        probed = await use_media(
+            self.connector.fetcher(self.runtime),
+            url,
+            self.runtime.frontend.probe,
+            timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
+        )
+        self.stages.append({"fetch": probed.fetch_s, "probe": probed.use_s})
+        return probed.content, probed.result
 
     # --- deciding ---------------------------------------------------------------------------------
 
@@ -182,24 +222,21 @@ class _Conversation:
     def plan_by(
         self, videos: Sequence[PlannedVideo], decisions: Sequence[VideoDecision], seconds: float
     ) -> None:
-        """Plan by what the controller decided in so many seconds, in the request's context."""
+        """Plan the conversation's items by what the controller decided in so many seconds."""
         if not videos:
             return
-        set_plans(
-            {v.url: _plan_of(v, d) for v, d in zip(videos, decisions, strict=True)},
-            {v.url: v.ref for v in videos},
-        )
-        if trace := current_trace():
-            for stages in self.stages:
-                trace.add_stages(stages)
-            trace.order = list(self.urls)
-            trace.plans = {
-                video.url: PlanTrace(
-                    decision.level, tuple(lowered._asdict() for lowered in decision.lowered)
-                )
-                for video, decision in zip(videos, decisions, strict=True)
-            }
-            trace.add_stages({"plan": seconds})
+        decided = {v.url: (v, d) for v, d in zip(videos, decisions, strict=True)}
+        for item in self.items:
+            if item.url in decided:
+                video, decision = decided[item.url]
+                item.plan = _plan_of(video, decision)
+                item.content = video.ref
+                lowered = tuple(entry._asdict() for entry in decision.lowered)
+                item.decision = PlanReport(decision.level, lowered)
+        trace = self.context.trace
+        for stages in self.stages:
+            trace.add_stages(stages)
+        trace.add_stages({"plan": seconds})
 
     def decisions(
         self, videos: Sequence[PlannedVideo], text_tokens: int
@@ -226,7 +263,7 @@ class _Conversation:
         )
         sources = [
             VideoSource(
-                video.ref.digest,
+                self._own(video.ref.digest),
                 video.stream.duration,
                 video.stream.num_frames,
                 video.stream.width,
@@ -240,10 +277,21 @@ class _Conversation:
             costs,
             defaults=defaults,
             family=family,
-            options=self.request.options,
-            session=self.request.session,
+            options=self.context.options,
+            session=self.context.session,
             context=self._context(controller, text_tokens),
         )
+
+    def _own(self, digest: str) -> str:
+        """A video's digest, another one for each engine and each ``cache_salt``.
+
+        Decisions that stand are looked up by it. vLLM lets requests with different salts, and with
+        different engines, share no prefix cache; they share no decisions either.
+        """
+        hasher = blake3(str(self.runtime.number).encode())
+        for part in (digest, self.context.cache_salt or ""):
+            hasher.update(b"|" + part.encode())
+        return str(hasher.hexdigest())
 
     def _largest_item(self) -> int:
         """Tokens that vLLM's encoder cache surely holds, where a video is one item; 0: no limit."""

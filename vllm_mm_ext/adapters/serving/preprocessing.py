@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.vllm_wrappers import Span
-from vllm_mm_ext.request.trace import current_trace
+from vllm_mm_ext.request.context import current_request
 
 
 def started() -> float:
@@ -15,34 +16,42 @@ def started() -> float:
     return time.perf_counter()
 
 
-def finished(start: float, spans: Mapping[str, Sequence[Span]], prompt: Sequence[int]) -> None:
-    """Record how long preprocessing took and what it made.
+def finished(
+    start: float, renderer: Any, spans: Mapping[str, Sequence[Span]], prompt: Sequence[int]
+) -> None:
+    """Note in the request's trace how long preprocessing took and what it made.
 
     Args:
         start: What ``started`` returned.
+        renderer: vLLM's renderer, which did it.
         spans: mm items per modality, in the order of the prompt.
         prompt: Token ids of the whole prompt.
     """
-    if trace := current_trace():
-        trace.add_stages({"preprocess": time.perf_counter() - start})
-        embeddings = {m: sum(span.embeddings for span in found) for m, found in spans.items()}
-        heard = _heard_in_videos(spans.get("video", ()), prompt)
-        if heard:
-            embeddings["video"] -= heard
-            embeddings["audio"] = embeddings.get("audio", 0) + heard
-        trace.set_tokens(embeddings, len(prompt))
-        trace.set_items({m: [(s.start, s.end) for s in found] for m, found in spans.items()})
+    context = current_request()
+    if context is None:
+        return
+    trace = context.trace
+    trace.add_stages({"preprocess": time.perf_counter() - start})
+    embeddings = {m: sum(span.embeddings for span in found) for m, found in spans.items()}
+    heard = _heard_in_videos(renderer, spans.get("video", ()), prompt)
+    if heard:
+        embeddings["video"] -= heard
+        embeddings["audio"] = embeddings.get("audio", 0) + heard
+    trace.set_tokens(embeddings, len(prompt))
+    trace.set_items({m: [(s.start, s.end) for s in found] for m, found in spans.items()})
 
 
-def _heard_in_videos(videos: Sequence[Span], prompt: Sequence[int]) -> int:
+def _heard_in_videos(renderer: Any, videos: Sequence[Span], prompt: Sequence[int]) -> int:
     """Embeddings of sound inside video items, which only some models have there."""
-    token = current_runtime().frontend.traits.sound_token
+    if not videos:
+        return 0
+    token = runtime_of(renderer).frontend.traits.sound_token
     if token is None:
         return 0
     return sum(list(prompt[span.start : span.end]).count(token) for span in videos)
 
 
 def looked_up(is_cached: Mapping[str, Sequence[bool]]) -> None:
-    """Record which items of the request the processor cache held."""
-    if trace := current_trace():
-        trace.preprocessed = {modality: list(hits) for modality, hits in is_cached.items()}
+    """Note which items of the request the processor cache held."""
+    if context := current_request():
+        context.trace.preprocessed = {m: list(hits) for m, hits in is_cached.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,48 +18,14 @@ class OptionError(MediaError):
     code = "option"
 
 
-@dataclass(frozen=True)
-class RequestContext:
-    """What a request asks beyond the OpenAI API.
-
-    Attributes:
-        options: Its `mm_ext` block; the defaults without one.
-        session: The conversation it says it belongs to, if it says so.
-    """
-
-    options: RequestOptions = DEFAULT_OPTIONS
-    session: str | None = None
-
-
-_NOTHING_ASKED = RequestContext()
-_current: ContextVar[RequestContext] = ContextVar("mm_ext_request", default=_NOTHING_ASKED)
-
-
-def current_request() -> RequestContext:
-    """The request being rendered; one that asks nothing outside of requests."""
-    return _current.get()
-
-
-def open_request(raw: Any, session: str | None) -> RequestContext:
-    """Start a request in the current context.
-
-    Args:
-        raw: Value of the body's `mm_ext`; None when it has none.
-        session: Session id of the request.
-
-    Raises:
-        OptionError: An option is wrong; the message names its key, the value and what is valid.
-    """
-    context = RequestContext(read_options(raw), session)
-    _current.set(context)
-    return context
-
-
 def read_options(raw: Any) -> RequestOptions:
     """Check a block against its schema.
 
+    Args:
+        raw: Value of the body's `mm_ext`; None when it has none.
+
     Raises:
-        OptionError: See ``open_request``.
+        OptionError: An option is wrong; the message names its key, the value and what is valid.
     """
     if raw is None:
         return DEFAULT_OPTIONS
@@ -77,6 +41,10 @@ def read_options(raw: Any) -> RequestOptions:
 
 def refuse_options(raw: Any, route: str) -> None:
     """Refuse a block on a route without options.
+
+    Args:
+        raw: Value of the body's `mm_ext`; None when it has none.
+        route: Path of the route, for the message.
 
     Raises:
         OptionError: There is one.

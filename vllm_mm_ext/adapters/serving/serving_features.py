@@ -102,6 +102,9 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             VllmName(f"{_RENDERER}.default_chat_tok_params"),
             VllmName("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY.load", ("cls_name",)),
             VllmName(
+                "vllm.transformers_utils.processor:get_video_processor_cls_name", ("model_config",)
+            ),
+            VllmName(
                 "vllm.multimodal.processing:BaseProcessingInfo.validate_num_items",
                 ("modality", "num_items"),
             ),

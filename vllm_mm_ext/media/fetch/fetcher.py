@@ -78,8 +78,8 @@ class MediaRef:
 class MediaFetcher:
     """Resolves media URLs to digests and bytes. Any event loop and any thread may use it.
 
-    Concurrent requests for the same media share one read. The fetcher works on an event loop and
-    threads of its own, so it never blocks the caller's loop.
+    Concurrent requests for the same media share one read. All work runs on an event loop in a
+    thread of its own and that loop's threads, so the caller's loop never blocks on it.
 
     Args:
         allowed_local_media_path: Directory below which ``file:`` URLs may point; None forbids them.
@@ -98,6 +98,8 @@ class MediaFetcher:
             ``HttpSource``.
         make_resolver: Makes what resolves host names; see ``HttpSource``.
         download_cache: Where downloads are kept on disk; None keeps none.
+        loop: Where the work runs; a loop of the fetcher's own without it. Whoever stops a loop that
+            was given awaits ``disconnect`` on it last.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class MediaFetcher:
         allow_private_addresses: bool = True,
         make_resolver: Callable[[], AbstractResolver] = aiohttp.ThreadedResolver,
         download_cache: DownloadCacheSettings | None = None,
+        loop: LoopThread | None = None,
     ) -> None:
         self.encoded_cache = encoded_cache
         self._files = FileSource(
@@ -141,8 +144,10 @@ class MediaFetcher:
                 self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
             )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
-        self._thread = LoopThread("mm-ext-fetch")
-        self._finalizer = weakref.finalize(self, _close, self._thread, self._http)
+        self._thread = loop or LoopThread("mm-ext-fetch")
+        self._finalizer = (
+            weakref.finalize(self, _close, self._thread, self._http) if loop is None else None
+        )
 
     async def resolve(
         self, url: str, *, timeout_s: float, max_bytes: int | None = None
@@ -182,9 +187,17 @@ class MediaFetcher:
         counts = {**self._http.counts, **self._files.counts, **self._data.counts}
         return counts if self._disk is None else {**counts, **self._disk.counts}
 
+    async def disconnect(self) -> None:
+        """Close connections; called on the loop that the fetcher was given."""
+        await self._http.close()
+
     def close(self) -> None:
-        """Cancel running work and close all connections. Blocks briefly. Also runs at exit."""
-        self._finalizer()
+        """Cancel what runs on the fetcher's own loop, if it has one, and close connections.
+
+        Blocks briefly. Also runs at exit.
+        """
+        if self._finalizer is not None:
+            self._finalizer()
 
     async def _resolve(self, url: str, timeout_s: float, max_bytes: int | None) -> MediaRef:
         source = self._source_of(url)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from vllm_mm_ext.base.client_ids import short_id
 from vllm_mm_ext.policies.kv.item_registry import CachedMedia
+from vllm_mm_ext.policies.kv.sessions import session_key
 
 # The method of vLLM's ``EngineCore`` that API processes call.
 UTILITY = "mm_ext_kv"
@@ -43,7 +44,7 @@ class KVControl:
         They stay within the quota, and a request that needs their memory still gets it.
 
         Args:
-            session_id: As clients send it with requests; it may have had none yet.
+            session_id: Key of the session (``session_key``); it may have had no request yet.
 
         Returns:
             Number of mm items that are kept for it now.
@@ -77,6 +78,8 @@ class KVControl:
 class KVClient:
     """``KVControl`` for API processes.
 
+    A session is named as its requests name it, with their ``cache_salt`` if they have one.
+
     Args:
         engine_client: vLLM's ``AsyncLLM``.
     """
@@ -84,17 +87,17 @@ class KVClient:
     def __init__(self, engine_client: Any) -> None:
         self._core = engine_client.engine_core
 
-    async def pin(self, session_id: str) -> None:
+    async def pin(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.pin``, on all engines: the session's requests may go to any."""
-        await self._call("pin", session_id)
+        await self._call("pin", session_key(session_id, cache_salt))
 
-    async def unpin(self, session_id: str) -> None:
+    async def unpin(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.unpin``, on all engines."""
-        await self._call("unpin", session_id)
+        await self._call("unpin", session_key(session_id, cache_salt))
 
-    async def release(self, session_id: str) -> None:
+    async def release(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.release``, on all engines."""
-        await self._call("release", session_id)
+        await self._call("release", session_key(session_id, cache_salt))
 
     async def media(self) -> list[dict[str, Any]]:
         """As ``KVControl.media``, as plain values; with several engines, of the first one.
@@ -107,8 +110,8 @@ class KVClient:
             raise RuntimeError("the engine has no vllm_mm_ext block pool (kv.enabled)")
         return found
 
-    async def _call(self, action: str, session_id: str) -> Any:
-        return await self._core.call_utility_async(UTILITY, action, session_id)
+    async def _call(self, action: str, key: str) -> Any:
+        return await self._core.call_utility_async(UTILITY, action, key)
 
 
 def answer(control: KVControl | None, action: str, session_id: str) -> Any:

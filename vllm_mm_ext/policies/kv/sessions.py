@@ -8,10 +8,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from blake3 import blake3
+
 # Sessions remembered at most. Ids come from clients, who may send a new one with every request.
 MAX_SESSIONS = 1 << 16
 # Sessions that a use drops at most: more than it adds, so that they get fewer without a long halt.
 _DROPS_PER_USE = 2
+
+
+def session_key(session_id: str, cache_salt: str | None) -> str:
+    """The name under which ``Sessions`` knows a session; those of two cache salts never meet.
+
+    Args:
+        session_id: As the client names the session.
+        cache_salt: vLLM's field that keeps a request's prefix cache apart from others.
+    """
+    if not cache_salt:
+        return session_id
+    salted = blake3(len(cache_salt).to_bytes(8, "little"))
+    salted.update(cache_salt.encode())
+    salted.update(session_id.encode())
+    return f"salted:{salted.hexdigest()}"
 
 
 class Protection(IntEnum):
@@ -46,7 +63,7 @@ class _Users:
 
 
 class Sessions:
-    """Sessions by id, in the order of their last use; ``MAX_SESSIONS`` of them besides pinned ones.
+    """Sessions by key, in the order of last use; ``MAX_SESSIONS`` of them besides pinned ones.
 
     What protects an item is told in O(1); the rest is O(1) per session and item that changes.
 

@@ -14,7 +14,7 @@ from typing import Any
 from vllm.multimodal.media import MediaConnector
 
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
-from vllm_mm_ext.adapters.runtime import attach_runtime
+from vllm_mm_ext.adapters.runtime import attach_runtime, detach_runtime
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SizeRule
@@ -116,8 +116,7 @@ def _plugin_runtime(case: _Case, work_dir: Path, media: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Attaching closes the runtime that was there, and its workers.
-        attach_runtime(MMExtConfig(), ModelTraits())
+        detach_runtime()
 
 
 def _frames_ready(side: str, file: Path, media: Path) -> float:

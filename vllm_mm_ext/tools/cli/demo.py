@@ -83,6 +83,8 @@ def demo(
         args = ["--allowed-local-media-path", str(clip.parent), "--enable-prompt-tokens-details"]
         if config is not None:
             args += ["--config", str(config)]
+        else:
+            args += ["--additional-config.mm_ext.reports.cache_hits", "true"]
         env = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"} if model else {}
         server = stack.enter_context(
             serve(served, plugin=True, args=args, env=env, timeout_s=1800 if model else 300)

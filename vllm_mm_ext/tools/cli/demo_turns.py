@@ -83,12 +83,14 @@ def report(turns: list[Turn]) -> Table:
         tokens = turn.applied.get("tokens", {})
         videos = turn.applied.get("videos", [])
         frames = ", ".join(str(video["frames"]) for video in videos)
-        remembered = all(video["cached"] for video in videos)
+        # Servers say it only where their configuration lets them.
+        hits = [video.get("cached") for video in videos]
+        source = "-" if None in hits else "cache" if all(hits) else "new"
         media_ms = max(turn.stages_ms.get(stage, 0.0) for stage in ("video", "audio"))
         table.add_row(
             str(number),
             frames or "-",
-            "cache" if remembered else "new",
+            source,
             str(tokens.get("video", 0) + tokens.get("image", 0)),
             str(tokens.get("audio", 0)),
             str(tokens.get("text", turn.prompt_tokens)),
