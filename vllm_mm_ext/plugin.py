@@ -10,9 +10,10 @@ from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
 from vllm_mm_ext.adapters.names.base_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
 from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
+from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.scheduler.routing import ROUTING_FEATURE
 from vllm_mm_ext.adapters.serving.serving_features import SERVING_FEATURES
-from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus, VllmName
+from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus
 
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
@@ -90,7 +91,7 @@ _WITHOUT_FAMILY = {
 
 
 _REGISTER_MODEL = VllmName(
-    "vllm.model_executor.models:ModelRegistry.register_model", ("model_arch",)
+    "vllm.model_executor.models:ModelRegistry.register_model", ("model_arch", "model_cls")
 )
 
 
@@ -128,7 +129,11 @@ FEATURES: tuple[Feature, ...] = (
             VllmName(
                 f"{_CONNECTOR}.__init__",
                 ("media_io_kwargs", "allowed_local_media_path", "allowed_media_domains"),
+                # Whatever else it is given may be a limit that has to hold. The budgets came
+                # with vLLM 0.33.
+                optional=("connection", "decoded_budget", "download_budget"),
             ),
+            VllmName("vllm.multimodal.media.connector:_wrap_media_fetch_error", ("url", "exc")),
             VllmName(
                 f"{_CONNECTOR}.fetch_video_async", ("video_url", "image_mode", "video_processor")
             ),

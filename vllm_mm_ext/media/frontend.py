@@ -58,6 +58,7 @@ class VideoResult:
         selection: The frames delivered.
         stages: Seconds per stage of the work done for this result.
         cached: True when nothing was decoded for the caller.
+        encoded_bytes: Size of the file, once it is known.
     """
 
     frames: SampledFrames
@@ -65,6 +66,7 @@ class VideoResult:
     selection: FrameSelection
     stages: dict[str, float]
     cached: bool
+    encoded_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -78,11 +80,12 @@ class VideoResult:
 
 @dataclass(frozen=True, eq=False)
 class AudioResult:
-    """A waveform at the model's rate, and what it took to make it."""
+    """A waveform at the model's rate, and what it took to make it; see ``VideoResult``."""
 
     waveform: Waveform
     stages: dict[str, float]
     cached: bool
+    encoded_bytes: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.media.request_budgets import charge_request, charge_request_async
 from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
 from vllm_mm_ext.config.root import SamplingConfig
 from vllm_mm_ext.errors import MediaError
@@ -118,6 +119,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return super().fetch_video(video_url, **kwargs)
         with client_errors(), job.using_ref():
             result = runtime.run_blocking(self._video(runtime, video_url, job))
+        charge_request(self, video_url, result)
         return self._deliver_video(result, job, video_url)
 
     async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
@@ -140,6 +142,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return await super().fetch_video_async(video_url, **kwargs)
         with client_errors(), job.using_ref():
             result = await runtime.run(self._video(runtime, video_url, job))
+        await charge_request_async(self, video_url, result)
         return self._deliver_video(result, job, video_url)
 
     def fetch_audio(self, audio_url: str) -> Any:
@@ -149,6 +152,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return super().fetch_audio(audio_url)
         with client_errors():
             result = runtime.run_blocking(self._audio(runtime, audio_url))
+        charge_request(self, audio_url, result)
         return self._deliver_audio(result)
 
     async def fetch_audio_async(self, audio_url: str) -> Any:
@@ -165,6 +169,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return await super().fetch_audio_async(audio_url)
         with client_errors():
             result = await runtime.run(self._audio(runtime, audio_url))
+        await charge_request_async(self, audio_url, result)
         return self._deliver_audio(result)
 
     # --- what was asked ---------------------------------------------------------------------------
@@ -241,7 +246,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             **result.stages,
             stage: time.perf_counter() - started,
         }
-        return replace(result, stages=stages)
+        return replace(result, stages=stages, encoded_bytes=ref.size)
 
     # --- handing it to vLLM (in the request's context) --------------------------------------------
 

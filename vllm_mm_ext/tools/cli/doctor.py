@@ -110,8 +110,8 @@ def check_features() -> list[Finding]:
 def check_engine_parts() -> list[Finding]:
     """Whether the classes that the engine is told to use by name fit the installed vLLM."""
     from vllm_mm_ext.adapters.names import encoder_cache_names as encoder_cache
+    from vllm_mm_ext.adapters.names.names_check import problem
     from vllm_mm_ext.adapters.scheduler.choice import WITHOUT_SCHEDULER, scheduler_problem
-    from vllm_mm_ext.adapters.vllm_compat import problem
 
     device = encoder_cache.DEVICE_TIER_NAMES
     parts = {

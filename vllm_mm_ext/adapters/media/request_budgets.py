@@ -1,0 +1,55 @@
+"""vLLM's bounds on the media of one request, charged with what the plugin delivers (vLLM 0.33).
+
+vLLM gives the connectors of a request two budgets: the bytes that it downloads (256 MB unless
+``VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB`` says otherwise) and the bytes of what is decoded
+(``VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES``). Planning looks at media through a connector without
+budgets, and caches save downloads, so both are charged when media are delivered: whether a request
+is refused depends on the request alone. vLLM 0.32 has no such budgets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from vllm_mm_ext.media.frontend import AudioResult, VideoResult
+
+
+def charge_request(connector: Any, url: str, result: VideoResult | AudioResult) -> None:
+    """Charge the budgets of a connector's request. May wait for other threads' decoding.
+
+    Args:
+        connector: The ``MediaConnector`` that delivers.
+        url: Of the media, as the request spells it.
+        result: What is delivered.
+
+    Raises:
+        VLLMUnprocessableEntityError: The request downloads too much (a 422, as with stock vLLM).
+        ValueError: The request's decoded media take too much memory (a 400, as with stock vLLM).
+    """
+    downloads = getattr(connector, "download_budget", None)
+    if downloads is not None and url[:4].lower() == "http":
+        from vllm.connections import MediaRequestDownloadSizeExceededError
+        from vllm.multimodal.media.connector import _wrap_media_fetch_error
+
+        try:
+            downloads.charge(result.encoded_bytes)
+        except MediaRequestDownloadSizeExceededError as error:
+            raise _wrap_media_fetch_error(url, error) from error
+    decoded = getattr(connector, "decoded_budget", None)
+    if decoded is not None:
+        decoded.charge(_decoded_bytes(result))
+
+
+async def charge_request_async(connector: Any, url: str, result: VideoResult | AudioResult) -> None:
+    """``charge_request`` for an event loop, which must not wait."""
+    budgets = ("download_budget", "decoded_budget")
+    if any(getattr(connector, budget, None) is not None for budget in budgets):
+        await asyncio.to_thread(charge_request, connector, url, result)
+
+
+def _decoded_bytes(result: VideoResult | AudioResult) -> int:
+    if isinstance(result, AudioResult):
+        return int(result.waveform.nbytes)
+    sound = result.frames.audio
+    return int(result.frames.nbytes) + (0 if sound is None else int(sound.nbytes))
