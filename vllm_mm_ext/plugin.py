@@ -36,9 +36,10 @@ def _install_connector() -> None:
 
 
 def _install_loader() -> None:
-    from vllm_mm_ext.adapters.media.video_loader import MMExtVideoLoader
+    from vllm_mm_ext.adapters.media.video_loader import MMExtVideoLoader, check_server_kwargs
 
     vllm_compat.register_video_loader(MMExtVideoLoader)
+    vllm_compat.before_engine_config(check_server_kwargs)
 
 
 def _install_hashing() -> None:
@@ -153,6 +154,8 @@ FEATURES: tuple[Feature, ...] = (
         (
             VllmName("vllm.multimodal.video:VIDEO_LOADER_REGISTRY.register", ("name",)),
             VllmName("vllm.multimodal.video:VideoLoader.load_bytes", ("data",)),
+            VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
+            VllmName("vllm.engine.arg_utils:EngineArgs", ("media_io_kwargs",)),
         ),
         _install_loader,
     ),

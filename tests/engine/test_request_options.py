@@ -196,7 +196,8 @@ def test_the_responses_route_checks_options_and_reports(planned_server: PlannedS
         input="hi", stream=True, extra_body={"mm_ext": {}}, **asked
     )
     last = list(events)[-1]
-    assert last.type == "response.completed"
+    # At the token limit vLLM 0.32 completes a stream, 0.33 says that it is incomplete.
+    assert last.type in {"response.completed", "response.incomplete"}
     assert last.response.mm_ext["tokens"]["text"] == answer.usage.input_tokens
 
 

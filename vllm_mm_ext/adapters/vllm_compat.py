@@ -137,6 +137,20 @@ def around_engine_config(read: Callable[[object], T]) -> None:
     wrap(EngineArgs, "create_engine_config", make)
 
 
+def before_engine_config(check: Callable[[Mapping[str, Any]], None]) -> None:
+    """Call ``check`` with ``media_io_kwargs.video`` of a server before it starts; it may raise."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check((self.media_io_kwargs or {}).get("video") or {})
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    wrap(EngineArgs, "create_engine_config", make)
+
+
 def after_renderer_created(attach: Callable[[Any, Any], None]) -> None:
     """Call ``attach(vllm_config, mm_processor)`` in every process that renders requests."""
     from vllm.renderers.base import BaseRenderer

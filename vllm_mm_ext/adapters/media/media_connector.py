@@ -17,6 +17,7 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.media.request_budgets import charge_request, charge_request_async
+from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_for
 from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
 from vllm_mm_ext.config.root import SamplingConfig
 from vllm_mm_ext.errors import MediaError
@@ -79,13 +80,18 @@ def server_job(
     ours = (
         runtime.config.media.enabled
         and chosen in (None, vllm_compat.LOADER_NAME)
-        and kwargs.keys() <= VIDEO_KEYS
+        and (chosen is not None or kwargs.keys() <= VIDEO_KEYS)
         and url[:15].lower() != "data:video/jpeg"
     )
     if not ours:
         return None
     frontend = runtime.frontend
-    sampling = sampling_with(runtime.config.media.sampling, kwargs)
+    configured = runtime.config.media.sampling
+    if chosen is None:
+        sampling = sampling_with(configured, kwargs)
+    else:
+        with client_errors():
+            sampling = sampling_for(configured, read_video_kwargs(kwargs))
     plan = VideoPlan(
         spec_for(sampling, frontend.traits.frame_multiple),
         frontend.size_rule,
