@@ -10,7 +10,7 @@ from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
 from vllm_mm_ext.adapters.names.base_names import FAMILY_NAMES, STOCK_CHOICE_NAMES
 from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.names_check import IncompatibleError, VllmName
 from vllm_mm_ext.adapters.scheduler.routing import ROUTING_FEATURE
 from vllm_mm_ext.adapters.serving.serving_features import SERVING_FEATURES
 from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus
@@ -40,6 +40,32 @@ def _install_loader() -> None:
 
     vllm_compat.register_video_loader(MMExtVideoLoader)
     vllm_compat.before_engine_config(check_server_kwargs)
+
+
+def _probe_connector() -> None:
+    from vllm_mm_ext.adapters.media.request_budgets import check_budgets
+
+    check_budgets()
+    stock = vllm_compat.StockLoader("opencv", {"num_frames": 4})
+    indices = stock.indices(100, 25.0)
+    if len(indices) != 4 or stock.metadata(100, 25.0, indices)["frames_indices"] != indices:
+        raise IncompatibleError("vLLM's video loader does not say which frames it would read")
+
+
+def _probe_hashing() -> None:
+    import numpy as np
+    from vllm.multimodal.hasher import MultiModalHasher
+
+    from vllm_mm_ext.media.payload import Waveform
+
+    names = set()
+    for sample in (0, 1):
+        sound = Waveform(np.full(4, sample, np.float32), digest="same", rate=1)
+        names.add(MultiModalHasher.hash_kwargs("blake3", audio=sound))
+    if len(names) > 1:
+        raise IncompatibleError(
+            "vLLM's hasher reads the samples of a waveform whose digest is known"
+        )
 
 
 def _install_hashing() -> None:
@@ -147,6 +173,7 @@ FEATURES: tuple[Feature, ...] = (
             *STOCK_CHOICE_NAMES,
         ),
         _install_connector,
+        _probe_connector,
     ),
     Feature(
         "video loader",
@@ -162,8 +189,12 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "digest hashing",
         "vLLM hashes every sample of a waveform on every turn",
-        (VllmName("vllm.multimodal.hasher:MultiModalHasher.serialize_item", ("obj",)),),
+        (
+            VllmName("vllm.multimodal.hasher:MultiModalHasher.serialize_item", ("obj",)),
+            VllmName("vllm.multimodal.hasher:MultiModalHasher.hash_kwargs", ("algorithm",)),
+        ),
         _install_hashing,
+        _probe_hashing,
     ),
     Feature(
         "KV blocks",

@@ -12,7 +12,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import numpy as np
+
+from vllm_mm_ext.adapters.names.names_check import IncompatibleError
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
+from vllm_mm_ext.media.payload import Waveform
 
 
 def charge_request(connector: Any, url: str, result: VideoResult | AudioResult) -> None:
@@ -46,6 +50,28 @@ async def charge_request_async(connector: Any, url: str, result: VideoResult | A
     budgets = ("download_budget", "decoded_budget")
     if any(getattr(connector, budget, None) is not None for budget in budgets):
         await asyncio.to_thread(charge_request, connector, url, result)
+
+
+def check_budgets() -> None:
+    """Deliver a sound through a connector with budgets of its own, if this vLLM has them.
+
+    Raises:
+        IncompatibleError: They were not charged.
+    """
+    from vllm import connections
+    from vllm.multimodal import media
+
+    if not hasattr(media, "MediaDecodedBudget"):
+        return
+    connector = media.MEDIA_CONNECTOR_REGISTRY.load(
+        "mm_ext",
+        decoded_budget=media.MediaDecodedBudget(),
+        download_budget=connections.MediaRequestDownloadBudget(),
+    )
+    sound = Waveform(np.zeros(4, np.float32), digest="", rate=1)
+    charge_request(connector, "http://", AudioResult(sound, {}, False, encoded_bytes=3))
+    if (connector.decoded_budget.used, connector.download_budget.used) != (sound.nbytes, 3):
+        raise IncompatibleError("a request's media budgets do not add up what is charged")
 
 
 def _decoded_bytes(result: VideoResult | AudioResult) -> int:

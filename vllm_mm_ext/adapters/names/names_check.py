@@ -157,3 +157,34 @@ def problem(names: Iterable[VllmName]) -> str | None:
     except IncompatibleError as error:
         return str(error)
     return None
+
+
+def override_problem(cls: type) -> str | None:
+    """What vLLM passes to a method that ``cls`` overrides and that does not take it; None if nothing.
+
+    Lists of names say what vLLM has to have; this says what it has beyond them.
+
+    Args:
+        cls: A subclass of one of vLLM's classes.
+    """
+    for name, ours in vars(cls).items():
+        # vLLM asks a class method for the object, or lists name what a constructor is given.
+        if name == "__init__":
+            continue
+        base = next(
+            (b for b in cls.__mro__[1:] if b.__module__.startswith("vllm.") and name in vars(b)),
+            None,
+        )
+        if base is None or not callable(getattr(base, name)) or isinstance(ours, type):
+            continue
+        mine = inspect.signature(getattr(cls, name)).parameters
+        theirs = inspect.signature(getattr(base, name)).parameters
+        kinds = {parameter.kind for parameter in mine.values()}
+        for parameter in theirs.values():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            by_place = parameter.kind is not parameter.KEYWORD_ONLY
+            takes = parameter.name in mine or parameter.VAR_KEYWORD in kinds
+            if not takes and not (by_place and parameter.VAR_POSITIONAL in kinds):
+                return f"{base.__name__}.{name} takes {parameter.name} now"
+    return None
