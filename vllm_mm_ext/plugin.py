@@ -63,9 +63,7 @@ def _probe_hashing() -> None:
         sound = Waveform(np.full(4, sample, np.float32), digest="same", rate=1)
         names.add(MultiModalHasher.hash_kwargs("blake3", audio=sound))
     if len(names) > 1:
-        raise IncompatibleError(
-            "vLLM's hasher reads the samples of a waveform whose digest is known"
-        )
+        raise IncompatibleError("vLLM reads the samples of a waveform whose digest is known")
 
 
 def _install_hashing() -> None:

@@ -44,7 +44,8 @@ def test_a_block_is_refused_where_it_is_not_honoured(path: str) -> None:
     body = {
         "model": "m",
         "messages": MESSAGES,
-        "input_type": "image",
+        "texts": ["hi"],
+        "input_type": "query",
         "max_tokens": 1,
         "mm_ext": {"fps": "x"},
     }

@@ -160,7 +160,7 @@ def problem(names: Iterable[VllmName]) -> str | None:
 
 
 def override_problem(cls: type) -> str | None:
-    """What vLLM passes to a method that ``cls`` overrides and that does not take it; None if nothing.
+    """What vLLM may pass to a method that ``cls`` overrides and that does not take it, or None.
 
     Lists of names say what vLLM has to have; this says what it has beyond them.
 
