@@ -19,11 +19,13 @@ def main(model: str, clip: Path) -> None:
 
     warnings: list[str] = []
 
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
             warnings.append(record.getMessage())
+        return True
 
-    logging.getLogger("vllm.mm_ext").addHandler(Keep(logging.WARNING))
+    # A filter: vLLM takes handlers away when it sets up logging.
+    logging.getLogger("vllm.mm_ext").addFilter(keep)
     active = [status.name for status in register() if status.active]
     loaded = list(warnings)
     from vllm import LLM, SamplingParams
