@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -157,8 +158,11 @@ def test_a_feature_is_installed_whole_or_not_at_all(caplog: pytest.LogCaptureFix
             "test_only" in vars(EngineCore),
         )
 
+    def passing_on(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: original(*args, **kwargs)
+
     def install() -> None:
-        wrap(BaseRenderer, "render_chat", lambda original: original)
+        wrap(BaseRenderer, "render_chat", passing_on)
         replace_attribute(EngineCore, "test_only", 1)
         vllm_compat.override_models({"TestOnlyModel": "a:B", "Qwen2ForCausalLM": "a:B"})
         before_entry_changes(envs.environment_variables, "VLLM_PORT", "test")

@@ -219,12 +219,12 @@ def doctor(patches: bool = False) -> None:
         table.add_row(name, version)
     console.print(table)
 
-    version = vllm_compat.check_version()
+    outside = vllm_compat.check_version()
     findings = [
         Finding(
             "vLLM version",
-            version is None,
-            version or "",
+            outside is None,
+            outside or "",
             fatal=vllm_compat.vllm_version() is None,
         ),
         *check_imports(),
