@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters import vllm_compat
@@ -12,9 +12,10 @@ from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
 from vllm_mm_ext.adapters.names.base_names import ERROR_NAMES, FAMILY_NAMES, STOCK_CHOICE_NAMES
 from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
+from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.scheduler.routing import ROUTING_FEATURE
 from vllm_mm_ext.adapters.serving.serving_features import SERVING_FEATURES
-from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus, VllmName
+from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus
 
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
@@ -40,9 +41,19 @@ def _install_connector() -> None:
 
 
 def _install_loader() -> None:
-    from vllm_mm_ext.adapters.media.video_loader import MMExtVideoLoader
+    from vllm_mm_ext.adapters.media.video_loader import MMExtVideoLoader, check_server_kwargs
 
     vllm_compat.register_video_loader(MMExtVideoLoader)
+    vllm_compat.before_engine_config(check_server_kwargs)
+
+
+def _probe(name: str) -> Callable[[], None]:
+    def probe() -> None:
+        from vllm_mm_ext.adapters import probes
+
+        getattr(probes, name)()
+
+    return probe
 
 
 def _install_hashing() -> None:
@@ -116,7 +127,7 @@ _WITHOUT_FAMILY = {
 
 
 _REGISTER_MODEL = VllmName(
-    "vllm.model_executor.models:ModelRegistry.register_model", ("model_arch",)
+    "vllm.model_executor.models:ModelRegistry.register_model", ("model_arch", "model_cls")
 )
 
 
@@ -157,19 +168,20 @@ FEATURES: tuple[Feature, ...] = (
             VllmName("vllm.envs:environment_variables"),
             VllmName(
                 f"{_CONNECTOR}.__init__",
-                (
-                    "media_io_kwargs",
-                    "connection",
-                    "allowed_local_media_path",
-                    "allowed_media_domains",
-                ),
+                ("media_io_kwargs", "allowed_local_media_path", "allowed_media_domains"),
+                # Whatever else it is given may be a limit that has to hold. The budgets came
+                # with vLLM 0.33.
+                optional=("connection", "decoded_budget", "download_budget"),
             ),
             *(
                 VllmName(
-                    f"vllm.connections:HTTPConnection.{method}", ("url", "timeout", "max_bytes")
+                    f"vllm.connections:HTTPConnection.{method}",
+                    ("url", "timeout", "max_bytes"),
+                    passed_on=True,
                 )
                 for method in ("get_bytes", "async_get_bytes")
             ),
+            VllmName("vllm.multimodal.media.connector:_wrap_media_fetch_error", ("url", "exc")),
             VllmName(
                 f"{_CONNECTOR}.fetch_video_async", ("video_url", "image_mode", "video_processor")
             ),
@@ -183,6 +195,7 @@ FEATURES: tuple[Feature, ...] = (
             *ERROR_NAMES,
         ),
         _install_connector,
+        _probe("connector"),
     ),
     Feature(
         "video loader",
@@ -190,14 +203,20 @@ FEATURES: tuple[Feature, ...] = (
         (
             VllmName("vllm.multimodal.video:VIDEO_LOADER_REGISTRY.register", ("name",)),
             VllmName("vllm.multimodal.video:VideoLoader.load_bytes", ("data",)),
+            VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
+            VllmName("vllm.engine.arg_utils:EngineArgs", ("media_io_kwargs",)),
         ),
         _install_loader,
     ),
     Feature(
         "digest hashing",
         "vLLM hashes every sample of a waveform on every turn",
-        (VllmName("vllm.multimodal.hasher:MultiModalHasher.serialize_item", ("obj",)),),
+        (
+            VllmName("vllm.multimodal.hasher:MultiModalHasher.serialize_item", ("obj",)),
+            VllmName("vllm.multimodal.hasher:MultiModalHasher.hash_kwargs", ("algorithm",)),
+        ),
         _install_hashing,
+        _probe("hashing"),
     ),
     Feature(
         "KV blocks",

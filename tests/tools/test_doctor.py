@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import importlib.metadata as md
 
+import pytest
+from typer.testing import CliRunner
+from vllm.multimodal.media import MediaConnector
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+
+from vllm_mm_ext.adapters.media import request_budgets
 from vllm_mm_ext.adapters.names import encoder_cache_names as vllm_names_encoder_cache
+from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.scheduler import choice
-from vllm_mm_ext.adapters.vllm_compat import VllmName
-from vllm_mm_ext.tools.cli.doctor import check_engine_parts
+from vllm_mm_ext.tools.cli.doctor import check_bounds, check_engine_parts, check_features
+from vllm_mm_ext.tools.cli.main import app
 
 
 def test_the_engines_parts_fit_the_installed_vllm() -> None:
@@ -26,3 +33,67 @@ def test_a_part_that_vllm_changed_underneath_is_named_with_what_is_lost(
     assert set(off) == {"scheduler", "encoder cache, host tier"}
     assert all("gone" in detail for detail in off.values())
     assert "videos stall text" in off["scheduler"]
+
+
+def test_a_parameter_that_an_override_does_not_take_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def allocate(self: object, request: object, input_id: int, later: int = 0) -> None:
+        """As a later vLLM may have it."""
+
+    monkeypatch.setattr(EncoderCacheManager, "allocate", allocate)
+    off = {finding.name: finding.detail for finding in check_engine_parts() if not finding.ok}
+    assert off == {
+        "overrides of MMExtEncoderCacheManager": "EncoderCacheManager.allocate takes later now"
+    }
+
+
+def test_a_limit_that_the_plugin_does_not_know_turns_its_connector_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def init(
+        self: object,
+        media_io_kwargs: object = None,
+        connection: object = None,
+        *,
+        allowed_local_media_path: str = "",
+        allowed_media_domains: object = None,
+        pixel_budget: object = None,
+    ) -> None:
+        """As a later vLLM may have it."""
+
+    monkeypatch.setattr(MediaConnector, "__init__", init)
+    off, *others = [finding for finding in check_features() if not finding.ok]
+    assert others == []
+    assert off.name == "media connector"
+    assert "takes pixel_budget now, which the plugin does not know" in off.detail
+
+
+def test_budgets_that_are_not_charged_turn_the_connector_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    media = pytest.importorskip("vllm.multimodal.media")
+    if not hasattr(media, "MediaDecodedBudget"):
+        pytest.skip("this vLLM has no budgets for a request's media")
+    monkeypatch.setattr(request_budgets, "charge_request", lambda *_: None)
+    off, *others = [finding for finding in check_features() if not finding.ok]
+    assert others == []
+    assert off.name == "media connector"
+    assert "budgets" in off.detail
+
+
+def test_versions_outside_their_bounds_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_bounds() == []
+    known = md.version
+    monkeypatch.setattr(
+        md, "version", lambda name: "5.24.0" if name == "transformers" else known(name)
+    )
+    details = [finding.detail for finding in check_bounds()]
+    assert details
+    assert all("5.24.0 is outside" in detail for detail in details)
+
+
+def test_the_changes_to_vllm_can_be_listed() -> None:
+    done = CliRunner().invoke(app, ["doctor", "--patches"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    assert "BaseRenderer.render_chat_async" in done.stdout

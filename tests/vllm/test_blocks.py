@@ -82,6 +82,21 @@ def test_generated_text_that_looks_like_a_last_chunk_is_not_one(text: str) -> No
     assert passed([*chunks, DONE], 1)[:2] == chunks[:2]
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        'data: {"type":"message-end","id":"c","delta":{"finish_reason":"COMPLETE"}}\n\n',
+        'event: message_delta\ndata: {"delta":{"stop_reason":"end_turn"},"choices":[]}\n\n',
+        'event: done\ndata: {"finish_reason":"stop"}\n\n',
+    ],
+    ids=["Cohere", "Anthropic", "named"],
+)
+def test_events_of_other_apis_pass_unchanged(event: str) -> None:
+    for chunks in ([event], [event, event, DONE], [chunk(0, "a"), event, chunk(0, "", "length")]):
+        assert passed(chunks, 1)[: len(chunks) - 1] == chunks[:-1]
+    assert passed([event, DONE], 1) == [event, DONE]
+
+
 def test_a_stream_that_ends_in_an_error_is_untouched() -> None:
     error = 'data: {"error": {"message": "Internal server error", "code": 500}}\n\n'
     for chunks in ([error, DONE], [chunk(0, "a"), error, DONE]):

@@ -1,8 +1,11 @@
-"""When a private vLLM name changes, its feature falls back to stock with one warning; no other."""
+"""When vLLM changes underneath, a feature falls back to stock with one warning; no other does."""
 
-import inspect
+from __future__ import annotations
+
 import logging
 import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,23 +13,10 @@ import pytest
 from packaging.version import Version
 
 from vllm_mm_ext.adapters import vllm_compat
-from vllm_mm_ext.adapters.vllm_compat import Feature, IncompatibleError, VllmName, activate
+from vllm_mm_ext.adapters.names.names_check import IncompatibleError, VllmName
+from vllm_mm_ext.adapters.patches import before_entry_changes, ledger, replace_attribute, wrap
+from vllm_mm_ext.adapters.vllm_compat import Feature, activate
 from vllm_mm_ext.plugin import FEATURES, register
-
-NEEDS = [(feature, name) for feature in FEATURES for name in feature.needs]
-SIGNED = [(f, n) for f, n in NEEDS if n.params and n.params != ("self",)]
-
-
-def owner_of(name: VllmName) -> tuple[Any, str]:
-    module, _, path = name.path.partition(":")
-    *parents, last = path.split(".")
-    owner = VllmName(f"{module}:{'.'.join(parents)}").resolve() if parents else None
-    return (owner if parents else __import__(module, fromlist=["_"])), last
-
-
-def watched(feature: Feature) -> tuple[Feature, list[str]]:
-    installed: list[str] = []
-    return replace(feature, install=lambda: installed.append(feature.name)), installed
 
 
 def test_every_feature_is_active_on_the_supported_vllm() -> None:
@@ -38,71 +28,166 @@ def test_registering_twice_installs_once() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     register()
-    first = EngineArgs.create_engine_config
+    first, places = EngineArgs.create_engine_config, ledger()
     register()
     assert EngineArgs.create_engine_config is first
+    assert ledger() == places
+
+
+def test_what_is_changed_in_vllm_is_on_record() -> None:
+    register()
+    places = ledger()
+    assert set(places) == {feature.name for feature in FEATURES}
+    assert "vllm.renderers.base:BaseRenderer.render_chat_async" in places["planning"]
 
 
 @pytest.mark.parametrize(
-    ("feature", "name"), NEEDS, ids=[f"{f.name}-{n.path.split(':')[1]}" for f, n in NEEDS]
+    "path",
+    [
+        "vllm.gone:Thing",
+        "vllm.plugins:gone",
+        "vllm.renderers.base:BaseRenderer.gone",
+        "vllm.renderers.base:BaseRenderer.render_chat.gone",
+    ],
 )
+@pytest.mark.parametrize("by_source", [False, True])
 def test_a_missing_name_turns_off_its_feature_with_one_warning(
-    feature: Feature,
-    name: VllmName,
-    caplog: pytest.LogCaptureFixture,
+    path: str, by_source: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    patched = replace(name, path=f"{name.path}_renamed")
-    broken, installed = watched(
-        replace(feature, needs=tuple(patched if n is name else n for n in feature.needs))
+    installed: list[str] = []
+    broken = Feature(
+        "broken",
+        "this is lost",
+        (VllmName(path, by_source=by_source),),
+        lambda: installed.append("broken"),
+    )
+    other = Feature(
+        "other",
+        "nothing",
+        (VllmName("vllm.plugins:load_general_plugins"),),
+        lambda: installed.append("other"),
     )
     with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
-        (status,) = activate([broken])
-    assert not status.active
-    assert f"{name.path}_renamed" in status.reason
-    assert installed == []
-    assert len(caplog.records) == 1
-    assert feature.name in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("feature", "name"),
-    SIGNED,
-    ids=[f"{f.name}-{n.path.split(':')[1]}" for f, n in SIGNED],
-)
-def test_a_changed_signature_turns_off_its_feature_only(
-    feature: Feature, name: VllmName, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def changed(something_else: int) -> None:
-        """A vLLM that takes other parameters."""
-
-    owner, attribute = owner_of(name)
-    if name.by_source:
-        # As if the source had lost the parameter: ask for one it does not have.
-        asked = replace(name, params=("something_else",))
-        feature = replace(feature, needs=tuple(asked if n is name else n for n in feature.needs))
-    elif inspect.isclass(getattr(owner, attribute)):
-        monkeypatch.setattr(owner, attribute, type("Changed", (), {"__init__": changed}))
-    else:
-        monkeypatch.setattr(owner, attribute, changed)
-    broken, installed = watched(feature)
-    other, other_installed = watched(
-        Feature("other", "nothing", (VllmName("vllm.plugins:load_general_plugins"),), lambda: None)
-    )
-    first, second = activate([broken, other])
+        first, second = activate([broken, other])
     assert (first.active, second.active) == (False, True)
-    assert installed == []
-    assert other_installed == ["other"]
+    assert installed == ["other"]
+    assert "gone" in first.reason
+    assert len(caplog.records) == 1
+    assert "'broken' is off" in caplog.text
+    assert "this is lost" in caplog.text
 
 
-def test_a_feature_whose_installation_fails_does_not_stop_the_next() -> None:
-    def fail() -> None:
+# A module as a later vLLM may have it, with what a feature expects of each of its names.
+LATER = """
+class Later:
+    def fewer(self, a): ...
+    def any_other(self, **kwargs): ...
+    def needs_more(self, a, b, c): ...
+    def takes_more(self, a, b, c=None): ...
+    def by_name(self, a, b, *, c): ...
+    def by_name_with_default(self, a, b, *, c=None): ...
+    @classmethod
+    def of_class(cls, a, b, c): ...
+    @staticmethod
+    def of_none(a, b): ...
+"""
+
+
+@pytest.fixture(scope="module")
+def later(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("later")
+    (folder / "later_vllm.py").write_text(LATER)
+    sys.path.insert(0, str(folder))
+    yield "later_vllm:Later"
+    sys.path.remove(str(folder))
+    sys.modules.pop("later_vllm", None)
+
+
+@pytest.mark.parametrize("by_source", [False, True])
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("fewer", "no longer takes b"),
+        ("any_other", None),
+        ("needs_more", "needs c now"),
+        ("takes_more", None),
+        ("by_name", "needs c now"),
+        ("by_name_with_default", None),
+        ("of_class", "needs c now"),
+        ("of_none", None),
+    ],
+)
+def test_parameters_are_those_that_the_plugin_uses(
+    later: str, method: str, problem: str | None, by_source: bool
+) -> None:
+    name = VllmName(f"{later}.{method}", ("a", "b"), by_source=by_source)
+    if problem is None:
+        name.check()
+    else:
+        with pytest.raises(IncompatibleError, match=problem):
+            name.check()
+
+
+@pytest.mark.parametrize("by_source", [False, True])
+def test_what_is_passed_on_may_need_more(later: str, by_source: bool) -> None:
+    name = VllmName(f"{later}.needs_more", ("a",), by_source=by_source, passed_on=True)
+    name.check()
+    with pytest.raises(IncompatibleError, match="no longer takes d"):
+        replace(name, params=("d",)).check()
+
+
+@pytest.mark.parametrize("by_source", [False, True])
+def test_a_parameter_that_may_be_a_limit_has_to_be_known(later: str, by_source: bool) -> None:
+    name = VllmName(f"{later}.takes_more", ("a", "b"), by_source=by_source, optional=("c",))
+    name.check()
+    with pytest.raises(IncompatibleError, match="takes c now, which the plugin does not know"):
+        replace(name, optional=()).check()
+
+
+def test_a_feature_is_installed_whole_or_not_at_all(caplog: pytest.LogCaptureFixture) -> None:
+    from vllm import envs
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.engine.core import EngineCore
+
+    def seen() -> tuple[object, ...]:
+        return (
+            vars(BaseRenderer)["render_chat"],
+            dict(envs.environment_variables),
+            dict(ModelRegistry.models),
+            "test_only" in vars(EngineCore),
+        )
+
+    def passing_on(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: original(*args, **kwargs)
+
+    def install() -> None:
+        wrap(BaseRenderer, "render_chat", passing_on)
+        replace_attribute(EngineCore, "test_only", 1)
+        vllm_compat.override_models({"TestOnlyModel": "a:B", "Qwen2ForCausalLM": "a:B"})
+        before_entry_changes(envs.environment_variables, "VLLM_PORT", "test")
+        envs.environment_variables["VLLM_PORT"] = lambda: 1
         raise RuntimeError("no such luck")
 
-    first, second = activate(
-        [Feature("a", "loses a", (), fail), Feature("b", "loses b", (), lambda: None)]
+    before = seen()
+    halves = (
+        Feature("fails to install", "a", (), install),
+        Feature(
+            "fails its probe",
+            "b",
+            (),
+            lambda: replace_attribute(EngineCore, "test_only", 1),
+            probe=lambda: VllmName("vllm.gone:Thing").check(),
+        ),
     )
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        first, second, third = activate([*halves, Feature("c", "c", (), lambda: None)])
     assert (first.active, first.reason) == (False, "no such luck")
-    assert second.active
+    assert not second.active
+    assert third.active
+    assert len(caplog.records) == 2
+    assert seen() == before
+    assert not set(ledger()) & {feature.name for feature in halves}
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0"])
@@ -117,11 +202,6 @@ def test_versions_outside_the_range_are_named(
 def test_versions_inside_the_range_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_compat, "vllm_version", lambda: Version(version))
     assert vllm_compat.check_version() is None
-
-
-def test_a_missing_module_is_an_incompatibility_not_a_crash() -> None:
-    with pytest.raises(IncompatibleError, match="gone"):
-        VllmName("vllm.gone:Thing").check()
 
 
 def test_registering_leaves_the_environment_of_child_processes_alone() -> None:

@@ -29,8 +29,13 @@ def test_vllm_and_the_plugin_accept_the_config_file(
     # Offline, vLLM looks for the model's files while it parses; only the arguments matter here.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    # The module has moved between vLLM 0.32 and 0.33.
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser
+    except ModuleNotFoundError:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(["--config", str(path)])

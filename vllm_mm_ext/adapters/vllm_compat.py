@@ -7,21 +7,18 @@ left out with one warning, and vLLM behaves as without it.
 
 from __future__ import annotations
 
-import ast
-import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from pathlib import Path
 from typing import Any, TypeVar
 
 from packaging.version import Version
 
+from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.patches import all_or_none, before_entry_changes, replace_attribute, wrap
 from vllm_mm_ext.base.shared_state import service_name
 from vllm_mm_ext.config.root import MMExtConfig
 
@@ -35,99 +32,9 @@ LOADER_NAME = "mm_ext"
 CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
 _SETTINGS = "mm_ext_settings"
 _SERVICE = "mm_ext_service"
+_MODELS = "vllm.model_executor.models:ModelRegistry.models"
 
 T = TypeVar("T")
-
-
-class IncompatibleError(RuntimeError):
-    """A vLLM name a feature relies on is missing or takes other parameters."""
-
-
-@dataclass(frozen=True)
-class VllmName:
-    """One name inside vLLM that a feature relies on.
-
-    Attributes:
-        path: ``module:attribute.path``.
-        params: Parameters it must accept; empty to only require that it exists.
-        by_source: Read the signature from the source instead of importing the module: model
-            modules are heavy and only one is ever served.
-    """
-
-    path: str
-    params: tuple[str, ...] = ()
-    by_source: bool = False
-
-    def check(self) -> None:
-        """Look the name up and check its signature.
-
-        Raises:
-            IncompatibleError: The name is gone or lacks a parameter.
-        """
-        if self.by_source:
-            self._check_source()
-            return
-        target = self.resolve()
-        if not self.params:
-            return
-        signature = inspect.signature(target)
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        missing = [p for p in self.params if p not in signature.parameters and not takes_any]
-        if missing:
-            raise IncompatibleError(f"{self.path} no longer takes {', '.join(missing)}")
-
-    def _check_source(self) -> None:
-        module_name, _, attributes = self.path.partition(":")
-        spec = importlib.util.find_spec(module_name)
-        if spec is None or spec.origin is None:
-            raise IncompatibleError(f"{self.path} is not there: no module {module_name}")
-        found: Any = _parsed(spec.origin)
-        for part in attributes.split("."):
-            named = [node for node in found.body if part in _names_bound(node)]
-            if not named:
-                raise IncompatibleError(f"{self.path} is not there")
-            found = named[-1]
-        if isinstance(found, ast.FunctionDef):
-            takes = found.args
-            known = {a.arg for a in (*takes.posonlyargs, *takes.args, *takes.kwonlyargs)}
-            missing = sorted(set(self.params) - known)
-            if missing and takes.kwarg is None:
-                raise IncompatibleError(f"{self.path} no longer takes {', '.join(missing)}")
-
-    def resolve(self) -> Any:
-        """Import and return the object, or raise ``IncompatibleError``."""
-        module_name, _, attributes = self.path.partition(":")
-        try:
-            target: Any = importlib.import_module(module_name)
-            for attribute in attributes.split("."):
-                target = getattr(target, attribute)
-        except (ImportError, AttributeError) as error:
-            raise IncompatibleError(f"{self.path} is not there: {error}") from None
-        return target
-
-
-# One family's names are checked one after the other; a tree is large, so only that one is kept.
-@lru_cache(maxsize=1)
-def _parsed(source: str) -> ast.Module:
-    return ast.parse(Path(source).read_text())
-
-
-def _names_bound(statement: ast.stmt) -> list[str]:
-    if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
-        return [statement.name]
-    if isinstance(statement, ast.Assign):
-        return [target.id for target in statement.targets if isinstance(target, ast.Name)]
-    return []
-
-
-def problem(names: Iterable[VllmName]) -> str | None:
-    """Why something that relies on these names cannot work, or None if it can."""
-    try:
-        for name in names:
-            name.check()
-    except IncompatibleError as error:
-        return str(error)
-    return None
 
 
 @dataclass(frozen=True)
@@ -139,12 +46,15 @@ class Feature:
         what: What a user loses when it is off.
         needs: vLLM names that must be as expected.
         install: Puts it in place; idempotent.
+        probe: Makes vLLM use it once, without a model; raises if that does not do what it should.
+            For what names and parameters cannot tell.
     """
 
     name: str
     what: str
     needs: tuple[VllmName, ...]
     install: Callable[[], None]
+    probe: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,17 +88,20 @@ def check_version() -> str | None:
 
 
 def activate(features: Iterable[Feature]) -> list[FeatureStatus]:
-    """Install every feature whose vLLM names are as expected.
+    """Install every feature whose vLLM names are as expected and whose probe works.
 
-    A feature that cannot be installed is logged once as a warning and left out; the others and
-    vLLM itself go on.
+    A feature that cannot be installed is logged once as a warning and left out, with all that it
+    had changed; the others and vLLM itself go on.
     """
     statuses = []
     for feature in features:
         try:
             for name in feature.needs:
                 name.check()
-            feature.install()
+            with all_or_none(feature.name):
+                feature.install()
+                if feature.probe is not None:
+                    feature.probe()
         except Exception as error:
             reason = str(error) or type(error).__name__
             logger.warning(
@@ -204,19 +117,6 @@ def activate(features: Iterable[Feature]) -> list[FeatureStatus]:
 
 
 # --- wrappers around vLLM: each is idempotent and calls the original ------------------------------
-
-
-def wrap(
-    owner: type, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Replace ``owner.method`` by ``make(original)``, once for each place ``make`` comes from."""
-    original = getattr(owner, method)
-    done: frozenset[str] = getattr(original, "_mm_ext", frozenset())
-    if make.__qualname__ in done:
-        return
-    wrapper = wraps(original)(make(original))
-    wrapper._mm_ext = done | {make.__qualname__}  # type: ignore[attr-defined]
-    setattr(owner, method, wrapper)
 
 
 def around_engine_config(read: Callable[[object], T]) -> None:
@@ -237,6 +137,20 @@ def around_engine_config(read: Callable[[object], T]) -> None:
             service = service_name(parallel._api_process_count, parallel._api_process_rank)
             setattr(vllm_config.model_config, _SERVICE, service)
             return vllm_config
+
+        return create_engine_config
+
+    wrap(EngineArgs, "create_engine_config", make)
+
+
+def before_engine_config(check: Callable[[Mapping[str, Any]], None]) -> None:
+    """Call ``check`` with ``media_io_kwargs.video`` of a server before it starts; it may raise."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check((self.media_io_kwargs or {}).get("video") or {})
+            return original(self, *args, **kwargs)
 
         return create_engine_config
 
@@ -277,7 +191,7 @@ def hash_by_digest(is_digested: Callable[[object], str | None]) -> None:
     from vllm.multimodal.hasher import MultiModalHasher
 
     bound = MultiModalHasher.serialize_item
-    if getattr(bound, "_mm_ext", False):
+    if hasattr(bound, "_mm_ext"):
         return
 
     def serialize_item(cls: Any, obj: object) -> Any:  # noqa: ARG001 - classmethod protocol
@@ -285,7 +199,7 @@ def hash_by_digest(is_digested: Callable[[object], str | None]) -> None:
         return bound(f"mm_ext:{digest}" if digest is not None else obj)
 
     serialize_item._mm_ext = True  # type: ignore[attr-defined]
-    MultiModalHasher.serialize_item = classmethod(serialize_item)
+    replace_attribute(MultiModalHasher, "serialize_item", classmethod(serialize_item))
 
 
 def register_connector(cls: type) -> None:
@@ -297,15 +211,22 @@ def register_connector(cls: type) -> None:
     from vllm import envs
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
-    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR_NAME)(cls)
-    envs.environment_variables[CONNECTOR_ENV] = lambda: os.getenv(CONNECTOR_ENV, CONNECTOR_NAME)
+    _register(MEDIA_CONNECTOR_REGISTRY, "MEDIA_CONNECTOR_REGISTRY", CONNECTOR_NAME, cls)
+    variables = envs.environment_variables
+    before_entry_changes(variables, CONNECTOR_ENV, "vllm.envs:environment_variables")
+    variables[CONNECTOR_ENV] = lambda: os.getenv(CONNECTOR_ENV, CONNECTOR_NAME)
 
 
 def register_video_loader(cls: type) -> None:
     """Register the plugin's sampling as a vLLM video loader, selectable by name."""
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    VIDEO_LOADER_REGISTRY.register(LOADER_NAME)(cls)
+    _register(VIDEO_LOADER_REGISTRY, "VIDEO_LOADER_REGISTRY", LOADER_NAME, cls)
+
+
+def _register(registry: Any, called: str, name: str, cls: type) -> None:
+    before_entry_changes(registry.name2class, name, f"vllm.multimodal.media:{called}")
+    registry.register(name)(cls)
 
 
 def override_models(overrides: Mapping[str, str]) -> None:
@@ -313,6 +234,7 @@ def override_models(overrides: Mapping[str, str]) -> None:
     from vllm.model_executor.models import ModelRegistry
 
     for architecture, path in overrides.items():
+        before_entry_changes(ModelRegistry.models, architecture, _MODELS)
         ModelRegistry.register_model(architecture, path)
 
 

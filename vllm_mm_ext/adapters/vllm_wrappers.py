@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import importlib.util
 import logging
 import time
 from collections.abc import (
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 
 from vllm_mm_ext.adapters.error_answers import client_errors
-from vllm_mm_ext.adapters.vllm_compat import wrap
+from vllm_mm_ext.adapters.patches import wrap
 from vllm_mm_ext.base.tasks import all_or_none
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -55,7 +56,7 @@ def around_chat(
         begin: Called with the body's `mm_ext` (None without one) and the session id; may raise.
         answer: Called with the response object of a request that is not streamed.
         stream: Called with the chunks of a streamed answer and its number of choices; returns the
-            chunks to send.
+            chunks to send. Not called for routes that turn them into events of another API.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -68,13 +69,22 @@ def around_chat(
             result = await original(self, request, raw_request, *args, **kwargs)
             if isinstance(result, ChatCompletionResponse):
                 answer(result)
-            elif isinstance(result, AsyncGenerator):
-                return stream(result, request.n or 1)
             return result
 
         return create_chat_completion
 
+    def make_stream(original: Callable[..., Any]) -> Callable[..., Any]:
+        # Where OpenAI's chunks are made. What ``create_chat_completion`` returns is something else
+        # for the subclasses of other APIs (vLLM 0.33).
+        def chat_completion_stream_generator(
+            self: Any, request: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            return stream(original(self, request, *args, **kwargs), request.n or 1)
+
+        return chat_completion_stream_generator
+
     wrap(OpenAIServingChat, "create_chat_completion", make)
+    wrap(OpenAIServingChat, "chat_completion_stream_generator", make_stream)
 
 
 def around_responses(
@@ -133,18 +143,25 @@ async def _resumed(events: AsyncGenerator[Any, None], resume: Callable[[], None]
 def before_other_routes(begin: Callable[[Any, str], None]) -> None:
     """Call ``begin`` with the `mm_ext` of each request to routes without options.
 
-    It is given the route's path as well, and may raise.
+    It is given the route's path as well, and may raise. These are the routes that take media or
+    that clients of ``/v1/chat/completions`` use beside it.
     """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.entrypoints.scale_out.render.serving import ServingRender
     from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 
     def on_route(route: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-                begin(_block(request), route)
-                return await original(self, request, *args, **kwargs)
+            async def create(
+                self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
+            ) -> Any:
+                # Pooling has many routes; without an HTTP request (a batch) none has a path.
+                path = route or (raw_request.url.path if raw_request else "pooling")
+                begin(await _block_sent(request, raw_request), path)
+                return await original(self, request, raw_request, *args, **kwargs)
 
             return create
 
@@ -155,10 +172,27 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
     wrap(OpenAIServingChatBatch, batch, on_route("/v1/chat/completions/batch"))
     wrap(ServingRender, render, on_route("/v1/chat/completions/render"))
     wrap(ServingTokenization, "create_tokenize", on_route("/tokenize"))
+    wrap(PoolingBaseServing, "__call__", on_route(""))
+    wrap(AnthropicServingMessages, "create_messages", on_route("/v1/messages"))
+    wrap(AnthropicServingMessages, "count_tokens", on_route("/v1/messages/count_tokens"))
+    # vLLM has this route where Cohere's package is installed.
+    if importlib.util.find_spec("cohere") is not None:
+        from vllm.entrypoints.cohere.serving import CohereServingChatV2
+
+        wrap(CohereServingChatV2, "create_chat_v2", on_route("/cohere/v2/chat"))
 
 
 def _block(request: Any) -> Any:
     return (request.model_extra or {}).get("mm_ext")
+
+
+async def _block_sent(request: Any, raw_request: Any) -> Any:
+    """The block of a request, also where vLLM's class for it drops fields that it does not know."""
+    if request.model_extra is not None or raw_request is None:
+        return _block(request)
+    # Starlette keeps the body that FastAPI has parsed.
+    body = await raw_request.json()
+    return body.get("mm_ext") if isinstance(body, dict) else None
 
 
 def around_chat_rendering(

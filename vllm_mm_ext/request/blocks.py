@@ -44,7 +44,9 @@ def _may_be_last(chunk: str, choices: int, finished: set[int]) -> bool:
     # Quotes inside a JSON string are escaped, so these never match generated text.
     if '"finish_reason":"' not in chunk and '"choices":[]' not in chunk:
         return False
-    event = json.loads(chunk.removeprefix(_DATA))
+    # Events of other APIs have no choices (Cohere's a finish_reason, too), or begin with a name.
+    if not chunk.startswith(_DATA) or "choices" not in (event := json.loads(chunk[len(_DATA) :])):
+        return False
     finished.update(choice["index"] for choice in event["choices"] if choice.get("finish_reason"))
     return len(finished) == choices
 

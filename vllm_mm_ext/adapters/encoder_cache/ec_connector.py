@@ -24,7 +24,8 @@ from vllm_mm_ext.adapters.names.encoder_cache_names import (
     DEVICE_TIER_NAMES,
     HOST_TIER_NAMES,
 )
-from vllm_mm_ext.adapters.vllm_compat import logger, problem
+from vllm_mm_ext.adapters.names.names_check import problem
+from vllm_mm_ext.adapters.vllm_compat import logger
 from vllm_mm_ext.policies.encoder_cache.host_tier import HostPlan, HostTier
 
 if TYPE_CHECKING:

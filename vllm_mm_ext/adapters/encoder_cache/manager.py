@@ -12,7 +12,8 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecod
 
 from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost, output_bytes
 from vllm_mm_ext.adapters.names.encoder_cache_names import DEVICE_TIER_NAMES
-from vllm_mm_ext.adapters.vllm_compat import logger, problem
+from vllm_mm_ext.adapters.names.names_check import problem
+from vllm_mm_ext.adapters.vllm_compat import logger
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 from vllm_mm_ext.policies.encoder_cache.byte_cache import ByteCache
 

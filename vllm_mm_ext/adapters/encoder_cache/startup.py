@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters.names.encoder_cache_names import EMBEDS_NAMES
-from vllm_mm_ext.adapters.vllm_compat import Feature, wrap
+from vllm_mm_ext.adapters.patches import wrap
+from vllm_mm_ext.adapters.vllm_compat import Feature
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 
 if TYPE_CHECKING:

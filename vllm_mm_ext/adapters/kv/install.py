@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from vllm_mm_ext.adapters.vllm_compat import logger, wrap
+from vllm_mm_ext.adapters.patches import replace_attribute, wrap
+from vllm_mm_ext.adapters.vllm_compat import logger
 from vllm_mm_ext.config.kv_settings import KVSettings
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.policies.kv.control import KVControl
@@ -33,7 +34,7 @@ def install_control() -> None:
     def mm_ext_kv(self: Any, action: str, session_id: str) -> Any:
         return control.answer(control_of(self.scheduler), action, session_id)
 
-    setattr(EngineCore, control.UTILITY, mm_ext_kv)
+    replace_attribute(EngineCore, control.UTILITY, mm_ext_kv)
 
 
 def control_of(scheduler: Any) -> KVControl | None:

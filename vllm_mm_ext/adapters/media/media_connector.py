@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm import envs
-from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.base import MediaWithBytes
@@ -17,6 +16,8 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.media.downloads import StockDownloads
+from vllm_mm_ext.adapters.media.request_budgets import charge_request, charge_request_async
+from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_for
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.config.root import SamplingConfig
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
@@ -30,8 +31,6 @@ from vllm_mm_ext.request.media_items import AudioReport, MediaItem, VideoReport
 # `--media-io-kwargs '{"video": {...}}'` keys the front-end understands itself; with any other
 # key the operator means a stock loader, and gets it.
 VIDEO_KEYS = frozenset({"fps", "num_frames", "max_frames", "min_frames"})
-MAX_REQUEST_FPS = 60.0
-MAX_REQUEST_FRAMES = 4096
 # Models turn frame indices into seconds as index / fps. For a variable frame rate no single fps
 # is right, so indices are given in milliseconds.
 VFR_TICKS_PER_S = 1000.0
@@ -79,13 +78,14 @@ def server_plan(
     ours = (
         runtime.config.media.enabled
         and chosen in (None, vllm_compat.LOADER_NAME)
-        and kwargs.keys() <= VIDEO_KEYS
+        and (chosen is not None or kwargs.keys() <= VIDEO_KEYS)
         and url[:15].lower() != "data:video/jpeg"
     )
     if not ours:
         return None
     frontend = runtime.frontend
-    sampling = sampling_with(runtime.config.media.sampling, kwargs)
+    with client_errors():
+        sampling = sampling_for(runtime.config.media.sampling, read_video_kwargs(kwargs))
     plan = VideoPlan(
         spec_for(sampling, frontend.traits.frame_multiple),
         frontend.size_rule,
@@ -125,6 +125,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return super().fetch_video(video_url, **kwargs)
         with client_errors(), _in_use(item):
             used = runtime.run_blocking(self._video(runtime, item, item.plan))
+        charge_request(self, video_url, used)
         return _deliver_video(used, item, item.plan, context)
 
     async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
@@ -147,6 +148,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return await super().fetch_video_async(video_url, **kwargs)
         with client_errors(), _in_use(item):
             used = await runtime.run(self._video(runtime, item, item.plan))
+        await charge_request_async(self, video_url, used)
         return _deliver_video(used, item, item.plan, context)
 
     def fetch_audio(self, audio_url: str) -> Any:
@@ -157,6 +159,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         item = context.claim("audio", audio_url)
         with client_errors():
             used = runtime.run_blocking(self._audio(runtime, item))
+        charge_request(self, audio_url, used)
         return _deliver_audio(used, item, context)
 
     async def fetch_audio_async(self, audio_url: str) -> Any:
@@ -174,6 +177,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         item = context.claim("audio", audio_url)
         with client_errors():
             used = await runtime.run(self._audio(runtime, item))
+        await charge_request_async(self, audio_url, used)
         return _deliver_audio(used, item, context)
 
     # --- what was asked ---------------------------------------------------------------------------
@@ -274,45 +278,6 @@ def _note_times(
 ) -> None:
     context.trace.add_stages({"fetch": used.fetch_s, stage: used.fetch_s + used.use_s})
     context.trace.add_work(used.result.stages)
-
-
-def sampling_with(config: SamplingConfig, kwargs: Mapping[str, Any]) -> SamplingConfig:
-    """Apply ``media_io_kwargs.video`` (server-wide, or per request where vLLM allows it).
-
-    Raises:
-        VLLMValidationError: A value is out of bounds; the message names key, value and bounds.
-    """
-    if not kwargs:
-        return config
-    for key, value in kwargs.items():
-        rate = key == "fps"
-        high = MAX_REQUEST_FPS if rate else MAX_REQUEST_FRAMES
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        unlimited = key in ("fps", "num_frames") and number and value == -1
-        # The comparison also refuses what is no number (NaN).
-        valid = number and (0 < value <= high if rate else value % 1 == 0 and 1 <= value <= high)
-        if not (valid or unlimited):
-            bounds = (
-                f"a number above 0 and at most {high}"
-                if rate
-                else (f"a whole number from 1 to {high}")
-            )
-            raise VLLMValidationError(
-                f"media_io_kwargs.video.{key} must be {bounds}, got {value!r}",
-                parameter=key,
-                value=value,
-            )
-    values: dict[str, Any] = {}
-    if kwargs.get("fps", -1) > 0:
-        values["fps"] = float(kwargs["fps"])
-    if kwargs.get("num_frames", -1) > 0:
-        values["max_frames"] = int(kwargs["num_frames"])
-    for key in ("max_frames", "min_frames"):
-        if key in kwargs:
-            values[key] = int(kwargs[key])
-    low_frames = values.get("min_frames", config.min_frames)
-    values["min_frames"] = min(low_frames, values.get("max_frames", config.max_frames))
-    return config.model_copy(update=values)
 
 
 def spec_for(sampling: SamplingConfig, frame_multiple: int) -> SamplingSpec:

@@ -6,13 +6,22 @@ hands encoded bytes to vLLM directly.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from vllm import envs
 from vllm.multimodal.video import VideoLoader
 
+from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
-from vllm_mm_ext.adapters.media.media_connector import metadata_of, sampling_with, spec_for
+from vllm_mm_ext.adapters.media.media_connector import VIDEO_KEYS, metadata_of, spec_for
+from vllm_mm_ext.adapters.media.video_kwargs import (
+    CODEC_KEYS,
+    VideoOptionError,
+    read_video_kwargs,
+    sampling_for,
+)
 from vllm_mm_ext.adapters.runtime import current_runtime
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
@@ -32,17 +41,17 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
 
         Args:
             data: The encoded file.
-            **kwargs: ``fps``, ``num_frames``, ``min_frames``, ``max_frames`` override the
-                configured sampling; ``num_frames`` is the ceiling.
+            **kwargs: ``media_io_kwargs.video``, see ``VideoKwargs``.
 
         Returns:
             Frames uint8 ``[n, height, width, 3]`` and vLLM's video metadata.
 
         Raises:
-            VLLMError: The bytes cannot be served as video.
+            VLLMError: The bytes cannot be served as video, or a key is unknown or out of bounds.
         """
         runtime = current_runtime()
-        sampling = sampling_with(runtime.config.media.sampling, kwargs)
+        with client_errors():
+            sampling = sampling_for(runtime.config.media.sampling, read_video_kwargs(kwargs))
         spec = spec_for(sampling, runtime.frontend.traits.frame_multiple)
         plan = VideoPlan(spec, runtime.frontend.size_rule, reduction=runtime.default_reduction)
         with client_errors():
@@ -50,6 +59,36 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
             result = runtime.run_blocking(runtime.frontend.video(ref, plan))
         digest = result.frames.digest or ""
         return result.frames, metadata_of(result.info, result.selection, digest)
+
+
+def check_server_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Check ``media_io_kwargs.video`` of a server where this loader is in charge of it.
+
+    Raises:
+        ValueError: A key is unknown or out of bounds; the message names it.
+    """
+    own = {key: value for key, value in kwargs.items() if key != "video_backend"}
+    chosen = kwargs.get("video_backend")
+    if (chosen or envs.VLLM_VIDEO_LOADER_BACKEND) != vllm_compat.LOADER_NAME:
+        others = sorted(own.keys() - VIDEO_KEYS)
+        if others and chosen is None:
+            vllm_compat.logger.warning(
+                "mm_ext: vLLM's own loader reads all videos, since media_io_kwargs.video has %s, "
+                "which only vLLM's loaders know",
+                ", ".join(others),
+            )
+        return
+    try:
+        read_video_kwargs(own)
+    except VideoOptionError as error:
+        raise ValueError(error.message) from None
+    unused = sorted(own.keys() & CODEC_KEYS)
+    if unused:
+        vllm_compat.logger.warning(
+            "mm_ext: %s in media_io_kwargs.video has no effect: the plugin decodes by itself, see "
+            "additional_config.mm_ext.media.decode",
+            ", ".join(unused),
+        )
 
 
 async def _already_read() -> Blob:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.names.per_frame_names import PER_FRAME_NAMES
-from vllm_mm_ext.adapters.vllm_compat import VllmName
 
 _MODELS = "vllm.model_executor.models"
 _QWEN3_VL = f"{_MODELS}.qwen3_vl"
@@ -72,7 +72,10 @@ _SOUND_TRACK_NAMES = (
     VllmName(f"{_PROCESSOR}._validate_mm_kwargs", ("mm_kwargs", "mm_item_counts")),
     VllmName(f"{_PROCESSOR}._validate_mm_updates", ("mm_updates", "mm_item_counts")),
     VllmName(f"{_PROCESSOR}._validate_mm_placeholders", ("mm_placeholders", "mm_item_counts")),
-    VllmName("vllm.multimodal.processing.processor:PlaceholderFeaturesInfo", ("is_embed",)),
+    VllmName(
+        "vllm.multimodal.processing.processor:PlaceholderFeaturesInfo",
+        ("modality", "item_idx", "start_idx", "tokens", "is_embed"),
+    ),
     VllmName("vllm.multimodal.utils:get_mm_embedding_modalities"),
     VllmName("vllm.multimodal.utils:set_mm_embedding_modality"),
     VllmName("vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
@@ -87,7 +90,13 @@ def _sizes(info: str) -> tuple[VllmName, ...]:
 
 def _methods(module: str, class_name: str, *methods: str) -> tuple[VllmName, ...]:
     return tuple(
-        VllmName(f"{_MODELS}.{module}:{class_name}.{method}", _OVERRIDDEN[method], by_source=True)
+        VllmName(
+            f"{_MODELS}.{module}:{class_name}.{method}",
+            _OVERRIDDEN[method],
+            by_source=True,
+            # The families give the first two other names; they are passed by place.
+            passed_on=method == "_postprocess_hf_mm_data",
+        )
         for method in methods
     )
 
@@ -169,7 +178,15 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
         *_definitions("qwen3_vl_moe", "Qwen3VLMoeProcessingInfo"),
         VllmName(
             f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor.get_video_repl",
-            ("tokens_per_frame", "timestamps", "tokenizer", "select_token_id"),
+            (
+                "tokens_per_frame",
+                "timestamps",
+                "tokenizer",
+                "vision_start_token_id",
+                "vision_end_token_id",
+                "video_token_id",
+                "select_token_id",
+            ),
             by_source=True,
         ),
         VllmName(

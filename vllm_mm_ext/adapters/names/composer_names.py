@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_mm_ext.adapters.names.base_names import SEGMENT_NAMES
-from vllm_mm_ext.adapters.vllm_compat import VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
 
 _MODELS = "vllm.model_executor.models"
 _PROCESSING = "vllm.multimodal.processing"
@@ -12,7 +12,9 @@ _ATTENTION = "vllm.model_executor.layers.attention.mm_encoder_attention:MMEncode
 COMPOSER_NAMES = (
     *SEGMENT_NAMES,
     VllmName(f"{_PROCESSING}:PromptUpdateDetails.select_token_ids", ("seq", "embed_token_ids")),
-    VllmName(f"{_PROCESSING}:BaseProcessingInfo.get_mm_max_tokens_per_item", ("seq_len",)),
+    VllmName(
+        f"{_PROCESSING}:BaseProcessingInfo.get_mm_max_tokens_per_item", ("seq_len", "mm_counts")
+    ),
     VllmName(
         f"{_PROCESSING}:BaseDummyInputsBuilder.get_dummy_mm_data",
         ("seq_len", "mm_counts", "mm_options"),

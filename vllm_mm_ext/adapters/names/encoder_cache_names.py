@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_mm_ext.adapters.vllm_compat import VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
 
 _MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
 _CONNECTORS = "vllm.distributed.ec_transfer.ec_connector"

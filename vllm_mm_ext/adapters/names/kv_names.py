@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_mm_ext.adapters.vllm_compat import VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
 
 _CORE = "vllm.v1.core"
 _POOL = f"{_CORE}.block_pool:BlockPool"
@@ -13,6 +13,7 @@ POOL_NAMES: tuple[VllmName, ...] = (
     VllmName(
         f"{_CORE}.sched.scheduler:Scheduler.__init__",
         ("vllm_config", "kv_cache_config", "structured_output_manager"),
+        passed_on=True,
     ),
     VllmName(f"{_CORE}.kv_cache_coordinator:BlockPool"),
     VllmName(f"{_POOL}.__init__", ("num_gpu_blocks", "enable_caching", "hash_block_size")),
@@ -40,8 +41,11 @@ POOL_NAMES: tuple[VllmName, ...] = (
     VllmName(
         "vllm.v1.request:Request.__init__",
         ("mm_features", "session_id", "cache_salt", "block_hasher"),
+        passed_on=True,
     ),
-    VllmName("vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "identifier")),
+    VllmName(
+        "vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "identifier"), passed_on=True
+    ),
 )
 
 CONTROL_NAMES: tuple[VllmName, ...] = (

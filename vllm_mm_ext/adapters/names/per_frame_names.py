@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm_mm_ext.adapters.vllm_compat import VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
 
 _MODELS = "vllm.model_executor.models"
 _LLAVA = f"{_MODELS}.llava_onevision:LlavaOnevision"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_mm_ext.adapters.vllm_compat import VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _ENCODER = (
@@ -15,7 +15,11 @@ _ENCODER = (
 _MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
 
 SCHEDULER_NAMES = (
-    VllmName(_SCHEDULER, ("vllm_config", "kv_cache_config", "structured_output_manager")),
+    VllmName(
+        _SCHEDULER,
+        ("vllm_config", "kv_cache_config", "structured_output_manager"),
+        passed_on=True,
+    ),
     VllmName(f"{_SCHEDULER}.add_request", ("request",)),
     VllmName(f"{_SCHEDULER}.schedule", ("throttle_prefills",)),
     VllmName(f"{_SCHEDULER}.shutdown"),
@@ -38,7 +42,9 @@ SCHEDULER_NAMES = (
     VllmName(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled", ("request",)
     ),
-    VllmName("vllm.v1.core.sched.output:SchedulerOutput", ("free_encoder_mm_hashes",)),
+    VllmName(
+        "vllm.v1.core.sched.output:SchedulerOutput", ("free_encoder_mm_hashes",), passed_on=True
+    ),
     VllmName("vllm.v1.request:Request.get_num_encoder_embeds", ("input_id",)),
     VllmName("vllm.v1.request:Request.has_encoder_inputs"),
     VllmName("vllm.v1.request:Request.num_tokens"),

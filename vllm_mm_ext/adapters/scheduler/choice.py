@@ -6,7 +6,7 @@ import inspect
 import logging
 from typing import Any
 
-from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.names.names_check import problem
 from vllm_mm_ext.adapters.names.scheduler_names import (
     QUEUE_METHODS,
     REQUEST_ATTRIBUTES,
@@ -36,7 +36,7 @@ def scheduler_class() -> Any:
 
 def scheduler_problem() -> str | None:
     """What of vLLM is not as the plugin's scheduler needs it; None if all is."""
-    return vllm_compat.problem(SCHEDULER_NAMES) or _changed_attributes()
+    return problem(SCHEDULER_NAMES) or _changed_attributes()
 
 
 def _changed_attributes() -> str | None:

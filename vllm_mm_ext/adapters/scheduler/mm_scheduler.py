@@ -21,6 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.adapters.scheduler.admission import Admission, Scarce
+from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.adapters.scheduler.queue import ArrangedQueue
 from vllm_mm_ext.adapters.scheduler.turn_reader import TurnReader, free_slots
 from vllm_mm_ext.adapters.scheduler.turns import (
@@ -40,7 +41,6 @@ from vllm_mm_ext.policies.scheduler.encoder_plan import (
     first_served,
     plan,
 )
-from vllm_mm_ext.policies.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.policies.scheduler.step_budget import (
     NOTHING,
     Demand,

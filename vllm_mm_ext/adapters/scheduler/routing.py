@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_mm_ext.adapters.vllm_compat import Feature, VllmName, wrap
+from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.patches import wrap
+from vllm_mm_ext.adapters.vllm_compat import Feature
 from vllm_mm_ext.policies.scheduler.affinity import rank_for
 
 _CLIENT = "vllm.v1.engine.core_client:DPLBAsyncMPClient"
@@ -47,6 +49,7 @@ ROUTING_FEATURE = Feature(
         VllmName(
             "vllm.v1.engine:EngineCoreRequest",
             ("mm_features", "data_parallel_rank", "pooling_params"),
+            passed_on=True,
         ),
     ),
     route_by_content,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from vllm_mm_ext.adapters.vllm_compat import Feature, VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.vllm_compat import Feature
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
 _OPENAI = "vllm.entrypoints.openai"
 _CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
 _RESPONSES = f"{_OPENAI}.responses.serving:OpenAIServingResponses"
+_MESSAGES = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
 _ROUTE = ("request", "raw_request")
 _RENDER = ("conversations", "chat_params", "tok_params")
 
@@ -65,12 +67,15 @@ SERVING_FEATURES: tuple[Feature, ...] = (
         "an mm_ext block in a request is ignored, and answers have none",
         (
             VllmName(f"{_CHAT}.create_chat_completion", _ROUTE),
+            VllmName(f"{_CHAT}.chat_completion_stream_generator", ("request",), passed_on=True),
             VllmName(f"{_CHAT}._get_session_id", _ROUTE),
             VllmName(f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponse"),
             VllmName(f"{_RESPONSES}.create_responses", _ROUTE),
             VllmName(f"{_RESPONSES}._get_session_id", _ROUTE),
-            VllmName(f"{_RESPONSES}.responses_stream_generator", ("request", "context")),
-            VllmName(f"{_RESPONSES}.responses_full_generator", ("request", "context")),
+            *(
+                VllmName(f"{_RESPONSES}.{method}", ("request", "context"), passed_on=True)
+                for method in ("responses_stream_generator", "responses_full_generator")
+            ),
             VllmName(f"{_OPENAI}.responses.protocol:ResponsesResponse"),
             VllmName(
                 f"{_OPENAI}.completion.serving:OpenAIServingCompletion.create_completion", _ROUTE
@@ -88,6 +93,9 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
                 _ROUTE,
             ),
+            VllmName("vllm.entrypoints.pooling.base.serving:PoolingBaseServing.__call__", _ROUTE),
+            VllmName(f"{_MESSAGES}.create_messages", _ROUTE),
+            VllmName(f"{_MESSAGES}.count_tokens", _ROUTE),
         ),
         _install_options,
     ),
@@ -117,13 +125,19 @@ SERVING_FEATURES: tuple[Feature, ...] = (
         (
             VllmName(f"{_RENDERER}.__init__", ("config", "tokenizer")),
             VllmName(
-                f"{_RENDERER}._process_multimodal", ("prompt", "mm_data", "mm_processor_kwargs")
+                f"{_RENDERER}._process_multimodal",
+                ("prompt", "mm_data", "mm_processor_kwargs"),
+                passed_on=True,
             ),
             VllmName(
                 "vllm.multimodal.processing:BaseMultiModalProcessor._get_cache_missing_items",
                 ("cache", "mm_data_items", "mm_hashes"),
             ),
-            VllmName("vllm.v1.engine.async_llm:AsyncLLM.generate", ("prompt", "sampling_params")),
+            VllmName(
+                "vllm.v1.engine.async_llm:AsyncLLM.generate",
+                ("prompt", "sampling_params"),
+                passed_on=True,
+            ),
         ),
         _install_cache_reports,
     ),

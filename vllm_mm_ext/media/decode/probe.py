@@ -58,16 +58,37 @@ def probe(path: str, limits: DecodeLimits) -> MediaInfo:
 
 
 def video_stream(container: InputContainer) -> AvVideoStream | None:
-    """First stream that is moving pictures (cover art and thumbnails are not), or None."""
-    for stream in container.streams.video:
-        if not stream.disposition & _NOT_VIDEO and stream.codec_context is not None:
-            return stream
-    return None
+    """The stream of moving pictures that a player shows, or None.
+
+    Cover art and thumbnails are none. One that is marked as the default goes first, then the
+    largest picture, then the order of the file, as with ffmpeg.
+    """
+    moving = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & _NOT_VIDEO and stream.codec_context is not None
+    ]
+    return max(moving, key=_shown_first, default=None)
+
+
+def _shown_first(stream: AvVideoStream) -> tuple[bool, int]:
+    picture = stream.codec_context
+    return bool(stream.disposition & Disposition.default), picture.width * picture.height
 
 
 def audio_streams(container: InputContainer) -> list[AvAudioStream]:
-    """Audio streams that this FFmpeg has a decoder for, in file order."""
-    return [stream for stream in container.streams.audio if stream.codec_context is not None]
+    """Audio streams that this FFmpeg has a decoder for, the one that a player plays first.
+
+    That is one marked as the default, then one of more channels, then the order of the file.
+    """
+    streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
+    return sorted(
+        streams,
+        key=lambda stream: (
+            not stream.disposition & Disposition.default,
+            -stream.codec_context.channels,
+        ),
+    )
 
 
 def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaInfo | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def measure(case: Case, clip: Path, repeats: int, threads: int = 0) -> list[Row]
     """
     indices = _uniform(clip)
     sides: dict[str, Callable[[], object]] = {
-        "stock": lambda: _stock(clip, indices),
+        "stock": lambda: _stock(clip),
         "pyav": lambda: _plugin("pyav", clip, indices, threads),
         "decord": lambda: _plugin("decord", clip, indices, threads),
     }
@@ -133,12 +133,12 @@ def _uniform(clip: Path) -> npt.NDArray[np.int64]:
     return np.linspace(0, len(table) - 1, NUM_FRAMES).astype(np.int64)
 
 
-def _stock(clip: Path, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
-    from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin as Stock
+def _stock(clip: Path) -> None:
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    capture = Stock.open_video_capture(clip.read_bytes())
-    source = Stock.get_video_metadata(capture)
-    frames, _ = Stock.read_frames(capture, [int(i) for i in indices], source.total_frames_num)
+    # vLLM's loader chooses the frames of ``_uniform`` too.
+    loader = VIDEO_LOADER_REGISTRY.load("opencv")
+    frames, _ = loader.load_bytes(clip.read_bytes(), num_frames=NUM_FRAMES)
     if not len(frames):
         raise ValueError("OpenCV cannot decode the clip")
 

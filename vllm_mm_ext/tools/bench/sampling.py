@@ -147,11 +147,10 @@ def _outcome(item: Case, truth: ClipTruth, repeats: int) -> Outcome:
 
 
 def _stock(path: Path) -> None:
-    from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin as Stock
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    capture = Stock.open_video_capture(path.read_bytes())
-    total = Stock.get_video_metadata(capture).total_frames_num
-    Stock.read_frames(capture, np.linspace(0, total - 1, FRAMES, dtype=int).tolist(), total)
+    # Its frames are spread evenly, as those of ``uniform``.
+    VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(path.read_bytes(), num_frames=FRAMES)
 
 
 def _sample(path: Path, policy: str) -> DecodeResult:

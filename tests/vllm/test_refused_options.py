@@ -1,0 +1,54 @@
+"""A request's `mm_ext` on a route that does not honour it is a 400, never passed by in silence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.pooling.embed.protocol import CohereEmbedRequest, EmbeddingChatRequest
+from vllm.entrypoints.pooling.pooling.protocol import PoolingChatRequest
+from vllm.exceptions import VLLMValidationError
+
+from vllm_mm_ext.plugin import register
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+ROUTES = {
+    "/v1/embeddings": (PoolingBaseServing, "__call__", EmbeddingChatRequest),
+    "/pooling": (PoolingBaseServing, "__call__", PoolingChatRequest),
+    # vLLM's classes for these drop fields that they do not know.
+    "/v2/embed": (PoolingBaseServing, "__call__", CohereEmbedRequest),
+    "/v1/messages": (AnthropicServingMessages, "create_messages", AnthropicMessagesRequest),
+}
+
+
+def received(path: str, body: dict[str, Any]) -> Request:
+    """The request as FastAPI hands it on."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    return Request({**scope, "server": ("localhost", 80), "scheme": "http"}, receive)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_block_is_refused_where_it_is_not_honoured(path: str) -> None:
+    register()
+    serving, method, protocol = ROUTES[path]
+    body = {
+        "model": "m",
+        "messages": MESSAGES,
+        "texts": ["hi"],
+        "input_type": "query",
+        "max_tokens": 1,
+        "mm_ext": {"fps": "x"},
+    }
+    request = protocol.model_validate(body)
+    with pytest.raises(VLLMValidationError, match=f"{path} takes no mm_ext"):
+        asyncio.run(getattr(serving, method)(object(), request, received(path, body)))

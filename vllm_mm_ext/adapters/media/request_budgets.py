@@ -1,0 +1,92 @@
+"""vLLM's bounds on the media of one request, charged with what the plugin delivers (vLLM 0.33).
+
+vLLM gives the connectors of a request two budgets: the bytes that it downloads (256 MB unless
+``VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB`` says otherwise) and the bytes of what is decoded
+(``VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES``). Planning looks at media through a connector without
+budgets, and caches save downloads, so both are charged when media are delivered: whether a request
+is refused depends on the request alone. vLLM 0.32 has no such budgets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from vllm_mm_ext.adapters.names.names_check import IncompatibleError
+from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.fetcher import MediaRef
+from vllm_mm_ext.media.fetch.source import Fetched
+from vllm_mm_ext.media.frontend import AudioResult, VideoResult
+from vllm_mm_ext.media.payload import Waveform
+from vllm_mm_ext.media.use_media import MediaUse
+
+Delivered = MediaUse[VideoResult] | MediaUse[AudioResult]
+
+
+def charge_request(connector: Any, url: str, used: Delivered) -> None:
+    """Charge the budgets of a connector's request. May wait for other threads' decoding.
+
+    Args:
+        connector: The ``MediaConnector`` that delivers.
+        url: Of the media, as the request spells it.
+        used: What is delivered, and the media that it was made of.
+
+    Raises:
+        VLLMUnprocessableEntityError: The request downloads too much (a 422, as with stock vLLM).
+        ValueError: The request's decoded media take too much memory (a 400, as with stock vLLM).
+    """
+    downloads = getattr(connector, "download_budget", None)
+    if downloads is not None and url[:4].lower() == "http":
+        from vllm.connections import MediaRequestDownloadSizeExceededError
+        from vllm.multimodal.media.connector import _wrap_media_fetch_error
+
+        try:
+            downloads.charge(used.content.size)
+        except MediaRequestDownloadSizeExceededError as error:
+            raise _wrap_media_fetch_error(url, error) from error
+    decoded = getattr(connector, "decoded_budget", None)
+    if decoded is not None:
+        decoded.charge(_decoded_bytes(used.result))
+
+
+async def charge_request_async(connector: Any, url: str, used: Delivered) -> None:
+    """``charge_request`` for an event loop, which must not wait."""
+    budgets = ("download_budget", "decoded_budget")
+    if any(getattr(connector, budget, None) is not None for budget in budgets):
+        await asyncio.to_thread(charge_request, connector, url, used)
+
+
+def check_budgets() -> None:
+    """Deliver a sound through a connector with budgets of its own, if this vLLM has them.
+
+    Raises:
+        IncompatibleError: They were not charged.
+    """
+    from vllm import connections
+    from vllm.multimodal import media
+
+    if not hasattr(media, "MediaDecodedBudget"):
+        return
+    connector = media.MEDIA_CONNECTOR_REGISTRY.load(
+        "mm_ext",
+        decoded_budget=media.MediaDecodedBudget(),
+        download_budget=connections.MediaRequestDownloadBudget(),
+    )
+    sound = Waveform(np.zeros(4, np.float32), digest="", rate=1)
+    content = MediaRef(Fetched("", 3, None), _unread)
+    charge_request(connector, "http://", MediaUse(content, AudioResult(sound, {}, False), 0, 0))
+    if (connector.decoded_budget.used, connector.download_budget.used) != (sound.nbytes, 3):
+        raise IncompatibleError("a request's media budgets do not add up what is charged")
+
+
+async def _unread() -> Blob:
+    raise AssertionError("nothing reads the media of a check")
+
+
+def _decoded_bytes(result: VideoResult | AudioResult) -> int:
+    if isinstance(result, AudioResult):
+        return int(result.waveform.nbytes)
+    sound = result.frames.audio
+    return int(result.frames.nbytes) + (0 if sound is None else int(sound.nbytes))
