@@ -21,6 +21,7 @@ def install() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     wrap(Scheduler, "__init__", _with_pool)
+    wrap(Scheduler, "_preempt_request", _without_uncomputed_blocks)
     wrap(KVCacheManager, "allocate_slots", _noting_hits)
 
 
@@ -136,3 +137,26 @@ def _noting_hits(original: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return allocate_slots
+
+
+def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Take blocks that were cached, and will not be computed, out of the prefix cache.
+
+    vLLM caches a request's blocks when it schedules their tokens. A priority scheduler may preempt
+    the request later in the same pass. vLLM then leaves the blocks in the prefix cache, although
+    no model run will fill them.
+    """
+
+    def preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        # A pass adds the tokens that it schedules to these only at its end.
+        computed = request.num_computed_tokens
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            uncomputed = {
+                block.block_id
+                for block in manager.req_to_blocks.get(request.request_id, ())
+                if (block.block_hash_num_tokens or 0) > computed
+            }
+            manager.block_pool.evict_blocks(uncomputed)
+        return original(self, request, *args, **kwargs)
+
+    return preempt_request
