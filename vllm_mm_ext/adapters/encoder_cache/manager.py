@@ -112,10 +112,10 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
     @property
     def num_freeable_slots(self) -> int:
         """Embeddings that can be allocated now, by evicting or as an item that passes through."""
-        room = (self._cache.capacity - self._cache.busy) // self._sizes.largest
+        slots = (self._cache.capacity - self._cache.busy) // self._sizes.largest
         if self._cache.passing is None and self._largest_item > self.cache_size:
-            room = max(room, self._largest_item)
-        return max(room, 0)
+            slots = max(slots, self._largest_item)
+        return max(slots, 0)
 
     def reset(self) -> None:
         """Forget everything, in the host tier, too: the model's weights have changed."""
@@ -245,7 +245,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             self._host.used(key)
 
     def _evict(self, size: int) -> None:
-        self._forget(self._cache.make_room(size))
+        self._forget(self._cache.evict_to_fit(size))
 
     def _forget(self, keys: list[str]) -> None:
         for key in keys:

@@ -63,7 +63,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         self.sessions = sessions
         self.registry = Registry()
         self.retention = Retention(sessions)
-        self.free_block_queue = KeepingQueue(self.blocks, self._make_room)
+        self.free_block_queue = KeepingQueue(self.blocks, self._refill)
         # The new list holds all blocks again; the first is the null block, as before.
         assert self.free_block_queue.popleft() is self.null_block
         self._tagger = Tagger(
@@ -222,7 +222,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
                 return
             self._release(item)
 
-    def _make_room(self, num_blocks: int) -> None:
+    def _refill(self, num_blocks: int) -> None:
         queue = self.free_block_queue
         self.reprotect(self.sessions.expire())
         while queue.listed < num_blocks and (item := self.retention.victim()) is not None:

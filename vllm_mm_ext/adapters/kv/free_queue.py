@@ -18,7 +18,7 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
 
     Args:
         blocks: All blocks of the pool, all free.
-        make_room: Called with a number of blocks when the list holds fewer; it must then hold
+        refill: Called with a number of blocks when the list holds fewer; it must then hold
             that many, if as many are free.
 
     Attributes:
@@ -27,9 +27,9 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
         kept: Free blocks outside the list: those with holders.
     """
 
-    def __init__(self, blocks: list[KVCacheBlock], make_room: Callable[[int], None]) -> None:
+    def __init__(self, blocks: list[KVCacheBlock], refill: Callable[[int], None]) -> None:
         super().__init__(blocks)
-        self._make_room = make_room
+        self._refill = refill
         self.holders: list[CachedItem | int | None] = [None] * len(blocks)
         self.kept = 0
 
@@ -49,7 +49,7 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
             n: How many; at most as many as are free.
         """
         if n > self.num_free_blocks - self.kept:
-            self._make_room(n)
+            self._refill(n)
         taken: list[KVCacheBlock] = super().popleft_n(n)
         return taken
 

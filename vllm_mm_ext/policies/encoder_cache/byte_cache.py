@@ -65,7 +65,7 @@ class ByteCache:
         """Whether so many bytes fit once everything not in use is evicted."""
         return self._busy + size <= self.capacity
 
-    def make_room(self, size: int) -> list[str]:
+    def evict_to_fit(self, size: int) -> list[str]:
         """Evict until so many bytes are free, or nothing is left to evict; returns what went."""
         gone: list[str] = []
         while self._held + size > self.capacity and self._held > self._busy:
@@ -77,7 +77,7 @@ class ByteCache:
         return gone
 
     def add(self, key: str, size: int, cost: float, user: str, *, overdraw: bool = False) -> None:
-        """Cache an item for a user. ``make_room`` comes first.
+        """Cache an item for a user. ``evict_to_fit`` comes first.
 
         Args:
             key: Names the item.
@@ -133,7 +133,7 @@ class ByteCache:
             return [key]
         self._busy -= entry.size
         # What was overdrawn is returned as soon as it can be.
-        return self.make_room(0)
+        return self.evict_to_fit(0)
 
     def drop(self, key: str) -> None:
         """Forget an item, in use or not, as if it had not been there."""

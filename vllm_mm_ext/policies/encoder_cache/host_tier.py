@@ -110,7 +110,7 @@ class HostTier:
             # A request may have been preempted in the pass that scheduled it, and not another one.
             users = [request for request, i in save.needed if i in scheduled.get(request, ())]
             if users and self._cache.fits(save.size):
-                drops += self._cache.make_room(save.size)
+                drops += self._cache.evict_to_fit(save.size)
                 self._cache.add(key, save.size, save.cost, users[0])
                 saves.append(key)
         for key in (*now.loads, *saves):

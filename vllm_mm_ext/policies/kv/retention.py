@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterable
 
 from vllm_mm_ext.policies.eviction.cost_aware import CostAware
+from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
 from vllm_mm_ext.policies.kv.item_registry import CachedItem
 from vllm_mm_ext.policies.kv.sessions import Protection, Sessions
-from vllm_mm_ext.policies.kv.worst import Worst
 
 
 class Retention:
@@ -39,8 +39,8 @@ class Retention:
         if item.renewed:
             item.renewed = False
             self._scores.admit(item.key, item.size, item.cost)
-        self._turn += 1
-        self._idle[item.number] = self._turn
+        self._settled += 1
+        self._idle[item.number] = self._settled
         self.reconsider(item)
 
     def busy(self, item: CachedItem) -> None:
@@ -75,10 +75,10 @@ class Retention:
         self._scores: CostAware[bytes] = CostAware()
         # Idle items by number, and when they became idle.
         self._idle: dict[int, int] = {}
-        self._turn = 0
+        self._settled = 0
         # Those of them that nothing kept follows, in the order they may go.
         self._candidates = {
-            protection: Worst(self._rank, self._random) for protection in Protection
+            protection: SampledWorst(self._rank, self._random) for protection in Protection
         }
         self._protection: dict[int, Protection] = {}
 
