@@ -35,17 +35,3 @@ def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indice
         spread: Indices = first[(2 * np.arange(quota) + 1) * len(first) // (2 * quota)]
         return spread
     return np.sort(np.argsort(-flat, kind="stable")[:quota]).astype(np.int64)
-
-
-def kept_per_grid(kept: Indices, grid: tuple[int, int, int]) -> Indices:
-    """Cells that stay in each pooled and merged grid.
-
-    Args:
-        kept: Flat indices into ``grid``.
-        grid: Grids, height and width after pooling and merging.
-
-    Returns:
-        int64 ``[grids]``.
-    """
-    grids, height, width = grid
-    return np.bincount(kept // (height * width), minlength=grids).astype(np.int64)

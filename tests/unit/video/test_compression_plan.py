@@ -14,7 +14,7 @@ from vllm_mm_ext.adapters.models.mrope import vision_positions
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.video.positions import reduced_positions
 from vllm_mm_ext.video.scores import block_sums, static_scores
-from vllm_mm_ext.video.select import kept_cells, kept_per_grid
+from vllm_mm_ext.video.select import kept_cells
 
 Frames = npt.NDArray[np.uint8]
 
@@ -152,12 +152,6 @@ def test_kept_cells_are_as_many_as_counted_sorted_and_the_highest(
     for cell in dropped:
         better = (flat[kept] > flat[cell]) | ((flat[kept] == flat[cell]) & (kept < cell))
         assert better.all()
-    per_grid = kept_per_grid(kept, shape)
-    assert per_grid.shape == (shape[0],)
-    assert per_grid.sum() == len(kept)
-    for at, count in enumerate(per_grid):
-        size = shape[1] * shape[2]
-        assert count == ((kept >= at * size) & (kept < (at + 1) * size)).sum()
 
 
 def test_every_place_keeps_its_first_cell_before_any_later_cell_is_kept() -> None:
