@@ -1,4 +1,4 @@
-"""How the block pool gets into vLLM: while a scheduler is built, and where it admits requests."""
+"""Puts the plugin's block pool into vLLM, and tells the pool what vLLM's scheduler does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 def install() -> None:
-    """Let schedulers built from now on have the plugin's block pool. Idempotent."""
+    """Give the plugin's block pool to every scheduler that is built from now on. Idempotent."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -38,7 +38,7 @@ def install_control() -> None:
 
 
 def control_of(scheduler: Any) -> KVControl | None:
-    """The control of a vLLM scheduler's block pool; None if that is not the plugin's."""
+    """The control of a scheduler's block pool; None if the pool is not the plugin's."""
     from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
 
     pool = scheduler.kv_cache_manager.block_pool
@@ -85,18 +85,18 @@ def pools_of(factory: Callable[..., Any]) -> Iterator[None]:
 def pool_factory(
     settings: KVSettings, kv_cache_config: Any, hidden_size: int, audio_token: int | None = None
 ) -> Callable[..., Any]:
-    """What builds a block pool with these settings.
+    """A factory of block pools with these settings.
 
     Args:
         settings: The section ``kv``.
         kv_cache_config: vLLM's ``KVCacheConfig``.
-        hidden_size: Of the language model.
-        audio_token: What stands for sound inside a video item, if the model has that.
+        hidden_size: Hidden size of the language model.
+        audio_token: The token that stands for sound inside a video item, if the model has one.
     """
     from vllm_mm_ext.adapters.kv.block_pool import Limits, MMExtBlockPool
     from vllm_mm_ext.policies.kv.sessions import Sessions
 
-    # All tensors are views of one allocation, whose size each of them tells.
+    # All tensors are views of one allocation, and each tensor tells the size of that allocation.
     total = max((tensor.size for tensor in kv_cache_config.kv_cache_tensors), default=0)
     # One block is vLLM's null block.
     blocks = kv_cache_config.num_blocks - 1

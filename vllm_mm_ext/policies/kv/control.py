@@ -1,4 +1,4 @@
-"""Keeping and dropping a conversation's media on request: the engine's side and the API's."""
+"""Keeps and drops a conversation's media on request: the engine's side and the API server's."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class _Pool(Protocol):
 
 
 class KVControl:
-    """What can be asked of one engine's block pool, between its steps.
+    """Controls the block pool of one engine, between the engine's steps.
 
     Args:
-        pool: The pool.
+        pool: The block pool.
     """
 
     def __init__(self, pool: _Pool) -> None:
@@ -39,25 +39,25 @@ class KVControl:
     def pin(self, session_id: str) -> int:
         """Give up a session's media, those cached now and later, after all others.
 
-        They stay within the quota, and a request that needs their memory still gets it.
+        The media count towards the quota, and a request that needs their memory still gets it.
 
         Args:
-            session_id: As in vLLM's requests; it may have had none yet.
+            session_id: As in vLLM's requests; the session may have had no request yet.
 
         Returns:
-            Number of mm items that are kept for it now.
+            Number of mm items that the pool keeps for the session now.
         """
         return self._changed(self._pool.sessions.pin(session_id))
 
     def unpin(self, session_id: str) -> int:
-        """End a pin; the session's TTL starts now. Returns the number of its items."""
+        """End a pin; the session's TTL starts now. Returns the number of the session's items."""
         return self._changed(self._pool.sessions.unpin(session_id))
 
     def release(self, session_id: str) -> int:
-        """End a session: what no other one needs is kept no longer.
+        """End a session; the pool stops keeping items that no other session uses.
 
         Returns:
-            Number of its items.
+            Number of the session's items.
         """
         items = self._pool.sessions.release(session_id)
         self._pool.reprotect(items)
@@ -65,7 +65,7 @@ class KVControl:
         return len(items)
 
     def media(self) -> list[CachedMedia]:
-        """What is cached, latest use first."""
+        """The media that are cached, latest use first."""
         return self._pool.media()
 
     def _changed(self, items: set[int]) -> int:
@@ -84,7 +84,7 @@ class KVClient:
         self._core = engine_client.engine_core
 
     async def pin(self, session_id: str) -> None:
-        """As ``KVControl.pin``, on all engines: the session's requests may go to any."""
+        """As ``KVControl.pin``, on all engines: requests of the session may go to any engine."""
         await self._call("pin", session_id)
 
     async def unpin(self, session_id: str) -> None:
@@ -96,7 +96,7 @@ class KVClient:
         await self._call("release", session_id)
 
     async def media(self) -> list[dict[str, Any]]:
-        """As ``KVControl.media``, as plain values; with several engines, of the first one.
+        """As ``KVControl.media``, as plain values. Of several engines the first one answers.
 
         Raises:
             RuntimeError: The engine runs without the plugin's block pool.
