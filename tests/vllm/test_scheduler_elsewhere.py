@@ -16,6 +16,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
+from vllm_mm_ext.scheduler.start_warnings import start_warnings
+
 VIDEO = [512] * 6
 
 
@@ -163,7 +166,7 @@ def test_what_another_node_has_encoded_pays_for_nothing_else(
 
 
 class Prefetching(ECConnectorBase):  # type: ignore[misc]
-    """The scheduler's side of a connector that fetches encoder outputs when it is asked for them."""
+    """The scheduler's side of a connector that fetches encoder outputs when asked for them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -241,3 +244,22 @@ def test_kv_that_a_connector_has_looked_up_is_used_in_the_next_step(steps: int) 
         assert "video" not in play.step().num_scheduled_tokens
     connector.found = 32 + sum(VIDEO)
     assert "video" in play.step().num_scheduled_tokens
+
+
+def every_fourth_step(config: Any) -> None:
+    config.scheduler_config.prefill_schedule_interval = 4
+
+
+def test_prompts_that_vllm_holds_back_are_not_taken_for_refused() -> None:
+    """vLLM 0.33 begins prefill in every so many steps, 0.32 does not on an engine by itself."""
+    play = Play(make_scheduler(change=every_fourth_step, encoder_tokens=8192))
+    acts = hasattr(play.scheduler, CADENCE_ATTRIBUTES[0])
+    warned = start_warnings(play.scheduler, play.scheduler._settings, limits_prefill=True)
+    assert any("--prefill-schedule-interval" in warning for warning in warned) == acts
+    play.add(request("decodes", answer=200))
+    play.step()
+    play.add(*[request(f"video{number}", items=[512] * 2, answer=4) for number in range(3)])
+    for _ in range(40):
+        play.step()
+        assert not play.scheduler._admission._refusals
+    assert all(play.timings[f"video{number}"].ended is not None for number in range(3))

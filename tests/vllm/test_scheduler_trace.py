@@ -73,13 +73,13 @@ class Watch:
         kept = [one for one in scheduler.waiting if self._is_kept(one, now)]
         output = self.play.step()
         for new in output.scheduled_new_reqs:
-            number = self._came[new.req_id].number
+            number = self._came[new.req_id].order
             self.passed += [
                 (new.req_id, one.request_id)
                 for one in kept
                 # A request that waits for nothing but the encoder loses nothing to text.
                 if (not one.mm_features or new.mm_features)
-                and self._came[one.request_id].number < number
+                and self._came[one.request_id].order < number
                 and one in scheduler.waiting
             ]
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_mm_ext.config.kv_settings import KVSettings
@@ -87,6 +87,8 @@ def test_attention_makes_later_tokens_dearer() -> None:
 
 
 @given(st.data())
+# No deadline: the machine may be busy.
+@settings(deadline=None)
 def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
     now = [0.0]
     sessions = Sessions(10.0, lambda: now[0])
