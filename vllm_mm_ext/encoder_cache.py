@@ -1,6 +1,6 @@
 """Encoder outputs kept between requests: on the device, and in host memory.
 
-The names vLLM is given on its command line are looked up here; they import vLLM when first used.
+vLLM's command line names classes of this package. They import vLLM when they are first used.
 """
 
 from __future__ import annotations

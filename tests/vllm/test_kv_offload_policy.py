@@ -7,8 +7,12 @@ import random
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, make_offload_key
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
 
+from vllm_mm_ext.adapters.kv import offload_policy
 from vllm_mm_ext.adapters.kv.offload_policy import CostAwarePolicy
+from vllm_mm_ext.adapters.names.kv_names import OFFLOAD_NAMES
+from vllm_mm_ext.adapters.vllm_compat import VllmName
 
 CHUNK = 256
 
@@ -119,7 +123,7 @@ def test_random_operations_keep_the_manager_and_the_policy_in_step(seed: int) ->
         idle = {key for key, chunk in chunks.items() if chunk.ref_cnt == 0}
         assert idle == {key for key in chunks if key in policy._evictable}
         assert len(policy._evictable) == len(idle) == host._num_evictable_cache_chunks
-        assert chunks.keys() == policy._turns.keys()
+        assert chunks.keys() == policy._last_uses.keys()
         policy._evictable.check_integrity()
         policy._scores.check_integrity()
 
@@ -133,3 +137,33 @@ def test_an_eviction_that_cannot_be_satisfied_changes_nothing() -> None:
     evicted = host._policy.evict(1, set(keys[:3]))
     assert evicted is not None
     assert [key for key, _ in evicted] == keys[3:]
+
+
+@pytest.mark.parametrize("with_context", [False, True], ids=["vLLM 0.32", "vLLM 0.33"])
+def test_chunks_are_taken_in_as_each_version_of_vllm_gives_them(with_context: bool) -> None:
+    policy = CostAwarePolicy(4)
+    (key,) = keys_of("a", 1)
+    chunk = ChunkStatus(0)
+    if with_context:
+        policy.insert(key, chunk, context("a", [key]))
+    else:
+        policy.insert(key, chunk)
+    assert policy.get(key) is chunk
+
+
+@pytest.mark.parametrize("gone", ["CachePolicy.no_longer_there", "CachePolicy.insert"])
+def test_a_changed_interface_is_named_at_start_up(
+    gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = VllmName(f"{CachePolicy.__module__}:{gone}", ("something_else",))
+    monkeypatch.setattr(offload_policy, "OFFLOAD_NAMES", (*OFFLOAD_NAMES, changed))
+    with pytest.raises(RuntimeError, match=f"does not fit this vLLM.*{gone}"):
+        manager(4)
+
+
+def test_what_vllm_wants_beyond_the_policy_is_named_at_start_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = frozenset({*CachePolicy.__abstractmethods__, "brand_new"})
+    monkeypatch.setattr(CachePolicy, "__abstractmethods__", wanted)
+    assert "brand_new" in (offload_policy.offload_problem() or "")

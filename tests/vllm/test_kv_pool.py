@@ -11,9 +11,9 @@ from vllm.v1.core.block_pool import BlockPool
 
 from vllm_mm_ext.adapters.kv import install as adapter
 from vllm_mm_ext.config.kv_settings import KVSettings
-from vllm_mm_ext.policies.eviction.traces import FAMILIES
 from vllm_mm_ext.policies.kv.control import KVControl
 from vllm_mm_ext.policies.kv.sessions import session_key
+from vllm_mm_ext.tools.bench.traces import FAMILIES
 
 ALL = KVSettings(max_visual_cache_share=1, pressure_limit=1, min_items=0)
 PROMPT = Text(0, 8)

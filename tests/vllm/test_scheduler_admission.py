@@ -26,11 +26,11 @@ def adapted(adapter: int, name: str, **kwargs: object) -> Request:
 
 
 @pytest.mark.parametrize("video", [18, 30])
-def test_a_promoted_video_without_blocks_does_not_stop_one_that_holds_them(video: int) -> None:
+def test_an_aged_video_without_blocks_does_not_stop_one_that_holds_them(video: int) -> None:
     play = Play(make_scheduler(blocks=BLOCKS))
     coming = [
         (0.0, request("text", text=7600, answer=1640)),
-        (0.5, request("promoted", items=[512] * video, answer=4)),
+        (0.5, request("aged", items=[512] * video, answer=4)),
         (15.2, request("started", items=[512] * 13, answer=4)),
     ]
     play.play(coming, until=30)

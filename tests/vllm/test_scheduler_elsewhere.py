@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 from scheduler_harness import Play, make_scheduler, request
 from vllm.config import ECTransferConfig, KVTransferConfig
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
 )
 from vllm.v1.request import Request, RequestStatus
+
+from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
+from vllm_mm_ext.adapters.scheduler.start_warnings import start_warnings
 
 VIDEO = [512] * 6
 
@@ -159,3 +163,103 @@ def test_what_another_node_has_encoded_pays_for_nothing_else(
     assert found == [index for index in range(6) if index not in elsewhere]
     # An item is saved for in six steps.
     assert len(play.steps) >= 5 * len(found)
+
+
+class Prefetching(ECConnectorBase):  # type: ignore[misc]
+    """The scheduler's side of a connector that fetches encoder outputs when asked for them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.asked: set[str] = set()
+        self.arrived: set[str] = set()
+
+    def has_cache_item(self, identifier: str) -> bool:
+        return identifier in self.arrived
+
+    def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
+        needed = {
+            feature.identifier
+            for feature in request.mm_features
+            if feature.mm_position.offset + feature.mm_position.length > num_computed_tokens
+        }
+        self.asked |= needed
+        return needed <= self.arrived
+
+    def update_state_after_alloc(self, _request: Request, _index: int) -> None:
+        """Nothing to keep."""
+
+    def build_connector_meta(self, _output: Any) -> ECConnectorMetadata:
+        return ECConnectorMetadata()
+
+    def start_load_caches(self, encoder_cache: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def save_caches(self, encoder_cache: Any, mm_hash: str, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_encoder_outputs_that_a_connector_prefetched_are_used_in_the_next_step(steps: int) -> None:
+    transfer = ECTransferConfig(
+        ec_connector="Prefetching", ec_connector_module_path=__name__, ec_role="ec_consumer"
+    )
+    play = Play(make_scheduler(ec_transfer=transfer, encoder_tokens=8192))
+    play.add(request("decodes", answer=200))
+    play.step()
+    play.add(request("video", items=VIDEO, answer=4))
+    connector = play.scheduler.ec_connector
+    while not connector.asked:
+        play.step()
+    for _ in range(steps):
+        assert "video" not in play.step().num_scheduled_tokens
+    connector.arrived |= connector.asked
+    assert "video" in play.step().num_scheduled_tokens
+    assert not encoded(play)
+
+
+class LookingUp(Prefilled):
+    """A connector that needs some time to tell how much it has."""
+
+    found: int | None = None
+
+    def get_num_new_matched_tokens(
+        self, _request: Request, computed: int
+    ) -> tuple[int | None, bool]:
+        return (None if self.found is None else max(0, self.found - computed)), False
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_kv_that_a_connector_has_looked_up_is_used_in_the_next_step(steps: int) -> None:
+    transfer = KVTransferConfig(
+        kv_connector="LookingUp", kv_connector_module_path=__name__, kv_role="kv_consumer"
+    )
+    play = Play(make_scheduler(kv_transfer=transfer, encoder_tokens=8192))
+    connector = play.scheduler.connector
+    connector.found = 0
+    play.add(request("decodes", answer=200))
+    play.step()
+    connector.found = None
+    play.add(request("video", items=VIDEO, answer=4))
+    for _ in range(steps):
+        assert "video" not in play.step().num_scheduled_tokens
+    connector.found = 32 + sum(VIDEO)
+    assert "video" in play.step().num_scheduled_tokens
+
+
+def every_fourth_step(config: Any) -> None:
+    config.scheduler_config.prefill_schedule_interval = 4
+
+
+def test_prompts_that_vllm_holds_back_are_not_taken_for_refused() -> None:
+    """vLLM 0.33 begins prefill in every so many steps, 0.32 does not on an engine by itself."""
+    play = Play(make_scheduler(change=every_fourth_step, encoder_tokens=8192))
+    acts = hasattr(play.scheduler, CADENCE_ATTRIBUTES[0])
+    warned = start_warnings(play.scheduler, play.scheduler._settings, limits_prefill=True)
+    assert any("--prefill-schedule-interval" in warning for warning in warned) == acts
+    play.add(request("decodes", answer=200))
+    play.step()
+    play.add(*[request(f"video{number}", items=[512] * 2, answer=4) for number in range(3)])
+    for _ in range(40):
+        play.step()
+        assert not play.scheduler._admission._refusals
+    assert all(play.timings[f"video{number}"].ended is not None for number in range(3))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scheduler_harness import Play, make_scheduler, request
 
 from vllm_mm_ext.adapters.names.scheduler_names import QUEUE_METHODS
-from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AROUND, LOOKED_AT, ArrangedQueue, Standing
+from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AROUND, LOOKED_AT, ArrangedQueue, SortKeys
 from vllm_mm_ext.policies.scheduler.backlog import Backlog
 from vllm_mm_ext.policies.scheduler.ranking import Ranking
 from vllm_mm_ext.testing.checkpoints import checkpoint
@@ -54,11 +54,11 @@ def test_the_backlog_is_the_sum_of_what_is_needed(changes: list[tuple[str, int]]
 
 def numbered(ranks: dict[int, int] | None = None) -> ArrangedQueue:
     """A queue of numbers, in the order of coming; ranks are as given, or the number."""
-    return ArrangedQueue(lambda one: standing(one, (ranks or {}).get(one, one)))
+    return ArrangedQueue(lambda one: sort_keys(one, (ranks or {}).get(one, one)))
 
 
-def standing(number: int, rank: int) -> Standing:
-    return Standing((1, 0, rank, 0, number), number)
+def sort_keys(number: int, rank: int) -> SortKeys:
+    return SortKeys((1, 0, rank, 0, number), number)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -92,7 +92,7 @@ def step(queue: ArrangedQueue, inside: set[int], outside: list[int], rng: random
     looked = queue.candidates()
     assert len(looked) == len(set(looked)) <= MOST_LOOKED_AT
     for one in looked:
-        queue.looked_at(one, standing(one, rng.randint(0, 3)))
+        queue.looked_at(one, sort_keys(one, rng.randint(0, 3)))
     shown = looked[:: rng.randint(1, 3)]
     with queue.showing(shown):
         assert list(queue) == shown
@@ -126,7 +126,7 @@ def test_of_a_long_queue_the_best_and_the_first_to_come_are_looked_at_and_all_in
         assert set(range(many - LOOKED_AT, many)) <= set(looked)
         assert len(looked) <= MOST_LOOKED_AT
         for one in looked:
-            queue.looked_at(one, standing(one, many - one))
+            queue.looked_at(one, sort_keys(one, many - one))
         seen.update(looked)
     assert len(seen) == many
 
@@ -135,7 +135,7 @@ def test_who_turns_out_to_be_better_comes_to_the_front() -> None:
     queue = numbered()
     for one in range(1000):
         queue.add_request(one)
-    queue.looked_at(700, standing(700, -1))
+    queue.looked_at(700, sort_keys(700, -1))
     assert queue.candidates()[0] == 700
     assert queue.peek_request() == 700
 

@@ -494,3 +494,33 @@ def test_steps_are_filled_beside_few_decodes_though_many_decoded_before() -> Non
     beside = play.durations[before:]
     assert len(beside) > 30
     assert 0.93 * target_s < statistics.fmean(beside[:12]) < 1.05 * target_s
+
+
+@pytest.mark.parametrize("aged", [False, True])
+def test_equal_priorities_are_served_by_the_time_of_arrival(aged: bool) -> None:
+    """Not by the order in which the engine got to know of the requests."""
+    settings = {"aging_s": 0.01 if aged else 1000.0}
+    play = Play(make_scheduler(slots=1, policy="priority", settings=settings))
+    play.add(request("first", answer=8))
+    play.step()
+    for place, name in enumerate(("late", "early", "middle")):
+        one = request(name, answer=2)
+        one.arrival_time = 1000.0 + (2, 0, 1)[place]
+        play.add(one)
+    play.run()
+    served = sorted(play.timings, key=lambda name: play.timings[name].tokens[0])
+    assert served == ["first", "early", "middle", "late"]
+
+
+def test_without_priorities_requests_are_served_in_the_order_of_their_coming() -> None:
+    play = Play(make_scheduler(slots=1))
+    for place, name in enumerate(("one", "two", "three")):
+        one = request(name, answer=2)
+        one.arrival_time = 1000.0 - place
+        play.add(one)
+    play.run()
+    assert sorted(play.timings, key=lambda name: play.timings[name].tokens[0]) == [
+        "one",
+        "two",
+        "three",
+    ]

@@ -12,7 +12,7 @@ from scheduler_harness import Costs, Play, make_scheduler, request
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_mm_ext.adapters.scheduler.turn_reader import Arrival
-from vllm_mm_ext.policies.scheduler.order import promotion_s
+from vllm_mm_ext.policies.scheduler.order import aged_after_s
 
 MINUTES = 10
 AGING_S = 30.0
@@ -57,9 +57,9 @@ def flood(seed: int = 0) -> Iterator[tuple[float, Request]]:
 class Watch:
     """Looks in each step who is let in past a request that no later one may pass."""
 
-    def __init__(self, play: Play, promotion_s: float) -> None:
+    def __init__(self, play: Play, aged_after_s: float) -> None:
         self.play = play
-        self.promotion_s = promotion_s
+        self.aged_after_s = aged_after_s
         self.passed: list[tuple[str, str]] = []
         # The scheduler forgets who ended, perhaps in the step that let it in.
         self._came: dict[str, Arrival] = {}
@@ -73,19 +73,19 @@ class Watch:
         kept = [one for one in scheduler.waiting if self._is_kept(one, now)]
         output = self.play.step()
         for new in output.scheduled_new_reqs:
-            number = self._came[new.req_id].number
+            number = self._came[new.req_id].order
             self.passed += [
                 (new.req_id, one.request_id)
                 for one in kept
                 # A request that waits for nothing but the encoder loses nothing to text.
                 if (not one.mm_features or new.mm_features)
-                and self._came[one.request_id].number < number
+                and self._came[one.request_id].order < number
                 and one in scheduler.waiting
             ]
 
     def _is_kept(self, one: Request, now: float) -> bool:
         waited = now - self._came[one.request_id].since
-        return one.status == RequestStatus.PREEMPTED or waited >= self.promotion_s
+        return one.status == RequestStatus.PREEMPTED or waited >= self.aged_after_s
 
 
 def run(
@@ -98,7 +98,7 @@ def run(
         settings={"aging_s": aging_s, "target_itl_ms": 250.0},
     )
     play = Play(scheduler, COSTS)
-    watch = Watch(play, promotion_s(aging_s))
+    watch = Watch(play, aged_after_s(aging_s))
     left = deque(sorted(coming, key=lambda pair: pair[0]))
     while left or play.busy:
         while left and left[0][0] <= play.now:
@@ -138,7 +138,7 @@ def test_nobody_waits_longer_where_blocks_are_so_few_that_requests_are_preempted
     assert not watch.passed
 
 
-def test_a_promoted_video_that_lacked_blocks_is_encoded_before_later_videos() -> None:
+def test_an_aged_video_that_lacked_blocks_is_encoded_before_later_videos() -> None:
     """Its blocks become free while later ones are half-encoded, and more of those wait."""
     coming = [
         (0.0, request("book", text=24_000, answer=76)),
@@ -151,7 +151,7 @@ def test_a_promoted_video_that_lacked_blocks_is_encoded_before_later_videos() ->
     assert not watch.passed
 
 
-def test_blocks_are_kept_for_all_promoted_requests_that_lack_them() -> None:
+def test_blocks_are_kept_for_all_aged_requests_that_lack_them() -> None:
     """A text does not fit beside the video before it; what comes later leaves it none."""
     coming = [
         (0.0, request("book", text=12_000, answer=390)),

@@ -24,9 +24,11 @@ from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector
 from vllm_mm_ext.adapters.encoder_cache.manager import MMExtEncoderCacheManager
 from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
 from vllm_mm_ext.adapters.kv.free_queue import KeepingQueue
+from vllm_mm_ext.adapters.kv.offload_policy import CostAwarePolicy
 from vllm_mm_ext.adapters.names import encoder_cache_names as encoder_cache
-from vllm_mm_ext.adapters.names.kv_names import POOL_NAMES
+from vllm_mm_ext.adapters.names.kv_names import OFFLOAD_NAMES, POOL_NAMES
 from vllm_mm_ext.adapters.names.scheduler_names import (
+    CADENCE_ATTRIBUTES,
     REQUEST_ATTRIBUTES,
     SCHEDULER_ATTRIBUTES,
     SCHEDULER_NAMES,
@@ -38,6 +40,7 @@ PARTS = {
     MMExtScheduler: SCHEDULER_NAMES,
     MMExtBlockPool: POOL_NAMES,
     KeepingQueue: POOL_NAMES,
+    CostAwarePolicy: OFFLOAD_NAMES,
     MMExtEncoderCacheManager: encoder_cache.DEVICE_TIER_NAMES,
     MMExtECConnector: encoder_cache.HOST_TIER_NAMES,
     CostAwareEmbeddingCache: encoder_cache.CUDA_HOST_TIER_NAMES,
@@ -96,7 +99,7 @@ def test_what_is_read_of_vllms_scheduler_is_checked() -> None:
     used |= attributes_of("_scheduler")
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     own |= {name for name in used if name.startswith("_") and name in assigned(tree)}
-    names = {*SCHEDULER_ATTRIBUTES, *listed(SCHEDULER_NAMES), "__init__"}
+    names = {*SCHEDULER_ATTRIBUTES, *CADENCE_ATTRIBUTES, *listed(SCHEDULER_NAMES), "__init__"}
     assert used - own - names == set()
 
 

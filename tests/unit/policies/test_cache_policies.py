@@ -6,8 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_mm_ext.policies.eviction.simulate import POLICIES, cost_saved, optimum
-from vllm_mm_ext.policies.eviction.traces import FAMILIES, Request, Trace
 from vllm_mm_ext.tools.bench.cache_policies import (
     BAR,
     CASES,
@@ -16,6 +14,8 @@ from vllm_mm_ext.tools.bench.cache_policies import (
     Case,
     shares_of_optimum,
 )
+from vllm_mm_ext.tools.bench.simulate import POLICIES, cost_saved, optimum
+from vllm_mm_ext.tools.bench.traces import FAMILIES, Request, Trace
 
 
 def belady(trace: Trace, capacity: int) -> int:

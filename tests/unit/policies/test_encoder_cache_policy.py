@@ -55,7 +55,7 @@ def test_long_random_runs_agree_with_a_simple_model(seed: int) -> None:
             )
             if room:
                 before = model.held
-                gone = cache.make_room(size) if size <= 100 else []
+                gone = cache.evict_to_fit(size) if size <= 100 else []
                 last = model.sizes[gone[-1]] if gone else 0
                 model.remove(gone)
                 # No more went than had to.
@@ -113,7 +113,7 @@ def test_what_is_in_use_stays_and_what_is_too_much_is_refused() -> None:
     cache = ByteCache(100)
     cache.add("a", 60, 1.0, "user")
     assert not cache.fits(50)
-    assert cache.make_room(50) == []
+    assert cache.evict_to_fit(50) == []
     with pytest.raises(ValueError, match="no room"):
         cache.add("b", 50, 1.0, "user")
     with pytest.raises(ValueError, match="already"):

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_mm_ext.config.kv_settings import KVSettings
+from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
 from vllm_mm_ext.policies.kv import control
 from vllm_mm_ext.policies.kv.control import KVControl
 from vllm_mm_ext.policies.kv.item_registry import Registry, prefill_cost
 from vllm_mm_ext.policies.kv.placement import Placement, end_of
 from vllm_mm_ext.policies.kv.sessions import MAX_SESSIONS, Protection, Sessions
-from vllm_mm_ext.policies.kv.worst import Worst
 
 
 @dataclass
@@ -87,6 +87,8 @@ def test_attention_makes_later_tokens_dearer() -> None:
 
 
 @given(st.data())
+# No deadline: the machine may be busy.
+@settings(deadline=None)
 def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
     now = [0.0]
     sessions = Sessions(10.0, lambda: now[0])
@@ -189,7 +191,7 @@ def test_without_ttl_only_pins_protect() -> None:
 
 def test_the_worst_of_few_goes_and_of_many_one_of_the_worst() -> None:
     ranks = {number: (float(number % 997), number) for number in range(5000)}
-    members: Worst[int] = Worst(ranks.__getitem__, random.Random(0))
+    members: SampledWorst[int] = SampledWorst(ranks.__getitem__, random.Random(0))
     for number in range(60):
         members.add(number)
     assert members.worst() == 0
@@ -210,7 +212,7 @@ def test_the_worst_of_few_goes_and_of_many_one_of_the_worst() -> None:
 
 def test_a_member_that_comes_back_is_ranked_anew() -> None:
     ranks = {number: (float(number), number) for number in range(200)}
-    members: Worst[int] = Worst(ranks.__getitem__, random.Random(0))
+    members: SampledWorst[int] = SampledWorst(ranks.__getitem__, random.Random(0))
     for number in range(200):
         members.add(number)
     worst = members.worst()

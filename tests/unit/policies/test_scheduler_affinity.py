@@ -59,6 +59,8 @@ def request(name: str, *digests: str, rank: int | None = None) -> Any:
         request_id=name,
         mm_features=[SimpleNamespace(identifier=digest) for digest in digests],
         data_parallel_rank=rank,
+        # vLLM 0.33 keeps the requests of a streaming session on one rank.
+        resumable=False,
         pooling_params=None,
     )
 

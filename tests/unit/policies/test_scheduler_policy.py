@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.adapters.scheduler.turns import Turn, chunk_limits, finishing_first
+from vllm_mm_ext.adapters.scheduler.turns import Candidate, chunk_limits, finishing_first
 from vllm_mm_ext.config.scheduler_settings import SchedulerSettings
 from vllm_mm_ext.policies.scheduler.encoder_plan import (
+    EncoderCapacity,
     EncoderDemand,
     EncoderPlan,
-    EncoderRoom,
     Item,
     plan,
     serving_order,
 )
-from vllm_mm_ext.policies.scheduler.order import Candidate, ordered, promotion_s, rank
+from vllm_mm_ext.policies.scheduler.order import Rank, RankInputs, aged_after_s, is_aged, rank_of
 from vllm_mm_ext.policies.scheduler.step_budget import (
     FINISH_BOTH_SLACK,
     FINISH_SLACK,
@@ -43,14 +43,16 @@ AGING_S = 20.0
 MOST = 2048
 # No deadline: the machine may be busy.
 QUICK = settings(deadline=None, max_examples=60)
-ROOM = EncoderRoom(tokens=1000, items=64, cache_tokens=4000, slots=4, reserved=0, lookahead=2)
+CAPACITY = EncoderCapacity(
+    tokens=1000, items=64, cache_tokens=4000, slots=4, reserved=0, lookahead=2
+)
 
 candidates = st.lists(
     st.builds(
-        Candidate,
+        RankInputs,
         key=st.just(""),
         since=st.floats(0, 100),
-        number=st.just(0),
+        order=st.just((0.0, 0)),
         priority=st.integers(-3, 3),
         encoder_tokens=st.integers(0, 50_000),
         prefill_steps=st.integers(1, 20),
@@ -59,7 +61,7 @@ candidates = st.lists(
     max_size=20,
 ).map(
     lambda found: [
-        one._replace(key=str(number), number=number)
+        one._replace(key=str(number), order=(0.0, number))
         for number, one in enumerate(sorted(found, key=lambda one: one.since))
     ]
 )
@@ -68,57 +70,69 @@ candidates = st.lists(
 # --- order ----------------------------------------------------------------------------------------
 
 
+def rank(one: RankInputs, now: float) -> Rank:
+    return rank_of(one, aged=is_aged(one, now, AGING_S))
+
+
+def ordered(found: list[RankInputs], now: float) -> list[RankInputs]:
+    return sorted(found, key=lambda one: rank(one, now))
+
+
+def came(name: str, since: float, number: int, **kwargs: Any) -> RankInputs:
+    return RankInputs(name, since, (0.0, number), **kwargs)
+
+
 @QUICK
 @given(candidates, st.floats(100, 200))
-def test_once_promoted_a_request_goes_before_all_that_came_later(
-    found: list[Candidate], now: float
+def test_once_aged_a_request_goes_before_all_that_came_later(
+    found: list[RankInputs], now: float
 ) -> None:
-    served = ordered(found, now, AGING_S)
+    served = ordered(found, now)
     for place, one in enumerate(served):
-        if now - one.since < promotion_s(AGING_S):
+        if now - one.since < aged_after_s(AGING_S):
             continue
-        assert all(before.number < one.number for before in served[:place])
+        assert all(before.order < one.order for before in served[:place])
 
 
 @QUICK
 @given(candidates, st.floats(100, 200), st.floats(0, 100))
-def test_nobody_gets_before_a_promoted_request_as_time_goes_by(
-    found: list[Candidate], now: float, later: float
+def test_nobody_gets_before_an_aged_request_as_time_goes_by(
+    found: list[RankInputs], now: float, later: float
 ) -> None:
-    def ahead(one: Candidate, at: float) -> set[str]:
-        mine = rank(one, at, AGING_S)
-        return {other.key for other in found if rank(other, at, AGING_S) < mine}
+    def ahead(one: RankInputs, at: float) -> set[str]:
+        mine = rank(one, at)
+        return {other.key for other in found if rank(other, at) < mine}
 
     for one in found:
-        if now - one.since >= promotion_s(AGING_S):
-            assert ahead(one, now + later) <= {o.key for o in found if o.number < one.number}
+        if now - one.since >= aged_after_s(AGING_S):
+            assert ahead(one, now + later) <= {o.key for o in found if o.order < one.order}
 
 
 def test_text_goes_before_short_videos_and_these_before_long_ones() -> None:
-    long = Candidate("long", 0.0, 0, encoder_tokens=9000)
-    short = Candidate("short", 1.0, 1, encoder_tokens=500)
-    text = Candidate("text", 2.0, 2)
-    assert ordered([long, short, text], 3.0, AGING_S) == [text, short, long]
+    long = came("long", 0.0, 0, encoder_tokens=9000)
+    short = came("short", 1.0, 1, encoder_tokens=500)
+    text = came("text", 2.0, 2)
+    assert ordered([long, short, text], 3.0) == [text, short, long]
 
 
-def test_priority_goes_before_size_until_promotion() -> None:
-    urgent = Candidate("urgent", 9.0, 1, priority=-1, encoder_tokens=9000)
-    text = Candidate("text", 0.0, 0)
-    assert ordered([text, urgent], 9.0, AGING_S) == [urgent, text]
-    assert ordered([text, urgent], 10.0, AGING_S) == [text, urgent]
+def test_priority_goes_before_size_until_a_request_is_aged() -> None:
+    urgent = came("urgent", 9.0, 1, priority=-1, encoder_tokens=9000)
+    text = came("text", 0.0, 0)
+    assert ordered([text, urgent], 9.0) == [urgent, text]
+    assert ordered([text, urgent], 10.0) == [text, urgent]
 
 
 def test_prompts_of_many_steps_go_behind_prompts_of_one() -> None:
-    book = Candidate("book", 0.0, 0, prefill_steps=40)
-    line = Candidate("line", 1.0, 1)
-    other = Candidate("other", 2.0, 2)
-    assert ordered([book, line, other], 3.0, AGING_S) == [line, other, book]
+    book = came("book", 0.0, 0, prefill_steps=40)
+    line = came("line", 1.0, 1)
+    other = came("other", 2.0, 2)
+    assert ordered([book, line, other], 3.0) == [line, other, book]
 
 
 def test_a_preempted_request_keeps_its_place_in_the_order_of_coming() -> None:
-    preempted = Candidate("preempted", 1.0, 1, encoder_tokens=9000, resumes=True)
-    text = Candidate("text", 2.0, 2)
-    assert ordered([text, preempted], 3.0, AGING_S) == [preempted, text]
+    preempted = came("preempted", 1.0, 1, encoder_tokens=9000, resumes=True)
+    text = came("text", 2.0, 2)
+    assert ordered([text, preempted], 3.0) == [preempted, text]
 
 
 # --- times ----------------------------------------------------------------------------------------
@@ -405,12 +419,12 @@ def alone(**changes: object) -> Demand:
 
 def test_a_video_that_is_alone_has_a_step_filled_with_encoding_or_one_with_prefill() -> None:
     times, found = learned(attention=20e-9), budget(target_itl_ms=100.0)
-    room = 0.100 - times.base_s(8, prompts=True)
+    capacity = 0.100 - times.base_s(8, prompts=True)
     encoding = found.limits(alone(), times)
     took = times.seconds(encoding.encoder_tokens, encoding.prefill_tokens)
     assert encoding.encoder_tokens % 64 == 0
     assert encoding.prefill_tokens >= LEAST_PREFILL_TOKENS
-    assert room - 64 * 20e-6 <= took <= room + 1e-3
+    assert capacity - 64 * 20e-6 <= took <= capacity + 1e-3
     assert took - times.seconds(encoding.encoder_tokens, 0) < times.seconds(64, 32)
     few = alone(prefill_tokens=100, media_tokens=100, one=Remainder(4000, 4100))
     assert found.limits(few, times).encoder_tokens == encoding.encoder_tokens
@@ -418,18 +432,18 @@ def test_a_video_that_is_alone_has_a_step_filled_with_encoding_or_one_with_prefi
     there = alone(prefill_tokens=1000, media_tokens=1000, media_context=10_000)
     prefill = found.limits(there, times)
     assert prefill.encoder_tokens == 0
-    assert times.seconds(0, prefill.prefill_tokens, 10_000) == pytest.approx(room, abs=1e-3)
+    assert times.seconds(0, prefill.prefill_tokens, 10_000) == pytest.approx(capacity, abs=1e-3)
 
 
 def test_text_beside_a_video_that_is_alone_gets_what_it_needs_up_to_half_a_step() -> None:
     times, found = learned(), StepBudget(SchedulerSettings(target_itl_ms=100.0), 8192, 8192)
-    room = 0.100 - times.base_s(8, prompts=True)
-    line = int(0.4 * room / 20e-6)
+    capacity = 0.100 - times.base_s(8, prompts=True)
+    line = int(0.4 * capacity / 20e-6)
     for media in (0, 4000):
         limits = found.limits(alone(prefill_tokens=line + media, media_tokens=media), times)
         assert limits.prefill_tokens - limits.media_tokens >= line
         took = times.seconds(limits.encoder_tokens, limits.prefill_tokens)
-        assert took == pytest.approx(room, abs=64 * 100e-6)
+        assert took == pytest.approx(capacity, abs=64 * 100e-6)
     # More, and both have parts of every step.
     page = found.limits(alone(prefill_tokens=2 * line), times)
     assert page.encoder_tokens == page.media_tokens > 0
@@ -453,36 +467,36 @@ def test_a_step_for_prefill_alone_is_not_repeated_if_nothing_came_of_it() -> Non
     assert found.limits(replace(there, one=Remainder(4000, 12_000)), times).encoder_tokens == 0
 
 
-def turn(
+def candidate(
     name: str,
     *,
     left: int = 100,
     items: tuple[Item, ...] = (),
     running: bool = True,
     media: bool = True,
-    promoted: bool = False,
-) -> Turn:
+    aged: bool = False,
+) -> Candidate:
     status = RequestStatus.RUNNING if running else RequestStatus.WAITING
     request = SimpleNamespace(request_id=name, status=status, mm_features=[0] if media else [])
-    candidate = Candidate(name, 0.0, 0, encoder_tokens=sum(item.tokens for item in items))
-    return Turn(request, candidate, 0, left, items, ready=True, promoted=promoted)
+    rank_inputs = came(name, 0.0, 0, encoder_tokens=sum(item.tokens for item in items))
+    return Candidate(request, rank_inputs, 0, left, items, ready=True, aged=aged)
 
 
 def test_a_video_that_can_be_finished_goes_before_text_and_no_other_does() -> None:
-    text, short = turn("text", media=False, running=False), turn("short", left=50)
-    long = turn("long", left=900)
-    turns = [text, long, short]
-    assert finishing_first(turns, lambda left: left.prefill_tokens <= 60) == (
+    text, short = candidate("text", media=False, running=False), candidate("short", left=50)
+    long = candidate("long", left=900)
+    candidates = [text, long, short]
+    assert finishing_first(candidates, lambda left: left.prefill_tokens <= 60) == (
         [short, text, long],
         Remainder(0, 50, 0),
     )
-    assert finishing_first(turns, lambda _: False) == (turns, NOTHING)
-    waiting = [text, turn("short", left=50, running=False)]
+    assert finishing_first(candidates, lambda _: False) == (candidates, NOTHING)
+    waiting = [text, candidate("short", left=50, running=False)]
     assert finishing_first(waiting, lambda _: True) == (waiting, NOTHING)
 
 
-def test_a_video_that_can_be_finished_does_not_pass_a_promoted_request() -> None:
-    old, short = turn("old", media=False, promoted=True), turn("short", left=50)
+def test_a_video_that_can_be_finished_does_not_pass_an_aged_request() -> None:
+    old, short = candidate("old", media=False, aged=True), candidate("short", left=50)
     assert finishing_first([old, short], lambda _: True) == ([old, short], NOTHING)
 
 
@@ -540,32 +554,32 @@ def test_a_prompt_that_ends_and_text_share_a_step_that_is_half_longer_at_most(
         asked = replace(asked, encoder_tokens=encoder, next_item=encoder)
     if not left.prefill_tokens or not found.finishes(left, times, asked.decode_tokens):
         return
-    room = 0.100 - times.base_s(asked.decode_tokens, prompts=True)
+    capacity = 0.100 - times.base_s(asked.decode_tokens, prompts=True)
     both = times.seconds(0, text) + left.seconds(times)
     limits = found.limits(asked, times)
-    assert limits.text_first == (room < both <= (1 + FINISH_BOTH_SLACK) * room)
-    if both <= (1 + FINISH_BOTH_SLACK) * room:
+    assert limits.text_first == (capacity < both <= (1 + FINISH_BOTH_SLACK) * capacity)
+    if both <= (1 + FINISH_BOTH_SLACK) * capacity:
         assert limits.encoder_tokens >= encoder
         assert limits.prefill_tokens >= text + ready + encoder - 1
 
 
 def test_text_that_could_be_done_takes_of_a_step_what_it_needs_and_others_share_the_rest() -> None:
     limits = StepLimits(tokens=300, prefill_tokens=200, encoder_tokens=0, media_tokens=0)
-    text, media = turn("text", media=False, left=150), turn("media", left=900)
+    text, media = candidate("text", media=False, left=150), candidate("media", left=900)
     assert chunk_limits(limits, [text, media], []) == {"media": 50}
-    book = turn("book", media=False, left=5000)
+    book = candidate("book", media=False, left=5000)
     assert chunk_limits(limits, [book, media], []) == {"book": 100, "media": 100}
-    line = turn("line", media=False, left=80, running=False)
+    line = candidate("line", media=False, left=80, running=False)
     assert chunk_limits(limits, [text, media], [line]) == {"text": 120, "media": 0}
-    old = turn("old", left=900, promoted=True)
+    old = candidate("old", left=900, aged=True)
     assert chunk_limits(limits, [old, text], []) == {"old": 100, "text": 100}
 
 
 def test_where_text_goes_first_all_behind_it_wait_but_what_is_finished_does_not() -> None:
     limits = StepLimits(300, 200, encoder_tokens=0, media_tokens=0, text_first=True)
-    text, media = turn("text", media=False, left=100), turn("media", left=900)
+    text, media = candidate("text", media=False, left=100), candidate("media", left=900)
     assert chunk_limits(limits, [text, media], []) == {"media": 0}
-    short, book = turn("short", left=50), turn("book", media=False, left=5000)
+    short, book = candidate("short", left=50), candidate("book", media=False, left=5000)
     assert chunk_limits(limits, [short, text, media, book], [], Remainder(0, 50)) == {
         "media": 0,
         "book": 0,
@@ -636,14 +650,14 @@ def test_one_item_is_encoded_to_learn_what_encoding_costs() -> None:
 
 
 def video(
-    name: str, *tokens: int, running: bool = False, reach: int = 10**6, promoted: bool = False
+    name: str, *tokens: int, running: bool = False, reach: int = 10**6, aged: bool = False
 ) -> EncoderDemand:
     starts = [sum(tokens[:number]) for number in range(len(tokens))]
     items = tuple(
         Item(number, size, f"{name}#{number}", start, start + size)
         for number, (size, start) in enumerate(zip(tokens, starts, strict=True))
     )
-    return EncoderDemand(name, items, sum(item.tokens for item in items), reach, running, promoted)
+    return EncoderDemand(name, items, sum(item.tokens for item in items), reach, running, aged)
 
 
 def counts(found: EncoderPlan) -> dict[str, int]:
@@ -660,12 +674,12 @@ demands = st.lists(
     max_size=8,
 ).map(
     lambda found: [
-        video(str(number), *tokens, running=running, reach=reach, promoted=promoted)
-        for number, (tokens, running, promoted, reach) in enumerate(found)
+        video(str(number), *tokens, running=running, reach=reach, aged=aged)
+        for number, (tokens, running, aged, reach) in enumerate(found)
     ]
 )
-rooms = st.builds(
-    EncoderRoom,
+capacities = st.builds(
+    EncoderCapacity,
     tokens=st.integers(0, 3000),
     items=st.integers(0, 10),
     cache_tokens=st.integers(0, 3000),
@@ -676,75 +690,77 @@ rooms = st.builds(
 
 
 @QUICK
-@given(demands, rooms)
-def test_a_plan_keeps_to_its_room(found: list[EncoderDemand], room: EncoderRoom) -> None:
-    made = plan(found, room)
+@given(demands, capacities)
+def test_a_plan_keeps_to_its_capacity(
+    found: list[EncoderDemand], capacity: EncoderCapacity
+) -> None:
+    made = plan(found, capacity)
     by_key = {one.key: one for one in found}
     total = sum(item.tokens for items in made.items.values() for item in items)
-    assert made.tokens == total <= min(room.tokens, room.cache_tokens)
-    assert sum(counts(made).values()) <= room.items  # none of these share a placeholder
-    assert sum(not by_key[key].running for key in made.items) <= room.slots
+    assert made.tokens == total <= min(capacity.tokens, capacity.cache_tokens)
+    assert sum(counts(made).values()) <= capacity.items  # none of these share a placeholder
+    assert sum(not by_key[key].running for key in made.items) <= capacity.slots
     for key, items in made.items.items():
         assert items == by_key[key].items[: len(items)]
 
 
 @QUICK
-@given(demands, rooms)
+@given(demands, capacities)
 def test_nobody_behind_gets_what_one_before_it_found_no_room_for(
-    found: list[EncoderDemand], room: EncoderRoom
+    found: list[EncoderDemand], capacity: EncoderCapacity
 ) -> None:
-    made = plan(found, replace(room, slots=100))
+    made = plan(found, replace(capacity, slots=100))
     refused = False
     for one in serving_order(found):
         got = made.items.get(one.key, ())
         assert not (refused and got)
         reached = sum(item.start < one.reach for item in one.items)
-        wanted = max(reached, not one.running) + room.lookahead
+        wanted = max(reached, not one.running) + capacity.lookahead
         refused = refused or len(got) < min(wanted, len(one.items))
 
 
 @QUICK
-@given(demands, rooms)
+@given(demands, capacities)
 def test_the_first_in_order_gets_its_first_item_if_it_fits(
-    found: list[EncoderDemand], room: EncoderRoom
+    found: list[EncoderDemand], capacity: EncoderCapacity
 ) -> None:
-    if not found or not room.items:
+    if not found or not capacity.items:
         return
     first = serving_order(found)[0]
-    fits = first.items[0].tokens <= min(room.tokens, room.cache_tokens)
-    reached = first.items[0].start < first.reach or not first.running or room.lookahead > 0
-    slot = first.running or room.slots > (0 if first.promoted else room.reserved)
-    assert (first.key in plan(found, room).items) == (fits and reached and slot)
+    fits = first.items[0].tokens <= min(capacity.tokens, capacity.cache_tokens)
+    reached = first.items[0].start < first.reach or not first.running or capacity.lookahead > 0
+    slot = first.running or capacity.slots > (0 if first.aged else capacity.reserved)
+    assert (first.key in plan(found, capacity).items) == (fits and reached and slot)
 
 
 def test_a_waiting_request_is_let_in_only_with_its_first_item() -> None:
-    made = plan([video("a", 600, 600), video("b", 300)], ROOM)
+    made = plan([video("a", 600, 600), video("b", 300)], CAPACITY)
     assert counts(made) == {"a": 1}
 
 
 def test_what_lies_ahead_in_a_request_goes_before_the_next_request() -> None:
     ahead = video("ahead", 300, 300, 300, running=True, reach=100)
-    made = plan([ahead, video("b", 300, running=True)], ROOM)
+    made = plan([ahead, video("b", 300, running=True)], CAPACITY)
     assert counts(made) == {"ahead": 3}
-    made = plan([ahead, video("b", 300, running=True)], replace(ROOM, tokens=1200))
+    made = plan([ahead, video("b", 300, running=True)], replace(CAPACITY, tokens=1200))
     assert counts(made) == {"ahead": 3, "b": 1}
 
 
 def test_a_running_request_has_encoded_what_its_prefill_does_not_reach_yet() -> None:
     far = video("far", 300, 300, 300, running=True, reach=0)
-    assert counts(plan([far], ROOM)) == {"far": 2}
-    assert counts(plan([far], replace(ROOM, lookahead=0))) == {}
+    assert counts(plan([far], CAPACITY)) == {"far": 2}
+    assert counts(plan([far], replace(CAPACITY, lookahead=0))) == {}
 
 
 def test_lookahead_is_bounded() -> None:
     one = video("one", *[100] * 8, running=True, reach=100)
-    assert counts(plan([one], ROOM)) == {"one": 3}
-    assert counts(plan([one], replace(ROOM, lookahead=0))) == {"one": 1}
+    assert counts(plan([one], CAPACITY)) == {"one": 3}
+    assert counts(plan([one], replace(CAPACITY, lookahead=0))) == {"one": 1}
 
 
 def test_equal_items_are_encoded_once() -> None:
     one, other = video("same", 900), video("same", 900)._replace(key="twin")
-    made = plan([one, other], ROOM)
+    made = plan([one, other], CAPACITY)
     assert counts(made) == {"same": 1, "twin": 1}
     assert made.tokens == 900
 
@@ -760,16 +776,16 @@ def test_few_half_encoded_requests_hold_slots_whatever_comes() -> None:
     assert len(running) <= 1 + math.log2(4096 / 16)
 
 
-def test_the_reserved_slot_is_for_text_and_promoted_requests() -> None:
-    room = replace(ROOM, slots=1, reserved=1)
-    assert counts(plan([video("a", 100)], room)) == {}
-    assert counts(plan([video("a", 100, promoted=True)], room)) == {"a": 1}
+def test_the_reserved_slot_is_for_text_and_aged_requests() -> None:
+    capacity = replace(CAPACITY, slots=1, reserved=1)
+    assert counts(plan([video("a", 100)], capacity)) == {}
+    assert counts(plan([video("a", 100, aged=True)], capacity)) == {"a": 1}
 
 
 def test_items_that_share_a_placeholder_are_encoded_together() -> None:
     picture, sound = Item(0, 300, "picture", 0, 400), Item(1, 100, "sound", 0, 400)
     later = Item(2, 300, "later", 400, 700)
     both = EncoderDemand("both", (picture, sound, later), 700, reach=10, running=False)
-    assert counts(plan([both], replace(ROOM, tokens=399))) == {}
-    assert counts(plan([both], replace(ROOM, tokens=400))) == {"both": 2}
-    assert counts(plan([both], replace(ROOM, items=1))) == {"both": 2}
+    assert counts(plan([both], replace(CAPACITY, tokens=399))) == {}
+    assert counts(plan([both], replace(CAPACITY, tokens=400))) == {"both": 2}
+    assert counts(plan([both], replace(CAPACITY, items=1))) == {"both": 2}

@@ -1,7 +1,7 @@
-"""The host tier where vLLM's second model runner is used: its CPU connector with our eviction.
+"""The host tier for vLLM's second model runner: vLLM's CPU connector with the plugin's eviction.
 
-vLLM owns the pinned region, the copy streams and the reports of what has arrived; here is only
-what it should keep.
+vLLM owns the pinned region, the copy streams and the reports of finished copies. This module only
+decides which items stay.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 
 class CostAwareEmbeddingCache(EmbeddingCache):  # type: ignore[misc]
-    """vLLM's cache of blocks, but what is evicted is the least worth keeping.
+    """vLLM's cache of blocks, which evicts the item of the lowest value density.
 
     Args:
-        num_blocks: Blocks of the region.
+        num_blocks: Number of blocks in the pinned region.
     """
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)
         self.ranks: CostAware[str] = CostAware()
-        # Of the item that is allocated next: ``alloc`` is not told.
+        # Cost of the item that is allocated next, since vLLM does not pass it to ``alloc``.
         self.next_cost = 0.0
 
     def alloc(
         self, key: str, n_blocks: int, shape: tuple[int, int] | None = None
     ) -> CacheEntry | None:
-        """Blocks for an item; None if they are in use, or more than there are."""
+        """Take blocks for an item; None if too few blocks can be had, now or ever."""
         if not 0 < n_blocks <= self._num_blocks:
             return None
         entry = super().alloc(key, n_blocks, shape)
@@ -53,19 +53,19 @@ class CostAwareEmbeddingCache(EmbeddingCache):  # type: ignore[misc]
         return entry
 
     def discard(self, key: str) -> None:
-        """Give up an item that was never filled."""
+        """Drop an item that was never filled."""
         super().discard(key)
         self.ranks.forget(key)
 
     def reset(self) -> None:
-        """Forget all items but those that copies are under way for; those go when they are done."""
+        """Forget all items, except those that are being copied; these go after their copies."""
         with self._lock:
             for key in list(self._entries_free_list):
                 self._give_back(key)
                 self.ranks.forget(key)
 
     def drop(self, key: str) -> None:
-        """Forget an item that no copy uses."""
+        """Forget an item, unless a copy uses it."""
         with self._lock:
             if key in self._entries_free_list:
                 self._give_back(key)
@@ -86,7 +86,7 @@ class CostAwareEmbeddingCache(EmbeddingCache):  # type: ignore[misc]
 
 
 class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
-    """vLLM's scheduler side, with our eviction; it forgets what was given up or has gone stale."""
+    """vLLM's scheduler side with the plugin's eviction, which also forgets stale items."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         super().__init__(vllm_config)
@@ -102,14 +102,14 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         return identifier not in self._stale and super().has_cache_item(identifier)
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
-        """The device tier has room for an item now: plan its load or save.
+        """Plan the load or save of an item for which the device tier has space now.
 
-        Blocks for what is to be saved are taken at the end of the pass: what ``has_cache_item``
-        found must not be evicted before it is loaded.
+        Blocks for saves are taken at the end of the scheduling pass: an item that
+        ``has_cache_item`` found must not be evicted before it is loaded.
         """
         feature = request.mm_features[index]
         key = feature.identifier
-        # A width that was not measured: the client's own embeddings, nothing is encoded.
+        # vLLM measures no width for embeddings that clients send: there is nothing to encode.
         if key in self._stale or feature.modality not in self._widths:
             return
         if self._cache.get(key) is None:
@@ -119,7 +119,7 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
             super().update_state_after_alloc(request, index)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Any:
-        """End the pass; what is not encoded after all is not saved."""
+        """End the scheduling pass; an item that is not encoded after all is not saved."""
         scheduled = scheduler_output.scheduled_encoder_inputs
         for needed in self._planned.values():
             for request, index in needed:
@@ -131,7 +131,7 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         return super().build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Note which copies are done."""
+        """Note finished copies, and drop stale items that no copy uses any more."""
         super().update_connector_output(connector_output)
         for key in list(self._stale):
             entry = self._cache.get(key)
@@ -140,25 +140,25 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
                 self._stale.discard(key)
 
     def used(self, key: str) -> None:
-        """The device tier had an item."""
+        """Note that a request found an item in the device tier."""
         if key in self._cache.ranks:
             self._cache.ranks.hit(key)
 
     def cancel(self, key: str) -> None:
-        """The device tier gave up an item that it allocated in this pass."""
+        """Note that the device tier gave up an item that it allocated in this pass."""
         pending = self._pending_loads.pop(key, None)
         if pending is not None:
             del self._load_acks[pending[0]]
             self._cache.unpin(key)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all items: the model's weights have changed."""
         self._cache.reset()
         self._stale = set(self._cache.ranks.order())
 
 
 class CudaECConnector(ECCPUConnector):  # type: ignore[misc]
-    """The host tier on vLLM's own transfers between device and pinned memory."""
+    """The host tier over vLLM's own transfers between device and pinned memory."""
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         check_host_tier(vllm_config)
@@ -177,7 +177,7 @@ class CudaECConnector(ECCPUConnector):  # type: ignore[misc]
         return CostAwareScheduler(vllm_config)
 
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
-        """Save what is on the device already, as the runner will not encode that again."""
+        """Save planned items that are on the device already: the runner does not encode them."""
         for key in self._get_connector_metadata().saves:
             if key in encoder_cache:
                 self.save_caches(encoder_cache, key)

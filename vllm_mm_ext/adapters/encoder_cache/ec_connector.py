@@ -1,7 +1,7 @@
 """vLLM's interface to the host tier of the encoder cache: an EC connector with role ``ec_both``.
 
-Named by ``--ec-transfer-config``. This one serves vLLM's first model runner (CPU, and CUDA without
-Model Runner V2); where the second one runs, ``cuda_connector.py`` takes its place.
+``--ec-transfer-config`` names this connector. It serves vLLM's first model runner (CPU, and CUDA
+without Model Runner V2). With the second model runner ``cuda_connector.py`` takes its place.
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ class HostPlanMetadata(ECConnectorMetadata):  # type: ignore[misc]
 
 
 class NoHostTier(ECConnectorBase):  # type: ignore[misc]
-    """Keeps nothing, where vLLM has changed underneath the host tier: the device tier is alone."""
+    """A connector that keeps nothing, for a vLLM that the host tier does not fit."""
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
-        # The rest is what the engine must not do with any host tier.
+        # The engine must not run in these configurations with any host tier.
         check_host_tier(vllm_config)
 
     def has_cache_item(self, *_: Any, **__: Any) -> bool:
-        """Nothing is ever there."""
+        """Whether an item can be loaded: never."""
         return False
 
     def update_state_after_alloc(self, *_: Any, **__: Any) -> None:
-        """Nothing to plan."""
+        """Plan nothing."""
 
     def build_connector_meta(self, *_: Any, **__: Any) -> ECConnectorMetadata:
-        """Nothing to do."""
+        """Ask the worker for nothing."""
         return ECConnectorMetadata()
 
     def start_load_caches(self, *_: Any, **__: Any) -> None:
-        """Nothing to load."""
+        """Load nothing."""
 
     def save_caches(self, *_: Any, **__: Any) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
 
 class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
-    """The host tier: outputs are copied when encoded, and loaded where the device lost them."""
+    """The host tier: copies encoder outputs when they are made, and loads what the device lost."""
 
     def __new__(cls, vllm_config: VllmConfig, role: ECConnectorRole) -> Any:
-        """The connector for the engine's model runner, which may be of another class."""
+        """Make the connector that fits the engine's model runner, perhaps of another class."""
         second = vllm_config.use_v2_model_runner
         names = CUDA_HOST_TIER_NAMES if second else HOST_TIER_NAMES
         changed = problem((*DEVICE_TIER_NAMES, *names))
@@ -92,7 +92,7 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
         check_host_tier(vllm_config)
         if role == ECConnectorRole.SCHEDULER:
             self._tier = HostTier(host_bytes(vllm_config))
-            # Measured only once the model is there, which is before the scheduler.
+            # vLLM has loaded the model by now, and so has measured the widths of its outputs.
             self._sizes: OutputBytes = output_bytes(vllm_config)
             attach_host_tier(vllm_config, self)
         else:
@@ -105,30 +105,30 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
         return identifier in self._tier
 
     def used(self, key: str) -> None:
-        """The device tier had an item."""
+        """Note that a request found an item in the device tier."""
         self._tier.used(key)
 
     def cancel(self, key: str) -> None:
-        """The device tier gave up an item that it allocated in this pass."""
+        """Note that the device tier gave up an item that it allocated in this pass."""
         self._tier.cancel(key)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all items."""
         self._tier.reset()
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
-        """The device tier has room for an item now."""
+        """Plan the load or save of an item for which the device tier has space now."""
         feature = request.mm_features[index]
         if feature.modality == "prompt_embeds":
-            return  # The client's own, nothing is encoded.
+            return  # The client sent the embeddings: there is nothing to encode.
         size = feature.mm_position.get_num_embeds() * self._sizes.of(feature.modality)
         cost = feature_cost(feature)
         self._tier.allocated(feature.identifier, size, cost, request.request_id, index)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata:
-        """End the pass: what the worker has to do."""
+        """End the scheduling pass, and tell what the worker has to do."""
         if not scheduler_output.total_num_scheduled_tokens:
-            # The runner does not look at it then.
+            # The runner ignores the plan of a step without tokens.
             self._tier.skip()
             return HostPlanMetadata(HostPlan())
         return HostPlanMetadata(self._tier.plan(scheduler_output.scheduled_encoder_inputs))
@@ -136,14 +136,14 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
     # In the worker.
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
-        """Drop what the scheduler evicted, and put what it wants into the device's cache."""
+        """Drop what the scheduler evicted, and load what it planned into the device's cache."""
         plan = self._plan()
         self._store.drop(None if plan.clear else plan.drops)
         for key in plan.loads:
             encoder_cache[key] = self._store.load(key)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
-        """Keep what was just encoded, where the scheduler has made room for it."""
+        """Copy an item that was just encoded, if the scheduler planned its save."""
         if mm_hash in self._plan().saves:
             self._store.save(mm_hash, encoder_cache[mm_hash])
 

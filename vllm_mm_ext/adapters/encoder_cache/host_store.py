@@ -1,4 +1,4 @@
-"""The tensors of the host tier, in the worker."""
+"""The worker's tensors of the host tier."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vllm_mm_ext.adapters.encoder_cache.outputs import owned
 
 
 class HostStore:
-    """Encoder outputs in host memory: pinned where they come from a GPU.
+    """Encoder outputs in host memory, which is pinned for outputs of a GPU.
 
-    Copies are queued on the stream that computes, so they are in order with what is encoded before
-    and read after them; the host does not wait for them.
+    Copies are queued on the stream that computes. So each copy follows the encoding of its item and
+    comes before later reads, and the host does not wait for copies.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class HostStore:
         return len(self._kept)
 
     def save(self, key: str, output: torch.Tensor) -> None:
-        """Keep an output ``[tokens, width]``; what was kept under its key is replaced."""
+        """Keep an output ``[tokens, width]``, in place of what its key named before."""
         if output.device.type == "cpu":
             kept = owned(output)
         else:
@@ -32,7 +32,7 @@ class HostStore:
         self._kept[key] = (kept, output.device)
 
     def load(self, key: str) -> torch.Tensor:
-        """The output on the device it came from; on a CPU that is the tensor kept here."""
+        """The output on the device it came from; on a CPU this is the kept tensor itself."""
         kept, device = self._kept[key]
         return kept.to(device, non_blocking=True)
 

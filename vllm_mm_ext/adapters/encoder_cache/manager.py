@@ -1,7 +1,7 @@
 """vLLM's interface to the device tier of the encoder cache.
 
-Named by ``--ec-manager-config``. It lives in the scheduler; the worker holds the tensors and drops
-those that ``get_freed_mm_hashes`` names.
+``--ec-manager-config`` names this manager. The manager lives in the scheduler. The worker holds the
+tensors, and drops those that ``get_freed_mm_hashes`` names.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class HostSide(Protocol):
         """Whether an item can be loaded instead of encoded."""
 
     def used(self, key: str) -> None:
-        """The device tier had an item."""
+        """Note that a request found an item in the device tier."""
 
     def cancel(self, key: str) -> None:
-        """An item allocated in this pass was given up."""
+        """Note that the device tier gave up an item that it allocated in this pass."""
 
     def reset(self) -> None:
         """Forget everything."""
@@ -50,13 +50,13 @@ def attach_host_tier(vllm_config: VllmConfig, host: HostSide) -> None:
 class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
     """Encoder outputs on the device within a byte budget.
 
-    An item that an mm item before it shares its placeholder with (sound in video) is never refused:
-    neither can be prefilled without the other, and the one that is there would wait for ever.
+    The manager never refuses an item that shares its placeholder with an item before it (sound in a
+    video): neither can be prefilled without the other, so the first would wait for ever.
 
     Args:
         cache: Bookkeeping of the budget.
-        sizes: Bytes of an embedding.
-        host: The host tier, if there is one.
+        sizes: Bytes of an embedding, by modality.
+        host: The scheduler side of the host tier, if there is one.
         largest_item: Embeddings of the largest item that vLLM admits.
         preempts_scheduled: Whether a request may be preempted in the pass that scheduled it.
     """
@@ -70,7 +70,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         largest_item: int,
         preempts_scheduled: bool = False,
     ) -> None:
-        # Nothing of vLLM's own bookkeeping is used.
+        # vLLM's own bookkeeping is not set up: nothing here uses it.
         self.cache_size = cache.capacity // sizes.largest
         self._largest_item = largest_item
         self._cache = cache
@@ -80,13 +80,13 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         self._embeds: dict[str, int] = {}
         # By request and input index, the item's identifier.
         self._inputs: dict[str, dict[int, str]] = {}
-        # Items allocated in this pass, which no worker has encoded yet, and for which request.
+        # Items allocated in this pass, which no worker has encoded yet, and their requests.
         self._fresh: dict[str, str] = {}
         self._freed: list[str] = []
 
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: VllmConfig) -> EncoderCacheManager:
-        """Build the manager from the engine's configuration; vLLM's own where ours cannot work.
+        """Build the manager from the engine's configuration; vLLM's own where this one cannot work.
 
         Args:
             cache_size: Embeddings that vLLM's own cache would hold.
@@ -112,14 +112,14 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
 
     @property
     def num_freeable_slots(self) -> int:
-        """Embeddings that can be allocated now, by evicting or as an item that passes through."""
-        room = (self._cache.capacity - self._cache.busy) // self._sizes.largest
+        """Embeddings that can be allocated, after evictions or as an item that passes through."""
+        slots = (self._cache.capacity - self._cache.busy) // self._sizes.largest
         if self._cache.passing is None and self._largest_item > self.cache_size:
-            room = max(room, self._largest_item)
-        return max(room, 0)
+            slots = max(slots, self._largest_item)
+        return max(slots, 0)
 
     def reset(self) -> None:
-        """Forget everything, in the host tier, too: the model's weights have changed."""
+        """Forget all items, those of the host tier too: the model's weights have changed."""
         self._cache.clear()
         self._embeds.clear()
         self._inputs.clear()
@@ -129,7 +129,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             self._host.reset()
 
     def check_and_update_cache(self, request: Request, input_id: int) -> bool:
-        """Whether an item is on the device; if so, the request uses it from now on."""
+        """Whether an item is on the device; if so, the request uses the item from now on."""
         key = request.mm_features[input_id].identifier
         if key not in self._cache:
             return False
@@ -141,7 +141,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         return True
 
     def get_cached_num_encoder_embeds(self, request: Request, input_id: int) -> int | None:
-        """Embeddings of an item on the device."""
+        """Number of an item's embeddings on the device; None if the item is not there."""
         return self._embeds.get(request.mm_features[input_id].identifier)
 
     def can_allocate(
@@ -151,15 +151,15 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         encoder_compute_budget: int,
         num_embeds_to_schedule: int,
     ) -> bool:
-        """Whether an item can be encoded or loaded now; makes room for it if so.
+        """Whether an item can be encoded or loaded now; if so, evict what is in its way.
 
         Args:
-            request: Who needs it.
-            input_id: Its place in the request.
-            encoder_compute_budget: Embeddings that may still be encoded in this step. What the
-                host tier has needs none of it.
-            num_embeds_to_schedule: Embeddings found for the request in this pass already, for
-                which room was made and not yet taken.
+            request: The request that needs the item.
+            input_id: The item's place in the request.
+            encoder_compute_budget: Embeddings that may still be encoded in this step. Items
+                in the host tier need none of it.
+            num_embeds_to_schedule: Embeddings of the request for which this pass has found space
+                that is not yet taken.
         """
         feature = request.mm_features[input_id]
         with_earlier, with_later = _sharing(request, input_id)
@@ -176,7 +176,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         needed = size + sum(
             self._size(other) for other in with_later if other.identifier not in self._cache
         )
-        # Together they may be more than there will ever be room for.
+        # Items that share a placeholder may be larger than the budget together.
         needed = needed if needed <= self._cache.capacity else size
         if not self._cache.fits(pending + needed):
             return False
@@ -184,7 +184,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         return True
 
     def allocate(self, request: Request, input_id: int) -> None:
-        """Take the room that ``can_allocate`` made."""
+        """Take the space that ``can_allocate`` found for an item."""
         feature = request.mm_features[input_id]
         key = feature.identifier
         if key in self._cache:
@@ -202,7 +202,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         return set(self._inputs.get(request.request_id, ()))
 
     def free_encoder_input(self, request: Request, input_id: int) -> None:
-        """A request has no more use for one of its items."""
+        """Note that a request no longer needs one of its items."""
         inputs = self._inputs.get(request.request_id, {})
         key = inputs.pop(input_id, None)
         if not inputs:
@@ -212,7 +212,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             return
         self._forget(self._cache.release(key, request.request_id))
         if self._fresh.get(key) == request.request_id:
-            # Preempted in the pass that scheduled it: nobody will encode it.
+            # The request was preempted in the pass that scheduled it: nobody encodes the item.
             del self._fresh[key]
             if not self._cache.users(key):
                 if key in self._cache:
@@ -222,7 +222,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
                     self._host.cancel(key)
 
     def get_freed_mm_hashes(self) -> list[str]:
-        """Items evicted since the last call that are not cached again. Ends a scheduling pass."""
+        """Items evicted since the last call and not cached again. This call ends a pass."""
         self._fresh.clear()
         freed = [key for key in dict.fromkeys(self._freed) if key not in self._cache]
         self._freed = []
@@ -246,7 +246,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             self._host.used(key)
 
     def _evict(self, size: int) -> None:
-        self._forget(self._cache.make_room(size))
+        self._forget(self._cache.evict_to_fit(size))
 
     def _forget(self, keys: list[str]) -> None:
         for key in keys:
@@ -259,7 +259,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
 
 
 def _sharing(request: Any, index: int) -> tuple[bool, list[Any]]:
-    """Whether an earlier item stands in an item's placeholder, and the later ones that do."""
+    """Whether an earlier item shares an item's placeholder, and the later items that do."""
     features = request.mm_features
     place = features[index].mm_position
 

@@ -1,4 +1,4 @@
-"""Sizes and costs of vLLM's mm features."""
+"""Sizes and encoding costs of vLLM's mm features."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def output_bytes(vllm_config: VllmConfig) -> OutputBytes:
-    """Bytes of one embedding of the engine's model, by modality.
+    """Bytes of one embedding that the engine's model makes, by modality.
 
-    vLLM measures the widths where there is an EC connector; they follow from the model's
-    configuration otherwise.
+    With an EC connector vLLM measures the widths of embeddings. Otherwise they follow from the
+    model's configuration.
     """
     model_config = vllm_config.model_config
     transfer = vllm_config.ec_transfer_config
@@ -27,9 +27,9 @@ def output_bytes(vllm_config: VllmConfig) -> OutputBytes:
 
 
 def feature_cost(feature: Any) -> float:
-    """Work of encoding an mm feature, from the tensors the encoder is given where they are known.
+    """Work of encoding an mm feature, from the encoder's input tensors where they are known.
 
-    They are not where vLLM keeps them in shared memory for the worker alone.
+    They are not known where vLLM keeps them in shared memory for the worker alone.
     """
     values = None
     if feature.data is not None:

@@ -1,4 +1,4 @@
-"""Encoder outputs as caches hold them."""
+"""Copies encoder outputs where caches need them in memory of their own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from vllm_mm_ext.base.heap import trim_when_due
 
 
 def fit_to_keep(outputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Outputs ``[tokens, channels]`` of some mm items as a model returns them, fit for caches.
+    """Make a model's outputs ``[tokens, channels]`` of some mm items fit for caches.
 
-    Each is copied out of its batch. On a CPU the process's heaps are trimmed when that is due.
+    Each output is copied out of its batch. On a CPU this trims the process's heaps when due.
     """
     made = tuple(owned(output) for output in outputs)
     if made and made[0].device.type == "cpu":
@@ -21,11 +21,11 @@ def fit_to_keep(outputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 
 
 def owned(output: torch.Tensor) -> torch.Tensor:
-    """The output of one mm item in memory of its own: itself, or a copy where it is a view.
+    """The output of one mm item in memory of its own: the tensor itself, or a copy of a view.
 
-    A model encodes several mm items in one call, and what it returns for each is a view of the
-    outputs of them all. Caches count and evict outputs one by one, but a view that is kept keeps
-    the outputs of all items of its call.
+    A model encodes several mm items in one call, and returns for each item a view of the outputs of
+    all of them. Caches count and evict outputs one by one, but a kept view keeps the outputs of all
+    items of its call in memory.
 
     Args:
         output: ``[tokens, channels]`` of one mm item.

@@ -1,4 +1,4 @@
-"""What the host tier needs of the engine, seen to when it starts."""
+"""Checks and prepares what the host tier needs of an engine, when the engine starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ class HostTierError(ValueError):
 
 
 def check_host_tier(vllm_config: VllmConfig) -> None:
-    """Raise ``HostTierError`` where the host tier would be wrong, or of no use."""
+    """Check that the host tier can work in an engine.
+
+    Raises:
+        HostTierError: The host tier would give wrong answers, or be of no use.
+    """
     transfer = vllm_config.ec_transfer_config
     if not (transfer.is_ec_producer and transfer.is_ec_consumer):
         raise HostTierError(f'ec_role must be "ec_both" for the host tier, got {transfer.ec_role}')
@@ -51,8 +55,8 @@ def host_bytes(vllm_config: VllmConfig) -> int:
 def keep_raw_embeddings_out() -> None:
     """Leave ``--enable-mm-embeds`` as the operator set it where the host tier is the EC connector.
 
-    vLLM lets clients send embeddings, with or without tensors, wherever an EC connector reads: that
-    is how disaggregated encoders reach a model. The host tier reads only what it wrote.
+    vLLM lets clients send embeddings, with or without tensors, wherever an EC connector reads:
+    disaggregated encoders reach a model in that way. The host tier reads only what it wrote.
     """
     from vllm.config import VllmConfig
 

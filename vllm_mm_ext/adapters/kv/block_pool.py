@@ -1,4 +1,4 @@
-"""vLLM's block pool, with blocks that know what they hold and media that stay cached longer."""
+"""vLLM's block pool, whose blocks know which mm item they hold and which keeps media longer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vllm_mm_ext.policies.kv.sessions import Sessions
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be kept.
+    """How many blocks the pool may keep.
 
     Attributes:
         quota: Kept blocks that no request uses, at most.
-        floor: Blocks that are to be free and not kept; below it items are given up.
-        min_items: Idle items that quota and floor leave kept.
-        hidden_size: Of the language model, for what recomputing takes.
-        block_bytes: Size of a KV block.
+        floor: Blocks that are to be free and not kept. Below it the pool gives items up.
+        min_items: Idle items that the pool keeps whatever quota and floor say.
+        hidden_size: Hidden size of the language model, which recomputation costs depend on.
+        block_bytes: Size of a KV block in bytes.
     """
 
     quota: int
@@ -44,10 +44,10 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
     Every operation costs O(1) per block, on average.
 
     Args:
-        args, kwargs: As vLLM's.
-        limits: How much may be kept.
-        sessions: Conversations whose media go last.
-        audio_token: What stands for sound inside a video item, if the model has that.
+        args, kwargs: Arguments of vLLM's block pool.
+        limits: How many blocks the pool may keep.
+        sessions: Conversations, whose media the pool gives up last.
+        audio_token: The token that stands for sound inside a video item, if the model has one.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         self.sessions = sessions
         self.registry = Registry()
         self.retention = Retention(sessions)
-        self.free_block_queue = KeepingQueue(self.blocks, self._make_room)
+        self.free_block_queue = KeepingQueue(self.blocks, self._refill)
         # The new list holds all blocks again; the first is the null block, as before.
         assert self.free_block_queue.popleft() is self.null_block
         self._tagger = Tagger(
@@ -77,9 +77,10 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         )
 
     def true_pressure(self) -> float:
-        """Share of the pool that requests use or that is kept, 0 to 1; other text does not count.
+        """Share of the blocks that requests use or that the pool keeps, 0 to 1.
 
-        vLLM's own usage counts kept blocks as free, which they are.
+        Other cached text does not count. vLLM's own usage counts kept blocks as free: requests that
+        need them get them.
         """
         total = self.num_gpu_blocks - 1
         return 1.0 - self.free_block_queue.listed / total if total else 0.0
@@ -96,7 +97,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         kv_cache_group_id: int,
         block_mask: list[bool] | None = None,
     ) -> None:
-        """As vLLM's; and blocks of media become part of their item."""
+        """Cache blocks as vLLM does, and make blocks of media part of their item."""
         super().cache_full_blocks(
             request,
             blocks,
@@ -117,11 +118,11 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
     ) -> None:
         """Note that a request was admitted with a cached prefix.
 
-        Items of it that had been given up, but are still there, are kept again.
+        The pool keeps items of the request again that it had given up and that are still cached.
 
         Args:
-            request: The request; it uses the blocks by now.
-            blocks: Its cached blocks, from the first on.
+            request: The request, which uses the blocks by now.
+            blocks: The request's cached blocks, from the first on.
             block_size: Tokens per block.
             group: KV cache group.
         """
@@ -132,7 +133,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
     # --- who goes first ---------------------------------------------------------------------------
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
-        """As vLLM's; kept items are given up where nothing else is free."""
+        """Take blocks as vLLM does, and give up kept items where nothing else is free."""
         taken: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
         queue = self.free_block_queue
         if queue.kept and queue.listed < self.limits.floor:
@@ -140,7 +141,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         return taken
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """As vLLM's; items of which a block is used cannot be given up."""
+        """Note uses as vLLM does; an item that a request uses cannot be given up."""
         others, kept, holders = self._parted(blocks)
         super().touch(others)
         if not kept:
@@ -160,7 +161,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
                     self.retention.busy(each)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
-        """As vLLM's; blocks of items are kept."""
+        """Free blocks as vLLM does, but keep those of items."""
         others, kept, holders = self._parted(list(ordered_blocks))
         super().free_blocks(others)
         if not kept:
@@ -183,7 +184,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
     def _parted(
         self, blocks: Sequence[KVCacheBlock]
     ) -> tuple[Sequence[KVCacheBlock], list[KVCacheBlock], list[CachedItem | int]]:
-        """Blocks that are vLLM's matter, those of items, and the holders of the latter."""
+        """Blocks that no item holds, blocks that items hold, and the holders of the latter."""
         all_holders = self.free_block_queue.holders
         held = [all_holders[block.block_id] for block in blocks]
         if not any(held):
@@ -193,10 +194,10 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         return others, kept, [holder for holder in held if holder]
 
     def release(self, items: Iterable[int]) -> None:
-        """Stop keeping items, and all that follow them; they stay cached like any text.
+        """Stop keeping items and all items after them; their blocks stay cached like any text.
 
         Args:
-            items: Their numbers; those that are not kept are ignored.
+            items: Numbers of the items; unknown numbers are ignored.
         """
         for number in items:
             item = self.registry.numbered(number)
@@ -222,7 +223,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
                 return
             self._release(item)
 
-    def _make_room(self, num_blocks: int) -> None:
+    def _refill(self, num_blocks: int) -> None:
         queue = self.free_block_queue
         self.reprotect(self.sessions.expire())
         while queue.listed < num_blocks and (item := self.retention.victim()) is not None:
@@ -261,7 +262,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
     # --- what else may happen to blocks -----------------------------------------------------------
 
     def evict_blocks(self, block_ids: set[int]) -> None:
-        """As vLLM's; nothing after them is found any more, so it is not kept either."""
+        """Evict blocks as vLLM does, and stop keeping what follows them: no request finds it."""
         for block_id in block_ids:
             self._let_go(block_id)
         super().evict_blocks(block_ids)
@@ -269,14 +270,14 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
     def unpin_blocks(
         self, blocks: Iterable[KVCacheBlock], on_reuse: Callable[[KVCacheBlock], None]
     ) -> None:
-        """As vLLM's; they are not kept."""
+        """Unpin blocks as vLLM does, and stop keeping them."""
         blocks = list(blocks)
         for block in blocks:
             self._let_go(block.block_id)
         super().unpin_blocks(blocks, on_reuse)
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
-        """As vLLM's; the copy is not kept."""
+        """Move hashes as vLLM does; the pool does not keep the copy."""
         self._let_go(src_block.block_id)
         super().move_block_hashes(src_block, dst_block)
 
@@ -285,7 +286,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             self.release([item.number for item in self.registry.holding(block_id)])
 
     def reset_prefix_cache(self) -> bool:
-        """As vLLM's: False while requests run, else nothing is cached afterwards."""
+        """Empty the cache as vLLM does; returns False, and does nothing, while requests run."""
         if not super().reset_prefix_cache():
             return False
         queue = self.free_block_queue
@@ -298,20 +299,20 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         return True
 
     def holds(self, block_id: int) -> CachedItem | None:
-        """The kept mm item whose tokens are in a block; None for text, and items given up.
+        """The kept mm item whose tokens are in a block; None for text and for items given up.
 
-        A block in which an item ends and other text begins is the next item's or text.
+        A block in which an item ends and other text begins counts as text before the next item.
         """
         holder = self.free_block_queue.holders[block_id]
         return holder if isinstance(holder, CachedItem) else None
 
     def media(self) -> list[CachedMedia]:
-        """What is cached, latest use first."""
+        """The media that are cached, latest use first."""
         sessions = {item.number: self.sessions.ids(item.number) for item in self.registry}
         return merge(self.registry, self.limits.block_bytes, sessions)
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` if blocks, items and the free list disagree. O(pool)."""
+        """Raise ``AssertionError`` if blocks, items and free list disagree; for tests. O(pool)."""
         queue = self.free_block_queue
         listed = queue.get_all_free_blocks()
         ids = {block.block_id for block in listed}

@@ -1,7 +1,8 @@
-"""The free list, with kept blocks taken out of the order in which blocks are handed out.
+"""vLLM's free list without the blocks that the pool keeps.
 
-Kept blocks are free: they count, and whoever needs them gets them. They just are not in the linked
-list; the pool gives items back to it, whole, when it decides to or when the list runs dry.
+Kept blocks are free: they count as free, and a request that needs them gets them. They are only not
+in the linked list from which blocks are taken. The pool gives the blocks of whole items back to the
+list when it gives the items up, or when the list runs dry.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
 
     Args:
         blocks: All blocks of the pool, all free.
-        make_room: Called with a number of blocks when the list holds fewer; it must then hold
-            that many, if as many are free.
+        refill: Called with a number of blocks when the list holds fewer. The list must hold that
+            many afterwards, if as many are free.
 
     Attributes:
-        holders: By block id: the item whose tokens the block holds, or how many items need the
-            text in it, or None.
-        kept: Free blocks outside the list: those with holders.
+        holders: By block id, the item whose tokens the block holds, or the number of items that
+            need the text in the block, or None.
+        kept: Number of free blocks that are not in the list because they have holders.
     """
 
-    def __init__(self, blocks: list[KVCacheBlock], make_room: Callable[[int], None]) -> None:
+    def __init__(self, blocks: list[KVCacheBlock], refill: Callable[[int], None]) -> None:
         super().__init__(blocks)
-        self._make_room = make_room
+        self._refill = refill
         self.holders: list[CachedItem | int | None] = [None] * len(blocks)
         self.kept = 0
 
@@ -49,16 +50,16 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
             n: How many; at most as many as are free.
         """
         if n > self.num_free_blocks - self.kept:
-            self._make_room(n)
+            self._refill(n)
         taken: list[KVCacheBlock] = super().popleft_n(n)
         return taken
 
     def keep(self, blocks: int) -> None:
-        """Note that so many free blocks are kept, which are not in the list."""
+        """Count free blocks that the pool keeps and that are not in the list."""
         self.kept += blocks
         self.num_free_blocks += blocks
 
     def give_back(self, blocks: list[KVCacheBlock]) -> None:
-        """Put kept blocks, which no item holds any more, at the end of the list."""
+        """Put kept blocks that no item holds any more at the end of the list."""
         self.keep(-len(blocks))
         self.append_n(blocks)

@@ -1,4 +1,4 @@
-"""How the block pool gets into vLLM: while a scheduler is built, and where it admits requests."""
+"""Puts the plugin's block pool into vLLM, and tells the pool what vLLM's scheduler does."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ GIB = 1 << 30
 
 
 def install() -> None:
-    """Let schedulers built from now on have the plugin's block pool. Idempotent."""
+    """Give the plugin's block pool to every scheduler that is built from now on. Idempotent."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
 
     wrap(Scheduler, "__init__", _with_pool)
+    wrap(Scheduler, "_preempt_request", _without_uncomputed_blocks)
     wrap(KVCacheManager, "allocate_slots", _noting_hits)
 
 
@@ -38,7 +39,7 @@ def install_control() -> None:
 
 
 def control_of(scheduler: Any) -> KVControl | None:
-    """The control of a vLLM scheduler's block pool; None if that is not the plugin's."""
+    """The control of a scheduler's block pool; None if the pool is not the plugin's."""
     from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
 
     pool = scheduler.kv_cache_manager.block_pool
@@ -85,18 +86,18 @@ def pools_of(factory: Callable[..., Any]) -> Iterator[None]:
 def pool_factory(
     settings: KVSettings, kv_cache_config: Any, hidden_size: int, audio_token: int | None = None
 ) -> Callable[..., Any]:
-    """What builds a block pool with these settings.
+    """A factory of block pools with these settings.
 
     Args:
         settings: The section ``kv``.
         kv_cache_config: vLLM's ``KVCacheConfig``.
-        hidden_size: Of the language model.
-        audio_token: What stands for sound inside a video item, if the model has that.
+        hidden_size: Hidden size of the language model.
+        audio_token: The token that stands for sound inside a video item, if the model has one.
     """
     from vllm_mm_ext.adapters.kv.block_pool import Limits, MMExtBlockPool
     from vllm_mm_ext.policies.kv.sessions import Sessions
 
-    # All tensors are views of one allocation, whose size each of them tells.
+    # All tensors are views of one allocation, and each tensor tells the size of that allocation.
     total = max((tensor.size for tensor in kv_cache_config.kv_cache_tensors), default=0)
     # One block is vLLM's null block.
     blocks = kv_cache_config.num_blocks - 1
@@ -137,3 +138,26 @@ def _noting_hits(original: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return allocate_slots
+
+
+def _without_uncomputed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Take blocks that were cached, and will not be computed, out of the prefix cache.
+
+    vLLM caches a request's blocks when it schedules their tokens. A priority scheduler may preempt
+    the request later in the same pass. vLLM then leaves the blocks in the prefix cache, although
+    no model run will fill them.
+    """
+
+    def preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        # A pass adds the tokens that it schedules to these only at its end.
+        computed = request.num_computed_tokens
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            uncomputed = {
+                block.block_id
+                for block in manager.req_to_blocks.get(request.request_id, ())
+                if (block.block_hash_num_tokens or 0) > computed
+            }
+            manager.block_pool.evict_blocks(uncomputed)
+        return original(self, request, *args, **kwargs)
+
+    return preempt_request

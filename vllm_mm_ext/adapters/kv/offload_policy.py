@@ -1,4 +1,4 @@
-"""Eviction from the host tier of vLLM's KV offloading, by the score of the KV blocks.
+"""Eviction from the host tier of vLLM's KV offloading, by the score that KV blocks have.
 
     --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
       "kv_connector_extra_config": {"cpu_bytes_to_use": 68719476736,
@@ -16,35 +16,59 @@ from collections.abc import Iterable, Sequence
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus, order_request_keys
 
+from vllm_mm_ext.adapters.names.kv_names import KNOWN_POLICY_METHODS, OFFLOAD_NAMES
+from vllm_mm_ext.adapters.names.names_check import problem
 from vllm_mm_ext.policies.eviction.cost_aware import CostAware
+from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
 from vllm_mm_ext.policies.kv.item_registry import prefill_cost
-from vllm_mm_ext.policies.kv.worst import Worst
 
 # vLLM tells the policy nothing of the model; models of 7-8B parameters have this hidden size.
 _HIDDEN_SIZE = 4096
 
 
-class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
-    """Evicts the chunks whose memory is expected to save the least recomputation.
+def offload_problem() -> str | None:
+    """What of vLLM is not as the policy needs it; None if all is."""
+    unknown = CachePolicy.__abstractmethods__ - set(KNOWN_POLICY_METHODS)
+    if unknown:
+        return f"vLLM's cache policies have {', '.join(sorted(unknown))} now"
+    return problem(OFFLOAD_NAMES)
 
-    All chunks of a request cost the same, the mean of what prefilling it takes per token: the
-    first ones are cheaper to compute, but without them the others are useless. Of a request's
-    chunks, which score alike, the last goes first.
+
+class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
+    """Evicts the chunks of KV whose memory is expected to save the least recomputation.
+
+    All chunks of a request have the same cost: the mean of what prefilling the request takes per
+    token. The first chunks are cheaper to compute, but without them the others are useless. Of the
+    chunks of one request, which have equal scores, the policy evicts the last chunk first.
 
     Args:
-        cache_capacity: Chunks that fit.
+        cache_capacity: Chunks that fit into the host tier.
+
+    Raises:
+        RuntimeError: vLLM's interface for cache policies is not one that this policy knows.
     """
 
     def __init__(self, cache_capacity: int) -> None:
+        changed = offload_problem()
+        if changed is not None:
+            raise RuntimeError(
+                f"mm_ext: CostAwarePolicy does not fit this vLLM: {changed}. Without "
+                "eviction_policy and cache_policy_module_path vLLM uses a policy of its own."
+            )
         super().__init__(cache_capacity)
         self.clear()
 
     def get(self, key: OffloadKey) -> ChunkStatus | None:
-        """The chunk, if it is there."""
+        """The chunk of a key; None if the tier does not hold it."""
         return self._chunks.get(key)
 
-    def insert(self, key: OffloadKey, chunk: ChunkStatus) -> None:
-        """Take in a chunk; it is ranked when its request has finished."""
+    def insert(
+        self,
+        key: OffloadKey,
+        chunk: ChunkStatus,
+        req_context: ReqContext | None = None,  # noqa: ARG002 - vLLM 0.33 and later give it
+    ) -> None:
+        """Take in a chunk; the policy ranks the chunk when its request has finished."""
         self._chunks[key] = chunk
         self._renew(key)
         if chunk.ref_cnt == 0:
@@ -53,17 +77,17 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
     def remove(self, key: OffloadKey) -> None:
         """Drop a chunk whose store failed."""
         del self._chunks[key]
-        self._turns.pop(key)
+        self._last_uses.pop(key)
         self._scores.forget(key)
         if key in self._evictable:
             self._evictable.remove(key)
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
-        """Count a use of chunks."""
+        """Count one use of each chunk."""
         self._use(list(keys), req_context)
 
     def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
-        """Nothing: evicted chunks are remembered by themselves."""
+        """Do nothing: the scores remember evicted chunks by themselves."""
 
     def on_request_finished(
         self,
@@ -72,7 +96,7 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
         reused_keys: set[OffloadKey],
         req_context: ReqContext,
     ) -> None:
-        """Count a use of what the request stored or found."""
+        """Count one use of each chunk that a request stored or found."""
         used = insertion_only_keys | reused_keys
         keys = [key for key in order_request_keys(key_groups, req_context) if key in used]
         self._use(keys, req_context)
@@ -80,8 +104,15 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
     def evict(
         self, n: int, protected: set[OffloadKey]
     ) -> list[tuple[OffloadKey, ChunkStatus]] | None:
-        """Drop ``n`` chunks that nobody reads and that are not protected; None, and no change, if
-        there are fewer."""
+        """Evict chunks that nobody reads.
+
+        Args:
+            n: How many chunks.
+            protected: Keys of chunks that must stay.
+
+        Returns:
+            What was evicted; None, with nothing changed, if fewer than ``n`` chunks may go.
+        """
         held = [key for key in protected if key in self._evictable]
         if len(self._evictable) - len(held) < n:
             return None
@@ -93,7 +124,7 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
             assert key is not None
             self._evictable.remove(key)
             gone.append((key, self._chunks.pop(key)))
-            self._turns.pop(key)
+            self._last_uses.pop(key)
             if key in self._scores:
                 self._scores.evict(key)
         for key in held:
@@ -104,9 +135,9 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
         """Forget everything."""
         self._chunks: dict[OffloadKey, ChunkStatus] = {}
         self._scores: CostAware[OffloadKey] = CostAware(ghosts=self.cache_capacity)
-        self._turns: dict[OffloadKey, int] = {}
-        self._turn = 0
-        self._evictable: Worst[OffloadKey] = Worst(self._rank, random.Random(0))
+        self._last_uses: dict[OffloadKey, int] = {}
+        self._uses = 0
+        self._evictable: SampledWorst[OffloadKey] = SampledWorst(self._rank, random.Random(0))
 
     def mark_evictable(self, key: OffloadKey) -> None:
         """Note that nobody reads or writes a chunk any more."""
@@ -128,14 +159,11 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
                 self._renew(key)
 
     def _renew(self, key: OffloadKey) -> None:
-        self._turn += 1
-        self._turns[key] = self._turn
-        # What is remembered of its rank is out of date.
-        if key in self._evictable:
-            self._evictable.remove(key)
-            self._evictable.add(key)
+        self._uses += 1
+        self._last_uses[key] = self._uses
+        self._evictable.rank_changed(key)
 
     def _rank(self, key: OffloadKey) -> tuple[float, int]:
         # Chunks of requests in progress are about to be used.
         score = self._scores.score(key) if key in self._scores else float("inf")
-        return score, self._turns[key]
+        return score, self._last_uses[key]

@@ -1,4 +1,4 @@
-"""From a request's blocks to the items they hold."""
+"""Makes blocks of requests part of the mm items whose tokens the blocks hold."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Prefix:
 
     Attributes:
         request: The request.
-        blocks: Its blocks, from the first on.
+        blocks: The request's blocks, from the first on.
         block_size: Tokens per block.
         group: KV cache group.
-        hit: They were found in the cache, not computed.
-        sparse: Some of them are not looked up, and so have no hash.
+        hit: Whether the blocks were found in the cache, not computed.
+        sparse: Whether vLLM never looks some of the blocks up, so that these have no hash.
     """
 
     request: Request
@@ -46,13 +46,13 @@ class Tagger:
     """Makes blocks part of items.
 
     Args:
-        queue: Holds the tags of blocks that belong to items.
-        registry: The items.
-        retention: Their ranks.
-        sessions: Told which session uses which item.
+        queue: The free list, which knows the holder of each block.
+        registry: The cached items.
+        retention: The order in which items are given up.
+        sessions: Conversations; the tagger tells them which session uses which item.
         hash_block_size: Tokens per block hash.
-        hidden_size: Of the language model.
-        audio_token: What stands for sound inside a video item, if the model has that.
+        hidden_size: Hidden size of the language model.
+        audio_token: The token that stands for sound inside a video item, if the model has one.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Tagger:
         self._audio_token = audio_token
 
     def tag(self, prefix: Prefix, indices: range) -> None:
-        """Keep what belongs to an item.
+        """Make blocks part of their items.
 
         Args:
-            prefix: The request's blocks, which it uses.
-            indices: Those that are new to it.
+            prefix: The blocks that a request uses.
+            indices: Indices of the blocks that are new to the request.
         """
         placement = Placement(prefix.request.mm_features, self._hash_block_size)
         for index, own in placement.runs(indices, prefix.block_size):
@@ -89,7 +89,7 @@ class Tagger:
                 self._claim(item, prefix, placement.before(index, prefix.block_size), own)
 
     def _use(self, prefix: Prefix, placement: Placement, index: int) -> CachedItem | None:
-        """A request's item, kept from now on; None if what comes before it cannot be."""
+        """A request's item, kept from now on; None if what comes before the item cannot be kept."""
         request = prefix.request
         key = self._key(request, placement, index)
         item = self._registry.get(key)
@@ -121,7 +121,7 @@ class Tagger:
         return item
 
     def _keep_before(self, prefix: Prefix, placement: Placement, index: int) -> None:
-        """Keep the items before one again that were given up; the request uses their blocks."""
+        """Keep given-up items before an item again: the request uses their blocks."""
         first = index
         while (before := placement.parent(first)) is not None:
             if self._registry.get(self._key(prefix.request, placement, before)) is not None:
@@ -140,9 +140,9 @@ class Tagger:
         return bytes(request.block_hashes[found])
 
     def _claim(self, item: CachedItem, prefix: Prefix, before: range, own: range) -> None:
-        """Let an item hold a request's blocks, where it does not hold equal ones already.
+        """Let an item hold a request's blocks, unless the item holds equal blocks already.
 
-        Requests that computed the same at the same time have a block each; one is enough.
+        Requests that computed the same at the same time have a block each; one of them is enough.
         """
         reached = item.reached.get(prefix.group)
         if reached is None:
@@ -194,7 +194,7 @@ class Tagger:
 
 
 def _cached(prefix: Prefix, indices: range) -> list[int]:
-    """Ids of a request's blocks that a later one can find."""
+    """Ids of a request's blocks that later requests can find."""
     blocks = prefix.blocks[indices.start : indices.stop]
     if prefix.sparse:
         return [block.block_id for block in blocks if block.block_hash is not None]

@@ -36,6 +36,8 @@ POOL_NAMES: tuple[VllmName, ...] = (
         f"{_CORE}.kv_cache_manager:KVCacheManager.allocate_slots",
         ("request", "num_new_tokens", "num_new_computed_tokens"),
     ),
+    VllmName(f"{_CORE}.sched.scheduler:Scheduler._preempt_request", ("request",)),
+    VllmName(f"{_CORE}.kv_cache_utils:KVCacheBlock.block_hash_num_tokens"),
     VllmName(f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
     VllmName("vllm.config:AttentionConfig.hisparse_config"),
     VllmName(
@@ -52,3 +54,31 @@ CONTROL_NAMES: tuple[VllmName, ...] = (
     VllmName("vllm.v1.engine.core:EngineCore.reset_prefix_cache", ("self",)),
     VllmName("vllm.v1.engine.core_client:AsyncMPClient.call_utility_async", ("method",)),
 )
+
+_POLICY = "vllm.v1.kv_offload.cpu.policies.base:CachePolicy"
+
+# What the eviction policy of the host tier overrides and calls. vLLM 0.33 gives ``insert`` a
+# ``req_context``, which 0.32 does not have.
+OFFLOAD_NAMES: tuple[VllmName, ...] = (
+    VllmName(f"{_POLICY}.__init__", ("cache_capacity",)),
+    VllmName(f"{_POLICY}.get", ("key",)),
+    VllmName(f"{_POLICY}.insert", ("key", "chunk")),
+    VllmName(f"{_POLICY}.remove", ("key",)),
+    VllmName(f"{_POLICY}.touch", ("keys", "req_context")),
+    VllmName(f"{_POLICY}.on_store_miss", ("keys", "req_context")),
+    VllmName(
+        f"{_POLICY}.on_request_finished",
+        ("key_groups", "insertion_only_keys", "reused_keys", "req_context"),
+    ),
+    VllmName(f"{_POLICY}.evict", ("n", "protected")),
+    VllmName(f"{_POLICY}.clear"),
+    VllmName(f"{_POLICY}.mark_evictable", ("key",)),
+    VllmName(f"{_POLICY}.mark_non_evictable", ("key",)),
+    VllmName(
+        "vllm.v1.kv_offload.cpu.policies.base:order_request_keys", ("key_groups", "req_context")
+    ),
+    VllmName("vllm.v1.kv_offload.base:ReqContext.get_offload_key_position", ("key",)),
+)
+
+# What vLLM wants of every cache policy.
+KNOWN_POLICY_METHODS = ("clear", "evict", "get", "insert", "remove", "touch")

@@ -34,7 +34,13 @@ SCHEDULER_NAMES = (
     VllmName(f"{_SCHEDULER}._free_request", ("request",)),
     VllmName(f"{_SCHEDULER}._update_request_as_session", ("session", "update")),
     VllmName(f"{_SCHEDULER}._request_remaining_blocks", ("request",)),
+    VllmName(f"{_SCHEDULER}._ec_transfer_pending", ("request", "num_computed_tokens")),
     VllmName("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks"),
+    VllmName(
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:"
+        "KVConnectorBase_V1.get_num_new_matched_tokens",
+        ("request", "num_computed_tokens"),
+    ),
     VllmName(f"{_SCHEDULER}.get_request_counts"),
     VllmName("vllm.v1.core.sched.async_scheduler:AsyncScheduler"),
     VllmName("vllm.v1.core.sched.request_queue:RequestQueue"),
@@ -84,6 +90,7 @@ SCHEDULER_ATTRIBUTES = (
     "num_waiting_for_streaming_input",
     "parallel_config",
     "policy",
+    "prefill_capacity_bound",
     "requests",
     "running",
     "scheduler_config",
@@ -91,8 +98,14 @@ SCHEDULER_ATTRIBUTES = (
     "waiting",
 )
 
+# What ``Scheduler.__init__`` sets from vLLM 0.33 on, where ``--prefill-schedule-interval`` acts on
+# engines that are not part of a data-parallel group: the interval in steps, the last step with
+# prefill, and steps so far.
+CADENCE_ATTRIBUTES = ("local_prefill_interval", "last_prefill_step", "num_executed_steps")
+
 # What ``Request.__init__`` sets and the plugin's scheduler reads.
 REQUEST_ATTRIBUTES = (
+    "arrival_time",
     "block_hashes",
     "is_prefill_chunk",
     "kv_transfer_params",

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
+from vllm_mm_ext.policies.scheduler.order import Order
+
 # Steps for which a request is left alone after vLLM found no room for it against the plan.
 BACK_OFF = 8
 
@@ -18,6 +20,7 @@ class Scarce(Enum):
 
     BLOCKS = auto()
     ADAPTER = auto()
+    TRANSFER = auto()
     OTHER = auto()
 
 
@@ -29,27 +32,35 @@ class _Refusal(NamedTuple):
 
 
 class Admission:
-    """Refused requests, and the door that is kept for the promoted ones among them.
+    """Refused requests, and the door that is kept for the aged ones among them.
 
     A refused request is out of the encoder plan for ``BACK_OFF`` steps, so that others pass it, or
-    until what it lacked is there. That could be taken by later ones for ever. So from its promotion
-    on, these are let in only with KV blocks that neither its prompt nor those of promoted requests
-    between them need, and not with a LoRA adapter other than its own if that is what it lacks. What
-    runs ends, hence it gets its turn. The door is open while nothing runs and yet something lacks:
-    blocks may be held by sessions that wait for input.
+    until what it lacked is there: KV blocks, a place for its LoRA adapter, or what a connector
+    fetches. Later requests could take the first two for ever. So once it is aged, these are let in
+    only with KV blocks that neither its prompt nor those of aged requests between them need, not
+    with a LoRA adapter other than its own if that is what it lacks. What runs ends, hence it gets
+    its turn. The door is open while nothing runs and yet something lacks: blocks may be held by
+    sessions that wait for input.
 
     Args:
         scheduler: vLLM's scheduler.
-        number: Order of coming of a request.
+        order: Tells a request's place in the order of coming.
+        in_transit: Whether a connector still fetches what a request needs.
     """
 
-    def __init__(self, scheduler: Any, number: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        order: Callable[[str], Order],
+        in_transit: Callable[[Any], bool],
+    ) -> None:
         self._scheduler = scheduler
-        self._number = number
+        self._in_transit = in_transit
+        self._order = order
         self._refusals: dict[str, _Refusal] = {}
         self._failed: set[str] = set()
         self._keeps: dict[Scarce, Any] = {}
-        self._line: list[tuple[int, int]] = []
+        self._line: list[tuple[Order, int]] = []
 
     def forget(self, key: str) -> None:
         """The request has what it lacked, or is no more."""
@@ -98,39 +109,47 @@ class Admission:
         if request not in self._scheduler.deferred_waiting:
             return Scarce.BLOCKS
         adapted = self._scheduler.lora_config and request.lora_request
-        return Scarce.ADAPTER if adapted else Scarce.OTHER
+        if adapted and not self._is_there(request, Scarce.ADAPTER, self._adapters()):
+            return Scarce.ADAPTER
+        return Scarce.TRANSFER
 
-    def keep_door(self, is_promoted: Callable[[Any], bool]) -> None:
+    def _adapters(self) -> set[int]:
+        """LoRA adapters of running requests."""
+        running = self._scheduler.running
+        return {one.lora_request.lora_int_id for one in running if one.lora_request}
+
+    def keep_door(self, is_aged: Callable[[Any], bool]) -> list[Any]:
         """Find for whom the door is kept in this step: the first to come of those that lack it.
 
-        Whoever finds what was scarce need not back off any longer.
+        Returns:
+            Requests that find what they lacked, and so need not back off any longer.
         """
         self._keeps = {}
         running = self._scheduler.running
-        adapters = {one.lora_request.lora_int_id for one in running if one.lora_request}
-        for key in sorted(self._refusals, key=self._number):
+        adapters, found = self._adapters(), []
+        for key in sorted(self._refusals, key=self._order):
             request, (until, scarce) = self._scheduler.requests[key], self._refusals[key]
             there = self._is_there(request, scarce, adapters)
             if there and until > self._scheduler.current_step:
                 self._refusals[key] = _Refusal(0, scarce)
-            if (running or there) and is_promoted(request):
+                found.append(request)
+            if (running or there) and is_aged(request):
                 self._keeps.setdefault(scarce, request)
         first = self._keeps.get(Scarce.BLOCKS)
-        self._line = [] if first is None else self._line_behind(first, is_promoted)
+        self._line = [] if first is None else self._line_behind(first, is_aged)
+        return found
 
-    def _line_behind(self, first: Any, is_promoted: Callable[[Any], bool]) -> list[tuple[int, int]]:
+    def _line_behind(self, first: Any, is_aged: Callable[[Any], bool]) -> list[tuple[Order, int]]:
         """By order of coming, who has the blocks kept, and how many all up to each of them lack.
 
-        That is the first that was refused, and the promoted ones after it: each may be refused as
+        That is the first that was refused, and the aged ones after it: each may be refused as
         well once it is tried, and what is let in until then would have its blocks.
         """
-        number = self._number(first.request_id)
-        waiting = {
-            self._number(one.request_id): one for one in self._scheduler.waiting.candidates()
-        }
-        later = sorted(n for n, one in waiting.items() if n > number and is_promoted(one))
+        order = self._order(first.request_id)
+        waiting = {self._order(one.request_id): one for one in self._scheduler.waiting.candidates()}
+        later = sorted(n for n, one in waiting.items() if n > order and is_aged(one))
         line, lacking = [], 0
-        for place, one in ((number, first), *((n, waiting[n]) for n in later)):
+        for place, one in ((order, first), *((n, waiting[n]) for n in later)):
             lacking += int(self._scheduler._request_remaining_blocks(one))
             line.append((place, lacking))
         return line
@@ -139,6 +158,8 @@ class Admission:
         if scarce is Scarce.ADAPTER:
             own = request.lora_request.lora_int_id
             return own in adapters or len(adapters) < self._scheduler.lora_config.max_loras
+        if scarce is Scarce.TRANSFER:
+            return not self._in_transit(request)
         return scarce is Scarce.BLOCKS and self._have_blocks(request)
 
     def _have_blocks(self, request: Any, kept: int = 0) -> bool:
@@ -158,11 +179,11 @@ class Admission:
                 return True
         if self._before(Scarce.BLOCKS, request) is None:
             return False
-        place = bisect_left(self._line, (self._number(request.request_id),))
+        place = bisect_left(self._line, (self._order(request.request_id),))
         return not self._have_blocks(request, kept=self._line[place - 1][1])
 
     def _before(self, scarce: Scarce, request: Any) -> Any:
         kept = self._keeps.get(scarce)
-        if kept is None or self._number(request.request_id) <= self._number(kept.request_id):
+        if kept is None or self._order(request.request_id) <= self._order(kept.request_id):
             return None
         return kept

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_mm_ext.adapters.names.names_check import problem
 from vllm_mm_ext.adapters.names.scheduler_names import (
+    CADENCE_ATTRIBUTES,
     QUEUE_METHODS,
     REQUEST_ATTRIBUTES,
     SCHEDULER_ATTRIBUTES,
@@ -56,6 +57,10 @@ def _changed_attributes() -> str | None:
         missing = [name for name in names if name not in known]
         if missing:
             return f"vLLM's {owner.__name__} no longer has {', '.join(missing)}"
+    known = inspect.unwrap(Scheduler.__init__).__code__.co_names
+    cadence = [name for name in CADENCE_ATTRIBUTES if name in known]
+    if cadence and len(cadence) < len(CADENCE_ATTRIBUTES):
+        return f"of vLLM's prefill cadence only {', '.join(cadence)} is there"
     unknown = RequestQueue.__abstractmethods__ - set(QUEUE_METHODS)
     return f"vLLM's queues have {', '.join(sorted(unknown))} now" if unknown else None
 

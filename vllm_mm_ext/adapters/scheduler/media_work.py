@@ -121,6 +121,22 @@ class MediaWork:
         items = self.items(request, start)
         return sum(item.tokens for item in items if item.start < end and self._elsewhere(item))
 
+    def in_transit(self, request: Any, now: float) -> bool:
+        """Whether a connector still fetches, or looks for, what a waiting request needs.
+
+        Like vLLM's scheduler this asks the connectors, which note by that what arrived.
+        """
+        if self._scheduler.connector is not None and _prefilled_elsewhere(request):
+            return False
+        computed = self.need(request, now).computed
+        connector = self._scheduler.connector
+        if connector is not None and not request.num_computed_tokens:
+            found, _ = connector.get_num_new_matched_tokens(request, computed)
+            if found is None:
+                return True
+            computed += found
+        return bool(self._scheduler._ec_transfer_pending(request, computed))
+
     def _read(self, request: Any, media: _Media, computed: int) -> Need:
         cached = self._scheduler.encoder_cache_manager.get_cached_num_encoder_embeds
         items = media.items[bisect_right(media.ends, computed) :]

@@ -13,41 +13,31 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
 from vllm_mm_ext.adapters.scheduler.admission import Admission, Scarce
+from vllm_mm_ext.adapters.scheduler.encoder_inputs import EncoderInputs
 from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.adapters.scheduler.queue import ArrangedQueue
-from vllm_mm_ext.adapters.scheduler.turn_reader import TurnReader, free_slots
+from vllm_mm_ext.adapters.scheduler.start_warnings import start_warnings
+from vllm_mm_ext.adapters.scheduler.step_demand import StepState, running_of, step_demand, text_of
+from vllm_mm_ext.adapters.scheduler.turn_reader import CandidateReader, free_slots
 from vllm_mm_ext.adapters.scheduler.turns import (
-    Turn,
+    Candidate,
     chunk_limits,
     decode_tokens,
     demands,
     finishing_first,
-    ready_media,
 )
 from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.config.root import MMExtConfig
-from vllm_mm_ext.policies.scheduler.encoder_plan import (
-    EncoderPlan,
-    EncoderRoom,
-    Item,
-    first_served,
-    plan,
-)
-from vllm_mm_ext.policies.scheduler.step_budget import (
-    NOTHING,
-    Demand,
-    Remainder,
-    StepBudget,
-    StepLimits,
-)
+from vllm_mm_ext.policies.scheduler.encoder_plan import EncoderCapacity, EncoderPlan, plan
+from vllm_mm_ext.policies.scheduler.step_budget import Remainder, StepBudget, StepLimits
 from vllm_mm_ext.policies.scheduler.step_times import StepTimes, StepWork, attended
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -85,51 +75,32 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             or self.scheduler_config.disable_chunked_mm_input
             or not self.scheduler_config.enable_chunked_prefill
         )
-        self._say_what_is_off()
-        self._reader = TurnReader(
+        for warning in start_warnings(self, self._settings, limits_prefill=self._limits_prefill):
+            logger.warning("mm_ext: %s", warning)
+        self._reader = CandidateReader(
             self,
             aging_s=self._settings.aging_s,
             max_tokens=self._max_tokens,
             plans_encoder=self._plans_encoder,
         )
-        self.waiting = ArrangedQueue(self._reader.standing)
+        self.waiting = ArrangedQueue(self._reader.sort_keys)
         self._plan = EncoderPlan()
         self._waits_for_encoder: set[str] = set()
-        self._promoted: set[str] = set()
+        self._aged: set[str] = set()
         self._kept_slots = 0
         self._kept_before: dict[str, int] = {}
         self._reserved_slots = min(self._settings.text_slots, int(self.max_num_active_reqs) // 4)
         self._most_kept_slots = max(1, int(self.max_num_active_reqs) // 4)
-        self._admission = Admission(self, self._reader.number)
+        self._admission = Admission(self, self._reader.order, self._in_transit)
+        self._encoder_inputs = EncoderInputs(self, self._reader.media)
         self._tried: dict[str, Any] = {}
+        # In this step no other waiting request is let in.
+        self._walk_ends = False
         self._chunks: dict[str, int] = {}
         self._begun: OrderedDict[int, tuple[float, StepWork]] = OrderedDict()
         self._ended = -math.inf
         self._backlog = 0
         self._publisher = LoadPublisher(self)
-
-    def _say_what_is_off(self) -> None:
-        if self.is_encoder_decoder:
-            logger.warning("mm_ext: encoder work of encoder-decoder models is left to vLLM")
-        if self.connector is not None:
-            logger.warning(
-                "mm_ext: requests with media whose KV a connector has wait for their turn at the "
-                "encoder before it is asked, unless their kv_transfer_params say do_remote_prefill"
-            )
-        slots = int(self.max_num_active_reqs)
-        if self._settings.text_slots > slots // 4:
-            logger.warning(
-                "mm_ext: scheduler.text_slots is %d, but at most a quarter of the %d slots "
-                "(--max-num-seqs) is kept for text: %d",
-                self._settings.text_slots,
-                slots,
-                slots // 4,
-            )
-        if not self._limits_prefill:
-            logger.warning(
-                "mm_ext: prefill is not limited while something decodes: chunked prefill is off, "
-                "mm items must not be chunked, or prompts are computed in whole Mamba blocks"
-            )
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -141,23 +112,25 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if not waits and len(decoding) == len(self.running):
             return self._decode(decoding, throttle_prefills, now)
         decodes = sum(decode_tokens(request) for request in decoding)
-        self._admission.keep_door(lambda request: self._reader.is_promoted(request, now))
-        self._tried = {}
-        turns, finish = finishing_first(
-            self._reader.turns(self._admission, now),
+        for request in self._admission.keep_door(lambda one: self._reader.is_aged(one, now)):
+            self._reader.media.look_again(request)
+        self._tried, self._walk_ends = {}, False
+        candidates, finish = finishing_first(
+            self._reader.candidates(self._admission, now),
             lambda left: self._budget.finishes(left, self._times, decodes),
         )
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
-        running = [turn.request for turn in turns if turn.is_running]
+        running = [candidate.request for candidate in candidates if candidate.is_running]
         self.running[:] = [*decoding, *running]
         self._no_backlog(decoding)
-        limits = self._limits(decodes, turns, finish)
-        self._plan_encoder(turns, limits)
-        with self._limited(limits), self.waiting.showing(self._shown(turns)):
+        limits = self._limits(decodes, candidates, finish)
+        self._plan_encoder(candidates, limits)
+        held = throttle_prefills or self._holds_prefill(decoding)
+        with self._limited(limits), self.waiting.showing(self._shown(candidates)):
             output = super().schedule(throttle_prefills)
         self._send_all_inputs(output)
         self._reader.media.note(output)
-        if not throttle_prefills:
+        if not held:
             self._admission.note(self._plan.items, self._tried, output.num_scheduled_tokens)
         self._note(output, {request.request_id for request in decoding}, now)
         return output
@@ -183,103 +156,87 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def add_request(self, request: Any) -> None:
         """Note when it came; give back what the media of earlier ones left free in the heap."""
         if request.request_id not in self._reader.arrivals:
-            self._reader.came(request, self._clock())
+            self._reader.came(request, self._clock(), request.arrival_time)
         if request.mm_features:
             trim_when_due()
         super().add_request(request)
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """Count what a streaming session goes on with as a request that comes now."""
-        self._reader.came(session, self._clock())
+        self._reader.came(session, self._clock(), update.arrival_time)
         super()._update_request_as_session(session, update)
+
+    def _in_transit(self, request: Any) -> bool:
+        """Whether a waiting request has to wait for a connector that still fetches for it."""
+        return self._reader.media.in_transit(request, self._clock())
+
+    def _holds_prefill(self, decoding: list[Any]) -> bool:
+        """Whether ``--prefill-schedule-interval`` lets vLLM 0.33 begin no prefill in this step."""
+        interval, last, executed = (getattr(self, name, 0) for name in CADENCE_ATTRIBUTES)
+        due = executed + 1 - last >= interval
+        return interval > 1 and not (due or self.prefill_capacity_bound) and bool(decoding)
 
     def _free_slots(self) -> int:
         return free_slots(self)
 
-    def _limits(self, decodes: int, turns: list[Turn], finish: Remainder) -> StepLimits:
+    def _limits(self, decodes: int, candidates: list[Candidate], finish: Remainder) -> StepLimits:
         """Limits of a step that decodes so many tokens, and of running requests within them."""
-        running = [turn for turn in turns if turn.is_running]
-        slots = self._free_slots()
-        text = [turn for turn in turns if turn.ready and not turn.items and not turn.is_running][
-            :slots
-        ]
-        media = [turn for turn in turns if turn.items and turn.ready]
-        behind = slice(1 if finish.prefill_tokens else 0, None)
-        due = [*running, *text][behind]
-        # Where prefill is not limited, text cannot be put first: media would go on beside it.
-        keys = {turn.candidate.key for turn in due} if self._limits_prefill else set()
-        ahead = takewhile(lambda turn: not turn.is_media, turns[behind])
-        served = self._served(media, slots)
-        only = all(turn is served for turn in due if turn.is_media)
-        ready, context = ready_media(running[behind])
-        demand = Demand(
-            decode_tokens=decodes,
-            decoding=bool(decodes),
-            text_due=bool(text) or any(not turn.is_media for turn in running),
-            prefill_tokens=sum(turn.ready_need for turn in due),
-            media_tokens=ready,
-            media_context=context,
-            encoder_tokens=sum(turn.candidate.encoder_tokens for turn in media),
-            next_item=served.next_tokens if served else 0,
-            context=media[0].computed if media else 0,
-            cache_tokens=self._cache_room(),
-            # Where prefill is not limited, what is encoded is prefilled in the same step.
-            one=served.remainder if served and only and self._limits_prefill else NOTHING,
-            finish=finish,
-            text=tuple(turn.remainder for turn in ahead if turn.candidate.key in keys),
+        state = StepState(
+            decodes=decodes,
+            slots=self._free_slots(),
+            reserved=self._reserved_slots,
+            cache_tokens=self._cache_capacity(),
+            limits_prefill=self._limits_prefill,
+            failed=self._admission.failed,
         )
+        demand = step_demand(candidates, finish, state)
         limits = self._budget.limits(demand, self._times)
         if not self._limits_prefill:
             return replace(limits, tokens=self._max_tokens, prefill_tokens=self._max_tokens)
+        running, text = running_of(candidates), text_of(candidates, state.slots)
         self._chunks = chunk_limits(limits, running, text, finish)
         return limits
 
-    def _served(self, media: list[Turn], slots: int) -> Turn | None:
-        """The request that is encoded for first, None if none can be."""
-        wanted = demands(media, self._admission.failed)
-        first = first_served(wanted, slots, self._reserved_slots)
-        return next((turn for turn in media if first and turn.candidate.key == first.key), None)
-
-    def _plan_encoder(self, turns: list[Turn], limits: StepLimits) -> None:
-        room = EncoderRoom(
+    def _plan_encoder(self, candidates: list[Candidate], limits: StepLimits) -> None:
+        capacity = EncoderCapacity(
             tokens=limits.encoder_tokens,
             items=self._settings.max_encoder_batch,
-            cache_tokens=self._cache_room(),
+            cache_tokens=self._cache_capacity(),
             slots=self._free_slots(),
             reserved=self._reserved_slots,
             lookahead=self._settings.lookahead_items,
         )
         reach = limits.prefill_tokens + self.num_prefill_lookahead
-        media = [turn for turn in turns if turn.items]
-        ready = [turn for turn in media if turn.ready]
-        self._plan = plan(demands(ready, self._admission.failed, reach), room)
-        waits = {turn.candidate.key for turn in media} - self._plan.items.keys()
+        media = [candidate for candidate in candidates if candidate.items]
+        ready = [candidate for candidate in media if candidate.ready]
+        self._plan = plan(demands(ready, self._admission.failed, reach), capacity)
+        waits = {candidate.rank_inputs.key for candidate in media} - self._plan.items.keys()
         self._waits_for_encoder = waits
-        self._promoted = {turn.candidate.key for turn in turns if turn.promoted}
+        self._aged = {candidate.rank_inputs.key for candidate in candidates if candidate.aged}
 
-    def _shown(self, turns: list[Turn]) -> list[Any]:
+    def _shown(self, candidates: list[Candidate]) -> list[Any]:
         """Waiting requests that vLLM may let in.
 
-        For promoted ones among the others slots are kept: as many as may soon be let in together.
+        For aged ones among the others slots are kept: as many as may soon be let in together.
         """
         shown, kept = [], 0
         self._kept_slots, self._kept_before = 0, {}
-        for turn in turns:
-            request, key = turn.request, turn.candidate.key
+        for candidate in candidates:
+            request, key = candidate.request, candidate.rank_inputs.key
             if request not in self.waiting:
                 continue
-            if turn.ready and key in self._waits_for_encoder:
-                kept += turn.promoted
+            if candidate.ready and key in self._waits_for_encoder:
+                kept += candidate.aged
                 self.deferred_waiting.add(request)
             else:
                 self._kept_before[key] = kept
                 shown.append(request)
         return shown
 
-    def _cache_room(self) -> int:
+    def _cache_capacity(self) -> int:
         """Encoder outputs the cache can take, where its manager says so."""
-        room = getattr(self.encoder_cache_manager, "num_freeable_slots", None)
-        return self.max_num_encoder_input_tokens if room is None else int(room)
+        capacity = getattr(self.encoder_cache_manager, "num_freeable_slots", None)
+        return self.max_num_encoder_input_tokens if capacity is None else int(capacity)
 
     @contextmanager
     def _limited(self, limits: StepLimits) -> Iterator[None]:
@@ -353,18 +310,18 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _handle_blocked_waiting_request(self, request: Any) -> bool:
         """Pass a request over that waits for the encoder: it gets no slot and stops nobody.
 
-        But slots are kept for promoted ones among them: as many as may soon be let in together.
+        But slots are kept for aged ones among them: as many as may soon be let in together.
         """
-        if not super()._handle_blocked_waiting_request(request):
+        if not super()._handle_blocked_waiting_request(request) or self._walk_ends:
             return False
         key = request.request_id
-        promoted = key in self._promoted
+        aged = key in self._aged
         waits = key in self._waits_for_encoder
         if waits or self._admission.backs_off(key, self.current_step):
-            self._kept_slots += promoted
+            self._kept_slots += aged
             return False
         kept = min(self._kept_slots + self._kept_before.get(key, 0), self._most_kept_slots)
-        has_slot = promoted or self._free_slots() > kept
+        has_slot = aged or self._free_slots() > kept
         if not has_slot or self._admission.holds(request):
             return False
         self._tried[key] = request
@@ -399,89 +356,28 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                 shift_computed_tokens,
             )
             return found  # type: ignore[no-any-return]
-        # KV that has turned up since, in the prefix cache or a connector, needs no encoder outputs.
-        planned = self._plan.items.get(request.request_id, ())
-        given = tuple(item for item in planned if item.end > num_computed_tokens)
-        own = sum(item.tokens for item in given)
-        end = num_computed_tokens + num_new_tokens + shift_computed_tokens
-        # vLLM wants a budget for these and takes nothing from it.
-        free = self._reader.media.from_elsewhere(request, num_computed_tokens, end)
-        items, tokens, left, external, duplicates = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, own + free, shift_computed_tokens
+        items, tokens, spent, external, duplicates = self._encoder_inputs.schedule(
+            super()._try_schedule_encoder_inputs,
+            request,
+            self._plan.items.get(request.request_id, ()),
+            num_computed_tokens,
+            num_new_tokens,
+            shift_computed_tokens,
         )
-        left -= free
-        if left < 0 < free:
-            cut = self._unpaid(request, items, own)
-            start = request.mm_features[cut].mm_position.offset
-            tokens = min(tokens, max(0, start - num_computed_tokens - shift_computed_tokens))
-            items, external, duplicates = (
-                [index for index in indices if index < cut]
-                for indices in (items, external, duplicates)
-            )
-            left = own - sum(request.get_num_encoder_embeds(index) for index in items)
-            # What was found behind must not hold the room that is lacking before it, for good.
-            manager = self.encoder_cache_manager
-            for index in list(manager.get_cached_input_ids(request)):
-                if index >= cut:
-                    manager.free_encoder_input(request, index)
-        if tokens:
-            taken = {*items, *external, *duplicates}
-            left = self._look_ahead(request, num_computed_tokens, given, items, taken, left)
-        elif request.status != RequestStatus.RUNNING:
-            # vLLM ends its walk over waiting requests here. Others get their turn in later steps.
-            self._tried.pop(request.request_id, None)
-            if request.request_id in self._promoted:
-                # It must not be passed meanwhile.
-                self._reader.media.look_again(request)
-            else:
-                self._admission.refuse(request, Scarce.OTHER)
-            self.encoder_cache_manager.free(request)
-        return items, tokens, encoder_compute_budget - (own - left), external, duplicates
+        if not tokens and request.status != RequestStatus.RUNNING:
+            self._pass_over(request)
+        return items, tokens, encoder_compute_budget - spent, external, duplicates
 
-    @staticmethod
-    def _unpaid(request: Any, items: list[int], own: int) -> int:
-        """The first of the items that what the plan gives does not cover."""
-        for index in items:
-            own -= request.get_num_encoder_embeds(index)
-            if own < 0:
-                return index
-        raise ValueError("all are covered")
-
-    def _look_ahead(
-        self,
-        request: Any,
-        computed: int,
-        given: tuple[Item, ...],
-        items: list[int],
-        taken: set[int],
-        left: int,
-    ) -> int:
-        """Add planned items that prefill does not reach yet; returns what is left to spend.
-
-        None is added behind one that was cached when the plan was made and has made way since: what
-        the request holds by then could be the room that it needs for that one, for good.
-        """
-        manager = self.encoder_cache_manager
-        known = {request.mm_features[index].identifier for index in taken}
-        scheduled = sum(request.get_num_encoder_embeds(index) for index in taken)
-        planned = {item.index for item in given}
-        last = max(planned, default=-1)
-        for item in self._reader.media.items(request, computed):
-            if item.index > last:
-                break
-            if item.index in taken or item.digest in known or not item.tokens:
-                continue
-            if manager.check_and_update_cache(request, item.index):
-                continue
-            if item.index not in planned:
-                break
-            if not manager.can_allocate(request, item.index, left, scheduled):
-                break
-            items.append(item.index)
-            known.add(item.digest)
-            scheduled += item.tokens
-            left -= item.tokens
-        return left
+    def _pass_over(self, request: Any) -> None:
+        """Note that a waiting request gets nothing in this step: it lacks encoder outputs."""
+        self._tried.pop(request.request_id, None)
+        if request.request_id in self._aged:
+            # It must not be passed meanwhile; vLLM 0.32 ends its walk here, later ones go on.
+            self._walk_ends = True
+            self._reader.media.look_again(request)
+        else:
+            self._admission.refuse(request, Scarce.OTHER)
+        self.encoder_cache_manager.free(request)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """Forget the request."""

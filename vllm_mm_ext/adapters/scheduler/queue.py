@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 
-from vllm_mm_ext.policies.scheduler.order import Rank
+from vllm_mm_ext.policies.scheduler.order import Order, Rank
 from vllm_mm_ext.policies.scheduler.ranking import Ranking
 
 # Of a longer queue than twice this, so many of the best and of the first to come are looked at in
@@ -20,16 +20,16 @@ LOOKED_AT = 64
 LOOKED_AROUND = 32
 
 
-class Standing(NamedTuple):
-    """Where a waiting request stands.
+class SortKeys(NamedTuple):
+    """By what a waiting request is sorted; the lowest goes first.
 
     Attributes:
-        rank: Place among all, as far as it was last looked at; lower goes first.
-        number: Order of coming.
+        rank: Among all waiting requests, as far as it was last looked at.
+        order: Among all waiting requests by their coming.
     """
 
     rank: Rank
-    number: int
+    order: Order
 
 
 class ArrangedQueue(RequestQueue):  # type: ignore[misc]
@@ -38,11 +38,11 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
     So a step costs the same however many wait. Outside a step all are seen, the best first.
 
     Args:
-        standing: Where a request stands that nobody has looked at yet.
+        sort_keys: Tells the keys of a request that nobody has looked at yet.
     """
 
-    def __init__(self, standing: Callable[[Any], Standing]) -> None:
-        self._standing = standing
+    def __init__(self, sort_keys: Callable[[Any], SortKeys]) -> None:
+        self._sort_keys = sort_keys
         self._ranks: Ranking[Any] = Ranking()
         self._came: Ranking[Any] = Ranking()
         self._new: dict[Any, None] = {}
@@ -57,7 +57,7 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
         """Requests to look at now: all of a short queue.
 
         Of a long one the best so far, as their turn may come; the first to come, as none may pass
-        those that wait for too long; new ones, or others that may stand better than when they were
+        those that wait for too long; new ones, or others that may rank better than when they were
         looked at.
         """
         if len(self) <= 2 * LOOKED_AT:
@@ -66,10 +66,10 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
         around = islice(chain(self._new, self._seen), LOOKED_AROUND)
         return list(dict.fromkeys((*first, *around)))
 
-    def looked_at(self, request: Any, standing: Standing) -> None:
-        """Note where a waiting request stands now."""
-        self._ranks.place(request, standing.rank)
-        self._came.place(request, standing.number)
+    def looked_at(self, request: Any, sort_keys: SortKeys) -> None:
+        """Note the sort keys that a waiting request has now."""
+        self._ranks.place(request, sort_keys.rank)
+        self._came.place(request, sort_keys.order)
         self._new.pop(request, None)
         self._seen.pop(request, None)
         self._seen[request] = None
@@ -96,9 +96,9 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
         return request in self._ranks
 
     def _enter(self, request: Any) -> None:
-        rank, number = self._standing(request)
+        rank, order = self._sort_keys(request)
         self._ranks.place(request, rank)
-        self._came.place(request, number)
+        self._came.place(request, order)
         self._new[request] = None
 
     def _leave(self, request: Any) -> None:

@@ -9,15 +9,16 @@ from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.adapters.scheduler.admission import Admission
 from vllm_mm_ext.adapters.scheduler.media_work import MediaWork, Need
-from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT, Standing
-from vllm_mm_ext.adapters.scheduler.turns import Turn
+from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT, SortKeys
+from vllm_mm_ext.adapters.scheduler.turns import Candidate
 from vllm_mm_ext.policies.scheduler.backlog import Backlog
 from vllm_mm_ext.policies.scheduler.order import (
-    Candidate,
-    is_promoted,
-    promotion_s,
+    Order,
+    RankInputs,
+    aged_after_s,
+    is_aged,
     rank_of,
-    standing,
+    sort_key,
 )
 
 # Of text that has not begun.
@@ -25,18 +26,18 @@ _NOTHING = Need(0)
 
 
 class _Known(NamedTuple):
-    """A turn as it was last read, and what it was read from."""
+    """A candidate as it was last read, and what it was read from."""
 
-    turn: Turn
+    candidate: Candidate
     need: Need
     status: RequestStatus
 
 
 class Arrival(NamedTuple):
-    """When a request came, in seconds on the scheduler's clock, and as which of all."""
+    """When a request came, in seconds on the scheduler's clock, and its place in that order."""
 
     since: float
-    number: int
+    order: Order
 
 
 def free_slots(scheduler: Any) -> int:
@@ -45,7 +46,7 @@ def free_slots(scheduler: Any) -> int:
     return max(0, int(scheduler.max_num_active_reqs - used))
 
 
-class TurnReader:
+class CandidateReader:
     """Who came when and needs what.
 
     Args:
@@ -69,15 +70,22 @@ class TurnReader:
         self._came = 0
         self._known: dict[str, _Known] = {}
 
-    def came(self, request: Any, now: float) -> None:
-        """A request has come, or a streaming session goes on, which counts as one."""
+    def came(self, request: Any, now: float, arrival_time: float) -> None:
+        """A request has come, or a streaming session goes on, which counts as one.
+
+        Args:
+            request: vLLM's request.
+            now: On the scheduler's clock.
+            arrival_time: When it came by vLLM's account: the API server takes that time.
+        """
         self._came += 1
-        self.arrivals[request.request_id] = Arrival(now, self._came)
+        order = (arrival_time if self._by_priority else 0.0, self._came)
+        self.arrivals[request.request_id] = Arrival(now, order)
         self._known.pop(request.request_id, None)
 
-    def number(self, key: str) -> int:
-        """Order of coming."""
-        return self.arrivals[key].number
+    def order(self, key: str) -> Order:
+        """A request's place in the order of coming."""
+        return self.arrivals[key].order
 
     def forget(self, key: str) -> None:
         """The request is no more."""
@@ -86,20 +94,20 @@ class TurnReader:
         self.media.forget(key)
         self.backlog.forget(key)
 
-    def is_promoted(self, request: Any, now: float) -> bool:
+    def is_aged(self, request: Any, now: float) -> bool:
         """Whether no later request may pass it."""
         waited = now - self.arrivals[request.request_id].since
         preempted = request.status == RequestStatus.PREEMPTED
-        return preempted or waited >= promotion_s(self._aging_s)
+        return preempted or waited >= aged_after_s(self._aging_s)
 
-    def standing(self, request: Any) -> Standing:
-        """Where a waiting request stands before it is looked at: nothing is known to be cached."""
+    def sort_keys(self, request: Any) -> SortKeys:
+        """Sort keys of a waiting request before it is looked at: nothing is known to be cached."""
         tokens = self.media.total(request) if self._plans(request) else 0
         self.backlog.set(request.request_id, tokens)
-        candidate = self._candidate(request, tokens, request.num_tokens)
-        return Standing(standing(candidate, blocked=False), candidate.number)
+        rank_inputs = self._rank_inputs(request, tokens, request.num_tokens)
+        return SortKeys(sort_key(rank_inputs, blocked=False), rank_inputs.order)
 
-    def turns(self, admission: Admission, now: float) -> list[Turn]:
+    def candidates(self, admission: Admission, now: float) -> list[Candidate]:
         """Requests without their first token, by rank; of many that wait some.
 
         Args:
@@ -107,25 +115,31 @@ class TurnReader:
             now: On the scheduler's clock.
         """
         scheduler = self._scheduler
-        found = [self._turn(r, admission, now) for r in scheduler.running if r.is_prefill_chunk]
-        found += [self._turn(r, admission, now) for r in scheduler.kv_holding_waiting]
+        found = [
+            self._candidate(r, admission, now) for r in scheduler.running if r.is_prefill_chunk
+        ]
+        found += [self._candidate(r, admission, now) for r in scheduler.kv_holding_waiting]
         if len(scheduler.waiting) <= 2 * LOOKED_AT or free_slots(scheduler):
             adapters = self._adapters()
             for request in scheduler.waiting.candidates():
-                turn = self._turn(request, admission, now)
+                candidate = self._candidate(request, admission, now)
                 blocked = scheduler._is_blocked_waiting_status(request.status)
                 lacks = _adapter(request) not in adapters if adapters else False
-                rank_now = standing(turn.candidate, blocked=blocked or lacks)
-                scheduler.waiting.looked_at(request, Standing(rank_now, turn.candidate.number))
-                found.append(turn)
-        for turn in found:
-            self.backlog.set(turn.candidate.key, turn.candidate.encoder_tokens)
-        return sorted(found, key=lambda turn: rank_of(turn.candidate, promoted=turn.promoted))
+                rank_now = sort_key(candidate.rank_inputs, blocked=blocked or lacks)
+                scheduler.waiting.looked_at(
+                    request, SortKeys(rank_now, candidate.rank_inputs.order)
+                )
+                found.append(candidate)
+        for candidate in found:
+            self.backlog.set(candidate.rank_inputs.key, candidate.rank_inputs.encoder_tokens)
+        return sorted(
+            found, key=lambda candidate: rank_of(candidate.rank_inputs, aged=candidate.aged)
+        )
 
     def _plans(self, request: Any) -> bool:
         return self._plans_encoder and bool(request.has_encoder_inputs)
 
-    def _turn(self, request: Any, admission: Admission, now: float) -> Turn:
+    def _candidate(self, request: Any, admission: Admission, now: float) -> Candidate:
         key, status = request.request_id, request.status
         if self._plans(request):
             need = self.media.need(request, now)
@@ -134,33 +148,35 @@ class TurnReader:
             need = Need(computed) if computed else _NOTHING
         known = self._known.get(key)
         if known is None or known.need is not need or known.status is not status:
-            turn = self._described(request, need)
+            candidate = self._described(request, need)
         else:
-            turn = known.turn
+            candidate = known.candidate
         ready = status == RequestStatus.RUNNING or not (
             self._scheduler._is_blocked_waiting_status(status)
             or admission.backs_off(key, self._scheduler.current_step + 1)
             or admission.holds(request)
         )
-        promoted = is_promoted(turn.candidate, now, self._aging_s)
-        if turn.ready != ready or turn.promoted != promoted:
-            turn = turn._replace(ready=ready, promoted=promoted)
-        if known is None or turn is not known.turn:
-            self._known[key] = _Known(turn, need, status)
-        return turn
+        aged = is_aged(candidate.rank_inputs, now, self._aging_s)
+        if candidate.ready != ready or candidate.aged != aged:
+            candidate = candidate._replace(ready=ready, aged=aged)
+        if known is None or candidate is not known.candidate:
+            self._known[key] = _Known(candidate, need, status)
+        return candidate
 
-    def _described(self, request: Any, need: Need) -> Turn:
+    def _described(self, request: Any, need: Need) -> Candidate:
         left = max(0, request.num_tokens - need.computed)
-        candidate = self._candidate(request, need.tokens, left)
-        return Turn(request, candidate, need.computed, left, need.items, ready=True, promoted=False)
-
-    def _candidate(self, request: Any, encoder_tokens: int, left: int) -> Candidate:
-        key = request.request_id
-        since, number = self.arrivals[key]
+        rank_inputs = self._rank_inputs(request, need.tokens, left)
         return Candidate(
+            request, rank_inputs, need.computed, left, need.items, ready=True, aged=False
+        )
+
+    def _rank_inputs(self, request: Any, encoder_tokens: int, left: int) -> RankInputs:
+        key = request.request_id
+        since, order = self.arrivals[key]
+        return RankInputs(
             key,
             since,
-            number,
+            order,
             priority=request.priority if self._by_priority else 0,
             encoder_tokens=encoder_tokens,
             prefill_steps=-(-left // self._max_tokens),

@@ -1,4 +1,4 @@
-"""Items within a byte budget: those in use stay, of the others the least worth keeping goes."""
+"""Items within a byte budget: items in use stay; of the others the lowest value density goes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class _Entry:
 
 
 class ByteCache:
-    """Which items are cached, who uses them and which are evicted. It does not hold them.
+    """Tells which items are cached, who uses them and which are evicted; it does not hold them.
 
-    An item larger than the budget passes through: it is cached while it has users, next to what is
-    there, and evicts nothing. There is one such item at a time, so the items take the budget and
-    one item at most, and more only where ``add`` is told to overdraw.
+    An item larger than the budget passes through: it is cached as long as it has users, beside the
+    other items, and evicts nothing. There is one such item at a time. So the items take the budget
+    and one item at most; more only where ``add`` overdraws.
 
     Args:
         capacity: The budget in bytes, above 0.
@@ -43,30 +43,30 @@ class ByteCache:
 
     @property
     def held(self) -> int:
-        """Bytes of all items but the one that passes through."""
+        """Bytes of all items, except the item that passes through."""
         return self._held
 
     @property
     def busy(self) -> int:
-        """Bytes of those of them that are in use."""
+        """Bytes of the items in use, except the item that passes through."""
         return self._busy
 
     @property
     def passing(self) -> str | None:
-        """The item that passes through."""
+        """Key of the item that passes through; None if there is none."""
         return self._passing
 
     def users(self, key: str) -> frozenset[str]:
-        """Who uses an item; nobody where it is not cached."""
+        """Users of an item; none if the item is not cached."""
         entry = self._entries.get(key)
         return frozenset(entry.users) if entry is not None else frozenset()
 
     def fits(self, size: int) -> bool:
-        """Whether so many bytes fit once everything not in use is evicted."""
+        """Whether so many bytes fit once all items that are not in use are evicted."""
         return self._busy + size <= self.capacity
 
-    def make_room(self, size: int) -> list[str]:
-        """Evict until so many bytes are free, or nothing is left to evict; returns what went."""
+    def evict_to_fit(self, size: int) -> list[str]:
+        """Evict until so many bytes are free or all left are in use; returns the evicted keys."""
         gone: list[str] = []
         while self._held + size > self.capacity and self._held > self._busy:
             victim = self._ranks.victim(lambda key: not self._entries[key].users)
@@ -77,17 +77,17 @@ class ByteCache:
         return gone
 
     def add(self, key: str, size: int, cost: float, user: str, *, overdraw: bool = False) -> None:
-        """Cache an item for a user. ``make_room`` comes first.
+        """Cache an item for a user. ``evict_to_fit`` comes first.
 
         Args:
             key: Names the item.
-            size: Its bytes.
-            cost: What encoding it again takes.
-            user: Who needs it.
-            overdraw: It is cached even where there is no room.
+            size: The item's size in bytes.
+            cost: Work of encoding the item again.
+            user: Who needs the item.
+            overdraw: Whether to cache the item even beyond the budget.
 
         Raises:
-            ValueError: It is cached, or there is no room.
+            ValueError: The item is cached already, or does not fit.
         """
         if key in self._entries:
             raise ValueError(f"{key} is cached already")
@@ -105,14 +105,14 @@ class ByteCache:
             self._ranks.admit(key, size, cost)
 
     def use(self, key: str, user: str) -> bool:
-        """Note that a user needs a cached item; whether that is a new use."""
+        """Note that a user needs a cached item; returns whether this counts as a new use."""
         entry = self._entries[key]
         if user in entry.users:
             return False
         if not entry.users:
             self._busy += entry.size
         entry.users.add(user)
-        # A request that is checked step by step while it waits uses an item once.
+        # vLLM checks a waiting request's items in every step; that is one use of an item.
         new = user != entry.last_user
         entry.last_user = user
         if new and key in self._ranks:
@@ -120,7 +120,7 @@ class ByteCache:
         return new
 
     def release(self, key: str, user: str) -> list[str]:
-        """A user needs an item no more; returns what went with it."""
+        """Note that a user no longer needs an item; returns the keys evicted because of that."""
         entry = self._entries.get(key)
         if entry is None or user not in entry.users:
             return []
@@ -132,11 +132,11 @@ class ByteCache:
             del self._entries[key]
             return [key]
         self._busy -= entry.size
-        # What was overdrawn is returned as soon as it can be.
-        return self.make_room(0)
+        # Bytes beyond the budget are given back as soon as possible.
+        return self.evict_to_fit(0)
 
     def drop(self, key: str) -> None:
-        """Forget an item, in use or not, as if it had not been there."""
+        """Forget an item, in use or not, as if it had never been cached."""
         entry = self._entries.pop(key)
         if key == self._passing:
             self._passing = None
@@ -147,12 +147,12 @@ class ByteCache:
         self._ranks.forget(key)
 
     def touch(self, key: str) -> None:
-        """Count a use of an item elsewhere; ignored where it is not cached."""
+        """Count a use of an item in another tier; ignored if the item is not cached here."""
         if key in self._ranks:
             self._ranks.hit(key)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all items."""
         self._entries.clear()
         self._ranks.clear()
         self._held = 0

@@ -1,4 +1,4 @@
-"""What the host tier holds and what the worker is told to do about it, step by step."""
+"""Plans, step by step, what the host tier holds and what the worker copies."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vllm_mm_ext.policies.encoder_cache.byte_cache import ByteCache
 
 @dataclass(frozen=True)
 class HostPlan:
-    """Work of one engine step, in this order.
+    """The worker's part of one engine step, in this order.
 
     Attributes:
-        clear: Forget everything first.
+        clear: Whether to forget all items first.
         drops: Items to forget.
-        loads: Items to bring to the device before the model runs.
-        saves: Items to copy when they have been encoded.
+        loads: Items to copy to the device before the model runs.
+        saves: Items to copy to the host once they are encoded.
     """
 
     clear: bool = False
@@ -27,7 +27,7 @@ class HostPlan:
 
 @dataclass(frozen=True)
 class _Save:
-    """An item to be saved, and for whom it may be encoded: request and index."""
+    """An item to be saved, and the requests, with its index in each, it may be encoded for."""
 
     size: int
     cost: float
@@ -36,7 +36,7 @@ class _Save:
 
 @dataclass
 class _Pass:
-    """What a scheduling pass has found so far."""
+    """What the current scheduling pass has planned so far."""
 
     clear: bool = False
     loads: dict[str, None] = field(default_factory=dict)
@@ -44,13 +44,13 @@ class _Pass:
 
 
 class HostTier:
-    """Plans the copies between device and host: written through when encoded, read when needed.
+    """Plans copies between device and host: to the host when encoded, to the device when needed.
 
-    Nothing is evicted while a pass goes on: what was found here will be there to load. Workers
-    execute plans in order, so what one plan saves the next may load.
+    The tier evicts nothing during a scheduling pass, so an item that was found in the pass can be
+    loaded. Workers execute plans in order, so a plan may load what the plan before it saves.
 
     Args:
-        capacity: Bytes of host memory, above 0.
+        capacity: Size of the tier in bytes, above 0.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -70,12 +70,12 @@ class HostTier:
         return self._cache.held
 
     def allocated(self, key: str, size: int, cost: float, request: str, index: int) -> None:
-        """The device has room for an item now: load it, or save it once it is encoded.
+        """Plan an item for which the device has space now: a load, or a save once it is encoded.
 
         Args:
             key: Names the item.
-            size: Its bytes. What is larger than the tier is not saved.
-            cost: What encoding it again takes.
+            size: The item's size in bytes. An item larger than the tier is not saved.
+            cost: Work of encoding the item again.
             request: The request that needs it.
             index: The item's place in that request.
         """
@@ -87,21 +87,21 @@ class HostTier:
             save.needed.append((request, index))
 
     def used(self, key: str) -> None:
-        """The device tier had an item: a use that counts here, too."""
+        """Count a use of an item that a request found in the device tier."""
         self._cache.touch(key)
 
     def cancel(self, key: str) -> None:
-        """The device tier gave an item up before anything was done about it."""
+        """Drop the planned load of an item that the device tier gave up in this pass."""
         if key in self._pass.loads:
             del self._pass.loads[key]
             self._release(key)
 
     def plan(self, scheduled: Mapping[str, Collection[int]]) -> HostPlan:
-        """End the pass.
+        """End the scheduling pass.
 
         Args:
-            scheduled: By request, the indices of the items that are encoded in this step; what was
-                to be saved and is not among them has been given up.
+            scheduled: By request, the indices of the items that are encoded in this step. A planned
+                save of an item that is not among them is dropped.
         """
         now, self._pass = self._pass, _Pass()
         drops: list[str] = []
@@ -110,7 +110,7 @@ class HostTier:
             # A request may have been preempted in the pass that scheduled it, and not another one.
             users = [request for request, i in save.needed if i in scheduled.get(request, ())]
             if users and self._cache.fits(save.size):
-                drops += self._cache.make_room(save.size)
+                drops += self._cache.evict_to_fit(save.size)
                 self._cache.add(key, save.size, save.cost, users[0])
                 saves.append(key)
         for key in (*now.loads, *saves):
@@ -118,14 +118,14 @@ class HostTier:
         return HostPlan(now.clear, frozenset(drops), tuple(now.loads), frozenset(saves))
 
     def skip(self) -> None:
-        """End a pass of which the worker is told nothing: nothing is encoded, so nothing saved.
+        """End a pass without a plan for the worker: nothing is encoded, and so nothing is saved.
 
-        The rest is in the next plan.
+        The next plan has the rest.
         """
         self._pass.saves.clear()
 
     def reset(self) -> None:
-        """Forget everything; the worker is told with the next plan."""
+        """Forget all items; the next plan tells the worker."""
         self._cache.clear()
         self._pass = _Pass(clear=True)
 

@@ -1,4 +1,4 @@
-"""How large an mm item's encoder output is, and what encoding it takes."""
+"""Size of an mm item's encoder output, and work of encoding the item."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _WORK = {"audio": 4.4}
 def encode_cost(modality: str, tokens: int, values: Iterable[int] | None) -> float:
     """Work of encoding an item, in units of one pixel value going through the vision encoder.
 
-    Where tokens are merged or pooled it takes as much as without, for fewer bytes.
+    Merging or pooling tokens does not change the work, but makes the output smaller.
 
     Args:
-        modality: vLLM's name for what it is.
-        tokens: Embeddings that come of it.
-        values: Numbers of values in the tensors of its input, if they are known.
+        modality: vLLM's name of the item's modality.
+        tokens: Embeddings that the encoder makes of the item.
+        values: Number of values in each tensor of the encoder's input, if they are known.
     """
     known = sum(values) if values is not None else 0
     return float(known or tokens * _VALUES_PER_TOKEN) * _WORK.get(modality, 1.0)
@@ -31,8 +31,8 @@ class OutputBytes:
     """Bytes of one embedding.
 
     Args:
-        default: For modalities that were not measured.
-        measured: By modality.
+        default: Bytes for modalities that were not measured.
+        measured: Bytes by modality.
     """
 
     def __init__(self, default: int, measured: Mapping[str, int]) -> None:

@@ -1,26 +1,25 @@
 """Which cached item to evict: the one whose bytes are expected to save the least recomputation.
 
-An item scores its cost per byte times the reuses expected per time it is kept (``reuse.py``). That
-is the quantity which GreedyDual-Size-Frequency (Cherkasova, HPL-98-69R1, 1998) approximates by a
-count of uses and a clock; learning it also fits traffic whose items come back after a think time,
-or never (``docs/benchmarks.md`` compares them).
+The score of an item is its value density: its cost per byte times the reuses that are expected per
+time it is kept (``reuse.py``). GreedyDual-Size-Frequency (Cherkasova, HPL-98-69R1, 1998)
+approximates the same quantity by a count of uses and a clock. This policy learns it, and so also
+fits traffic whose items come back after a think time, or never (``docs/benchmarks.md`` compares
+the two).
 """
 
 from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from vllm_mm_ext.policies.eviction.reuse import ReuseModel
+from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
 
 K = TypeVar("K", bound=Hashable)
 
-# Of more items than this so many are drawn, and the worst of them goes. On average it is among the
-# worst 1.5 % of all (cf. Psounis and Prabhakar, IEEE/ACM Trans. Networking 10(4), 2002).
-_SAMPLE = 64
 # Events after which the model learns: few at first, then this many, and more where there are more
 # items, so that the work per event is constant.
 _FIRST_LESSON, _LESSON = 32, 256
@@ -28,20 +27,29 @@ _FIRST_LESSON, _LESSON = 32, 256
 
 @dataclass(slots=True)
 class _Item:
-    worth: float
+    """An item, cached or evicted.
+
+    Attributes:
+        cost_density: What computing the item again takes, per unit of its size.
+        uses: How often the item was used.
+        last: The policy's clock at the item's last use.
+    """
+
+    cost_density: float
     uses: int
     last: int
 
 
 class CostAware(Generic[K]):
-    """Ranks cached items by what keeping them is worth; deterministic, without wall time.
+    """Ranks cached items by value density; deterministic, without wall time.
 
-    It neither holds the items nor counts capacity: the cache tells it what happens and asks for a
-    victim. Time is the number of uses so far. Every operation takes constant time on average.
+    The policy neither holds the items nor counts capacity: the cache tells the policy what happens
+    to items and asks it for a victim. The policy's clock counts uses of any item. Every operation
+    takes constant time on average.
 
     Args:
-        ghosts: Evicted keys that are remembered: their uses count when they come back, and it is
-            learnt from them what eviction has missed.
+        ghosts: Evicted keys that the policy remembers at most. Their uses count when they come
+            back, and the policy learns from them what eviction has missed.
     """
 
     def __init__(self, ghosts: int = 4096) -> None:
@@ -57,7 +65,7 @@ class CostAware(Generic[K]):
         return len(self._items)
 
     def admit(self, key: K, size: float, cost: float) -> None:
-        """Take in an item that has just been computed; one that is known counts as used again.
+        """Take in an item that has just been computed; a cached item counts as used again.
 
         Args:
             key: Names the item.
@@ -79,16 +87,16 @@ class CostAware(Generic[K]):
             else:
                 self._reuse(item)
             self._items[key] = item
-            self._place[key] = len(self._keys)
-            self._keys.append(key)
+            self._evictable.add(key)
             self._lesson()
-        self._items[key].worth = cost / size
+        self._items[key].cost_density = cost / size
 
     def hit(self, key: K) -> None:
         """Count a use of a cached item. Raises ``KeyError`` for an unknown one."""
         item = self._items[key]
         self._clock += 1
         self._reuse(item)
+        self._evictable.rank_changed(key)
         self._lesson()
 
     def evict(self, key: K) -> None:
@@ -108,41 +116,34 @@ class CostAware(Generic[K]):
         """Forget everything."""
         self._items: dict[K, _Item] = {}
         self._ghosts: OrderedDict[K, _Item] = OrderedDict()
-        # The same keys as a list, to draw from, and where each of them stands in it.
-        self._keys: list[K] = []
-        self._place: dict[K, int] = {}
+        self._evictable: SampledWorst[K] = SampledWorst(self._rank, random.Random(0))
         self._model = ReuseModel()
         self._clock = 0
         self._events = 0
-        self._random = random.Random(0)
 
     def score(self, key: K) -> float:
-        """What the item is worth keeping now, per byte. Raises ``KeyError`` if unknown."""
+        """The item's value density: recomputation that keeping it is expected to save now, per
+        byte and time. Raises ``KeyError`` for an unknown item."""
         item = self._items[key]
-        return item.worth * self._model.density(item.uses, self._clock - item.last)
+        return item.cost_density * self._model.density(item.uses, self._clock - item.last)
 
     def victim(self, may_go: Callable[[K], bool] | None = None) -> K | None:
-        """The item to evict next; None if there is none. It stays until ``evict``.
+        """The item to evict next; None if there is none. The item stays until ``evict``.
 
         Args:
-            may_go: Whether an item may be evicted now; all may without it.
+            may_go: Tells whether an item may be evicted now; without it every item may.
         """
-        if len(self._keys) > _SAMPLE:
-            drawn = self._random.sample(self._keys, _SAMPLE)
-            found = self._worst(drawn if may_go is None else filter(may_go, drawn))
-            if found is not None:
-                return found
-        return self._worst(self._keys if may_go is None else filter(may_go, self._keys))
+        return self._evictable.worst(may_go)
 
     def order(self) -> Iterator[K]:
         """All items, lowest score first; of equals the longest unused one first. O(n log n)."""
         return iter(sorted(self._items, key=self._rank))
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` unless keys, places and limits agree; for tests."""
-        assert len(self._keys) == len(self._place) == len(self._items)
-        assert all(self._place[key] == place for place, key in enumerate(self._keys))
-        assert self._place.keys() == self._items.keys()
+        """Raise ``AssertionError`` unless items, candidates and limits agree; for tests."""
+        self._evictable.check_integrity()
+        assert len(self._evictable) == len(self._items)
+        assert all(key in self._evictable for key in self._items)
         assert not self._ghosts.keys() & self._items.keys()
         assert len(self._ghosts) <= self._limit
         assert all(0 <= self.score(key) < float("inf") for key in self._items)
@@ -150,19 +151,13 @@ class CostAware(Generic[K]):
     def _rank(self, key: K) -> tuple[float, int]:
         return self.score(key), self._items[key].last
 
-    def _worst(self, keys: Iterable[K]) -> K | None:
-        return min(keys, key=self._rank, default=None)
-
     def _reuse(self, item: _Item) -> None:
         self._model.end(item.uses, self._clock - item.last, reused=True)
         item.uses += 1
         item.last = self._clock
 
     def _drop(self, key: K) -> _Item:
-        place, last = self._place.pop(key), self._keys.pop()
-        if last != key:
-            self._keys[place] = last
-            self._place[last] = place
+        self._evictable.remove(key)
         return self._items.pop(key)
 
     def _lesson(self) -> None:

@@ -1,4 +1,4 @@
-"""How soon cached items are used again, learnt from what happens to them."""
+"""Learns from the uses of cached items how soon items are used again."""
 
 from __future__ import annotations
 
@@ -55,17 +55,18 @@ def age_bucket(age: int) -> int:
 class ReuseModel:
     """Expected reuses per time that an item is kept, by how often and how long ago it was used.
 
-    From ends (an item was used again at some age, or given up at it) follow the rates of reuse: a
-    rate by age times a factor by uses (proportional hazards; Cox, J. R. Stat. Soc. B 34(2), 1972),
-    which classes with many ends at an age depart from. Rates of neighbouring ages are drawn
-    together by as much as chance alone would part them. So items of fixed popularity are told
-    apart by how often they were used, and conversations with think time by how long ago.
+    An item's time at an age ends when the item is used again or given up. From these ends the model
+    learns rates of reuse: a rate by age times a factor by uses (proportional hazards; Cox, J. R.
+    Stat. Soc. B 34(2), 1972), from which classes with many ends at an age depart. The model smooths
+    the rates of neighbouring ages by as much as chance alone would part them. So the number of uses
+    tells items of fixed popularity apart, and the time since the last use tells conversations with
+    think time apart.
 
     The density of an item is the largest ratio, over all times to keep it at most that long, of
     its chance to be used to the time it is held for: the Gittins index of keeping it (Gittins, J.
     R. Stat. Soc. B 41(2), 1979), which refines the hit density of Beckmann et al. ("LHD: Improving
-    Cache Hit Rate by Maximizing Hit Density", NSDI 2018). Old ends count less and less, so it
-    follows changing traffic.
+    Cache Hit Rate by Maximizing Hit Density", NSDI 2018). Old ends count less and less, so the
+    model follows changing traffic.
     """
 
     def __init__(self) -> None:
@@ -75,23 +76,26 @@ class ReuseModel:
         self._densities = [_densities([uses * rate for rate in _UNKNOWN]) for uses in _USES]
 
     def density(self, uses: int, age: int) -> float:
-        """Expected reuses per use of any item, of one used so often and so long ago."""
+        """Expected reuses per time of an item, by its number of uses and the time since the last.
+
+        The unit of time is a use of any item.
+        """
         (lower, share), bucket = use_class(uses), age_bucket(age)
         low = self._densities[lower][bucket]
         return low + share * (self._densities[lower + 1][bucket] - low)
 
     def end(self, uses: int, age: int, *, reused: bool) -> None:
-        """An item was used again at this age, or nobody looks any longer whether it is."""
+        """Note that an item was used again at some age, or that the cache no longer knows of it."""
         (lower, share), bucket = use_class(uses), age_bucket(age)
         for kind, part in ((lower, 1 - share), (lower + 1, share)):
             self._ended[kind][bucket] += part
             self._reused[kind][bucket] += part * reused
 
     def learn(self, waiting: Sequence[tuple[int, int]]) -> None:
-        """Make the densities anew.
+        """Compute the densities anew from all that was noted.
 
         Args:
-            waiting: Uses and age of all items that may still be used again.
+            waiting: Uses and age of each item that may still be used again.
         """
         alive = _zeros()
         for uses, age in waiting:
@@ -113,7 +117,7 @@ class ReuseModel:
             counts[:] = [_MEMORY * count for count in counts]
 
     def _fit(self, lived: list[Counts]) -> Counts:
-        """The rates by age; the factors by uses are fitted with them."""
+        """Fit the rates by age, and the factors by uses with them."""
         reused, by_class = _total(self._reused), [sum(counts) for counts in self._reused]
         rates = self._by_age(reused, lived)
         for _ in range(_ROUNDS):
@@ -133,7 +137,7 @@ class ReuseModel:
         return rates
 
     def _by_age(self, reused: Counts, lived: list[Counts]) -> Counts:
-        """Rates by age where the factors are what they are."""
+        """Rates by age for the present factors."""
         times = [
             sum(factor * time for factor, time in zip(self._factors, column, strict=True))
             for column in zip(*lived, strict=True)

@@ -1,1 +1,1 @@
-"""KV blocks that know what they hold: which media stay cached, and what goes first."""
+"""KV blocks that know which media they hold: what stays cached, and what is evicted first."""

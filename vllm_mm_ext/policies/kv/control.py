@@ -1,4 +1,4 @@
-"""Keeping and dropping a conversation's media on request: the engine's side and the API's."""
+"""Keeps and drops a conversation's media on request: the engine's side and the API server's."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class _Pool(Protocol):
 
 
 class KVControl:
-    """What can be asked of one engine's block pool, between its steps.
+    """Controls the block pool of one engine, between the engine's steps.
 
     Args:
-        pool: The pool.
+        pool: The block pool.
     """
 
     def __init__(self, pool: _Pool) -> None:
@@ -41,33 +41,34 @@ class KVControl:
     def pin(self, session_id: str) -> int:
         """Give up a session's media, those cached now and later, after all others.
 
-        They stay within the quota, and a request that needs their memory still gets it.
+        The media count towards the quota, and a request that needs their memory still gets it.
 
         Args:
-            session_id: Key of the session (``session_key``); it may have had no request yet.
+            session_id: Key of the session (``session_key`` of its short id); the session may have
+                had no request yet.
 
         Returns:
-            Number of mm items that are kept for it now.
+            Number of mm items that the pool keeps for the session now.
         """
-        return self._changed(self._pool.sessions.pin(short_id(session_id, "session")))
+        return self._changed(self._pool.sessions.pin(session_id))
 
     def unpin(self, session_id: str) -> int:
-        """End a pin; the session's TTL starts now. Returns the number of its items."""
-        return self._changed(self._pool.sessions.unpin(short_id(session_id, "session")))
+        """End a pin; the session's TTL starts now. Returns the number of the session's items."""
+        return self._changed(self._pool.sessions.unpin(session_id))
 
     def release(self, session_id: str) -> int:
-        """End a session: what no other one needs is kept no longer.
+        """End a session; the pool stops keeping items that no other session uses.
 
         Returns:
-            Number of its items.
+            Number of the session's items.
         """
-        items = self._pool.sessions.release(short_id(session_id, "session"))
+        items = self._pool.sessions.release(session_id)
         self._pool.reprotect(items)
         self._pool.release({item for item in items if not self._pool.sessions.protected(item)})
         return len(items)
 
     def media(self) -> list[CachedMedia]:
-        """What is cached, latest use first."""
+        """The media that are cached, latest use first."""
         return self._pool.media()
 
     def _changed(self, items: set[int]) -> int:
@@ -88,19 +89,19 @@ class KVClient:
         self._core = engine_client.engine_core
 
     async def pin(self, session_id: str, cache_salt: str | None = None) -> None:
-        """As ``KVControl.pin``, on all engines: the session's requests may go to any."""
-        await self._call("pin", session_key(session_id, cache_salt))
+        """As ``KVControl.pin``, on all engines: requests of the session may go to any engine."""
+        await self._call("pin", _key(session_id, cache_salt))
 
     async def unpin(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.unpin``, on all engines."""
-        await self._call("unpin", session_key(session_id, cache_salt))
+        await self._call("unpin", _key(session_id, cache_salt))
 
     async def release(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.release``, on all engines."""
-        await self._call("release", session_key(session_id, cache_salt))
+        await self._call("release", _key(session_id, cache_salt))
 
     async def media(self) -> list[dict[str, Any]]:
-        """As ``KVControl.media``, as plain values; with several engines, of the first one.
+        """As ``KVControl.media``, as plain values. Of several engines the first one answers.
 
         Raises:
             RuntimeError: The engine runs without the plugin's block pool.
@@ -122,3 +123,8 @@ def answer(control: KVControl | None, action: str, session_id: str) -> Any:
         return [asdict(media) for media in control.media()]
     actions = {"pin": control.pin, "unpin": control.unpin, "release": control.release}
     return actions[action](session_id)
+
+
+def _key(session_id: str, cache_salt: str | None) -> str:
+    """The key under which the pool knows a client's session."""
+    return session_key(short_id(session_id, "session"), cache_salt)

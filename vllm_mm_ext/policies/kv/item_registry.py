@@ -1,8 +1,8 @@
-"""Cached media: what is in the KV cache, in which blocks, and what building it again takes. Pure.
+"""The media in the KV cache: their blocks, and what computing them again costs. Pure.
 
 An entry is an mm item *after a certain prefix*: KV depends on all that comes before, so the same
-item in another place is another entry. Entries form a tree, an item's parent being the mm item
-before it in the prompt.
+item in another place is another entry. Entries form a tree, in which the parent of an item is the
+mm item before it in the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ENCODE_COST = 0.5
 
 
 def prefill_cost(start: int, end: int, hidden_size: int) -> float:
-    """What prefilling tokens takes, in prefills of a first token.
+    """Cost of prefilling tokens, in prefills of the first token of a prompt.
 
     A layer spends about ``24 d^2`` FLOP on a token and ``4 d`` more on every token before it
     (``d`` is the hidden size; Kaplan et al., arXiv:2001.08361, table 1 with d_attn = d and
@@ -25,8 +25,8 @@ def prefill_cost(start: int, end: int, hidden_size: int) -> float:
 
     Args:
         start: Position of the first token.
-        end: Position after the last.
-        hidden_size: Of the language model.
+        end: Position after the last token.
+        hidden_size: Hidden size of the language model.
     """
     tokens = end - start
     return tokens * (1.0 + (start + end - 1) / 2 / (6 * hidden_size))
@@ -37,22 +37,22 @@ class CachedItem:
     """One mm item in the KV cache, with the text before it.
 
     Attributes:
-        number: Unique, ascending.
-        key: Block hash of its beginning; it names the item and all that comes before.
+        number: The item's number, unique and ascending.
+        key: Block hash at the item's beginning, which names the item and all that comes before.
         identifier: Hash of the item's content, as vLLM names it.
         modality: `video`, `audio`, `image`...
-        parent: The mm item before it, which must be cached as long as this one.
-        children: Items after it, by number.
-        blocks: Ids of the blocks that hold its tokens, in prompt order (by KV cache group).
-        before: The same for the text between its parent and itself; other items may share them.
-        reached: By KV cache group, the index in a request of the block after the last of these.
+        parent: The mm item before this one, which must be cached as long as this one is.
+        children: Items after this one, by number.
+        blocks: Ids of the blocks that hold the item's tokens, in prompt order (by KV cache group).
+        before: Ids of the blocks with the text between parent and item; other items may share them.
+        reached: By KV cache group, the index in a request after the last of ``blocks``.
         tokens: Prompt tokens of ``blocks`` and ``before`` in the first KV cache group.
-        modalities: Those tokens by what they stand for: `video`, `audio`, `text`...
-        cost: What computing those again takes, in prefills of one token at the start of a prompt.
-        hits: Requests that found it.
-        last_use_s: When a request last used it.
+        modalities: Number of those tokens by modality: `video`, `audio`, `text`...
+        cost: Cost of computing those tokens again, in prefills of the first token of a prompt.
+        hits: Requests that found the item in the cache.
+        last_use_s: When a request last used the item, in seconds on the pool's clock.
         free: How many of ``blocks`` no request uses.
-        renewed: It was used since it was last ranked.
+        renewed: Whether a request used the item since the item was last ranked.
     """
 
     number: int
@@ -74,32 +74,32 @@ class CachedItem:
 
     @property
     def size(self) -> int:
-        """Blocks it takes, those shared with others included."""
+        """Number of the item's blocks, those shared with other items included."""
         return len(self.blocks) + len(self.before)
 
     @property
     def idle(self) -> bool:
-        """No request uses any of its blocks."""
+        """Whether no request uses any of the item's blocks."""
         return self.free == len(self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class CachedMedia:
-    """All that is cached of one mm item's content, in whatever prompts it stands.
+    """All that is cached of one mm item's content, in all prompts that contain it.
 
     Attributes:
         identifier: Hash of the content, as vLLM names it.
         modality: `video`, `audio`, `image`...
-        places: Different prefixes it is cached after.
-        blocks: KV blocks.
-        bytes: Their size.
-        tokens: Prompt tokens they hold.
-        modalities: Those tokens by what they stand for: a video with its sound has `video`,
-            `audio` and the `text` of its markers and of what stands before it.
-        hits: Requests that found it.
-        last_use_s: When one last used it, on the pool's clock.
-        cost: What computing it again takes, in prefills of one token.
-        sessions: Conversations it is kept for.
+        places: Number of different prefixes after which the content is cached.
+        blocks: Number of KV blocks.
+        bytes: Size of these blocks.
+        tokens: Prompt tokens in these blocks.
+        modalities: Number of those tokens by modality: a video with its sound has `video`, `audio`
+            and the `text` of its markers and of what stands before it.
+        hits: Requests that found the content in the cache.
+        last_use_s: When a request last used the content, in seconds on the pool's clock.
+        cost: Cost of computing the content again, in prefills of one token.
+        sessions: Conversations for which the content is kept.
     """
 
     identifier: str
@@ -140,7 +140,7 @@ class Registry:
     def add(
         self, key: bytes, identifier: str, modality: str, parent: CachedItem | None
     ) -> CachedItem:
-        """Take in an item that is not there; its parent must be.
+        """Add an item that is not cached, after a parent that is.
 
         Raises:
             ValueError: The key is known, or the parent is not.
@@ -176,7 +176,7 @@ class Registry:
         self._by_key.clear()
 
     def descendants(self, item: CachedItem) -> list[CachedItem]:
-        """An item and all after it, each after its own descendants (so in the order to drop)."""
+        """An item and all after it, each behind its own descendants: the order to drop them."""
         found, open_ = [], [item]
         while open_:
             current = open_.pop()
@@ -185,11 +185,11 @@ class Registry:
         return found[::-1]
 
     def holding(self, block_id: int) -> list[CachedItem]:
-        """Items with a block. O(all blocks): for what is rare."""
+        """Items that hold a block. O(all blocks), so only for what is rare."""
         return [item for item in self if block_id in item.blocks or block_id in item.before]
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` if the tree is not one."""
+        """Raise ``AssertionError`` if the items are no tree; for tests."""
         assert len(self._by_key) == len(self._items)
         for number, item in self._items.items():
             assert item.number == number < self._next
@@ -206,7 +206,7 @@ class Registry:
 def merge(
     items: Iterable[CachedItem], block_bytes: int, sessions: dict[int, tuple[str, ...]]
 ) -> list[CachedMedia]:
-    """Put the entries of the same content together, latest use first.
+    """Sum the entries of each content up, latest use first.
 
     Args:
         items: Entries of a registry.

@@ -1,7 +1,8 @@
-"""Which modality each position of a prompt is of: a map of `video`, `audio`, `image`... and `text`.
+"""The modality of each position in a prompt: `video`, `audio`, `image`... or `text`.
 
-Positions without an embedding are text, those inside an item too (its markers and times). An item
-may hold two modalities: the composer's videos come with their sound, which has a token of its own.
+Positions that get no embedding of an encoder are text, also inside an mm item (its markers and
+times). An item may hold two modalities: the composer's videos come with their sound, for which a
+token of its own stands.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ AUDIO = "audio"
 
 @dataclass(frozen=True, slots=True)
 class ModalityMap:
-    """The map of one prompt.
+    """Modalities in one prompt.
 
     Args:
-        features: Its mm items, in prompt order.
-        tokens: Its token ids; None where it has none (embeddings).
-        audio_token: What stands for sound inside a video item; None where that does not happen.
+        features: The prompt's mm items, in prompt order.
+        tokens: The prompt's token ids; None for a prompt of embeddings.
+        audio_token: The token that stands for sound inside a video item; None if there is none.
     """
 
     features: Sequence[Feature]
@@ -35,10 +36,10 @@ class ModalityMap:
     audio_token: int | None = None
 
     def runs(self, positions: range) -> Iterator[tuple[range, str]]:
-        """Neighbouring positions of one modality each, in order; together they are all.
+        """Runs of neighbouring positions of one modality, in order; together they cover all.
 
         Args:
-            positions: In the prompt; those beyond it are text.
+            positions: Positions in the prompt; those beyond the prompt are text.
         """
         codes, names = self._codes(positions)
         begin = positions.start
@@ -48,13 +49,13 @@ class ModalityMap:
             begin = end
 
     def counts(self, positions: range) -> dict[str, int]:
-        """Positions of each modality that there is."""
+        """Number of positions of each modality that occurs."""
         codes, names = self._codes(positions)
         counts = np.bincount(codes).tolist()
         return {name: count for name, count in zip(names, counts, strict=False) if count}
 
     def _codes(self, positions: range) -> tuple[npt.NDArray[np.uint8], list[str]]:
-        """Which of the names each position has."""
+        """For each position an index into the names of modalities, and these names."""
         names = [TEXT, AUDIO]
         codes = np.zeros(len(positions), np.uint8)
         first = bisect_right(self.features, positions.start, key=end_of)

@@ -1,9 +1,10 @@
-"""Which mm item of a prompt a KV block belongs to. Pure.
+"""Tells which mm item of a prompt a KV block belongs to. Pure.
 
-An item takes the blocks that end inside its placeholder, and those between the item before and
-itself, which must be cached for it to be found. A block in which a placeholder ends and other text
-begins is the next item's, or nobody's: a request that goes on differently has another such block.
-Items share a name (block hash) exactly where they and all that comes before them are the same.
+The blocks that end inside an item's placeholder belong to the item. So do the blocks between the
+item before and this item, since a request finds an item only if all before it is cached. A block
+in which a placeholder ends and other text begins belongs to the next item, or to none: a request
+that continues in another way has another such block. Two items have the same name (a block hash)
+exactly if they and all that comes before them are the same.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Placement:
     """Where mm items stand in a prompt.
 
     Args:
-        features: The items in prompt order.
-        hash_block_size: Tokens per block hash; KV blocks are a multiple of it.
+        features: The mm items in prompt order.
+        hash_block_size: Tokens per block hash; the size of KV blocks is a multiple of this.
     """
 
     features: Sequence[Feature]
@@ -56,10 +57,10 @@ class Placement:
         return None
 
     def runs(self, blocks: range, block_size: int) -> Iterator[tuple[int, range]]:
-        """Items with tokens in some blocks, each with the indices of all its blocks up to there.
+        """Items with tokens in a range of blocks, each with the indices of its blocks up to there.
 
         Args:
-            blocks: Indices in the prompt.
+            blocks: Indices of blocks in the prompt.
             block_size: Tokens per block.
         """
         first = blocks.start
@@ -81,14 +82,15 @@ class Placement:
         return range(start // block_size, self.features[index].mm_position.offset // block_size)
 
     def hash_index(self, index: int) -> int | None:
-        """Which block hash names an item: the first one over its tokens; None if it has none."""
+        """Index of the block hash that names an item: the first one over the item's tokens; None if
+        no block hash covers them."""
         position = self.features[index].mm_position
         found = position.offset // self.hash_block_size
         ends = (found + 1) * self.hash_block_size
         return found if ends <= position.offset + position.length else None
 
     def parent(self, index: int) -> int | None:
-        """Index of the item before that owns blocks, None for the first."""
+        """Index of the nearest item before this one that owns blocks; None for the first."""
         own = self.hash_index(index)
         end = end_of(self.features[index])
         while (index := bisect_left(self.features, end, key=end_of) - 1) >= 0:

@@ -1,9 +1,9 @@
-"""Which cached media are given up first. Pure: items, no vLLM.
+"""Tells which cached media the pool gives up first. Pure.
 
-Blocks are taken in this order: those that hold nothing, then text in LRU order, then kept items.
-Of the latter those that no live session uses go first and pinned ones last, and of these the one
-with the lowest score (``caching.cost_aware``: recency, uses, recompute cost per block). An item
-goes whole, and only after all that follow it in their prompts.
+The pool takes blocks in this order: blocks that hold nothing, then text in LRU order, then kept
+items. Of the kept items, those that no live session uses come first and pinned items last; among
+equals the item with the lowest score comes first (``caching.cost_aware``: recency, uses, recompute
+cost per block). An item is given up whole, and only after all items that follow it in prompts.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import random
 from collections.abc import Iterable
 
 from vllm_mm_ext.policies.eviction.cost_aware import CostAware
+from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
 from vllm_mm_ext.policies.kv.item_registry import CachedItem
 from vllm_mm_ext.policies.kv.sessions import Protection, Sessions
-from vllm_mm_ext.policies.kv.worst import Worst
 
 
 class Retention:
     """The order in which idle items are given up. Every operation takes constant time.
 
     Args:
-        sessions: What protects items.
+        sessions: Conversations, which protect items.
     """
 
     def __init__(self, sessions: Sessions) -> None:
@@ -31,7 +31,7 @@ class Retention:
 
     @property
     def idle(self) -> int:
-        """Items kept although no request uses them."""
+        """Number of items that the pool keeps although no request uses them."""
         return len(self._idle)
 
     def settle(self, item: CachedItem) -> None:
@@ -39,17 +39,17 @@ class Retention:
         if item.renewed:
             item.renewed = False
             self._scores.admit(item.key, item.size, item.cost)
-        self._turn += 1
-        self._idle[item.number] = self._turn
+        self._settled += 1
+        self._idle[item.number] = self._settled
         self.reconsider(item)
 
     def busy(self, item: CachedItem) -> None:
-        """Note that a request uses an item: it cannot be given up."""
+        """Note that a request uses an item, which then cannot be given up."""
         self._idle.pop(item.number, None)
         self.reconsider(item)
 
     def reconsider(self, item: CachedItem) -> None:
-        """Find an item's place anew: what follows it, or its protection, may have changed."""
+        """Place an item anew, as the items after it or its protection may have changed."""
         self._withdraw(item)
         if item.number in self._idle and not item.children:
             protection = self._sessions.protection(item.number)
@@ -57,14 +57,14 @@ class Retention:
             self._candidates[protection].add(item)
 
     def victim(self) -> CachedItem | None:
-        """The item to give up next; None if all are in use. It stays until ``give_up``."""
+        """The item to give up next; None if all are in use. The item stays until ``give_up``."""
         for candidates in self._candidates.values():
             if len(candidates):
                 return candidates.worst()
         return None
 
     def give_up(self, item: CachedItem) -> None:
-        """Drop an item that made room; its uses are remembered in case it comes back."""
+        """Drop an item that is given up; its uses stay known in case the item comes back."""
         self._idle.pop(item.number, None)
         self._withdraw(item)
         if item.key in self._scores:
@@ -73,12 +73,12 @@ class Retention:
     def clear(self) -> None:
         """Forget all items and their scores."""
         self._scores: CostAware[bytes] = CostAware()
-        # Idle items by number, and when they became idle.
+        # By number of each idle item, how many items had become idle by then.
         self._idle: dict[int, int] = {}
-        self._turn = 0
-        # Those of them that nothing kept follows, in the order they may go.
+        self._settled = 0
+        # Idle items that no kept item follows, by protection.
         self._candidates = {
-            protection: Worst(self._rank, self._random) for protection in Protection
+            protection: SampledWorst(self._rank, self._random) for protection in Protection
         }
         self._protection: dict[int, Protection] = {}
 
@@ -103,5 +103,5 @@ class Retention:
             self._candidates[protection].remove(item)
 
     def _rank(self, item: CachedItem) -> tuple[float, int]:
-        # Of equals the longest idle one: of a video, whose segments score alike, the last.
+        # Of equal items the longest idle one goes first: of the segments of a video the last one.
         return self._scores.score(item.key), self._idle[item.number]

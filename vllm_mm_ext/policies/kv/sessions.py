@@ -1,4 +1,4 @@
-"""Which conversations are alive or pinned, and so whose media go last. Pure."""
+"""Conversations that are alive or pinned, whose media the pool gives up last. Pure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def session_key(session_id: str, cache_salt: str | None) -> str:
 
 
 class Protection(IntEnum):
-    """When an item is given up: those of a lower value first."""
+    """How an item is protected; items of a lower value are given up first."""
 
     NONE = 0
     SESSION = 1
@@ -44,9 +44,9 @@ class Session:
     """One conversation.
 
     Attributes:
-        last_use_s: When it last had a request, on the clock of ``Sessions``.
-        pinned: It is kept until it is unpinned or released.
-        items: Keys of its cached items.
+        last_use_s: When the session last had a request, in seconds on the clock of ``Sessions``.
+        pinned: Whether the session is kept until it is unpinned or released.
+        items: Numbers of the session's cached items.
     """
 
     last_use_s: float
@@ -56,7 +56,7 @@ class Session:
 
 @dataclass(slots=True)
 class _Users:
-    """Sessions of one item; ``pinned`` counts those of them that are pinned."""
+    """Sessions that use one item; ``pinned`` counts the pinned ones among them."""
 
     ids: set[str] = field(default_factory=set)
     pinned: int = 0
@@ -90,10 +90,10 @@ class Sessions:
         return self._clock()
 
     def use(self, session_id: str, item: int) -> set[int]:
-        """Note that a request of a session uses an item; a few sessions that are over are dropped.
+        """Note that a request of a session uses an item, and drop a few sessions that are over.
 
         Returns:
-            Items that may have lost protection by that.
+            Items that may have lost protection because of the dropped sessions.
         """
         session = self._pinned.get(session_id)
         if session is None:
@@ -110,7 +110,7 @@ class Sessions:
         return self.expire(_DROPS_PER_USE)
 
     def pin(self, session_id: str) -> set[int]:
-        """Keep a session's items, present and future, until it is unpinned; returns those now."""
+        """Keep a session's items, present and future, until an unpin; returns the present items."""
         session = self._pinned.get(session_id)
         if session is None:
             session = self._live.pop(session_id, None) or Session(self._clock())
@@ -135,7 +135,7 @@ class Sessions:
         return set(session.items)
 
     def release(self, session_id: str) -> set[int]:
-        """Forget a session, pinned or not; returns the items that were its."""
+        """Forget a session, pinned or not; returns the items that the session used."""
         session = self._pinned.pop(session_id, None) or self._live.pop(session_id, None)
         return self._dropped(session_id, session) if session is not None else set()
 
@@ -171,7 +171,7 @@ class Sessions:
             session.items.clear()
 
     def protection(self, item: int) -> Protection:
-        """How an item is protected by the sessions that use it."""
+        """How the sessions that use an item protect it."""
         users = self._of_item.get(item)
         if users is None:
             return Protection.NONE
@@ -187,11 +187,11 @@ class Sessions:
         return tuple(sorted(users.ids)) if users is not None else ()
 
     def items(self, session_id: str) -> set[int]:
-        """Items of a session; none if it is unknown."""
+        """Items of a session; none for an unknown session."""
         return set(self._session(session_id).items) if session_id in self else set()
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` if sessions and items disagree."""
+        """Raise ``AssertionError`` if sessions and items disagree; for tests."""
         assert not set(self._live) & set(self._pinned)
         uses = [session.last_use_s for session in self._live.values()]
         assert uses == sorted(uses)

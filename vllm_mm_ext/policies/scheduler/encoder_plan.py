@@ -36,7 +36,7 @@ class EncoderDemand(NamedTuple):
         tokens: Encoder outputs of all of them.
         reach: End of the tokens that its prefill could get to in this step.
         running: It holds a slot.
-        promoted: It has waited so long that no later request may pass it.
+        aged: It has waited so long that no later request may pass it.
         failed: It was given encoder work before, and could not be let in.
         priority: Lower goes first.
     """
@@ -46,7 +46,7 @@ class EncoderDemand(NamedTuple):
     tokens: int
     reach: int
     running: bool
-    promoted: bool = False
+    aged: bool = False
     failed: bool = False
     priority: int = 0
 
@@ -65,7 +65,7 @@ def groups(items: Iterable[Item]) -> list[tuple[Item, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderRoom:
+class EncoderCapacity:
     """What a step has for encoder work.
 
     Attributes:
@@ -73,7 +73,7 @@ class EncoderRoom:
         items: Items it may encode.
         cache_tokens: Space in the encoder cache, counting what can be evicted.
         slots: Free slots.
-        reserved: Of these, slots that only promoted requests and those without encoder work get.
+        reserved: Of these, slots that only aged requests and those without encoder work get.
         lookahead: Items (those of one placeholder count once) per request that the step may encode
             ahead of its prefill.
     """
@@ -107,7 +107,7 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
     tokens) over the shortest hold one, whatever comes. Promoted requests are not put behind, nor is
     any behind requests of lower priority; with priorities the bound is per priority. Those that
     could not be let in always are: what they lack may be in the hands of half-encoded ones. No
-    other waiting request passes a promoted one for that.
+    other waiting request passes a aged one for that.
 
     Args:
         demands: By rank.
@@ -124,13 +124,13 @@ def serving_order(demands: Sequence[EncoderDemand]) -> list[EncoderDemand]:
         if demand.running:
             return False
         most = min((n for level, n in least.items() if level <= demand.priority), default=math.inf)
-        return demand.failed or not (demand.promoted or 2 * demand.tokens <= most)
+        return demand.failed or not (demand.aged or 2 * demand.tokens <= most)
 
     late, passed_over = set(), False
     for demand in demands:
         if behind(demand) or (passed_over and not demand.running):
             late.add(demand.key)
-            passed_over |= demand.promoted
+            passed_over |= demand.aged
     # sorted is stable: ranks are kept within both groups.
     return sorted(demands, key=lambda demand: demand.key in late)
 
@@ -143,29 +143,29 @@ def first_served(
     Args:
         demands: By rank.
         slots: Free slots.
-        reserved: Of these, slots that waiting requests get only once promoted.
+        reserved: Of these, slots that waiting requests get only once aged.
     """
     for demand in serving_order(demands):
-        has_slot = demand.running or slots > (0 if demand.promoted else reserved)
+        has_slot = demand.running or slots > (0 if demand.aged else reserved)
         if demand.items and has_slot:
             return demand
     return None
 
 
-def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
+def plan(demands: Sequence[EncoderDemand], capacity: EncoderCapacity) -> EncoderPlan:
     """Give out a step's encoder work in the order of rank.
 
     Each gets what its prefill gets to in this step and what lies ahead of that, before the next one
-    gets any. The first item that finds no room ends it: smaller ones behind it do not slip past. A
+    gets any. The first item that does not fit ends it: smaller ones behind it do not slip past. A
     waiting request counts only if it gets its first item; without one it would take a slot just to
     wait.
 
     Args:
         demands: By rank.
-        room: What the step has.
+        capacity: What the step has.
     """
     order = serving_order(demands)
-    giver = _Giver(room)
+    giver = _Giver(capacity)
     for demand in order:
         if not (giver.needed(demand) and giver.ahead(demand)):
             break
@@ -173,19 +173,19 @@ def plan(demands: Sequence[EncoderDemand], room: EncoderRoom) -> EncoderPlan:
 
 
 class _Giver:
-    def __init__(self, room: EncoderRoom) -> None:
+    def __init__(self, capacity: EncoderCapacity) -> None:
         self.plan = EncoderPlan()
-        self._room = room
-        self._tokens = min(room.tokens, room.cache_tokens)
-        self._items = room.items
-        self._slots = room.slots
+        self._capacity = capacity
+        self._tokens = min(capacity.tokens, capacity.cache_tokens)
+        self._items = capacity.items
+        self._slots = capacity.slots
         self._digests: set[str] = set()
 
     def needed(self, demand: EncoderDemand) -> bool:
         """Give what the request's prefill gets to; False if something did not fit."""
         if not demand.items:
             return True
-        if not demand.running and self._slots <= (0 if demand.promoted else self._room.reserved):
+        if not demand.running and self._slots <= (0 if demand.aged else self._capacity.reserved):
             # Running requests behind it need no slot.
             return True
         wanted = groups(item for item in demand.items if item.start < demand.reach)
@@ -203,7 +203,7 @@ class _Giver:
             return True
         taken = {item.index for item in given}
         ahead = (i for i in demand.items if i.start >= demand.reach and i.index not in taken)
-        wanted = groups(ahead)[: self._room.lookahead]
+        wanted = groups(ahead)[: self._capacity.lookahead]
         return self._give(demand.key, wanted) == len(wanted)
 
     def _give(self, key: str, wanted: Iterable[tuple[Item, ...]]) -> int:
@@ -212,7 +212,7 @@ class _Giver:
         for group in wanted:
             fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
             tokens = sum(fresh.values())
-            full = len(fresh) > self._items and self._items < self._room.items
+            full = len(fresh) > self._items and self._items < self._capacity.items
             if fresh and (tokens > self._tokens or full or not self._items):
                 break
             self._items = max(0, self._items - len(fresh))

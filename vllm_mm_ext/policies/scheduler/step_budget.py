@@ -187,7 +187,7 @@ class StepBudget:
 
     def finishes(self, left: Remainder, times: StepTimes, decode_tokens: int) -> bool:
         """Whether a step that decodes so many tokens has time for what is left of a prompt."""
-        return left.seconds(times) <= (1 + FINISH_SLACK) * self._room_s(times, decode_tokens)
+        return left.seconds(times) <= (1 + FINISH_SLACK) * self._capacity_s(times, decode_tokens)
 
     def spent(self, encoder_tokens: int) -> None:
         """Take what was really encoded off the credit."""
@@ -207,13 +207,13 @@ class StepBudget:
             return False
         if self._settings.encoder_tokens_decoding:
             return False
-        room = self._room_s(times, demand.decode_tokens)
+        capacity = self._capacity_s(times, demand.decode_tokens)
         seconds = sum(one.seconds(times) for one in (*demand.text, demand.finish))
         if demand.finish.prefill_tokens:
-            chosen = room < seconds <= (1 + FINISH_BOTH_SLACK) * room
+            chosen = capacity < seconds <= (1 + FINISH_BOTH_SLACK) * capacity
         else:
             others = demand.encoder_tokens > 0 or demand.prefill_tokens > tokens
-            chosen = others and seconds <= (1 + FINISH_SLACK) * room
+            chosen = others and seconds <= (1 + FINISH_SLACK) * capacity
         if chosen:
             self._text_first_credit = 0.0
         return chosen
@@ -221,7 +221,7 @@ class StepBudget:
     def _earn_text_first(self) -> None:
         self._text_first_credit = min(1.0, self._text_first_credit + TEXT_FIRST_STEPS)
 
-    def _room_s(self, times: StepTimes, decode_tokens: int) -> float:
+    def _capacity_s(self, times: StepTimes, decode_tokens: int) -> float:
         """Seconds for prompts in a step that decodes so many tokens."""
         return self._settings.target_itl_ms / 1e3 - times.base_s(decode_tokens, prompts=True)
 
@@ -245,14 +245,14 @@ class StepBudget:
             return None
         if self._settings.encoder_tokens_decoding:
             return None
-        room = self._room_s(times, demand.decode_tokens)
+        capacity = self._capacity_s(times, demand.decode_tokens)
         text = times.seconds(0, demand.text_tokens)
-        media = room - text
+        media = capacity - text
         others = self._settings.target_itl_ms / 1e3 - media
-        if 2 * text > room or self._paced(demand, others, times) > media:
+        if 2 * text > capacity or self._paced(demand, others, times) > media:
             return None
         # Without progress since the last such step its KV or encoder outputs are waited for.
-        if demand.prefill_s(times) >= room and demand.media_tokens and before != one:
+        if demand.prefill_s(times) >= capacity and demand.media_tokens and before != one:
             self._prefilled = one
             return 0, max(1, times.tokens(media, demand.media_context, most, encoded=False))
         # vLLM encodes for no request that gets no token.
@@ -331,8 +331,8 @@ class StepBudget:
         base = times.base_s(demand.decode_tokens, prompts=prompts)
         least = LEAST_SHARE * max(target, base)
         kept = finish or (least if demand.encoder_tokens else 0.0)
-        room = max(target - base - kept, 0.0 if finish else least)
-        prefill = min(demand.prefill_s(times), room)
+        capacity = max(target - base - kept, 0.0 if finish else least)
+        prefill = min(demand.prefill_s(times), capacity)
         paced = self._paced(demand, base + prefill, times)
         ready = times.seconds(0, demand.finish.ready_tokens, demand.finish.context)
         return prefill, max(target - base - prefill - ready, least, paced)

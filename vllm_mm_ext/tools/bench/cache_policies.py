@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_mm_ext.policies.eviction.informed import INFORMED, Popular
-from vllm_mm_ext.policies.eviction.simulate import POLICIES, Policy, cost_saved, optimum
-from vllm_mm_ext.policies.eviction.traces import FAMILIES, WORKING_SET, Trace
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
+from vllm_mm_ext.tools.bench.informed import INFORMED, Popular
+from vllm_mm_ext.tools.bench.simulate import POLICIES, Policy, cost_saved, optimum
+from vllm_mm_ext.tools.bench.traces import FAMILIES, WORKING_SET, Trace
 
 OURS = "cost-aware"
 # It knows the distributions, and it knows which item has which popularity as well.

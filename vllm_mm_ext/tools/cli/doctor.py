@@ -149,6 +149,7 @@ def check_features() -> list[Finding]:
 
 def check_engine_parts() -> list[Finding]:
     """Whether the classes that the engine is told to use by name fit the installed vLLM."""
+    from vllm_mm_ext.adapters.kv.offload_policy import offload_problem
     from vllm_mm_ext.adapters.names import encoder_cache_names as encoder_cache
     from vllm_mm_ext.adapters.scheduler.choice import WITHOUT_SCHEDULER, scheduler_problem
 
@@ -163,6 +164,10 @@ def check_engine_parts() -> list[Finding]:
         "encoder cache, host tier with Model Runner V2": (
             "evicted encoder outputs are encoded again",
             problem((*device, *encoder_cache.CUDA_HOST_TIER_NAMES)),
+        ),
+        "eviction policy for vLLM's KV offloading": (
+            "an engine that names it does not start",
+            offload_problem(),
         ),
     }
     return [

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vllm_mm_ext.policies.eviction.cost_aware import CostAware
-from vllm_mm_ext.policies.eviction.traces import Request, Trace
+from vllm_mm_ext.tools.bench.traces import Request, Trace
 
 
 class Policy(Protocol):

@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from vllm_mm_ext.policies.eviction.simulate import Policy
-from vllm_mm_ext.policies.eviction.traces import (
+from vllm_mm_ext.tools.bench.simulate import Policy
+from vllm_mm_ext.tools.bench.traces import (
     BETWEEN_SCANS,
     SCAN,
     THINK_SPREAD,
@@ -29,21 +29,25 @@ class _Known:
     """Evicts what is least likely to be asked for next, per byte and cost."""
 
     def __init__(self) -> None:
-        self._worth: dict[int, float] = {}
+        self._cost_density: dict[int, float] = {}
         self._clock = 0
 
     def admit(self, key: int, size: float, cost: float) -> None:
-        self._worth[key] = cost / size
+        self._cost_density[key] = cost / size
         self._used(key)
 
     def hit(self, key: int) -> None:
         self._used(key)
 
     def victim(self) -> int | None:
-        return min(self._worth, key=lambda key: self._worth[key] * self._rate(key), default=None)
+        return min(
+            self._cost_density,
+            key=lambda key: self._cost_density[key] * self._rate(key),
+            default=None,
+        )
 
     def evict(self, key: int) -> None:
-        del self._worth[key]
+        del self._cost_density[key]
 
     def _used(self, key: int) -> None:
         raise NotImplementedError
