@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_mm_ext.adapters.vllm_compat import Feature, VllmName, wrap
+from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.patches import wrap
+from vllm_mm_ext.adapters.vllm_compat import Feature
 from vllm_mm_ext.base.client_ids import MAX_HASH_CHARACTERS, short_id, short_media_ids, too_long
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"

@@ -26,7 +26,7 @@ from typing import Any
 
 from vllm.exceptions import GracefulHTTPError, RetryableRequestError
 
-from vllm_mm_ext.adapters.vllm_compat import wrap
+from vllm_mm_ext.adapters.patches import wrap
 
 
 class LostInputsError(GracefulHTTPError, RetryableRequestError):  # type: ignore[misc]
