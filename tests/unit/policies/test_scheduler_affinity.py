@@ -46,6 +46,8 @@ def client() -> Any:
     made.client_count = 1
     made.eng_start_index = 0
     made.reqs_in_flight = {}
+    # vLLM 0.33 and later.
+    made.streaming_reqs = set()
     made.core_engines = [b"0", b"1", b"2"]
     made.engine_inflight = Counter()
     # Finalizers look for it.
