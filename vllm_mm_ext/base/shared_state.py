@@ -9,8 +9,10 @@ them map one file. Its records are written whole, each with a checksum:
   API server vLLM gives the engine's statistics. All other records have several writers, which
   exclude each other by a lock that the kernel drops with its holder. A writer that waits too long
   (the holder was stopped) gives up: a lost sample or decision is made again.
-- The last process to leave the file removes it. What killed processes leave is removed when the
-  next service starts.
+- The file loses its name as soon as all API servers have it; engines have it earlier, since an API
+  server waits for its engines before it needs the state. So nothing is left when the processes
+  end, however that happens. What a service leaves that failed to start is removed by its last
+  process, or when the next service starts.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ _PREFIX = "mm_ext-state-"
 _LOCK_WAIT_S = 0.05
 _LOCK_POLL_S = 0.001
 _CRC = struct.Struct("<I")
+_COUNT = struct.Struct("<I")
 _LOAD = struct.Struct("<9d")
 _STATE = struct.Struct("<iidd")
 _DECISION = struct.Struct(f"<{KEY_BYTES}siQdd")
@@ -167,7 +170,8 @@ def _checksum(body: bytes) -> int:
     return zlib.crc32(body) ^ 0xFFFFFFFF
 
 
-_LOADS = _Region(_LOAD, ENGINES, 0)
+_API_SERVERS = _Region(_COUNT, 1, 0)
+_LOADS = _Region(_LOAD, ENGINES, _API_SERVERS.end)
 _TIER = _Region(_STATE, 1, _LOADS.end)
 _TABLE = _Region(_DECISION, DECISIONS, _TIER.end)
 SIZE = _TABLE.end
@@ -223,6 +227,15 @@ class SharedState:
         # Of the open file description: unlike a process's own locks it does not end when another
         # descriptor of the file is closed.
         fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+
+    def count_api_server(self) -> int:
+        """Count one more API server that has the state, and return how many have it so far."""
+        with self.writing() as held:
+            values = _API_SERVERS.read(self._view, 0)
+            count = 1 if values is None else int(values[0]) + 1  # type: ignore[call-overload]
+            if held:
+                _API_SERVERS.write(self._view, 0, count)
+            return count
 
     # --- load -------------------------------------------------------------------------------------
 
@@ -355,6 +368,25 @@ def open_state(service: str, directories: list[Path] | None = None) -> SharedSta
         except OSError as error:
             failures.append(f"{directory}: {error}")
     raise OSError(f"no file for what a service shares ({'; '.join(failures)})")
+
+
+def join_state(
+    service: str, api_servers: int, directories: list[Path] | None = None
+) -> SharedState:
+    """As ``open_state``, for an API server; the last one to join removes the name of the file.
+
+    Args:
+        service: Name of the service.
+        api_servers: API servers of the service.
+        directories: As for ``open_state``.
+
+    Raises:
+        OSError: See ``open_state``.
+    """
+    state = open_state(service, directories)
+    if state.count_api_server() >= api_servers and state.path is not None:
+        state.path.unlink(missing_ok=True)
+    return state
 
 
 def private_state() -> SharedState:

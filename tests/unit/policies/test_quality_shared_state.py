@@ -25,6 +25,7 @@ from vllm_mm_ext.base.shared_state import (
     EngineLoad,
     SharedState,
     file_name,
+    join_state,
     open_state,
     private_state,
     remove_abandoned,
@@ -218,7 +219,7 @@ def test_what_vllm_tells_replaces_no_figure_that_an_engine_publishes(state: Shar
 def test_a_torn_load_counts_as_absent(state: SharedState, path: Path) -> None:
     state.write_load(0, LOAD)
     with path.open("r+b") as file:
-        file.seek(20)
+        file.seek(30)
         file.write(b"\xff")
     assert state.loads(1) == {}
     state.write_load(0, LOAD)
@@ -295,6 +296,20 @@ def test_a_single_api_server_s_name_is_unique_and_several_have_one_in_common() -
     with SPAWN.Pool(2) as pool:
         names = pool.starmap(service_name, [(2, 0), (2, 1)])
     assert names == [service_name(2, -1)] * 2
+
+
+def test_the_name_goes_when_all_api_servers_have_the_state(path: Path) -> None:
+    engine = opened(path)
+    first = join_state(SERVICE, 2, [path.parent])
+    assert path.exists()
+    second = join_state(SERVICE, 2, [path.parent])
+    assert not path.exists()
+    engine.write_load(0, LOAD)
+    second.keep(key(3), decision(3))
+    assert first.find(key(3)) == decision(3)
+    assert first.loads(1) == second.loads(1) == {0: LOAD}
+    for one in (engine, first, second):
+        one.close()
 
 
 def test_the_file_goes_with_the_last_process_that_uses_it(path: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 from functools import lru_cache
 from typing import Any
 
 from vllm_mm_ext.adapters.vllm_compat import service_of, settings_of
-from vllm_mm_ext.base.shared_state import SharedState, open_state, private_state
+from vllm_mm_ext.base.shared_state import SharedState, join_state, private_state
 from vllm_mm_ext.config.quality_settings import QualitySettings
 from vllm_mm_ext.policies.quality.controller import QualityController
 
 logger = logging.getLogger("vllm.mm_ext")
+
+_joining = threading.Lock()
 
 
 def controller_for(vllm_config: Any) -> QualityController:
@@ -35,15 +38,18 @@ def state_for(vllm_config: Any) -> SharedState:
 
     Where that cannot be, the state is the process's own, with a warning.
     """
-    return _state(service_of(vllm_config.model_config))
+    api_servers = vllm_config.parallel_config._api_process_count
+    # A process must join once only.
+    with _joining:
+        return _state(service_of(vllm_config.model_config), api_servers)
 
 
 # A process that makes one engine after another leaves the files of the first ones.
 @lru_cache(maxsize=8)
-def _state(service: str | None) -> SharedState:
+def _state(service: str | None, api_servers: int) -> SharedState:
     if service is not None:
         try:
-            return open_state(service)
+            return join_state(service, api_servers)
         except OSError as error:
             logger.warning("mm_ext: API servers do not share load and quality: %s", error)
     return private_state()

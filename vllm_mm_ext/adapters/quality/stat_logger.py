@@ -49,8 +49,10 @@ class LoadStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
             )
             return
         settings = quality_settings(vllm_config)
+        # Joined in any case: the state's file loses its name when all API servers have it.
+        state = state_for(vllm_config)
         if settings.enabled:
-            self._tier = ServiceTier(settings.tiers, state_for(vllm_config), engines)
+            self._tier = ServiceTier(settings.tiers, state, engines)
 
     def record(
         self,
