@@ -196,7 +196,7 @@ def test_media_that_the_engine_never_got_may_be_sent_again(served: Served, strea
     else:
         # The stream had begun.
         assert stream
-        assert lost.value.code == 503
+        assert lost.value.code == "503"
     assert served.ask(served.audio(name))[0]
 
 
