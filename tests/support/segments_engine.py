@@ -28,6 +28,8 @@ WHOLE_PROMPT = 4096
 # Computation, and tokens of a step; the last cuts prefill anywhere and encodes bit by bit.
 STOCK_CASES = (("float32", WHOLE_PROMPT), ("bfloat16", WHOLE_PROMPT))
 PLUGIN_CASES = (*STOCK_CASES, ("float32", 160))
+# One family shows that computing in bfloat16 differs in rounding alone.
+IN_BFLOAT16 = ("qwen2_5_vl",)
 SILENT = ("shapes.mp4", "pan.mp4", "cuts.mp4")
 SOUNDING = ("sound_a.mp4", "sound_b.mp4", "sound_c.mp4")
 REDUCED_FRAMES = 12
@@ -169,6 +171,8 @@ def run(family: str, media: Path, plugin: bool) -> dict[str, Any]:
     """Answers by computation and tokens of a step, then by what was asked."""
     found: dict[str, Any] = {}
     for dtype, chunk in PLUGIN_CASES if plugin else STOCK_CASES:
+        if dtype == "bfloat16" and family not in IN_BFLOAT16:
+            continue
         engine = start(family, dtype, chunk, media, plugin)
         ask = split_answers if chunk >= WHOLE_PROMPT else chunked_answers
         case = found[f"{dtype}, steps of {chunk}"] = {}
