@@ -32,12 +32,6 @@ def check_audio(stream: AudioStream, limits: DecodeLimits) -> None:
         _check_length(stream.duration - 0.5, limits)
 
 
-def estimate_bytes(stream: AudioStream, limits: DecodeLimits) -> int:
-    """Bytes of the decoded track if its header is right."""
-    seconds = min(stream.duration, limits.max_audio_s or stream.duration)
-    return int(seconds * stream.sample_rate) * 4
-
-
 def decode_audio(
     path: str, stream: AudioStream, limits: DecodeLimits
 ) -> tuple[npt.NDArray[np.float32], int]:

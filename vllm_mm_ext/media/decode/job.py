@@ -16,10 +16,11 @@ from vllm_mm_ext.errors import (
     NoSuchStreamError,
     UnreadableMediaError,
 )
-from vllm_mm_ext.media.audio.audio_track import check_audio, decode_audio, estimate_bytes
+from vllm_mm_ext.media.audio.audio_track import check_audio, decode_audio
 from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.output_bytes import audio_bytes
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.types import (
     AudioStream,
@@ -86,7 +87,7 @@ def _decode(
             selection = _select(path, info, request.sampling, request)
         shape = _output_shape(info, selection, request)
     if reserve is not None:
-        reserve(int(np.prod(shape)) + (estimate_bytes(sound, request.limits) if sound else 0))
+        reserve(int(np.prod(shape)) + (audio_bytes(sound, request.limits) if sound else 0))
 
     result = DecodeResult(info=info, timings=timings)
     with ThreadPoolExecutor(1) as beside:

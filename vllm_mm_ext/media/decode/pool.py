@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ _PACKAGE_ROOT = str(Path(__file__).parents[3])
 
 @dataclass
 class PoolStats:
-    """Counters since the pool was made; ``busy`` and ``bytes_in_flight`` are of this moment."""
+    """Counters since the pool was made; ``busy`` is of this moment."""
 
     started: int = 0
     died: int = 0
@@ -37,7 +38,6 @@ class PoolStats:
     cancelled: int = 0
     jobs: int = 0
     busy: int = 0
-    bytes_in_flight: int = 0
 
 
 class DecodePool:
@@ -48,22 +48,16 @@ class DecodePool:
     event loop.
     """
 
-    def __init__(
-        self, workers: int = 0, threads: int = 0, max_in_flight_bytes: int = 1 << 30
-    ) -> None:
+    def __init__(self, workers: int = 0, threads: int = 0) -> None:
         """Start nothing yet.
 
         Args:
             workers: Most processes; 0 for one per core, at most 8.
             threads: Decoding threads of a job whose request leaves them open; 0 likewise.
-            max_in_flight_bytes: Bound on the frames and audio of all jobs between the start of
-                decoding and the return of ``run``. A job waits for room before it decodes; one
-                that is larger than the bound runs alone.
         """
         cores = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT)
         self.workers = workers or cores
         self._threads = threads or cores
-        self._budget = max_in_flight_bytes
         self._idle: list[_Worker] = []
         self._live: set[_Worker] = set()
         self._stats = PoolStats()
@@ -72,7 +66,9 @@ class DecodePool:
         # One thread per job that may run, for callers on an event loop.
         self._runners = ThreadPoolExecutor(self.workers, thread_name_prefix="decode-pool")
 
-    async def run(self, fd: int, request: DecodeRequest) -> DecodeResult:
+    async def run(
+        self, fd: int, request: DecodeRequest, sized: Callable[[int], None] | None = None
+    ) -> DecodeResult:
         """Decode the media in ``fd``.
 
         Cancelling the awaiting task takes the job out of the queue, or kills its worker.
@@ -81,6 +77,8 @@ class DecodePool:
             fd: Readable descriptor of the whole encoded file. It is duplicated: the caller
                 may close it at any time.
             request: What to do.
+            sized: Called, in another thread, with the bytes of frames and audio that the job is
+                about to make.
 
         Returns:
             The result, without packet table and activity profile (they grow with the file); its
@@ -92,7 +90,7 @@ class DecodePool:
             DecodeCrashError: The worker died on it.
             MediaError: As ``run_job``.
         """
-        job = _Job(os.dup(fd), request)
+        job = _Job(os.dup(fd), request, sized)
         future = self._runners.submit(self._run, job)
         future.add_done_callback(job.release)
         try:
@@ -135,10 +133,9 @@ class DecodePool:
 
     def _run(self, job: _Job) -> DecodeResult:
         worker = self._take_worker(job)
-        reserved: list[int] = []
         healthy = reusable = False
         try:
-            result = self._converse(worker, job, reserved)
+            result = self._converse(worker, job)
             healthy = True
             return result
         except MediaError as error:
@@ -147,7 +144,6 @@ class DecodePool:
             raise
         finally:
             with self._change:
-                self._stats.bytes_in_flight -= sum(reserved)
                 self._stats.busy -= 1
                 job.worker = None
                 reusable = healthy and not job.cancelled and not self._closed
@@ -157,7 +153,7 @@ class DecodePool:
             if not reusable:
                 self._discard(worker)
 
-    def _converse(self, worker: _Worker, job: _Job, reserved: list[int]) -> DecodeResult:
+    def _converse(self, worker: _Worker, job: _Job) -> DecodeResult:
         limits = job.request.limits
         request = replace(job.request, threads=job.request.threads or self._threads)
         deadline = time.monotonic() + limits.timeout_s
@@ -167,9 +163,10 @@ class DecodePool:
                 message, fds = wire.receive(worker.sock, deadline)
                 if not isinstance(message, Reserve):
                     break
-                waiting = time.monotonic()
-                self._wait_for_room(message.num_bytes, job, reserved)
-                deadline += time.monotonic() - waiting
+                # No job waits for room in the media budget while it has a worker: the caller has
+                # acquired the bytes, as far as they could be told.
+                if job.sized is not None:
+                    job.sized(message.num_bytes)
                 wire.send(worker.sock, True)
         except TimeoutError as error:
             with self._change:
@@ -216,20 +213,6 @@ class DecodePool:
             job.worker = worker
             return worker
 
-    def _wait_for_room(self, num_bytes: int, job: _Job, reserved: list[int]) -> None:
-        with self._change:
-            self._change.wait_for(
-                lambda: (
-                    self._stats.bytes_in_flight == 0
-                    or self._stats.bytes_in_flight + num_bytes <= self._budget
-                    or job.cancelled
-                    or self._closed
-                )
-            )
-            self._check_wanted(job)
-            self._stats.bytes_in_flight += num_bytes
-            reserved.append(num_bytes)
-
     def _check_wanted(self, job: _Job) -> None:
         if self._closed:
             raise DecodeCrashError("The decode pool is closed.")
@@ -254,9 +237,12 @@ class DecodePool:
 class _Job:
     """One request on its way; owns a duplicate of the media's descriptor."""
 
-    def __init__(self, fd: int, request: DecodeRequest) -> None:
+    def __init__(
+        self, fd: int, request: DecodeRequest, sized: Callable[[int], None] | None = None
+    ) -> None:
         self.fd = fd
         self.request = request
+        self.sized = sized
         self.cancelled = False
         self.worker: _Worker | None = None
 

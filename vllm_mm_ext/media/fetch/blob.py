@@ -14,6 +14,7 @@ from typing import Self
 from blake3 import blake3
 
 from vllm_mm_ext.errors import MediaTooLargeError
+from vllm_mm_ext.media.fetch.byte_gate import Lease
 
 # memfd_create and file seals exist on Linux only; elsewhere an unlinked temporary file serves.
 _HAS_MEMFD = hasattr(os, "memfd_create")
@@ -39,15 +40,23 @@ class Blob:
         fd: Open descriptor, owned by this object.
         size: Length in bytes.
         digest: Hex BLAKE3 of the bytes.
+        lease: The bytes of the media budget that the blob holds; None where they do not count.
     """
 
-    __slots__ = ("__weakref__", "_finalizer", "digest", "fd", "size")
+    __slots__ = ("__weakref__", "_finalizer", "digest", "fd", "lease", "size")
 
     def __init__(self, fd: int, size: int, digest: str) -> None:
         self.fd = fd
         self.size = size
         self.digest = digest
+        self.lease: Lease | None = None
         self._finalizer = weakref.finalize(self, os.close, fd)
+
+    def hold(self, lease: Lease) -> None:
+        """Count the blob's bytes with ``lease`` until the blob is garbage collected."""
+        lease.resize(self.size)
+        self.lease = lease
+        weakref.finalize(self, lease.release).atexit = False
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Blob:

@@ -14,6 +14,7 @@ from urllib3.util import parse_url
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.fetch.data_source import DataSource
 from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.http_source import HttpSource
@@ -34,12 +35,14 @@ class MediaRef:
         size: Their number.
         storable: False if the origin forbids keeping anything of it past this request
             (``Cache-Control: no-store``): do not cache what is decoded from it.
+        claim: Of the request, on the media budget.
     """
 
-    def __init__(self, fetched: Fetched, load: Callable[[], Awaitable[Blob]]) -> None:
+    def __init__(self, fetched: Fetched, load: Callable[[], Awaitable[Blob]], claim: Claim) -> None:
         self.digest = fetched.digest
         self.size = fetched.size
         self.storable = fetched.storable
+        self.claim = claim
         self._blob = fetched.blob
         self._load = load
         self._users = 0
@@ -89,7 +92,8 @@ class MediaFetcher:
         max_retries: Attempts per download, at least one.
         retry_pause_s: Seconds before the second attempt; each further pause is four times longer.
         max_known: URLs, files and data URLs remembered, each.
-        max_in_flight_bytes: Bound on the bodies being downloaded together; see ``HttpSource``.
+        budget: The media budget, which holds encoded bytes from before they are read until they
+            are let go.
     """
 
     def __init__(
@@ -105,9 +109,10 @@ class MediaFetcher:
         max_retries: int = 3,
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
-        max_in_flight_bytes: int = 1 << 30,
+        budget: MediaBudget | None = None,
     ) -> None:
         self.encoded_cache = encoded_cache
+        self.budget = budget or MediaBudget(1 << 30)
         self._files = FileSource(
             allowed_local_media_path, max_bytes=local_limit_bytes, max_known=max_known
         )
@@ -120,14 +125,18 @@ class MediaFetcher:
             max_retries=max_retries,
             retry_pause_s=retry_pause_s,
             max_known=max_known,
-            max_in_flight_bytes=max_in_flight_bytes,
         )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
         self._thread = LoopThread("mm-ext-fetch")
         self._finalizer = weakref.finalize(self, _close, self._thread, self._http)
 
     async def resolve(
-        self, url: str, *, timeout_s: float, max_bytes: int | None = None
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        max_bytes: int | None = None,
+        claim: Claim | None = None,
     ) -> MediaRef:
         """Find out what content ``url`` has now, reading it only if that is not known.
 
@@ -135,15 +144,17 @@ class MediaFetcher:
             url: ``http:``, ``https:``, ``file:`` or base64 ``data:`` URL.
             timeout_s: Seconds for the first attempt to download.
             max_bytes: Limit on the encoded size on top of the fetcher's own; None for none.
+            claim: Of the request, on the media budget; None: the media is a request of its own.
 
         Raises:
             ForbiddenMediaError: Scheme, domain or path is not allowed.
             UnreachableMediaError: It cannot be fetched.
             MediaTooLargeError: It is past a size limit.
-            BusyError: Other downloads left no room for it for as long as ``timeout_s``.
+            BusyError: The media budget had no room for it for too long.
             MediaError: The URL is malformed, or the file not a regular one.
         """
-        return await self._thread.run(self._resolve(url, timeout_s, max_bytes))
+        claim = claim or self.budget.claim()
+        return await self._thread.run(self._resolve(url, timeout_s, max_bytes, claim))
 
     def stats(self) -> dict[str, int]:
         """Counters since the start: what was read and what was found without reading."""
@@ -153,26 +164,34 @@ class MediaFetcher:
         """Cancel what runs and close connections. Blocks briefly. Also runs at exit."""
         self._finalizer()
 
-    async def _resolve(self, url: str, timeout_s: float, max_bytes: int | None) -> MediaRef:
+    async def _resolve(
+        self, url: str, timeout_s: float, max_bytes: int | None, claim: Claim
+    ) -> MediaRef:
         source = self._source_of(url)
         location = await source.locate(url)
-        fetched = await self._fetch(source, location, timeout_s, max_bytes, load=False)
+        fetched = await self._fetch(source, location, timeout_s, max_bytes, claim, load=False)
         digest = fetched.digest
 
         async def load() -> Blob:
             # Not with `fetched`, which would keep the bytes as long as the reference.
             return await self._thread.run(
-                self._load(source, location, digest, timeout_s, max_bytes)
+                self._load(source, location, digest, timeout_s, max_bytes, claim)
             )
 
-        return MediaRef(fetched, load)
+        return MediaRef(fetched, load, claim)
 
     async def _load(
-        self, source: Source[Any], location: Any, digest: str, timeout_s: float, limit: int | None
+        self,
+        source: Source[Any],
+        location: Any,
+        digest: str,
+        timeout_s: float,
+        limit: int | None,
+        claim: Claim,
     ) -> Blob:
         blob = self.encoded_cache.get(digest)
         if blob is None:
-            fetched = await self._fetch(source, location, timeout_s, limit, load=True)
+            fetched = await self._fetch(source, location, timeout_s, limit, claim, load=True)
             assert fetched.blob is not None
             blob = fetched.blob
         if blob.digest != digest:
@@ -187,6 +206,7 @@ class MediaFetcher:
         location: Any,
         timeout_s: float,
         max_bytes: int | None,
+        claim: Claim,
         *,
         load: bool,
     ) -> Fetched:
@@ -194,7 +214,10 @@ class MediaFetcher:
         key = (location, max_bytes, load)
         fetched = await self._flights.run(
             key,
-            lambda: source.fetch(location, timeout_s=timeout_s, max_bytes=max_bytes, load=load),
+            lambda: source.fetch(
+                location, timeout_s=timeout_s, max_bytes=max_bytes, load=load, claim=claim
+            ),
+            claim,
         )
         if fetched.blob is not None and fetched.storable:
             self.encoded_cache.put(fetched.digest, fetched.blob)

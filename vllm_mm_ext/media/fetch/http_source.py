@@ -6,8 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from urllib.parse import urljoin
 
 import aiohttp
@@ -18,9 +17,9 @@ from yarl import URL
 
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
-from vllm_mm_ext.media.fetch.byte_gate import ByteGate, NoRoomError, Room
+from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease
 from vllm_mm_ext.media.fetch.freshness import StoredResponse, freshness_fields, judge
-from vllm_mm_ext.media.fetch.source import BusyError, Fetched, tighter
+from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +28,24 @@ _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 # Same growth of timeout and pause per retry as vLLM's own media client.
 _BACKOFF_FACTOR = 4
 _WHAT = "The remote media"
-# Bodies up to this size need no room: the session's limit on connections (100, aiohttp's default)
-# bounds them together.
-_SMALL_BYTES = 1 << 20
-# Room that a body of unknown length takes at a time.
+# Bytes that a body of unknown length acquires at a time.
 _STEP_BYTES = 8 << 20
 
 
 class _TransientError(UnreachableMediaError):
-    """A failure that another attempt may not meet; ``lasting`` says it after the last one."""
-
-    lasting: type[MediaError] = UnreachableMediaError
+    """A failure that another attempt may not meet."""
 
 
-class _CrowdedOutError(_TransientError):
-    """A body outgrew the room it had while others held the rest."""
+class _NoRoomError(Exception):
+    """The media budget has no room for a body at present.
 
-    lasting = BusyError
+    Attributes:
+        num_bytes: Bytes to wait for before the body is requested again.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(num_bytes)
+        self.num_bytes = num_bytes
 
 
 class HttpSource:
@@ -62,10 +62,6 @@ class HttpSource:
             are tried again, each with four times the timeout of the one before.
         retry_pause_s: Seconds before the second attempt, four times as long before each further.
         max_known: URLs remembered.
-        max_in_flight_bytes: Bound on the bodies being downloaded together. One waits for room
-            before it is read, at most as long as its timeout and without counting towards it.
-            Small bodies do not wait. One of unknown length takes more room as it arrives; where
-            none is left it is given up and tried again, except for the oldest.
 
     Attributes:
         counts: Requests sent, answers from memory, 304 answers, whole bodies and their bytes.
@@ -81,7 +77,6 @@ class HttpSource:
         max_retries: int,
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
-        max_in_flight_bytes: int = 1 << 30,
     ) -> None:
         self._allowed_domains = frozenset(domain.lower() for domain in allowed_domains)
         self._allow_redirects = allow_redirects
@@ -92,7 +87,6 @@ class HttpSource:
         # Only touched on the fetcher's event loop, so it needs no lock.
         self._known: LRUCache[str, StoredResponse] = LRUCache(max_known)
         self._session: aiohttp.ClientSession | None = None
-        self._gate = ByteGate(max_in_flight_bytes)
         self.counts = {
             "http_requests": 0,
             "http_fresh": 0,
@@ -106,7 +100,7 @@ class HttpSource:
         return self._check(url)
 
     async def fetch(
-        self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool
+        self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool, claim: Claim
     ) -> Fetched:
         """See ``Source.fetch``. A fresh URL costs no request, an unchanged one no body."""
         limit = tighter(self._max_bytes, max_bytes)
@@ -118,10 +112,10 @@ class HttpSource:
         for attempt in range(self._max_attempts):
             attempt_timeout = timeout_s * _BACKOFF_FACTOR**attempt
             try:
-                return await self._attempt(location, known, limit, attempt_timeout)
+                return await self._with_room(location, known, limit, attempt_timeout, claim)
             except _TransientError as error:
                 if attempt + 1 == self._max_attempts:
-                    raise error.lasting(error.message) from None
+                    raise UnreachableMediaError(error.message) from None
                 logger.info("%s Trying again.", error.message)
             await asyncio.sleep(self._retry_pause_s * _BACKOFF_FACTOR**attempt)
         raise AssertionError("unreachable")
@@ -132,13 +126,47 @@ class HttpSource:
         if session is not None:
             await session.close()
 
+    async def _with_room(
+        self,
+        location: str,
+        known: StoredResponse | None,
+        limit: int | None,
+        timeout_s: float,
+        claim: Claim,
+    ) -> Fetched:
+        """One attempt, with as many requests as it takes to find room in the media budget.
+
+        The length of a body is known when its headers are. If there is no room for it, the
+        connection is closed, and the URL requested again once there is: nothing but bytes is held
+        while a request waits for bytes. A body of unknown length acquires more bytes as it arrives,
+        and is given up in the same way; then twice as many are waited for.
+        """
+        lease = claim.lease()
+        try:
+            while True:
+                try:
+                    return await self._attempt(location, known, limit, timeout_s, claim, lease)
+                except _NoRoomError as error:
+                    num_bytes = error.num_bytes
+                lease.release()
+                lease = await claim.acquire(num_bytes)
+        finally:
+            # A blob counts its bytes with a lease of its own.
+            lease.release()
+
     async def _attempt(
-        self, location: str, known: StoredResponse | None, limit: int | None, timeout_s: float
+        self,
+        location: str,
+        known: StoredResponse | None,
+        limit: int | None,
+        timeout_s: float,
+        claim: Claim,
+        lease: Lease,
     ) -> Fetched:
         host = _host(parse_url(location))
         try:
-            async with asyncio.timeout(timeout_s) as clock:
-                return await self._follow(location, known, limit, clock, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._follow(location, known, limit, claim, lease)
         except TimeoutError:
             raise _TransientError(f"{host} did not deliver the media in {timeout_s:g} s.") from None
         except aiohttp.ClientConnectorDNSError:
@@ -158,8 +186,8 @@ class HttpSource:
         location: str,
         known: StoredResponse | None,
         limit: int | None,
-        clock: asyncio.Timeout,
-        patience_s: float,
+        claim: Claim,
+        lease: Lease,
     ) -> Fetched:
         url = location
         storable, fresh_until = True, math.inf
@@ -191,13 +219,10 @@ class HttpSource:
                 if response.status != 200:
                     _raise_for_status(response.status, _host(parse_url(url)))
                 check_size(response.content_length or 0, limit, _WHAT)
-                announced = _announced(response)
-                if announced is not None and announced <= _SMALL_BYTES:
-                    blob = await _read(response, limit)
-                else:
-                    size = announced or tighter(limit, _STEP_BYTES) or _STEP_BYTES
-                    async with self._room(size, clock, patience_s) as room:
-                        blob = await _read(response, limit, room)
+                size = _announced(response)
+                if size is None:
+                    size = tighter(limit, _STEP_BYTES) or _STEP_BYTES
+                blob = await _read(response, limit, size, claim, lease)
             self.counts["http_bodies"] += 1
             self.counts["http_body_bytes"] += blob.size
             stored = StoredResponse(blob.digest, blob.size, url, fields, fresh_until)
@@ -206,25 +231,6 @@ class HttpSource:
         raise UnreachableMediaError(
             f"{_host(parse_url(location))} redirects more than {_MAX_REDIRECTS} times."
         )
-
-    @asynccontextmanager
-    async def _room(
-        self, num_bytes: int, clock: asyncio.Timeout, patience_s: float
-    ) -> AsyncIterator[Room]:
-        """Room for a body, waited for with the clock stopped."""
-        now = asyncio.get_running_loop().time
-        stopped, deadline = now(), clock.when()
-        clock.reschedule(None)
-        try:
-            async with self._gate.room(num_bytes, patience_s) as room:
-                clock.reschedule(None if deadline is None else deadline + now() - stopped)
-                yield room
-        except NoRoomError:
-            raise BusyError(
-                "The server is busy downloading other media and had no room for this one within "
-                f"{patience_s:g} s (at most {self._gate.max_bytes} bytes at a time). "
-                "Try again later."
-            ) from None
 
     def _remember(self, location: str, stored: StoredResponse, storable: bool) -> None:
         # Without lifetime and validators the entry could never be used.
@@ -293,24 +299,32 @@ def _announced(response: aiohttp.ClientResponse) -> int | None:
 
 
 async def _read(
-    response: aiohttp.ClientResponse, limit: int | None, room: Room | None = None
+    response: aiohttp.ClientResponse, limit: int | None, size: int, claim: Claim, lease: Lease
 ) -> Blob:
-    """The body. It takes more of ``room`` as it outgrows it; without, its length is known."""
+    """The body, which holds its bytes of the media budget from then on.
+
+    Args:
+        response: Whose headers have arrived.
+        limit: On the bytes of the body; None for none.
+        size: Bytes to hold before any is read.
+        claim: Of the request.
+        lease: What the request has for the body already.
+
+    Raises:
+        _NoRoomError: There is no room for the body at present.
+    """
+    if size > lease.num_bytes and not claim.grow(lease, size - lease.num_bytes):
+        raise _NoRoomError(size)
     with BlobWriter(limit, _WHAT) as writer:
         async for chunk in response.content.iter_any():
             writer.append(chunk)
-            if room is not None:
-                _make_room(room, writer.size)
-        return writer.finish()
-
-
-def _make_room(room: Room, size: int) -> None:
-    while size > room.num_bytes:
-        if not room.grow(_STEP_BYTES):
-            raise _CrowdedOutError(
-                "The server is busy downloading other media and has no room for the rest of this "
-                "one, whose length was not known. Try again later."
-            )
+            if writer.size > lease.num_bytes and not claim.grow(
+                lease, writer.size - lease.num_bytes + _STEP_BYTES
+            ):
+                raise _NoRoomError(2 * writer.size)
+        blob = writer.finish()
+    blob.hold(lease.move())
+    return blob
 
 
 def _raise_for_status(status: int, host: str) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.errors import BusyError, MediaError
 from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import Claim
+
+__all__ = ["BusyError", "Fetched", "MediaChangedError", "Source", "tighter"]
 
 L = TypeVar("L", bound=Hashable)
 
@@ -16,12 +19,6 @@ class MediaChangedError(MediaError):
     """The content behind a URL is no longer what was resolved; resolving again sees the new one."""
 
     code = "changed"
-
-
-class BusyError(MediaError):
-    """Too much other media is being downloaded at the moment; the same request may do later."""
-
-    code = "busy"
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Source(Protocol[L]):
         """
 
     async def fetch(
-        self, location: L, *, timeout_s: float, max_bytes: int | None, load: bool
+        self, location: L, *, timeout_s: float, max_bytes: int | None, load: bool, claim: Claim
     ) -> Fetched:
         """Content at ``location``.
 
@@ -66,9 +63,11 @@ class Source(Protocol[L]):
             timeout_s: Seconds for one attempt over the network.
             max_bytes: Limit on the encoded size; None for the source's own limit only.
             load: Return the bytes even if the digest is known without them.
+            claim: Of the request, on the media budget. Bytes are acquired before they are read; the
+                blob holds them.
 
         Raises:
-            BusyError: There was no room for the download for too long.
+            BusyError: The media budget had no room for the bytes for too long.
             MediaError: Unreachable, too large, or not readable.
         """
 

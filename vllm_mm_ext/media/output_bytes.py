@@ -1,0 +1,37 @@
+"""How many bytes a decode job will make, told before it begins."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.media.types import AudioStream, DecodeLimits, DecodeRequest, MediaInfo
+
+
+def frame_bytes(info: MediaInfo, request: DecodeRequest) -> int:
+    """Bytes of the frames of a job, taking it that it uses all frames it may.
+
+    Raises:
+        MediaError: See ``target_size``.
+    """
+    sampling, video = request.sampling, info.video
+    if sampling is None or video is None:
+        return 0
+    if sampling.indices is not None:
+        count = len(sampling.indices)
+    else:
+        count = min(sampling.max_frames, video.num_frames)
+    height, width = target_size(
+        request.size, width=video.width, height=video.height, num_frames=count
+    )
+    return count * height * width * 3
+
+
+def audio_bytes(stream: AudioStream, limits: DecodeLimits, rate: int | None = None) -> int:
+    """Bytes of a decoded track if its header is right.
+
+    Args:
+        stream: The track.
+        limits: Of the job.
+        rate: Hz; None for the track's own.
+    """
+    seconds = min(stream.duration, limits.max_audio_s or stream.duration)
+    return int(seconds * (rate or stream.sample_rate)) * 4
