@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from cachetools import Cache, LRUCache
 
-from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease
+from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease, RequestTooLargeError
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -226,6 +226,10 @@ class SingleFlight(Generic[K, V]):
                 return await asyncio.wrap_future(flight.result)
             except _FlightAbandonedError:
                 continue
+            except RequestTooLargeError:
+                # That of another request says nothing about this one.
+                if flight.claim is claim:
+                    raise
             finally:
                 self._leave(key, flight)
                 del flight

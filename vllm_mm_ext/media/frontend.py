@@ -326,8 +326,8 @@ class MediaFrontend:
 
 def _memory_of(waveform: Waveform) -> np.ndarray[Any, Any]:
     """The samples of a waveform, which is a view of them as are its own views."""
-    samples: np.ndarray[Any, Any] = waveform.base
-    return samples
+    assert waveform.base is not None
+    return waveform.base
 
 
 def _is_pinned(rule: SizeRule, info: MediaInfo, shape: tuple[int, ...]) -> bool:

@@ -19,7 +19,7 @@ _request: ContextVar[_Request | None] = ContextVar("mm_ext_claim", default=None)
 
 
 def current_claim(budget: MediaBudget) -> Claim | None:
-    """The claim on ``budget`` of the request that is being rendered; None outside of ``claiming``."""
+    """The claim on ``budget`` of the request being rendered; None outside of ``claiming``."""
     request = _request.get()
     if request is None:
         return None

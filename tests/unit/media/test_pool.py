@@ -239,25 +239,13 @@ async def test_cancelling_frees_the_slot_and_stops_the_work(fd, stuck):
         pool.close()
 
 
-async def test_output_in_flight_is_bounded_and_a_larger_job_runs_alone(fd):
-    frame = 640 * 360 * 3
-    pool = DecodePool(workers=2, threads=1, max_in_flight_bytes=4 * frame)
-    peak = 0
-
-    async def watch():
-        nonlocal peak
-        while True:
-            peak = max(peak, pool.stats()["bytes_in_flight"])
-            await asyncio.sleep(0.001)
-
-    watcher = asyncio.create_task(watch())
+async def test_a_job_says_what_it_will_make_before_it_does(fd):
+    pool = DecodePool(workers=1, threads=1)
+    sized: list[int] = []
     try:
-        await asyncio.gather(*(pool.run(fd, wanting(*range(i, i + 3))) for i in range(8)))
-        assert 0 < peak <= 4 * frame
-        assert len((await pool.run(fd, wanting(*range(20)))).frames) == 20
-        assert pool.stats()["bytes_in_flight"] == 0
+        frames = (await pool.run(fd, wanting(0, 1, 2), sized.append)).frames
+        assert sized == [frames.nbytes]
     finally:
-        watcher.cancel()
         pool.close()
 
 

@@ -25,7 +25,7 @@ Why nobody waits for ever:
   that wait for it, whichever began it (priority inheritance).
 - A request whose media cannot fit into the budget together is refused as too large, which bounds
   what the oldest request takes beyond the budget by the budget itself. A single item larger than
-  the budget passes.
+  the budget passes when its request is the oldest.
 - Nobody waits longer than ``max_wait_s``: then the request is refused as busy.
 """
 
@@ -45,6 +45,10 @@ from typing import Any
 import numpy.typing as npt
 
 from vllm_mm_ext.errors import BusyError, MediaTooLargeError
+
+
+class RequestTooLargeError(MediaTooLargeError):
+    """All media of a request together are more than the budget; a part of them may not be."""
 
 
 class _Account:
@@ -152,7 +156,7 @@ class Claim:
 
         Raises:
             BusyError: They did not become free in time.
-            MediaTooLargeError: With the request's other media they are more than the budget.
+            RequestTooLargeError: With the request's other media they are more than the budget.
         """
         return await self._budget._acquire(_Waiter(self, num_bytes, beside))
 
@@ -296,9 +300,10 @@ class MediaBudget:
         if waiter.granted:
             return waiter.lease
         if waiter.too_many:
-            raise MediaTooLargeError(
-                f"The media of this request take at least {waiter.too_many} bytes together, encoded "
-                f"and decoded, past the limit of {self.max_bytes} (media.cache.in_flight_mb).",
+            raise RequestTooLargeError(
+                f"The media of this request take at least {waiter.too_many} bytes together, "
+                f"encoded and decoded, past the limit of {self.max_bytes} "
+                "(media.cache.in_flight_mb).",
                 value=waiter.too_many,
             )
         self._refused += 1
@@ -347,7 +352,7 @@ class MediaBudget:
 
     def _may_have(self, rank: float, num_bytes: int) -> bool:
         oldest = next(iter(self._live), None)
-        return not self._used or self._used + num_bytes <= self.max_bytes or rank == oldest
+        return self._used + num_bytes <= self.max_bytes or rank == oldest
 
     def _too_many(self, claim: Claim, num_bytes: int, beside: int) -> int:
         """Bytes that a request would hold, if it may never hold so many; else 0."""
@@ -372,8 +377,8 @@ class MediaBudget:
     def _post(self, change: Callable[[], None] | None = None) -> None:
         """Make a change now, or leave it to whoever has the lock.
 
-        Bytes are released when objects are freed, which may happen anywhere: in a garbage
-        collection too that interrupts a thread which has the lock. So this never waits for the lock.
+        Objects may be freed anywhere, in a garbage collection too that interrupts a thread which
+        has the lock. So a release of bytes never waits for the lock.
         """
         if change is not None:
             self._posted.append(change)

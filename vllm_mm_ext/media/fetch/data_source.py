@@ -17,8 +17,8 @@ from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
 # Below this many characters hashing and decoding take less time than a hop to a thread.
 _INLINE_CHARS = 64 << 10
-# Text hashed or decoded at a time, so that no copy of the whole is made; a multiple of 4 characters,
-# which stand for 3 bytes.
+# Characters hashed or decoded at a time, so that the whole is not copied. A multiple of 4, which
+# stand for 3 bytes.
 _CHUNK_CHARS = 1 << 20
 
 
