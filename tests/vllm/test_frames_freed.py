@@ -129,18 +129,57 @@ def test_live_frames_stay_within_the_cache_and_what_is_in_flight(front: Front) -
     in_flight = AT_ONCE * decoded / CLIPS
     assert decoded > 10 * (CACHE_MB * MIB + in_flight)
     assert 0 < most <= CACHE_MB * MIB + in_flight
+    assert current_runtime().budget.used == 0
 
 
-def held_media() -> tuple[int, int]:
-    """Bytes of media that this process has mapped, and encoded files that it has open."""
+def test_frames_count_while_they_wait_for_preprocessing(front: Front) -> None:
+    make(front.files / "counted.mp4", CLIPS + 10)
+    used: list[int] = []
+
+    def preprocess(*args: Any, **kwargs: Any) -> Any:
+        used.append(current_runtime().budget.used)
+        return original(*args, **kwargs)
+
+    async def ask() -> int:
+        cache = current_runtime().frontend.cache
+        # Without a cache to count them in.
+        cache.clear()
+        cache.max_bytes, kept = 0, cache.max_bytes
+        try:
+            made = await front.rendered(front.messages("counted.mp4"))
+        finally:
+            cache.max_bytes = kept
+        (seen,) = made.trace.videos
+        return seen.frames * seen.height * seen.width * 3
+
+    original = front.renderer._process_multimodal_async
+    front.renderer._process_multimodal_async = preprocess
+    try:
+        size = asyncio.run(ask())
+    finally:
+        front.renderer._process_multimodal_async = original
+    assert used
+    assert size <= used[0] <= size + MIB
+    assert current_runtime().budget.used == 0
+
+
+Held = tuple[int, int, int]
+
+
+def held_media() -> Held:
+    """What this process holds of media.
+
+    Returns:
+        Bytes mapped, encoded files open, bytes that count in the media budget.
+    """
     encoded = 0
     for name in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # Closed since.
             encoded += os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:mm_ext_media")
-    return mapped_media(os.getpid()), encoded
+    return mapped_media(os.getpid()), encoded, current_runtime().budget.used
 
 
-async def falls_to(held: tuple[int, int]) -> bool:
+async def falls_to(held: Held) -> bool:
     """Whether no more media are held than before, soon: threads may have to drop theirs first."""
     for _ in range(200):
         if all(now <= before for now, before in zip(held_media(), held, strict=True)):
@@ -207,7 +246,7 @@ def test_a_refused_request_leaves_nothing_behind(front: Front) -> None:
         await asyncio.create_task(refused(front, beside))
         # The video was right, and its frames are cached.
         cached = current_runtime().frontend.stats()["decoded_cache"]["num_bytes"]
-        assert await falls_to((cached, held[1]))
+        assert await falls_to((cached, *held[1:]))
 
     asyncio.run(ask())
 
@@ -222,7 +261,7 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(front: Front) -> None:
         for number, jobs in enumerate((1, 2, 1, 2)):
             variant(clip, front.files / "left-now.mp4", CLIPS + 2 + number)
             await asyncio.create_task(hang_up(front, "left-now.mp4", jobs))
-            assert await falls_to((cache, held[1]))
+            assert await falls_to((cache, *held[1:]))
 
     asyncio.run(ask())
 

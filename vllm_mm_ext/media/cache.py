@@ -1,4 +1,7 @@
-"""A byte-budgeted LRU cache and call coalescing, both usable from any thread or event loop."""
+"""An LRU cache bounded in bytes, and concurrent calls that share one run (single-flight).
+
+Both may be used from any thread and any event loop.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +79,8 @@ class _CountingLRU(LRUCache[K, V]):
 class ByteBudgetCache(Generic[K, V]):
     """Least-recently-used cache bounded by the bytes of its values. Thread-safe.
 
-    A value that is still referenced elsewhere when it is evicted lives on there: the budget bounds
-    what the cache keeps alive, not what its users hold.
+    The bound is on what the cache keeps alive. A value that a request still uses when the cache
+    evicts it lives on; its bytes then count in the media budget, if it has a lease.
 
     Args:
         max_bytes: The budget; 0 keeps nothing.
@@ -176,7 +179,7 @@ class ByteBudgetCache(Generic[K, V]):
 
 
 class _FlightAbandonedError(Exception):
-    """The shared work was cancelled under its waiters, e.g. because its event loop closed."""
+    """The shared work was cancelled while callers waited, e.g. because its event loop closed."""
 
 
 class _Flight(Generic[V]):
@@ -187,7 +190,8 @@ class _Flight(Generic[V]):
         self.claim = claim
         self.waiters = 0
         self.result: Future[V] = Future()
-        # A running future refuses cancel(), so one waiter's cancellation cannot reach the others.
+        # A running future cannot be cancelled, so the cancellation of one caller does not reach
+        # the other callers.
         self.result.set_running_or_notify_cancel()
         self.task: asyncio.Task[V] | None = None
 
@@ -195,14 +199,14 @@ class _Flight(Generic[V]):
 class SingleFlight(Generic[K, V]):
     """Concurrent calls with the same key share one run of the work.
 
-    The work runs as a task of the first caller's event loop; callers may be on other loops and
-    threads. It is cancelled only when every caller has been cancelled. Results and errors go to
-    the callers of that moment and are not remembered. If the loop that does the work closes
-    under callers of other loops, one of them starts it again.
+    The work runs as a task of the first caller's event loop, in an empty context; callers may be on
+    other loops and threads. The work is cancelled only when every caller has been cancelled. The
+    result or error goes to the callers that wait at that moment and is not kept. If the loop that
+    runs the work closes while callers of other loops wait, one of these starts the work again.
 
-    An error leads, by its traceback, to all that the work had in hand: encoded files, frames. So
-    that nothing of it waits for the garbage collector, no flight is left in a frame of such a
-    traceback, as the flight leads to the error.
+    The traceback of an error refers to everything the work held: encoded files, frames. A flight
+    refers to its error. So no frame of such a traceback may keep a flight: that would be a
+    reference cycle, and the files and frames would stay until the garbage collector runs.
     """
 
     def __init__(self) -> None:
@@ -235,7 +239,7 @@ class SingleFlight(Generic[K, V]):
                 del flight
 
     def __len__(self) -> int:
-        """Calls running now."""
+        """Number of calls running now."""
         with self._lock:
             return len(self._flights)
 
@@ -262,7 +266,7 @@ class SingleFlight(Generic[K, V]):
         try:
             return await factory()
         finally:
-            # Before the result is out, so that no later caller can join a finished call.
+            # Before the result is known, so that no later caller joins a call that has finished.
             self._forget(key, flight)
             del flight
 
@@ -280,7 +284,7 @@ class SingleFlight(Generic[K, V]):
             flight.waiters -= 1
             if flight.waiters or flight.result.done():
                 return
-            # Out of the map at once: a new caller must not join work that is being cancelled.
+            # Removed at once: a new caller must not join work that is being cancelled.
             if self._flights.get(key) is flight:
                 del self._flights[key]
         if flight.task is not None and not flight.loop.is_closed():
