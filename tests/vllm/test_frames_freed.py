@@ -12,14 +12,14 @@ import os
 import pickle
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from front import Front, opened
+from front import Front, Rendered, opened
 from omni_reference import make_processor, new_cache, pixels, render, sound, video
 from starlette.requests import Request
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
@@ -132,6 +132,47 @@ def test_live_frames_stay_within_the_cache_and_what_is_in_flight(front: Front) -
     assert current_runtime().budget.used == 0
 
 
+def frame_bytes(made: Rendered) -> int:
+    """Bytes of the frames of a request."""
+    return sum(seen.frames * seen.height * seen.width * 3 for seen in made.trace.videos)
+
+
+@contextmanager
+def without_decoded_cache() -> Iterator[None]:
+    """Keep no frames, so that all count in the media budget."""
+    cache = current_runtime().frontend.cache
+    cache.clear()
+    cache.max_bytes, kept = 0, cache.max_bytes
+    try:
+        yield
+    finally:
+        cache.max_bytes = kept
+
+
+def test_requests_with_several_videos_take_turns_within_the_budget(front: Front) -> None:
+    names = [f"turn-{number}.mp4" for number in range(12)]
+    for number, name in enumerate(names):
+        make(front.files / name, CLIPS + 20 + number)
+    budget = current_runtime().budget
+    budget.max_bytes, kept = 5 * MIB // 2, budget.max_bytes
+    budget._peak = 0
+
+    async def ask() -> list[Rendered]:
+        pairs = zip(names[::2], names[1::2], strict=True)
+        return await asyncio.gather(*(front.rendered(front.messages(*pair)) for pair in pairs))
+
+    try:
+        with without_decoded_cache():
+            made = asyncio.run(ask())
+        most = max(map(frame_bytes, made))
+        # Two requests at a time would take more.
+        assert budget.max_bytes / 2 < most <= budget.max_bytes
+        assert budget.max_bytes / 2 < budget.stats()["peak_bytes"] <= 2 * budget.max_bytes
+        assert budget.used == 0
+    finally:
+        budget.max_bytes = kept
+
+
 def test_frames_count_while_they_wait_for_preprocessing(front: Front) -> None:
     make(front.files / "counted.mp4", CLIPS + 10)
     used: list[int] = []
@@ -141,21 +182,14 @@ def test_frames_count_while_they_wait_for_preprocessing(front: Front) -> None:
         return original(*args, **kwargs)
 
     async def ask() -> int:
-        cache = current_runtime().frontend.cache
-        # Without a cache to count them in.
-        cache.clear()
-        cache.max_bytes, kept = 0, cache.max_bytes
-        try:
-            made = await front.rendered(front.messages("counted.mp4"))
-        finally:
-            cache.max_bytes = kept
-        (seen,) = made.trace.videos
-        return seen.frames * seen.height * seen.width * 3
+        made = await front.rendered(front.messages("counted.mp4"))
+        return frame_bytes(made)
 
     original = front.renderer._process_multimodal_async
     front.renderer._process_multimodal_async = preprocess
     try:
-        size = asyncio.run(ask())
+        with without_decoded_cache():
+            size = asyncio.run(ask())
     finally:
         front.renderer._process_multimodal_async = original
     assert used
