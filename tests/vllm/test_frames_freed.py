@@ -129,7 +129,16 @@ def test_live_frames_stay_within_the_cache_and_what_is_in_flight(front: Front) -
     in_flight = AT_ONCE * decoded / CLIPS
     assert decoded > 10 * (CACHE_MB * MIB + in_flight)
     assert 0 < most <= CACHE_MB * MIB + in_flight
-    assert current_runtime().budget.used == 0
+    assert asyncio.run(all_let_go())
+
+
+async def all_let_go() -> bool:
+    """Whether nothing counts in the media budget, soon: threads may have to drop theirs first."""
+    for _ in range(200):
+        if not current_runtime().budget.used:
+            return True
+        await asyncio.sleep(0.01)
+    return False
 
 
 def frame_bytes(made: Rendered) -> int:
@@ -154,7 +163,8 @@ def test_requests_with_several_videos_take_turns_within_the_budget(front: Front)
     for number, name in enumerate(names):
         make(front.files / name, CLIPS + 20 + number)
     budget = current_runtime().budget
-    budget.max_bytes, kept = 5 * MIB // 2, budget.max_bytes
+    budget.max_bytes, kept = 5 * MIB, budget.max_bytes
+    budget.max_wait_s, patience = 3600, budget.max_wait_s
     budget._peak = 0
 
     async def ask() -> list[Rendered]:
@@ -164,13 +174,12 @@ def test_requests_with_several_videos_take_turns_within_the_budget(front: Front)
     try:
         with without_decoded_cache():
             made = asyncio.run(ask())
-        most = max(map(frame_bytes, made))
-        # Two requests at a time would take more.
-        assert budget.max_bytes / 2 < most <= budget.max_bytes
-        assert budget.max_bytes / 2 < budget.stats()["peak_bytes"] <= 2 * budget.max_bytes
-        assert budget.used == 0
+        # With its sound, one request takes nearly the budget.
+        (size,) = {frame_bytes(one) for one in made}
+        assert size < budget.stats()["peak_bytes"] <= 2 * budget.max_bytes < 6 * size
+        assert asyncio.run(all_let_go())
     finally:
-        budget.max_bytes = kept
+        budget.max_bytes, budget.max_wait_s = kept, patience
 
 
 def test_frames_count_while_they_wait_for_preprocessing(front: Front) -> None:
@@ -194,7 +203,7 @@ def test_frames_count_while_they_wait_for_preprocessing(front: Front) -> None:
         front.renderer._process_multimodal_async = original
     assert used
     assert size <= used[0] <= size + MIB
-    assert current_runtime().budget.used == 0
+    assert asyncio.run(all_let_go())
 
 
 Held = tuple[int, int, int]

@@ -98,8 +98,9 @@ async def test_an_item_waits_for_room_without_a_connection_and_is_then_read(
     await until(lambda: waiting(fetcher) == 1)
     session = fetcher._http._session
     assert session is not None
-    assert session.connector is not None
-    await until(lambda: len(session.connector._acquired) == 1)
+    connections = session.connector
+    assert connections is not None
+    await until(lambda: len(connections._acquired) == 1)
     hold.set()
     await until(first.done)
     # What was read counts until it is let go.
