@@ -17,7 +17,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -163,6 +163,7 @@ def _block(request: Any) -> Any:
 def around_chat_rendering(
     plan: Callable[[Any, Sequence[Any], Any, Any], Awaitable[None]],
     plan_blocking: Callable[[Any, Sequence[Any], Any, Any], None],
+    scope: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Call a planner for each conversation, before any of its media is fetched.
 
@@ -173,6 +174,7 @@ def around_chat_rendering(
         plan: Called with ``(renderer, messages, chat_params, tok_params)``; ``tok_params`` may be
             None. Its context is that in which the conversation is then rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
+        scope: What it returns is open while a conversation is planned and rendered.
     """
     from vllm.exceptions import VLLMError
     from vllm.renderers.base import BaseRenderer
@@ -187,7 +189,7 @@ def around_chat_rendering(
 
             async def one(messages: Any) -> Any:
                 try:
-                    with client_errors():
+                    with client_errors(), scope():
                         await plan(self, messages, chat_params, tok_params)
                         rendered = await original(
                             self, [messages], chat_params, tok_params, **kwargs
@@ -210,7 +212,7 @@ def around_chat_rendering(
             arrived = time.time()
 
             def one(messages: Any) -> Any:
-                with client_errors():
+                with client_errors(), scope():
                     plan_blocking(self, messages, chat_params, tok_params)
                     rendered = original(self, [messages], chat_params, tok_params, **kwargs)
                 return _arrived_at(arrived, rendered)

@@ -13,13 +13,15 @@ from vllm.connections import HTTPConnection
 
 from vllm_mm_ext.adapters.runtime import current_runtime
 from vllm_mm_ext.errors import ForbiddenDomainError, ForbiddenMediaError
+from vllm_mm_ext.media.request_claim import current_claim
 
 
 class StockDownloads(HTTPConnection):  # type: ignore[misc]
     """vLLM's HTTP client for images and stock loaders, under the rules for videos and sound.
 
-    Address rules, allowed domains on every hop, size limits, retries and the bound on concurrent
-    downloads are thus the same for all media. With ``media.enabled`` off, vLLM downloads itself.
+    Address rules, allowed domains on every hop, size limits and retries are thus the same for all
+    media, and the media budget counts a file until vLLM has it. With ``media.enabled`` off, vLLM
+    downloads itself.
 
     Args:
         allowed_local_media_path: As the connector has it.
@@ -85,7 +87,10 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
         with self._translated():
             try:
                 blob = await fetcher.download(
-                    url, timeout_s=math.inf if timeout is None else timeout, max_bytes=max_bytes
+                    url,
+                    timeout_s=math.inf if timeout is None else timeout,
+                    max_bytes=max_bytes,
+                    claim=current_claim(fetcher.budget),
                 )
             except ForbiddenDomainError as error:
                 # Of a redirect's target: vLLM has checked the URL itself. Translated, this error

@@ -22,6 +22,7 @@ from vllm_mm_ext.adapters.runtime import Runtime, current_runtime
 from vllm_mm_ext.config.root import SamplingConfig
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaRef
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
+from vllm_mm_ext.media.request_claim import current_claim
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
 from vllm_mm_ext.media.video_plan import VideoPlan, planned, resolved
 from vllm_mm_ext.request.trace import VideoTrace, current_trace
@@ -235,13 +236,17 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         fetcher = runtime.fetcher(self.allowed_local_media_path, self.allowed_media_domains)
         started = time.perf_counter()
         if ref is None:
-            ref = await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
+            ref = await fetcher.resolve(
+                url, timeout_s=timeout_s, max_bytes=max_bytes, claim=current_claim(fetcher.budget)
+            )
         try:
             fetched = time.perf_counter()
             result = await use(ref)
         except MediaChangedError:
             # It changed between looking it up and reading it: once more, with what is there now.
-            ref = await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
+            ref = await fetcher.resolve(
+                url, timeout_s=timeout_s, max_bytes=max_bytes, claim=current_claim(fetcher.budget)
+            )
             fetched = time.perf_counter()
             result = await use(ref)
         stages = {

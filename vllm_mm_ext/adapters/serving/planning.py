@@ -25,6 +25,7 @@ from vllm_mm_ext.adapters.serving.requests import OptionError, current_request
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
+from vllm_mm_ext.media.request_claim import current_claim
 from vllm_mm_ext.media.types import MediaInfo
 from vllm_mm_ext.media.video_plan import VideoPlan, set_plans
 from vllm_mm_ext.policies.quality.controller import QualityController
@@ -161,13 +162,17 @@ class _Conversation:
 
     async def _probe_one(self, fetcher: MediaFetcher, url: str) -> tuple[MediaRef, MediaInfo]:
         started = time.perf_counter()
-        ref = await fetcher.resolve(url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT)
+        ref = await fetcher.resolve(
+            url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT, claim=current_claim(fetcher.budget)
+        )
         try:
             fetched = time.perf_counter()
             info = await self.runtime.frontend.probe(ref)
         except MediaChangedError:
             # It changed between looking it up and reading it: once more, with what is there now.
-            ref = await fetcher.resolve(url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT)
+            ref = await fetcher.resolve(
+                url, timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT, claim=current_claim(fetcher.budget)
+            )
             fetched = time.perf_counter()
             info = await self.runtime.frontend.probe(ref)
         self.stages.append({"fetch": fetched - started, "probe": time.perf_counter() - fetched})
