@@ -6,6 +6,7 @@ what stock delivers at the limit, the plugin delivers.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import threading
@@ -28,6 +29,8 @@ from vllm_mm_ext.adapters import runtime as runtime_module
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
 from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime
 from vllm_mm_ext.config.root import MMExtConfig
+from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease
+from vllm_mm_ext.media.request_claim import claiming, current_claim
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.testing.media import make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
@@ -304,6 +307,28 @@ def test_bytes_of_an_embedding(monkeypatch: Limit) -> None:
         monkeypatch.setenv("VLLM_MAX_EMBED_DECODE_BYTES", "3999")
         with pytest.raises((VLLMError, ValueError), match="VLLM_MAX_EMBED_DECODE_BYTES"):
             connector.fetch_image_embedding(text)
+
+
+def test_images_of_a_request_count_in_its_share_of_the_media_budget(
+    media: dict[str, Path], origin: Origin, monkeypatch: Limit
+) -> None:
+    url = origin.serve("/image.png", Resource(padded(media["image"], MIB)))
+    _, ours = connectors()
+    budget = current_runtime().budget
+    asked: list[Claim] = []
+    grow = Claim.grow
+
+    def seen(claim: Claim, lease: Lease, num_bytes: int) -> bool:
+        asked.append(claim)
+        return grow(claim, lease, num_bytes)
+
+    monkeypatch.setattr(Claim, "grow", seen)
+    with claiming():
+        fetch(ours, "image", url)
+        asyncio.run(ours.fetch_image_async(url))
+        assert set(asked) == {current_claim(budget)}
+    assert budget.stats()["peak_bytes"] >= MIB
+    assert budget.used == 0
 
 
 # --- the cache of downloads on disk ---------------------------------------------------------------

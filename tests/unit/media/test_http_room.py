@@ -15,6 +15,7 @@ import pytest
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
+from vllm_mm_ext.media.fetch.download_cache import DownloadCacheSettings
 from vllm_mm_ext.media.fetch.fetcher import BusyError, MediaFetcher, MediaRef
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -33,7 +34,12 @@ def _without_garbage_collection() -> Iterator[None]:
 def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
     made: list[MediaFetcher] = []
 
-    def make(max_bytes: int, max_retries: int = 1, max_wait_s: float = 60) -> MediaFetcher:
+    def make(
+        max_bytes: int,
+        max_retries: int = 1,
+        max_wait_s: float = 60,
+        download_cache: DownloadCacheSettings | None = None,
+    ) -> MediaFetcher:
         cache: ByteBudgetCache[str, Blob] = ByteBudgetCache(0, len)
         fetcher = MediaFetcher(
             allowed_local_media_path=tmp_path,
@@ -45,6 +51,7 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
             max_retries=max_retries,
             retry_pause_s=0.01,
             budget=MediaBudget(max_bytes, max_wait_s),
+            download_cache=download_cache,
         )
         made.append(fetcher)
         return fetcher
@@ -211,3 +218,70 @@ async def test_the_oldest_body_of_unknown_length_may_outgrow_the_bound(
 ) -> None:
     url = origin.serve("/long", Resource(bytes(20 * MIB), chunked=True))
     assert (await make_fetcher(4 * MIB).resolve(url, timeout_s=30)).size == 20 * MIB
+
+
+async def test_downloads_kept_on_disk_wait_like_those_from_an_origin(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event, tmp_path: Path
+) -> None:
+    kept = DownloadCacheSettings(tmp_path / "kept", max_bytes=64 * MIB, ttl_s=3600)
+    url = origin.serve("/second", Resource(b"2" * MIB))
+    await make_fetcher(2 * MIB, download_cache=kept).resolve(url, timeout_s=30)
+    fetcher = make_fetcher(2 * MIB, download_cache=kept)
+    first = await start(
+        fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)), arrived=2 * MIB
+    )
+    second = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
+    await until(lambda: waiting(fetcher) == 1)
+    hold.set()
+    await until(first.done)
+    assert not second.done()
+    del first
+    assert (await second).size == MIB
+    assert fetcher.budget.used == MIB
+    assert origin.requests["/second"] == 1
+    # Its content is known now, and costs nothing.
+    again = await fetcher.resolve(url, timeout_s=30)
+    assert fetcher.budget.used == MIB
+    del second, again
+    await until(lambda: fetcher.budget.used == 0)
+
+
+async def test_a_download_that_went_from_the_disk_while_it_waited_is_asked_for(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event, tmp_path: Path
+) -> None:
+    kept = DownloadCacheSettings(tmp_path / "kept", max_bytes=64 * MIB, ttl_s=3600)
+    url = origin.serve("/second", Resource(b"2" * MIB))
+    await make_fetcher(2 * MIB, download_cache=kept).resolve(url, timeout_s=30)
+    fetcher = make_fetcher(2 * MIB, download_cache=kept)
+    first = await start(
+        fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)), arrived=2 * MIB
+    )
+    second = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
+    await until(lambda: waiting(fetcher) == 1)
+    for file in kept.directory.iterdir():
+        file.unlink()
+    hold.set()
+    await until(first.done)
+    del first
+    assert (await second).size == MIB
+    assert origin.requests["/second"] == 2
+    del second
+    await until(lambda: fetcher.budget.used == 0)
+
+
+async def test_images_wait_like_videos(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
+) -> None:
+    fetcher = make_fetcher(2 * MIB)
+    first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
+    url = origin.serve("/second", Resource(b"2" * MIB))
+    second = asyncio.create_task(fetcher.download(url, timeout_s=30))
+    await until(lambda: waiting(fetcher) == 1)
+    hold.set()
+    await until(first.done)
+    assert not second.done()
+    del first
+    assert (await second).size == MIB
+    assert fetcher.budget.used == MIB
+    del second
+    await until(lambda: fetcher.budget.used == 0)
