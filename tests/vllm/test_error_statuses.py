@@ -285,11 +285,12 @@ async def test_a_fault_in_the_decode_worker_is_no_fault_of_the_file(tmp_path: Pa
     path = make_clip(tmp_path / "a.mp4", duration=1, seed=1).path
     fd = os.open(path, os.O_RDONLY)
     pool = DecodePool(workers=1)
+    sampling = SamplingSpec(max_frames=2)
     try:
         with pytest.raises(InternalMediaError, match="server's log"):
-            await pool.run(fd, DecodeRequest(size=SizeRule(kind="qwen_vl", factor=0)))
+            await pool.run(fd, DecodeRequest(sampling, SizeRule(kind="qwen_vl", factor=0)))
         # The worker is well.
-        result = await pool.run(fd, DecodeRequest(sampling=SamplingSpec(max_frames=2)))
+        result = await pool.run(fd, DecodeRequest(sampling))
         assert len(result.frames) == 2
     finally:
         pool.close()

@@ -12,14 +12,14 @@ import os
 import pickle
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from front import Front, opened
+from front import Front, Rendered, opened
 from omni_reference import make_processor, new_cache, pixels, render, sound, video
 from starlette.requests import Request
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
@@ -129,18 +129,100 @@ def test_live_frames_stay_within_the_cache_and_what_is_in_flight(front: Front) -
     in_flight = AT_ONCE * decoded / CLIPS
     assert decoded > 10 * (CACHE_MB * MIB + in_flight)
     assert 0 < most <= CACHE_MB * MIB + in_flight
+    assert asyncio.run(all_let_go())
 
 
-def held_media() -> tuple[int, int]:
-    """Bytes of media that this process has mapped, and encoded files that it has open."""
+async def all_let_go() -> bool:
+    """Whether nothing counts in the media budget, soon: threads may have to drop theirs first."""
+    for _ in range(200):
+        if not current_runtime().budget.used:
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+def frame_bytes(made: Rendered) -> int:
+    """Bytes of the frames of a request."""
+    return sum(seen.frames * seen.height * seen.width * 3 for seen in made.trace.videos)
+
+
+@contextmanager
+def without_decoded_cache() -> Iterator[None]:
+    """Keep no frames, so that all count in the media budget."""
+    cache = current_runtime().frontend.cache
+    cache.clear()
+    cache.max_bytes, kept = 0, cache.max_bytes
+    try:
+        yield
+    finally:
+        cache.max_bytes = kept
+
+
+def test_requests_with_several_videos_take_turns_within_the_budget(front: Front) -> None:
+    names = [f"turn-{number}.mp4" for number in range(12)]
+    for number, name in enumerate(names):
+        make(front.files / name, CLIPS + 20 + number)
+    budget = current_runtime().budget
+    budget.max_bytes, kept = 5 * MIB, budget.max_bytes
+    budget.max_wait_s, patience = 3600, budget.max_wait_s
+    budget._peak = 0
+
+    async def ask() -> list[Rendered]:
+        pairs = zip(names[::2], names[1::2], strict=True)
+        return await asyncio.gather(*(front.rendered(front.messages(*pair)) for pair in pairs))
+
+    try:
+        with without_decoded_cache():
+            made = asyncio.run(ask())
+        # With its sound, one request takes nearly the budget.
+        (size,) = {frame_bytes(one) for one in made}
+        assert size < budget.stats()["peak_bytes"] <= 2 * budget.max_bytes < 6 * size
+        assert asyncio.run(all_let_go())
+    finally:
+        budget.max_bytes, budget.max_wait_s = kept, patience
+
+
+def test_frames_count_while_they_wait_for_preprocessing(front: Front) -> None:
+    make(front.files / "counted.mp4", CLIPS + 10)
+    used: list[int] = []
+
+    def preprocess(*args: Any, **kwargs: Any) -> Any:
+        used.append(current_runtime().budget.used)
+        return original(*args, **kwargs)
+
+    async def ask() -> int:
+        made = await front.rendered(front.messages("counted.mp4"))
+        return frame_bytes(made)
+
+    original = front.renderer._process_multimodal_async
+    front.renderer._process_multimodal_async = preprocess
+    try:
+        with without_decoded_cache():
+            size = asyncio.run(ask())
+    finally:
+        front.renderer._process_multimodal_async = original
+    assert used
+    assert size <= used[0] <= size + MIB
+    assert asyncio.run(all_let_go())
+
+
+Held = tuple[int, int, int]
+
+
+def held_media() -> Held:
+    """What this process holds of media.
+
+    Returns:
+        Bytes mapped, encoded files open, bytes that count in the media budget.
+    """
     encoded = 0
     for name in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # Closed since.
             encoded += os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:mm_ext_media")
-    return mapped_media(os.getpid()), encoded
+    return mapped_media(os.getpid()), encoded, current_runtime().budget.used
 
 
-async def falls_to(held: tuple[int, int]) -> bool:
+async def falls_to(held: Held) -> bool:
     """Whether no more media are held than before, soon: threads may have to drop theirs first."""
     for _ in range(200):
         if all(now <= before for now, before in zip(held_media(), held, strict=True)):
@@ -207,7 +289,7 @@ def test_a_refused_request_leaves_nothing_behind(front: Front) -> None:
         await asyncio.create_task(refused(front, beside))
         # The video was right, and its frames are cached.
         cached = current_runtime().frontend.stats()["decoded_cache"]["num_bytes"]
-        assert await falls_to((cached, held[1]))
+        assert await falls_to((cached, *held[1:]))
 
     asyncio.run(ask())
 
@@ -222,7 +304,7 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(front: Front) -> None:
         for number, jobs in enumerate((1, 2, 1, 2)):
             variant(clip, front.files / "left-now.mp4", CLIPS + 2 + number)
             await asyncio.create_task(hang_up(front, "left-now.mp4", jobs))
-            assert await falls_to((cache, held[1]))
+            assert await falls_to((cache, *held[1:]))
 
     asyncio.run(ask())
 

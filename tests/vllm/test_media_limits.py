@@ -6,11 +6,13 @@ what stock delivers at the limit, the plugin delivers.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import copy_context
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from vllm_mm_ext.adapters import runtime as runtime_module
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
 from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime
 from vllm_mm_ext.config.root import MMExtConfig
+from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease
 from vllm_mm_ext.media.traits import ModelTraits
+from vllm_mm_ext.request.context import RequestContext, claim_while_rendered, enter_request
 from vllm_mm_ext.testing.media import make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -306,6 +310,34 @@ def test_bytes_of_an_embedding(monkeypatch: Limit) -> None:
             connector.fetch_image_embedding(text)
 
 
+def test_images_of_a_request_count_in_its_share_of_the_media_budget(
+    media: dict[str, Path], origin: Origin, monkeypatch: Limit
+) -> None:
+    url = origin.serve("/image.png", Resource(padded(media["image"], MIB)))
+    _, ours = connectors()
+    budget = current_runtime().budget
+    asked: list[Claim] = []
+    grow = Claim.grow
+
+    def seen(claim: Claim, lease: Lease, num_bytes: int) -> bool:
+        asked.append(claim)
+        return grow(claim, lease, num_bytes)
+
+    monkeypatch.setattr(Claim, "grow", seen)
+    context = RequestContext()
+
+    def render() -> None:
+        enter_request(context)
+        with claim_while_rendered():
+            fetch(ours, "image", url)
+            asyncio.run(ours.fetch_image_async(url))
+            assert set(asked) == {context.budget_claim(budget)}
+
+    copy_context().run(render)
+    assert budget.stats()["peak_bytes"] >= MIB
+    assert budget.used == 0
+
+
 # --- the cache of downloads on disk ---------------------------------------------------------------
 
 
@@ -348,7 +380,7 @@ def test_a_follow_up_does_not_read_the_file_again(
     # Another process that uses the file changes nothing but its time, which is looked at again.
     (file,) = disk.iterdir()
     os.utime(file, (time.time() - 5, time.time() - 5))
-    with pytest.raises(AssertionError):
+    with pytest.raises(VLLMError, match="server failed"):  # As it answers faults like this one.
         fetch(ours, "video", url)
 
 

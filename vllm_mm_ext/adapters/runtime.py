@@ -21,6 +21,7 @@ from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.fetch.download_cache import DownloadCacheSettings
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.frontend import MediaFrontend
@@ -49,6 +50,8 @@ class Runtime:
         self.config = config
         self.number = number
         self.loop = LoopThread("mm-ext")
+        cache = config.media.cache
+        self.budget = MediaBudget(cache.in_flight_mb * MIB, cache.max_wait_s)
         self.frontend = MediaFrontend(
             config.media,
             traits,
@@ -57,9 +60,10 @@ class Runtime:
             max_audio_bytes=envs.VLLM_MAX_AUDIO_DECODE_BYTES,
         )
         self._encoded: ByteBudgetCache[str, Blob] = ByteBudgetCache(
-            config.media.cache.encoded_mb * MIB,
+            cache.encoded_mb * MIB,
             lambda blob: blob.size,
             max_entries=_MAX_ENCODED,
+            lease_of=lambda blob: blob.lease,
         )
         self._fetchers: dict[tuple[Path | None, tuple[str, ...]], MediaFetcher] = {}
         self._lock = threading.Lock()
@@ -81,7 +85,7 @@ class Runtime:
                     allow_redirects=envs.VLLM_MEDIA_URL_ALLOW_REDIRECTS,
                     user_agent=f"vLLM/{vllm_version}",
                     encoded_cache=self._encoded,
-                    max_in_flight_bytes=self.config.media.cache.in_flight_mb * MIB,
+                    budget=self.budget,
                     # As in vLLM, zero or less means no limit.
                     download_limit_bytes=max(envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB, 0) * MIB or None,
                     max_retries=envs.VLLM_MEDIA_FETCH_MAX_RETRIES,
@@ -119,6 +123,7 @@ class Runtime:
         return {
             **self.frontend.stats(),
             "encoded_cache": asdict(self._encoded.stats()),
+            "media_budget": self.budget.stats(),
             "fetch": fetch,
         }
 

@@ -18,7 +18,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -198,6 +198,7 @@ async def _block_sent(request: Any, raw_request: Any) -> Any:
 def around_chat_rendering(
     plan: Callable[[Any, Sequence[Any], Any, Any, str | None], Awaitable[None]],
     plan_blocking: Callable[[Any, Sequence[Any], Any, Any, str | None], None],
+    scope: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Call a planner for each conversation, before any of its media is fetched.
 
@@ -209,6 +210,7 @@ def around_chat_rendering(
             the last two may be None. Its context is that in which the conversation is then
             rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
+        scope: What it returns is open while a conversation is planned and rendered.
     """
     from vllm.exceptions import VLLMError
     from vllm.renderers.base import BaseRenderer
@@ -224,7 +226,7 @@ def around_chat_rendering(
 
             async def one(messages: Any) -> Any:
                 try:
-                    with client_errors():
+                    with client_errors(), scope():
                         await plan(self, messages, chat_params, tok_params, salt)
                         rendered = await original(
                             self, [messages], chat_params, tok_params, **kwargs
@@ -248,7 +250,7 @@ def around_chat_rendering(
             salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
 
             def one(messages: Any) -> Any:
-                with client_errors():
+                with client_errors(), scope():
                     plan_blocking(self, messages, chat_params, tok_params, salt)
                     rendered = original(self, [messages], chat_params, tok_params, **kwargs)
                 return _arrived_at(arrived, rendered)

@@ -1,4 +1,4 @@
-"""Concurrent work that ends together."""
+"""Concurrent tasks that end together, the first error ending all of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ T = TypeVar("T")
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in the order of ``work``, which runs at once, each in a task and context of its own.
+    """Run coroutines concurrently, each in a task and a context of its own.
 
-    The first error, or the caller's cancellation, ends what still runs, and is raised as it is once
-    all work has ended.
+    The first error cancels all other tasks, as does the cancellation of the caller. Either is
+    raised, unchanged, once all tasks have ended.
+
+    Args:
+        work: The coroutines.
+
+    Returns:
+        Their results, in the order of ``work``.
     """
     tasks: list[asyncio.Task[T]] = []
     try:
@@ -21,9 +27,9 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             tasks.append(asyncio.create_task(one))
         return await asyncio.gather(*tasks)
     finally:
-        # The error's traceback leads to this frame and on to all that the work had in hand. If
-        # this frame still held the tasks, which hold the error, only the garbage collector would
-        # free all that. ``asyncio.TaskGroup`` leaves such cycles in its own frames.
+        # The error's traceback refers to this frame, and through it to everything the tasks held.
+        # The tasks refer to the error. If this frame kept the tasks, that would be a reference
+        # cycle, which only the garbage collector frees. ``asyncio.TaskGroup`` leaves such cycles.
         try:
             await _end(tasks)
         finally:
@@ -31,7 +37,10 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def _end(tasks: list[asyncio.Task[T]]) -> None:
-    """Cancel what still runs and wait until all has ended, also when the caller is cancelled."""
+    """Cancel the tasks that still run and wait until all have ended.
+
+    A cancellation of the caller meanwhile is raised after that.
+    """
     cancelled = False
     for task in tasks:
         if not task.cancelling():

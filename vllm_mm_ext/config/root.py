@@ -97,17 +97,10 @@ class DecodeConfig(_Section):
     max_output_mb: int = Field(
         1024, ge=16, le=1 << 16, description="Decoded frames of one video, MiB; more is refused."
     )
-    in_flight_mb: int = Field(
-        1024,
-        ge=16,
-        le=1 << 16,
-        description="Decoded frames and sound of all running jobs together, MiB; further jobs wait "
-        "in their order.",
-    )
 
 
 class CacheConfig(_Section):
-    """What the front-end remembers between requests, per API server."""
+    """What the front-end holds in memory, per API server: remembered, and being worked on."""
 
     encoded_mb: int = Field(
         512, ge=0, le=1 << 20, description="Encoded media files kept in memory, MiB."
@@ -116,10 +109,19 @@ class CacheConfig(_Section):
         1024, ge=0, le=1 << 20, description="Sampled frames and waveforms kept in memory, MiB."
     )
     in_flight_mb: int = Field(
-        1024,
+        2048,
         ge=16,
-        le=1 << 16,
-        description="Media being downloaded by all requests together, MiB; further ones wait.",
+        le=1 << 20,
+        description="The media budget: encoded files and decoded frames that all requests together "
+        "are working on, from download to preprocessing, MiB; further ones wait. What the two "
+        "caches keep does not count.",
+    )
+    max_wait_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds media waits for room in the media budget before its request is "
+        "refused with a 503.",
     )
 
 

@@ -1,15 +1,21 @@
-"""A byte-budgeted LRU cache and call coalescing, both usable from any thread or event loop."""
+"""An LRU cache bounded in bytes, and concurrent calls that share one run (single-flight).
+
+Both may be used from any thread and any event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from cachetools import LRUCache
+from cachetools import Cache, LRUCache
+
+from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease, RequestTooLargeError
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -38,38 +44,67 @@ class CacheStats:
 
 
 class _CountingLRU(LRUCache[K, V]):
-    """LRUCache that counts what it drops to make room."""
+    """LRUCache that counts what it evicts and accounts for the bytes that it keeps.
 
-    evicted = 0
+    Args:
+        maxsize, getsizeof: As of ``LRUCache``.
+        lease_of: As of ``ByteBudgetCache``.
+    """
+
+    def __init__(
+        self, maxsize: int, getsizeof: Callable[[V], int], lease_of: Callable[[V], Lease | None]
+    ) -> None:
+        super().__init__(maxsize, getsizeof)
+        self.evicted = 0
+        self._lease_of = lease_of
 
     def popitem(self) -> tuple[K, V]:
         item = super().popitem()
         self.evicted += 1
         return item
 
+    def __setitem__(self, key: K, value: V) -> None:
+        self.pop(key, None)  # Else the old value would leave without a call of __delitem__.
+        super().__setitem__(key, value)
+        if (lease := self._lease_of(value)) is not None:
+            lease.count_in_cache(True)
+
+    def __delitem__(self, key: K) -> None:
+        value = Cache.__getitem__(self, key)
+        super().__delitem__(key)
+        if (lease := self._lease_of(value)) is not None:
+            lease.count_in_cache(False)
+
 
 class ByteBudgetCache(Generic[K, V]):
     """Least-recently-used cache bounded by the bytes of its values. Thread-safe.
 
-    A value that is still referenced elsewhere when it is evicted lives on there: the budget bounds
-    what the cache keeps alive, not what its users hold.
+    The bound is on what the cache keeps alive. A value that a request still uses when the cache
+    evicts it lives on; its bytes then count in the media budget, if it has a lease.
 
     Args:
         max_bytes: The budget; 0 keeps nothing.
         size_of: Bytes of one value. It must not change while the value is cached.
         max_entries: Values kept at most; None for no limit. For values that hold something
             scarcer than memory (descriptors, mappings).
+        lease_of: The lease of a value's bytes on the media budget, None for a value without one.
+            Bytes count either there or here: here while the cache keeps the value.
     """
 
     def __init__(
-        self, max_bytes: int, size_of: Callable[[V], int], *, max_entries: int | None = None
+        self,
+        max_bytes: int,
+        size_of: Callable[[V], int],
+        *,
+        max_entries: int | None = None,
+        lease_of: Callable[[V], Lease | None] = lambda _: None,
     ) -> None:
         if max_bytes < 0:
             raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
         self.max_bytes = max_bytes
         self._size_of = size_of
         self._max_entries = max_entries
-        self._entries: _CountingLRU[K, V] = _CountingLRU(max_bytes, getsizeof=size_of)
+        self._entries: _CountingLRU[K, V] = _CountingLRU(max_bytes, size_of, lease_of)
         self._lock = threading.Lock()
         self._hits = 0
         self._misses = 0
@@ -144,17 +179,19 @@ class ByteBudgetCache(Generic[K, V]):
 
 
 class _FlightAbandonedError(Exception):
-    """The shared work was cancelled under its waiters, e.g. because its event loop closed."""
+    """The shared work was cancelled while callers waited, e.g. because its event loop closed."""
 
 
 class _Flight(Generic[V]):
-    """One running call and the number of callers that wait for it."""
+    """One running call, the number of callers that wait for it, and the first caller's claim."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, claim: Claim | None) -> None:
         self.loop = loop
+        self.claim = claim
         self.waiters = 0
         self.result: Future[V] = Future()
-        # A running future refuses cancel(), so one waiter's cancellation cannot reach the others.
+        # A running future cannot be cancelled, so the cancellation of one caller does not reach
+        # the other callers.
         self.result.set_running_or_notify_cancel()
         self.task: asyncio.Task[V] | None = None
 
@@ -162,45 +199,66 @@ class _Flight(Generic[V]):
 class SingleFlight(Generic[K, V]):
     """Concurrent calls with the same key share one run of the work.
 
-    The work runs as a task of the first caller's event loop; callers may be on other loops and
-    threads. It is cancelled only when every caller has been cancelled. Results and errors go to
-    the callers of that moment and are not remembered. If the loop that does the work closes
-    under callers of other loops, one of them starts it again.
+    The work runs as a task of the first caller's event loop, in an empty context; callers may be on
+    other loops and threads. The work is cancelled only when every caller has been cancelled. The
+    result or error goes to the callers that wait at that moment and is not kept. If the loop that
+    runs the work closes while callers of other loops wait, one of these starts the work again.
 
-    An error leads, by its traceback, to all that the work had in hand: encoded files, frames. So
-    that nothing of it waits for the garbage collector, no flight is left in a frame of such a
-    traceback, as the flight leads to the error.
+    The traceback of an error refers to everything the work held: encoded files, frames. A flight
+    refers to its error. So no frame of such a traceback may keep a flight: that would be a
+    reference cycle, and the files and frames would stay until the garbage collector runs.
     """
 
     def __init__(self) -> None:
         self._flights: dict[K, _Flight[V]] = {}
         self._lock = threading.Lock()
 
-    async def run(self, key: K, factory: Callable[[], Awaitable[V]]) -> V:
-        """Result of ``factory()``, or of the same key's call that is already running."""
+    async def run(
+        self, key: K, factory: Callable[[], Awaitable[V]], claim: Claim | None = None
+    ) -> V:
+        """Result of ``factory()``, or of the same key's call that is already running.
+
+        Args:
+            key: What the work is about.
+            factory: Begins the work.
+            claim: With which ``factory`` would wait for the media budget; the claim of the caller
+                that began the work waits for all callers (``Claim.joined_by``).
+        """
         while True:
-            flight = self._join_or_start(key, factory)
+            flight = self._join_or_start(key, factory, claim)
             try:
                 return await asyncio.wrap_future(flight.result)
             except _FlightAbandonedError:
                 continue
+            except RequestTooLargeError:
+                # That of another request says nothing about this one.
+                if flight.claim is claim:
+                    raise
             finally:
                 self._leave(key, flight)
                 del flight
 
     def __len__(self) -> int:
-        """Calls running now."""
+        """Number of calls running now."""
         with self._lock:
             return len(self._flights)
 
-    def _join_or_start(self, key: K, factory: Callable[[], Awaitable[V]]) -> _Flight[V]:
+    def _join_or_start(
+        self, key: K, factory: Callable[[], Awaitable[V]], claim: Claim | None
+    ) -> _Flight[V]:
         loop = asyncio.get_running_loop()
         with self._lock:
             flight = self._flights.get(key)
             if flight is None or flight.loop.is_closed():
-                flight = self._flights[key] = _Flight(loop)
-                flight.task = loop.create_task(self._fly(key, flight, factory))
+                flight = self._flights[key] = _Flight(loop, claim)
+                # The work is nobody's own: context variables of the first caller (its options, its
+                # trace) are not set in it.
+                flight.task = loop.create_task(
+                    self._fly(key, flight, factory), context=contextvars.Context()
+                )
                 flight.task.add_done_callback(lambda task: self._land(key, flight, task))
+            elif claim is not None and flight.claim is not None:
+                flight.claim.joined_by(claim)
             flight.waiters += 1
             return flight
 
@@ -208,7 +266,7 @@ class SingleFlight(Generic[K, V]):
         try:
             return await factory()
         finally:
-            # Before the result is out, so that no later caller can join a finished call.
+            # Before the result is known, so that no later caller joins a call that has finished.
             self._forget(key, flight)
             del flight
 
@@ -226,7 +284,7 @@ class SingleFlight(Generic[K, V]):
             flight.waiters -= 1
             if flight.waiters or flight.result.done():
                 return
-            # Out of the map at once: a new caller must not join work that is being cancelled.
+            # Removed at once: a new caller must not join work that is being cancelled.
             if self._flights.get(key) is flight:
                 del self._flights[key]
         if flight.task is not None and not flight.loop.is_closed():

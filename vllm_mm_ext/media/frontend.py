@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +20,10 @@ from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.audio import waveforms as audio_ops
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.decode.pool import DecodePool
+from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import Lease
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
+from vllm_mm_ext.media.output_bytes import audio_bytes, frame_bytes
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.traits import ModelTraits
@@ -58,6 +62,7 @@ class VideoResult:
         selection: The frames delivered.
         stages: Seconds per stage of the work done for this result.
         cached: True when nothing was decoded for the caller.
+        lease: Of frames and sound, on the media budget.
     """
 
     frames: SampledFrames
@@ -65,6 +70,7 @@ class VideoResult:
     selection: FrameSelection
     stages: dict[str, float]
     cached: bool
+    lease: Lease | None = None
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +84,7 @@ class VideoResult:
 
 @dataclass(frozen=True, eq=False)
 class AudioResult:
-    """A waveform at the model's rate.
+    """A waveform at the model's rate, with its lease on the media budget.
 
     Attributes:
         waveform: The samples with their digest.
@@ -89,6 +95,7 @@ class AudioResult:
     waveform: Waveform
     stages: dict[str, float]
     cached: bool
+    lease: Lease | None = None
 
     @property
     def nbytes(self) -> int:
@@ -119,13 +126,12 @@ class MediaFrontend:
         self.config = config
         self.traits = traits
         decode, sound = config.decode, config.audio
-        self.pool = DecodePool(
-            workers=decode.workers,
-            threads=decode.threads,
-            max_in_flight_bytes=decode.in_flight_mb * MIB,
-        )
+        self.pool = DecodePool(workers=decode.workers, threads=decode.threads)
         self.cache: ByteBudgetCache[str, VideoResult | AudioResult] = ByteBudgetCache(
-            config.cache.decoded_mb * MIB, lambda value: value.nbytes, max_entries=_MAX_DECODED
+            config.cache.decoded_mb * MIB,
+            lambda value: value.nbytes,
+            max_entries=_MAX_DECODED,
+            lease_of=lambda value: value.lease,
         )
         self._video_flights: SingleFlight[str, VideoResult] = SingleFlight()
         self._audio_flights: SingleFlight[str, AudioResult] = SingleFlight()
@@ -178,7 +184,7 @@ class MediaFrontend:
             self._remember(ref, info)
             return info
 
-        return await self._probe_flights.run(ref.digest, read)
+        return await self._probe_flights.run(ref.digest, read, ref.claim)
 
     async def video(self, ref: MediaRef, plan: VideoPlan) -> VideoResult:
         """Return the sampled video, from the cache, a running decode, or a new one.
@@ -195,7 +201,9 @@ class MediaFrontend:
         if isinstance(found, VideoResult):
             result = replace(found, stages={}, cached=True)
         else:
-            result = await self._video_flights.run(key, lambda: self._new_video(ref, plan, key))
+            result = await self._video_flights.run(
+                key, lambda: self._new_video(ref, plan, key), ref.claim
+            )
         return replace(result, frames=result.frames.reduced(plan.reduction))
 
     async def _new_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
@@ -222,17 +230,24 @@ class MediaFrontend:
 
         async def decode() -> AudioResult:
             blob = await ref.open()
-            request = DecodeRequest(audio="required", limits=self.limits)
-            done = await self.pool.run(blob.fd, request)
-            assert done.audio is not None  # The job refuses media without sound.
-            waveform, seconds = await self._resample(done.audio, done.audio_rate, key)
+            info = await self.probe(ref)
+            request = DecodeRequest(audio="required", limits=self.limits, info=info)
+            lease, sized = await self._room(ref, blob, info, request)
+            try:
+                done = await self.pool.run(blob.fd, request, sized)
+                assert done.audio is not None  # The job refuses media without sound.
+                waveform, seconds = await self._resample(done.audio, done.audio_rate, key)
+                lease.follow(_memory_of(waveform))
+            except BaseException:
+                lease.release()
+                raise
             stages = {**done.timings, "resample": seconds}
-            result = AudioResult(waveform, stages, cached=False)
+            result = AudioResult(waveform, stages, cached=False, lease=lease)
             if ref.storable:
                 self.cache.put(key, result)
             return result
 
-        return await self._audio_flights.run(key, decode)
+        return await self._audio_flights.run(key, decode, ref.claim)
 
     async def _decode_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
         blob = await ref.open()
@@ -243,15 +258,13 @@ class MediaFrontend:
             decoder=self.config.decode.backend,
             threads=self.config.decode.threads,
             limits=self.limits,
-            info=self._tables.get(ref.digest),
         )
-        stages: dict[str, float] = {}
+        started = time.perf_counter()
+        info = await self.probe(ref)
+        stages = {"probe": time.perf_counter() - started}
+        if info.video is None:
+            raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
         if plan.chooser is not None:
-            started = time.perf_counter()
-            info = await self.probe(ref)
-            stages["probe"] = time.perf_counter() - started
-            if info.video is None:
-                raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
             indices = tuple(int(i) for i in plan.chooser(info))
             # The chooser limits the frames itself; the limits on a decode job hold as well.
             explicit = replace(
@@ -260,17 +273,25 @@ class MediaFrontend:
                 indices=indices,
                 max_frames=self.limits.max_frames,
             )
-            request = replace(request, sampling=explicit, info=self._tables.get(ref.digest))
-        done = await self.pool.run(blob.fd, request)
-        for stage, seconds in done.timings.items():
-            stages[stage] = stages.get(stage, 0.0) + seconds
-        assert done.frames is not None
-        assert done.selection is not None
-        waveform: Waveform | None = None
-        if done.audio is not None:
-            waveform, stages["resample"] = await self._resample(
-                done.audio, done.audio_rate, _digest("track", key)
-            )
+            request = replace(request, sampling=explicit)
+        request = replace(request, info=self._tables.get(ref.digest))
+        lease, sized = await self._room(ref, blob, info, request)
+        try:
+            done = await self.pool.run(blob.fd, request, sized)
+            for stage, seconds in done.timings.items():
+                stages[stage] = stages.get(stage, 0.0) + seconds
+            assert done.frames is not None
+            assert done.selection is not None
+            waveform: Waveform | None = None
+            if done.audio is not None:
+                waveform, stages["resample"] = await self._resample(
+                    done.audio, done.audio_rate, _digest("track", key)
+                )
+            sound = () if waveform is None else (_memory_of(waveform),)
+            lease.follow(done.frames, *sound)
+        except BaseException:
+            lease.release()
+            raise
         frames = SampledFrames(
             done.frames,
             digest=key,
@@ -281,7 +302,21 @@ class MediaFrontend:
             step=done.selection.step,
             pinned=_is_pinned(plan.size, done.info, done.frames.shape),
         )
-        return VideoResult(frames, done.info, done.selection, stages, cached=False)
+        return VideoResult(frames, done.info, done.selection, stages, cached=False, lease=lease)
+
+    async def _room(
+        self, ref: MediaRef, blob: Blob, info: MediaInfo, request: DecodeRequest
+    ) -> tuple[Lease, Callable[[int], None]]:
+        """Bytes of the media budget for what a job will make, and a call that corrects them.
+
+        They are acquired before the job has a worker, so they are an upper estimate.
+        """
+        frames, sound, resampled = frame_bytes(info, request), 0, 0
+        if info.audio and request.audio != "none":
+            sound = audio_bytes(info.audio[0], self.limits)
+            resampled = audio_bytes(info.audio[0], self.limits, self.traits.audio_rate)
+        lease = await ref.claim.acquire(frames + sound + resampled, beside=blob.size)
+        return lease, lambda num_bytes: lease.resize(num_bytes + resampled)
 
     async def _resample(
         self, samples: np.ndarray[Any, Any], rate: int, digest: str
@@ -302,6 +337,12 @@ class MediaFrontend:
         self.cache.clear()
         self._probed.clear()
         self._tables.clear()
+
+
+def _memory_of(waveform: Waveform) -> np.ndarray[Any, Any]:
+    """The samples of a waveform, which is a view of them as are its own views."""
+    assert waveform.base is not None
+    return waveform.base
 
 
 def _is_pinned(rule: SizeRule, info: MediaInfo, shape: tuple[int, ...]) -> bool:

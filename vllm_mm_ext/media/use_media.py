@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
 
 R = TypeVar("R")
@@ -34,6 +35,7 @@ async def use_media(
     url: str,
     use: Callable[[MediaRef], Awaitable[R]],
     *,
+    claim: Claim,
     content: MediaRef | None = None,
     timeout_s: float,
     max_bytes: int | None = None,
@@ -46,6 +48,7 @@ async def use_media(
         fetcher: Resolves the URL.
         url: As the request spells it.
         use: Probes or decodes the media.
+        claim: Of the request, on the media budget.
         content: What the URL was resolved to before, which saves the first resolving.
         timeout_s: Seconds for the first attempt to download.
         max_bytes: Limit on the encoded size; None for the fetcher's own.
@@ -55,7 +58,7 @@ async def use_media(
     """
 
     async def resolve() -> MediaRef:
-        return await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes)
+        return await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes, claim=claim)
 
     started = time.perf_counter()
     if content is None:

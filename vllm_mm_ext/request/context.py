@@ -6,11 +6,13 @@ media connector, preprocessing); from there on the context is passed on as an ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS, RequestOptions
+from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.request.media_items import MediaItem, MediaModality
 from vllm_mm_ext.request.trace import RequestTrace
@@ -37,6 +39,7 @@ class RequestContext:
     renderer: object | None = None
     items: list[MediaItem] = field(default_factory=list)
     trace: RequestTrace = field(default_factory=RequestTrace)
+    _budget_claim: Claim | None = None
 
     def conversation(self, renderer: object, cache_salt: str | None) -> RequestContext:
         """The context of one conversation of this request; it has no items yet.
@@ -45,7 +48,19 @@ class RequestContext:
             renderer: vLLM's renderer that renders the conversation.
             cache_salt: As the request names it.
         """
-        return replace(self, renderer=renderer, cache_salt=cache_salt, items=[])
+        return replace(self, renderer=renderer, cache_salt=cache_salt, items=[], _budget_claim=None)
+
+    def budget_claim(self, budget: MediaBudget) -> Claim:
+        """The one claim of the conversation's media on the media budget; ``end_claim`` ends it."""
+        if self._budget_claim is None:
+            self._budget_claim = budget.claim()
+        return self._budget_claim
+
+    def end_claim(self) -> None:
+        """Say that the conversation asks for no more bytes of the media budget."""
+        if self._budget_claim is not None:
+            self._budget_claim.end()
+            self._budget_claim = None
 
     def add(self, items: Sequence[MediaItem]) -> None:
         """Append items; the request reports them in this order."""
@@ -91,3 +106,14 @@ def enter_request(context: RequestContext) -> RequestContext:
     """Make ``context`` the current one of the running task or thread, and return it."""
     _current.set(context)
     return context
+
+
+@contextmanager
+def claim_while_rendered() -> Iterator[None]:
+    """End the current request's claim on the media budget on leaving: all its media are there."""
+    try:
+        yield
+    finally:
+        context = current_request()
+        if context is not None:
+            context.end_claim()

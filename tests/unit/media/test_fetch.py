@@ -694,7 +694,9 @@ class TestFile:
         (allowed / "dir").rename(tmp_path / "moved")
         (allowed / "dir").symlink_to(outside)
         with pytest.raises(ForbiddenMediaError):
-            await fetcher._files.fetch(located, timeout_s=1, max_bytes=None, load=True)
+            await fetcher._files.fetch(
+                located, timeout_s=1, max_bytes=None, load=True, claim=fetcher.budget.claim()
+            )
 
     async def test_without_the_flag_files_are_forbidden(
         self, tmp_path: Path, make_fetcher: MakeFetcher

@@ -1,8 +1,10 @@
-"""Downloads share a bound on bytes, and slow ones do not hold up the rest."""
+"""Media of all sources share the media budget, from before it is read until it is let go."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import gc
 import gzip
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +14,8 @@ import pytest
 
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob
-from vllm_mm_ext.media.fetch.byte_gate import ByteGate
+from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
+from vllm_mm_ext.media.fetch.download_cache import DownloadCacheSettings
 from vllm_mm_ext.media.fetch.fetcher import BusyError, MediaFetcher, MediaRef
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -20,12 +23,24 @@ MIB = 1 << 20
 MakeFetcher = Callable[..., MediaFetcher]
 
 
+@pytest.fixture(autouse=True)
+def _without_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.fixture
 def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
     made: list[MediaFetcher] = []
 
-    def make(max_in_flight_bytes: int, max_retries: int = 1) -> MediaFetcher:
-        cache: ByteBudgetCache[str, Blob] = ByteBudgetCache(MIB, len)
+    def make(
+        max_bytes: int,
+        max_retries: int = 1,
+        max_wait_s: float = 60,
+        download_cache: DownloadCacheSettings | None = None,
+    ) -> MediaFetcher:
+        cache: ByteBudgetCache[str, Blob] = ByteBudgetCache(0, len)
         fetcher = MediaFetcher(
             allowed_local_media_path=tmp_path,
             allowed_media_domains=[],
@@ -35,7 +50,8 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
             download_limit_bytes=256 * MIB,
             max_retries=max_retries,
             retry_pause_s=0.01,
-            max_in_flight_bytes=max_in_flight_bytes,
+            budget=MediaBudget(max_bytes, max_wait_s),
+            download_cache=download_cache,
         )
         made.append(fetcher)
         return fetcher
@@ -64,28 +80,78 @@ Download = asyncio.Task[MediaRef]
 async def start(fetcher: MediaFetcher, url: str, arrived: int = 1) -> Download:
     """Start a download that its origin holds, and wait until so much of it has arrived."""
     task = asyncio.create_task(fetcher.resolve(url, timeout_s=60))
-    while gate_of(fetcher).used < arrived:
-        await asyncio.sleep(0.01)
+    await until(lambda: fetcher.budget.used >= arrived)
     return task
 
 
-def gate_of(fetcher: MediaFetcher) -> ByteGate:
-    return fetcher._http._gate
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    while not condition():
+        await asyncio.sleep(0.01)
 
 
-async def test_waiting_for_room_does_not_count_towards_the_timeout(
+def waiting(fetcher: MediaFetcher) -> int:
+    """Items that wait for room."""
+    return fetcher.budget.stats()["waiting"]
+
+
+async def test_an_item_waits_for_room_without_a_connection_and_is_then_read(
     make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
 ) -> None:
     fetcher = make_fetcher(2 * MIB)
-    first = origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold))
-    second = origin.serve("/second", Resource(b"2" * 2 * MIB, delay_s=0.6))
-    running = await start(fetcher, first)
-    waiting = asyncio.create_task(fetcher.resolve(second, timeout_s=1))
-    # With its origin's delay, more than a second in all.
-    done, _ = await asyncio.wait([waiting], timeout=1.2)
-    assert not done
+    first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
+    url = origin.serve("/second", Resource(b"2" * 2 * MIB))
+    second = asyncio.create_task(fetcher.resolve(url, timeout_s=1))
+    await until(lambda: waiting(fetcher) == 1)
+    session = fetcher._http._session
+    assert session is not None
+    connections = session.connector
+    assert connections is not None
+    await until(lambda: len(connections._acquired) == 1)
     hold.set()
-    assert [(await task).size for task in (running, waiting)] == [2 * MIB, 2 * MIB]
+    await until(first.done)
+    # What was read counts until it is let go.
+    assert not second.done()
+    del first
+    assert (await second).size == 2 * MIB
+    assert origin.requests["/second"] == 2
+    assert fetcher.budget.used == 2 * MIB
+    del second
+    await until(lambda: fetcher.budget.used == 0)
+
+
+def in_file(folder: Path, size: int) -> str:
+    (folder / f"{size}").write_bytes(b"2" * size)
+    return (folder / f"{size}").as_uri()
+
+
+def in_url(_: Path, size: int) -> str:
+    return f"data:video/mp4;base64,{base64.b64encode(b'2' * size).decode()}"
+
+
+@pytest.mark.parametrize("place", [in_file, in_url])
+async def test_local_files_and_data_urls_wait_like_downloads(
+    make_fetcher: MakeFetcher,
+    origin: Origin,
+    hold: threading.Event,
+    tmp_path: Path,
+    place: Callable[[Path, int], str],
+) -> None:
+    fetcher = make_fetcher(2 * MIB)
+    first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
+    second = asyncio.create_task(fetcher.resolve(place(tmp_path, MIB), timeout_s=1))
+    await until(lambda: waiting(fetcher) == 1)
+    gone = asyncio.create_task(fetcher.resolve(place(tmp_path, MIB + 1), timeout_s=1))
+    await until(lambda: waiting(fetcher) == 2)
+    gone.cancel()
+    await until(lambda: waiting(fetcher) == 1)
+    hold.set()
+    await until(first.done)
+    assert not second.done()
+    del first
+    assert (await second).size == MIB
+    del second, gone
+    await until(lambda: fetcher.budget.used == 0)
 
 
 async def test_slow_bodies_of_unknown_length_do_not_hold_up_others(
@@ -107,21 +173,6 @@ async def test_slow_bodies_of_unknown_length_do_not_hold_up_others(
     assert [(await task).size for task in slow] == [100] * 6
 
 
-async def test_small_bodies_never_wait_for_others(
-    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
-) -> None:
-    fetcher = make_fetcher(2 * MIB)
-    first = await start(fetcher, origin.serve("/1", Resource(b"1" * 2 * MIB, hold=hold)))
-    url = origin.serve("/2", Resource(b"2" * 2 * MIB))
-    queued = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
-    for size in (0, 10, MIB):
-        url = origin.serve(f"/{size}", Resource(b"3" * size))
-        assert (await fetcher.resolve(url, timeout_s=30)).size == size
-    assert not queued.done()
-    hold.set()
-    assert [(await task).size for task in (first, queued)] == [2 * MIB, 2 * MIB]
-
-
 @pytest.mark.parametrize(
     "resource",
     [
@@ -131,37 +182,35 @@ async def test_small_bodies_never_wait_for_others(
     ],
     ids=["known length", "unknown length", "length before decompression"],
 )
-async def test_no_room_within_the_timeout_is_an_error_that_says_so(
+async def test_no_room_in_time_is_an_error_that_says_so(
     make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event, resource: Resource
 ) -> None:
-    fetcher = make_fetcher(2 * MIB, max_retries=3)
+    fetcher = make_fetcher(2 * MIB, max_retries=3, max_wait_s=0.2)
     first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
-    with pytest.raises(BusyError, match=rf"busy .* within 0\.2 s \(at most {2 * MIB} bytes"):
-        await fetcher.resolve(origin.serve("/second", resource), timeout_s=0.2)
+    with pytest.raises(BusyError, match=rf"busy .* within 0\.2 s.* at most {2 * MIB} bytes"):
+        await fetcher.resolve(origin.serve("/second", resource), timeout_s=30)
     assert origin.requests["/second"] == 1
     hold.set()
     assert (await first).size == 2 * MIB
 
 
-@pytest.mark.parametrize("retries", [1, 3])
-async def test_a_body_that_outgrows_what_is_left_gives_up_its_room(
-    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event, retries: int
+async def test_a_body_that_outgrows_what_is_left_is_read_again_when_there_is_room(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
 ) -> None:
-    fetcher = make_fetcher(24 * MIB, retries)
-    # Held at 10 MiB, for which it has taken 16.
+    fetcher = make_fetcher(24 * MIB)
+    # Held at 10 MiB, for which it has taken 16 and a little.
     first = origin.serve("/first", Resource(bytes(20 * MIB), chunked=True, hold=hold))
     running = await start(fetcher, first, arrived=16 * MIB)
-    second = origin.serve("/second", Resource(bytes(12 * MIB), chunked=True))
-    task = asyncio.create_task(fetcher.resolve(second, timeout_s=30))
-    while origin.requests["/second"] < retries:
-        await asyncio.sleep(0.01)
-    with pytest.raises(BusyError, match="no room for the rest"):
-        await task
-    assert gate_of(fetcher).used == 16 * MIB
+    url = origin.serve("/second", Resource(bytes(12 * MIB), chunked=True))
+    second = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
+    await until(lambda: waiting(fetcher) == 1)
+    assert fetcher.budget.used < 24 * MIB
     hold.set()
     assert (await running).size == 20 * MIB
-    assert (await fetcher.resolve(second, timeout_s=30)).size == 12 * MIB
-    assert gate_of(fetcher).used == 0
+    del running
+    assert (await second).size == 12 * MIB
+    del second
+    await until(lambda: fetcher.budget.used == 0)
 
 
 async def test_the_oldest_body_of_unknown_length_may_outgrow_the_bound(
@@ -169,3 +218,70 @@ async def test_the_oldest_body_of_unknown_length_may_outgrow_the_bound(
 ) -> None:
     url = origin.serve("/long", Resource(bytes(20 * MIB), chunked=True))
     assert (await make_fetcher(4 * MIB).resolve(url, timeout_s=30)).size == 20 * MIB
+
+
+async def test_downloads_kept_on_disk_wait_like_those_from_an_origin(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event, tmp_path: Path
+) -> None:
+    kept = DownloadCacheSettings(tmp_path / "kept", max_bytes=64 * MIB, ttl_s=3600)
+    url = origin.serve("/second", Resource(b"2" * MIB))
+    await make_fetcher(2 * MIB, download_cache=kept).resolve(url, timeout_s=30)
+    fetcher = make_fetcher(2 * MIB, download_cache=kept)
+    first = await start(
+        fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)), arrived=2 * MIB
+    )
+    second = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
+    await until(lambda: waiting(fetcher) == 1)
+    hold.set()
+    await until(first.done)
+    assert not second.done()
+    del first
+    assert (await second).size == MIB
+    assert fetcher.budget.used == MIB
+    assert origin.requests["/second"] == 1
+    # Its content is known now, and costs nothing.
+    again = await fetcher.resolve(url, timeout_s=30)
+    assert fetcher.budget.used == MIB
+    del second, again
+    await until(lambda: fetcher.budget.used == 0)
+
+
+async def test_a_download_that_went_from_the_disk_while_it_waited_is_asked_for(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event, tmp_path: Path
+) -> None:
+    kept = DownloadCacheSettings(tmp_path / "kept", max_bytes=64 * MIB, ttl_s=3600)
+    url = origin.serve("/second", Resource(b"2" * MIB))
+    await make_fetcher(2 * MIB, download_cache=kept).resolve(url, timeout_s=30)
+    fetcher = make_fetcher(2 * MIB, download_cache=kept)
+    first = await start(
+        fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)), arrived=2 * MIB
+    )
+    second = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
+    await until(lambda: waiting(fetcher) == 1)
+    for file in kept.directory.iterdir():
+        file.unlink()
+    hold.set()
+    await until(first.done)
+    del first
+    assert (await second).size == MIB
+    assert origin.requests["/second"] == 2
+    del second
+    await until(lambda: fetcher.budget.used == 0)
+
+
+async def test_images_wait_like_videos(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
+) -> None:
+    fetcher = make_fetcher(2 * MIB)
+    first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
+    url = origin.serve("/second", Resource(b"2" * MIB))
+    second = asyncio.create_task(fetcher.download(url, timeout_s=30))
+    await until(lambda: waiting(fetcher) == 1)
+    hold.set()
+    await until(first.done)
+    assert not second.done()
+    del first
+    assert (await second).size == MIB
+    assert fetcher.budget.used == MIB
+    del second
+    await until(lambda: fetcher.budget.used == 0)

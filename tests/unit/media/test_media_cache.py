@@ -2,6 +2,7 @@ import asyncio
 import gc
 import os
 import threading
+from contextvars import ContextVar
 
 import pytest
 from hypothesis import given, settings
@@ -158,6 +159,20 @@ class TestSingleFlight:
         assert runs == 1
         assert len({id(result) for result in results}) == 1
         assert len(flights) == 0
+
+    async def test_shared_work_sees_no_context_variable_of_the_first_caller(self) -> None:
+        options: ContextVar[str] = ContextVar("options", default="nobody's")
+        flights: SingleFlight[str, str] = SingleFlight()
+
+        async def work() -> str:
+            await asyncio.sleep(0)
+            return options.get()
+
+        async def ask(name: str) -> str:
+            options.set(name)
+            return await flights.run("k", work)
+
+        assert await asyncio.gather(ask("first"), ask("second")) == ["nobody's"] * 2
 
     async def test_keys_do_not_share(self) -> None:
         flights: SingleFlight[int, int] = SingleFlight()

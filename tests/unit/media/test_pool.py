@@ -33,6 +33,7 @@ from vllm_mm_ext.media.decode import pool as pool_module
 from vllm_mm_ext.media.decode import wire
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.pool import DecodePool
+from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 from vllm_mm_ext.testing.media import Tone, bunny_path, make_audio, make_clip, mutate, read_stamp
 
@@ -285,25 +286,67 @@ async def test_cancelling_frees_the_slot_and_stops_the_work(fd, stuck):
         pool.close()
 
 
-async def test_output_in_flight_is_bounded_and_a_larger_job_runs_alone(fd):
-    frame = 640 * 360 * 3
-    pool = DecodePool(workers=2, threads=1, max_in_flight_bytes=4 * frame)
-    peak = 0
-
-    async def watch():
-        nonlocal peak
-        while True:
-            peak = max(peak, pool.stats()["bytes_in_flight"])
-            await asyncio.sleep(0.001)
-
-    watcher = asyncio.create_task(watch())
+async def test_a_job_says_what_it_will_make_before_it_does(fd):
+    pool = DecodePool(workers=1, threads=1)
+    sized: list[int] = []
     try:
-        await asyncio.gather(*(pool.run(fd, wanting(*range(i, i + 3))) for i in range(8)))
-        assert 0 < peak <= 4 * frame
-        assert len((await pool.run(fd, wanting(*range(20)))).frames) == 20
-        assert pool.stats()["bytes_in_flight"] == 0
+        frames = (await pool.run(fd, wanting(0, 1, 2), sized.append)).frames
+        assert sized == [frames.nbytes]
     finally:
-        watcher.cancel()
+        pool.close()
+
+
+class SizingWorker(FakeWorker):
+    """Says that it will make 10 bytes, and ends instead of making them."""
+
+    def talk(self, sock, _request):
+        wire.send(sock, wire.Reserve(10))
+        wire.receive(sock, wire.decode_order)
+        sock.close()
+
+
+async def test_a_job_that_is_tried_again_counts_once(fd, monkeypatch):
+    monkeypatch.setattr(pool_module, "WorkerProcess", SizingWorker)
+    pool = DecodePool(workers=1, threads=1)
+    budget = MediaBudget(100)
+    lease = await budget.claim().acquire(50)
+    used: list[int] = []
+
+    def sized(num_bytes: int) -> None:
+        lease.resize(num_bytes)
+        used.append(budget.used)
+
+    try:
+        with pytest.raises(DecodeCrashError):
+            await pool.run(fd, wanting(0), sized)
+        assert used == [10, 10]
+        lease.release()
+        assert budget.used == 0
+    finally:
+        pool.close()
+
+
+async def test_nobody_hears_the_size_of_a_job_that_was_given_up(fd, monkeypatch):
+    begun, go_on, sized = threading.Event(), threading.Event(), []
+
+    def late(*_):
+        begun.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(pool_module, "WorkerProcess", SizingWorker)
+    monkeypatch.setattr(pool_module, "check_reservation", late)
+    pool = DecodePool(workers=1, threads=1)
+    try:
+        job = asyncio.create_task(pool.run(fd, wanting(0), sized.append))
+        await asyncio.to_thread(begun.wait, 60)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        go_on.set()
+        await turns(pool, lambda stats: stats["busy"] == 0)
+        assert sized == []
+    finally:
+        go_on.set()
         pool.close()
 
 
@@ -329,39 +372,6 @@ async def test_a_probe_does_not_wait_for_decodes(fd, stuck):
         for decode in decodes:
             decode.cancel()
         await asyncio.gather(*decodes, return_exceptions=True)
-        pool.close()
-
-
-async def test_a_large_job_is_not_passed_by_small_ones_that_come_later(fd, monkeypatch):
-    order: list[int] = []
-    go_on = threading.Event()
-
-    class Worker(FakeWorker):
-        """Needs as much room as the job has frames, and keeps it until it may go on."""
-
-        def talk(self, sock, request):
-            wire.send(sock, wire.Reserve(request.sampling.max_frames))
-            wire.receive(sock, wire.decode_order)
-            order.append(request.sampling.max_frames)
-            go_on.wait(60)
-            wire.send(sock, wire.Failed("unreadable", "done", "media", None))
-
-    monkeypatch.setattr(pool_module, "WorkerProcess", Worker)
-    pool = DecodePool(workers=4, threads=1, max_in_flight_bytes=10)
-    jobs = []
-    try:
-        for number, size in enumerate((6, 9, 3, 2)):
-            request = DecodeRequest(sampling=SamplingSpec(max_frames=size))
-            jobs.append(asyncio.create_task(pool.run(fd, request)))
-            await turns(pool, lambda stats, number=number: stats["waiting"] == number)
-            await turns(pool, lambda stats: stats["bytes_in_flight"] > 0)
-        assert order == [6]
-        go_on.set()
-        await asyncio.gather(*jobs, return_exceptions=True)
-        assert order[:2] == [6, 9]
-        assert sorted(order[2:]) == [2, 3]
-    finally:
-        go_on.set()
         pool.close()
 
 

@@ -13,29 +13,31 @@ from vllm.connections import HTTPConnection
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.runtime import Runtime
 from vllm_mm_ext.errors import ForbiddenDomainError, ForbiddenMediaError
+from vllm_mm_ext.request.context import RequestContext
 
 
 class StockDownloads(HTTPConnection):  # type: ignore[misc]
     """vLLM's HTTP client for images and stock loaders, under the rules for videos and sound.
 
-    Address rules, allowed domains on every hop, size limits, retries and the bound on concurrent
-    downloads are thus the same for all media. With ``media.enabled`` off, vLLM downloads itself.
+    Address rules, allowed domains on every hop, size limits and retries are thus the same for all
+    media, and the media budget counts a file until vLLM has it. With ``media.enabled`` off, vLLM
+    downloads itself.
 
     Args:
         allowed_local_media_path: As the connector has it.
         allowed_media_domains: As the connector has them.
-        runtime: Gives the front-end of the engine that asks.
+        asking: Gives the request that asks, and the front-end of its engine.
     """
 
     def __init__(
         self,
         allowed_local_media_path: Path | None,
         allowed_media_domains: Sequence[str],
-        runtime: Callable[[], Runtime],
+        asking: Callable[[], tuple[RequestContext, Runtime]],
     ) -> None:
         super().__init__()
         self._access = (allowed_local_media_path, allowed_media_domains)
-        self._runtime = runtime
+        self._asking = asking
 
     def get_bytes(
         self,
@@ -46,11 +48,13 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
         **options: Any,
     ) -> bytes:
         """Download ``url``; see ``async_get_bytes``."""
-        runtime = self._runtime()
+        context, runtime = self._asking()
         if not runtime.config.media.enabled:
             stock = super().get_bytes(url, timeout=timeout, max_bytes=max_bytes, **options)
             return bytes(stock)
-        work = self._download(runtime, url, timeout, max_bytes, options.get("request_budget"))
+        work = self._download(
+            context, runtime, url, timeout, max_bytes, options.get("request_budget")
+        )
         return runtime.run_blocking(work)
 
     async def async_get_bytes(
@@ -73,14 +77,17 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
         Raises:
             VLLMError, ValueError: What the media error is translated to.
         """
-        runtime = self._runtime()
+        context, runtime = self._asking()
         if not runtime.config.media.enabled:
             stock = super().async_get_bytes(url, timeout=timeout, max_bytes=max_bytes, **options)
             return bytes(await stock)
-        return await self._download(runtime, url, timeout, max_bytes, options.get("request_budget"))
+        return await self._download(
+            context, runtime, url, timeout, max_bytes, options.get("request_budget")
+        )
 
     async def _download(
         self,
+        context: RequestContext,
         runtime: Runtime,
         url: str,
         timeout: float | None,
@@ -91,7 +98,10 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
         with client_errors():
             try:
                 blob = await fetcher.download(
-                    url, timeout_s=math.inf if timeout is None else timeout, max_bytes=max_bytes
+                    url,
+                    timeout_s=math.inf if timeout is None else timeout,
+                    max_bytes=max_bytes,
+                    claim=context.budget_claim(runtime.budget),
                 )
             except ForbiddenDomainError as error:
                 # Of a redirect's target: vLLM has checked the URL itself. Translated, this error

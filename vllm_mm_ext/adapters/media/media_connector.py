@@ -114,7 +114,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connection = StockDownloads(
-            self.allowed_local_media_path, self.allowed_media_domains, lambda: _asking()[1]
+            self.allowed_local_media_path, self.allowed_media_domains, _asking
         )
 
     def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         if item.plan is None:
             return super().fetch_video(video_url, **kwargs)
         with client_errors(), _in_use(item):
-            used = runtime.run_blocking(self._video(runtime, item, item.plan))
+            used = runtime.run_blocking(self._video(context, runtime, item, item.plan))
         charge_request(self, video_url, used)
         return _deliver_video(used, item, item.plan, context)
 
@@ -147,7 +147,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         if item.plan is None:
             return await super().fetch_video_async(video_url, **kwargs)
         with client_errors(), _in_use(item):
-            used = await runtime.run(self._video(runtime, item, item.plan))
+            used = await runtime.run(self._video(context, runtime, item, item.plan))
         await charge_request_async(self, video_url, used)
         return _deliver_video(used, item, item.plan, context)
 
@@ -158,7 +158,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return super().fetch_audio(audio_url)
         item = context.claim("audio", audio_url)
         with client_errors():
-            used = runtime.run_blocking(self._audio(runtime, item))
+            used = runtime.run_blocking(self._audio(context, runtime, item))
         charge_request(self, audio_url, used)
         return _deliver_audio(used, item, context)
 
@@ -176,7 +176,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return await super().fetch_audio_async(audio_url)
         item = context.claim("audio", audio_url)
         with client_errors():
-            used = await runtime.run(self._audio(runtime, item))
+            used = await runtime.run(self._audio(context, runtime, item))
         await charge_request_async(self, audio_url, used)
         return _deliver_audio(used, item, context)
 
@@ -198,21 +198,25 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
     # --- doing it (on the front-end's loop) -------------------------------------------------------
 
     async def _video(
-        self, runtime: Runtime, item: MediaItem, plan: VideoPlan
+        self, context: RequestContext, runtime: Runtime, item: MediaItem, plan: VideoPlan
     ) -> MediaUse[VideoResult]:
         return await use_media(
             self.fetcher(runtime),
             item.url,
             lambda content: runtime.frontend.video(content, plan),
             content=item.content,
+            claim=context.budget_claim(runtime.budget),
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
         )
 
-    async def _audio(self, runtime: Runtime, item: MediaItem) -> MediaUse[AudioResult]:
+    async def _audio(
+        self, context: RequestContext, runtime: Runtime, item: MediaItem
+    ) -> MediaUse[AudioResult]:
         return await use_media(
             self.fetcher(runtime),
             item.url,
             runtime.frontend.audio,
+            claim=context.budget_claim(runtime.budget),
             timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
             max_bytes=AudioMediaIO().get_max_bytes(),
         )

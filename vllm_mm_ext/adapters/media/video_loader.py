@@ -55,7 +55,7 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
         spec = spec_for(sampling, runtime.frontend.traits.frame_multiple)
         plan = VideoPlan(spec, runtime.frontend.size_rule, reduction=runtime.default_reduction)
         with client_errors():
-            ref = MediaRef(Fetched.of(Blob.from_bytes(data)), _already_read)
+            ref = MediaRef(Fetched.of(Blob.from_bytes(data)), _already_read, runtime.budget.claim())
             result = runtime.run_blocking(runtime.frontend.video(ref, plan))
         digest = result.frames.digest or ""
         return result.frames, metadata_of(result.info, result.selection, digest)

@@ -208,6 +208,7 @@ class _Conversation:
             self.connector.fetcher(self.runtime),
             url,
             self.runtime.frontend.probe,
+            claim=self.context.budget_claim(self.runtime.budget),
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
         )
         self.stages.append({"fetch": probed.fetch_s, "probe": probed.use_s})

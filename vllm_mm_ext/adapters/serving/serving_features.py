@@ -33,8 +33,9 @@ def _install_options() -> None:
 def _install_planning() -> None:
     from vllm_mm_ext.adapters import vllm_wrappers
     from vllm_mm_ext.adapters.serving.planning import plan, plan_blocking
+    from vllm_mm_ext.request.context import claim_while_rendered
 
-    vllm_wrappers.around_chat_rendering(plan, plan_blocking)
+    vllm_wrappers.around_chat_rendering(plan, plan_blocking, claim_while_rendered)
 
 
 def _install_cache_reports() -> None:

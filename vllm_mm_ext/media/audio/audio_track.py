@@ -38,11 +38,6 @@ def check_audio(stream: AudioStream, limits: DecodeLimits) -> None:
     _check_bytes(samples * stream.channels * _SAMPLE_BYTES, limits)
 
 
-def estimate_bytes(stream: AudioStream, limits: DecodeLimits) -> int:
-    """Bytes of the decoded track, mixed to mono, if its header is right."""
-    return int(min(stream.duration, limits.max_audio_s) * stream.sample_rate) * _SAMPLE_BYTES
-
-
 def decode_audio(
     path: str, stream: AudioStream, limits: DecodeLimits
 ) -> tuple[npt.NDArray[np.float32], int]:

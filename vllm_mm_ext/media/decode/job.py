@@ -17,10 +17,11 @@ from vllm_mm_ext.errors import (
     NoSuchStreamError,
     UnreadableMediaError,
 )
-from vllm_mm_ext.media.audio.audio_track import check_audio, decode_audio, estimate_bytes
+from vllm_mm_ext.media.audio.audio_track import check_audio, decode_audio
 from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.output_bytes import audio_bytes
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.types import (
     AudioStream,
@@ -92,7 +93,7 @@ def _decode(
             selection = _select(path, info, request.sampling, request)
         shape = _output_shape(info, selection, request)
     if reserve is not None:
-        reserve(math.prod(shape) + (0 if sound is None else _sound_bytes(sound, request)))
+        reserve(math.prod(shape) + (0 if sound is None else audio_bytes(sound, request.limits)))
 
     result = DecodeResult(info=info, timings=timings)
     with ThreadPoolExecutor(1) as beside:
@@ -123,11 +124,6 @@ def _wanted_audio(info: MediaInfo, request: DecodeRequest) -> AudioStream | None
         return None
     check_audio(info.audio[0], request.limits)
     return info.audio[0]
-
-
-def _sound_bytes(sound: AudioStream, request: DecodeRequest) -> int:
-    """Bytes that the sound will take if its header is right; more than the limit it never takes."""
-    return min(estimate_bytes(sound, request.limits), request.limits.max_output_bytes)
 
 
 def _select(

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,7 +24,6 @@ from vllm_mm_ext.errors import (
     MediaError,
 )
 from vllm_mm_ext.media.decode import shared_array, wire
-from vllm_mm_ext.media.decode.fifo_capacity import FifoCapacity, Share
 from vllm_mm_ext.media.decode.wire_checks import MalformedMessageError, check_reservation
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
@@ -42,7 +42,7 @@ class _WorkerDiedError(Exception):
 
 @dataclass
 class PoolStats:
-    """Counters since the pool was made, and three values of this moment.
+    """Counters since the pool was made, and two values of this moment.
 
     Attributes:
         started: Worker processes started.
@@ -51,8 +51,7 @@ class PoolStats:
         cancelled: Jobs that their caller gave up.
         jobs: Jobs that got a worker.
         busy: Jobs that have a worker now.
-        waiting: Jobs that wait for a worker, or with one for room, now.
-        bytes_in_flight: Bytes of frames and sound that jobs have room for now.
+        waiting: Jobs that wait for a worker now.
     """
 
     started: int = 0
@@ -62,7 +61,6 @@ class PoolStats:
     jobs: int = 0
     busy: int = 0
     waiting: int = 0
-    bytes_in_flight: int = 0
 
 
 class DecodePool:
@@ -73,32 +71,29 @@ class DecodePool:
     short and so never wait behind decodes. Safe from any thread and any event loop.
     """
 
-    def __init__(
-        self, workers: int = 0, threads: int = 0, max_in_flight_bytes: int = 1 << 30
-    ) -> None:
+    def __init__(self, workers: int = 0, threads: int = 0) -> None:
         """Start nothing yet.
 
         Args:
             workers: Most decodes at a time, and most probes beside them; 0 for one per core, at
                 most 8.
             threads: Decoding threads of a job whose request leaves them open; 0 likewise.
-            max_in_flight_bytes: Bound on the frames and sound of all jobs between the start of
-                decoding and the return of ``run``. A job waits for room before it decodes, behind
-                the jobs that asked for room earlier; one that is larger than the bound runs alone.
         """
         cores = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT)
         self.workers = workers or cores
         self._threads = threads or cores
-        self._probes, self._decodes = _Lane(self.workers, "probe"), _Lane(self.workers, "decode")
-        self._room = FifoCapacity(max_in_flight_bytes)
+        # Executors take up what was submitted in that order.
+        self._probes = ThreadPoolExecutor(self.workers, thread_name_prefix="probe-pool")
+        self._decodes = ThreadPoolExecutor(self.workers, thread_name_prefix="decode-pool")
         self._idle: list[WorkerProcess] = []
         self._live: set[WorkerProcess] = set()
         self._stats = PoolStats()
         self._closed = False
-        # Guards all of the above; notified whenever a job that waits may go on.
-        self._change = threading.Condition()
+        self._lock = threading.Lock()  # Guards all of the above.
 
-    async def run(self, fd: int, request: DecodeRequest) -> DecodeResult:
+    async def run(
+        self, fd: int, request: DecodeRequest, sized: Callable[[int], None] | None = None
+    ) -> DecodeResult:
         """Decode the media in ``fd``.
 
         A job whose worker dies is tried once more in a fresh worker. Cancelling the awaiting task
@@ -108,6 +103,9 @@ class DecodePool:
             fd: Readable descriptor of the whole encoded file. The pool duplicates it: the caller
                 may close it at any time.
             request: What to do.
+            sized: Called, in another thread and once per worker that works on the job, with the
+                bytes of frames and sound that the job is about to make. It must not block. It is
+                not called once the awaiting task was cancelled or ``run`` has returned.
 
         Returns:
             The result; except for a probe, without packet table and activity profile (they grow
@@ -122,11 +120,11 @@ class DecodePool:
             MediaError: As ``run_job``.
         """
         lane = self._probes if request.probe_only else self._decodes
-        with self._change:
+        with self._lock:
             self._check_open()
-            # Together, so that the threads of the lane take up the jobs in the order of the slots.
-            job = _Job(os.dup(fd), request, lane, lane.slots.ask(1))
-            future = lane.threads.submit(self._run, job)
+            job = _Job(os.dup(fd), request, sized)
+            future = lane.submit(self._run, job)
+            self._stats.waiting += 1
         future.add_done_callback(partial(self._release, job))
         try:
             return await asyncio.wrap_future(future)
@@ -138,35 +136,32 @@ class DecodePool:
 
     def stats(self) -> dict[str, int]:
         """``PoolStats`` as a dictionary."""
-        with self._change:
-            queues = (self._probes.slots, self._decodes.slots, self._room)
-            self._stats.waiting = sum(queue.waiting for queue in queues)
-            self._stats.bytes_in_flight = self._room.used
+        with self._lock:
             return asdict(self._stats)
 
     def worker_pids(self) -> list[int]:
         """Process ids of the live workers, for accounting of their memory."""
-        with self._change:
+        with self._lock:
             return [worker.pid for worker in self._live]
 
     def close(self) -> None:
         """Kill all workers. Jobs that run or wait fail with ``BusyError``."""
-        with self._change:
+        with self._lock:
             self._closed = True
             for worker in self._live:
                 worker.kill()
             idle, self._idle = self._idle, []
-            self._change.notify_all()
         for worker in idle:
             self._discard(worker)
         for lane in (self._probes, self._decodes):
-            lane.threads.shutdown(wait=False)
+            lane.shutdown(wait=False)
 
     # --- one job, on a thread of its lane ---------------------------------------------------------
 
     def _run(self, job: _Job) -> DecodeResult:
-        with self._change:
-            self._wait_for(job.slot, job)
+        with self._lock:
+            self._leave_queue(job)
+            self._check_wanted(job)
             self._stats.jobs += 1
             self._stats.busy += 1
         job.deadline = time.monotonic() + job.request.limits.timeout_s
@@ -184,12 +179,12 @@ class DecodePool:
                     f"Two decoder processes ended while they worked on the media ({error})."
                 ) from error
         finally:
-            with self._change:
+            with self._lock:
                 self._stats.busy -= 1
 
     def _attempt(self, job: _Job, worker: WorkerProcess) -> DecodeResult:
         """Have a worker do a job; the worker is idle again afterwards, or gone."""
-        with self._change:
+        with self._lock:
             job.worker = worker
             if job.cancelled or self._closed:
                 worker.kill()
@@ -203,9 +198,8 @@ class DecodePool:
             reusable = not isinstance(error, DecodeTimeoutError)
             raise
         finally:
-            with self._change:
+            with self._lock:
                 job.worker = None
-                self._give_back_room(job)
                 reusable = reusable and not job.cancelled and not self._closed
                 if reusable:
                     self._idle.append(worker)
@@ -213,14 +207,14 @@ class DecodePool:
                 self._discard(worker)
 
     def _converse(self, job: _Job, worker: WorkerProcess) -> DecodeResult:
-        """Give a worker its job, find room for the result, and take the result."""
+        """Give a worker its job, hand on what it says of the result's size, take the result."""
         request = replace(job.request, threads=job.request.threads or self._threads)
         try:
             wire.send(worker.sock, wire.Job(request), [job.fd], job.deadline)
             reply, fds = self._reply(job, worker)
             if isinstance(reply, wire.Reserve):
                 check_reservation(reply.num_bytes, request)
-                self._wait_for_room(reply.num_bytes, job)
+                self._tell_size(job, reply.num_bytes)
                 wire.send(worker.sock, wire.Proceed(), (), job.deadline)
                 reply, fds = self._reply(job, worker)
             if isinstance(reply, wire.Probed | wire.Decoded):
@@ -228,14 +222,14 @@ class DecodePool:
             if isinstance(reply, wire.Reserve):
                 raise MalformedMessageError("a worker reserved room twice")
         except TimeoutError as error:
-            with self._change:
+            with self._lock:
                 self._stats.timed_out += 1
             raise DecodeTimeoutError(
                 f"Decoding took longer than the limit of {request.limits.timeout_s:g} s "
                 "and was stopped."
             ) from error
         except (EOFError, OSError, MalformedMessageError) as error:
-            with self._change:
+            with self._lock:
                 self._stats.died += not (job.cancelled or self._closed)
             why = str(error) if isinstance(error, MalformedMessageError) else ""
             raise _WorkerDiedError(why or f"exit status {worker.wait()}") from error
@@ -255,32 +249,26 @@ class DecodePool:
 
     # --- shared state -----------------------------------------------------------------------------
 
-    def _wait_for(self, share: Share, job: _Job) -> None:
-        """Wait until a share is granted; call with the lock held."""
-        self._change.wait_for(lambda: share.granted or job.cancelled or self._closed)
-        self._check_wanted(job)
+    def _tell_size(self, job: _Job, num_bytes: int) -> None:
+        """Tell the caller the size of the result, unless the caller has given the job up.
 
-    def _wait_for_room(self, num_bytes: int, job: _Job) -> None:
-        """Wait for room for a result; the time does not count for the job."""
-        started = time.monotonic()
-        with self._change:
-            job.room = self._room.ask(num_bytes)
-            self._wait_for(job.room, job)
-        job.deadline += time.monotonic() - started
+        No job waits for the media budget while it has a worker: the caller has the bytes already,
+        as far as they could be told before.
+        """
+        with self._lock:
+            if job.sized is not None and not job.cancelled:
+                job.sized(num_bytes)
 
-    def _give_back_room(self, job: _Job) -> None:
+    def _leave_queue(self, job: _Job) -> None:
         """Call with the lock held."""
-        if job.room is not None:
-            self._room.give_back(job.room)
-            job.room = None
-            self._change.notify_all()
+        self._stats.waiting -= job.queued
+        job.queued = False
 
     def _release(self, job: _Job, _: Future[DecodeResult]) -> None:
         """Let go what a job held, when its future is done or cancelled."""
         os.close(job.fd)
-        with self._change:
-            job.lane.slots.give_back(job.slot)
-            self._change.notify_all()
+        with self._lock:
+            self._leave_queue(job)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -292,16 +280,15 @@ class DecodePool:
             raise CancelledError
 
     def _cancel(self, job: _Job) -> None:
-        with self._change:
+        with self._lock:
             job.cancelled = True
             self._stats.cancelled += 1
             if job.worker is not None:
                 job.worker.kill()
-            self._change.notify_all()
 
     def _idle_worker(self) -> WorkerProcess | None:
         """The worker used last, as its memory is warm; None if there is none."""
-        with self._change:
+        with self._lock:
             while self._idle:
                 worker = self._idle.pop()
                 if worker.alive:
@@ -313,23 +300,15 @@ class DecodePool:
 
     def _new_worker(self) -> WorkerProcess:
         worker = WorkerProcess()  # Without the lock: an event loop may wait for that one.
-        with self._change:
+        with self._lock:
             self._live.add(worker)
             self._stats.started += 1
         return worker
 
     def _discard(self, worker: WorkerProcess) -> None:
         worker.dispose()
-        with self._change:
+        with self._lock:
             self._live.discard(worker)
-
-
-class _Lane:
-    """Jobs of one kind: so many at a time, in the order in which they came."""
-
-    def __init__(self, width: int, name: str) -> None:
-        self.slots = FifoCapacity(width)
-        self.threads = ThreadPoolExecutor(width, thread_name_prefix=f"{name}-pool")
 
 
 class _Job:
@@ -338,20 +317,20 @@ class _Job:
     Attributes:
         fd: Descriptor of the encoded media, owned by the job.
         request: What to do.
-        lane: Where the job waits.
-        slot: The job's share of the lane.
-        room: The job's share of the bytes in flight, once it asked for it.
+        sized: See ``DecodePool.run``.
+        queued: It waits for a worker.
         deadline: ``time.monotonic()`` value at which the job is stopped, once it runs.
         worker: Who works on it.
         cancelled: Nobody waits for the result any more.
     """
 
-    def __init__(self, fd: int, request: DecodeRequest, lane: _Lane, slot: Share) -> None:
+    def __init__(
+        self, fd: int, request: DecodeRequest, sized: Callable[[int], None] | None
+    ) -> None:
         self.fd = fd
         self.request = request
-        self.lane = lane
-        self.slot = slot
-        self.room: Share | None = None
+        self.sized = sized
+        self.queued = True
         self.deadline = 0.0
         self.worker: WorkerProcess | None = None
         self.cancelled = False

@@ -1,4 +1,4 @@
-"""Encoded media bytes outside the Python heap, addressed by their content."""
+"""Encoded media files in memory, outside the Python heap, identified by their content."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Self
 from blake3 import blake3
 
 from vllm_mm_ext.errors import MediaTooLargeError
+from vllm_mm_ext.media.fetch.byte_gate import Lease
 
 # memfd_create and file seals exist on Linux only; elsewhere an unlinked temporary file serves.
 _HAS_MEMFD = hasattr(os, "memfd_create")
@@ -21,17 +22,17 @@ _READ_CHUNK = 1 << 20
 
 
 def digest_of(data: bytes | bytearray | memoryview) -> str:
-    """Hex BLAKE3 digest of ``data``: the name under which media is remembered."""
+    """Hex BLAKE3 digest of ``data``: the identity of an encoded file."""
     return str(blake3(data).hexdigest())
 
 
 class Blob:
-    """Immutable encoded bytes behind a file descriptor.
+    """An encoded file in memory that cannot change, behind a file descriptor.
 
-    The descriptor can be handed to a decode worker, which must not rely on the file offset
-    (duplicates share it): use ``os.pread``, ``mmap`` or reopen ``/proc/self/fd/N``. On Linux the
-    memory is sealed, so not even a worker can change it. The descriptor closes when the blob is
-    garbage collected; views stay valid after that.
+    The descriptor can be passed to a decode worker. A duplicate of a descriptor shares its file
+    offset, so a worker must not rely on the offset: it uses ``os.pread``, ``mmap``, or opens
+    ``/proc/self/fd/N`` again. On Linux the memory is sealed, so a worker cannot change it either.
+    The descriptor closes when the blob is garbage collected; views stay valid after that.
 
     Make one with :meth:`from_bytes` or :class:`BlobWriter`.
 
@@ -39,15 +40,23 @@ class Blob:
         fd: Open descriptor, owned by this object.
         size: Length in bytes.
         digest: Hex BLAKE3 of the bytes.
+        lease: The bytes of the media budget that the blob holds; None where they do not count.
     """
 
-    __slots__ = ("__weakref__", "_finalizer", "digest", "fd", "size")
+    __slots__ = ("__weakref__", "_finalizer", "digest", "fd", "lease", "size")
 
     def __init__(self, fd: int, size: int, digest: str) -> None:
         self.fd = fd
         self.size = size
         self.digest = digest
+        self.lease: Lease | None = None
         self._finalizer = weakref.finalize(self, os.close, fd)
+
+    def hold(self, lease: Lease) -> None:
+        """Count the blob's bytes with ``lease`` until the blob is garbage collected."""
+        lease.resize(self.size)
+        self.lease = lease
+        weakref.finalize(self, lease.release).atexit = False
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> Blob:
@@ -57,7 +66,7 @@ class Blob:
             return writer.finish()
 
     def view(self) -> memoryview:
-        """Read-only mapping of the bytes; no copy. Outlives the blob."""
+        """The bytes as a read-only mapping, not copied; it stays valid after the blob is gone."""
         if self.size == 0:
             return memoryview(b"")
         return memoryview(mmap.mmap(self.fd, self.size, access=mmap.ACCESS_READ))
@@ -67,7 +76,7 @@ class Blob:
         return b"".join(self.chunks())
 
     def chunks(self, size: int = _READ_CHUNK) -> Iterator[bytes]:
-        """The bytes in order, at most ``size`` at a time. Does not move the file offset."""
+        """The bytes in order, at most ``size`` at a time; the file offset stays where it is."""
         offset = 0
         while offset < self.size:
             chunk = os.pread(self.fd, min(size, self.size - offset), offset)
@@ -82,13 +91,13 @@ class Blob:
 
 
 class BlobWriter:
-    """Builds a :class:`Blob` chunk by chunk, hashing as it goes.
+    """Builds a :class:`Blob` chunk by chunk and hashes each chunk as it comes.
 
-    As a context manager it closes the descriptor unless :meth:`finish` was called.
+    Leaving the writer's ``with`` block closes the descriptor, unless :meth:`finish` was called.
 
     Args:
-        max_bytes: Bytes accepted in all; None for no limit.
-        what: Names the source in the error message.
+        max_bytes: Most bytes that the blob may have; None for no limit.
+        what: What the error message calls the source.
     """
 
     def __init__(self, max_bytes: int | None = None, what: str = "The media") -> None:
@@ -112,7 +121,7 @@ class BlobWriter:
         self.size += len(chunk)
 
     def finish(self) -> Blob:
-        """Seal the bytes and hand over the descriptor. The writer cannot be used after it."""
+        """The blob, which owns the descriptor from now on; the writer cannot be used any more."""
         fd, self._fd = self._fd, -1
         if _HAS_MEMFD:
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -120,7 +129,7 @@ class BlobWriter:
         return Blob(fd, self.size, str(self._hash.hexdigest()))
 
     def close(self) -> None:
-        """Drop what was written. Does nothing after :meth:`finish`."""
+        """Free what was written. After :meth:`finish` there is nothing to free."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

@@ -7,14 +7,19 @@ import binascii
 from dataclasses import dataclass, field
 
 import pybase64
+from blake3 import blake3
 from cachetools import LRUCache
 
 from vllm_mm_ext.errors import MediaError
-from vllm_mm_ext.media.fetch.blob import Blob, check_size, digest_of
+from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
+from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
 # Up to this many characters, hashing and decoding take less time than handing them to a thread.
 _INLINE_CHARS = 64 << 10
+# Characters hashed or decoded at a time, so that the whole is not copied. A multiple of 4, which
+# stand for 3 bytes.
+_CHUNK_CHARS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,37 +71,59 @@ class DataSource:
         return await asyncio.to_thread(_locate, url, comma + 1)
 
     async def fetch(
-        self, location: DataLocation, *, timeout_s: float, max_bytes: int | None, load: bool
+        self,
+        location: DataLocation,
+        *,
+        timeout_s: float,
+        max_bytes: int | None,
+        load: bool,
+        claim: Claim,
     ) -> Fetched:
         """See ``Source.fetch``. ``timeout_s`` does not apply."""
         del timeout_s
         length = len(location.url) - location.start
         padding = location.url.count("=", max(location.start, len(location.url) - 2))
-        check_size(length // 4 * 3 - padding, tighter(self._max_bytes, max_bytes), "The data URL")
+        size = length // 4 * 3 - padding
+        check_size(size, tighter(self._max_bytes, max_bytes), "The data URL")
         if not load:
             known = self._known.get(location.text_digest)
             if known is not None:
                 self.counts["data_known"] += 1
                 return Fetched(*known, None)
-        if length <= _INLINE_CHARS:
-            blob = _decode(location)
-        else:
-            blob = await asyncio.to_thread(_decode, location)
+        lease = await claim.acquire(size)
+        try:
+            if length <= _INLINE_CHARS:
+                blob = _decode(location)
+            else:
+                blob = await asyncio.to_thread(_decode, location)
+            blob.hold(lease)
+        except BaseException:
+            lease.release()
+            raise
         self.counts["data_decodes"] += 1
         self._known[location.text_digest] = (blob.digest, blob.size)
         return Fetched.of(blob)
 
 
 def _locate(url: str, start: int) -> DataLocation:
+    hasher = blake3()
     try:
-        return DataLocation(digest_of(memoryview(url.encode("ascii"))[start:]), url, start)
+        for begin in range(start, len(url), _CHUNK_CHARS):
+            hasher.update(url[begin : begin + _CHUNK_CHARS].encode("ascii"))
+        return DataLocation(str(hasher.hexdigest()), url, start)
     except UnicodeEncodeError:
         raise MediaError("Invalid data URL: the data is not base64.") from None
 
 
 def _decode(location: DataLocation) -> Blob:
+    url = location.url
     try:
-        text = location.url[location.start :]
-        return Blob.from_bytes(pybase64.b64decode(text, validate=True))
+        with BlobWriter() as writer:
+            for begin in range(location.start, len(url), _CHUNK_CHARS):
+                text = url[begin : begin + _CHUNK_CHARS]
+                if text.endswith("=") and begin + len(text) < len(url):
+                    raise binascii.Error("padding before the end")
+                writer.append(pybase64.b64decode(text, validate=True))
+            return writer.finish()
     except (binascii.Error, ValueError):
         raise MediaError("Invalid data URL: the data is not base64.") from None

@@ -22,6 +22,7 @@ from pathlib import Path
 from cachetools import LRUCache
 
 from vllm_mm_ext.media.fetch.blob import Blob, check_size
+from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.file_source import FileIdentity, read_blob
 from vllm_mm_ext.media.fetch.source import Fetched, Source, tighter
 
@@ -77,44 +78,83 @@ class CachedDownloads:
         return await self._origin.locate(url)
 
     async def fetch(
-        self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool
+        self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool, claim: Claim
     ) -> Fetched:
         """See ``Source.fetch``."""
         if self._usable:
             limit = tighter(self._max_bytes, max_bytes)
             found = await asyncio.to_thread(self._look_up, location, limit, load)
+            if isinstance(found, FileIdentity):
+                found = await self._load(location, found, claim)
             if found is not None:
                 return found
         fetched = await self._origin.fetch(
-            location, timeout_s=timeout_s, max_bytes=max_bytes, load=load
+            location, timeout_s=timeout_s, max_bytes=max_bytes, load=load, claim=claim
         )
         if self._usable and fetched.blob is not None:
             await asyncio.to_thread(self._keep, location, fetched.blob)
         return fetched
 
-    def _look_up(self, url: str, limit: int | None, load: bool) -> Fetched | None:
+    def _look_up(self, url: str, limit: int | None, load: bool) -> Fetched | FileIdentity | None:
+        """What is known of a download on disk, else its file; None if it is not on disk."""
         path = self._path_of(url)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
-            found = FileIdentity.of(os.fstat(fd))
-            if time.time() - found.mtime_ns / 1e9 > self._settings.ttl_s:
+            before = FileIdentity.of(os.fstat(fd))
+            if time.time() - before.mtime_ns / 1e9 > self._settings.ttl_s:
                 path.unlink(missing_ok=True)
                 return None
             os.utime(fd)  # The time of the last use, by which files are evicted.
-            check_size(found.size, limit, "The remote media")
+            check_size(before.size, limit, "The remote media")
+            # Files are replaced, never rewritten, and who touches one changes its identity.
+            found = FileIdentity.of(os.fstat(fd))
             with self._lock:
-                digest = self._known.pop(found, None)
-            blob = read_blob(fd, limit) if load or digest is None else None
-            digest = digest if blob is None else blob.digest
-            assert digest is not None
+                digest = self._known.pop(before, None)
+                if digest is None or load:
+                    return found
+                self.counts["disk_hits"] += 1
+                self._known[found] = digest
+            return Fetched(digest, found.size, None)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    async def _load(self, url: str, found: FileIdentity, claim: Claim) -> Fetched | None:
+        """The bytes of a download on disk; None if they are gone meanwhile."""
+        # The file is not open meanwhile: descriptors are scarcer than requests.
+        lease = await claim.acquire(found.size)
+        stop = threading.Event()
+        try:
+            blob = await asyncio.to_thread(self._read, url, found, stop)
+            if blob is None:
+                lease.release()
+                return None
+            blob.hold(lease)
+            return Fetched.of(blob)
+        except BaseException:
+            lease.release()
+            raise
+        finally:
+            stop.set()  # If this task was cancelled, the thread ends at its next chunk.
+
+    def _read(self, url: str, found: FileIdentity, stop: threading.Event) -> Blob | None:
+        try:
+            fd = os.open(self._path_of(url), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            # Not its times: others who use the file at the same time touch it too.
+            if FileIdentity.of(os.fstat(fd))[:3] != found[:3]:
+                return None
+            blob = read_blob(fd, found.size, stop)
             with self._lock:
                 self.counts["disk_hits"] += 1
-                # Files are replaced, never rewritten, and who touches one changes its identity.
-                self._known[FileIdentity.of(os.fstat(fd))] = digest
-            return Fetched(digest, found.size, blob)
+                self._known[FileIdentity.of(os.fstat(fd))] = blob.digest
+            return blob
         except OSError:
             return None
         finally:

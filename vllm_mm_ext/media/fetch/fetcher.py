@@ -16,6 +16,7 @@ from urllib3.util import parse_url
 from vllm_mm_ext.errors import BusyError, ForbiddenMediaError, MediaError
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.fetch.data_source import DataSource
 from vllm_mm_ext.media.fetch.download_cache import CachedDownloads, DownloadCacheSettings
 from vllm_mm_ext.media.fetch.file_source import FileSource
@@ -37,12 +38,14 @@ class MediaRef:
         size: Number of the encoded bytes.
         storable: False if the origin forbids keeping the content past this request
             (``Cache-Control: no-store``): nothing decoded from it may be cached.
+        claim: Of the request, on the media budget.
     """
 
-    def __init__(self, fetched: Fetched, load: Callable[[], Awaitable[Blob]]) -> None:
+    def __init__(self, fetched: Fetched, load: Callable[[], Awaitable[Blob]], claim: Claim) -> None:
         self.digest = fetched.digest
         self.size = fetched.size
         self.storable = fetched.storable
+        self.claim = claim
         self._blob = fetched.blob
         self._load = load
         self._users = 0
@@ -93,11 +96,12 @@ class MediaFetcher:
         max_retries: Attempts per download, at least one.
         retry_pause_s: Seconds before the second attempt; each further pause is four times longer.
         max_known: URLs, files and data URLs remembered, each.
-        max_in_flight_bytes: Bound on the bodies being downloaded together; see ``HttpSource``.
         allow_private_addresses: Download from loopback and private addresses too; see
             ``HttpSource``.
         make_resolver: Makes what resolves host names; see ``HttpSource``.
         download_cache: Where downloads are kept on disk; None keeps none.
+        budget: The media budget, which holds encoded bytes from before they are read until they
+            are let go.
         loop: Where the work runs; a loop of the fetcher's own without it. Whoever stops a loop that
             was given awaits ``disconnect`` on it last.
     """
@@ -115,13 +119,14 @@ class MediaFetcher:
         max_retries: int = 3,
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
-        max_in_flight_bytes: int = 1 << 30,
         allow_private_addresses: bool = True,
         make_resolver: Callable[[], AbstractResolver] = aiohttp.ThreadedResolver,
         download_cache: DownloadCacheSettings | None = None,
         loop: LoopThread | None = None,
+        budget: MediaBudget | None = None,
     ) -> None:
         self.encoded_cache = encoded_cache
+        self.budget = budget or MediaBudget(1 << 30)
         self._files = FileSource(
             allowed_local_media_path, max_bytes=local_limit_bytes, max_known=max_known
         )
@@ -134,7 +139,6 @@ class MediaFetcher:
             max_retries=max_retries,
             retry_pause_s=retry_pause_s,
             max_known=max_known,
-            max_in_flight_bytes=max_in_flight_bytes,
             allow_private_addresses=allow_private_addresses,
             make_resolver=make_resolver,
         )
@@ -150,7 +154,12 @@ class MediaFetcher:
         )
 
     async def resolve(
-        self, url: str, *, timeout_s: float, max_bytes: int | None = None
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        max_bytes: int | None = None,
+        claim: Claim | None = None,
     ) -> MediaRef:
         """Find out which content a URL has now, and read the content only if that is not known.
 
@@ -158,29 +167,40 @@ class MediaFetcher:
             url: ``http:``, ``https:``, ``file:`` or base64 ``data:`` URL.
             timeout_s: Seconds for the first attempt to download.
             max_bytes: Limit on the encoded size on top of the fetcher's own; None for none.
+            claim: Of the request, on the media budget; None: the media is a request of its own.
 
         Raises:
             ForbiddenMediaError: Scheme, domain, address or path is not allowed.
             UnreachableMediaError: The URL leads to no media. Its subclasses ``OriginError`` and
                 ``OriginTimeoutError``: the origin failed, or took too long.
             MediaTooLargeError: The content is past a size limit.
-            BusyError: Other downloads left no room for this one for as long as ``timeout_s``.
+            BusyError: The media budget had no room for the content for too long.
             MediaError: The URL is malformed, or the file is not a regular file.
         """
-        return await self._thread.run(self._resolve(url, timeout_s, max_bytes))
+        claim = claim or self.budget.claim()
+        return await self._thread.run(self._resolve(url, timeout_s, max_bytes, claim))
 
-    async def download(self, url: str, *, timeout_s: float, max_bytes: int | None = None) -> Blob:
+    async def download(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        max_bytes: int | None = None,
+        claim: Claim | None = None,
+    ) -> Blob:
         """Return the bytes that an HTTP URL has now. Nothing is remembered, in memory or on disk.
 
         Args:
             url: ``http:`` or ``https:`` URL.
             timeout_s: Seconds for the first attempt.
             max_bytes: Limit on the encoded size on top of the fetcher's own; None for none.
+            claim: As of ``resolve``.
 
         Raises:
             MediaError: As ``resolve``.
         """
-        return await self._thread.run(self._download(url, timeout_s, max_bytes))
+        claim = claim or self.budget.claim()
+        return await self._thread.run(self._download(url, timeout_s, max_bytes, claim))
 
     def stats(self) -> dict[str, int]:
         """Return counters since the start: what was read, and what was known without reading."""
@@ -199,35 +219,45 @@ class MediaFetcher:
         if self._finalizer is not None:
             self._finalizer()
 
-    async def _resolve(self, url: str, timeout_s: float, max_bytes: int | None) -> MediaRef:
+    async def _resolve(
+        self, url: str, timeout_s: float, max_bytes: int | None, claim: Claim
+    ) -> MediaRef:
         source = self._source_of(url)
         location = await source.locate(url)
-        fetched = await self._fetch(source, location, timeout_s, max_bytes, load=False)
+        fetched = await self._fetch(source, location, timeout_s, max_bytes, claim, load=False)
         digest = fetched.digest
 
         async def load() -> Blob:
             # This function does not refer to `fetched`: that would keep the bytes in memory for
             # as long as the reference lives.
             return await self._thread.run(
-                self._load(source, location, digest, timeout_s, max_bytes)
+                self._load(source, location, digest, timeout_s, max_bytes, claim)
             )
 
-        return MediaRef(fetched, load)
+        return MediaRef(fetched, load, claim)
 
-    async def _download(self, url: str, timeout_s: float, max_bytes: int | None) -> Blob:
+    async def _download(
+        self, url: str, timeout_s: float, max_bytes: int | None, claim: Claim
+    ) -> Blob:
         location = await self._http.locate(url)
         fetched = await self._http.fetch(
-            location, timeout_s=timeout_s, max_bytes=max_bytes, load=True
+            location, timeout_s=timeout_s, max_bytes=max_bytes, load=True, claim=claim
         )
         assert fetched.blob is not None
         return fetched.blob
 
     async def _load(
-        self, source: Source[Any], location: Any, digest: str, timeout_s: float, limit: int | None
+        self,
+        source: Source[Any],
+        location: Any,
+        digest: str,
+        timeout_s: float,
+        limit: int | None,
+        claim: Claim,
     ) -> Blob:
         blob = self.encoded_cache.get(digest)
         if blob is None:
-            fetched = await self._fetch(source, location, timeout_s, limit, load=True)
+            fetched = await self._fetch(source, location, timeout_s, limit, claim, load=True)
             assert fetched.blob is not None
             blob = fetched.blob
         if blob.digest != digest:
@@ -242,6 +272,7 @@ class MediaFetcher:
         location: Any,
         timeout_s: float,
         max_bytes: int | None,
+        claim: Claim,
         *,
         load: bool,
     ) -> Fetched:
@@ -249,7 +280,10 @@ class MediaFetcher:
         key = (location, max_bytes, load)
         fetched = await self._flights.run(
             key,
-            lambda: source.fetch(location, timeout_s=timeout_s, max_bytes=max_bytes, load=load),
+            lambda: source.fetch(
+                location, timeout_s=timeout_s, max_bytes=max_bytes, load=load, claim=claim
+            ),
+            claim,
         )
         if fetched.blob is not None and fetched.storable:
             self.encoded_cache.put(fetched.digest, fetched.blob)

@@ -16,6 +16,7 @@ from urllib3.util import parse_url
 
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
+from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.source import Fetched, MediaChangedError, tighter
 
 _FLAG = "--allowed-local-media-path"
@@ -96,32 +97,51 @@ class FileSource:
         return resolved
 
     async def fetch(
-        self, location: Path, *, timeout_s: float, max_bytes: int | None, load: bool
+        self, location: Path, *, timeout_s: float, max_bytes: int | None, load: bool, claim: Claim
     ) -> Fetched:
         """See ``Source.fetch``. ``timeout_s`` does not apply to local files."""
         del timeout_s
         limit = tighter(self._max_bytes, max_bytes)
+        found = await asyncio.to_thread(self._look, location, limit, load)
+        if isinstance(found, Fetched):
+            return found
+        # The file is not open meanwhile: descriptors are scarcer than requests.
+        lease = await claim.acquire(found.size)
         stop = threading.Event()
         try:
-            return await asyncio.to_thread(self._fetch, location, limit, load, stop)
+            blob = await asyncio.to_thread(self._read, location, found, stop)
+            blob.hold(lease)
+        except BaseException:
+            lease.release()
+            raise
         finally:
             stop.set()  # If this task was cancelled, the thread ends at its next chunk.
+        return Fetched.of(blob)
 
-    def _fetch(
-        self, path: Path, max_bytes: int | None, load: bool, stop: threading.Event
-    ) -> Fetched:
+    def _look(self, path: Path, max_bytes: int | None, load: bool) -> Fetched | FileIdentity:
+        """What is known of the file's content, else its identity."""
         fd = self._open(path)
         try:
             identity = FileIdentity.of(os.fstat(fd))
-            check_size(identity.size, max_bytes, "The file")
-            if not load:
-                with self._lock:
-                    digest = self._known.get(identity)
-                    self.counts["file_unchanged"] += digest is not None
-                if digest is not None:
-                    return Fetched(digest, identity.size, None)
+        finally:
+            os.close(fd)
+        check_size(identity.size, max_bytes, "The file")
+        if not load:
+            with self._lock:
+                digest = self._known.get(identity)
+                self.counts["file_unchanged"] += digest is not None
+            if digest is not None:
+                return Fetched(digest, identity.size, None)
+        return identity
+
+    def _read(self, path: Path, identity: FileIdentity, stop: threading.Event) -> Blob:
+        """The bytes of the file, if it is still the one with ``identity``."""
+        fd = self._open(path)
+        try:
             started_ns = time.time_ns()
-            blob = read_blob(fd, max_bytes, stop)
+            if FileIdentity.of(os.fstat(fd)) != identity:
+                raise MediaChangedError("The file changed while it was read; send it again.")
+            blob = read_blob(fd, identity.size, stop)
             if FileIdentity.of(os.fstat(fd)) != identity:
                 raise MediaChangedError("The file changed while it was read; send it again.")
         except OSError as error:
@@ -132,7 +152,7 @@ class FileSource:
             self.counts["file_reads"] += 1
             if identity.is_settled(started_ns):
                 self._known[identity] = blob.digest
-        return Fetched.of(blob)
+        return blob
 
     def _open(self, path: Path) -> int:
         try:
@@ -160,21 +180,20 @@ class FileSource:
             raise ForbiddenMediaError(f"The file path must be below the server's `{_FLAG}`.")
 
 
-def read_blob(fd: int, max_bytes: int | None, stop: threading.Event | None = None) -> Blob:
+def read_blob(fd: int, size: int, stop: threading.Event) -> Blob:
     """Copy an open file from its current offset into memory.
 
     Args:
         fd: Descriptor open for reading.
-        max_bytes: Limit on the size; None for none.
+        size: Most bytes to copy; the blob has fewer where the file ends before.
         stop: Ends the copy between two chunks when it is set.
 
     Raises:
-        MediaTooLargeError: The file has more than ``max_bytes`` bytes.
         OSError: The file cannot be read.
     """
-    with BlobWriter(max_bytes, "The file") as writer:
-        while chunk := os.read(fd, _READ_CHUNK):
-            if stop is not None and stop.is_set():
+    with BlobWriter() as writer:
+        while chunk := os.read(fd, min(_READ_CHUNK, size - writer.size)):
+            if stop.is_set():
                 raise asyncio.CancelledError
             writer.append(chunk)
         return writer.finish()

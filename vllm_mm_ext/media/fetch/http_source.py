@@ -7,8 +7,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from urllib.parse import urljoin
 
 import aiohttp
@@ -19,7 +18,6 @@ from urllib3.util import Url, parse_url
 from yarl import URL
 
 from vllm_mm_ext.errors import (
-    BusyError,
     ForbiddenDomainError,
     ForbiddenMediaError,
     MediaError,
@@ -28,10 +26,11 @@ from vllm_mm_ext.errors import (
     UnreachableMediaError,
 )
 from vllm_mm_ext.media.fetch.address_rules import AddressRules, is_literal
-from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
-from vllm_mm_ext.media.fetch.byte_gate import ByteGate, NoRoomError, Room
+from vllm_mm_ext.media.fetch.blob import check_size
+from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease
 from vllm_mm_ext.media.fetch.checked_resolver import CheckedResolver
 from vllm_mm_ext.media.fetch.freshness import StoredResponse, freshness_fields, judge
+from vllm_mm_ext.media.fetch.http_body import NoRoomError, read_body
 from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
 logger = logging.getLogger(__name__)
@@ -45,11 +44,6 @@ _NO_SUCH_HOST = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 # Same growth of timeout and pause per retry as vLLM's own media client.
 _BACKOFF_FACTOR = 4
 _WHAT = "The remote media"
-# Bodies up to this size need no room: the session's limit on connections (100, aiohttp's default)
-# bounds them together.
-_SMALL_BYTES = 1 << 20
-# Room that a body of unknown length takes at a time.
-_STEP_BYTES = 8 << 20
 
 
 class _TransientError(MediaError):
@@ -74,12 +68,6 @@ class _NoSuchHostError(_TransientError):
     lasting = UnreachableMediaError
 
 
-class _CrowdedOutError(_TransientError):
-    """A body outgrew the room it had while others held the rest."""
-
-    lasting = BusyError
-
-
 class HttpSource:
     """Downloads ``http:`` and ``https:`` URLs and remembers digests for as long as HTTP allows.
 
@@ -97,10 +85,6 @@ class HttpSource:
             are tried again, each with four times the timeout of the one before.
         retry_pause_s: Seconds before the second attempt, four times as long before each further.
         max_known: URLs remembered.
-        max_in_flight_bytes: Bound on the bodies being downloaded together. One waits for room
-            before it is read, at most as long as its timeout and without counting towards it.
-            Small bodies do not wait. One of unknown length takes more room as it arrives; where
-            none is left it is given up and tried again, except for the oldest.
 
     Attributes:
         counts: Requests sent, answers from memory, 304 answers, whole bodies and their bytes.
@@ -118,7 +102,6 @@ class HttpSource:
         make_resolver: Callable[[], AbstractResolver] = aiohttp.ThreadedResolver,
         retry_pause_s: float = 1.0,
         max_known: int = 4096,
-        max_in_flight_bytes: int = 1 << 30,
     ) -> None:
         self._domains_as_given = list(allowed_domains)
         self._allowed_domains = frozenset(domain.lower() for domain in allowed_domains)
@@ -132,7 +115,6 @@ class HttpSource:
         # Only touched on the fetcher's event loop, so it needs no lock.
         self._known: LRUCache[str, StoredResponse] = LRUCache(max_known)
         self._session: aiohttp.ClientSession | None = None
-        self._gate = ByteGate(max_in_flight_bytes)
         self.counts = {
             "http_requests": 0,
             "http_fresh": 0,
@@ -149,7 +131,7 @@ class HttpSource:
         return self._check(url)
 
     async def fetch(
-        self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool
+        self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool, claim: Claim
     ) -> Fetched:
         """See ``Source.fetch``.
 
@@ -165,7 +147,7 @@ class HttpSource:
         for attempt in range(self._max_attempts):
             attempt_timeout = timeout_s * _BACKOFF_FACTOR**attempt
             try:
-                return await self._attempt(location, known, limit, attempt_timeout)
+                return await self._with_room(location, known, limit, attempt_timeout, claim)
             except _TransientError as error:
                 if attempt + 1 == self._max_attempts:
                     raise error.lasting(error.message, value=error.value) from None
@@ -179,13 +161,47 @@ class HttpSource:
         if session is not None:
             await session.close()
 
+    async def _with_room(
+        self,
+        location: str,
+        known: StoredResponse | None,
+        limit: int | None,
+        timeout_s: float,
+        claim: Claim,
+    ) -> Fetched:
+        """One attempt, with as many requests as it takes to find room in the media budget.
+
+        The length of a body is known when its headers are. If there is no room for it, the
+        connection is closed, and the URL requested again once there is: nothing but bytes is held
+        while a request waits for bytes. A body of unknown length acquires more bytes as it arrives,
+        and is given up in the same way; then twice as many are waited for.
+        """
+        lease = claim.lease()
+        try:
+            while True:
+                try:
+                    return await self._attempt(location, known, limit, timeout_s, claim, lease)
+                except NoRoomError as error:
+                    num_bytes = error.num_bytes
+                lease.release()
+                lease = await claim.acquire(num_bytes)
+        finally:
+            # A blob counts its bytes with a lease of its own.
+            lease.release()
+
     async def _attempt(
-        self, location: str, known: StoredResponse | None, limit: int | None, timeout_s: float
+        self,
+        location: str,
+        known: StoredResponse | None,
+        limit: int | None,
+        timeout_s: float,
+        claim: Claim,
+        lease: Lease,
     ) -> Fetched:
         host = _host(parse_url(location))
         try:
-            async with asyncio.timeout(timeout_s) as clock:
-                return await self._follow(location, known, limit, clock, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self._follow(location, known, limit, claim, lease)
         except TimeoutError:
             raise _TimedOutError(f"{host} did not deliver the media in {timeout_s:g} s.") from None
         except aiohttp.ClientConnectorDNSError as error:
@@ -206,8 +222,8 @@ class HttpSource:
         location: str,
         known: StoredResponse | None,
         limit: int | None,
-        clock: asyncio.Timeout,
-        patience_s: float,
+        claim: Claim,
+        lease: Lease,
     ) -> Fetched:
         url = location
         storable, fresh_until = True, math.inf
@@ -239,13 +255,7 @@ class HttpSource:
                 if response.status != 200:
                     _raise_for_status(response.status, _host(parse_url(url)))
                 check_size(response.content_length or 0, limit, _WHAT)
-                announced = _announced(response)
-                if announced is not None and announced <= _SMALL_BYTES:
-                    blob = await _read(response, limit)
-                else:
-                    size = announced or tighter(limit, _STEP_BYTES) or _STEP_BYTES
-                    async with self._room(size, clock, patience_s) as room:
-                        blob = await _read(response, limit, room)
+                blob = await read_body(response, limit, claim, lease, _WHAT)
             self.counts["http_bodies"] += 1
             self.counts["http_body_bytes"] += blob.size
             stored = StoredResponse(blob.digest, blob.size, url, fields, fresh_until)
@@ -254,25 +264,6 @@ class HttpSource:
         raise UnreachableMediaError(
             f"{_host(parse_url(location))} redirects more than {_MAX_REDIRECTS} times."
         )
-
-    @asynccontextmanager
-    async def _room(
-        self, num_bytes: int, clock: asyncio.Timeout, patience_s: float
-    ) -> AsyncIterator[Room]:
-        """Room for a body, waited for with the clock stopped."""
-        now = asyncio.get_running_loop().time
-        stopped, deadline = now(), clock.when()
-        clock.reschedule(None)
-        try:
-            async with self._gate.room(num_bytes, patience_s) as room:
-                clock.reschedule(None if deadline is None else deadline + now() - stopped)
-                yield room
-        except NoRoomError:
-            raise BusyError(
-                "The server is busy downloading other media and had no room for this one within "
-                f"{patience_s:g} s (at most {self._gate.max_bytes} bytes at a time). "
-                "Try again later."
-            ) from None
 
     def _remember(self, location: str, stored: StoredResponse, storable: bool) -> None:
         # A response with neither a lifetime nor a validator could never be used again.
@@ -349,34 +340,6 @@ class HttpSource:
 
 def _host(spec: Url) -> str:
     return spec.hostname or "the host"
-
-
-def _announced(response: aiohttp.ClientResponse) -> int | None:
-    """Length of the body as it will be read, None where the headers do not tell."""
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        return None  # What arrives is decompressed on the way.
-    return response.content_length
-
-
-async def _read(
-    response: aiohttp.ClientResponse, limit: int | None, room: Room | None = None
-) -> Blob:
-    """The body. It takes more of ``room`` as it outgrows it; without, its length is known."""
-    with BlobWriter(limit, _WHAT) as writer:
-        async for chunk in response.content.iter_any():
-            writer.append(chunk)
-            if room is not None:
-                _make_room(room, writer.size)
-        return writer.finish()
-
-
-def _make_room(room: Room, size: int) -> None:
-    while size > room.num_bytes:
-        if not room.grow(_STEP_BYTES):
-            raise _CrowdedOutError(
-                "The server is busy downloading other media and has no room for the rest of this "
-                "one, whose length was not known. Try again later."
-            )
 
 
 def _raise_for_status(status: int, host: str) -> None:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol, TypeVar
 
-from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.errors import BusyError, MediaError
 from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import Claim
+
+__all__ = ["BusyError", "Fetched", "MediaChangedError", "Source", "tighter"]
 
 L = TypeVar("L", bound=Hashable)
 
@@ -53,7 +56,7 @@ class Source(Protocol[L]):
         """
 
     async def fetch(
-        self, location: L, *, timeout_s: float, max_bytes: int | None, load: bool
+        self, location: L, *, timeout_s: float, max_bytes: int | None, load: bool, claim: Claim
     ) -> Fetched:
         """Find out which content a location has.
 
@@ -62,9 +65,11 @@ class Source(Protocol[L]):
             timeout_s: Seconds for the first attempt over the network.
             max_bytes: Limit on the encoded size; None for the source's own limit only.
             load: Return the bytes even if the digest is known without them.
+            claim: Of the request, on the media budget. Bytes are acquired before they are read; the
+                blob holds them.
 
         Raises:
-            BusyError: Other downloads left no room for this one for too long.
+            BusyError: The media budget had no room for the bytes for too long.
             MediaError: The content is unreachable, too large, or not readable.
         """
 

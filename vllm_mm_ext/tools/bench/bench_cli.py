@@ -71,7 +71,7 @@ def soak(
     json: _Json = None,
     work_dir: _WorkDir = None,
 ) -> None:
-    """The one benchmark with options of its own."""
+    """Of the benchmarks with options of their own."""
     from vllm_mm_ext.tools.bench.soak import run
 
     result = run(
@@ -86,6 +86,22 @@ def soak(
     _show(result, json)
 
 
+@app.command("waiting", help=BENCHMARKS["waiting"].shows)
+def waiting(
+    requests: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 200,
+    mb: Annotated[int, typer.Option(min=2, max=2048, help="MiB of each video's file.")] = 50,
+    budget_mb: Annotated[int, typer.Option(min=16, help="The plugin's media budget, MiB.")] = 1024,
+    stock: Annotated[bool, typer.Option(help="Give stock vLLM the same requests first.")] = True,
+    json: _Json = None,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench.waiting import run
+
+    context = _context(1, work_dir)
+    _show(run(context, requests=requests, mb=mb, budget_mb=budget_mb, stock=stock), json)
+
+
 for _benchmark in BENCHMARKS.values():
-    if _benchmark.name != "soak":
+    if _benchmark.name not in ("soak", "waiting"):
         _add(_benchmark)

@@ -57,6 +57,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "waiting",
+                "200 requests with 50 MiB videos at once: API-server memory, and who is refused.",
+                "waiting:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "soak",
                 "Mixed work for minutes or hours: memory, descriptors and threads over time.",
                 "soak:run",

@@ -26,8 +26,7 @@ BUDGET = {"encoded_mb": 64, "decoded_mb": 128, "in_flight_mb": 128}
 _CONFIG = {
     "mm_ext": {
         "media": {
-            "cache": {k: BUDGET[k] for k in ("encoded_mb", "decoded_mb")},
-            "decode": {"in_flight_mb": BUDGET["in_flight_mb"]},
+            "cache": BUDGET,
         }
     }
 }

@@ -1,0 +1,40 @@
+"""How many bytes a decode job will make, told before it begins."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.media.types import AudioStream, DecodeLimits, DecodeRequest, MediaInfo
+
+
+def frame_bytes(info: MediaInfo, request: DecodeRequest) -> int:
+    """Bytes of the frames of a job, taking it that it uses all frames it may.
+
+    Raises:
+        MediaError: See ``target_size``.
+    """
+    sampling, video = request.sampling, info.video
+    if sampling is None or video is None:
+        return 0
+    if sampling.indices is not None:
+        count = len(sampling.indices)
+    else:
+        count = min(sampling.max_frames, video.num_frames)
+    height, width = target_size(
+        request.size, width=video.width, height=video.height, num_frames=count
+    )
+    return count * height * width * 3
+
+
+def audio_bytes(stream: AudioStream, limits: DecodeLimits, rate: int | None = None) -> int:
+    """Bytes of a decoded track, mixed to mono, if its header is right.
+
+    A track that is more than ``limits.max_output_bytes`` at its own rate is never decoded.
+
+    Args:
+        stream: The track.
+        limits: Of the job.
+        rate: Hz; None for the track's own.
+    """
+    seconds = min(stream.duration, limits.max_audio_s)
+    num_bytes = min(int(seconds * stream.sample_rate) * 4, limits.max_output_bytes)
+    return num_bytes if rate is None else num_bytes * rate // stream.sample_rate
