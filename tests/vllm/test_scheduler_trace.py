@@ -11,7 +11,7 @@ import pytest
 from scheduler_harness import Costs, Play, make_scheduler, request
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_mm_ext.adapters.scheduler.turn_reader import Arrival
+from vllm_mm_ext.adapters.scheduler.candidate_reader import Arrival
 from vllm_mm_ext.policies.scheduler.order import aged_after_s
 
 MINUTES = 10

@@ -29,7 +29,6 @@ import threading
 import time
 import uuid
 import weakref
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -40,6 +39,7 @@ import psutil  # type: ignore[import-untyped]
 
 from vllm_mm_ext.base import shared_file
 from vllm_mm_ext.base.shared_file import open_shared, remove_if_unused
+from vllm_mm_ext.base.shared_records import Region
 
 KEY_BYTES = 16
 ENGINES = 256
@@ -47,14 +47,10 @@ DECISIONS = 1 << 15
 # Places a key may be at, in one stretch. With half the table in use a stretch of 8 is full about
 # once in 60 times, and then the stretch's oldest decision makes way.
 _WAYS = 8
-# A reader that meets a writer finds the record whole when it looks once more: a write takes less
-# time than a look.
-_LOOKS = 3
 
 _PREFIX = "mm_ext-state-"
 _LOCK_WAIT_S = 0.05
 _LOCK_POLL_S = 0.001
-_CRC = struct.Struct("<I")
 _COUNT = struct.Struct("<I")
 _LOAD = struct.Struct("<9d")
 _STATE = struct.Struct("<iidd")
@@ -136,44 +132,10 @@ class Decision(NamedTuple):
     used: float
 
 
-class _Region:
-    """Consecutive records of one layout, each followed by its checksum; all zero is empty."""
-
-    def __init__(self, layout: struct.Struct, count: int, start: int) -> None:
-        self._layout = layout
-        self._stride = layout.size + _CRC.size
-        self._start = start
-        self.end = start + count * self._stride
-
-    def read(self, view: mmap.mmap, place: int) -> tuple[object, ...] | None:
-        """The values of a record; None if it is empty or torn."""
-        begin = self._start + place * self._stride
-        for _ in range(_LOOKS):
-            raw = view[begin : begin + self._stride]
-            body, checksum = raw[: self._layout.size], raw[self._layout.size :]
-            if _CRC.unpack(checksum)[0] == _checksum(body):
-                return self._layout.unpack(body)
-        return None
-
-    def write(self, view: mmap.mmap, place: int, *values: object) -> None:
-        body = self._layout.pack(*values)
-        begin = self._start + place * self._stride
-        view[begin : begin + self._stride] = body + _CRC.pack(_checksum(body))
-
-    def clear(self, view: mmap.mmap, place: int) -> None:
-        begin = self._start + place * self._stride
-        view[begin : begin + self._stride] = bytes(self._stride)
-
-
-def _checksum(body: bytes) -> int:
-    # Inverted, so that a record of zeros does not pass.
-    return zlib.crc32(body) ^ 0xFFFFFFFF
-
-
-_API_SERVERS = _Region(_COUNT, 1, 0)
-_LOADS = _Region(_LOAD, ENGINES, _API_SERVERS.end)
-_TIER = _Region(_STATE, 1, _LOADS.end)
-_TABLE = _Region(_DECISION, DECISIONS, _TIER.end)
+_API_SERVERS = Region(_COUNT, 1, 0)
+_LOADS = Region(_LOAD, ENGINES, _API_SERVERS.end)
+_TIER = Region(_STATE, 1, _LOADS.end)
+_TABLE = Region(_DECISION, DECISIONS, _TIER.end)
 SIZE = _TABLE.end
 
 

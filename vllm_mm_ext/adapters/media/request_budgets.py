@@ -16,6 +16,7 @@ import numpy as np
 
 from vllm_mm_ext.adapters.names.names_check import IncompatibleError
 from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.fetch.source import Fetched
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
@@ -75,7 +76,8 @@ def check_budgets() -> None:
         download_budget=connections.MediaRequestDownloadBudget(),
     )
     sound = Waveform(np.zeros(4, np.float32), digest="", rate=1)
-    content = MediaRef(Fetched("", 3, None), _unread)
+    claim = MediaBudget(1).claim()
+    content = MediaRef(Fetched("", 3, None), _unread, claim)
     charge_request(connector, "http://", MediaUse(content, AudioResult(sound, {}, False), 0, 0))
     if (connector.decoded_budget.used, connector.download_budget.used) != (sound.nbytes, 3):
         raise IncompatibleError("a request's media budgets do not add up what is charged")
