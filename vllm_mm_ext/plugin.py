@@ -19,7 +19,7 @@ from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus
 
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
-    from vllm_mm_ext.config.root import MediaConfig
+    from vllm_mm_ext.config.media_settings import MediaConfig
 
 
 def _install_config() -> None:

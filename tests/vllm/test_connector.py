@@ -28,8 +28,9 @@ from vllm_mm_ext.adapters.media.video_kwargs import (
     sampling_for,
 )
 from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime, detach_runtime
+from vllm_mm_ext.config.media_settings import SamplingConfig
 from vllm_mm_ext.config.options import Reduction
-from vllm_mm_ext.config.root import MMExtConfig, SamplingConfig
+from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule

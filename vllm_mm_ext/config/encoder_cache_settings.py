@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from vllm_mm_ext.config.section import Section
 
 
-class EncoderCacheSettings(BaseModel):
+class EncoderCacheSettings(Section):
     """Encoder outputs kept between requests, per engine.
 
     The device tier takes effect with `--ec-manager-config`, the host tier with both it and
     `--ec-transfer-config` (docs/architecture.md has the values). What is evicted is what is
     expected to save the least encoder work per byte.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     device_mb: float = Field(
         0.0,

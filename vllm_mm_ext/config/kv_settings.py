@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from vllm_mm_ext.config.section import Section
 
 
-class KVSettings(BaseModel):
+class KVSettings(Section):
     """What stays in the KV cache when nobody uses it at the moment.
 
     Media and the text before them are kept longer than other text, up to a quota. Kept blocks stay
     available: a request that needs them takes them.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = Field(True, description="False: stock vLLM's block pool.")
     max_visual_cache_gb: float | None = Field(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.config.section import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TierSettings(_Section):
+class TierSettings(Section):
     """When quality steps down under load, and by how much.
 
     Tier 0 is what a request asks for. Tier `i` begins where any of the four signals reaches the
@@ -91,7 +88,7 @@ class TierSettings(_Section):
         return len(self.resolution)
 
 
-class StickySettings(_Section):
+class StickySettings(Section):
     """How long a video keeps the tier it was first given, and within a session its tokens.
 
     A request that names no session, or another one, takes over the tier of the video; its tokens
@@ -119,7 +116,7 @@ _REDUCTIONS = (
 )
 
 
-class BudgetSettings(_Section):
+class BudgetSettings(Section):
     """How videos are made to fit, and what they are never lowered below.
 
     In this order: frames down to a sparse but even coverage, resolution down to its floor, token
@@ -186,7 +183,7 @@ def _at_least(stronger: Reduction, weaker: Reduction) -> bool:
     )
 
 
-class BoundSettings(_Section):
+class BoundSettings(Section):
     """What requests may ask for; more is a 400."""
 
     max_fps: float = Field(8.0, gt=0, le=60, description="Frames per second.")
@@ -211,7 +208,7 @@ class BoundSettings(_Section):
         return self
 
 
-class QualitySettings(_Section):
+class QualitySettings(Section):
     """Budgets per request, and quality that follows the load of the service.
 
     Load is known from the plugin's scheduler, or else from vLLM's engine statistics: with

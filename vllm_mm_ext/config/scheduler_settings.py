@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from vllm_mm_ext.config.section import Section
 
 
-class SchedulerSettings(BaseModel):
+class SchedulerSettings(Section):
     """What an engine step may hold, and how long a request may be passed by others.
 
     In effect with `--scheduler-cls vllm_mm_ext.scheduler.MMExtScheduler`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     target_itl_ms: float = Field(
         50.0,

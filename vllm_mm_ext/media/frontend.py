@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from blake3 import blake3
 
-from vllm_mm_ext.config.root import MIB, MediaConfig
+from vllm_mm_ext.config.media_settings import MediaConfig
+from vllm_mm_ext.config.root import MIB
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.audio import waveforms as audio_ops
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight

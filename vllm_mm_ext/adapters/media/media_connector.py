@@ -19,7 +19,7 @@ from vllm_mm_ext.adapters.media.downloads import StockDownloads
 from vllm_mm_ext.adapters.media.request_budgets import charge_request, charge_request_async
 from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_for
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
-from vllm_mm_ext.config.root import SamplingConfig
+from vllm_mm_ext.config.media_settings import SamplingConfig
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec

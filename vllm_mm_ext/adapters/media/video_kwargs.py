@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_mm_ext.config.root import SamplingConfig
+from vllm_mm_ext.config.media_settings import SamplingConfig
 from vllm_mm_ext.config.schema import problems
 from vllm_mm_ext.errors import MediaError
 

@@ -1,0 +1,153 @@
+"""Settings of the media front-end, the section ``mm_ext.media`` of the configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vllm_mm_ext.config.section import Section
+
+
+class SamplingConfig(Section):
+    """Which frames of a video the model sees."""
+
+    policy: Literal["uniform", "keyframe", "adaptive", "stock"] = Field(
+        "uniform",
+        description="`uniform`: at a fixed step while the limits allow, else spaced evenly. "
+        "`keyframe`: the container's keyframes. "
+        "`adaptive`: by content, more frames where something happens. `stock`: the frames vLLM's "
+        "own loader would choose for the model, whatever the settings below.",
+    )
+    fps: float = Field(
+        1.0, gt=0, le=60, description="Frames per second asked for before the frame limits apply."
+    )
+    max_frames: int = Field(
+        32, ge=1, le=4096, description="Hard ceiling on the frames of one video."
+    )
+    min_frames: int = Field(
+        4, ge=1, le=4096, description="Floor on the frames of one video, where it has that many."
+    )
+    min_fps: float = Field(
+        0.1, ge=0, le=60, description="`adaptive`: every second keeps this rate, budget allowing."
+    )
+    max_fps: float = Field(
+        8.0, gt=0, le=60, description="`adaptive`: no second gets more than this rate."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SamplingConfig:
+        if self.min_frames > self.max_frames:
+            raise ValueError(
+                f"min_frames ({self.min_frames}) must not exceed max_frames ({self.max_frames})"
+            )
+        if self.min_fps > self.max_fps:
+            raise ValueError(f"min_fps ({self.min_fps}) must not exceed max_fps ({self.max_fps})")
+        return self
+
+
+class DecodeConfig(Section):
+    """The pool of decode worker processes and its hard limits per job."""
+
+    backend: Literal["auto", "pyav", "decord"] = Field(
+        "auto", description="Decoder; `auto` is the measured best (docs/decoders.md)."
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Decodes at a time per API server, and probes of containers beside them, each "
+        "in a worker process; 0: one per core, at most 8.",
+    )
+    threads: int = Field(0, ge=0, le=64, description="FFmpeg threads per job; 0: one per core.")
+    timeout_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds a job may run before its worker is killed."
+    )
+    worker_memory_mb: int = Field(
+        4096, ge=512, le=1 << 20, description="Address-space ceiling of one worker, MiB."
+    )
+    max_pixels: int = Field(
+        8192 * 4320, ge=1 << 10, description="Pixels of one source frame; larger is refused."
+    )
+    max_duration_s: float = Field(
+        4 * 3600.0, gt=0, description="Seconds of video; longer is refused."
+    )
+    max_output_mb: int = Field(
+        1024, ge=16, le=1 << 16, description="Decoded frames of one video, MiB; more is refused."
+    )
+
+
+class CacheConfig(Section):
+    """What the front-end holds in memory, per API server: remembered, and being worked on."""
+
+    encoded_mb: int = Field(
+        512, ge=0, le=1 << 20, description="Encoded media files kept in memory, MiB."
+    )
+    decoded_mb: int = Field(
+        1024, ge=0, le=1 << 20, description="Sampled frames and waveforms kept in memory, MiB."
+    )
+    in_flight_mb: int = Field(
+        2048,
+        ge=16,
+        le=1 << 20,
+        description="The media budget: encoded files and decoded frames that all requests together "
+        "are working on, from download to preprocessing, MiB; further ones wait. What the two "
+        "caches keep does not count.",
+    )
+    max_wait_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds media waits for room in the media budget before its request is "
+        "refused with a 503.",
+    )
+
+
+class FetchConfig(Section):
+    """Where media may be downloaded from, beside vLLM's `--allowed-media-domains`.
+
+    Link-local addresses and the metadata services of clouds are refused whatever is set here.
+    """
+
+    private_addresses: Literal["allow", "refuse"] = Field(
+        "allow",
+        description="`allow`: as stock vLLM, clients may name loopback and private addresses. "
+        "`refuse`: not those; for servers whose clients are not trusted.",
+    )
+
+
+class AudioConfig(Section):
+    """Waveforms: audio items and the sound of videos."""
+
+    in_video: Literal["auto", "off"] = Field(
+        "auto",
+        description="`auto`: omni models hear the sound of a `video_url`, from the same fetch. "
+        "`off`: video is silent.",
+    )
+    max_duration_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds of audio; null: vLLM's own VLLM_MAX_AUDIO_DECODE_DURATION_S. "
+        "Never looser than vLLM's.",
+    )
+    overflow: Literal["error", "truncate"] = Field(
+        "error", description="What happens to audio past the limit: a 413, or it is cut there."
+    )
+
+
+class MediaConfig(Section):
+    """The media front-end: from URL to sampled frames and waveforms."""
+
+    enabled: bool = Field(
+        True, description="False leaves media loading to stock vLLM; the rest stays active."
+    )
+    resize: Literal["target", "native"] = Field(
+        "target",
+        description="`target`: frames leave the decoder at the size the model's processor would "
+        "resize them to. `native`: at full size, as stock vLLM delivers them.",
+    )
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    fetch: FetchConfig = Field(default_factory=FetchConfig)
+    decode: DecodeConfig = Field(default_factory=DecodeConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    audio: AudioConfig = Field(default_factory=AudioConfig)
