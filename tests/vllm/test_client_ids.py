@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_mm_ext.base.client_ids import MAX_CHARACTERS, MAX_HASH_CHARACTERS, short_id
-from vllm_mm_ext.policies.kv.control import KVControl
+from vllm_mm_ext.policies.kv.control import UTILITY, KVClient, KVControl, answer
+from vllm_mm_ext.policies.kv.sessions import session_key
 from vllm_mm_ext.testing.media import make_audio, make_clip
 
 LONG = "x" * (1 << 20)
@@ -134,11 +136,24 @@ def test_a_long_hash_of_media_made_elsewhere_is_refused() -> None:
         asyncio.run(ask("x" * MAX_HASH_CHARACTERS))
 
 
-def test_a_session_with_a_long_id_can_be_pinned_and_released(front: Front) -> None:
+class EngineOf:
+    """The engine that answers a client, in this process."""
+
+    def __init__(self, control: KVControl) -> None:
+        self._control = control
+        self.items: list[int] = []
+
+    async def call_utility_async(self, utility: str, action: str, key: str) -> None:
+        assert utility == UTILITY
+        self.items.append(answer(self._control, action, key))
+
+
+async def test_a_session_with_a_long_id_can_be_pinned_and_released(front: Front) -> None:
     session = request_of(front, rendered(front, parts(front, "a", "b")), LONG).session_id
     pool = Engine(64).pool
-    control = KVControl(pool)
-    pool.sessions.use(session, 1)
-    assert control.pin(LONG) == 1
-    assert control.unpin(LONG) == 1
-    assert control.release(LONG) == 1
+    pool.sessions.use(session_key(session, None), 1)
+    core = EngineOf(KVControl(pool))
+    client = KVClient(SimpleNamespace(engine_core=core))
+    for action in (client.pin, client.unpin, client.release):
+        await action(LONG)
+    assert core.items == [1, 1, 1]

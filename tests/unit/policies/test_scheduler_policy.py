@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.adapters.scheduler.candidates import Candidate, chunk_limits, finishing_first
+from vllm_mm_ext.adapters.scheduler.step_candidates import Candidate, chunk_limits, finishing_first
 from vllm_mm_ext.config.scheduler_settings import SchedulerSettings
 from vllm_mm_ext.policies.scheduler.encoder_plan import (
     EncoderCapacity,

@@ -8,9 +8,9 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.adapters.scheduler.admission import Admission
-from vllm_mm_ext.adapters.scheduler.candidates import Candidate
 from vllm_mm_ext.adapters.scheduler.media_work import MediaWork, Need
 from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT, SortKeys
+from vllm_mm_ext.adapters.scheduler.step_candidates import Candidate
 from vllm_mm_ext.policies.scheduler.backlog import Backlog
 from vllm_mm_ext.policies.scheduler.order import (
     Order,

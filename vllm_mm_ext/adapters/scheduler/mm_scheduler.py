@@ -22,17 +22,17 @@ from vllm.v1.request import RequestStatus
 from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
 from vllm_mm_ext.adapters.scheduler.admission import Admission, Scarce
 from vllm_mm_ext.adapters.scheduler.candidate_reader import CandidateReader, free_slots
-from vllm_mm_ext.adapters.scheduler.candidates import (
+from vllm_mm_ext.adapters.scheduler.encoder_inputs import EncoderInputs
+from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
+from vllm_mm_ext.adapters.scheduler.queue import ArrangedQueue
+from vllm_mm_ext.adapters.scheduler.start_warnings import start_warnings
+from vllm_mm_ext.adapters.scheduler.step_candidates import (
     Candidate,
     chunk_limits,
     decode_tokens,
     demands,
     finishing_first,
 )
-from vllm_mm_ext.adapters.scheduler.encoder_inputs import EncoderInputs
-from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
-from vllm_mm_ext.adapters.scheduler.queue import ArrangedQueue
-from vllm_mm_ext.adapters.scheduler.start_warnings import start_warnings
 from vllm_mm_ext.adapters.scheduler.step_demand import StepState, running_of, step_demand, text_of
 from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.config.root import MMExtConfig

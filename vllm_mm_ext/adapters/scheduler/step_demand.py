@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 
-from vllm_mm_ext.adapters.scheduler.candidates import Candidate, demands, ready_media
+from vllm_mm_ext.adapters.scheduler.step_candidates import Candidate, demands, ready_media
 from vllm_mm_ext.policies.scheduler.encoder_plan import first_served
 from vllm_mm_ext.policies.scheduler.step_budget import NOTHING, Demand, Remainder
 
