@@ -148,12 +148,12 @@ class EngineOf:
         self.items.append(answer(self._control, action, key))
 
 
-async def test_a_session_with_a_long_id_can_be_pinned_and_released(front: Front) -> None:
+def test_a_session_with_a_long_id_can_be_pinned_and_released(front: Front) -> None:
     session = request_of(front, rendered(front, parts(front, "a", "b")), LONG).session_id
     pool = Engine(64).pool
     pool.sessions.use(session_key(session, None), 1)
     core = EngineOf(KVControl(pool))
     client = KVClient(SimpleNamespace(engine_core=core))
     for action in (client.pin, client.unpin, client.release):
-        await action(LONG)
+        asyncio.run(action(LONG))
     assert core.items == [1, 1, 1]

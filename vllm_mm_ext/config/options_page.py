@@ -46,7 +46,7 @@ that lists them.
 | `/v1/chat/completions/batch` | as chat | a 400; the server's settings apply |
 | `/tokenize`, `/v1/chat/completions/render` | as chat | a 400; the server's settings apply |
 | `/v1/embeddings` and vLLM's other pooling routes | as chat | a 400; the server's settings apply |
-| `/v1/messages`, its `/count_tokens`, `/cohere/v2/chat` | images | a 400; the server's settings apply |
+| `/v1/messages*`, `/cohere/v2/chat` | images | a 400; the server's settings apply |
 
 `/tokenize` fetches and plans the videos of a conversation as a chat completion without a block
 would, so its count is that completion's.
