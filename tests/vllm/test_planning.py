@@ -199,6 +199,13 @@ def test_text_and_the_answer_leave_less_for_videos(front: Front) -> None:
     assert crowded.video_tokens < free.video_tokens
 
 
+def test_a_video_that_is_sampled_otherwise_takes_over_no_decision(front: Front) -> None:
+    asked: dict[str, Any] = {"session": "sampled", "media_io_kwargs": {"video": {"num_frames": 2}}}
+    assert front.render("other.mp4", **asked).videos[0]["frames"] == 2
+    (plain,) = front.render("other.mp4", session="sampled").videos
+    assert (plain["frames"], plain["lowered"]) == (12, [])
+
+
 @pytest.mark.parametrize("session", [None, "short"])
 def test_long_text_beside_a_video_takes_nothing_from_it_in_other_sessions(
     front: Front, session: str | None

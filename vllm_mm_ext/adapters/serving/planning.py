@@ -264,7 +264,7 @@ class _Conversation:
         )
         sources = [
             VideoSource(
-                self._own(video.ref.digest),
+                self._own(video),
                 video.stream.duration,
                 video.stream.num_frames,
                 video.stream.width,
@@ -283,14 +283,15 @@ class _Conversation:
             context=self._context(controller, text_tokens),
         )
 
-    def _own(self, digest: str) -> str:
-        """A video's digest, another one for each engine and each ``cache_salt``.
+    def _own(self, video: PlannedVideo) -> str:
+        """A digest of a video as it is asked for here: by this engine, salt and sampling.
 
         Decisions that stand are looked up by it. vLLM lets requests with different salts, and with
-        different engines, share no prefix cache; they share no decisions either.
+        different engines, share no prefix cache; they share no decisions either. With other
+        ``media_io_kwargs`` the video is sampled otherwise, and needs other tokens.
         """
         hasher = blake3(str(self.runtime.number).encode())
-        for part in (digest, self.context.cache_salt or ""):
+        for part in (video.ref.digest, self.context.cache_salt or "", video.plan.key()):
             hasher.update(b"|" + part.encode())
         return str(hasher.hexdigest())
 
