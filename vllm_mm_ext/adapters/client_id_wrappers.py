@@ -64,11 +64,15 @@ CLIENT_ID_FEATURE = Feature(
     "client ids",
     "ids of media and sessions are kept as long as clients send them",
     (
-        VllmName(f"{_RENDERER}._process_mm_uuids", ("mm_data", "mm_data_items", "mm_uuid_items")),
-        VllmName(f"{_INPUTS}.process_inputs", ("session_id",)),
+        VllmName(
+            f"{_RENDERER}._process_mm_uuids",
+            ("mm_data", "mm_data_items", "mm_uuid_items"),
+            passed_on=True,
+        ),
+        VllmName(f"{_INPUTS}.process_inputs", ("session_id",), passed_on=True),
         VllmName(f"{_TOKENS}.serving:ServingTokens.serve_tokens", ("request",)),
-        VllmName(f"{_TOKENS}.protocol:MultiModalFeatures", ("mm_hashes",)),
-        VllmName(f"{_TOKENS}.protocol:GenerateRequest", ("features",)),
+        VllmName(f"{_TOKENS}.protocol:MultiModalFeatures", ("mm_hashes",), passed_on=True),
+        VllmName(f"{_TOKENS}.protocol:GenerateRequest", ("features",), passed_on=True),
     ),
     shorten_client_ids,
 )

@@ -147,10 +147,15 @@ SERVING_FEATURES: tuple[Feature, ...] = (
         (
             VllmName(f"{_OUTPUTS}:OutputProcessor.process_outputs", ("engine_core_outputs",)),
             VllmName(f"{_OUTPUTS}:RequestOutputCollector.put", ("output",)),
-            VllmName("vllm.v1.engine:EngineCoreOutput", ("request_id", "mm_cache_miss_hashes")),
+            VllmName(
+                "vllm.v1.engine:EngineCoreOutput",
+                ("request_id", "mm_cache_miss_hashes"),
+                passed_on=True,
+            ),
             VllmName(
                 "vllm.multimodal.processing:BaseMultiModalProcessor._merge_mm_kwargs",
                 ("cache", "mm_hashes", "mm_is_cached"),
+                passed_on=True,
             ),
             VllmName(
                 "vllm.multimodal.cache:BaseMultiModalProcessorCache.is_cached_item", ("mm_hash",)
