@@ -31,3 +31,12 @@ def test_no_two_modules_share_a_file_name_but_those_of_one_model_family():
 def test_every_file_is_readable_in_one_sitting():
     long = {str(p): n for p in modules() if (n := len((PACKAGE / p).read_text().split("\n"))) > 401}
     assert not long
+
+
+def test_the_package_has_one_context_variable():
+    made = {
+        str(path.relative_to(PACKAGE)): count
+        for path in PACKAGE.rglob("*.py")
+        if (count := path.read_text().count("ContextVar("))
+    }
+    assert made == {"request/context.py": 1}

@@ -46,7 +46,7 @@ class FrontendCosts:
         limits: The front-end's limits, which cut long sound.
 
     The processor counts with a tokenizer of its own, which vLLM keeps to one thread: tokens are
-    counted there only (``vllm_wrappers.on_processor_thread``).
+    counted there only (``rendering_wrappers.on_processor_thread``).
     """
 
     def __init__(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 
 _MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
 _CONNECTORS = "vllm.distributed.ec_transfer.ec_connector"
 _BASE = f"{_CONNECTORS}.base:ECConnectorBase"
 _CPU = f"{_CONNECTORS}.cpu"
 
-DEVICE_TIER_NAMES = (
+DEVICE_TIER_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_MANAGER}.create_manager", ("cache_size", "vllm_config")),
     VllmName(f"{_MANAGER}.check_and_update_cache", ("request", "input_id")),
     VllmName(f"{_MANAGER}.get_cached_num_encoder_embeds", ("request", "input_id")),
@@ -28,18 +29,54 @@ DEVICE_TIER_NAMES = (
     VllmName("vllm.v1.request:Request.get_num_encoder_embeds", ("input_id",)),
     VllmName("vllm.multimodal.inputs:PlaceholderRange", ("offset", "length")),
     VllmName("vllm.config:ModelConfig.get_inputs_embeds_size"),
+    # What objects have and the plugin reads or sets.
+    VllmAttributes(_MANAGER, ("cache_size", "num_freeable_slots")),
+    VllmAttributes("vllm.v1.request:Request", ("mm_features", "request_id")),
+    VllmAttributes(
+        "vllm.multimodal.inputs:MultiModalFeatureSpec",
+        ("data", "identifier", "mm_position", "modality"),
+    ),
+    VllmAttributes(
+        "vllm.multimodal.inputs:PlaceholderRange", ("get_num_embeds", "length", "offset")
+    ),
+    VllmAttributes(
+        "vllm.config:VllmConfig",
+        ("additional_config", "ec_transfer_config", "model_config", "scheduler_config"),
+    ),
+    VllmAttributes("vllm.config:ModelConfig", ("dtype", "hf_config", "is_encoder_decoder")),
+    VllmAttributes("vllm.config:SchedulerConfig", ("policy",)),
+    VllmAttributes("vllm.config:ECTransferConfig", ("mm_encoder_output_widths",)),
 )
 
-HOST_TIER_NAMES = (
+HOST_TIER_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_BASE}.__init__", ("vllm_config", "role")),
     VllmName(f"{_BASE}.start_load_caches", ("encoder_cache",)),
     VllmName(f"{_BASE}.save_caches", ("encoder_cache", "mm_hash")),
     VllmName(f"{_BASE}.has_cache_item", ("identifier",)),
     VllmName(f"{_BASE}.update_state_after_alloc", ("request", "index")),
     VllmName(f"{_BASE}.build_connector_meta", ("scheduler_output",)),
+    VllmName(f"{_BASE}._get_connector_metadata"),
+    VllmName(f"{_CONNECTORS}.base:ECConnectorMetadata"),
+    VllmAttributes(f"{_CONNECTORS}.base:ECConnectorRole", ("SCHEDULER",)),
+    VllmAttributes(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        ("scheduled_encoder_inputs", "total_num_scheduled_tokens"),
+    ),
+    VllmAttributes(
+        "vllm.config:VllmConfig",
+        ("ec_manager_config", "kv_transfer_config", "parallel_config", "use_v2_model_runner"),
+    ),
+    VllmAttributes(
+        "vllm.config:ECTransferConfig",
+        ("ec_connector_extra_config", "ec_role", "is_ec_consumer", "is_ec_producer"),
+    ),
+    VllmAttributes("vllm.config:EncoderCacheManagerConfig", ("encoder_cache_manager_cls",)),
+    VllmAttributes("vllm.config:KVTransferConfig", ("is_kv_consumer",)),
+    VllmAttributes("vllm.config:ModelConfig", ("multimodal_config",)),
+    VllmAttributes("vllm.config:MultiModalConfig", ("allow_missing_mm_embeddings",)),
 )
 
-CUDA_HOST_TIER_NAMES = (
+CUDA_HOST_TIER_NAMES: tuple[Checked, ...] = (
     *HOST_TIER_NAMES,
     VllmName(f"{_BASE}.start_save_caches"),
     VllmName(f"{_CPU}.connector:ECCPUConnector._make_scheduler", ("vllm_config",)),
@@ -54,6 +91,31 @@ CUDA_HOST_TIER_NAMES = (
     VllmName(
         f"{_CPU}.worker:ECCPUWorker.save_caches", ("encoder_cache", "mm_hash", "connector_metadata")
     ),
+    VllmAttributes(f"{_CPU}.connector:ECCPUConnector", ("connector_scheduler",)),
+    VllmAttributes(f"{_CPU}.common:ECCPUConnectorMetadata", ("saves",)),
+    VllmAttributes(
+        f"{_CPU}.scheduler:ECCPUScheduler",
+        ("_cache", "_load_acks", "_pending_loads", "_region", "has_cache_item"),
+    ),
+    VllmAttributes(
+        f"{_CPU}.scheduler.embedding_cache:EmbeddingCache",
+        (
+            "_entries",
+            "_entries_free_list",
+            "_evictable_block_count",
+            "_free_blocks",
+            "_lock",
+            "_num_blocks",
+            "get",
+            "unpin",
+        ),
+    ),
+    VllmAttributes(f"{_CPU}.scheduler.embedding_cache:CacheEntry", ("block_ids", "evictable")),
+    VllmAttributes("vllm.config:ParallelConfig", ("pipeline_parallel_size",)),
 )
 
-EMBEDS_NAMES = (VllmName("vllm.config:VllmConfig._resolve_mm_embedding_inputs", ("self",)),)
+EMBEDS_NAMES: tuple[Checked, ...] = (
+    VllmName("vllm.config:VllmConfig._resolve_mm_embedding_inputs", ("self",)),
+    VllmAttributes("vllm.config:VllmConfig", ("ec_transfer_config",)),
+    VllmAttributes("vllm.config:ECTransferConfig", ("ec_connector",)),
+)

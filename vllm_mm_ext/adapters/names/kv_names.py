@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 
 _CORE = "vllm.v1.core"
 _POOL = f"{_CORE}.block_pool:BlockPool"
 _QUEUE = f"{_CORE}.kv_cache_utils:FreeKVCacheBlockQueue"
 _CACHE = ("request", "blocks", "num_cached_blocks", "num_full_blocks", "block_size")
 
-POOL_NAMES: tuple[VllmName, ...] = (
+POOL_NAMES: tuple[Checked, ...] = (
     VllmName(
         f"{_CORE}.sched.scheduler:Scheduler.__init__",
         ("vllm_config", "kv_cache_config", "structured_output_manager"),
@@ -48,21 +49,73 @@ POOL_NAMES: tuple[VllmName, ...] = (
     VllmName(
         "vllm.multimodal.inputs:MultiModalFeatureSpec", ("modality", "identifier"), passed_on=True
     ),
+    VllmName(f"{_CORE}.kv_cache_metrics:KVCacheMetricsCollector.on_block_accessed", ("block",)),
+    VllmName(f"{_CORE}.block_pool:BlockHashToBlockMap.contain", ("key", "block_id")),
+    # What objects have and the plugin reads or sets.
+    VllmAttributes(
+        _POOL,
+        (
+            "blocks",
+            "cached_block_hash_to_block",
+            "free_block_queue",
+            "hash_block_size",
+            "metrics_collector",
+            "null_block",
+            "num_gpu_blocks",
+        ),
+    ),
+    VllmAttributes(_QUEUE, ("get_all_free_blocks", "num_free_blocks")),
+    VllmAttributes(
+        f"{_CORE}.kv_cache_utils:KVCacheBlock", ("block_hash", "block_id", "is_null", "ref_cnt")
+    ),
+    VllmAttributes(f"{_CORE}.kv_cache_manager:KVCacheManager", ("block_pool", "coordinator")),
+    VllmAttributes(f"{_CORE}.kv_cache_coordinator:KVCacheCoordinator", ("single_type_managers",)),
+    VllmAttributes(
+        f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager",
+        ("block_pool", "block_size", "req_to_blocks"),
+    ),
+    VllmAttributes(f"{_CORE}.sched.scheduler:Scheduler", ("kv_cache_manager",)),
+    VllmAttributes(
+        "vllm.v1.request:Request",
+        (
+            "block_hashes",
+            "cache_salt",
+            "mm_features",
+            "num_computed_tokens",
+            "num_preemptions",
+            "prompt_token_ids",
+            "request_id",
+            "session_id",
+        ),
+    ),
+    VllmAttributes(
+        "vllm.multimodal.inputs:MultiModalFeatureSpec", ("identifier", "modality", "mm_position")
+    ),
+    VllmAttributes("vllm.multimodal.inputs:PlaceholderRange", ("length", "offset")),
+    VllmAttributes("vllm.v1.kv_cache_interface:KVCacheConfig", ("kv_cache_tensors", "num_blocks")),
+    VllmAttributes("vllm.v1.kv_cache_interface:KVCacheTensor", ("size",)),
+    VllmAttributes(
+        "vllm.config:VllmConfig", ("additional_config", "attention_config", "model_config")
+    ),
+    VllmAttributes("vllm.config:ModelConfig", ("get_hidden_size", "hf_config")),
 )
 
-CONTROL_NAMES: tuple[VllmName, ...] = (
+CONTROL_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.v1.engine.core:EngineCore.reset_prefix_cache", ("self",)),
     VllmName("vllm.v1.engine.core_client:AsyncMPClient.call_utility_async", ("method",)),
+    VllmAttributes("vllm.v1.engine.core:EngineCore", ("scheduler",)),
+    VllmAttributes(f"{_CORE}.sched.scheduler:Scheduler", ("kv_cache_manager",)),
+    VllmAttributes(f"{_CORE}.kv_cache_manager:KVCacheManager", ("block_pool",)),
 )
 
 _POLICY = "vllm.v1.kv_offload.cpu.policies.base:CachePolicy"
 
 # What the eviction policy of the host tier overrides and calls. vLLM 0.33 gives ``insert`` a
 # ``req_context``, which 0.32 does not have.
-OFFLOAD_NAMES: tuple[VllmName, ...] = (
+OFFLOAD_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_POLICY}.__init__", ("cache_capacity",)),
     VllmName(f"{_POLICY}.get", ("key",)),
-    VllmName(f"{_POLICY}.insert", ("key", "chunk")),
+    VllmName(f"{_POLICY}.insert", ("key", "chunk"), passed_on=True),
     VllmName(f"{_POLICY}.remove", ("key",)),
     VllmName(f"{_POLICY}.touch", ("keys", "req_context")),
     VllmName(f"{_POLICY}.on_store_miss", ("keys", "req_context")),
@@ -78,6 +131,9 @@ OFFLOAD_NAMES: tuple[VllmName, ...] = (
         "vllm.v1.kv_offload.cpu.policies.base:order_request_keys", ("key_groups", "req_context")
     ),
     VllmName("vllm.v1.kv_offload.base:ReqContext.get_offload_key_position", ("key",)),
+    VllmName("vllm.v1.kv_offload.base:OffloadKey"),
+    VllmAttributes(_POLICY, ("cache_capacity",)),
+    VllmAttributes("vllm.v1.kv_offload.cpu.policies.base:ChunkStatus", ("ref_cnt",)),
 )
 
 # What vLLM wants of every cache policy.

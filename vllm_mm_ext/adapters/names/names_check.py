@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 # What a method is called on: in its signature or not, as it is looked up.
 _BOUND = frozenset({"self", "cls"})
@@ -18,6 +18,13 @@ _BOUND = frozenset({"self", "cls"})
 
 class IncompatibleError(RuntimeError):
     """A vLLM name a feature relies on is missing or takes other parameters."""
+
+
+class Checked(Protocol):
+    """An entry of the lists of what a feature relies on."""
+
+    def check(self) -> None:
+        """Raise ``IncompatibleError`` if vLLM is not as the entry says."""
 
 
 class Parameters(NamedTuple):
@@ -149,7 +156,7 @@ def _names_bound(statement: ast.stmt) -> list[str]:
     return []
 
 
-def problem(names: Iterable[VllmName]) -> str | None:
+def problem(names: Iterable[Checked]) -> str | None:
     """Why something that relies on these names cannot work, or None if it can."""
     try:
         for name in names:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _ENCODER = (
@@ -14,7 +15,7 @@ _ENCODER = (
 )
 _MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
 
-SCHEDULER_NAMES = (
+SCHEDULER_NAMES: tuple[Checked, ...] = (
     VllmName(
         _SCHEDULER,
         ("vllm_config", "kv_cache_config", "structured_output_manager"),
@@ -69,55 +70,90 @@ SCHEDULER_NAMES = (
     VllmName(f"{_MANAGER}.free", ("request",)),
     VllmName(f"{_MANAGER}.free_encoder_input", ("request", "input_id")),
     VllmName(f"{_MANAGER}.get_cached_input_ids", ("request",)),
-)
-
-# What ``Scheduler.__init__`` sets and the plugin's scheduler reads or sets.
-SCHEDULER_ATTRIBUTES = (
-    "connector",
-    "current_step",
-    "deferred_waiting",
-    "ec_connector",
-    "encoder_cache_manager",
-    "is_encoder_decoder",
-    "kv_cache_manager",
-    "kv_holding_waiting",
-    "lora_config",
-    "max_num_active_reqs",
-    "max_num_encoder_input_tokens",
-    "max_num_scheduled_tokens",
-    "need_mamba_block_aligned_split",
-    "num_prefill_lookahead",
-    "num_waiting_for_streaming_input",
-    "parallel_config",
-    "policy",
-    "prefill_capacity_bound",
-    "requests",
-    "running",
-    "scheduler_config",
-    "use_v2_model_runner",
-    "waiting",
+    # What objects have and the plugin reads or sets.
+    VllmAttributes(
+        _SCHEDULER,
+        (
+            "connector",
+            "current_step",
+            "deferred_waiting",
+            "ec_connector",
+            "encoder_cache_manager",
+            "is_encoder_decoder",
+            "kv_cache_manager",
+            "kv_holding_waiting",
+            "lora_config",
+            "max_num_active_reqs",
+            "max_num_encoder_input_tokens",
+            "max_num_scheduled_tokens",
+            "need_mamba_block_aligned_split",
+            "num_prefill_lookahead",
+            "num_waiting_for_streaming_input",
+            "parallel_config",
+            "policy",
+            "prefill_capacity_bound",
+            "requests",
+            "running",
+            "scheduler_config",
+            "use_v2_model_runner",
+            "vllm_config",
+            "waiting",
+        ),
+    ),
+    VllmAttributes(
+        "vllm.v1.request:Request",
+        (
+            "arrival_time",
+            "block_hashes",
+            "is_prefill_chunk",
+            "kv_transfer_params",
+            "lora_request",
+            "mm_features",
+            "num_computed_tokens",
+            "num_output_placeholders",
+            "pooling_params",
+            "priority",
+            "request_id",
+            "status",
+        ),
+    ),
+    VllmAttributes("vllm.v1.request:RequestStatus", ("RUNNING",)),
+    VllmAttributes(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager", ("block_pool", "coordinator", "usage")
+    ),
+    VllmAttributes(_MANAGER, ("num_freeable_slots",)),
+    VllmAttributes("vllm.v1.core.sched.request_queue:RequestQueue", ("peek_request",)),
+    VllmAttributes(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        (
+            "num_scheduled_tokens",
+            "scheduled_encoder_inputs",
+            "scheduled_new_reqs",
+            "total_num_scheduled_tokens",
+        ),
+    ),
+    VllmAttributes("vllm.v1.core.sched.output:NewRequestData", ("mm_features", "req_id")),
+    VllmAttributes("vllm.multimodal.inputs:MultiModalFeatureSpec", ("identifier", "mm_position")),
+    VllmAttributes(
+        "vllm.multimodal.inputs:PlaceholderRange", ("get_num_embeds", "length", "offset")
+    ),
+    VllmAttributes(
+        "vllm.config:VllmConfig", ("additional_config", "model_config", "scheduler_config")
+    ),
+    VllmAttributes("vllm.config:ModelConfig", ("is_diffusion",)),
+    VllmAttributes(
+        "vllm.config:SchedulerConfig",
+        ("async_scheduling", "disable_chunked_mm_input", "enable_chunked_prefill"),
+    ),
+    VllmAttributes("vllm.config:ParallelConfig", ("data_parallel_index",)),
+    VllmAttributes("vllm.config:LoRAConfig", ("max_loras",)),
+    VllmAttributes("vllm.lora.request:LoRARequest", ("lora_int_id",)),
 )
 
 # What ``Scheduler.__init__`` sets from vLLM 0.33 on, where ``--prefill-schedule-interval`` acts on
 # engines that are not part of a data-parallel group: the interval in steps, the last step with
 # prefill, and steps so far.
 CADENCE_ATTRIBUTES = ("local_prefill_interval", "last_prefill_step", "num_executed_steps")
-
-# What ``Request.__init__`` sets and the plugin's scheduler reads.
-REQUEST_ATTRIBUTES = (
-    "arrival_time",
-    "block_hashes",
-    "is_prefill_chunk",
-    "kv_transfer_params",
-    "lora_request",
-    "mm_features",
-    "num_computed_tokens",
-    "num_output_placeholders",
-    "pooling_params",
-    "priority",
-    "request_id",
-    "status",
-)
 
 # What vLLM asks of a waiting queue.
 QUEUE_METHODS = (

@@ -10,8 +10,6 @@ from vllm_mm_ext.adapters.names.names_check import problem
 from vllm_mm_ext.adapters.names.scheduler_names import (
     CADENCE_ATTRIBUTES,
     QUEUE_METHODS,
-    REQUEST_ATTRIBUTES,
-    SCHEDULER_ATTRIBUTES,
     SCHEDULER_NAMES,
 )
 
@@ -37,26 +35,14 @@ def scheduler_class() -> Any:
 
 def scheduler_problem() -> str | None:
     """What of vLLM is not as the plugin's scheduler needs it; None if all is."""
-    return problem(SCHEDULER_NAMES) or _changed_attributes()
+    return problem(SCHEDULER_NAMES) or _changed_interfaces()
 
 
-def _changed_attributes() -> str | None:
-    """What vLLM's classes no longer have of what is read and set here, or want beyond it."""
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
+def _changed_interfaces() -> str | None:
+    """What is missing of vLLM's prefill cadence, or wanted of queues beyond what is known."""
     from vllm.v1.core.sched.request_queue import RequestQueue
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import Request
 
-    owners = (
-        (Scheduler, SCHEDULER_ATTRIBUTES),
-        (KVCacheManager, ("coordinator",)),
-        (Request, REQUEST_ATTRIBUTES),
-    )
-    for owner, names in owners:
-        known = inspect.unwrap(owner.__init__).__code__.co_names
-        missing = [name for name in names if name not in known]
-        if missing:
-            return f"vLLM's {owner.__name__} no longer has {', '.join(missing)}"
     known = inspect.unwrap(Scheduler.__init__).__code__.co_names
     cadence = [name for name in CADENCE_ATTRIBUTES if name in known]
     if cadence and len(cadence) < len(CADENCE_ATTRIBUTES):

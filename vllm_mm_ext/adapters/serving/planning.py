@@ -22,9 +22,9 @@ from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, server_plan
 from vllm_mm_ext.adapters.quality.service import controller_for
+from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
-from vllm_mm_ext.adapters.vllm_wrappers import on_processor_thread
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS
 from vllm_mm_ext.media.fetch.fetcher import MediaRef

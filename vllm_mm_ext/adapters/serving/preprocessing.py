@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_mm_ext.adapters.rendering_wrappers import Span
 from vllm_mm_ext.adapters.runtime import runtime_of
-from vllm_mm_ext.adapters.vllm_wrappers import Span
 from vllm_mm_ext.request.context import current_request
 
 

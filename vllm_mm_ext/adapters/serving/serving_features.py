@@ -15,37 +15,37 @@ _RENDER = ("conversations", "chat_params", "tok_params")
 
 
 def _install_timing() -> None:
-    from vllm_mm_ext.adapters import vllm_wrappers
+    from vllm_mm_ext.adapters import rendering_wrappers
     from vllm_mm_ext.adapters.serving.preprocessing import finished, started
 
-    vllm_wrappers.around_preprocessing(started, finished)
+    rendering_wrappers.around_preprocessing(started, finished)
 
 
 def _install_options() -> None:
-    from vllm_mm_ext.adapters import vllm_wrappers
+    from vllm_mm_ext.adapters import route_wrappers
     from vllm_mm_ext.adapters.serving import answers
 
-    vllm_wrappers.around_chat(answers.begin, answers.answered, answers.streamed)
-    vllm_wrappers.around_responses(answers.begin, answers.resume, answers.answered)
-    vllm_wrappers.before_other_routes(answers.begin_without_options)
+    route_wrappers.around_chat(answers.begin, answers.answered, answers.streamed)
+    route_wrappers.around_responses(answers.begin, answers.resume, answers.answered)
+    route_wrappers.before_other_routes(answers.begin_without_options)
 
 
 def _install_planning() -> None:
-    from vllm_mm_ext.adapters import vllm_wrappers
+    from vllm_mm_ext.adapters import rendering_wrappers
     from vllm_mm_ext.adapters.serving.planning import plan, plan_blocking
     from vllm_mm_ext.request.context import claim_while_rendered
 
-    vllm_wrappers.around_chat_rendering(plan, plan_blocking, claim_while_rendered)
+    rendering_wrappers.around_chat_rendering(plan, plan_blocking, claim_while_rendered)
 
 
 def _install_cache_reports() -> None:
-    from vllm_mm_ext.adapters import vllm_wrappers
+    from vllm_mm_ext.adapters import rendering_wrappers, route_wrappers
     from vllm_mm_ext.adapters.serving.answers import observer
     from vllm_mm_ext.adapters.serving.preprocessing import looked_up
 
-    vllm_wrappers.preprocess_in_context()
-    vllm_wrappers.after_cache_lookup(looked_up)
-    vllm_wrappers.after_first_output(observer)
+    rendering_wrappers.preprocess_in_context()
+    rendering_wrappers.after_cache_lookup(looked_up)
+    route_wrappers.after_first_output(observer)
 
 
 def _install_cache_drift() -> None:

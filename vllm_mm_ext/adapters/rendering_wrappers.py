@@ -1,0 +1,213 @@
+"""Wrappers around vLLM's rendering: chat templates, media, tokens and multimodal preprocessing.
+
+Each can be called again without doing more, and each calls what it wraps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import aiohttp
+
+from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.patches import wrap
+from vllm_mm_ext.base.tasks import all_or_none
+
+logger = logging.getLogger("vllm.mm_ext")
+
+T = TypeVar("T")
+
+
+class Span(NamedTuple):
+    """An mm item in a prompt: the range of its placeholder, and how many of those are embeddings.
+
+    They differ where text or another item's tokens stand between (sound in video).
+    """
+
+    start: int
+    end: int
+    embeddings: int
+
+
+def around_chat_rendering(
+    plan: Callable[[Any, Sequence[Any], Any, Any, str | None], Awaitable[None]],
+    plan_blocking: Callable[[Any, Sequence[Any], Any, Any, str | None], None],
+    scope: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Call a planner for each conversation, before any of its media is fetched.
+
+    Requests arrive before they are planned, so that vLLM's latency metrics hold planning as well.
+    The plugin's errors become vLLM's (``error_answers``).
+
+    Args:
+        plan: Called with ``(renderer, messages, chat_params, tok_params, cache_salt)``, of which
+            the last two may be None. Its context is that in which the conversation is then
+            rendered.
+        plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
+        scope: What it returns is open while a conversation is planned and rendered.
+    """
+    from vllm.exceptions import VLLMError
+    from vllm.renderers.base import BaseRenderer
+
+    ends = (VLLMError, ValueError, OSError, aiohttp.ClientError, asyncio.CancelledError)
+
+    def make_async(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def render_chat_async(
+            self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
+        ) -> Any:
+            arrived = time.time()
+            salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
+
+            async def one(messages: Any) -> Any:
+                try:
+                    with client_errors(), scope():
+                        await plan(self, messages, chat_params, tok_params, salt)
+                        rendered = await original(
+                            self, [messages], chat_params, tok_params, **kwargs
+                        )
+                except ends as error:
+                    _drop_tracebacks(error)
+                    raise
+                return _arrived_at(arrived, rendered)
+
+            if len(conversations) == 1:
+                return await one(conversations[0])
+            return _joined(await all_or_none(map(one, conversations)))
+
+        return render_chat_async
+
+    def make_sync(original: Callable[..., Any]) -> Callable[..., Any]:
+        def render_chat(
+            self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
+        ) -> Any:
+            arrived = time.time()
+            salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
+
+            def one(messages: Any) -> Any:
+                with client_errors(), scope():
+                    plan_blocking(self, messages, chat_params, tok_params, salt)
+                    rendered = original(self, [messages], chat_params, tok_params, **kwargs)
+                return _arrived_at(arrived, rendered)
+
+            return _joined(
+                [contextvars.copy_context().run(one, messages) for messages in conversations]
+            )
+
+        return render_chat
+
+    wrap(BaseRenderer, "render_chat_async", make_async)
+    wrap(BaseRenderer, "render_chat", make_sync)
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    """Drop the tracebacks of an error and of those that led to it.
+
+    They lead to the frames in which the request's media were in hand. vLLM's frames above and
+    below lead to the error in turn (``with_cancellation``, ``resolve_items``, vLLM 0.32), so the
+    media would stay until the garbage collector comes to them.
+    """
+    logger.debug("A chat request ends while it is rendered", exc_info=error)
+    seen: BaseException | None = error
+    while seen is not None and seen.__traceback__ is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+
+
+def _arrived_at(
+    seconds: float, rendered: tuple[list[Any], list[Any]]
+) -> tuple[list[Any], list[Any]]:
+    for engine_input in rendered[1]:
+        engine_input["arrival_time"] = seconds
+    return rendered
+
+
+def _joined(rendered: Sequence[tuple[list[Any], list[Any]]]) -> tuple[list[Any], list[Any]]:
+    return [c for both in rendered for c in both[0]], [p for both in rendered for p in both[1]]
+
+
+def preprocess_in_context() -> None:
+    """Let preprocessing run in the context of its request.
+
+    vLLM hands it to a thread of its own, which sees no context variables.
+    """
+    from vllm.renderers.base import BaseRenderer
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            in_thread = self._process_multimodal
+            executor = self._mm_executor
+
+            async def process(*args: Any, **kwargs: Any) -> Any:
+                run = partial(contextvars.copy_context().run, in_thread, *args, **kwargs)
+                return await asyncio.get_running_loop().run_in_executor(executor, run)
+
+            self._process_multimodal_async = process
+
+        return init
+
+    wrap(BaseRenderer, "__init__", make)
+
+
+async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:
+    """Result of work that uses a renderer's multimodal processor, done where vLLM uses it.
+
+    The processor and its tokenizer are not for several threads; vLLM keeps them to one.
+
+    Args:
+        renderer: vLLM's renderer.
+        work: Runs without the caller's context variables.
+    """
+    return await asyncio.get_running_loop().run_in_executor(renderer._mm_executor, work)
+
+
+def after_cache_lookup(seen: Callable[[Mapping[str, list[bool]]], None]) -> None:
+    """Call ``seen`` with which items of a request the processor cache holds, per modality."""
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _get_cache_missing_items(self: Any, *args: Any, **kwargs: Any) -> Any:
+            is_cached, missing = original(self, *args, **kwargs)
+            seen(is_cached)
+            return is_cached, missing
+
+        return _get_cache_missing_items
+
+    wrap(BaseMultiModalProcessor, "_get_cache_missing_items", make)
+
+
+def around_preprocessing(
+    before: Callable[[], Any],
+    after: Callable[[Any, Any, Mapping[str, list[Span]], Sequence[int]], None],
+) -> None:
+    """Observe the step that turns media into model inputs; its errors become vLLM's.
+
+    ``before()`` runs first and its result comes back to ``after(token, renderer, spans, prompt)``,
+    with the mm items of each modality in their order and the prompt's token ids.
+    """
+    from vllm.renderers.base import BaseRenderer
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def process_for_engine_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with client_errors():
+                token = before()
+                engine_input = await original(self, *args, **kwargs)
+                spans = {
+                    modality: [
+                        Span(p.offset, p.offset + p.length, int(p.get_num_embeds())) for p in ranges
+                    ]
+                    for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
+                }
+                after(token, self, spans, engine_input.get("prompt_token_ids") or ())
+                return engine_input
+
+        return process_for_engine_async
+
+    wrap(BaseRenderer, "process_for_engine_async", make)

@@ -1,0 +1,198 @@
+"""Wrappers around vLLM's HTTP routes, and around the engine client that they call.
+
+Each can be called again without doing more, and each calls what it wraps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from vllm_mm_ext.adapters.patches import wrap
+
+Stream = AsyncGenerator[str, None]
+
+
+def around_chat(
+    begin: Callable[[Any, str | None], None],
+    answer: Callable[[Any], None],
+    stream: Callable[[Stream, int], Stream],
+) -> None:
+    """Follow requests of ``/v1/chat/completions``.
+
+    Args:
+        begin: Called with the body's `mm_ext` (None without one) and the session id; may raise.
+        answer: Called with the response object of a request that is not streamed.
+        stream: Called with the chunks of a streamed answer and its number of choices; returns the
+            chunks to send. Not called for routes that turn them into events of another API.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def create_chat_completion(
+            self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
+        ) -> Any:
+            begin(_block(request), self._get_session_id(request, raw_request))
+            result = await original(self, request, raw_request, *args, **kwargs)
+            if isinstance(result, ChatCompletionResponse):
+                answer(result)
+            return result
+
+        return create_chat_completion
+
+    def make_stream(original: Callable[..., Any]) -> Callable[..., Any]:
+        # Where OpenAI's chunks are made. What ``create_chat_completion`` returns is something else
+        # for the subclasses of other APIs (vLLM 0.33).
+        def chat_completion_stream_generator(
+            self: Any, request: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            return stream(original(self, request, *args, **kwargs), request.n or 1)
+
+        return chat_completion_stream_generator
+
+    wrap(OpenAIServingChat, "create_chat_completion", make)
+    wrap(OpenAIServingChat, "chat_completion_stream_generator", make_stream)
+
+
+def around_responses(
+    begin: Callable[[Any, str | None], None],
+    resume: Callable[[], Callable[[], None]],
+    answer: Callable[[Any], None],
+) -> None:
+    """Follow requests of ``/v1/responses``, streamed, stored and in the background alike.
+
+    Args:
+        begin: As in ``around_chat``.
+        resume: Called in the request's context; what it returns is called wherever its events
+            are made, which may be another context.
+        answer: Called with the finished response object, before it is sent or stored.
+    """
+    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    def make_create(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def create_responses(
+            self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
+        ) -> Any:
+            begin(_block(request), self._get_session_id(request, raw_request))
+            return await original(self, request, raw_request, *args, **kwargs)
+
+        return create_responses
+
+    def make_stream(original: Callable[..., Any]) -> Callable[..., Any]:
+        # A plain function, so that it runs at once: the events are made later and elsewhere.
+        def responses_stream_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _resumed(original(self, *args, **kwargs), resume())
+
+        return responses_stream_generator
+
+    def make_full(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def responses_full_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = await original(self, *args, **kwargs)
+            if isinstance(result, ResponsesResponse):
+                answer(result)
+            return result
+
+        return responses_full_generator
+
+    wrap(OpenAIServingResponses, "create_responses", make_create)
+    wrap(OpenAIServingResponses, "responses_stream_generator", make_stream)
+    wrap(OpenAIServingResponses, "responses_full_generator", make_full)
+
+
+async def _resumed(events: AsyncGenerator[Any, None], resume: Callable[[], None]) -> Any:
+    resume()
+    async with aclosing(events):
+        async for event in events:
+            yield event
+
+
+def before_other_routes(begin: Callable[[Any, str], None]) -> None:
+    """Call ``begin`` with the `mm_ext` of each request to routes without options.
+
+    It is given the route's path as well, and may raise. These are the routes that take media or
+    that clients of ``/v1/chat/completions`` use beside it.
+    """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+    from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+
+    def on_route(route: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def create(
+                self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
+            ) -> Any:
+                # Pooling has many routes; without an HTTP request (a batch) none has a path.
+                path = route or (raw_request.url.path if raw_request else "pooling")
+                begin(await _block_sent(request, raw_request), path)
+                return await original(self, request, raw_request, *args, **kwargs)
+
+            return create
+
+        return make
+
+    batch, render = "create_batch_chat_completion", "render_chat_request"
+    wrap(OpenAIServingCompletion, "create_completion", on_route("/v1/completions"))
+    wrap(OpenAIServingChatBatch, batch, on_route("/v1/chat/completions/batch"))
+    wrap(ServingRender, render, on_route("/v1/chat/completions/render"))
+    wrap(ServingTokenization, "create_tokenize", on_route("/tokenize"))
+    wrap(PoolingBaseServing, "__call__", on_route(""))
+    wrap(AnthropicServingMessages, "create_messages", on_route("/v1/messages"))
+    wrap(AnthropicServingMessages, "count_tokens", on_route("/v1/messages/count_tokens"))
+    # vLLM has this route where Cohere's package is installed.
+    if importlib.util.find_spec("cohere") is not None:
+        from vllm.entrypoints.cohere.serving import CohereServingChatV2
+
+        wrap(CohereServingChatV2, "create_chat_v2", on_route("/cohere/v2/chat"))
+
+
+def _block(request: Any) -> Any:
+    return (request.model_extra or {}).get("mm_ext")
+
+
+async def _block_sent(request: Any, raw_request: Any) -> Any:
+    """The block of a request, also where vLLM's class for it drops fields that it does not know."""
+    if request.model_extra is not None or raw_request is None:
+        return _block(request)
+    # Starlette keeps the body that FastAPI has parsed.
+    body = await raw_request.json()
+    return body.get("mm_ext") if isinstance(body, dict) else None
+
+
+def after_first_output(observer: Callable[[], Callable[[int | None], None] | None]) -> None:
+    """Learn how much of a prompt the prefix cache held.
+
+    Args:
+        observer: Called when a request goes to the engine, in the caller's context; what it
+            returns is called with the number of cached prompt tokens at the first output.
+            None leaves the request alone.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = original(self, *args, **kwargs)
+            seen = observer()
+            return outputs if seen is None else _observed(outputs, seen)
+
+        return generate
+
+    wrap(AsyncLLM, "generate", make)
+
+
+async def _observed(
+    outputs: AsyncGenerator[Any, None], seen: Callable[[int | None], None]
+) -> AsyncIterator[Any]:
+    first = True
+    async with aclosing(outputs):
+        async for output in outputs:
+            if first:
+                seen(output.num_cached_tokens)
+                first = False
+            yield output
