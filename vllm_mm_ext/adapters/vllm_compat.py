@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from packaging.version import Version
 
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.names_check import Checked
 from vllm_mm_ext.adapters.patches import all_or_none, before_entry_changes, replace_attribute, wrap
 from vllm_mm_ext.base.shared_state import service_name
 from vllm_mm_ext.config.root import MMExtConfig
@@ -44,7 +44,7 @@ class Feature:
     Attributes:
         name: Short name, as ``vllm-mm doctor`` prints it.
         what: What a user loses when it is off.
-        needs: vLLM names that must be as expected.
+        needs: What of vLLM must be as expected.
         install: Puts it in place; idempotent.
         probe: Makes vLLM use it once, without a model; raises if that does not do what it should.
             For what names and parameters cannot tell.
@@ -52,7 +52,7 @@ class Feature:
 
     name: str
     what: str
-    needs: tuple[VllmName, ...]
+    needs: tuple[Checked, ...]
     install: Callable[[], None]
     probe: Callable[[], None] | None = None
 
