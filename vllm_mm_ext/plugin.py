@@ -9,8 +9,10 @@ from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.client_id_wrappers import CLIENT_ID_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
-from vllm_mm_ext.adapters.names.base_names import ERROR_NAMES, FAMILY_NAMES, STOCK_CHOICE_NAMES
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.base_names import FAMILY_NAMES
 from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
+from vllm_mm_ext.adapters.names.frontend_names import CONNECTOR_NAMES, FRONTEND_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
 from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.scheduler.routing import ROUTING_FEATURE
@@ -113,9 +115,6 @@ def warn_of_private_addresses(config: MediaConfig, domains: Sequence[str] | None
         )
 
 
-_RENDERER = "vllm.renderers.base:BaseRenderer"
-_CONNECTOR = "vllm.multimodal.media:MediaConnector"
-
 _WITHOUT_FAMILY = {
     "Qwen2.5-Omni": "videos are whole and silent, and frame times assumed even",
     "Qwen3-Omni": "videos are whole and silent, and frame times assumed even",
@@ -147,53 +146,21 @@ FEATURES: tuple[Feature, ...] = (
         (
             VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
             VllmName("vllm.config:ParallelConfig", ("_api_process_count", "_api_process_rank")),
+            VllmAttributes("vllm.engine.arg_utils:EngineArgs", ("additional_config",)),
+            VllmAttributes("vllm.config:VllmConfig", ("model_config", "parallel_config")),
         ),
         _install_config,
     ),
     Feature(
         "front-end settings",
         "the front-end runs with default settings and does not know the model",
-        (
-            VllmName(f"{_RENDERER}.__init__", ("config", "tokenizer")),
-            VllmName(f"{_RENDERER}.shutdown", ("self",)),
-            VllmName("vllm.multimodal.parse:MultiModalDataParser"),
-        ),
+        FRONTEND_NAMES,
         _install_frontend,
     ),
     Feature(
         "media connector",
         "media is fetched and decoded by stock vLLM on every turn",
-        (
-            VllmName("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY.register", ("name",)),
-            VllmName("vllm.envs:environment_variables"),
-            VllmName(
-                f"{_CONNECTOR}.__init__",
-                ("media_io_kwargs", "allowed_local_media_path", "allowed_media_domains"),
-                # Whatever else it is given may be a limit that has to hold. The budgets came
-                # with vLLM 0.33.
-                optional=("connection", "decoded_budget", "download_budget"),
-            ),
-            *(
-                VllmName(
-                    f"vllm.connections:HTTPConnection.{method}",
-                    ("url", "timeout", "max_bytes"),
-                    passed_on=True,
-                )
-                for method in ("get_bytes", "async_get_bytes")
-            ),
-            VllmName("vllm.multimodal.media.connector:_wrap_media_fetch_error", ("url", "exc")),
-            VllmName(
-                f"{_CONNECTOR}.fetch_video_async", ("video_url", "image_mode", "video_processor")
-            ),
-            VllmName(f"{_CONNECTOR}.fetch_audio_async", ("audio_url",)),
-            VllmName("vllm.multimodal.media.base:MediaWithBytes", ("media", "original_bytes")),
-            VllmName(
-                "vllm.multimodal.video:get_video_loader_backend_for_processor", ("video_processor",)
-            ),
-            VllmName("vllm.multimodal.media.audio:AudioMediaIO.get_max_bytes"),
-            *STOCK_CHOICE_NAMES,
-            *ERROR_NAMES,
-        ),
+        CONNECTOR_NAMES,
         _install_connector,
         _probe("connector"),
     ),

@@ -96,4 +96,6 @@ def test_versions_outside_their_bounds_are_named(monkeypatch: pytest.MonkeyPatch
 def test_the_changes_to_vllm_can_be_listed() -> None:
     done = CliRunner().invoke(app, ["doctor", "--patches"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
+    assert "planning (vLLM >=0.32, made)" in done.stdout
     assert "BaseRenderer.render_chat_async" in done.stdout
+    assert "until  vLLM's configuration can name the class of the block pool" in done.stdout

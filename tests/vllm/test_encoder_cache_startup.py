@@ -32,7 +32,7 @@ from vllm_mm_ext.adapters.names.encoder_cache_names import (
     EMBEDS_NAMES,
     HOST_TIER_NAMES,
 )
-from vllm_mm_ext.adapters.vllm_compat import VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.kv import install as adapter
 from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
-from vllm_mm_ext.adapters.vllm_compat import Feature, VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.vllm_compat import Feature
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 BLOCK = 16

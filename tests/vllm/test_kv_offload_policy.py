@@ -12,7 +12,7 @@ from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus
 from vllm_mm_ext.adapters.kv import offload_policy
 from vllm_mm_ext.adapters.kv.offload_policy import CostAwarePolicy
 from vllm_mm_ext.adapters.names.kv_names import OFFLOAD_NAMES
-from vllm_mm_ext.adapters.vllm_compat import VllmName
+from vllm_mm_ext.adapters.names.names_check import VllmName
 
 CHUNK = 256
 

@@ -18,12 +18,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.adapters.names import scheduler_names as vllm_names_scheduler
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.scheduler import choice
-from vllm_mm_ext.adapters.vllm_compat import VllmName
 from vllm_mm_ext.base.heap import HeapTrim
 from vllm_mm_ext.policies.scheduler.step_budget import FINISH_SLACK
 
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 VIDEO = [512] * 10
 # A token costs the encoder what it costs prefill.
 EVEN = Costs(step_s=0.010, prefill_s=100e-6, encoder_s=100e-6)
@@ -317,14 +318,11 @@ def test_the_variant_follows_async_scheduling(asynchronous: bool) -> None:
 def test_where_vllm_changed_its_own_scheduler_is_used(
     asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = VllmName("vllm.v1.core.sched.scheduler:Scheduler.gone")
-    monkeypatch.setattr(choice, "SCHEDULER_NAMES", (*choice.SCHEDULER_NAMES, gone))
-    scheduler = make_scheduler(asynchronous=asynchronous, plugin=True)
-    assert type(scheduler) is (AsyncScheduler if asynchronous else Scheduler)
-    monkeypatch.undo()
-    missing = (*vllm_names_scheduler.SCHEDULER_ATTRIBUTES, "gone")
-    monkeypatch.setattr(choice, "SCHEDULER_ATTRIBUTES", missing)
-    assert type(make_scheduler()) is Scheduler
+    for gone in (VllmName(f"{SCHEDULER}.gone"), VllmAttributes(SCHEDULER, ("waiting", "gone"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(choice, "SCHEDULER_NAMES", (*choice.SCHEDULER_NAMES, gone))
+            scheduler = make_scheduler(asynchronous=asynchronous, plugin=True)
+        assert type(scheduler) is (AsyncScheduler if asynchronous else Scheduler)
 
 
 # --- whatever comes -------------------------------------------------------------------------------

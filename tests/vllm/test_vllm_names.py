@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from vllm.distributed.ec_transfer.ec_connector.cpu.scheduler import ECCPUScheduler
 
-from vllm_mm_ext import scheduler as scheduler_package
+from vllm_mm_ext.adapters import scheduler as scheduler_package
 from vllm_mm_ext.adapters.encoder_cache.cuda_connector import (
     CostAwareEmbeddingCache,
     CostAwareScheduler,
@@ -26,15 +26,14 @@ from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
 from vllm_mm_ext.adapters.kv.free_queue import KeepingQueue
 from vllm_mm_ext.adapters.kv.offload_policy import CostAwarePolicy
 from vllm_mm_ext.adapters.names import encoder_cache_names as encoder_cache
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.kv_names import OFFLOAD_NAMES, POOL_NAMES
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 from vllm_mm_ext.adapters.names.scheduler_names import (
     CADENCE_ATTRIBUTES,
-    REQUEST_ATTRIBUTES,
-    SCHEDULER_ATTRIBUTES,
     SCHEDULER_NAMES,
 )
 from vllm_mm_ext.adapters.scheduler.mm_scheduler import MMExtScheduler
-from vllm_mm_ext.adapters.vllm_compat import VllmName
 
 PARTS = {
     MMExtScheduler: SCHEDULER_NAMES,
@@ -52,9 +51,15 @@ PARTS = {
 }
 
 
-def listed(names: Iterable[VllmName]) -> set[str]:
-    """The last part of each."""
-    return {name.path.rpartition(".")[2] for name in names}
+def listed(names: Iterable[Checked]) -> set[str]:
+    """The last part of each name, and the attributes of each class."""
+    found: set[str] = set()
+    for name in names:
+        if isinstance(name, VllmAttributes):
+            found.update(name.names)
+        elif isinstance(name, VllmName):
+            found.add(name.path.rpartition(".")[2])
+    return found
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
@@ -85,8 +90,7 @@ def attributes_of(owner: str) -> set[str]:
 def test_what_is_read_of_requests_is_checked() -> None:
     # Before a request is the engine's: what the API server sends.
     not_the_engines = {"data_parallel_rank"}
-    known = {*REQUEST_ATTRIBUTES, *listed(SCHEDULER_NAMES)}
-    assert attributes_of("request") - not_the_engines <= known
+    assert attributes_of("request") - not_the_engines <= listed(SCHEDULER_NAMES)
 
 
 def test_what_is_read_of_vllms_scheduler_is_checked() -> None:
@@ -99,7 +103,7 @@ def test_what_is_read_of_vllms_scheduler_is_checked() -> None:
     used |= attributes_of("_scheduler")
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     own |= {name for name in used if name.startswith("_") and name in assigned(tree)}
-    names = {*SCHEDULER_ATTRIBUTES, *CADENCE_ATTRIBUTES, *listed(SCHEDULER_NAMES), "__init__"}
+    names = {*CADENCE_ATTRIBUTES, *listed(SCHEDULER_NAMES), "__init__"}
     assert used - own - names == set()
 
 

@@ -1,6 +1,8 @@
-"""Changes to vLLM's classes and tables: each can be taken back, and is on record.
+"""Makes changes to vLLM's classes, tables and objects. Nothing else under ``adapters/`` may.
 
-A feature that changes several places is installed in all of them or in none.
+Changes to classes and tables are made when the plugin is loaded: each is on record and can be taken
+back, and a feature that changes several places is installed in all of them or in none. Changes to
+objects are made later, by what was installed. ``patch_list`` says why each change is made.
 """
 
 from __future__ import annotations
@@ -92,6 +94,39 @@ def wrap(
     wrapper = wraps(original)(make(original))
     wrapper._mm_ext = done | {make.__qualname__}  # type: ignore[attr-defined]
     replace_attribute(owner, method, wrapper)
+
+
+def set_on(owner: Any, target: str, value: object) -> None:
+    """Set an attribute of one of vLLM's objects.
+
+    Args:
+        owner: The object.
+        target: ``module:Class.attribute``, as ``patch_list`` has it.
+        value: Of the attribute.
+    """
+    setattr(owner, _attribute(target), value)
+
+
+@contextmanager
+def set_meanwhile(owner: Any, target: str, value: object) -> Iterator[None]:
+    """Set an attribute of one of vLLM's objects or modules for as long as this is open.
+
+    Args:
+        owner: The object or module.
+        target: ``module:Class.attribute`` or ``module:attribute``, as ``patch_list`` has it.
+        value: Of the attribute.
+    """
+    name = _attribute(target)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _attribute(target: str) -> str:
+    return target.rpartition(":")[2].rpartition(".")[2]
 
 
 def _record(target: str, undo: Callable[[], Any]) -> None:

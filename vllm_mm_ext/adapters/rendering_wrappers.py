@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 
 from vllm_mm_ext.adapters.error_answers import client_errors
-from vllm_mm_ext.adapters.patches import wrap
+from vllm_mm_ext.adapters.patches import set_on, wrap
 from vllm_mm_ext.base.tasks import all_or_none
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -149,7 +149,7 @@ def preprocess_in_context() -> None:
                 run = partial(contextvars.copy_context().run, in_thread, *args, **kwargs)
                 return await asyncio.get_running_loop().run_in_executor(executor, run)
 
-            self._process_multimodal_async = process
+            set_on(self, "vllm.renderers.base:BaseRenderer._process_multimodal_async", process)
 
         return init
 

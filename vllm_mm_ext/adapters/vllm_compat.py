@@ -1,8 +1,12 @@
-"""How the plugin holds on to vLLM: checks of the names it relies on, and the wrappers around vLLM.
+"""Switches the plugin's features on, each only where the installed vLLM is as it needs it.
 
-Each feature lists the vLLM names it relies on and the parameters they must take. When the plugin
-loads, every name is looked up and its signature checked; a feature whose names have changed is
-left out with one warning, and vLLM behaves as without it.
+A feature lists what it relies on inside vLLM: names, the parameters that they take, and attributes
+of objects. When the plugin loads, it checks every entry. A feature whose list does not hold is left
+out with one warning, and vLLM behaves as without that feature.
+
+The module also holds the wrappers around vLLM that are made once per process and are neither about
+routes nor about rendering (``route_wrappers``, ``rendering_wrappers``), and reads some of vLLM's
+settings for the rest of the plugin.
 """
 
 from __future__ import annotations
@@ -17,8 +21,14 @@ from typing import Any, TypeVar
 
 from packaging.version import Version
 
-from vllm_mm_ext.adapters.names.names_check import VllmName
-from vllm_mm_ext.adapters.patches import all_or_none, before_entry_changes, replace_attribute, wrap
+from vllm_mm_ext.adapters.names.names_check import Checked
+from vllm_mm_ext.adapters.patches import (
+    all_or_none,
+    before_entry_changes,
+    replace_attribute,
+    set_on,
+    wrap,
+)
 from vllm_mm_ext.base.shared_state import service_name
 from vllm_mm_ext.config.root import MMExtConfig
 
@@ -30,8 +40,6 @@ BELOW_VERSION = Version("0.34")
 CONNECTOR_NAME = "mm_ext"
 LOADER_NAME = "mm_ext"
 CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
-_SETTINGS = "mm_ext_settings"
-_SERVICE = "mm_ext_service"
 _MODELS = "vllm.model_executor.models:ModelRegistry.models"
 
 T = TypeVar("T")
@@ -44,7 +52,7 @@ class Feature:
     Attributes:
         name: Short name, as ``vllm-mm doctor`` prints it.
         what: What a user loses when it is off.
-        needs: vLLM names that must be as expected.
+        needs: What of vLLM must be as expected.
         install: Puts it in place; idempotent.
         probe: Makes vLLM use it once, without a model; raises if that does not do what it should.
             For what names and parameters cannot tell.
@@ -52,7 +60,7 @@ class Feature:
 
     name: str
     what: str
-    needs: tuple[VllmName, ...]
+    needs: tuple[Checked, ...]
     install: Callable[[], None]
     probe: Callable[[], None] | None = None
 
@@ -132,10 +140,11 @@ def around_engine_config(read: Callable[[object], T]) -> None:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             settings = read(self.additional_config)
             vllm_config = original(self, *args, **kwargs)
-            setattr(vllm_config.model_config, _SETTINGS, settings)
+            model_config = vllm_config.model_config
+            set_on(model_config, "vllm.config:ModelConfig.mm_ext_settings", settings)
             parallel = vllm_config.parallel_config
             service = service_name(parallel._api_process_count, parallel._api_process_rank)
-            setattr(vllm_config.model_config, _SERVICE, service)
+            set_on(model_config, "vllm.config:ModelConfig.mm_ext_service", service)
             return vllm_config
 
         return create_engine_config
@@ -243,13 +252,13 @@ def override_models(overrides: Mapping[str, str]) -> None:
 
 def settings_of(model_config: Any) -> MMExtConfig:
     """The plugin's settings that travel with a ``ModelConfig``; the defaults without any."""
-    settings = getattr(model_config, _SETTINGS, None)
+    settings = getattr(model_config, "mm_ext_settings", None)
     return settings if isinstance(settings, MMExtConfig) else MMExtConfig()
 
 
 def service_of(model_config: Any) -> str | None:
     """The name of the service that travels with a ``ModelConfig``; None without one."""
-    service = getattr(model_config, _SERVICE, None)
+    service = getattr(model_config, "mm_ext_service", None)
     return service if isinstance(service, str) else None
 
 

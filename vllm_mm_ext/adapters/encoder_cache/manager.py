@@ -13,6 +13,7 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecod
 from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost, output_bytes
 from vllm_mm_ext.adapters.names.encoder_cache_names import DEVICE_TIER_NAMES
 from vllm_mm_ext.adapters.names.names_check import problem
+from vllm_mm_ext.adapters.patches import set_on
 from vllm_mm_ext.adapters.vllm_compat import logger
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 from vllm_mm_ext.policies.encoder_cache.byte_cache import ByteCache
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_mm_ext.policies.encoder_cache.items import OutputBytes
-
-_HOST_TIER = "mm_ext_host_tier"
 
 
 class HostSide(Protocol):
@@ -44,7 +43,7 @@ class HostSide(Protocol):
 
 def attach_host_tier(vllm_config: VllmConfig, host: HostSide) -> None:
     """Let the device tier of this engine find its host tier, which vLLM creates first."""
-    setattr(vllm_config.ec_transfer_config, _HOST_TIER, host)
+    set_on(vllm_config.ec_transfer_config, "vllm.config:ECTransferConfig.mm_ext_host_tier", host)
 
 
 class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
@@ -105,7 +104,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             # A text-only engine has no encoder and asks for nothing.
             ByteCache(max(capacity, 1)),
             sizes,
-            getattr(vllm_config.ec_transfer_config, _HOST_TIER, None),
+            getattr(vllm_config.ec_transfer_config, "mm_ext_host_tier", None),
             largest_item=cache_size,
             preempts_scheduled=vllm_config.scheduler_config.policy == "priority",
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters.names.encoder_cache_names import EMBEDS_NAMES
-from vllm_mm_ext.adapters.patches import wrap
+from vllm_mm_ext.adapters.patches import set_meanwhile, wrap
 from vllm_mm_ext.adapters.vllm_compat import Feature
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 
@@ -66,11 +66,8 @@ def keep_raw_embeddings_out() -> None:
             if transfer is None or transfer.ec_connector != CONNECTOR:
                 original(self)
                 return
-            self.ec_transfer_config = None
-            try:
+            with set_meanwhile(self, "vllm.config:VllmConfig.ec_transfer_config", None):
                 original(self)
-            finally:
-                self.ec_transfer_config = transfer
 
         return resolve_mm_embedding_inputs
 

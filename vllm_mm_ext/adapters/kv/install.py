@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from vllm_mm_ext.adapters.patches import replace_attribute, wrap
+from vllm_mm_ext.adapters.patches import replace_attribute, set_meanwhile, wrap
 from vllm_mm_ext.adapters.vllm_compat import logger
 from vllm_mm_ext.config.kv_settings import KVSettings
 from vllm_mm_ext.config.root import MMExtConfig
@@ -75,12 +75,10 @@ def pools_of(factory: Callable[..., Any]) -> Iterator[None]:
     """Let vLLM's KV cache coordinators build their block pool with ``factory``."""
     from vllm.v1.core import kv_cache_coordinator
 
-    stock = kv_cache_coordinator.BlockPool
-    kv_cache_coordinator.BlockPool = factory
-    try:
+    with set_meanwhile(
+        kv_cache_coordinator, "vllm.v1.core.kv_cache_coordinator:BlockPool", factory
+    ):
         yield
-    finally:
-        kv_cache_coordinator.BlockPool = stock
 
 
 def pool_factory(

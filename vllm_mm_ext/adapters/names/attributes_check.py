@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from vllm_mm_ext.adapters.names.names_check import IncompatibleError
 
@@ -42,45 +41,52 @@ class VllmAttributes:
         Raises:
             IncompatibleError: The class or an attribute is gone.
         """
-        found = _in_source(self.path) if self.by_source else _of_class(self.path)
-        missing = [name for name in self.names if name not in found]
+        if self.by_source:
+            missing = [name for name in self.names if name not in _in_source(self.path)]
+        else:
+            owner = _class_at(self.path)
+            missing = [name for name in self.names if not _has(owner, name)]
         if missing:
             raise IncompatibleError(f"{self.path} no longer has {', '.join(missing)}")
 
 
-# The lists of several features name the same classes.
-@lru_cache(maxsize=256)
-def _of_class(path: str) -> frozenset[str]:
+def _class_at(path: str) -> type:
     module, _, name = path.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise IncompatibleError(f"{path} is not there: {error}") from None
-    names = set(dir(found))
-    for owner in found.__mro__:
-        # Of an annotation alone, a class has no attribute.
-        names.update(vars(owner).get("__annotations__", ()))
-        for value in vars(owner).values():
-            names.update(_set_on_self(value))
-    return frozenset(names)
+    assert isinstance(found, type)
+    return found
 
 
-def _set_on_self(value: object) -> Iterator[str]:
-    """Attributes that a method sets on its first parameter, by its compiled code."""
-    function = value.fget if isinstance(value, property) else value
-    function = inspect.unwrap(function) if callable(function) else function
-    code = getattr(function, "__code__", None)
-    if code is None or not code.co_varnames:
-        return
-    first, before = code.co_varnames[0], None
+# The lists of several features name the same attributes.
+@lru_cache(maxsize=1024)
+def _has(owner: type, name: str) -> bool:
+    return (
+        hasattr(owner, name)
+        # A field without a default.
+        or any(name in vars(base).get("__annotations__", ()) for base in owner.__mro__)
+        or any(_sets(method, name) for base in owner.__mro__ for method in vars(base).values())
+    )
+
+
+def _sets(method: object, name: str) -> bool:
+    """Whether a method sets an attribute on its first parameter, by its compiled code."""
+    code = getattr(inspect.unwrap(method) if callable(method) else None, "__code__", None)
+    if code is None or name not in code.co_names or not code.co_varnames:
+        return False
+    before = None
     for instruction in dis.get_instructions(code):
-        # From Python 3.13 on, one instruction may load two variables; the last one is set.
-        loaded = before[-1] if isinstance(before, tuple) else before
-        if instruction.opname == "STORE_ATTR" and loaded == first:
-            yield instruction.argval
+        if instruction.opname == "STORE_ATTR" and instruction.argval == name:
+            # From Python 3.13 on, one instruction may load two variables; the last one is set.
+            loaded = before[-1] if isinstance(before, tuple) else before
+            if loaded == code.co_varnames[0]:
+                return True
         # ``LOAD_DEREF`` where the method has a closure over it.
         loads = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
         before = instruction.argval if loads else None
+    return False
 
 
 @lru_cache(maxsize=256)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 from vllm_mm_ext.adapters.names.per_frame_names import PER_FRAME_NAMES
 
 _MODELS = "vllm.model_executor.models"
@@ -13,12 +14,20 @@ _PROCESSOR = "vllm.multimodal.processing:BaseMultiModalProcessor"
 
 # What ``error_answers`` raises in the place of the plugin's own errors.
 _FAILURE = ("message", "parameter", "value")
-ERROR_NAMES = (
+ERROR_NAMES: tuple[Checked, ...] = (
+    VllmName("vllm.exceptions:VLLMError"),
     VllmName("vllm.exceptions:VLLMValidationError", _FAILURE),
     VllmName("vllm.exceptions:VLLMUnprocessableEntityError", _FAILURE),
     VllmName("vllm.exceptions:GracefulHTTPError", ("message", "http_status")),
     VllmName("vllm.exceptions:VLLMClientError"),
     VllmName("vllm.entrypoints.serve:create_error_response", ("message",)),
+    VllmAttributes("vllm.entrypoints.serve.engine.protocol:ErrorResponse", ("error",)),
+    VllmAttributes("vllm.entrypoints.serve.engine.protocol:ErrorInfo", ("code", "param")),
+)
+
+PROCESSING_INFO = VllmAttributes(
+    "vllm.multimodal.processing:BaseProcessingInfo",
+    ("ctx", "data_parser", "get_hf_config", "get_hf_processor", "get_tokenizer"),
 )
 
 # Methods that ``processing`` and ``models`` override in vLLM's classes, with their parameters.
@@ -52,7 +61,20 @@ _ENCODER = (
 )
 
 # What splitting a video into segments overrides and calls in vLLM's base classes.
-SEGMENT_NAMES = (
+SEGMENT_NAMES: tuple[Checked, ...] = (
+    PROCESSING_INFO,
+    VllmName(
+        "vllm.multimodal:MULTIMODAL_REGISTRY.register_processor",
+        ("processor", "info", "dummy_inputs"),
+    ),
+    VllmName("vllm.multimodal.processing:InputProcessingContext.get_merged_mm_kwargs", ("kwargs",)),
+    VllmAttributes(
+        "vllm.multimodal.processing:InputProcessingContext", ("get_mm_config", "model_config")
+    ),
+    VllmName("vllm.config:MultiModalConfig.get_limit_per_prompt", ("modality",)),
+    VllmName("vllm.config:MultiModalConfig.is_multimodal_pruning_enabled"),
+    VllmAttributes("vllm.config:MultiModalConfig", ("mm_processor_cache_gb",)),
+    VllmName("vllm.multimodal.inputs:MultiModalFlatField.build_elems", ("modality", "key", "data")),
     VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
     VllmName(f"{_PROCESSOR}._apply_hf_processor_main", ("mm_items", "hf_kwargs")),
     VllmName("vllm.multimodal.parse:VideoProcessorItems", ("data", "metadata")),
@@ -65,7 +87,7 @@ SEGMENT_NAMES = (
 )
 
 # What the omni processors and models call in vLLM.
-_SOUND_TRACK_NAMES = (
+_SOUND_TRACK_NAMES: tuple[Checked, ...] = (
     *SEGMENT_NAMES,
     VllmName(f"{_PROCESSOR}._call_hf_processor", ("hf_data", "hf_kwargs")),
     VllmName(f"{_PROCESSOR}._apply_prompt_updates", ("token_ids", "mm_prompt_updates")),
@@ -79,6 +101,22 @@ _SOUND_TRACK_NAMES = (
     VllmName("vllm.multimodal.utils:get_mm_embedding_modalities"),
     VllmName("vllm.multimodal.utils:set_mm_embedding_modality"),
     VllmName("vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
+    VllmName("vllm.multimodal.parse:AudioProcessorItems"),
+    VllmName("vllm.multimodal.parse:MultiModalDataItems.get_all_counts"),
+    VllmAttributes(
+        "vllm.multimodal.processing.processor:MultiModalProcessingResult",
+        ("prompt_ids", "prompt_updates"),
+    ),
+)
+
+# What ``models.reduced_outputs`` overrides beside what the families define themselves.
+_REDUCED_NAMES: tuple[Checked, ...] = (
+    VllmName(
+        f"{_MODELS}.interfaces:SupportsEncoderCudaGraph.postprocess_encoder_output",
+        ("outputs", "indices", "per_item_out_tokens", "dest", "clone", "batch_mm_kwargs"),
+        by_source=True,
+    ),
+    VllmAttributes("vllm.config:MultiModalConfig", ("mm_encoder_tp_mode",)),
 )
 
 
@@ -105,7 +143,7 @@ def _definitions(module: str, *names: str) -> tuple[VllmName, ...]:
     return tuple(VllmName(f"{_MODELS}.{module}:{name}", by_source=True) for name in names)
 
 
-FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
+FAMILY_NAMES: Mapping[str, tuple[Checked, ...]] = {
     **{family: (*SEGMENT_NAMES, *names) for family, names in PER_FRAME_NAMES.items()},
     "Qwen2.5-Omni": (
         *_SOUND_TRACK_NAMES,
@@ -114,6 +152,14 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
             "qwen2_5_omni_thinker",
             "Qwen2_5OmniThinkerDummyInputsBuilder",
             "Qwen2_5OmniThinkerProcessingInfo",
+        ),
+        VllmName(
+            f"{_MODELS}.qwen2_5_omni_thinker:Qwen2_5OmniThinkerProcessingInfo.get_feature_extractor",
+            by_source=True,
+        ),
+        VllmName(
+            "vllm.multimodal.processing:InputProcessingContext.call_hf_processor",
+            ("hf_processor", "data"),
         ),
         *_methods(
             "qwen2_5_omni_thinker",
@@ -140,6 +186,10 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
             "Qwen3OmniMoeThinkerProcessingInfo",
             "_get_feat_extract_output_lengths",
         ),
+        VllmName(
+            f"{_MODELS}.qwen3_omni_moe_thinker:Qwen3OmniMoeThinkerProcessingInfo.get_feature_extractor",
+            by_source=True,
+        ),
         *_methods(
             "qwen3_omni_moe_thinker",
             "Qwen3OmniMoeThinkerMultiModalProcessor",
@@ -157,6 +207,7 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
     ),
     "Qwen2.5-VL": (
         *SEGMENT_NAMES,
+        *_REDUCED_NAMES,
         *_sizes("Qwen2VLProcessingInfo"),
         *_definitions("qwen2_5_vl", "Qwen2_5_VLDummyInputsBuilder", "Qwen2_5_VLProcessingInfo"),
         *_methods(
@@ -174,8 +225,12 @@ FAMILY_NAMES: Mapping[str, tuple[VllmName, ...]] = {
     ),
     "Qwen3-VL": (
         *SEGMENT_NAMES,
+        *_REDUCED_NAMES,
         *_definitions("qwen3_vl", "Qwen3VLDummyInputsBuilder"),
-        *_definitions("qwen3_vl_moe", "Qwen3VLMoeProcessingInfo"),
+        *_definitions(
+            "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeProcessingInfo"
+        ),
+        VllmName(f"{_QWEN3_VL}:Qwen3VLProcessingInfo.get_video_processor", by_source=True),
         VllmName(
             f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor.get_video_repl",
             (

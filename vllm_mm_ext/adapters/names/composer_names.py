@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.base_names import SEGMENT_NAMES
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 
 _MODELS = "vllm.model_executor.models"
 _PROCESSING = "vllm.multimodal.processing"
 _ATTENTION = "vllm.model_executor.layers.attention.mm_encoder_attention:MMEncoderAttention"
 
-COMPOSER_NAMES = (
+COMPOSER_NAMES: tuple[Checked, ...] = (
     *SEGMENT_NAMES,
     VllmName(f"{_PROCESSING}:PromptUpdateDetails.select_token_ids", ("seq", "embed_token_ids")),
     VllmName(
@@ -50,4 +51,42 @@ COMPOSER_NAMES = (
         by_source=True,
     ),
     VllmName("vllm.utils.torch_utils:aux_stream", by_source=True),
+    *(
+        VllmName(f"{_MODELS}.interfaces:{name}", by_source=True)
+        for name in (
+            "MultiModalEmbeddings",
+            "SupportsLoRA",
+            "SupportsMultiModal._mark_language_model",
+            "SupportsMultiModal._mark_tower_model",
+            "SupportsMultiModal.configure_mm_token_handling",
+            "SupportsPP",
+        )
+    ),
+    *(
+        VllmName(f"{_MODELS}.{name}", by_source=True)
+        for name in (
+            "module_mapping:MultiModelKeys",
+            "utils:AutoWeightsLoader.load_weights",
+            "utils:WeightsMapper",
+            "utils:maybe_prefix",
+        )
+    ),
+    VllmAttributes(
+        f"{_MODELS}.whisper:WhisperEncoder",
+        ("conv1", "conv2", "embed_positions", "layer_norm", "layers", "max_source_positions"),
+        by_source=True,
+    ),
+    VllmAttributes(f"{_MODELS}.whisper:WhisperEncoderLayer", ("self_attn",), by_source=True),
+    VllmAttributes(f"{_MODELS}.whisper:WhisperAttention", ("attn",), by_source=True),
+    VllmName("vllm.sequence:IntermediateTensors", by_source=True),
+    VllmName("vllm.distributed:get_tensor_model_parallel_world_size"),
+    VllmName("vllm.config.multimodal:MultiModalDummyOptions"),
+    VllmName("vllm.multimodal.parse:AudioProcessorItems"),
+    VllmAttributes(f"{_PROCESSING}:BaseProcessingInfo", ("_get_expected_hidden_size",)),
+    VllmAttributes(
+        f"{_PROCESSING}:BaseDummyInputsBuilder", ("_get_dummy_audios", "_get_dummy_videos", "info")
+    ),
+    VllmName("vllm.config:VllmConfig.with_hf_config", ("hf_config",)),
+    VllmAttributes("vllm.config:VllmConfig", ("model_config", "quant_config")),
+    VllmAttributes("vllm.config:ModelConfig", ("multimodal_config",)),
 )

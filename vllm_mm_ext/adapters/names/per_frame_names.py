@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 
 _MODELS = "vllm.model_executor.models"
 _LLAVA = f"{_MODELS}.llava_onevision:LlavaOnevision"
@@ -31,7 +32,7 @@ def _family(prefix: str) -> tuple[VllmName, ...]:
     )
 
 
-PER_FRAME_NAMES: Mapping[str, tuple[VllmName, ...]] = {
+PER_FRAME_NAMES: Mapping[str, tuple[Checked, ...]] = {
     "LLaVA-OneVision": (
         *_family(_LLAVA),
         VllmName(
@@ -50,6 +51,7 @@ PER_FRAME_NAMES: Mapping[str, tuple[VllmName, ...]] = {
         VllmName(
             f"{_LLAVA}ForConditionalGeneration._process_video_pixels", ("inputs",), by_source=True
         ),
+        VllmAttributes(f"{_LLAVA}ForConditionalGeneration", ("image_newline",), by_source=True),
     ),
     "InternVL": (
         *_family(_INTERN),

@@ -11,20 +11,14 @@ import time
 from typing import Any
 
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
-from vllm.v1.metrics.stats import SchedulerStats
 
+from vllm_mm_ext.adapters.names.names_check import problem
+from vllm_mm_ext.adapters.names.quality_names import STATISTICS_NAMES
 from vllm_mm_ext.adapters.quality.service import quality_settings, state_for
 from vllm_mm_ext.base.shared_state import EngineLoad
 from vllm_mm_ext.policies.quality.service_tier import ServiceTier
 
 logger = logging.getLogger("vllm.mm_ext")
-
-_NEEDED = (
-    "kv_cache_usage",
-    "num_running_reqs",
-    "num_waiting_reqs",
-    "num_skipped_waiting_reqs",
-)
 
 
 class LoadStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
@@ -41,12 +35,9 @@ class LoadStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
             vllm_config.parallel_config.data_parallel_size, *(index + 1 for index in engine_indexes)
         )
         self._slots = vllm_config.scheduler_config.max_num_seqs
-        missing = [name for name in _NEEDED if not hasattr(SchedulerStats, name)]
-        if missing:
-            logger.warning(
-                "mm_ext: quality does not follow load: vLLM no longer reports %s",
-                ", ".join(missing),
-            )
+        changed = problem(STATISTICS_NAMES)
+        if changed is not None:
+            logger.warning("mm_ext: quality does not follow load: %s", changed)
             return
         settings = quality_settings(vllm_config)
         # Joined in any case: the state's file loses its name when all API servers have it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.patches import wrap
 from vllm_mm_ext.adapters.vllm_compat import Feature
@@ -51,6 +52,7 @@ ROUTING_FEATURE = Feature(
             ("mm_features", "data_parallel_rank", "pooling_params"),
             passed_on=True,
         ),
+        VllmAttributes(_CLIENT, ("client_count", "core_engines", "engine_inflight", "lb_engines")),
     ),
     route_by_content,
 )

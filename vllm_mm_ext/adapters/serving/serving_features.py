@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.vllm_compat import Feature
 
@@ -60,7 +61,12 @@ SERVING_FEATURES: tuple[Feature, ...] = (
     Feature(
         "stage times",
         "response headers lack preprocessing time and token counts",
-        (VllmName(f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time")),),
+        (
+            VllmName(f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time")),
+            VllmAttributes(
+                "vllm.multimodal.inputs:PlaceholderRange", ("get_num_embeds", "length", "offset")
+            ),
+        ),
         _install_timing,
     ),
     Feature(
@@ -117,6 +123,32 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 "vllm.multimodal.processing:BaseProcessingInfo.validate_num_items",
                 ("modality", "num_items"),
             ),
+            VllmName("vllm.exceptions:VLLMError"),
+            VllmAttributes(_RENDERER, ("_mm_executor", "config", "mm_processor", "model_config")),
+            VllmAttributes(
+                "vllm.renderers.params:ChatParams", ("chat_template_kwargs", "media_io_kwargs")
+            ),
+            VllmAttributes(
+                "vllm.renderers.params:TokenizeParams", ("max_output_tokens", "max_total_tokens")
+            ),
+            VllmAttributes(
+                "vllm.config:VllmConfig", ("model_config", "parallel_config", "scheduler_config")
+            ),
+            VllmAttributes(
+                "vllm.config:ModelConfig",
+                (
+                    "allowed_local_media_path",
+                    "allowed_media_domains",
+                    "max_model_len",
+                    "multimodal_config",
+                ),
+            ),
+            VllmAttributes("vllm.config:MultiModalConfig", ("media_io_kwargs",)),
+            VllmAttributes(
+                "vllm.config:ParallelConfig", ("_api_process_count", "data_parallel_size")
+            ),
+            VllmAttributes("vllm.config:SchedulerConfig", ("max_num_batched_tokens",)),
+            VllmName("vllm.envs:VLLM_VIDEO_FETCH_TIMEOUT"),
         ),
         _install_planning,
     ),
@@ -130,6 +162,8 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 ("prompt", "mm_data", "mm_processor_kwargs"),
                 passed_on=True,
             ),
+            VllmAttributes(_RENDERER, ("_mm_executor", "_process_multimodal_async")),
+            VllmAttributes("vllm.outputs:RequestOutput", ("num_cached_tokens",)),
             VllmName(
                 "vllm.multimodal.processing:BaseMultiModalProcessor._get_cache_missing_items",
                 ("cache", "mm_data_items", "mm_hashes"),
@@ -148,6 +182,8 @@ SERVING_FEATURES: tuple[Feature, ...] = (
         (
             VllmName(f"{_OUTPUTS}:OutputProcessor.process_outputs", ("engine_core_outputs",)),
             VllmName(f"{_OUTPUTS}:RequestOutputCollector.put", ("output",)),
+            VllmAttributes(f"{_OUTPUTS}:OutputProcessor", ("request_states",)),
+            VllmAttributes(f"{_OUTPUTS}:RequestState", ("detokenizer", "queue")),
             VllmName(
                 "vllm.v1.engine:EngineCoreOutput",
                 ("request_id", "mm_cache_miss_hashes"),

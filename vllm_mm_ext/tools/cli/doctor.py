@@ -193,18 +193,23 @@ def check_overrides() -> list[Finding]:
 
 
 def show_patches(console: Console) -> None:
-    """What the plugin changes in vLLM, and what is lost without each change."""
+    """What the plugin changes in vLLM and why, which vLLM needs it, and when it can go."""
+    from vllm_mm_ext.adapters.patch_list import PATCHES, is_made
     from vllm_mm_ext.adapters.patches import ledger
-    from vllm_mm_ext.plugin import FEATURES, register
+    from vllm_mm_ext.plugin import register
 
     register()
-    places = ledger()
-    table = Table(title="changes to vLLM")
-    for column in ("feature", "where", "without it"):
-        table.add_column(column, overflow="fold")
-    for feature in FEATURES:
-        table.add_row(feature.name, "\n".join(places.get(feature.name, ["-"])), feature.what)
-    console.print(table)
+    made = ledger()
+    for patch in PATCHES:
+        done = is_made(patch, made.get(patch.feature, ()))
+        state = "made by an engine" if patch.later else "made" if done else "not made"
+        lines = (
+            f"{patch.feature} (vLLM {patch.versions}, {state})",
+            *(f"  where  {target}" for target in patch.targets),
+            f"  why    {patch.why}",
+            f"  until  {patch.until}",
+        )
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def doctor(patches: bool = False) -> None:

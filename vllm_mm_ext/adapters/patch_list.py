@@ -1,0 +1,269 @@
+"""Why each change to vLLM is made, which vLLM needs it, and when it can go.
+
+``patches`` makes the changes and puts them on record; ``vllm-mm doctor --patches`` prints both. A
+test compares this list with what all features really change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to vLLM, in one place or in several for one reason.
+
+    Attributes:
+        feature: The feature that makes it.
+        targets: What is changed: ``module:attribute.path``. Of a table, all entries that the
+            feature changes.
+        why: What the plugin could not do without the change.
+        until: What vLLM would have to offer for the change to go.
+        versions: vLLM releases that need it, as a version specifier.
+        later: The change is made to the objects of an engine, when the engine is built or asked,
+            and not when the plugin is loaded.
+    """
+
+    feature: str
+    targets: tuple[str, ...]
+    why: str
+    until: str
+    versions: str = ">=0.32"
+    later: bool = False
+
+
+_RENDERER = "vllm.renderers.base:BaseRenderer"
+_ENTRYPOINTS = "vllm.entrypoints"
+_OPENAI = f"{_ENTRYPOINTS}.openai"
+_PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_MODELS = "vllm.model_executor.models:ModelRegistry.models"
+
+_SPLITS = "Videos become segments, their tokens are reduced, and frame times are exact."
+_SPLITS_UNTIL = "vLLM's own model of the family cuts videos into items that it encodes one by one"
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "configuration",
+        ("vllm.engine.arg_utils:EngineArgs.create_engine_config",),
+        "additional_config is checked before the engine starts, and travels on to processors.",
+        "vLLM gives multimodal processors the whole configuration, and plugins a hook to check it",
+    ),
+    Patch(
+        "configuration",
+        (
+            "vllm.config:ModelConfig.mm_ext_settings",
+            "vllm.config:ModelConfig.mm_ext_service",
+        ),
+        "vLLM hands multimodal processors and their profiling nothing but the ModelConfig.",
+        "vLLM gives multimodal processors the whole configuration",
+        later=True,
+    ),
+    Patch(
+        "front-end settings",
+        (f"{_RENDERER}.__init__", f"{_RENDERER}.shutdown"),
+        "Each engine has a media front-end with its settings, which ends with the engine.",
+        "vLLM tells plugins when an engine's renderer is made and shut down",
+    ),
+    Patch(
+        "media connector",
+        ("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY",),
+        "The plugin's connector is registered.",
+        "never: this is how vLLM takes connectors",
+    ),
+    Patch(
+        "media connector",
+        ("vllm.envs:environment_variables",),
+        "The plugin's connector is the default where VLLM_MEDIA_CONNECTOR is not set.",
+        "a plugin can name the default connector",
+    ),
+    Patch(
+        "video loader",
+        ("vllm.multimodal.media:VIDEO_LOADER_REGISTRY",),
+        "The plugin's loader is registered.",
+        "never: this is how vLLM takes video loaders",
+    ),
+    Patch(
+        "video loader",
+        ("vllm.engine.arg_utils:EngineArgs.create_engine_config",),
+        "Unknown or contradictory options of the loader stop the server before it starts.",
+        "vLLM lets a video loader check media_io_kwargs at start-up",
+    ),
+    Patch(
+        "digest hashing",
+        ("vllm.multimodal.hasher:MultiModalHasher.serialize_item",),
+        "A waveform whose digest is known is not read again to hash it.",
+        "vLLM's hasher asks an item for its digest, as it does for MediaWithBytes",
+    ),
+    Patch(
+        "KV blocks",
+        (f"{_SCHEDULER}.__init__",),
+        "The KV cache gets the plugin's block pool, which keeps media by what they cost.",
+        "vLLM's configuration can name the class of the block pool",
+    ),
+    Patch(
+        "KV blocks",
+        ("vllm.v1.core.kv_cache_coordinator:BlockPool",),
+        "vLLM's coordinators build BlockPool by this name; it is changed while one is built.",
+        "vLLM's configuration can name the class of the block pool",
+        later=True,
+    ),
+    Patch(
+        "KV blocks",
+        ("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",),
+        "The block pool learns which cached blocks a request found.",
+        "vLLM tells the block pool of cache hits with the request that has them",
+    ),
+    Patch(
+        "KV blocks",
+        (f"{_SCHEDULER}._preempt_request",),
+        "Blocks of a request that is preempted in the pass that scheduled it are never computed; "
+        "vLLM leaves them in the prefix cache.",
+        "vLLM takes blocks out of the prefix cache that will not be computed",
+    ),
+    Patch(
+        "KV control",
+        ("vllm.v1.engine.core:EngineCore.mm_ext_kv",),
+        "API servers call it to pin and release conversations in the engine.",
+        "plugins can add utility calls to the engine",
+    ),
+    *(
+        Patch(family, (_MODELS,), _SPLITS, _SPLITS_UNTIL)
+        for family in (
+            "Qwen2.5-Omni",
+            "Qwen3-Omni",
+            "Qwen2.5-VL",
+            "Qwen3-VL",
+            "LLaVA-OneVision",
+            "InternVL",
+        )
+    ),
+    Patch(
+        "Composer",
+        (_MODELS,),
+        "The composer's architecture is registered.",
+        "never: this is how vLLM takes models",
+    ),
+    Patch(
+        "raw embeddings",
+        ("vllm.config.vllm:VllmConfig._resolve_mm_embedding_inputs",),
+        "vLLM lets clients send embeddings wherever an EC connector reads; the host tier reads "
+        "only what it wrote.",
+        "an EC connector can say that it needs no embeddings from clients",
+    ),
+    Patch(
+        "raw embeddings",
+        ("vllm.config:VllmConfig.ec_transfer_config",),
+        "vLLM's rule for embeddings sees no EC connector while it is applied.",
+        "an EC connector can say that it needs no embeddings from clients",
+        later=True,
+    ),
+    Patch(
+        "encoder cache",
+        ("vllm.config:ECTransferConfig.mm_ext_host_tier",),
+        "The device tier finds the host tier of its engine, which vLLM makes first.",
+        "vLLM gives the encoder cache manager the engine's EC connector",
+        later=True,
+    ),
+    Patch(
+        "stage times",
+        (f"{_RENDERER}.process_for_engine_async",),
+        "The time that preprocessing takes and the tokens that it makes are noted, and its errors "
+        "get their status.",
+        "vLLM reports the stages of a request's preprocessing",
+    ),
+    Patch(
+        "request options",
+        (
+            f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+            f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
+            f"{_OPENAI}.responses.serving:OpenAIServingResponses.create_responses",
+            f"{_OPENAI}.responses.serving:OpenAIServingResponses.responses_stream_generator",
+            f"{_OPENAI}.responses.serving:OpenAIServingResponses.responses_full_generator",
+        ),
+        "A request's mm_ext block is read, and its answer gets one.",
+        "plugins can read and add fields of requests and answers",
+    ),
+    Patch(
+        "request options",
+        (
+            f"{_OPENAI}.completion.serving:OpenAIServingCompletion.create_completion",
+            f"{_OPENAI}.chat_completion.batch_serving:OpenAIServingChatBatch"
+            ".create_batch_chat_completion",
+            f"{_ENTRYPOINTS}.scale_out.render.serving:ServingRender.render_chat_request",
+            f"{_ENTRYPOINTS}.serve.tokenize.serving:ServingTokenization.create_tokenize",
+            f"{_ENTRYPOINTS}.pooling.base.serving:PoolingBaseServing.__call__",
+            f"{_ENTRYPOINTS}.anthropic.serving:AnthropicServingMessages.create_messages",
+            f"{_ENTRYPOINTS}.anthropic.serving:AnthropicServingMessages.count_tokens",
+        ),
+        "An mm_ext block on a route that has no options is refused, not ignored.",
+        "plugins can read fields of requests on every route",
+    ),
+    Patch(
+        "request options",
+        (f"{_ENTRYPOINTS}.cohere.serving:CohereServingChatV2.create_chat_v2",),
+        "As for the routes above; only where Cohere's package is installed.",
+        "plugins can read fields of requests on every route",
+    ),
+    Patch(
+        "planning",
+        (f"{_RENDERER}.render_chat_async", f"{_RENDERER}.render_chat"),
+        "All videos of a conversation are planned together, before any is fetched.",
+        "vLLM calls a hook with a conversation before its media are fetched",
+    ),
+    Patch(
+        "cache reports",
+        (f"{_RENDERER}.__init__",),
+        "Preprocessing is put into the context of its request (next line).",
+        "vLLM's renderer copies the context to its preprocessing thread",
+    ),
+    Patch(
+        "cache reports",
+        (f"{_RENDERER}._process_multimodal_async",),
+        "vLLM preprocesses on a thread of its own, which sees no context variables.",
+        "vLLM's renderer copies the context to its preprocessing thread",
+        later=True,
+    ),
+    Patch(
+        "cache reports",
+        (f"{_PROCESSOR}._get_cache_missing_items", "vllm.v1.engine.async_llm:AsyncLLM.generate"),
+        "Answers say what the processor cache and the prefix cache held.",
+        "vLLM reports processor cache hits per request, and cached tokens with the first output",
+    ),
+    Patch(
+        "lost inputs",
+        (
+            "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+            f"{_PROCESSOR}._merge_mm_kwargs",
+        ),
+        "A request whose preprocessed media the engine lost is answered 503, not 500.",
+        "vLLM answers 503 itself on all routes, as it does on those of pooling",
+    ),
+    Patch(
+        "client ids",
+        (
+            f"{_RENDERER}._process_mm_uuids",
+            "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+            f"{_ENTRYPOINTS}.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens",
+        ),
+        "Ids that clients choose are kept at a bounded length.",
+        "vLLM bounds the length of uuids, session ids and hashes that clients send",
+    ),
+    Patch(
+        "media affinity",
+        ("vllm.v1.engine.core_client:DPLBAsyncMPClient.get_core_engine_for_request",),
+        "Requests about the same media go to the same data-parallel rank.",
+        "vLLM routes by content, or lets a plugin choose the rank",
+    ),
+)
+
+
+def is_made(patch: Patch, places: Iterable[str]) -> bool:
+    """Whether all targets of a change are among the places on record for its feature.
+
+    Args:
+        patch: The change.
+        places: From the ledger; ``table[key]`` is an entry of a table.
+    """
+    return set(patch.targets) <= {place.partition("[")[0] for place in places}
