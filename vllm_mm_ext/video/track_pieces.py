@@ -50,8 +50,8 @@ class TrackPiece(Waveform):
 def piece_of(track: Waveform, mel: torch.Tensor) -> TrackPiece:
     """An audio item for some log-mel frames of a track.
 
-    The model hears the log-mel frames, so the item's digest is made of them. The item has one
-    sample, as vLLM takes no empty audio.
+    The model hears the log-mel frames, so the item's digest is made of them. Of the samples the
+    item has only one, so that it is not empty.
 
     Args:
         track: The whole track.
