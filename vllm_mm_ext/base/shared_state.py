@@ -48,8 +48,8 @@ DECISIONS = 1 << 15
 # use, all 8 places are taken about once in 60 times; then a new decision replaces the one that was
 # used the longest time ago.
 _WAYS = 8
-# How often a reader reads a record that fails its checksum. A write is shorter than a read, so a
-# reader that meets a writer finds the record whole the next time.
+# A reader that meets a writer finds the record whole when it looks once more: a write takes less
+# time than a look.
 _LOOKS = 3
 
 _PREFIX = "mm_ext-state-"
@@ -139,13 +139,7 @@ class Decision(NamedTuple):
 
 
 class _Region:
-    """Consecutive records of one layout, each followed by its checksum; an empty one is zeros.
-
-    Args:
-        layout: Layout of a record.
-        count: Number of records.
-        start: Offset of the first record in the file, in bytes.
-    """
+    """Consecutive records of one layout, each followed by its checksum; all zero is empty."""
 
     def __init__(self, layout: struct.Struct, count: int, start: int) -> None:
         self._layout = layout
@@ -154,7 +148,7 @@ class _Region:
         self.end = start + count * self._stride
 
     def read(self, view: mmap.mmap, place: int) -> tuple[object, ...] | None:
-        """The values of a record; None if the record is empty or half written."""
+        """The values of a record; None if it is empty or torn."""
         begin = self._start + place * self._stride
         for _ in range(_LOOKS):
             raw = view[begin : begin + self._stride]
@@ -174,7 +168,7 @@ class _Region:
 
 
 def _checksum(body: bytes) -> int:
-    # Inverted, so that a record of zeros fails its checksum.
+    # Inverted, so that a record of zeros does not pass.
     return zlib.crc32(body) ^ 0xFFFFFFFF
 
 

@@ -299,10 +299,10 @@ class _Conversation:
         )
 
     def _own(self, digest: str) -> str:
-        """A digest of a video, the engine and the ``cache_salt``: the key of sticky decisions.
+        """A video's digest, another one for each engine and each ``cache_salt``.
 
-        Requests with different salts share no prefix cache in vLLM, nor do requests to different
-        engines. So they share no decisions either.
+        Decisions that stand are looked up by it. vLLM lets requests with different salts, and with
+        different engines, share no prefix cache; they share no decisions either.
         """
         hasher = blake3(str(self.runtime.number).encode())
         for part in (digest, self.context.cache_salt or ""):
