@@ -172,13 +172,7 @@ class SegmentProcessor:
         return TokenCount(visual + layout.tail, audio, text + len(before) + len(after))
 
     def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
-        """Number of a segment's tokens that stand for neither picture nor sound.
-
-        Args:
-            layout: Layout of the whole video.
-            grids: The segment's first temporal grid, and the grid after its last.
-            reduction: The token reduction.
-        """
+        """Number of tokens for neither picture nor sound in a segment of these grids."""
         return 0
 
     # --- splitting --------------------------------------------------------------------------------
@@ -188,8 +182,7 @@ class SegmentProcessor:
         inputs = self.split(inputs)
         if inputs.cache is not None and not self._fits_cache(inputs.mm_data_items.get("video")):
             # vLLM relies on items that it found in its cache still being there after it has added
-            # the others. So a video of that size is not cached; whole, it would not have been
-            # either.
+            # the others. So a video of that size is not cached; whole, it would not be either.
             inputs = dataclasses.replace(inputs, cache=None)
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
@@ -207,12 +200,9 @@ class SegmentProcessor:
         return bool(values * config.dtype.itemsize <= _CACHE_SHARE * capacity)
 
     def split(self, inputs: Any) -> Any:
-        """Replace the videos of a request by their segments, in the items and in the prompt.
+        """Replace the videos in a request's ``ProcessorInputs`` by their segments.
 
         If one of the videos cannot be split, all of them stay whole.
-
-        Args:
-            inputs: vLLM's ``ProcessorInputs`` of the request.
         """
         videos = inputs.mm_data_items.get("video")
         if not isinstance(videos, VideoProcessorItems) or not self.splits(
@@ -246,10 +236,6 @@ class SegmentProcessor:
         """The prompt with one video token per segment; None if it has too few video tokens.
 
         As in vLLM, the first video tokens stand for the videos; further ones are text.
-
-        Args:
-            prompt: Token ids with one video token per video.
-            videos: The split videos in the order of the prompt.
         """
         expanded: list[int] = []
         left = iter(videos)
@@ -351,12 +337,7 @@ class SegmentProcessor:
     def at_size(
         self, frames: npt.NDArray[np.uint8], size: tuple[int, int]
     ) -> npt.NDArray[np.uint8]:
-        """Resize frames as the model's video processor does; frames of that size stay as they are.
-
-        Args:
-            frames: uint8 ``[n, height, width, 3]``.
-            size: ``(height, width)`` in pixels.
-        """
+        """Frames resized to ``(height, width)`` pixels as the model's video processor does it."""
         if frames.shape[1:3] == size:
             return frames
         return resized(self.info.get_hf_processor().video_processor, frames, size)
