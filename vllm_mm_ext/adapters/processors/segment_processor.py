@@ -65,9 +65,8 @@ def segment_at(items: Any, index: int) -> VideoSegment | None:
 class SegmentProcessor:
     """Mixin in front of a family's multimodal processor in vLLM.
 
-    A family overrides the methods of the first section, which say how its model lays videos out.
-    ``hf_kwargs`` are everywhere the request's ``mm_processor_kwargs``.
-    """
+    A family overrides the methods of the first section. ``hf_kwargs`` are everywhere the request's
+    ``mm_processor_kwargs``."""
 
     info: Any
     checkpoint_reduction: Reduction | None = None
