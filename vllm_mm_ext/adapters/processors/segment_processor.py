@@ -37,8 +37,7 @@ from vllm_mm_ext.video.segments import (
 from vllm_mm_ext.video.splits import SegmentRecipe, SplitRecipe, SplitVideo, remembered
 from vllm_mm_ext.video.token_counts import TokenCount
 
-# The pixels of one request may take this share of vLLM's processor cache, which also holds other
-# items.
+# Pixels of one request may take this share of vLLM's processor cache, which holds other items too.
 _CACHE_SHARE = 0.5
 # Videos with a ``uuid`` whose split is remembered, for requests that send the ``uuid`` alone.
 _MAX_NAMES = 4096
@@ -65,8 +64,9 @@ def segment_at(items: Any, index: int) -> VideoSegment | None:
 class SegmentProcessor:
     """Mixin in front of a family's multimodal processor in vLLM.
 
-    A family overrides the methods of the first section. ``hf_kwargs`` are everywhere the request's
-    ``mm_processor_kwargs``."""
+    A family overrides the methods of the first section. ``hf_kwargs`` are a request's
+    ``mm_processor_kwargs``.
+    """
 
     info: Any
     checkpoint_reduction: Reduction | None = None
@@ -180,8 +180,7 @@ class SegmentProcessor:
         """Split the videos of a request, then process the request as vLLM does."""
         inputs = self.split(inputs)
         if inputs.cache is not None and not self._fits_cache(inputs.mm_data_items.get("video")):
-            # vLLM relies on items that it found in its cache still being there after it has added
-            # the others. So a video of that size is not cached; whole, it would not be either.
+            # vLLM expects items found in its cache to be still there once the others are added.
             inputs = dataclasses.replace(inputs, cache=None)
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
