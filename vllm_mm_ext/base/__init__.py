@@ -1,1 +1,1 @@
-"""What every room may use: freed memory, concurrent work, files that processes share."""
+"""What every other package may use: freed memory, concurrent work, files that processes share."""

@@ -1,7 +1,7 @@
-"""Ids that clients choose for media and sessions, at a length that can be remembered. Pure.
+"""Bounds the length of ids that clients choose for media and sessions. Pure.
 
-Caches and tables keep such an id for each mm item or session, often for hours. A client may send
-megabytes.
+Caches and tables keep such an id for each mm item or session, often for hours, and a client may
+send an id of megabytes.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Literal
 from blake3 import blake3
 
 MAX_CHARACTERS = 64
-"""Length up to which a client's id is used as it is: vLLM's events and caches name it."""
+"""Most characters of an id that is kept as the client sent it, as vLLM's events show ids."""
 MAX_HASH_CHARACTERS = 256
-"""Length of the longest mm hash taken from a client; those the plugin makes have 150."""
+"""Most characters of an mm hash that is taken from a client; the plugin's own have up to 150."""
 
 
 def short_id(value: str, kind: Literal["media", "session"]) -> str:
-    """An id that stands for a client's one: equal for equal ids, different for different ones.
+    """A short id for a client's id; equal ids have equal short ids, different ids different ones.
 
     Args:
-        value: What the client sent.
-        kind: What it names. Ids of different kinds have different digests.
+        value: The id that the client sent.
+        kind: What the id names. Ids of different kinds have different digests.
 
     Returns:
-        The id itself, or a digest of it if it is long. A digest is longer than ``MAX_CHARACTERS``,
-        so no client can send an id that is another one's digest.
+        The id itself, or a digest of an id that is longer than ``MAX_CHARACTERS``. The digest is
+        longer than that, too, so no client can send the digest of another client's id.
     """
     if len(value) <= MAX_CHARACTERS:
         return value
     context = f"vllm_mm_ext 2026-11 {kind} id"
-    # JSON can hold half a surrogate pair.
+    # Text from JSON may have half of a surrogate pair, which plain UTF-8 cannot encode.
     raw = value.encode("utf-8", "surrogatepass")
     return f"blake3-{blake3(raw, derive_key_context=context).hexdigest()}"
 
@@ -39,7 +39,7 @@ def short_id(value: str, kind: Literal["media", "session"]) -> str:
 def short_media_ids(
     ids: Mapping[str, Sequence[str | None]],
 ) -> dict[str, Sequence[str | None]]:
-    """``short_id`` of each item's id, by modality; None, for an item without an id, stays."""
+    """``short_id`` of each mm item's id, by modality; None (an item without an id) stays None."""
     return {
         modality: [short_id(one, "media") if isinstance(one, str) else one for one in own]
         for modality, own in ids.items()
@@ -47,6 +47,6 @@ def short_media_ids(
 
 
 def too_long(hashes: Mapping[str, Iterable[str]]) -> int | None:
-    """The length of the first mm hash that is too long to be kept; None if none is."""
+    """Length of the first mm hash that is longer than ``MAX_HASH_CHARACTERS``; None if none is."""
     lengths = (len(one) for own in hashes.values() for one in own)
     return next((length for length in lengths if length > MAX_HASH_CHARACTERS), None)

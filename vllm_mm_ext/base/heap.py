@@ -1,8 +1,9 @@
-"""Freed memory goes back to the system.
+"""Gives freed memory back to the system.
 
-The C library keeps what is freed between blocks still in use, in a heap for each group of threads.
-Media are megabytes that one thread allocates and another one frees: without help a process comes to
-hold twice what it uses, and more with time (docs/benchmarks.md, `soak`).
+The C library keeps freed memory that lies between blocks still in use, in a heap for each group of
+threads. Media are blocks of megabytes that one thread allocates and another frees. Without trimming
+a process comes to hold twice the memory that it uses, and more with time (docs/benchmarks.md,
+`soak`).
 """
 
 from __future__ import annotations
@@ -16,26 +17,30 @@ _PERIOD_S = 5.0
 
 
 class HeapTrim:
-    """Trims the heaps of the process at most once a period, while there is work.
+    """Trims the heaps of the process, at most once a period.
 
     A trim takes some 25 ms of one core where 600 to 800 MB of a heap are free.
 
     Args:
-        period_s: Seconds between two trims at least.
-        clock: Seconds, ascending.
+        period_s: Least seconds between two trims.
+        clock: Returns seconds of a clock that never goes back.
     """
 
     def __init__(
         self, period_s: float = _PERIOD_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        # glibc's; what another C library or allocator keeps is its own affair.
+        # A function of glibc; other C libraries have none, and nothing is trimmed.
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._period_s = period_s
         self._clock = clock
         self._due_s = clock() + period_s
 
     def when_due(self) -> threading.Thread | None:
-        """Trim beside the caller if a period has passed; returns the thread that does it."""
+        """Trim in a thread of its own if a period has passed since the last trim.
+
+        Returns:
+            The thread, or None if no trim is due or no thread can be started.
+        """
         now = self._clock()
         if self._malloc_trim is None or now < self._due_s:
             return None
@@ -45,7 +50,7 @@ class HeapTrim:
         )
         try:
             thread.start()
-        except RuntimeError:  # No thread to be had; the next period will do.
+        except RuntimeError:  # The system gives no thread; the next period tries again.
             return None
         return thread
 
@@ -54,5 +59,5 @@ _OF_THE_PROCESS = HeapTrim()
 
 
 def trim_when_due() -> None:
-    """Trim the heaps of this process beside the caller, once a period whoever asks how often."""
+    """Trim the heaps of this process in the background, at most once a period for all callers."""
     _OF_THE_PROCESS.when_due()

@@ -1,7 +1,8 @@
-"""Files that the processes of a service map, and that are removed when none of them is left.
+"""Files that the processes of a service map into memory, removed when no process uses them.
 
-Whoever uses one holds a shared lock on it, which the kernel drops with its holder, however that
-ends. Process ids would not tell: containers may share ``/dev/shm`` and not the ids.
+A process that uses a file holds a shared lock on it. The kernel drops the lock when the process
+ends, however it ends. Process ids in the file's name would not show whether it is in use, since
+containers may share ``/dev/shm`` but not their process ids.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from pathlib import Path
 
 
 def open_shared(path: Path, size: int) -> int:
-    """Open a file, or make it if it is not there; it is in use as long as the descriptor is open.
+    """Open a file, or create it; the file is in use as long as the returned descriptor is open.
 
     Args:
-        path: Where it is; only this user can read it.
-        size: Its bytes, at first zeros.
+        path: Path of the file. A new file can be read and written by this user only.
+        size: Size of the file in bytes; a new file holds zeros.
 
     Returns:
-        The descriptor.
+        The open file descriptor.
 
     Raises:
-        OSError: It cannot be made, is a link or belongs to another user.
+        OSError: The file cannot be created, is a symbolic link, or belongs to another user.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
@@ -33,37 +34,37 @@ def open_shared(path: Path, size: int) -> int:
             if os.fstat(descriptor).st_uid != os.getuid():
                 raise PermissionError(f"{path} belongs to another user")
             if is_at(path, descriptor):
-                # With its space taken now, a full file system is an error here and not a SIGBUS at
-                # some later write.
+                # With all space allocated now, a full file system is an error here and not a SIGBUS
+                # at a later write.
                 os.posix_fallocate(descriptor, 0, size)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        # It was removed in between, as unused.
+        # Another process removed the file as unused before the lock was taken.
         os.close(descriptor)
 
 
 def remove_if_unused(path: Path, descriptor: int) -> None:
-    """Remove a file that nobody has in use but through this descriptor.
+    """Remove a file unless it is in use through another descriptor.
 
     Args:
-        path: Where it is, or was.
-        descriptor: It, open. It counts as in use through it no longer.
+        path: Path of the file, which may be gone already.
+        descriptor: The open file. From now on it does not keep the file in use.
     """
     with contextlib.suppress(BlockingIOError):
-        # Of users that do this at once the last one gets the lock.
+        # Of several users that do this at once, the last one gets the lock.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_at(path, descriptor):
             path.unlink()
 
 
 def remove_abandoned(directory: Path, prefix: str) -> None:
-    """Remove the files that users left who were killed.
+    """Remove files that no process uses any more, as all their users were killed.
 
     Args:
-        directory: Where they are.
-        prefix: How their names begin.
+        directory: Directory of the files.
+        prefix: Beginning of their names.
     """
     for path in directory.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
@@ -75,7 +76,7 @@ def remove_abandoned(directory: Path, prefix: str) -> None:
 
 
 def is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is the one of that path."""
+    """Whether an open file is the file that is at ``path`` now."""
     try:
         there = path.stat()
     except FileNotFoundError:

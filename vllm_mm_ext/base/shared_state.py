@@ -1,18 +1,18 @@
-"""What the processes of one service share: the load of its engines, its load tier, its decisions.
+"""The shared state of one service: the load of its engines, its load tier, its sticky decisions.
 
-A service is what one start of vLLM makes: its API servers and its engines on this machine. All of
-them map one file. Its records are written whole, each with a checksum:
+A service is the processes of one start of vLLM: its API servers and its engines on this machine.
+All of them map one file of records, each written whole with a checksum:
 
 - Readers take no lock. A record that is being written, or that a killed writer left half written,
   fails its checksum and counts as absent.
-- An engine's record has one writer: the engine, if it runs the plugin's scheduler, else whichever
+- The load of an engine has one writer: the engine if it runs the plugin's scheduler, else whichever
   API server vLLM gives the engine's statistics. All other records have several writers, which
-  exclude each other by a lock that the kernel drops with its holder. A writer that waits too long
-  (the holder was stopped) gives up: a lost sample or decision is made again.
-- The file loses its name as soon as all API servers have it; engines have it earlier, since an API
-  server waits for its engines before it needs the state. So nothing is left when the processes
-  end, however that happens. What a service leaves that failed to start is removed by its last
-  process, or when the next service starts.
+  exclude each other by a lock. The kernel drops the lock if its holder dies. A writer that waits
+  too long (the holder was stopped) gives up: a lost load or decision is made again.
+- The file loses its name as soon as all API servers have opened it. Engines open it earlier, since
+  an API server waits for its engines before it needs the state. So no file is left when the
+  processes end, however they end. The file of a service that fails to start is removed by the
+  service's last process, or when the next service starts.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from vllm_mm_ext.base.shared_records import Region
 KEY_BYTES = 16
 ENGINES = 256
 DECISIONS = 1 << 15
-# Places a key may be at, in one stretch. With half the table in use a stretch of 8 is full about
-# once in 60 times, and then the stretch's oldest decision makes way.
+# A key's decision is at one of this many consecutive places of the table. With half of the table in
+# use, all 8 places are taken about once in 60 times; then a new decision replaces the one that was
+# used the longest time ago.
 _WAYS = 8
 
 _PREFIX = "mm_ext-state-"
@@ -55,7 +56,7 @@ _COUNT = struct.Struct("<I")
 _LOAD = struct.Struct("<9d")
 _STATE = struct.Struct("<iidd")
 _DECISION = struct.Struct(f"<{KEY_BYTES}siQdd")
-# struct flock of 64-bit Linux; len 0 is the whole file.
+# ``struct flock`` of 64-bit Linux; a length of 0 means the whole file.
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -67,16 +68,16 @@ class EngineLoad:
         time: Seconds on the system's monotonic clock, which all processes of a machine share.
         kv_usage: Share of the KV blocks that requests use, 0 to 1; blocks that are only cached
             count as free.
-        running: Requests that hold a slot.
-        waiting: Requests that do not.
+        running: Requests that hold one of vLLM's request slots.
+        waiting: Requests that hold none.
         slots: Requests that can run at once.
-        kv_pressure: Like ``kv_usage``, with the blocks that the plugin's block pool keeps for later
-            requests. This and what follows is None where the engine does not publish its load
-            itself.
-        backlog_tokens: Encoder outputs that requests still need.
-        backlog_s: Seconds that encoding those takes, at what encoding costs here; 0 before that is
-            known.
-        itl_s: Average seconds of steps in which something was decoded.
+        kv_pressure: As ``kv_usage``, but blocks that the plugin's block pool keeps for later
+            requests count as used. This attribute and those below are None where the engine does
+            not publish its load itself.
+        backlog_tokens: Encoder outputs (tokens) that requests still need.
+        backlog_s: Seconds of encoding for these, at this engine's measured price; 0 until there is
+            one.
+        itl_s: Inter-token latency: average seconds of steps in which some request decodes.
     """
 
     time: float
@@ -104,10 +105,11 @@ class TierState:
     """The load tier of a service.
 
     Attributes:
-        level: Current tier.
-        rest: Tier that the last load observed allows the service to come down to.
-        calm_since: Since when ``rest`` has been below ``level``, in seconds; infinite if it is not.
-        seen: Time of the last load observed.
+        level: Current tier; 0 is full quality.
+        rest: Tier to which the service may come down at the last load observed.
+        calm_since: Since when ``rest`` has been below ``level``, in seconds of the monotonic clock;
+            infinite if it is not below.
+        seen: Time of the last load observed, in seconds of the monotonic clock.
     """
 
     level: int = 0
@@ -117,13 +119,13 @@ class TierState:
 
 
 class Decision(NamedTuple):
-    """What was decided about a video.
+    """A sticky decision about a video.
 
     Attributes:
-        level: Load tier.
-        tokens: Prompt tokens granted to each use of the video, 0 for no grant.
-        made: When it was decided, in seconds.
-        used: When it was last used.
+        level: Load tier at which the video is served.
+        tokens: Prompt tokens granted to each use of the video; 0 for no grant.
+        made: When the decision was made, in seconds.
+        used: When the decision was last used, in seconds.
     """
 
     level: int
@@ -140,12 +142,14 @@ SIZE = _TABLE.end
 
 
 class SharedState:
-    """One service's file, mapped; ``open_state`` and ``private_state`` make it.
+    """The shared state of one service, mapped into this process.
+
+    ``open_state``, ``join_state`` and ``private_state`` make it.
 
     Args:
-        descriptor: The open file. It is closed with the state, by ``close`` or when nobody refers
-            to the state any more.
-        path: Where the file is; None if it has no name.
+        descriptor: The open file, which ``close`` closes, or the end of the last reference to the
+            state.
+        path: Path of the file; None if the file has no name.
 
     Raises:
         OSError: The file cannot be mapped.
@@ -159,12 +163,12 @@ class SharedState:
         self._finalizer = weakref.finalize(self, _close, self._view, descriptor, path)
 
     def close(self) -> None:
-        """Leave the file, and remove it if no process uses it now; the state is of no more use."""
+        """Unmap the file, and remove it if no process uses it. The state cannot be used again."""
         self._finalizer()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[bool]:
-        """Hold the lock of writers; yields False if another writer keeps it too long."""
+        """Hold the writers' lock; yields False, without the lock, if another writer keeps it."""
         with self._thread_lock:
             held = self._lock()
             try:
@@ -186,12 +190,12 @@ class SharedState:
                 return True
 
     def _set_lock(self, kind: int) -> None:
-        # Of the open file description: unlike a process's own locks it does not end when another
-        # descriptor of the file is closed.
+        # A lock of the open file description: other than a lock of the process, it is not dropped
+        # when another descriptor of the same file is closed.
         fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
 
     def count_api_server(self) -> int:
-        """Count one more API server that has the state, and return how many have it so far."""
+        """Count one more API server that has opened the state; returns how many have so far."""
         with self.writing() as held:
             values = _API_SERVERS.read(self._view, 0)
             count = 1 if values is None else int(values[0]) + 1  # type: ignore[call-overload]
@@ -208,7 +212,7 @@ class SharedState:
         this within ``writing``, and only for engines that do not publish their load themselves.
 
         Args:
-            engine: Index of the engine; those past ``ENGINES`` are left out.
+            engine: Index of the engine; engines from index ``ENGINES`` on are ignored.
             load: How busy the engine is.
         """
         if engine < ENGINES:
@@ -221,19 +225,19 @@ class SharedState:
             _LOADS.clear(self._view, engine)
 
     def load(self, engine: int) -> EngineLoad | None:
-        """The newest load of an engine; None before there is any."""
+        """The newest load of an engine; None if none was published."""
         values = _LOADS.read(self._view, engine) if engine < ENGINES else None
         if values is None:
             return None
         return EngineLoad(*(None if math.isnan(value) else value for value in values))  # type: ignore[arg-type]
 
     def loads(self, engines: int) -> dict[int, EngineLoad]:
-        """The newest load of those of the first ``engines`` engines that have any, by index."""
+        """The newest loads of the first ``engines`` engines that have any, by index."""
         found = ((engine, self.load(engine)) for engine in range(min(engines, ENGINES)))
         return {engine: load for engine, load in found if load is not None}
 
     def write_tier(self, state: TierState) -> None:
-        """Keep the service's tier (call within ``writing``)."""
+        """Write the service's tier; to be called within ``writing``."""
         _TIER.write(self._view, 0, state.level, state.rest, state.calm_since, state.seen)
 
     def tier(self) -> TierState:
@@ -244,7 +248,7 @@ class SharedState:
     # --- decisions --------------------------------------------------------------------------------
 
     def find(self, key: bytes) -> Decision | None:
-        """The decision kept for a key of ``KEY_BYTES``, however old."""
+        """The decision kept for a key of ``KEY_BYTES`` bytes, however old; None if none is."""
         for place in _places(key):
             values = _TABLE.read(self._view, place)
             if values is not None and values[0] == key:
@@ -252,7 +256,7 @@ class SharedState:
         return None
 
     def keep(self, key: bytes, decision: Decision) -> None:
-        """Keep a decision, in place of the key's earlier one or of the one longest unused."""
+        """Keep a decision; it replaces the key's earlier one, or one that is long unused."""
         with self.writing() as held:
             if held:
                 _TABLE.write(self._view, self._place_for(key), key, *decision)
@@ -285,35 +289,37 @@ def _close(view: mmap.mmap, descriptor: int, path: Path | None) -> None:
 
 
 def service_name(api_servers: int, api_server: int) -> str:
-    """A name that the processes of the service have in common, and no other service has.
+    """A name that all processes of this service compute alike, and no other service has.
 
     Args:
-        api_servers: API servers of the service. A single one hands its configuration on to the
-            engines; several make their configurations each by itself.
-        api_server: Which one of them this process is; -1 for the process that starts them all.
+        api_servers: Number of API servers of the service. A single one makes a random name, which
+            its engines get with its configuration. Of several, each makes a configuration of its
+            own, so they use the name of the process that started them.
+        api_server: Index of this API server; -1 for the process that starts them all.
     """
     if api_servers == 1:
         return uuid.uuid4().hex
     parent = multiprocessing.parent_process()
     main = parent.pid if parent is not None and api_server >= 0 else os.getpid()
-    # The start time tells the service from an earlier one whose main process had the same id.
+    # The start time makes a difference to an earlier service whose main process had the same id.
     return f"{main}-{psutil.Process(main).create_time():.2f}"
 
 
 def file_name(service: str) -> str:
-    """Name of the file of a service of this user."""
+    """File name of the shared state of a service of this user."""
     return f"{_PREFIX}{os.getuid()}-{service}"
 
 
 def open_state(service: str, directories: list[Path] | None = None) -> SharedState:
-    """Open the shared state of a service, or make it if this is the first process to ask.
+    """Open the shared state of a service, or create it if this is the service's first process.
 
     Args:
         service: Name of the service.
-        directories: Where the file can be, best first; by default in memory, else on disk.
+        directories: Directories for the file, best first; by default one in memory, then one on
+            disk.
 
     Raises:
-        OSError: It can be made in none of them.
+        OSError: The file can be created in none of the directories.
     """
     failures = []
     for directory in directories or _directories():
@@ -335,11 +341,11 @@ def open_state(service: str, directories: list[Path] | None = None) -> SharedSta
 def join_state(
     service: str, api_servers: int, directories: list[Path] | None = None
 ) -> SharedState:
-    """As ``open_state``, for an API server; the last one to join removes the name of the file.
+    """As ``open_state``, for an API server; the last API server to join removes the file's name.
 
     Args:
         service: Name of the service.
-        api_servers: API servers of the service.
+        api_servers: Number of API servers of the service.
         directories: As for ``open_state``.
 
     Raises:
@@ -352,14 +358,14 @@ def join_state(
 
 
 def private_state() -> SharedState:
-    """A state that this process shares with none."""
+    """A state that this process shares with no other process."""
     descriptor = os.memfd_create("mm_ext-state", os.MFD_CLOEXEC)
     os.ftruncate(descriptor, SIZE)
     return SharedState(descriptor)
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Remove the files that this user's services left that were killed."""
+    """Remove the files of this user's services that were killed."""
     shared_file.remove_abandoned(directory, f"{_PREFIX}{os.getuid()}-")
 
 

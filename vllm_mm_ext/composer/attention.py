@@ -1,4 +1,4 @@
-"""Attention of many small query sets, each to its own tokens, as one batch of variable lengths."""
+"""Attention of many small sets of queries, each to its own tokens, in one batch without padding."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ def varlen_cross_attention(
 ) -> torch.Tensor:
     """Block-diagonal softmax attention, scaled by ``1 / sqrt(dim)``.
 
-    The queries of item ``i`` see the keys of item ``i`` and no others. On CUDA with xformers it is
-    one call of its memory-efficient kernel; elsewhere PyTorch's SDPA runs once per distinct pair
-    of lengths, so nothing is padded.
+    The queries of item ``i`` attend to the keys of item ``i`` and to no others. On CUDA with
+    xformers, one call of xformers' memory-efficient kernel does this for all items. Elsewhere
+    PyTorch's scaled dot-product attention runs once per distinct pair of lengths.
 
     Args:
-        q: ``[sum(q_lens), heads, dim]``.
-        k, v: ``[sum(kv_lens), heads, dim]``.
-        q_lens, kv_lens: Queries and keys of each item, in order, each at least 1.
+        q: ``[sum(q_lens), heads, dim]`` queries of all items.
+        k, v: ``[sum(kv_lens), heads, dim]`` keys and values of all items.
+        q_lens, kv_lens: Number of queries and of keys of each item, in order, each at least 1.
 
     Returns:
         ``[sum(q_lens), heads, dim]``.
 
     Raises:
-        ValueError: The lengths do not add up, differ in number, or one is below 1.
+        ValueError: The lengths do not sum to the tensors' sizes, ``q_lens`` and ``kv_lens`` differ
+            in length, or a length is below 1.
     """
     if len(q_lens) != len(kv_lens) or min((*q_lens, *kv_lens), default=1) < 1:
         raise ValueError("every item needs at least one query and one key")

@@ -1,6 +1,6 @@
-"""What the composer's encoders take: pixels as SigLIP's, log-mel spectrograms as Whisper's.
+"""Inputs of the composer's encoders: pixels for SigLIP, log-mel spectrograms for Whisper.
 
-Used by the processors and by training, so that both encode the same.
+The vLLM processor and training both use this module, so both encode the same inputs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from vllm_mm_ext.media.audio.waveforms import log_mel
 
 
 def pixel_values(frames: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """Frames as the vision tower takes them, from -1 to 1.
+    """Frames as the vision tower takes them.
 
     Args:
-        frames: RGB ``[n, side, side, 3]``, at the tower's own size.
+        frames: uint8 RGB ``[n, side, side, 3]``, at the size that the tower takes.
 
     Returns:
-        float32 ``[n, 3, side, side]``.
+        float32 ``[n, 3, side, side]`` from -1 to 1.
     """
     channels_first = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
     return channels_first.contiguous().float().div_(127.5).sub_(1.0)
@@ -29,16 +29,16 @@ def pixel_values(frames: npt.NDArray[np.uint8]) -> torch.Tensor:
 def mel_windows(config: ComposerConfig, samples: npt.NDArray[np.float32]) -> list[torch.Tensor]:
     """Log-mel spectrogram of each window of a waveform, computed window by window.
 
-    A window does not depend on what sounds before or after it, so that a longer version of a clip
-    keeps the windows it shares.
+    A window does not depend on the sound before or after it, so a longer version of a clip has the
+    same windows as far as the sound is the same.
 
     Args:
-        config: Of the checkpoint.
-        samples: float32 mono at 16 kHz, at least one.
+        config: Configuration of the checkpoint.
+        samples: float32 mono at 16 kHz, at least one sample.
 
     Returns:
-        float32 ``[bins, frames]`` of each window. With ``config.audio_pad_windows`` silence follows
-        up to the end of a window; otherwise the last may be shorter, one frame per 10 ms begun.
+        float32 ``[bins, frames]`` of each window. With ``config.audio_pad_windows`` the last window
+        is filled up with silence; otherwise it has one frame for each 10 ms begun.
     """
     window = config.window_samples
     return [

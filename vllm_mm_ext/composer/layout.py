@@ -1,6 +1,6 @@
 """Where the composer's video and audio tokens stand in a prompt. Pure arithmetic.
 
-Used by the vLLM processor and by training, so that both lay out the same prompt.
+The vLLM processor and training both use this module, so both make the same prompt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from vllm_mm_ext.composer.configuration import ComposerConfig
 from vllm_mm_ext.video.cuts import Run
 
 TimestampTokens = Callable[[float], Sequence[int]]
-"""Text tokens of a time in seconds, written before a group of frames."""
+"""Returns the text tokens of a time in seconds, which stand before a group of frames."""
 
 
 def group_starts(seconds: Sequence[float], temporal: int) -> Sequence[float]:
@@ -22,19 +22,19 @@ def group_starts(seconds: Sequence[float], temporal: int) -> Sequence[float]:
 def interleaved(
     starts: Sequence[float], group_tokens: Sequence[int], audio: Sequence[int], window_s: float
 ) -> list[Run]:
-    """Groups of frames and windows of sound in order of time.
+    """Order groups of frames and windows of sound by time.
 
-    A window of sound comes first, then the groups whose first frame is shown while it sounds.
-    What is shown or heard after the other has ended follows at the end.
+    Each window of sound stands before the groups whose first frame is shown while the window
+    sounds. The frames or the sound may go on after the other has ended.
 
     Args:
         starts: Time in seconds of the first frame of each group, ascending.
         group_tokens: Tokens of each group.
-        audio: Tokens of each window of the sound, none for silence.
+        audio: Tokens of each window of the sound; empty for a video without sound.
         window_s: Seconds of a window.
 
     Returns:
-        ``(visual, audio)`` tokens; one of the two is 0 in each.
+        Numbers of ``(visual, audio)`` tokens of each group and window; one of the two is 0.
     """
     runs: list[Run] = []
     heard = 0
@@ -55,10 +55,14 @@ def run_tokens(
     """Prompt tokens of some runs.
 
     Args:
-        config: Of the checkpoint.
-        runs: As from `interleaved`. A run without audio is a group, even if nothing is left of it.
+        config: Configuration of the checkpoint.
+        runs: Runs as `interleaved` returns them. A run without audio tokens is a group of frames,
+            even if a reduction has left no visual token of the group.
         starts: Time in seconds of the first frame of each group among ``runs``.
-        timestamp_tokens: Needed where ``config.timestamps`` is set.
+        timestamp_tokens: Needed if ``config.timestamps`` is set.
+
+    Returns:
+        Token ids.
     """
     ids: list[int] = []
     times: Iterator[float] = iter(starts)
@@ -85,15 +89,18 @@ def video_layout(
 ) -> list[int]:
     """Prompt tokens of one whole video.
 
-    Embeddings take the places of ``video_pad_token_id`` and of ``audio_pad_token_id``, each kind in
-    order.
+    The model replaces the embeddings of ``video_pad_token_id`` by those of the frames, in order,
+    and those of ``audio_pad_token_id`` by those of the sound.
 
     Args:
-        config: Of the checkpoint.
+        config: Configuration of the checkpoint.
         seconds: Time of each frame from the start of the video, ascending, at least one.
-        pool, temporal: The reduction; the checkpoint must support it.
-        audio_samples: Samples of the sound at 16 kHz, 0 for silence.
-        timestamp_tokens: Needed where ``config.timestamps`` is set.
+        pool, temporal: The token reduction; the checkpoint must support it.
+        audio_samples: Samples of the sound at 16 kHz; 0 for a video without sound.
+        timestamp_tokens: Needed if ``config.timestamps`` is set.
+
+    Returns:
+        Token ids.
 
     Raises:
         ValueError: The checkpoint does not support the reduction, or has no audio tower.
@@ -111,11 +118,14 @@ def video_layout(
 
 
 def audio_layout(config: ComposerConfig, samples: int) -> list[int]:
-    """Prompt tokens of sound by itself: one ``<audio> … </audio>`` per window.
+    """Prompt tokens of sound without a video: one ``<audio> … </audio>`` per window.
 
     Args:
-        config: Of the checkpoint.
-        samples: At 16 kHz, at least one.
+        config: Configuration of the checkpoint.
+        samples: Number of samples at 16 kHz, at least one.
+
+    Returns:
+        Token ids.
 
     Raises:
         ValueError: The checkpoint has no audio tower.

@@ -1,4 +1,4 @@
-"""Learned token reduction: queries that read a frame or a group of frames. Plain PyTorch."""
+"""Learned token reduction: queries cross-attend to a frame or a group of frames. Plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from torch import nn
 
 from vllm_mm_ext.composer.attention import varlen_cross_attention
 
-# Periods of the timestamp features. The shortest tells frames of one second apart, the longest is
-# longer than any video served.
+# Periods of the timestamp features, in seconds. The shortest distinguishes frames within a second,
+# the longest is longer than any video that is served.
 SHORTEST_PERIOD_S = 0.5
 LONGEST_PERIOD_S = 4 * 3600.0
 PERIODS = 32
 
 
 class CrossAttention(nn.Module):  # type: ignore[misc]
-    """Queries read the tokens of their item: attention, then a small MLP, both with residuals.
+    """The queries of an item attend to the item's tokens; then an MLP. Both have residuals.
 
     Args:
         hidden: Channels of queries and tokens.
-        heads: Attention heads; ``hidden`` is a multiple.
+        heads: Attention heads; ``hidden`` must be a multiple of this.
+
+    Raises:
+        ValueError: ``hidden`` is not a multiple of ``heads``.
     """
 
     def __init__(self, hidden: int, heads: int) -> None:
@@ -49,7 +52,16 @@ class CrossAttention(nn.Module):  # type: ignore[misc]
         q_lens: Sequence[int],
         kv_lens: Sequence[int],
     ) -> torch.Tensor:
-        """What the queries ``[sum(q_lens), hidden]`` read from ``[sum(kv_lens), hidden]``."""
+        """Attend within each item.
+
+        Args:
+            queries: ``[sum(q_lens), hidden]`` queries of all items.
+            tokens: ``[sum(kv_lens), hidden]`` tokens of all items.
+            q_lens, kv_lens: Number of queries and of tokens of each item, in order.
+
+        Returns:
+            ``[sum(q_lens), hidden]``.
+        """
         seen = self.token_norm(tokens)
         q, k, v = (
             x.unflatten(-1, (self.heads, -1))
@@ -72,7 +84,7 @@ class SpatialPooler(nn.Module):  # type: ignore[misc]
     Args:
         hidden: Channels.
         heads: Attention heads.
-        tokens: Queries, so tokens left of each frame.
+        tokens: Number of queries, which is the number of tokens left of each frame.
     """
 
     def __init__(self, hidden: int, heads: int, tokens: int) -> None:
@@ -92,10 +104,10 @@ class SpatialPooler(nn.Module):  # type: ignore[misc]
 
 
 class TimestampEmbedding(nn.Module):  # type: ignore[misc]
-    """Embeds absolute seconds, so that frames may be spaced unevenly.
+    """Embeds absolute times in seconds, so that frames may be spaced unevenly.
 
-    Sines and cosines of 32 periods from 0.5 s to 4 h in geometric steps, taken in float32, then an
-    MLP beside a linear map.
+    Sines and cosines of 32 periods from 0.5 s to 4 h in geometric steps, computed in float32, go
+    through an MLP and a linear map, whose outputs are added.
 
     Args:
         hidden: Channels of the embedding.
@@ -119,16 +131,16 @@ class TimestampEmbedding(nn.Module):  # type: ignore[misc]
 
 
 class TemporalCompressor(nn.Module):  # type: ignore[misc]
-    """Groups of frames become as many tokens as one frame has.
+    """Reduces a group of frames to as many tokens as one frame has.
 
-    The queries of a group are learned and start from the mean of its frames; they cross-attend to
-    all tokens of the group, so an event of a single frame is not averaged away. The last group of
-    an item may be short: it has fewer tokens to read, not padded ones.
+    The queries of a group are learned vectors added to the mean of the group's frames. They
+    cross-attend to all tokens of the group, so an event of a single frame is not averaged away. The
+    last group of an item may have fewer frames; it is not padded.
 
     Args:
         hidden: Channels.
         heads: Attention heads.
-        tokens: Tokens per frame, and left per group.
+        tokens: Tokens of a frame, and tokens left of a group.
         stride: Frames per group.
     """
 
@@ -159,7 +171,7 @@ class TemporalCompressor(nn.Module):  # type: ignore[misc]
 
 
 def group_sizes(frames_per_item: Sequence[int], stride: int) -> list[int]:
-    """Frames of every group of every item, in order."""
+    """Number of frames of every group of every item, in order."""
     return [
         min(stride, frames - start)
         for frames in frames_per_item
@@ -168,7 +180,7 @@ def group_sizes(frames_per_item: Sequence[int], stride: int) -> list[int]:
 
 
 def average_groups(x: torch.Tensor, frames_per_item: Sequence[int], stride: int) -> torch.Tensor:
-    """Mean of each group of ``stride`` frames over the members it has.
+    """Mean of each group of up to ``stride`` frames.
 
     Args:
         x: ``[frames, tokens, hidden]`` of all items.

@@ -1,6 +1,7 @@
-"""From what the encoders see to embeddings of the text model. Plain PyTorch.
+"""The projectors: from the encoders' outputs to embeddings of the text model. Plain PyTorch.
 
-The same modules train in `reference.py` and serve in vLLM, so their weights have the same names.
+`reference.py` trains these modules and vLLM's model serves them, so the weights have the same names
+in both.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from vllm_mm_ext.composer.pooling import (
 
 
 class VideoProjector(nn.Module):  # type: ignore[misc]
-    """Patch tokens to embeddings: pooling, time, temporal reduction, projection.
+    """Turns patch tokens into embeddings: pooling, time, temporal reduction, projection.
 
     Args:
-        config: Declares the reductions; each pool, and each pair with a learned method, has
-            weights of its own.
+        config: Configuration of the checkpoint. Each spatial pool that it declares, and each pair
+            of pool and temporal reduction that is learned, has weights of its own.
     """
 
     def __init__(self, config: ComposerConfig) -> None:
@@ -66,13 +67,14 @@ class VideoProjector(nn.Module):  # type: ignore[misc]
         pool: int = 1,
         temporal: int = 1,
     ) -> torch.Tensor:
-        """Embeddings of all items, one after the other, each in order of time.
+        """Embeddings of all items, one item after the other, each in order of time.
 
         Args:
-            patches: ``[frames, side * side, vision_hidden]`` of the frames of all items.
-            seconds: float32 ``[frames]``, time of each in its video.
-            frames_per_item: Frames of each item, in order.
-            pool, temporal: The reduction, one that the checkpoint declares (1 and 1: none).
+            patches: ``[frames, side * side, vision_hidden]`` patch tokens of the frames of all
+                items.
+            seconds: float32 ``[frames]`` time of each frame from the start of its video.
+            frames_per_item: Number of frames of each item, in order.
+            pool, temporal: The token reduction, one that the checkpoint declares (1 and 1: none).
 
         Returns:
             ``[sum(ceil(frames / temporal)) * ceil(side / pool) ** 2, text_hidden]``.
@@ -101,10 +103,11 @@ class VideoProjector(nn.Module):  # type: ignore[misc]
 
 
 class AudioProjector(nn.Module):  # type: ignore[misc]
-    """Encoder frames to embeddings: stacking, projection, time.
+    """Turns frames of the audio encoder into embeddings: stacking, projection, time.
 
     Args:
-        config: ``audio_stack`` neighbouring encoder frames of 20 ms become one token.
+        config: Configuration of the checkpoint. ``audio_stack`` consecutive encoder frames, each of
+            20 ms, become one token.
     """
 
     def __init__(self, config: ComposerConfig) -> None:
@@ -122,12 +125,13 @@ class AudioProjector(nn.Module):  # type: ignore[misc]
         """Embeddings of each window.
 
         Args:
-            states: ``[frames, d_model]`` of each window, without padding.
-            start_seconds: Time at which each window begins.
+            states: Encoder frames ``[frames, d_model]`` of each window, without padding.
+            start_seconds: Time in seconds at which each window begins.
 
         Returns:
-            ``[ceil(frames / audio_stack), text_hidden]`` of each window. What the last token lacks
-            is filled with zeros; its time is that of its first frame.
+            ``[ceil(frames / audio_stack), text_hidden]`` of each window. If the last token has
+            fewer than ``audio_stack`` frames, zeros stand for the others. A token's time is that
+            of its first frame.
         """
         counts = [math.ceil(len(window) / self.stack) for window in states]
         if not sum(counts):
@@ -157,7 +161,12 @@ class AudioProjector(nn.Module):  # type: ignore[misc]
 
 
 def projection(channels: int, text: int) -> nn.Sequential:
-    """Two-layer MLP into the text model, as in LLaVA-1.5 (Liu et al. 2024), after a LayerNorm."""
+    """LayerNorm and a two-layer MLP into the text model, as in LLaVA-1.5 (Liu et al. 2024).
+
+    Args:
+        channels: Input channels.
+        text: Channels of the text model's embeddings.
+    """
     return nn.Sequential(
         nn.LayerNorm(channels), nn.Linear(channels, text), nn.GELU(), nn.Linear(text, text)
     )

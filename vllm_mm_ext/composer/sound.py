@@ -1,7 +1,8 @@
-"""Sound of the composer as mm items: whole windows of the audio encoder.
+"""The composer's sound as mm items, cut at the windows of the audio encoder.
 
-A window depends on nothing but its own samples and when it begins. So sound by itself becomes an mm
-item per window, and the sound of a video a part of its segments.
+The embeddings of a window depend only on the window's samples and on the time at which the window
+begins. So sound without a video becomes one mm item per window, and the windows of a video's sound
+become parts of the video's segments.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ from vllm_mm_ext.media.payload import Waveform
 
 
 class SoundPiece(Waveform):
-    """Some windows of a sound, identified by their samples and their place.
+    """Consecutive windows of a sound, identified by their samples and their place in the sound.
 
     Attributes:
-        first: Number of the first window in its sound.
+        first: Index of the first of these windows in the sound.
     """
 
     first: int
 
     @classmethod
     def cut(cls, samples: npt.NDArray[np.float32], windows: range, config: ComposerConfig) -> Self:
-        """Those windows of a whole sound at 16 kHz."""
+        """Cut windows out of a sound.
+
+        Args:
+            samples: float32 mono samples of the whole sound at 16 kHz.
+            windows: Indices of the windows.
+            config: Configuration of the checkpoint.
+        """
         begin, end = (number * config.window_samples for number in (windows.start, windows.stop))
         own = np.ascontiguousarray(np.asarray(samples, np.float32)[begin:end])
         hasher = blake3(f"composer-sound|{windows.start}|".encode())
@@ -46,16 +53,17 @@ class SoundPiece(Waveform):
 
 
 def encoder_inputs(config: ComposerConfig, piece: Waveform | None) -> dict[str, torch.Tensor]:
-    """What the audio encoder is told about some windows.
+    """Inputs of the audio encoder for some windows.
 
     Args:
-        config: Of the checkpoint.
-        piece: A `SoundPiece`; None for silence.
+        config: Configuration of the checkpoint.
+        piece: The windows, a `SoundPiece`; None for no sound.
 
     Returns:
-        ``mel`` float32 ``[bins, frames]`` of all windows side by side, ``mel_lengths`` int64
-        ``[windows]`` frames of each, ``states`` int64 ``[windows]`` encoder frames that are not
-        padding, ``first_window`` int64 ``[]``.
+        ``mel``: float32 ``[bins, frames]``, the spectrograms of all windows side by side.
+        ``mel_lengths``: int64 ``[windows]``, spectrogram frames of each window.
+        ``states``: int64 ``[windows]``, encoder frames of each window that are not padding.
+        ``first_window``: int64 ``[]``, index of the first window in the sound.
     """
     none = torch.empty(0, dtype=torch.int64)
     if piece is None:
@@ -76,13 +84,24 @@ def encoder_inputs(config: ComposerConfig, piece: Waveform | None) -> dict[str, 
 
 
 AUDIO_FIELDS = ("mel", "mel_lengths", "states", "first_window")
-"""Keys of `encoder_inputs`; as fields of an mm item they follow its modality: ``video_mel``."""
+"""Keys of `encoder_inputs`. As fields of an mm item they get the modality in front: ``video_mel``.
+"""
 
 
 def fields_of(
     config: ComposerConfig, modality: str, pieces: Sequence[Waveform | None], dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Fields of some mm items: one value each."""
+    """Sound fields of some mm items.
+
+    Args:
+        config: Configuration of the checkpoint.
+        modality: ``video`` or ``audio``, the modality of the items.
+        pieces: Windows of sound of each item; None for an item without sound.
+        dtype: Type of ``mel``.
+
+    Returns:
+        Field name to one value per item.
+    """
     made = [encoder_inputs(config, piece) for piece in pieces]
     for one in made:
         one["mel"] = one["mel"].to(dtype)

@@ -1,7 +1,7 @@
 """What a request may ask of its videos (the ``mm_ext`` block), as plain validated values.
 
-Shared by all rooms: the front-end plans by it, the processors lay tokens out by it, the HTTP
-surface reads it from requests.
+The HTTP routes read these options from requests, planning decides by them, and the processors lay
+tokens out by the reduction among them.
 """
 
 from __future__ import annotations

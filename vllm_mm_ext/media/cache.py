@@ -29,8 +29,8 @@ class CacheStats:
         max_bytes: The budget.
         num_bytes: Bytes held now.
         entries: Entries held now.
-        hits, misses: Results of ``get``.
-        evicted: Entries dropped to make room.
+        hits, misses: Calls of ``get`` that found a value, and that found none.
+        evicted: Entries dropped to make room for others.
         uncacheable: Values refused because one alone is larger than the budget.
     """
 

@@ -1,4 +1,4 @@
-"""Output size of frames: the size the model's own processor would resize them to.
+"""Output size of frames: the size to which the model's own video processor would resize them.
 
 Frames that leave the decoder at that size pass the processor's resize unchanged.
 """
@@ -10,9 +10,11 @@ import math
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.types import SizeRule
 
-# Both Qwen processors refuse a longer frame than this, as width : height or height : width.
+# Both Qwen processors refuse frames whose longer side is more than this many times the shorter one
+# (transformers, ``smart_resize``).
 _MAX_ASPECT = 200
-# Qwen's lower bound of a frame's share of the whole video's pixels, in units of ``min_pixels``.
+# A frame's share of the pixels of the whole video is at least this many times ``min_pixels``
+# (transformers, ``Qwen2VLVideoProcessor.resize``).
 _SHARE_FLOOR = 1.05
 
 
@@ -20,17 +22,18 @@ def target_size(rule: SizeRule, *, width: int, height: int, num_frames: int) -> 
     """Size at which frames should leave the decoder.
 
     Args:
-        rule: See ``SizeRule``. ``qwen_vl`` is ``Qwen2VLVideoProcessor.resize`` of transformers
-            (with ``total_pixels`` = ``int(max_video_tokens * factor**2 * 0.9)`` it is the one
-            with ``cap_pixels_per_frame``); ``qwen3_vl`` is ``Qwen3VLVideoProcessor.resize``.
+        rule: See ``SizeRule``. The kind ``qwen_vl`` follows ``Qwen2VLVideoProcessor.resize`` of
+            transformers; with ``total_pixels`` = ``int(max_video_tokens * factor**2 * 0.9)`` it
+            follows that method with ``cap_pixels_per_frame``. The kind ``qwen3_vl`` follows
+            ``Qwen3VLVideoProcessor.resize``.
         width, height: Displayed size of the source in pixels.
-        num_frames: Frames that will be returned.
+        num_frames: Number of frames that the decode will return.
 
     Returns:
         ``(height, width)`` in pixels.
 
     Raises:
-        MediaError: The aspect ratio is past what the rule's model family accepts.
+        MediaError: The rule's model family does not accept the aspect ratio.
     """
     fitted = _by_kind(rule, width, height, num_frames)
     if rule.kind == "fixed" or not 0 < rule.max_frame_pixels < fitted[0] * fitted[1]:
@@ -52,10 +55,13 @@ def _by_kind(rule: SizeRule, width: int, height: int, num_frames: int) -> tuple[
 
 
 def _capped(most: int, factor: int, width: int, height: int) -> tuple[int, int]:
-    """Multiples of ``factor`` at about the source's aspect ratio, of at most ``most`` pixels."""
+    """``(height, width)`` of at most ``most`` pixels, at about the source's aspect ratio.
+
+    Both sides are multiples of ``factor``.
+    """
     beta = math.sqrt(height * width / most)
     short = max(factor, math.floor(min(height, width) / beta / factor) * factor)
-    # A short side that was raised to one factor takes its pixels from the long side.
+    # If the short side was raised to one factor, the long side gives up the pixels for that.
     long = min(max(height, width) / beta, most / short)
     long = max(factor, math.floor(long / factor) * factor)
     return (long, short) if height > width else (short, long)
@@ -94,8 +100,8 @@ def _fit(
 ) -> tuple[int, int]:
     """Nearest multiples of ``factor`` whose pixels over the frames are within the budget.
 
-    Qwen3 judges by the frame count rounded to the temporal patch (``counted_frames``) and
-    scales by the true one (``frames``).
+    Qwen3-VL checks the budget with the frame count rounded to the temporal patch
+    (``counted_frames``), but scales by the true frame count (``frames``).
     """
     factor = rule.factor
     fitted_height = round(height / factor) * factor

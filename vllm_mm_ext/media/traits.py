@@ -1,4 +1,7 @@
-"""What the served model wants from the front-end. Plain values; filled in by ``processing``."""
+"""What the served model wants from the front-end.
+
+Plain values; ``adapters/processors/model_traits.py`` reads them off the model's processor.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,16 @@ class ModelTraits:
     """What the front-end needs to know about the model.
 
     Attributes:
-        size_rule: Size at which the model's processor would see frames.
-        frame_multiple: Frame counts are rounded down to this (temporal patch size).
-        audio_rate: Sampling rate in Hz the model takes; None keeps a stream's own rate.
+        size_rule: Rule for the size at which the model's processor takes frames.
+        frame_multiple: Frame counts are rounded down to a multiple of this, the frames of a
+            temporal patch.
+        audio_rate: Sampling rate in Hz that the model takes; None keeps a stream's own rate.
         hears_video: The model's processor takes the sound of a video along with its frames.
-        sound_token: What stands in the prompt for sound inside a video item; None where sound has
-            items of its own.
-        default_reduction: What the checkpoint declares for requests that name none; None: nothing.
-        trained: The reductions it was trained for; None where any can be used.
+        sound_token: Id of the token that stands in the prompt for sound inside a video item; None
+            where sound has mm items of its own.
+        default_reduction: The reduction that the checkpoint declares for requests that name none;
+            None if it declares none.
+        trained: The reductions that the checkpoint was trained for; None where any can be used.
     """
 
     size_rule: SizeRule = field(default_factory=SizeRule)

@@ -1,4 +1,4 @@
-"""Values that cross the media front-end: plain, picklable, free of torch and vLLM."""
+"""Values that the parts of the media front-end hand to each other, without torch and vLLM."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class VideoStream:
         rotation: Clockwise display rotation in degrees: 0, 90, 180 or 270.
         fps: Average frame rate in frames per second.
         is_vfr: True when the gaps between presentation times are uneven.
-        num_frames: Presentable frames (those an edit list hides are not counted).
-        duration: Seconds from the first to the end of the last frame.
-        pixel_format: FFmpeg pixel format name, empty where the headers do not tell.
+        num_frames: Presentable frames (frames that an edit list hides do not count).
+        duration: Seconds from the start of the first frame to the end of the last.
+        pixel_format: FFmpeg pixel format name; empty where the headers do not give one.
     """
 
     index: int
@@ -42,7 +42,15 @@ class VideoStream:
 
 @dataclass(frozen=True)
 class AudioStream:
-    """One audio stream: FFmpeg codec name, Hz, channel count, seconds."""
+    """One audio stream, as the container describes it.
+
+    Attributes:
+        index: Stream index inside the container.
+        codec: FFmpeg codec name (``aac``, ``opus``...).
+        sample_rate: Sampling rate in Hz.
+        channels: Number of channels.
+        duration: Seconds.
+    """
 
     index: int
     codec: str
@@ -56,15 +64,15 @@ class PacketTable:
     """One row per presentable frame of the video stream, in presentation order.
 
     Attributes:
-        pts: int64 ``[n]`` presentation time in stream time-base units, as in the file.
+        pts: int64 ``[n]`` presentation timestamp in units of the stream's time base.
         time: float64 ``[n]`` presentation time in seconds; the first frame is at 0.
         size: int32 ``[n]`` packet size in bytes.
-        is_key: bool ``[n]`` packet is a keyframe (a seek may land there).
-        time_base: Seconds per time-base unit.
+        is_key: bool ``[n]`` whether the packet is a keyframe (a seek may land there).
+        time_base: Seconds per unit of ``pts``.
         order: int64 ``[n]`` position of each row's packet among all packets of the stream in
             decoding order; by default the rows are in decoding order themselves.
-        exact: ``pts`` are the file's own and unique, so that a decoded frame can be told by
-            its pts. False where they had to be made up (then frames are told by counting).
+        exact: ``pts`` are the file's own and unique, so a decoded frame is recognised by its
+            timestamp. False where timestamps had to be made up: frames are recognised by counting.
     """
 
     pts: npt.NDArray[np.int64]
@@ -91,14 +99,14 @@ class PacketTable:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a container says about itself, without decoding.
+    """What a container says about itself, found by the probe without decoding.
 
     Attributes:
         container: FFmpeg demuxer name.
         num_bytes: Size of the encoded file in bytes.
-        duration: Seconds, the longest of the streams.
-        video: First real video stream (cover art does not count), or None.
-        audio: Audio streams in file order, possibly empty.
+        duration: Seconds of the longest stream.
+        video: The video stream that a player shows (cover art does not count), or None.
+        audio: Audio streams, the one that a player plays first; possibly empty.
         packets: Packet table of ``video``; None without video.
     """
 
@@ -116,12 +124,13 @@ class SamplingSpec:
 
     Attributes:
         policy: ``uniform``, ``keyframe``, ``adaptive``, or ``explicit`` (``indices`` given).
-        fps: Frames per second asked of ``uniform``; also the mean rate ``adaptive`` aims at.
-        max_frames: Hard ceiling on the number of frames, never exceeded.
-        min_frames: Floor, where the clip has that many frames.
-        min_fps: ``adaptive`` keeps at least this many frames in every second, budget allowing.
-        max_fps: ``adaptive`` puts at most this many frames into any second.
-        multiple_of: The count is rounded down to a multiple of this (temporal patch size).
+        fps: Frames per second that ``uniform`` takes, and the mean rate that ``adaptive`` aims at.
+        max_frames: Most frames, never exceeded.
+        min_frames: Least frames, where the clip has that many.
+        min_fps: ``adaptive`` takes at least this many frames per second, as far as the budget goes.
+        max_fps: ``adaptive`` takes at most this many frames of any second.
+        multiple_of: The number of frames is rounded down to a multiple of this, the frames of a
+            temporal patch.
         indices: Presentation-order frame indices for ``explicit``, sorted, may repeat.
     """
 
@@ -137,12 +146,13 @@ class SamplingSpec:
 
 @dataclass(frozen=True, eq=False)
 class ActivityProfile:
-    """How much happens when.
+    """How much happens when in a clip, in bins of equal length.
 
     Attributes:
         time: float64 ``[m]`` seconds at the start of each bin.
-        container: float32 ``[m]`` stage-1 activity from packet sizes, 0..1.
-        confirmed: float32 ``[m]`` stage-2 motion score where thumbnails were decoded, else NaN.
+        container: float32 ``[m]`` activity that packet sizes show (stage 1), 0 to 1.
+        confirmed: float32 ``[m]`` motion that thumbnails show (stage 2), 0 to 1; NaN where no
+            thumbnail was decoded.
     """
 
     time: npt.NDArray[np.float64]
@@ -155,11 +165,11 @@ class FrameSelection:
     """The frames a policy chose, in presentation order.
 
     Attributes:
-        policy: The policy that chose them.
+        policy: The policy that chose the frames.
         indices: int64 ``[n]`` presentation-order frame indices, strictly increasing
             (non-decreasing for ``explicit``).
-        times: float64 ``[n]`` their exact presentation times in seconds.
-        profile: Activity profile for ``adaptive``, else None.
+        times: float64 ``[n]`` exact presentation times of the frames in seconds.
+        profile: Activity profile of the clip for ``adaptive``, else None.
         step: Seconds between the moments 0, ``step``, 2 ``step``... of which the frames are those
             on screen; None where they were not taken on such a grid.
     """
@@ -173,20 +183,22 @@ class FrameSelection:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """How big frames should leave the decoder. See ``media.sizing``.
+    """The rule for the size at which frames leave the decoder; see ``media.sizing``.
 
     Attributes:
         kind: ``native`` keeps the displayed size; ``fixed`` resizes to ``height`` x ``width``;
-            ``qwen_vl`` and ``qwen3_vl`` follow those families' ``smart_resize``;
+            ``qwen_vl`` and ``qwen3_vl`` follow the ``smart_resize`` of these model families;
             ``max_edge`` shrinks so that the longer edge is at most ``max_edge``.
-        factor: Both sides are rounded to this (patch x merge size) in the qwen kinds.
-        min_pixels, max_pixels: Pixel budget per frame (``qwen_vl``) or, over all frames,
-            per video (``qwen3_vl``).
-        temporal_factor: Temporal patch size (``qwen3_vl``).
-        total_pixels: For ``qwen_vl``: cap on the pixels of all frames, 0 for none.
-        max_frame_pixels: Cap on the pixels of one frame, applied last and above ``min_pixels``;
-            0 for none. Without effect on ``fixed``. A qwen kind's frame has at least ``factor`` x
-            ``factor`` pixels nevertheless.
+        height, width: Size in pixels, for ``fixed``.
+        max_edge: Pixels of the longer edge, for ``max_edge``.
+        factor: For the qwen kinds: both sides are multiples of this (patch size x merge size).
+        min_pixels, max_pixels: Bounds on the pixels of one frame (``qwen_vl``) or of all frames of
+            the video together (``qwen3_vl``).
+        temporal_factor: Temporal patch size, for the qwen kinds.
+        total_pixels: For ``qwen_vl``: bound on the pixels of all frames together, 0 for none.
+        max_frame_pixels: Bound on the pixels of one frame, 0 for none. It is applied last and wins
+            over ``min_pixels``. It has no effect on ``fixed``, and a frame of a qwen kind has at
+            least ``factor`` x ``factor`` pixels all the same.
     """
 
     kind: Literal["native", "fixed", "max_edge", "qwen_vl", "qwen3_vl"] = "native"
@@ -203,19 +215,19 @@ class SizeRule:
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Hard limits on one decode job. Passing one is a ``MediaError``, never a crash.
+    """Hard limits on one decode job. A job that passes one ends in a ``MediaError``, not a crash.
 
     Attributes:
-        timeout_s: Wall-clock seconds from start to result; the worker is killed past it.
-        memory_bytes: Address-space ceiling of a worker process.
+        timeout_s: Wall-clock seconds from start to result; then the pool kills the worker.
+        memory_bytes: Most address space of a worker process.
         max_pixels: Pixels in one source frame.
         max_frames: Frames returned by one job.
-        max_output_bytes: Bytes of frames returned by one job.
+        max_output_bytes: Bytes of all frames returned by one job.
         max_duration_s: Seconds of video; 0 for no limit.
         max_audio_s: Seconds of audio.
         max_audio_bytes: Bytes of audio as it is decoded: float32 samples of all channels at the
             file's own rate. None for no limit.
-        truncate_audio: Cut audio at ``max_audio_s`` instead of refusing it.
+        truncate_audio: Cut audio that is longer than ``max_audio_s`` instead of refusing it.
     """
 
     timeout_s: float = 60.0
@@ -235,13 +247,14 @@ class DecodeRequest:
 
     Attributes:
         sampling: Frames wanted, or None for no video.
-        size: Output size rule.
-        audio: ``required`` (no audio stream is an error), ``optional`` (silence is fine,
-            ``DecodeResult.audio`` is None) or ``none``.
-        decoder: Backend; ``auto`` picks the measured best.
+        size: Rule for the size of the frames.
+        audio: ``required`` (a file without an audio stream is an error), ``optional``
+            (``DecodeResult.audio`` of a file without one is None) or ``none``.
+        decoder: Decoder backend; ``auto`` picks the one that measured best.
         threads: FFmpeg threads, 0 for one per core.
         probe_only: Return only ``info``, packet table included.
-        info: What ``probe_only`` said about the same file, which is then not read again.
+        info: What an earlier probe of the same file returned; the container is not read again.
+        limits: Hard limits of the job.
     """
 
     sampling: SamplingSpec | None = None
@@ -259,12 +272,12 @@ class DecodeResult:
     """What a decode worker returns.
 
     Attributes:
-        info: Probe of the container.
-        selection: Frames really decoded (a broken frame is dropped from it).
+        info: What the container says about the file.
+        selection: The frames that were decoded; frames that turned out broken are left out.
         frames: uint8 RGB ``[n, height, width, 3]`` at the target size, or None.
         audio: float32 mono ``[samples]`` at ``audio_rate``, or None.
-        audio_rate: Hz of ``audio`` (the stream's own rate).
-        decoder: Backend that did the work.
+        audio_rate: Sampling rate of ``audio`` in Hz (the stream's own rate).
+        decoder: Name of the backend that decoded.
         timings: Stage name to seconds: ``probe``, ``profile``, ``decode``, ``audio``.
     """
 

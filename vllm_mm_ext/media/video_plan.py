@@ -1,4 +1,4 @@
-"""What a video is turned into."""
+"""The plan of a video: which frames, at which size, with which token reduction."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.media.types import MediaInfo, SamplingSpec, SizeRule
 
-# Chooses the indices of the frames wanted from what a probe found.
+# Returns the indices of the wanted frames, given what the container says about the file.
 IndexChooser = Callable[[MediaInfo], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """Everything but the source that decides what the model gets of a video.
+    """Everything, apart from the source, that decides what the model gets of a video.
 
     Attributes:
         sampling: Frames wanted; not used with a chooser.
-        size: Output size rule.
-        audio: Deliver the sound track along with the frames, if there is one.
-        chooser_name: Tells two choosers apart in cache keys.
-        chooser: Picks explicit indices after probing (stock vLLM's own choice).
-        reduction: How the model's tokens are made fewer.
+        size: Rule for the size of the frames.
+        audio: Deliver the sound track along with the frames, if the video has one.
+        chooser_name: Name of the chooser; different choosers have different names.
+        chooser: Returns explicit frame indices after the probe, where stock vLLM's rule chooses
+            the frames; None otherwise.
+        reduction: How the number of the model's tokens is reduced.
     """
 
     sampling: SamplingSpec
@@ -33,9 +34,9 @@ class VideoPlan:
     reduction: Reduction = NO_REDUCTION
 
     def key(self) -> str:
-        """Text that differs whenever what the model gets could."""
+        """Cache key of the model's input: plans with equal keys give the model the same."""
         return f"{self.decode_key()}|{self.reduction.key()}"
 
     def decode_key(self) -> str:
-        """Text that differs whenever the decoded pixels and samples could."""
+        """Cache key of the decode: plans with equal keys decode the same pixels and samples."""
         return f"{self.sampling}|{self.size}|audio={self.audio}|{self.chooser_name}"

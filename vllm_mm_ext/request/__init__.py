@@ -1,1 +1,1 @@
-"""What a request asks, what becomes of its media, and what its answer reports of that."""
+"""What a request asks for, what its media become, and what the answer reports about them."""

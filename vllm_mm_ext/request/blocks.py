@@ -1,4 +1,4 @@
-"""Puts the `mm_ext` block into answers: one object, or the last chunk of an event stream."""
+"""Puts the `mm_ext` block into the last chunk of an answer that is streamed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _DONE = "data: [DONE]"
 async def with_block(
     chunks: AsyncGenerator[str, None], choices: int, block: Callable[[], dict[str, Any]]
 ) -> AsyncGenerator[str, None]:
-    """Pass a stream of chunks on, with the block in the last one before ``[DONE]``.
+    """Pass on a stream of chunks, with the block in the last chunk before ``[DONE]``.
 
-    Only a chunk that may be the last one waits for what follows it: the one that finishes the last
-    choice, and the one with the usage. Both are followed at once, so no token is held back.
+    Only a chunk that may be the last one is held back until the next one arrives: the chunk that
+    finishes the last choice, and the chunk with the usage. vLLM sends the next one at once, so no
+    token comes late.
 
     Args:
         chunks: Server-sent events of an OpenAI completion.
-        choices: How many choices the answer has.
+        choices: Number of choices of the answer.
         block: Makes the block; called when the stream ends.
     """
     finished: set[int] = set()
@@ -41,10 +42,11 @@ async def with_block(
 
 
 def _may_be_last(chunk: str, choices: int, finished: set[int]) -> bool:
-    # Quotes inside a JSON string are escaped, so these never match generated text.
+    """Whether a chunk may be the last one; adds the choices that it finishes to ``finished``."""
+    # Quotes inside a JSON string are escaped, so these patterns never match generated text.
     if '"finish_reason":"' not in chunk and '"choices":[]' not in chunk:
         return False
-    # Events of other APIs have no choices (Cohere's a finish_reason, too), or begin with a name.
+    # Events of other APIs have no choices (Cohere's have a finish_reason), or begin with a name.
     if not chunk.startswith(_DATA) or "choices" not in (event := json.loads(chunk[len(_DATA) :])):
         return False
     finished.update(choice["index"] for choice in event["choices"] if choice.get("finish_reason"))
@@ -52,6 +54,6 @@ def _may_be_last(chunk: str, choices: int, finished: set[int]) -> bool:
 
 
 def _with(chunk: str, block: dict[str, Any]) -> str:
-    # Spliced in as text: whatever else the chunk says stays as vLLM wrote it.
+    # The block is spliced in as text, so the rest of the chunk stays as vLLM wrote it.
     last = chunk.rindex("}")
     return f'{chunk[:last]},"{KEY}":{json.dumps(block, separators=(",", ":"))}{chunk[last:]}'

@@ -1,7 +1,7 @@
-"""The request that is being rendered: what it asks, and one record for each of its media items.
+"""The request that is being rendered: what it asks for, and one record for each media item.
 
-The plugin has one context variable, in this module. It is read where vLLM calls the plugin (routes,
-media connector, preprocessing); from there on the context is passed on as an argument.
+This module has the plugin's only context variable. The plugin reads it where vLLM calls the plugin
+(routes, media connector, preprocessing), and from there on passes the context as an argument.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from vllm_mm_ext.request.trace import RequestTrace
 
 @dataclass(eq=False)
 class RequestContext:
-    """One request, or one of its conversations while that is rendered.
+    """One request, or one conversation of a request while vLLM renders it.
 
     Attributes:
-        options: The request's `mm_ext` block; the defaults without one.
-        session: The session that the request says it belongs to, if it says so.
-        cache_salt: vLLM's field that keeps the request's prefix cache apart from others; what the
-            plugin remembers of a conversation is kept apart by it too.
-        renderer: vLLM's renderer at work; with several engines in a process it tells which
-            front-end serves the request.
+        options: The request's `mm_ext` block; the defaults if the request has none.
+        session: Id of the session that the request names; None if it names none.
+        cache_salt: vLLM's request field of that name. Requests with different salts share no prefix
+            cache, and no decision that the plugin keeps about a conversation.
+        renderer: vLLM's renderer at work. With several engines in a process it identifies the
+            engine, and so the front-end that serves the request.
         items: The conversation's videos and audios, in the order of its messages.
-        trace: What was done for the request; its conversations share it.
+        trace: What was done for the request; all conversations of the request share it.
     """
 
     options: RequestOptions = DEFAULT_OPTIONS
@@ -42,11 +42,11 @@ class RequestContext:
     _budget_claim: Claim | None = None
 
     def conversation(self, renderer: object, cache_salt: str | None) -> RequestContext:
-        """The context of one conversation of this request; it has no items yet.
+        """The context of one conversation of this request, without items yet.
 
         Args:
             renderer: vLLM's renderer that renders the conversation.
-            cache_salt: As the request names it.
+            cache_salt: The request's ``cache_salt``.
         """
         return replace(self, renderer=renderer, cache_salt=cache_salt, items=[], _budget_claim=None)
 
@@ -73,15 +73,15 @@ class RequestContext:
         url: str,
         plan: Callable[[], VideoPlan | None] = lambda: None,
     ) -> MediaItem:
-        """The item that vLLM asks for.
+        """Find the item that vLLM asks for, and mark it as claimed.
 
-        vLLM's chat parser names an item by its URL alone and asks for the items of a conversation
-        in the order of the messages. So a claim takes the first item of that URL which nobody has
-        claimed; where none is left, a new one is made.
+        vLLM's chat parser asks for the items of a conversation in the order of the messages, and
+        names each by its URL alone. So the first item of this URL that is not claimed yet is the
+        one; if all are claimed, a new item is made.
 
         Args:
-            modality: What vLLM asks for.
-            url: As the request spells it.
+            modality: Modality of the item.
+            url: URL of the item, as the request spells it.
             plan: Makes the plan of a new item.
         """
         for item in self.items:

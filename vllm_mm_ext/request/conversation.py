@@ -1,4 +1,4 @@
-"""What a conversation holds, read from OpenAI messages without touching them."""
+"""Reads the videos and the text of a conversation from its OpenAI messages."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# Tokens a chat template puts around a message or a media item (role names, start and end markers),
-# and around the whole conversation (a default system prompt, the answer's header). Generous: a
-# plan that is a little small is served, one that is a little large is not.
+# Tokens that a chat template puts around a message or a media item (role names, start and end
+# markers), and around the whole conversation (a default system prompt, the answer's header). The
+# numbers are generous: a request planned a little too small is served, one planned a little too
+# large is refused.
 _PER_MESSAGE = 12
 _PER_PART = 4
 _PER_CONVERSATION = 48
@@ -18,14 +19,14 @@ def video_urls(messages: Sequence[Any]) -> list[str]:
     """URLs of the videos in the order of the messages, as the client spelled them.
 
     Both spellings that vLLM takes count: ``{"type": "video_url", "video_url": {"url": ...}}``, and
-    the URL as a plain string (where a uuid is given, or no type). Parts without a URL name a video
-    sent before and are left out.
+    the URL as a plain string (where the part has a ``uuid``, or no type). Parts without a URL are
+    left out: they name a video that was sent before.
     """
     return [url for part in _video_parts(messages) if (url := _url(part)) is not None]
 
 
 def videos_without_url(messages: Sequence[Any]) -> int:
-    """How many videos are there by the uuid of one sent before, or as embeddings."""
+    """Number of videos given by the ``uuid`` of a video sent before, or as embeddings."""
     named = sum(1 for part in _video_parts(messages) if _url(part) is None)
     return named + sum(1 for part in _parts(messages) if "video_embeds" in part)
 
@@ -35,7 +36,7 @@ def text_of(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
 
     Args:
         messages: OpenAI chat messages.
-        tools: Tool definitions the chat template writes into the prompt.
+        tools: Tool definitions that the chat template writes into the prompt.
     """
     texts = [message["content"] for message in messages if isinstance(_content(message), str)]
     for part in _parts(messages):
@@ -53,7 +54,7 @@ def text_of(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
 
 
 def template_tokens(messages: Sequence[Any]) -> int:
-    """An upper estimate of the tokens a chat template adds to a conversation's text."""
+    """An upper estimate of the tokens that a chat template adds to a conversation's text."""
     parts = sum(1 for _ in _parts(messages))
     return _PER_CONVERSATION + _PER_MESSAGE * len(messages) + _PER_PART * parts
 

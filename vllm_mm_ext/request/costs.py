@@ -1,4 +1,4 @@
-"""What the videos of a request would cost, in the terms the quality controller plans in."""
+"""What the videos of a request would cost at a given plan: frames, pixels and prompt tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class PlannedVideo:
     """A video of a request before it is decoded.
 
     Attributes:
-        url: As the request spells it.
-        uses: How often the conversation shows it.
-        ref: Its content.
-        info: What its container says.
-        stream: Its video stream.
-        plan: What the server would deliver of it, unless anything is lowered.
+        url: URL of the video, as the request spells it.
+        uses: How often the conversation shows the video.
+        ref: The content behind the URL.
+        info: What the container says about the video.
+        stream: The container's video stream.
+        plan: What the server delivers of the video unless the quality controller lowers it.
     """
 
     url: str
@@ -40,10 +40,10 @@ class FrontendCosts:
     """The ``VideoCosts`` of the quality controller: frames, pixels and tokens of a plan.
 
     Args:
-        videos: The request's videos; methods name one by its index.
+        videos: The request's videos; the methods take the index of one of them.
         processor: vLLM's multimodal processor of the model.
         traits: What the model wants from the front-end.
-        limits: The front-end's limits, which cut long sound.
+        limits: The front-end's limits; sound longer than ``max_audio_s`` is cut.
 
     The processor counts with a tokenizer of its own, which vLLM keeps to one thread: tokens are
     counted there only (``rendering_wrappers.on_processor_thread``).
@@ -63,33 +63,53 @@ class FrontendCosts:
 
     @property
     def knows_tokens(self) -> bool:
-        """Whether the model's processor counts tokens, for all of these videos."""
+        """Whether the model's processor can count the tokens of all these videos."""
         if self._count is None:
             return False
         try:
             for index in range(len(self._videos)):
                 self.tokens(index, self._traits.frame_multiple, 0, NO_REDUCTION)
         except ValueError:
-            # Such a video, or every video as the server is set up, is left to stock vLLM.
+            # The processor leaves such a video, or every video on this server, to stock vLLM.
             return False
         return True
 
     def frames(self, index: int, fps: float, min_frames: int, max_frames: int) -> int:
-        """Frames that sampling would deliver."""
+        """Number of frames that sampling would deliver.
+
+        Args:
+            index: Index of the video.
+            fps: Frames per second.
+            min_frames, max_frames: Bounds on the number of frames.
+        """
         video = self._videos[index]
         spec = replace(video.plan.sampling, fps=fps, min_frames=min_frames, max_frames=max_frames)
         return target_count(video.info, spec)
 
     def pixels(self, index: int, frames: int, cap: int) -> int:
-        """Pixels of one delivered frame; ``cap`` is the most it may have, 0 for no cap."""
+        """Pixels of one delivered frame.
+
+        Args:
+            index: Index of the video.
+            frames: Number of frames delivered.
+            cap: Most pixels of a frame; 0 for no cap.
+        """
         height, width = self._size(index, frames, cap)
         return height * width
 
     def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
-        """Prompt tokens of one use of the video, its sound included."""
+        """Prompt tokens of one use of the video, with its sound.
+
+        Args:
+            index: Index of the video.
+            frames: Number of frames delivered.
+            cap: Most pixels of a frame; 0 for no cap.
+            reduction: The token reduction.
+        """
         video = self._videos[index]
         height, width = self._size(index, frames, cap)
-        # Only families that write times into the prompt look at them, and only at their digits.
+        # Only families that write times into the prompt use the times, to count their digits. So
+        # evenly spaced times will do.
         times = [k * video.stream.duration / frames for k in range(frames)]
         assert self._count is not None
         count = self._count(

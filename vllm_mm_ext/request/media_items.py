@@ -1,4 +1,4 @@
-"""The media of a conversation, one record per item: what it is, how it is made, what was made."""
+"""One record for each media item of a conversation: its source, its plan, what was delivered."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class VideoReport:
     """A video as the model gets it.
 
     Attributes:
-        policy: How its frames were chosen.
+        policy: Name of the sampling policy.
         frames: Number of frames.
         height, width: Size of a frame in pixels.
         times: Presentation times of the frames in seconds.
-        cached: Nothing was decoded for this request.
+        cached: The frames came from the cache: nothing was decoded for this request.
         audio_s: Seconds of sound that come with the frames; None without sound.
         duration_s: Duration of the source in seconds; None where it is not known.
-        reduction: How the video's tokens are made fewer.
+        reduction: The token reduction.
     """
 
     policy: str
@@ -44,8 +44,8 @@ class AudioReport:
     """An audio item as the model gets it.
 
     Attributes:
-        seconds: Its duration.
-        cached: Nothing was decoded for this request.
+        seconds: Duration of the item.
+        cached: The samples came from the cache: nothing was decoded for this request.
     """
 
     seconds: float
@@ -57,9 +57,9 @@ class PlanReport:
     """What was decided about a video before it was decoded.
 
     Attributes:
-        level: Load level it is served at; 0 is full quality.
-        lowered: What the video does not get of what was asked: ``what``, ``wanted``, ``given``,
-            ``why``.
+        level: Load tier at which the video is served; 0 is full quality.
+        lowered: One entry for each thing of which the video gets less than was asked for, with the
+            keys ``what``, ``wanted``, ``given`` and ``why``.
     """
 
     level: int = 0
@@ -71,16 +71,16 @@ class MediaItem:
     """One video or audio of a conversation. Two items may name the same URL.
 
     Attributes:
-        modality: What it is.
-        url: As the request spells it.
+        modality: Whether the item is a video or audio.
+        url: URL of the item, as the request spells it.
         plan: What the model gets of a video. None leaves the video to vLLM's own loader; audio has
             no plan.
-        content: The media behind ``url``, where planning resolved it: what was planned is what is
-            decoded. Its bytes are let go when they have been used; the item may live as long as
-            the answer.
-        decision: What planning decided about it.
-        report: What was delivered to vLLM; None until then.
-        claimed: vLLM asked for this item.
+        content: The content behind ``url`` as planning resolved it, so that the connector decodes
+            the very content that was planned for; None if planning did not resolve it. The encoded
+            bytes are dropped after use, since the item may live as long as the answer.
+        decision: What planning decided about the video.
+        report: What was delivered to vLLM; None until it is.
+        claimed: vLLM has asked for this item.
     """
 
     modality: MediaModality

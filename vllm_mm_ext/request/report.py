@@ -1,4 +1,4 @@
-"""The `mm_ext` block of an answer: what the media became, and what was served from where."""
+"""Makes the `mm_ext` block of an answer: what the media became, and what caches held of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def has_media(trace: RequestTrace) -> bool:
 
 
 def block(trace: RequestTrace) -> dict[str, Any]:
-    """What is reported to the client, as plain JSON values (docs/options.md describes the keys)."""
+    """The block as plain JSON values; docs/options.md describes the keys."""
     made: dict[str, Any] = {
         "videos": [_video(trace, item, report) for item, report in trace.videos],
         "audios": [
@@ -61,7 +61,11 @@ def _tokens(counted: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cache(trace: RequestTrace) -> dict[str, Any]:
-    """Counts of mm items per modality: all, with cached inputs, wholly inside the cached prefix."""
+    """Cached prompt tokens, and counts of mm items per modality.
+
+    Counted are all items, items whose model inputs were cached, and items that lie wholly inside
+    the prompt's cached prefix.
+    """
     items: dict[str, dict[str, int]] = {}
     for item in trace.items:
         counts = items.setdefault(item.modality, {"items": 0, "processor": 0, "prefix": 0})

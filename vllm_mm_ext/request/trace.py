@@ -1,7 +1,7 @@
-"""What was done for one HTTP request: stage times, its media, its prompt, what caches held of it.
+"""What was done for one HTTP request: stage times, its media, its prompt, and cache hits.
 
-Each request has a ``RequestTrace`` in its context; planning, the media connector, preprocessing and
-the engine client add to it, and the answer's headers and its `mm_ext` block are made of it.
+Each request has a ``RequestTrace`` in its context. Planning, the media connector, preprocessing and
+the engine client add to the trace; the answer's headers and its `mm_ext` block are made from it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from vllm_mm_ext.request.media_items import AudioReport, MediaItem, VideoReport
 
-# Many clients and proxies refuse headers past 8 KiB: at most this many frame times and items are
-# listed for one request, which keeps the value under 4 KiB.
+# Many clients and proxies refuse headers of more than 8 KiB. With at most this many frame times and
+# items listed, the header's value stays under 4 KiB.
 MAX_LISTED_FRAMES = 256
 MAX_LISTED_ITEMS = 16
 
@@ -23,9 +23,10 @@ class PromptItem:
     """One mm item (a segment, an image, an audio) in the prompt.
 
     Attributes:
-        modality: vLLM's name for what it is.
-        start, end: Range of its placeholder in the prompt, in tokens.
-        preprocessed: Its model inputs came from the processor cache.
+        modality: vLLM's name of the item's modality.
+        start, end: The item's placeholder range: first token in the prompt, and the one after its
+            last.
+        preprocessed: The item's model inputs came from vLLM's processor cache.
     """
 
     modality: str
@@ -36,21 +37,23 @@ class PromptItem:
 
 @dataclass(eq=False)
 class RequestTrace:
-    """Collected while one request is rendered.
+    """What is recorded about one request while it is served.
 
     Attributes:
-        stages: Stage name to seconds of wall-clock time, of the stages that every item goes
-            through. Items of one request run in parallel, so a stage holds the longest of its
-            items.
-        work: The same for the stages of items that no cache held.
+        stages: Stage name to seconds of wall-clock time, for the stages that every item goes
+            through. Items of a request are processed in parallel, so a stage has the time of its
+            slowest item.
+        work: The same for the stages that only items go through which no cache holds.
         media: The videos and audios of the request's conversations, in the order of the messages.
-        tokens: Embeddings per modality plus ``text``, once the prompt is built.
-        asked: The request carries options, so it is reported on even without media.
-        items: The mm items of the prompt, once it is built.
-        preprocessed: Per modality, which items the processor cache held.
-        cached_tokens: Leading prompt tokens the prefix cache held; None until the engine says so.
-        shows_cache_hits: The operator lets clients see what caches held. Caches serve all clients:
-            a hit can tell a client that another one sent the same media.
+        tokens: Number of embeddings per modality, and of other tokens as ``text``; empty until the
+            prompt is built.
+        asked: The request has options, so that its answer gets a block even without media.
+        items: The mm items of the prompt; empty until the prompt is built.
+        preprocessed: Per modality, whether the processor cache held each item.
+        cached_tokens: Number of leading prompt tokens that the prefix cache held; None until the
+            engine reports it.
+        shows_cache_hits: The operator lets clients see cache hits. Caches serve all clients, so a
+            hit can tell a client that another client sent the same media.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
@@ -64,26 +67,30 @@ class RequestTrace:
     shows_cache_hits: bool = False
 
     def add_stages(self, stages: Mapping[str, float]) -> None:
-        """Record times in seconds of stages that every item goes through."""
+        """Record seconds per stage, of stages that every item goes through."""
         _keep_longest(self.stages, stages)
 
     def add_work(self, stages: Mapping[str, float]) -> None:
-        """Record times in seconds of stages that only an item goes through which no cache held."""
+        """Record seconds per stage, of stages that only items go through which no cache holds."""
         _keep_longest(self.work, stages)
 
     @property
     def shown_stages(self) -> dict[str, float]:
-        """The stage times that the client gets to see, in seconds."""
+        """Seconds per stage that the client may see."""
         shown = dict(self.work) if self.shows_cache_hits else {}
         _keep_longest(shown, self.stages)
         return shown
 
     def set_tokens(self, embeddings: Mapping[str, int], prompt_tokens: int) -> None:
-        """Record embeddings per modality; whatever is not media is text."""
+        """Record the prompt's number of embeddings per modality; all other tokens are text."""
         self.tokens = {**embeddings, "text": prompt_tokens - sum(embeddings.values())}
 
     def set_items(self, ranges: Mapping[str, Sequence[tuple[int, int]]]) -> None:
-        """Record where the mm items of each modality are in the prompt, in their order."""
+        """Record the prompt's mm items.
+
+        Args:
+            ranges: Placeholder ranges ``(start, end)`` per modality, in the order of the prompt.
+        """
         self.items = []
         for modality, spans in ranges.items():
             hits = self.preprocessed.get(modality, [])
@@ -103,11 +110,11 @@ class RequestTrace:
         return [item.report for item in self.media if isinstance(item.report, AudioReport)]
 
     def server_timing(self) -> str:
-        """Value of the standard ``Server-Timing`` header (milliseconds, W3C Server Timing)."""
+        """Value of the ``Server-Timing`` header, in milliseconds (W3C Server Timing)."""
         return ", ".join(f"mm_{k};dur={v * 1e3:.2f}" for k, v in self.shown_stages.items())
 
     def summary(self) -> str:
-        """Compact JSON for the ``X-MM-Ext`` header: the first items, and times if not too many."""
+        """Value of the ``X-MM-Ext`` header: JSON of the first items, with few frames also times."""
         listed = [report for _, report in self.videos[:MAX_LISTED_ITEMS]]
         with_times = sum(v.frames for v in listed) <= MAX_LISTED_FRAMES
         videos = [

@@ -1,1 +1,1 @@
-"""A video as segments: where it is cut, what each segment is, how many tokens it takes."""
+"""A video as segments: where the video is cut, what each segment is, how many tokens it takes."""

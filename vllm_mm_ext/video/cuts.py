@@ -1,7 +1,9 @@
 """Where one video is cut into segments. Pure arithmetic: no torch, no vLLM.
 
-A cut depends on what comes before it only (the size of the frames, the time of the grids, the
-sound), never on how long the clip goes on, so that a clip that was extended keeps its segments.
+A cut depends only on the video before it (the size of the frames, the times of the grids, the
+sound), never on how long the video goes on. So a clip that is extended keeps its segments.
+
+A temporal grid is the tokens of one temporal patch, which is a few consecutive frames.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Run = tuple[int, int]
-"""Visual tokens, then audio tokens, next to each other in the prompt."""
+"""Numbers of visual tokens and of the audio tokens that follow them in the prompt."""
 Reduced = Callable[[int], int]
-"""Tokens left of so many temporal grids; never fewer for more grids."""
+"""Returns how many tokens a reduction leaves of so many grids; never fewer for more grids."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,9 @@ class Cut:
     """One segment of a video.
 
     Attributes:
-        grids: First temporal grid and the one past the last.
-        audio: First audio token and the one past the last.
-        runs: The segment's tokens before any reduction; one run without sound.
+        grids: The segment's first temporal grid, and the grid after its last.
+        audio: The segment's first audio token, and the audio token after its last.
+        runs: The segment's tokens before any reduction; a single run if the video has no sound.
     """
 
     grids: tuple[int, int]
@@ -37,10 +39,11 @@ def cut_silent(
 
     Args:
         num_grids: Temporal grids of the video, at least one.
-        tokens_per_grid: Tokens of each before reduction.
-        target: Tokens a segment should not exceed after it; one unit is never cut. 0: no cuts.
-        reduced: Tokens left of so many consecutive grids.
-        unit: Grids that merge and so belong together.
+        tokens_per_grid: Tokens of each grid before reduction.
+        target: Most tokens of a segment after reduction; a single unit may have more, as units are
+            never cut. 0: no cuts.
+        reduced: Says how many tokens are left of so many consecutive grids.
+        unit: Number of grids that a reduction merges; they stay in one segment.
 
     Returns:
         The segments in order; together they are the whole video.
@@ -67,18 +70,18 @@ def cut_sounding(
 ) -> list[Cut]:
     """Cut a video whose tokens interleave with those of its sound.
 
-    Cuts lie where a whole number of grids and a whole number of the audio encoder's windows have
-    gone by. Every segment has at least one grid, and sound after the last grid stays with it.
+    Cuts lie where both a grid and a window of the audio encoder end. Every segment has at least one
+    grid; sound that goes on after the last grid stays in the last grid's segment.
 
     Args:
         runs: ``(visual, audio)`` tokens of the whole video in prompt order, before reduction.
         tokens_per_grid: Visual tokens of a temporal grid before reduction.
-        target: Tokens a segment should not exceed after it, where there is a place to cut. 0: no
-            cuts.
-        reduced: Visual tokens left of so many consecutive grids.
-        audio_unit: Audio tokens of one window, which the encoder attends within.
-        audio_least: The last piece of sound is not cut off if it has fewer tokens than this.
-        unit: Grids that merge and so belong together.
+        target: Most tokens of a segment after reduction; a segment has more where the video cannot
+            be cut. 0: no cuts.
+        reduced: Says how many visual tokens are left of so many consecutive grids.
+        audio_unit: Audio tokens of one window; the audio encoder attends within windows.
+        audio_least: A last piece of sound of fewer tokens than this gets no segment of its own.
+        unit: Number of grids that a reduction merges; they stay in one segment.
 
     Returns:
         The segments in order; together they are all runs.
@@ -88,9 +91,10 @@ def cut_sounding(
     total_audio = sum(audio for _, audio in runs)
     cuts: list[Cut] = []
     done = (0, 0)  # Visual and audio tokens in finished segments.
-    here = (0, 0)
+    here = (0, 0)  # Visual and audio tokens so far.
     open_runs: list[Run] = []
-    best: tuple[int, tuple[int, int]] | None = None  # Runs in, tokens at, the last place to cut.
+    # The last possible cut of the open segment: runs before the cut, tokens up to the cut.
+    best: tuple[int, tuple[int, int]] | None = None
 
     def close(count: int, at: tuple[int, int]) -> None:
         nonlocal done, open_runs, best
@@ -99,7 +103,7 @@ def cut_sounding(
         done, open_runs, best = at, open_runs[count:], None
 
     for visual, audio in pieces:
-        # What sounds on after the last grid must not move the cuts before it.
+        # Sound that goes on after the last grid must not move the cuts before the last grid.
         if target and best and here[0] < total_visual:
             grids = -(-(here[0] + visual - done[0]) // tokens_per_grid)
             if reduced(grids) + here[1] + audio - done[1] > target:
@@ -118,11 +122,12 @@ def cut_sounding(
 def cut_between(
     runs: Sequence[Run], tokens_per_grid: int, target: int, reduced: Reduced
 ) -> list[Cut]:
-    """Cut a video whose runs depend on nothing around them.
+    """Cut a video that may be cut between any two runs, as no run depends on another.
 
     Args:
-        runs: ``(visual, audio)`` tokens before reduction in prompt order: groups of grids that
-            merge, and windows of the audio encoder. A segment may have one kind only.
+        runs: ``(visual, audio)`` tokens before reduction in prompt order. A run is a group of grids
+            that a reduction merges, or a window of the audio encoder; a segment may have visual
+            tokens only or audio tokens only.
         tokens_per_grid, target, reduced: As for `cut_sounding`.
 
     Returns:
@@ -130,7 +135,7 @@ def cut_between(
     """
     cuts: list[Cut] = []
     own: list[Run] = []
-    begin = end = (0, 0)  # Visual and audio tokens before the segment, and up to here.
+    begin = end = (0, 0)  # Visual and audio tokens before the open segment, and so far.
     for visual, audio in runs:
         then = end[0] + visual, end[1] + audio
         grids = (then[0] - begin[0]) // tokens_per_grid
@@ -154,10 +159,10 @@ def _windows(runs: Sequence[Run], audio_unit: int) -> list[Run]:
     pieces: list[Run] = []
     heard = 0
     for visual, audio in runs:
-        while audio > (room := audio_unit - heard % audio_unit):
-            pieces.append((visual, room))
-            heard += room
-            visual, audio = 0, audio - room
+        while audio > (left := audio_unit - heard % audio_unit):
+            pieces.append((visual, left))
+            heard += left
+            visual, audio = 0, audio - left
         pieces.append((visual, audio))
         heard += audio
     return pieces
@@ -168,13 +173,16 @@ def reduced_runs(
 ) -> list[Run]:
     """Runs of a segment after token reduction.
 
-    What is left of a group of merged grids stands where the first token of the group stood.
+    The tokens left of a group of merged grids stand where the first token of the group stood.
 
     Args:
         runs: The segment's runs before reduction.
         tokens_per_grid: Visual tokens of a grid before reduction.
-        left: Visual tokens left of each group of grids.
+        left: Visual tokens that the reduction leaves of each group of merged grids.
         temporal: Grids per group.
+
+    Returns:
+        As many runs as before, some perhaps without visual tokens.
     """
     reduced: list[Run] = []
     seen = groups = 0

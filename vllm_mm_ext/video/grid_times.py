@@ -1,9 +1,9 @@
-"""When each temporal grid of a video happens, and how its tokens interleave with its sound.
+"""The time of each temporal grid of a video, and how a video's tokens interleave with its sound's.
 
 A video processor groups ``temporal_patch`` consecutive frames into one temporal grid, and each grid
-becomes ``tokens_per_grid`` tokens. Qwen's families place a grid by one number per video, the
-seconds between grids, which only holds for evenly spaced frames; frames chosen by content have a
-time each. Pure arithmetic: no torch, no vLLM.
+becomes ``tokens_per_grid`` tokens. The Qwen families compute the times of all grids from one number
+per video, the seconds between grids. That is right for evenly spaced frames only; of frames chosen
+by content each has a time of its own. Pure arithmetic: no torch, no vLLM.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 Positions = npt.NDArray[np.int64]
-# Frames no further than this share of a step from an even grid count as evenly spaced: samplers
-# round to whole source frames. 2 frames per second of a 23.976 fps clip are off by up to 0.08.
+# Frames count as evenly spaced if each is at most this share of the interval away from its even
+# place: samplers round to whole source frames. With 2 frames per second of a 23.976 fps clip,
+# frames are off by up to 0.08 of the interval.
 _EVEN_SHARE = 0.25
 
 
@@ -44,12 +45,19 @@ class GridTimes:
         return (self.seconds[-1] - self.seconds[0]) / (len(self.seconds) - 1)
 
     def temporal_positions(self, positions_per_second: float) -> Positions:
-        """Temporal M-RoPE position of each grid, relative to the start of the video.
+        """Temporal M-RoPE position of each grid, counted from the start of the video.
 
-        Even steps are multiplied in float32 and cut to whole positions, as transformers'
-        ``get_rope_index`` does; other times are rounded to the nearest position, and each grid
-        is at least one position after the last: grids at one position would be one moment to
-        the model, and Qwen2.5-VL has two positions per second only.
+        Evenly spaced grids: the times are computed in float32 and cut to whole positions, as in
+        transformers' ``get_rope_index``. Other grids: the times are rounded to the nearest
+        position, and each grid is at least one position after the grid before, since the model
+        takes grids at the same position for one moment (Qwen2.5-VL has only two positions per
+        second).
+
+        Args:
+            positions_per_second: The model's positions per second of video.
+
+        Returns:
+            int64 ``[grids]``.
         """
         if self.step is not None:
             index = np.arange(len(self.seconds), dtype=np.float32)
@@ -71,8 +79,8 @@ def grid_times(times: Sequence[float], *, temporal_patch: int, assumed_step: flo
 
     Args:
         times: Presentation time of each frame in seconds, ascending, at least one.
-        temporal_patch: Frames per grid; a last incomplete grid counts.
-        assumed_step: Seconds between grids where one frame alone cannot tell.
+        temporal_patch: Frames per grid; an incomplete last grid counts as one.
+        assumed_step: Seconds between grids, used for a video of a single frame.
 
     Raises:
         ValueError: ``times`` is empty or not ascending.
@@ -87,20 +95,21 @@ def grid_times(times: Sequence[float], *, temporal_patch: int, assumed_step: flo
     interval = _mean_interval(times)
     if not _is_even(times, interval):
         return GridTimes(tuple(times[i * temporal_patch] for i in range(num_grids)), None)
-    # Through the rate, which is the round number: 3 frames a second, not one every 0.333333 s.
+    # The frame rate is rounded, not the interval: 3 frames per second are one every 0.333333 s.
     rate = float(f"{1 / interval:.9g}")
     return even_grid(num_grids, temporal_patch / rate)
 
 
 def step_holds(times: Sequence[float], *, temporal_patch: int, assumed_step: float) -> bool:
-    """Whether a model's own guess of the seconds between grids is right.
+    """Whether the model's own assumption about the seconds between grids is good enough.
 
-    Families derive it from frame counts, which is exact to within one frame interval over the
-    whole video; the guess holds when the frames are evenly spaced and it is no further off.
+    Model families derive the assumed step from frame counts, which over the whole video is off by
+    up to one frame interval. The step is good enough if the frames are evenly spaced and it is off
+    by no more than that.
 
     Args:
         times, temporal_patch: As for ``grid_times``.
-        assumed_step: The guess, in seconds.
+        assumed_step: Seconds between grids that the model assumes.
     """
     if len(times) < 2:
         return True
@@ -114,7 +123,7 @@ def _mean_interval(times: Sequence[float]) -> float:
 
 
 def _is_even(times: Sequence[float], interval: float) -> bool:
-    # A first frame later than one interval leaves out a part of the clip.
+    # If the first frame is later than one interval, a part of the clip was left out.
     if interval <= 0 or times[0] > interval:
         return False
     slack = _EVEN_SHARE * interval
@@ -129,23 +138,23 @@ def interleave_chunks(
     positions_per_second: float,
     seconds_per_chunk: float,
 ) -> list[tuple[int, int]]:
-    """Interleave a video's tokens with those of its sound chunk by chunk.
+    """Interleave a video's tokens with those of its sound chunk by chunk (Qwen2.5-Omni).
 
-    Chunk ``i`` holds the visual tokens of ``[i, i + 1) * seconds_per_chunk`` and then the audio
-    tokens of the same span; one audio token lasts ``1 / positions_per_second`` seconds. For even
-    steps the result is that of ``Qwen2_5OmniProcessor.get_chunked_index``, which never leaves a
-    chunk without visual tokens: when grids are further apart than a chunk it opens at most one
-    chunk per token.
+    Chunk ``i`` holds the visual tokens of the seconds from ``i * seconds_per_chunk`` up to
+    ``(i + 1) * seconds_per_chunk``, then the audio tokens of the same seconds. An audio token lasts
+    ``1 / positions_per_second`` seconds. For evenly spaced grids the result equals that of
+    transformers' ``Qwen2_5OmniProcessor.get_chunked_index``. That function leaves no chunk without
+    visual tokens: where grids are further apart than a chunk, a token opens one chunk at most.
 
     Args:
         grids: Times of the temporal grids.
         tokens_per_grid: Visual tokens per grid.
         num_audio_tokens: Audio tokens of the whole sound track.
         positions_per_second: M-RoPE positions per second.
-        seconds_per_chunk: Length of a chunk.
+        seconds_per_chunk: Seconds of a chunk.
 
     Returns:
-        ``(visual tokens, audio tokens)`` per chunk; the sums are all tokens of each.
+        Numbers of ``(visual tokens, audio tokens)`` of each chunk; together they are all tokens.
     """
     per_chunk = int(positions_per_second * seconds_per_chunk)
     if grids.step is not None:
@@ -163,13 +172,18 @@ def interleave_chunks(
 
 
 def _advancing_chunks(positions: npt.NDArray[np.float64], per_chunk: int) -> list[int]:
-    """Chunk sizes where a token past the current chunk's end opens exactly one more chunk."""
+    """Tokens of each chunk, where a token past the end of the last chunk opens just one more.
+
+    Args:
+        positions: float64 ``[tokens]`` temporal position of each visual token, ascending.
+        per_chunk: Positions of a chunk.
+    """
     sizes: list[int] = []
     start = 0
     while True:
         bound = (len(sizes) + 1) * per_chunk
-        # Positions ascend, but the token that opens a chunk belongs to it even when it lies
-        # past that chunk's end too: the search goes on behind it.
+        # The token that opens a chunk belongs to it, even if the token lies past the chunk's end.
+        # So the search for the end begins after that token.
         first = 0 if start == 0 else start + 1
         end = first + int(np.searchsorted(positions[first:], bound, side="left"))
         if end >= len(positions):
@@ -186,16 +200,22 @@ def interleave_tokens(
     num_audio_tokens: int,
     positions_per_second: float,
 ) -> list[tuple[int, int]]:
-    """Interleave a video's tokens with those of its sound by time, token by token.
+    """Interleave a video's tokens with those of its sound by time, grid by grid (Qwen3-Omni).
 
-    A grid comes before the first audio token that does not begin earlier, as in
-    ``Qwen3OmniMoeProcessor``.
+    A grid comes before the first audio token that begins at the grid's time or later, as in
+    transformers' ``Qwen3OmniMoeProcessor``.
+
+    Args:
+        grids: Times of the temporal grids.
+        tokens_per_grid: Visual tokens per grid.
+        num_audio_tokens: Audio tokens of the whole sound track.
+        positions_per_second: M-RoPE positions per second; an audio token lasts one position.
 
     Returns:
-        ``(visual tokens, audio tokens)`` per grid, as from ``interleave_chunks``; the first entry
-        may hold only the audio before the first grid.
+        Numbers of ``(visual tokens, audio tokens)``: first ``(0, n)`` for the audio before the
+        first grid, then one entry per grid.
     """
-    # In this order of factors even steps come out as in transformers, to the last bit.
+    # With the factors in this order, evenly spaced grids get the same floats as in transformers.
     positions = np.asarray(grids.seconds, dtype=np.float64) * positions_per_second
     before = np.minimum(np.ceil(positions).astype(np.int64), num_audio_tokens)
     runs = [(0, int(before[0]))]

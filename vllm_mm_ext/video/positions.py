@@ -19,15 +19,17 @@ def reduced_positions(
     reduction: Reduction,
     kept: Positions | None = None,
 ) -> Positions:
-    """Positions of what is left, on the grid the tokens had before.
+    """Positions of the tokens that are left, on the grid of the tokens before reduction.
 
-    A pooled cell stands at its centre, rounded down; a group of merged grids stands at its first.
+    A pooled cell has the position of its centre, rounded down. A group of merged grids has the
+    position of its first grid.
 
     Args:
         temporal: int64 ``[grids]`` position of each temporal grid before reduction.
-        height, width: Tokens of a grid before reduction.
-        reduction: How the tokens are made fewer.
-        kept: Flat indices of the cells that stay, where ``reduction.static`` selects.
+        height, width: Tokens of a grid before reduction, vertically and horizontally.
+        reduction: The token reduction.
+        kept: Flat indices of the cells that stay, where ``reduction.static`` drops some; None
+            where all stay.
 
     Returns:
         int64 ``[3, tokens]``: temporal, vertical and horizontal position of each token.

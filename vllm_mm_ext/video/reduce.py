@@ -1,6 +1,7 @@
-"""Token reduction of encoder outputs: pool, merge over time, merge or prune what is static.
+"""Token reduction of encoder outputs: pool in space, merge over time, merge or prune static cells.
 
-All shapes follow from the grid and from how many cells are kept, so nothing waits for the device.
+All shapes follow from the grid and from the number of cells kept, both known on the host, so the
+host does not wait for the device.
 """
 
 from __future__ import annotations
@@ -20,23 +21,24 @@ def reduce_tokens(
     kept: torch.Tensor | None = None,
     weigh_dim: int | None = None,
 ) -> torch.Tensor:
-    """Encoder outputs of one segment after reduction; computed in float32.
+    """Reduce the encoder outputs of one segment; computed in float32.
 
     Args:
         tokens: ``[grids * height * width, channels]``.
-        grid: Grids, height and width of the tokens.
-        reduction: How they are made fewer.
-        kept: int64 ``[kept]`` ascending flat indices into the pooled and merged grid; for
-            ``static`` reductions only.
-        weigh_dim: Leading channels that decide how similar tokens are, None for all of them.
-            Qwen3-VL appends the channels of its deepstack layers to those of the token.
+        grid: Number of temporal grids, and height and width of a grid in tokens.
+        reduction: The token reduction.
+        kept: int64 ``[kept]`` ascending flat indices of the cells of the pooled and merged grid
+            that stay; needed by ``static`` reductions, None for others.
+        weigh_dim: Number of leading channels that decide how similar tokens are, None for all of
+            them. Qwen3-VL appends the channels of its deepstack layers to those of the token.
 
     Returns:
-        ``[reduction.count(*grid), channels]`` (with ``kept``, one row for each of it) in the dtype
-        of ``tokens``.
+        ``[reduction.count(*grid), channels]`` (with ``kept``, a row for each index) in the dtype of
+        ``tokens``.
 
     Raises:
-        ValueError: ``grid`` does not fit, or ``kept`` is missing or too much.
+        ValueError: ``tokens`` are not as many as ``grid`` says, or ``kept`` is missing, or given
+            without a ``static`` reduction.
     """
     if len(tokens) != math.prod(grid):
         raise ValueError(f"{len(tokens)} tokens are not a grid of {grid}")
@@ -57,7 +59,9 @@ def reduce_tokens(
 
 
 def pooled(tokens: torch.Tensor, pool: int) -> torch.Tensor:
-    """Average over ``pool`` x ``pool`` tokens of each grid; a partial cell averages what it has.
+    """Average cells of ``pool`` x ``pool`` tokens of each grid.
+
+    A cell at the right or lower edge may have fewer tokens; its average is over those.
 
     Args:
         tokens: ``[grids, height, width, channels]``.
@@ -75,18 +79,19 @@ def pooled(tokens: torch.Tensor, pool: int) -> torch.Tensor:
 def temporally_merged(
     tokens: torch.Tensor, temporal: int, weigh_dim: int | None = None
 ) -> torch.Tensor:
-    """Similarity-weighted average over each ``temporal`` neighbouring grids.
+    """Similarity-weighted average over groups of ``temporal`` consecutive grids.
 
-    At each place, the weight of a member ``x`` of a group with mean ``m`` is
-    ``1 + cos(x, m)``, divided by the sum over the group: what disagrees with the rest of its group
-    counts for less, down to nothing where it points the other way. Equal members, and members
-    whose mean is zero, are averaged plainly. The weights cannot all be zero: the products of the
-    members with their mean sum to ``members * |m|**2``, which is not negative.
+    At each place of the grid, the weight of a group's member ``x`` is ``1 + cos(x, m)``, where
+    ``m`` is the mean of the group, divided by the sum of these weights over the group. So a member
+    that differs from the rest of its group counts less, and one that points the other way counts
+    nothing. Equal members, and members whose mean is zero, get equal weights. The weights cannot
+    all be zero: the products of the members with their mean sum to ``members * |m|**2``, which is
+    not negative.
 
     Args:
         tokens: float ``[grids, height, width, channels]``.
         temporal: Grids per group; the last group may have fewer.
-        weigh_dim: Leading channels that the cosine is taken of, None for all.
+        weigh_dim: Number of leading channels from which the cosine is taken, None for all.
 
     Returns:
         ``[ceil(grids / temporal), height, width, channels]``.
@@ -112,22 +117,23 @@ def _group_average(groups: torch.Tensor, weigh_dim: int | None) -> torch.Tensor:
 
 
 def runs_averaged(cells: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """At each kept cell, the mean of it and the dropped cells that follow it at its place.
+    """Replace each kept cell by the mean of itself and the dropped cells that follow it in time.
 
-    Cells before the first kept one of their place are in no mean.
+    The dropped cells up to the next kept cell at the same place of the grid count. Cells before the
+    first kept cell of their place are in no mean.
 
     Args:
         cells: float ``[grids, places, channels]``.
         kept: Flat indices of the kept cells.
 
     Returns:
-        As ``cells``; what it holds where cells were dropped has no meaning.
+        ``[grids, places, channels]``; the values of dropped cells have no meaning.
     """
     dropped = torch.ones(cells.shape[:2], device=cells.device, dtype=cells.dtype)
     dropped.view(-1).index_fill_(0, kept, 0.0)
     sums = cells.clone()
     counts = torch.ones_like(dropped)
-    # From the end: a dropped cell hands all it has gathered to the one before it.
+    # From the last grid to the first: a dropped cell hands its sum to the cell before it in time.
     for at in range(len(cells) - 2, -1, -1):
         sums[at].addcmul_(sums[at + 1], dropped[at + 1].unsqueeze(-1))
         counts[at].addcmul_(counts[at + 1], dropped[at + 1])

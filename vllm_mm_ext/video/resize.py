@@ -12,7 +12,16 @@ import torch
 def resized(
     video_processor: Any, frames: npt.NDArray[np.uint8], size: tuple[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """Frames ``[n, height, width, 3]`` at another size, as the video processor resizes them."""
+    """Resize frames as the video processor resizes them.
+
+    Args:
+        video_processor: transformers video processor of the model.
+        frames: uint8 RGB ``[n, height, width, 3]``.
+        size: New ``(height, width)`` in pixels.
+
+    Returns:
+        uint8 RGB ``[n, *size, 3]``.
+    """
     from transformers.image_processing_backends import TorchvisionBackend
     from transformers.image_utils import SizeDict
 

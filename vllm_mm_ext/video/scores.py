@@ -1,8 +1,8 @@
 """How much each cell of a video changes over time, from its pixels. Pure numpy.
 
-A cell is one token after pooling and temporal merging. Comparing pixels, not encoder outputs, is
-what makes the outcome known before encoding; the idea is that of Run-Length Tokenization (Choudhury
-et al., "Don't Look Twice", NeurIPS 2024), where patches that repeat are found by the same measure.
+A cell is one token after pooling and temporal merging. The scores compare pixels, not encoder
+outputs, so that it is known before encoding which cells stay. The measure is that of Run-Length
+Tokenization (Choudhury et al., "Don't Look Twice", NeurIPS 2024), which finds repeated patches.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from vllm_mm_ext.config.options import Reduction
 
 Scores = npt.NDArray[np.float32]
 
-# A token is seen as 4 x 4 blocks of averaged pixels: noise of single pixels averages out, an edge
-# that moves by a few pixels does not.
+# The pixels of a token are averaged over 4 x 4 blocks: the noise of single pixels averages out, an
+# edge that moves by a few pixels does not.
 _BLOCKS_PER_TOKEN = 4
 # Sums of this many uint8 rows fit uint16.
 _MAX_BLOCK = 256
@@ -31,22 +31,22 @@ def static_scores(
     temporal_patch: int,
     reduction: Reduction,
 ) -> Scores:
-    """Mean absolute difference of each cell's pixels to the cell before it at its place.
+    """Mean absolute difference between each cell's pixels and those of the cell before it in time.
 
-    Frame ``k`` of a cell is compared with frame ``k`` of the cell before it, both averaged over
-    small blocks of pixels. A partial cell (right and lower edge, end of the segment) is averaged
-    over the pixels and frames that it has. A score depends on the frames of the cell and of the one
-    before it alone, so that a segment that goes on longer keeps the scores it had.
+    Frame ``k`` of a cell is compared with frame ``k`` of the cell before it at the same place of
+    the grid, both averaged over small blocks of pixels. A partial cell (right and lower edge, end
+    of the segment) counts with the pixels and frames that it has. A score depends only on the
+    frames of the cell and of the cell before it, so a longer version of a segment keeps its scores.
 
     Args:
-        frames: ``[frames, rows, columns, 3]``, at least as many rows and columns as tokens.
+        frames: uint8 ``[frames, rows, columns, 3]``, at least as many rows and columns as tokens.
         height, width: Tokens of one temporal grid vertically and horizontally, before reduction.
         temporal_patch: Frames per temporal grid.
-        reduction: Its ``pool`` and ``temporal`` make the cells.
+        reduction: ``pool`` and ``temporal`` of the reduction say how large a cell is.
 
     Returns:
-        float32 ``[merged grids, pooled height, pooled width]`` in grey levels, 0 to 255. Infinite
-        in the first merged grid, which has nothing before it.
+        float32 ``[merged grids, pooled height, pooled width]`` in grey levels, 0 to 255; infinite
+        for the first merged grid, which has no grid before it.
 
     Raises:
         ValueError: The frames have fewer rows or columns than tokens.
@@ -59,9 +59,9 @@ def static_scores(
     if len(frames) <= span:
         return scores
     side_y, side_x = _block(frames.shape[1], height), _block(frames.shape[2], width)
-    # Plain arrays: subclasses do work of their own on every slice.
+    # A plain array: SampledFrames would run its own code for every slice.
     blocks = block_sums(np.asarray(frames), side_y, side_x)
-    # Integers until the last division: the ranking is the same on every machine.
+    # Integers until the last division, so that every machine ranks cells alike.
     change = np.abs(blocks[span:] - blocks[:-span]).sum(axis=1)
     firsts = (
         np.arange(0, len(change), span),
@@ -84,8 +84,8 @@ def block_sums(frames: npt.NDArray[np.uint8], side_y: int, side_x: int) -> npt.N
 
     Args:
         frames: ``[frames, rows, columns, channels]``.
-        side_y, side_x: Rows (at most 256) and columns of a block; what is left over at the lower
-            and right edge is not looked at.
+        side_y, side_x: Rows (at most 256) and columns of a block; the rows and columns left over at
+            the lower and right edge are ignored.
 
     Returns:
         int32 ``[frames, channels, rows // side_y, columns // side_x]``.
@@ -93,7 +93,7 @@ def block_sums(frames: npt.NDArray[np.uint8], side_y: int, side_x: int) -> npt.N
     count, rows, columns, channels = frames.shape
     down, across = rows // side_y, columns // side_x
     out = np.empty((count, channels, down, across), dtype=np.int32)
-    # Frame by frame, row by row, planes last: three times faster than one sum over both short axes.
+    # Three times faster than one sum over both short axes: frame by frame, row by row, planes last.
     for frame, into in zip(frames[:, : down * side_y, : across * side_x], out, strict=True):
         lines = frame.reshape(down, side_y, across, side_x, channels)
         added: npt.NDArray[Any] = lines[:, 0].astype(np.uint16)
@@ -110,6 +110,6 @@ def _block(pixels: int, tokens: int) -> int:
 def _first_blocks(
     blocks: int, side: int, pixels: int, tokens: int, pool: int
 ) -> npt.NDArray[np.int64]:
-    """First block of each cell along one axis; a block belongs to the cell its centre is in."""
+    """First block of each cell along one axis; a block belongs to the cell that has its centre."""
     token = (2 * np.arange(blocks) + 1) * side * tokens // (2 * pixels)
     return np.searchsorted(token // pool, np.arange(math.ceil(tokens / pool)))

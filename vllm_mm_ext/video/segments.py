@@ -1,7 +1,7 @@
 """One user video as consecutive segments, each an mm item of its own.
 
-Pure: numpy only. ``segment_processor`` hands the segments to vLLM, the families say how their
-model lays a video out.
+Pure: numpy only. ``adapters/processors/segment_processor.py`` hands the segments to vLLM; the
+module of a model family beside it says how the model lays a video out in the prompt.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class VideoShape:
-    """All that decides how many tokens a video becomes and where they stand.
+    """Everything that decides how many tokens a video becomes and where in the prompt they stand.
 
     Attributes:
-        frames: Frames delivered.
-        height, width: Their size in pixels, as delivered.
-        times: Presentation time of each frame in seconds; None leaves the model's own assumption.
-        step: Nominal seconds between frames sampled on a fixed grid from 0, else None.
-        audio_samples: Samples of the sound track at the model's rate; 0 for silence.
-        reduction: How its tokens are made fewer.
-        metadata: What vLLM's loader said about the video, if anything.
+        frames: Number of frames delivered.
+        height, width: Size of the delivered frames in pixels.
+        times: Presentation time of each frame in seconds; None for the model's own assumption.
+        step: Nominal seconds between frames sampled on a fixed grid of time from 0, else None.
+        audio_samples: Samples of the sound track at the model's rate; 0 for a video without sound.
+        reduction: The token reduction.
+        metadata: vLLM's metadata of the video; None if there is none.
         final: The frames have the size at which the model takes them.
     """
 
@@ -61,10 +61,10 @@ class Sound:
     """A video's sound as its model takes it.
 
     Attributes:
-        runs: ``(visual, audio)`` tokens of the whole video in prompt order.
-        unit: Audio tokens of a window that the audio encoder attends within; 0: every run is a
-            group of grids that merge, or a whole number of windows.
-        least: Audio tokens a piece must have for the encoder to see it as it sees the whole.
+        runs: ``(visual, audio)`` tokens of the whole video in prompt order, before reduction.
+        unit: Audio tokens of a window; the audio encoder attends within windows. 0: the video may
+            be cut between any two runs, each of which is a group of merged grids or a window.
+        least: Fewest audio tokens of a piece that the encoder encodes as it does within the whole.
     """
 
     runs: tuple[Run, ...]
@@ -74,19 +74,20 @@ class Sound:
 
 @dataclass(frozen=True)
 class VideoLayout:
-    """How a model lays a video out, before any reduction.
+    """How a model lays a video out in the prompt, before any reduction.
 
     Attributes:
-        size: Height and width in pixels at which the encoder sees frames.
-        grids: Temporal grids.
+        size: Height and width in pixels of the frames that the encoder takes.
+        grids: Number of temporal grids.
         height, width: Tokens of a grid vertically and horizontally.
         temporal_patch: Frames per grid; the last grid may have fewer.
-        positions: int64 ``[grids]`` temporal positions from the start of the video; None where
-            they follow from ``seconds_per_grid``, or the model has none.
-        seconds_per_grid: What the model's processor would say.
-        timestamps: Seconds written into the prompt before each grid, if the model wants them.
-        sound: The sound track, if it is heard.
-        tail: Tokens the model adds after the last grid (a newline).
+        positions: int64 ``[grids]`` temporal position of each grid, counted from the start of the
+            video; None where positions follow from ``seconds_per_grid`` or the model has none.
+        seconds_per_grid: Seconds between grids, as the model's processor would compute them.
+        timestamps: Seconds written into the prompt before each grid; None if the model has no
+            written times.
+        sound: The sound track; None if the model does not hear the video.
+        tail: Tokens that the model adds after the last grid (a newline).
     """
 
     size: tuple[int, int]
@@ -108,19 +109,19 @@ class VideoLayout:
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment's place in its video and its tokens.
+    """One segment's place in its video, and its tokens.
 
     Attributes:
-        continues: It goes on where the mm item before it ended.
-        is_last: No other segment of the video follows.
-        grids: First temporal grid in the video and the one past the last.
-        audio: First audio token in the video and the one past the last.
-        layout: The whole video's layout.
-        reduction: How its tokens are made fewer.
-        runs: Its tokens after reduction.
-        kept: int64 ``[tokens]`` cells of the pooled and merged grid that stay, where
-            ``reduction.static`` selects.
-        left: Tokens left of each group of grids.
+        continues: The segment goes on where the mm item before it ended; False for a video's first.
+        is_last: The segment is the last one of its video.
+        grids: The segment's first temporal grid in the video, and the grid after its last.
+        audio: The segment's first audio token in the video, and the audio token after its last.
+        layout: Layout of the whole video.
+        reduction: The token reduction.
+        runs: The segment's tokens after reduction.
+        kept: int64 ``[tokens]`` flat indices of the cells of the pooled and merged grid that stay,
+            where ``reduction.static`` drops some; else None.
+        left: Visual tokens left of each group of merged grids.
     """
 
     continues: bool
@@ -140,30 +141,30 @@ class Segment:
 
     @property
     def frames(self) -> slice:
-        """Its frames within the video."""
+        """The segment's frames within the video."""
         patch = self.layout.temporal_patch
         return slice(self.grids[0] * patch, self.grids[1] * patch)
 
     @property
     def positions(self) -> Indices | None:
-        """Temporal positions of its grids from the start of the video."""
+        """Temporal positions of the segment's grids, counted from the start of the video."""
         of_video = self.layout.positions
         return None if of_video is None else of_video[slice(*self.grids)]
 
     @property
     def timestamps(self) -> tuple[float, ...] | None:
-        """Seconds written before each group of grids: the mean over the group."""
+        """Seconds written into the prompt before each group of merged grids: the group's mean."""
         if self.layout.timestamps is None:
             return None
         return group_means(self.layout.timestamps[slice(*self.grids)], self.reduction.temporal)
 
     @property
     def visual(self) -> int:
-        """Visual tokens, without the model's tail."""
+        """Visual tokens after reduction, without the layout's ``tail``."""
         return sum(self.left)
 
     def key(self) -> bytes:
-        """Bytes that differ whenever what the model makes of equal frames could."""
+        """Digest of everything but the frames and the sound that decides the model's outputs."""
         hasher = blake3()
         parts: list[object] = [self.continues, self.layout.size, self.num_grids, self.runs]
         parts += [self.reduction.key(), self.layout.seconds_per_grid, self.timestamps]
@@ -182,10 +183,10 @@ def group_means(values: Sequence[float], size: int) -> tuple[float, ...]:
 
 
 class VideoSegment(SampledFrames):
-    """The frames of one segment.
+    """The frames of one segment, an mm item.
 
     Attributes:
-        part: Its place in the video.
+        part: The segment's place in its video; None on an array derived from a segment.
     """
 
     part: Segment | None
@@ -194,7 +195,14 @@ class VideoSegment(SampledFrames):
     def of(
         cls, frames: npt.NDArray[np.uint8], part: Segment, *, digest: str, track: Waveform | None
     ) -> Self:
-        """A segment of ``frames`` (already cut to it) with its piece of the sound track."""
+        """Make a segment.
+
+        Args:
+            frames: The segment's frames, uint8 ``[n, height, width, 3]``; memory is shared.
+            part: The segment's place in its video.
+            digest: Identity of the segment, see ``segment_digest``.
+            track: The segment's piece of the sound track; None for silence.
+        """
         self = cls(frames, digest=digest, audio=track)
         self.part = part
         return self
@@ -208,10 +216,11 @@ def cut_video(layout: VideoLayout, reduction: Reduction, target: int) -> list[Cu
     """Where a video is cut.
 
     Args:
-        layout: Of the whole video.
-        reduction: How its tokens are made fewer; grids that merge stay together.
-        target: Tokens a segment should not exceed after reduction: they are what the prompt and
-            the encoder cache hold. 0: no cuts.
+        layout: Layout of the whole video.
+        reduction: The token reduction; grids that it merges stay in one segment.
+        target: Most tokens of a segment after reduction, as these are the tokens that the prompt
+            and the encoder cache hold. A segment has more where the video cannot be cut. 0: no
+            cuts.
     """
     per_grid, sound = layout.tokens_per_grid, layout.sound
 
@@ -243,8 +252,8 @@ def segments_of(
 
     Args:
         layout, reduction, target: As for ``cut_video``.
-        pixels: Frames of a segment at their final size; asked for only where ``reduction.static``
-            must see them.
+        pixels: Returns frames of the video at their final size; called only for a
+            ``reduction.static`` that compares pixels.
     """
     cuts = cut_video(layout, reduction, target)
     segments = []
@@ -279,13 +288,13 @@ def segments_of(
 def segment_digest(
     part: Segment, size: tuple[int, ...], frames: Sequence[bytes], track: Waveform | None
 ) -> str:
-    """Identity of a segment's content: its frames, its layout, its piece of sound.
+    """Identity of a segment: a digest of its frames, its layout and its piece of sound.
 
     Args:
-        part: Its place in the video.
-        size: Height and width of the frames as delivered.
-        frames: Digest of each of its frames.
-        track: Its piece of the sound track.
+        part: The segment's place in its video.
+        size: Height and width of the frames as delivered, in pixels.
+        frames: Digest of each of the segment's frames.
+        track: The segment's piece of the sound track; None for silence.
     """
     hasher = blake3(part.key())
     hasher.update(repr(tuple(size)).encode())

@@ -1,4 +1,4 @@
-"""Which cells of a segment stay. Pure numpy."""
+"""Which cells of a segment stay under a static reduction. Pure numpy."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Indices = npt.NDArray[np.int64]
 
 
 def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indices:
-    """Cells that stay: those with the highest scores, the lower index first among equals.
+    """The cells with the highest scores; of equal scores, the cell with the lower index.
 
-    ``scores.static_scores`` gives the first grid infinite scores, so each place keeps its first
-    cell before any later cell is looked at; where there are not enough for that, cells spread
-    evenly over the first grid stay.
+    ``scores.static_scores`` gives the cells of the first grid infinite scores, so these cells stay
+    before any later one. If fewer cells than the first grid has may stay, cells spread evenly over
+    the first grid stay.
 
     Args:
         scores: ``[grids, height, width]`` of the pooled and merged grid, without NaN.
-        reduction: ``keep`` says how many stay.
+        reduction: ``keep`` of the reduction says which share of the cells stays.
 
     Returns:
-        Ascending flat indices into the grid, as many as ``reduction.count`` says.
+        Ascending flat indices into the grid, ``reduction.kept(scores.size)`` of them.
     """
     flat = scores.reshape(-1)
     quota = reduction.kept(flat.size)

@@ -1,7 +1,8 @@
-"""How a video is split, and what of that is remembered with its frames for later turns.
+"""How a video is split into segments, and recipes of splits that later requests use again.
 
-Recipes hold no pixels. NumPy arrays take no part in Python's garbage collection: frames whose memo
-held their segments, which are views of them, would never be freed.
+The recipes are kept in the memo of the video's frames and hold no pixels. NumPy arrays take no part
+in Python's garbage collection: if the memo of frames held segments, which are views of the frames,
+neither would ever be freed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
 from vllm_mm_ext.video.segments import Segment, VideoSegment
 
-# Ways in which one video is split that are remembered with its frames; requests choose them.
+# Recipes kept for one video. Requests can ask for any number of different splits.
 _MAX_SPLITS = 8
 
 
@@ -24,10 +25,11 @@ class SplitVideo:
     """A user video as the prompt takes it.
 
     Attributes:
-        segments: Its mm items; None where the client sent the name alone.
-        names: Their names where the client named the video, else None each.
-        metadata: vLLM's own words on the video.
-        before, after: Tokens around all of them.
+        segments: The video's segments in order, each an mm item; each is None if the client sent
+            only the video's ``uuid``.
+        names: The ``uuid`` of each segment if the client named the video, else None for each.
+        metadata: vLLM's metadata of the video.
+        before, after: Prompt tokens before the first and after the last segment.
     """
 
     segments: Sequence[VideoSegment | None]
@@ -42,9 +44,9 @@ class SegmentRecipe:
     """A segment without its pixels.
 
     Attributes:
-        part: Its place in the video.
-        digest: Identity of its content.
-        track: Its piece of the sound track.
+        part: The segment's place in its video.
+        digest: Identity of the segment.
+        track: The segment's piece of the sound track; None for silence.
     """
 
     part: Segment
@@ -57,8 +59,8 @@ class SplitRecipe:
     """A split video without its pixels.
 
     Attributes:
-        segments: The segments in their order.
-        before, after: Tokens around all of them.
+        segments: The segments in order.
+        before, after: Prompt tokens before the first and after the last segment.
     """
 
     segments: tuple[SegmentRecipe, ...]
@@ -66,7 +68,12 @@ class SplitRecipe:
     after: tuple[int, ...]
 
     def applied(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> SplitVideo:
-        """The split video; its segments are views of ``frames``."""
+        """The split of a video with these frames; its segments are views of ``frames``.
+
+        Args:
+            frames: The frames of the whole video.
+            metadata: vLLM's metadata of the video.
+        """
         pixels = np.asarray(frames)
         segments = [
             VideoSegment.of(pixels[one.part.frames], one.part, digest=one.digest, track=one.track)
@@ -79,12 +86,12 @@ class SplitRecipe:
 def remembered(
     frames: SampledFrames, key: Hashable, make: Callable[[], SplitRecipe | None]
 ) -> SplitRecipe | None:
-    """The recipe that the memo of ``frames`` has for ``key``, else what ``make`` returns.
+    """The recipe that the memo of ``frames`` holds for ``key``, else the one that ``make`` returns.
 
     Args:
-        frames: Of the whole video; a follow-up turn gets those of the first.
-        key: All that decides the recipe beside the frames and their sound.
-        make: Works the recipe out; None: the video is not split.
+        frames: The frames of the whole video; follow-up requests get the same frames.
+        key: Everything besides the frames and their sound that decides the recipe.
+        make: Computes the recipe; None means that the video is not split.
     """
     made: dict[Hashable, SplitRecipe | None] = frames.memo.setdefault("splits", {})
     recipe = made.pop(key) if key in made else make()

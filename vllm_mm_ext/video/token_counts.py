@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 
 def omni_audio_tokens(mel_frames: int) -> int:
-    """Tokens that Qwen2.5-Omni makes of log-mel frames, of which there are 100 a second.
+    """Audio tokens that Qwen2.5-Omni makes of log-mel frames.
 
-    A convolution and a pool halve their number one after the other (transformers,
+    A convolution and a pooling layer each halve the number (transformers,
     ``Qwen2_5OmniAudioEncoder._get_feat_extract_output_lengths``).
+
+    Args:
+        mel_frames: Number of log-mel frames; there are 100 per second.
     """
     return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
 
@@ -18,9 +21,9 @@ class TokenCount(NamedTuple):
     """Prompt tokens of one video.
 
     Attributes:
-        visual: Placeholders that take an encoder output of the video.
-        audio: Placeholders that take an encoder output of its sound.
-        text: Tokens around and between those (markers, timestamps).
+        visual: Tokens whose embeddings are encoder outputs of the frames.
+        audio: Tokens whose embeddings are encoder outputs of the sound.
+        text: Tokens around and between those (markers, written times).
     """
 
     visual: int
@@ -29,5 +32,5 @@ class TokenCount(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All tokens the video adds to the prompt."""
+        """All tokens that the video adds to the prompt."""
         return self.visual + self.audio + self.text

@@ -1,4 +1,4 @@
-"""Pieces of a sound track, with the log-mel frames they have in the whole."""
+"""Pieces of a sound track, with their log-mel frames from the spectrogram of the whole track."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MEL_RATE = 100
 
 
 class AudioWindow(NamedTuple):
-    """Where an audio encoder may be cut.
+    """A window of an audio encoder. The encoder attends within windows: sound is cut between them.
 
     Attributes:
-        tokens: Audio tokens of a window that is attended within.
+        tokens: Audio tokens of a window.
         mel_frames: Log-mel frames of a window.
-        least: Audio tokens that a piece needs for the encoder to see it as it sees the whole.
+        least: Fewest audio tokens of a piece that the encoder encodes as it does within the whole.
     """
 
     tokens: int
@@ -29,7 +29,7 @@ class AudioWindow(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Length of a window."""
+        """Seconds of a window."""
         return self.mel_frames / MEL_RATE
 
 
@@ -37,7 +37,7 @@ class TrackPiece(Waveform):
     """A piece of a track as an audio item.
 
     Attributes:
-        mel: Log-mel frames ``[bins, frames]``, cut from those of the whole track.
+        mel: Log-mel frames ``[bins, frames]``, cut from the spectrogram of the whole track.
     """
 
     mel: torch.Tensor
@@ -50,8 +50,12 @@ class TrackPiece(Waveform):
 def piece_of(track: Waveform, mel: torch.Tensor) -> TrackPiece:
     """An audio item for some log-mel frames of a track.
 
-    What the model hears are the frames, so they are its identity; the samples only stand for an
-    item with something in it.
+    The model hears the log-mel frames, so the item's digest is made of them. Of the samples the
+    item has only one, so that it is not empty.
+
+    Args:
+        track: The whole track.
+        mel: The piece's log-mel frames ``[bins, frames]``.
     """
     hasher = blake3(repr(tuple(mel.shape)).encode())
     hasher.update(mel.contiguous().numpy().tobytes())

@@ -141,7 +141,7 @@ class MMExtComposerForConditionalGeneration(
         """Embeddings of some segments, or of some windows of sound, in the order of their prompts.
 
         Args:
-            kwargs: Fields of the items, as `processing.composer` makes them.
+            kwargs: Fields of the items, as `adapters/processors/composer.py` makes them.
 
         Returns:
             ``[embeddings, text_hidden]`` of each item, each in memory of its own.

@@ -1,1 +1,1 @@
-"""Multimodal processors, one module per model family."""
+"""vLLM's multimodal processors, extended: a module per model family, and what families share."""

@@ -1,7 +1,8 @@
-"""The composer's multimodal processor for vLLM: segments with their sound, windows of sound.
+"""The composer's multimodal processor for vLLM.
 
-A segment is one mm item: its groups of frames and the windows of sound between them, in the order
-of the prompt. `composer_layout` says how a whole video stands there.
+A video becomes segments. A segment is one mm item: groups of frames and the windows of sound
+between them, in the order of the prompt, as `composer/layout.py` lays a whole video out. Sound
+without a video becomes one mm item per window of the audio encoder.
 """
 
 from __future__ import annotations
@@ -54,18 +55,19 @@ from vllm_mm_ext.video.segments import (
 )
 from vllm_mm_ext.video.token_counts import TokenCount
 
-# Positions of frames are whole microseconds: exact for the clocks of containers, and hashable.
+# Positions of frames are whole microseconds, which are finer than frame times and can be hashed
+# exactly.
 MICROSECONDS = 1_000_000
-# Client-named sounds whose windows are remembered, for requests that send the name alone.
+# Sounds with a ``uuid`` whose windows are remembered, for requests that send the ``uuid`` alone.
 _MAX_NAMES = 4096
 
 
 class _WithoutSegments(BaseMultiModalProcessor[ComposerProcessingInfo]):  # type: ignore[misc]
-    """Windows of sound, and the fields of both modalities."""
+    """The processor of sound, and the model's input fields of both modalities."""
 
     @property
     def config(self) -> ComposerConfig:
-        """Of the checkpoint."""
+        """Configuration of the checkpoint."""
         config: ComposerConfig = self.info.get_hf_config()
         return config
 
@@ -107,11 +109,11 @@ class _WithoutSegments(BaseMultiModalProcessor[ComposerProcessingInfo]):  # type
 
 
 class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
-    """Videos in segments, sound in windows.
+    """The composer's processor: videos in segments, sound in windows.
 
     Raises:
-        ValueError: The server's own reduction is none that the checkpoint supports, or vLLM is to
-            prune videos by itself.
+        ValueError: The checkpoint does not support the server's default reduction, or vLLM is told
+            to prune videos (``--video-pruning-rate``).
     """
 
     def __init__(self, info: ComposerProcessingInfo, *args: Any, **kwargs: Any) -> None:
@@ -132,25 +134,25 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
 
     @property
     def video_token_id(self) -> int:
-        """``<|video_pad|>``."""
+        """Id of ``<|video_pad|>``."""
         return self.config.video_pad_token_id
 
     @property
     def sound_token_id(self) -> int:
-        """``<|audio_pad|>``, which stands for sound inside a video item as well."""
+        """Id of ``<|audio_pad|>``, which stands for sound, inside a video item too."""
         return self.config.audio_pad_token_id
 
     @property
     def sound_rate(self) -> int | None:
-        """16 kHz, if the checkpoint has an audio tower."""
+        """16 kHz; None if the checkpoint has no audio tower."""
         return None if self.config.audio_config is None else SAMPLE_RATE
 
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
-        """Every video is cut; there is no other way to take one."""
+        """True: vLLM has no processor of its own for a composer, so every video is split."""
         return True
 
     def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout:
-        """A grid per frame, placed at its microsecond.
+        """One grid per frame, whose position is the frame's time in microseconds.
 
         Raises:
             MediaError: The checkpoint does not support the reduction.
@@ -189,7 +191,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         )
 
     def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """``<video>`` and ``</video>``."""
+        """The ids of ``<video>`` and ``</video>``."""
         return (self.config.video_start_token_id,), (self.config.video_end_token_id,)
 
     def segment_tokens_of(self, part: Segment) -> list[int]:
@@ -201,7 +203,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         return run_tokens(self.config, runs, starts, times)
 
     def placeholder(self, part: Segment) -> PromptUpdateDetails:
-        """Tokens of a segment; those of its markers take no embedding."""
+        """Tokens of a segment; the frames and windows have embeddings, the markers have none."""
         embedded = [self.config.video_pad_token_id, self.config.audio_pad_token_id]
         return PromptUpdateDetails.select_token_ids(self.segment_tokens_of(part), embedded)
 
@@ -223,7 +225,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         return count._replace(text=count.text + 2 * windows)
 
     def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
-        """``<frame>`` before each group, and the time where it is written."""
+        """Tokens of ``<frame>`` and of the written time, if there is one, before each group."""
         unit = reduction.temporal
         text = -(-(grids[1] - grids[0]) // unit)
         if layout.timestamps is not None:
@@ -246,7 +248,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
     def encode_inputs(
         self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
     ) -> dict[str, Any]:
-        """Pixels, windows of sound and what stands where."""
+        """Pixels, windows of sound, and the kind of each token of the placeholder."""
         dtype, config = self.info.ctx.model_config.dtype, self.config
         frames = [
             self.at_size(np.asarray(one), part_of(one).layout.size) if len(one) else one
@@ -265,10 +267,14 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
     # --- vLLM's processor -------------------------------------------------------------------------
 
     def split(self, inputs: Any) -> Any:
-        """Videos into segments, sounds into windows.
+        """Split videos into segments and sounds into windows.
+
+        Args:
+            inputs: vLLM's ``ProcessorInputs`` of a request.
 
         Raises:
-            MediaError: Embeddings were sent, or something else than frames of bytes.
+            MediaError: The request has embeddings, or a video that is not uint8 frames, or fewer
+                placeholders in its prompt than media.
         """
         items = inputs.mm_data_items
         kinds = {"video": VideoProcessorItems, "audio": AudioProcessorItems}
@@ -309,7 +315,18 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
     def _windows(
         self, samples: npt.NDArray[np.float32] | None, name: str | None
     ) -> tuple[list[SoundPiece | None], list[str | None]]:
-        """A sound's windows and their names; None where the client sent the name alone."""
+        """Split a sound into windows.
+
+        Args:
+            samples: The sound; None if the client sent its ``uuid`` alone.
+            name: The sound's ``uuid``; None if it has none.
+
+        Returns:
+            The windows (each None if ``samples`` is None) and a ``uuid`` for each of them.
+
+        Raises:
+            MediaError: The sound is empty, or no sound with this ``uuid`` is remembered.
+        """
         if samples is None:
             known = self._named_sounds.get(name or "")
             if known is None:
@@ -332,7 +349,10 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
 
 
 def _seconds(shape: VideoShape, fps: float) -> npt.NDArray[np.float64]:
-    """Time of each frame: its own, else what vLLM's loader says, else at the model's rate."""
+    """Time of each frame in seconds.
+
+    Used are the frames' own times, else those of vLLM's metadata, else ``fps`` frames per second.
+    """
     if shape.times is not None:
         return np.asarray(shape.times, np.float64)
     said = shape.metadata or {}

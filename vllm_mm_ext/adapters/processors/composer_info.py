@@ -1,4 +1,4 @@
-"""What vLLM wants to know of a composer before there is any media, and what it profiles with."""
+"""What vLLM asks about a composer before there are media, and the media that it profiles with."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from vllm_mm_ext.config.options import Reduction
 
 
 def default_reduction_of(config: ComposerConfig) -> Reduction:
-    """What the checkpoint declares for requests that name no reduction."""
+    """The reduction that the checkpoint declares for requests that name none."""
     return Reduction(**(config.default_reduction or {}))
 
 
 class ComposerProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
-    """Configuration, processor, limits and sizes of a checkpoint."""
+    """vLLM's processing info of a composer: configuration, processor, limits and sizes."""
 
     def get_hf_config(self) -> ComposerConfig:
-        """Of the checkpoint."""
+        """Configuration of the checkpoint."""
         config: ComposerConfig = self.ctx.get_hf_config(ComposerConfig)
         return config
 
     def get_hf_processor(self, **kwargs: object) -> ComposerProcessor:
-        """Of the checkpoint."""
+        """Processor of the checkpoint."""
         processor: ComposerProcessor = self.ctx.get_hf_processor(ComposerProcessor, **kwargs)
         return processor
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of videos, and of sounds where there is an audio tower."""
+        """Any number of videos, and of sounds if the checkpoint has an audio tower."""
         hears = self.get_hf_config().audio_config is not None
         return {"video": None, "audio": None} if hears else {"video": None}
 
     def get_data_parser(self) -> MultiModalDataParser:
-        """Sound is mono at 16 kHz."""
+        """A parser that makes sound mono at 16 kHz."""
         return MultiModalDataParser(
             target_sr=SAMPLE_RATE,
             target_channels=1,
@@ -49,7 +49,7 @@ class ComposerProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """Embeddings of the largest segment, and of one window of sound."""
+        """Number of embeddings of the largest segment, and of a window of sound."""
         config = self.get_hf_config()
         window = 0
         if config.audio_config is not None:
@@ -60,10 +60,10 @@ class ComposerProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
 
 
 class ComposerDummyInputsBuilder(BaseDummyInputsBuilder[ComposerProcessingInfo]):  # type: ignore[misc]
-    """Media that vLLM profiles memory with."""
+    """Makes the media with which vLLM profiles memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """A placeholder per item."""
+        """A text with one placeholder per item."""
         return "".join(
             SPECIAL_TOKENS[f"{modality}_pad_token_id"] * mm_counts.get(modality, 0)
             for modality in ("video", "audio")
@@ -72,7 +72,7 @@ class ComposerDummyInputsBuilder(BaseDummyInputsBuilder[ComposerProcessingInfo])
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
     ) -> Any:
-        """The largest segment at the default reduction, and a full window of sound."""
+        """Videos of one largest segment at the default reduction, and full windows of sound."""
         config = self.info.get_hf_config()
         settings = vllm_compat.settings_of(self.info.ctx.model_config)
         reduction = settings.compression.default_reduction(default_reduction_of(config))

@@ -1,4 +1,4 @@
-"""The per-item fields that tell the model about a video's segments."""
+"""The fields of an mm item that tell the model about its segment of a video."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.video.segments import Segment
 
 POSITIONS = "video_grid_positions"
-"""int64 ``[grids]`` per item: temporal position of each grid; empty where vLLM's own apply."""
+"""int64 ``[grids]`` per item: temporal position of each grid; empty for vLLM's own positions."""
 CONTINUES = "video_continues"
-"""bool per item: it goes on where the video item before it ended."""
+"""bool per item: whether the segment goes on where the video item before it ended."""
 REDUCTION = "video_reduction"
 """float64 ``[4]`` per item: pool, temporal, static (0 none, 1 merge, 2 prune), share kept."""
 KEPT = "video_kept"
-"""int64 ``[tokens]`` per item: cells kept by a static reduction, else empty."""
+"""int64 ``[tokens]`` per item: cells that a static reduction keeps; empty without one."""
 KINDS = "video_token_kinds"
-"""uint8 ``[tokens]`` per item whose embeddings are of several modalities: what stands at each token
-of its placeholder, by `TEXT`, `VIDEO` or `AUDIO`."""
+"""uint8 ``[tokens]`` per item with embeddings of several modalities: the kind of each token of the
+placeholder, `TEXT`, `VIDEO` or `AUDIO`."""
 TEXT, VIDEO, AUDIO = range(3)
 
 _STATIC: tuple[Literal["none", "merge", "prune"], ...] = ("none", "merge", "prune")
@@ -40,11 +40,15 @@ def configuration() -> dict[str, MultiModalFieldConfig]:
 
 @dataclass(frozen=True, kw_only=True)
 class _FlatField(MultiModalFlatField):  # type: ignore[misc]
-    """Gives no element the slices of all items: each is sent with its field, by several hops."""
+    """A flat field whose elements do not carry the slices of all items of the request.
+
+    vLLM sends each element with its field between processes, so the bytes would grow with the
+    square of the number of items.
+    """
 
     def build_elems(self, modality: str, key: str, data: Any) -> Sequence[Any]:
         found = super().build_elems(modality, key, data)
-        # To batch items again vLLM needs ``dim`` alone.
+        # vLLM only needs ``dim`` to batch elements again.
         field = MultiModalFlatField(slices=[], dim=self.dim, keep_on_cpu=self.keep_on_cpu)
         return [replace(elem, field=field) for elem in found]
 
@@ -52,7 +56,7 @@ class _FlatField(MultiModalFlatField):  # type: ignore[misc]
 def without_slices(
     config: Mapping[str, MultiModalFieldConfig],
 ) -> dict[str, MultiModalFieldConfig]:
-    """The same fields, but what is sent with an item does not grow with the number of items."""
+    """The same fields, with flat fields replaced by `_FlatField`."""
 
     def of(field: Any) -> Any:
         if type(field) is not MultiModalFlatField:
@@ -63,7 +67,7 @@ def without_slices(
 
 
 def segment_fields(parts: Sequence[Segment]) -> dict[str, Any]:
-    """The fields of some segments."""
+    """The values of the fields for some segments."""
     empty = torch.empty(0, dtype=torch.int64)
     return {
         POSITIONS: [_tensor(part.positions, empty) for part in parts],
@@ -84,14 +88,19 @@ def reduction_of(values: torch.Tensor | None) -> Reduction:
     if values is None:
         return NO_REDUCTION
     pool, temporal, static, keep = values.tolist()
-    # Made of a Reduction by ``segment_fields``: nothing to validate.
+    # ``segment_fields`` made the values from a valid Reduction, so they need no check.
     return Reduction.model_construct(
         pool=int(pool), temporal=int(temporal), static=_STATIC[int(static)], keep=keep
     )
 
 
 def token_kinds(tokens: Sequence[int], video: int, audio: int) -> torch.Tensor:
-    """The field ``KINDS`` of an item, from its tokens and the ids that take embeddings."""
+    """The field ``KINDS`` of an item.
+
+    Args:
+        tokens: Token ids of the item's placeholder.
+        video, audio: Ids of the tokens that stand for picture and for sound.
+    """
     ids = torch.tensor(tokens)
     return ((ids == video) * VIDEO + (ids == audio) * AUDIO).to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""InternVL in the transformers layout: segments of whole frames, each frame with its number."""
+"""InternVL in transformers' layout: segments of whole frames; each frame's number is written."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from vllm_mm_ext.video.segments import Segment, VideoLayout, VideoSegment
 
 
 class InternVLProcessingInfo(PerFrameInfo, _StockInfo):  # type: ignore[misc]
-    """vLLM's, with video items no larger than a segment."""
+    """vLLM's processing info, with video items no larger than a segment."""
 
     def frame_tokens(self) -> tuple[int, int]:
-        """A square: a frame is one tile."""
+        """A square, as a frame is a single square tile."""
         return (math.isqrt(self.get_hf_processor().image_seq_length),) * 2
 
 
 class InternVLMultiModalProcessor(PerFrameProcessor, _StockProcessor):  # type: ignore[misc]
-    """vLLM's processor, given segments."""
+    """vLLM's processor, which takes segments instead of videos."""
 
     numbered = True
 
     @property
     def video_token_id(self) -> int:
-        """``<video>``."""
+        """Id of ``<video>``."""
         token = self.info.get_hf_processor().video_token
         return int(self.info.get_tokenizer().get_vocab()[token])
 
@@ -39,34 +39,34 @@ class InternVLMultiModalProcessor(PerFrameProcessor, _StockProcessor):  # type: 
         """Tokens between the visual tokens of each frame and those of the frame before it.
 
         Args:
-            frames: Numbers in the video, from 0.
+            frames: Indices of the frames in the video, from 0.
 
         Yields:
-            What transformers' processor writes there: the end of the frame before, the number
-            counted from 1, the start of the frame.
+            Tokens as transformers' processor writes them: the end of the frame before, the frame's
+            number counted from 1, the start of the frame.
         """
         names, tokenizer = self.info.get_hf_processor(), self.info.get_tokenizer()
         for frame in frames:
             text = f"Frame{frame + 1}: {names.start_image_token}"
             if frame:
-                # Which tokens a text becomes may depend on what stands before it.
+                # Tokenized together, as the tokens of a text may depend on the text before it.
                 text = f"{names.end_image_token}\n{text}"
             yield list(cached_encode(tokenizer, text, add_special_tokens=False))
 
     def placeholder(self, part: Segment) -> PromptUpdateDetails:
-        """The frames of a segment; of frames that merge, the number of the first."""
+        """Tokens of a segment's frames; merged frames have the number of the first of them."""
         video, end = self.video_token_id, int(self.info.get_hf_processor().end_image_token_id)
         first, past = part.grids
         tokens: list[int] = []
         numbered = self.before_frames(range(first, past, part.reduction.temporal))
         for left, before in zip(part.left, numbered, strict=True):
-            # A segment ends the last of its own frames.
+            # Each segment has the end token of its last frame, so the next one leaves it out.
             tokens += before[1:] if part.continues and not tokens else before
             tokens += [video] * left
         return PromptUpdateDetails.select_token_id([*tokens, end], video)
 
     def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
-        """Numbers and borders of the frames of a segment."""
+        """Tokens of the written numbers, and of the starts and ends of the segment's frames."""
         first, past = grids
         numbered = self.before_frames(range(first, past, reduction.temporal))
         return sum(map(len, numbered)) + (first == 0)
@@ -74,7 +74,7 @@ class InternVLMultiModalProcessor(PerFrameProcessor, _StockProcessor):  # type: 
     def encode_inputs(
         self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
     ) -> dict[str, Any]:
-        """Pixels of all frames, and how many of them are whose."""
+        """Pixels of the frames of all segments, and the number of frames of each segment."""
         pixels = self.frame_pixels(segments, hf_kwargs)
         return {
             "pixel_values_videos": torch.cat(pixels),

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: segments of whole frames, a newline after the last."""
+"""LLaVA-OneVision: segments of whole frames; a newline embedding follows a video's last frame."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from vllm_mm_ext.adapters.processors.segment_processor import part_of
 from vllm_mm_ext.video.segments import Segment, VideoSegment
 
 ENDS = "video_ends"
-"""bool per item: it is the last segment of its video."""
+"""bool per item: whether the segment is the last one of its video."""
 
 
 class LlavaOnevisionProcessingInfo(PerFrameInfo, _StockInfo):  # type: ignore[misc]
-    """vLLM's, with video items no larger than a segment."""
+    """vLLM's processing info, with video items no larger than a segment."""
 
     def frame_tokens(self) -> tuple[int, int]:
-        """A square, whatever the size of the source."""
-        # Without the newline that vLLM counts once per video.
+        """A square, as frames of any size are resized to a square."""
+        # vLLM counts one newline per video, which is no token of a frame.
         tokens = self.get_num_video_tokens(image_width=1, image_height=1, num_frames=1) - 1
         return (math.isqrt(tokens),) * 2
 
 
 class LlavaOnevisionMultiModalProcessor(PerFrameProcessor, _StockProcessor):  # type: ignore[misc]
-    """vLLM's processor, given segments."""
+    """vLLM's processor, which takes segments instead of videos."""
 
     tail = 1
 
     @property
     def video_token_id(self) -> int:
-        """``<video>``."""
+        """Id of ``<video>``."""
         return int(self.info.get_hf_config().video_token_index)
 
     def placeholder(self, part: Segment) -> list[int]:
-        """A token per visual token, and one for the newline at the end of the video."""
+        """One token per visual token, and in the last segment one for the newline."""
         return [self.video_token_id] * (part.visual + (self.tail if part.is_last else 0))
 
     def encode_inputs(
         self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
     ) -> dict[str, Any]:
-        """Pixels per segment, and which of them end their video."""
+        """Pixels of each segment, and whether the segment is the last one of its video."""
         return {
             "pixel_values_videos": self.frame_pixels(segments, hf_kwargs),
             ENDS: torch.tensor([part.is_last for part in map(part_of, segments)]),

@@ -1,4 +1,4 @@
-"""Read a model's ``ModelTraits`` off its vLLM multimodal processor."""
+"""Reads from vLLM's multimodal processor what the model wants from the front-end."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ logger = logging.getLogger("vllm.mm_ext")
 
 
 def read_traits(mm_processor: Any) -> ModelTraits:
-    """Return what the front-end should deliver to this processor.
+    """What the front-end should deliver to this processor.
 
-    A family whose resizing rule is not known gets frames at their own size, as from stock vLLM.
+    If the family's resizing rule is not known, frames keep their own size, as in stock vLLM.
 
     Args:
         mm_processor: vLLM's ``BaseMultiModalProcessor`` of the served model, or None for a
@@ -43,10 +43,10 @@ def read_traits(mm_processor: Any) -> ModelTraits:
 
 
 def size_default_of(processor: Any) -> dict[str, int] | None:
-    """Size a processor class passes to its video processor when the caller gives none.
+    """Size that a processor class passes to its video processor if the caller gives none.
 
-    It wins over the checkpoint's own setting (transformers, ``ProcessorMixin._merge_kwargs``); the
-    omni processors have one.
+    This size overrides the checkpoint's setting (transformers, ``ProcessorMixin._merge_kwargs``).
+    The processors of the omni families have one; for others None is returned.
     """
     defaults = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
     size = defaults.get("videos_kwargs", {}).get("size")
@@ -60,9 +60,9 @@ def size_rule_of(
 
     Args:
         video_processor: The model's video processor, or None.
-        overrides: The server's ``--mm-processor-kwargs``. With one of them given, vLLM starts from
-            the video processor's own size instead of ``default``.
-        default: See ``size_default_of``.
+        overrides: The server's ``--mm-processor-kwargs``. If they set a size, vLLM starts from the
+            video processor's own size instead of ``default``.
+        default: Return value of ``size_default_of``.
     """
     if video_processor is None or not getattr(video_processor, "do_resize", False):
         return SizeRule()
@@ -75,11 +75,13 @@ def size_rule_of(
         factor = patch * merge
         capped = bool(getattr(video_processor, "cap_pixels_per_frame", None))
         if capped and "Qwen3VLVideoProcessor" in names:
-            # Its per-frame cap is not idempotent: a size chosen here could be resized again.
+            # This class's cap per frame is not idempotent: transformers could resize frames that
+            # have left the decoder at the right size.
             return SizeRule()
         total = 0
         if capped:
-            # transformers, Qwen2VLVideoProcessor.resize: 90 % of the assumed context's pixels.
+            # 90 % of the pixels of ``max_video_tokens`` (transformers,
+            # ``Qwen2VLVideoProcessor.resize``).
             total = int(video_processor.max_video_tokens * factor * factor * 0.9)
         return SizeRule(
             kind="qwen3_vl" if "Qwen3VLVideoProcessor" in names else "qwen_vl",

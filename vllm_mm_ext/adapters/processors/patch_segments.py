@@ -1,4 +1,4 @@
-"""Segments of the Qwen families: frames in temporal patches, tokens by merged patches."""
+"""Segments for the Qwen families, whose tokens are merged patches of two consecutive frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_mm_ext.video.segments import (
     VideoShape,
 )
 
-# What the pixels of frames at their final size still go through.
+# Options of the video processor that still apply to frames that have their final size.
 _PIXEL_KWARGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
@@ -30,7 +30,7 @@ class PatchSegmentProcessor(SegmentProcessor):
 
     @property
     def video_token_id(self) -> int:
-        """``<|video_pad|>`` or its like."""
+        """Id of the family's token for video (``<|video_pad|>``)."""
         return int(self.info.get_hf_config().video_token_id)
 
     @property
@@ -39,23 +39,34 @@ class PatchSegmentProcessor(SegmentProcessor):
         return float(self.info.get_hf_config().vision_config.tokens_per_second)
 
     def seconds_per_grid(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> float:
-        """Seconds between grids as transformers' processor assumes them for the whole video."""
+        """Seconds between grids that transformers' processor assumes for the whole video.
+
+        Args:
+            shape: The video.
+            hf_kwargs: The request's ``mm_processor_kwargs``.
+        """
         raise NotImplementedError
 
     def sound(self, shape: VideoShape, grids: GridTimes, per_grid: int) -> Sound | None:
-        """How the video interleaves with its sound; None for a family that hears none."""
+        """How the video's tokens interleave with its sound's; None without sound.
+
+        Args:
+            shape: The video.
+            grids: Times of the temporal grids.
+            per_grid: Tokens of a grid.
+        """
         return None
 
     def timestamps(self, shape: VideoShape) -> tuple[float, ...] | None:
-        """Seconds written into the prompt before each grid, if the family does that."""
+        """Seconds written into the prompt before each grid; None if the family writes none."""
         return None
 
     def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout | None:
-        """Merged patches of each pair of frames."""
+        """One grid per temporal patch; a token is a square of merged patches."""
         processor = self.info.get_hf_processor().video_processor
         factor = processor.patch_size * processor.merge_size
         size = (shape.height, shape.width)
-        # A request that sets a size wants another one than the front-end was told.
+        # The front-end did not know of a size that the request itself sets.
         final = shape.final and not _sets_size(hf_kwargs)
         if not final or size[0] % factor or size[1] % factor:
             chosen = self._size_of_processor(shape, hf_kwargs)
@@ -97,7 +108,7 @@ class PatchSegmentProcessor(SegmentProcessor):
     def _size_of_processor(
         self, shape: VideoShape, hf_kwargs: Mapping[str, object]
     ) -> tuple[int, int] | None:
-        """Size that transformers would give the whole video; None where its rule is not known."""
+        """Size to which transformers would resize the whole video; None if that is not known."""
         processor = self.info.get_hf_processor(**hf_kwargs)
         merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         overrides = merged | dict(merged.get("videos_kwargs") or {})
@@ -109,7 +120,7 @@ class PatchSegmentProcessor(SegmentProcessor):
     def encode_inputs(
         self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
     ) -> dict[str, Any]:
-        """Patches of each segment, by the model's own video processor."""
+        """Patches of each segment, made by the model's own video processor."""
         processor = self.info.get_hf_processor(**hf_kwargs).video_processor
         merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         given = merged | dict(merged.get("videos_kwargs") or {})
@@ -132,7 +143,7 @@ class PatchSegmentProcessor(SegmentProcessor):
         return {
             "pixel_values_videos": pixels,
             "video_grid_thw": out["video_grid_thw"],
-            # float32: the model's dtype, to which vLLM casts the field, cannot hold 2/3.
+            # float32, as the model's dtype, to which vLLM casts this field, cannot hold 2/3.
             "second_per_grid_ts": torch.tensor(
                 [part.layout.seconds_per_grid for part in map(part_of, segments)],
                 dtype=torch.float32,
@@ -141,6 +152,7 @@ class PatchSegmentProcessor(SegmentProcessor):
 
 
 def _sets_size(hf_kwargs: Mapping[str, object]) -> bool:
+    """Whether a request's ``mm_processor_kwargs`` set the size of frames."""
     scoped = hf_kwargs.get("videos_kwargs")
     given = hf_kwargs.keys() | (scoped.keys() if isinstance(scoped, Mapping) else set())
     return bool(given & {"size", "min_pixels", "max_pixels"})

@@ -1,6 +1,7 @@
-"""Segments of families whose encoder sees every frame by itself, at one fixed size.
+"""Segments for families whose encoder takes every frame by itself, at one fixed size.
 
-A temporal grid is a frame, and there are no temporal positions: a segment is a run of whole frames.
+A temporal grid is one frame, and there are no temporal positions. So a segment is any number of
+consecutive frames.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vllm_mm_ext.video.segments import VideoLayout, VideoSegment, VideoShape
 
 
 class PerFrameInfo:
-    """Mixin in front of a family's processing info: a video item is a segment at most."""
+    """Mixin in front of a family's processing info: a video item is no larger than a segment."""
 
     ctx: Any
 
@@ -26,7 +27,7 @@ class PerFrameInfo:
         raise NotImplementedError
 
     def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
-        """Frames of the largest video item, by which vLLM sizes and profiles its encoder cache."""
+        """Frames of the largest video item; vLLM sizes and profiles its encoder cache by this."""
         stock: int = super().get_num_frames_with_most_features(seq_len, mm_counts)  # type: ignore[misc]
         target = vllm_compat.settings_of(self.ctx.model_config).segments.tokens
         if not target:
@@ -42,16 +43,16 @@ class PerFrameProcessor(SegmentProcessor):
     """Tokens the model adds after the last frame of a video."""
 
     numbered = False
-    """Whether the number of a frame within its video stands in the prompt."""
+    """Whether the number of each frame within its video is written into the prompt."""
 
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
-        """Whether videos of a request with these options are split at all."""
-        # Frames that transformers is told to choose itself are not known before.
+        """Whether videos of a request with these ``mm_processor_kwargs`` are split."""
+        # If transformers is told to choose the frames, they are not known when videos are split.
         chooses = self.info.ctx.get_merged_mm_kwargs(hf_kwargs).get("do_sample_frames")
         return super().splits(hf_kwargs) and not chooses
 
     def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout | None:
-        """One grid per frame; None where the processor leaves frames without a fixed size."""
+        """One grid per frame; None if the processor has no fixed size of frames."""
         size = dict(self.info.get_hf_processor(**hf_kwargs).video_processor.size)
         if not size.get("height") or not size.get("width"):
             return None
@@ -62,7 +63,7 @@ class PerFrameProcessor(SegmentProcessor):
             height=rows,
             width=columns,
             temporal_patch=1,
-            # Equal frames with other numbers are another item to vLLM's processor cache.
+            # Equal frames with other numbers must be another item to vLLM's processor cache.
             positions=np.arange(shape.frames) if self.numbered else None,
             tail=self.tail,
         )
@@ -78,7 +79,7 @@ class PerFrameProcessor(SegmentProcessor):
         known = processor.valid_kwargs.__annotations__.keys()
         options = {key: value for key, value in given.items() if key in known}
         options |= {"do_sample_frames": False, "return_tensors": "pt"}
-        # One by one: transformers would stack segments of equal length, which copies them all.
+        # One segment at a time: transformers would stack segments of equal length, a copy of all.
         return [
             self._finished(processor(videos=[_channels_first(frames)], **options))
             for frames in segments

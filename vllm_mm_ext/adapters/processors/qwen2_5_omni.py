@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni: sound of each video, real frame times, audio features at their own length."""
+"""Qwen2.5-Omni: sound of each video, real frame times, audio features without padding to 300 s."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from vllm_mm_ext.video.grid_times import GridTimes, interleave_chunks
 from vllm_mm_ext.video.token_counts import omni_audio_tokens
 from vllm_mm_ext.video.track_pieces import AudioWindow
 
-# Two strides of two (``Qwen2_5OmniAudioEncoder``).
+# A convolution and a pooling layer of stride 2 each (transformers, ``Qwen2_5OmniAudioEncoder``).
 _MEL_FRAMES_PER_TOKEN = 4
 
 
 def audio_window(audio_config: Any) -> AudioWindow:
-    """Windows are convolved and attended to one by one."""
+    """The audio encoder's window: it convolves and attends within ``2 * n_window`` mel frames."""
     mel_frames = 2 * int(audio_config.n_window)
     return AudioWindow(mel_frames // _MEL_FRAMES_PER_TOKEN, mel_frames, 1)
 
 
 class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMultiModalProcessor):  # type: ignore[misc]  # noqa: N801
-    """Processor of the thinker."""
+    """vLLM's processor of the thinker, which takes segments and their sound."""
 
     assumed_fps = 2.0
 
     def audio_tokens(self, num_mel_frames: int) -> int:
-        """One token per four frames."""
+        """About one token per four mel frames."""
         return omni_audio_tokens(num_mel_frames)
 
     def audio_window(self) -> AudioWindow:
-        """Windows of two seconds."""
+        """Windows of two seconds, with the released checkpoints."""
         return audio_window(self.info.get_hf_config().audio_config)
 
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int
     ) -> list[Run]:
-        """Chunks of ``seconds_per_chunk`` (two seconds)."""
+        """In chunks of ``seconds_per_chunk``, two seconds with the released checkpoints."""
         return interleave_chunks(
             grids,
             tokens_per_grid=tokens_per_grid,
@@ -54,7 +54,7 @@ class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMult
         )
 
     def track_features(self, track: Waveform) -> torch.Tensor:
-        """Features for the length of the track."""
+        """Log-mel spectrogram of the track, without padding."""
         extractor = self.info.get_feature_extractor()
         out = extractor(
             np.asarray(track),
@@ -67,10 +67,10 @@ class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMult
         return features[:, : math.ceil(len(track) / extractor.hop_length)]
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> Any:
-        """Compute audio features for the length of the audio.
+        """Call transformers' processor, with audio padded no further than necessary.
 
         By default transformers pads every waveform to 300 seconds before the transform, and vLLM
-        throws the padding's features away.
+        drops the padding's features afterwards.
         """
         hf_processor = self.info.get_hf_processor(**hf_kwargs)
         if audios := hf_data.get("audio"):

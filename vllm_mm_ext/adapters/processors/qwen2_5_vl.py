@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: segments, positions from real frame times."""
+"""Qwen2.5-VL: segments, and temporal positions from real frame times."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vllm_mm_ext.video.segments import VideoShape
 
 
 class Qwen2_5_VLMultiModalProcessor(PatchSegmentProcessor, _Stock):  # type: ignore[misc]  # noqa: N801
-    """vLLM's processor, given segments."""
+    """vLLM's processor, which takes segments instead of videos."""
 
     def seconds_per_grid(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> float:
-        """The mean rate of the frames, as transformers' processor reads it off the metadata."""
+        """Seconds between grids at the mean frame rate, as transformers computes it."""
         if shape.metadata is None:
             return 1.0
         known = {k: v for k, v in shape.metadata.items() if k != "do_sample_frames"}

@@ -19,10 +19,11 @@ from vllm_mm_ext.video.track_pieces import AudioWindow
 
 
 def audio_window(audio_config: Any) -> AudioWindow:
-    """Chunks of ``2 * n_window`` frames are convolved, ``n_window_infer`` frames attended to.
+    """The audio encoder's window: it attends within ``n_window_infer`` mel frames.
 
-    The last chunk is padded to the longest of its batch before it is convolved, so a piece needs a
-    whole one.
+    The encoder convolves chunks of ``2 * n_window`` mel frames. It pads the last chunk to the
+    longest of the batch first, so a piece of sound must have at least one whole chunk to be encoded
+    as it is within the whole track.
     """
     chunk = 2 * int(audio_config.n_window)
     chunks = int(audio_config.n_window_infer) // chunk
@@ -31,18 +32,18 @@ def audio_window(audio_config: Any) -> AudioWindow:
 
 
 class Qwen3OmniMoeMultiModalProcessor(SoundTrackProcessor, Qwen3OmniMoeThinkerMultiModalProcessor):  # type: ignore[misc]
-    """Processor of the thinker."""
+    """vLLM's processor of the thinker, which takes segments and their sound."""
 
     assumed_fps = 1.0
 
     def audio_tokens(self, num_mel_frames: int) -> int:
-        """Thirteen tokens per second of one hundred frames."""
+        """13 tokens per second, which has 100 mel frames."""
         if num_mel_frames == 0:
             return 0
         return int(_get_feat_extract_output_lengths(torch.tensor(num_mel_frames)))
 
     def audio_window(self) -> AudioWindow:
-        """Windows of ``n_window_infer`` frames."""
+        """Windows of ``n_window_infer`` mel frames."""
         return audio_window(self.info.get_hf_config().audio_config)
 
     def interleave(
@@ -57,7 +58,7 @@ class Qwen3OmniMoeMultiModalProcessor(SoundTrackProcessor, Qwen3OmniMoeThinkerMu
         )
 
     def track_features(self, track: Waveform) -> torch.Tensor:
-        """Features of the track padded to a whole number of frames, as vLLM pads all audio."""
+        """Log-mel spectrogram of the track, padded to a whole mel frame as vLLM pads all audio."""
         extractor = self.info.get_feature_extractor()
         hop = extractor.hop_length
         padded = np.pad(np.asarray(track), (0, -len(track) % hop))

@@ -1,4 +1,4 @@
-"""Qwen3-VL: segments; every pair of frames says its own time in the prompt."""
+"""Qwen3-VL: segments; the time of every pair of frames is written into the prompt."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from vllm_mm_ext.adapters.processors.patch_segments import PatchSegmentProcessor
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.video.segments import Segment, VideoLayout, VideoShape, group_means
 
-# Tenths of a second in more than an hour.
+# Written times whose length in tokens is kept: times have tenths of a second, and this many tenths
+# are almost two hours.
 _MAX_TIMES = 1 << 16
 
 
 class Qwen3VLMultiModalProcessor(PatchSegmentProcessor, _Stock):  # type: ignore[misc]
-    """vLLM's processor, given segments."""
+    """vLLM's processor, which takes segments instead of videos."""
 
-    # Times are text here, and M-RoPE starts anew at every pair of frames.
+    # Any value will do: times are text, and M-RoPE starts anew at every pair of frames.
     positions_per_second = 1.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Fitting a long video counts the same times again and again.
+        # The quality controller counts the same times again and again to fit a long video.
         self._written_length = lru_cache(maxsize=_MAX_TIMES)(self._encoded_length)
 
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
-        """A list of options, one per video of the request, leaves everything to vLLM."""
+        """Whether videos are split; not if the request has a list of options, one per video."""
         return (
             super().splits(hf_kwargs)
             and not self._get_per_video_kwargs(hf_kwargs)
@@ -44,13 +45,13 @@ class Qwen3VLMultiModalProcessor(PatchSegmentProcessor, _Stock):  # type: ignore
         """The mean time of each pair of frames."""
         patch = int(self.info.get_video_processor().temporal_patch_size)
         if shape.times is None:
-            assert shape.metadata is not None  # vLLM refuses the video without.
+            assert shape.metadata is not None  # vLLM refuses a video without metadata.
             return tuple(self.info._get_video_second_idx(shape.metadata, do_sample_frames=False))
         indices: Any = list(shape.times)
         return tuple(self.info._calculate_timestamps(indices, 1.0, patch))
 
     def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
-        """For each group of frames its time and its tokens between start and end of vision."""
+        """For each group of frames: its time, and its tokens between start and end of vision."""
         config = self.info.get_hf_config()
         times = part.timestamps
         assert times is not None
@@ -65,7 +66,7 @@ class Qwen3VLMultiModalProcessor(PatchSegmentProcessor, _Stock):  # type: ignore
         )
 
     def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
-        """Written times, and a start and an end of vision around each group."""
+        """Tokens of the written times, and of the start and the end of vision of each group."""
         assert layout.timestamps is not None
         times = group_means(layout.timestamps[slice(*grids)], reduction.temporal)
         return sum(2 + self._written_length(f"<{seconds:.1f} seconds>") for seconds in times)

@@ -1,4 +1,4 @@
-"""What vLLM profiles and budgets for: one segment, not the longest video."""
+"""Tells vLLM to profile and budget for the largest segment instead of the longest video."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class SegmentInfo:
     ctx: Any
 
     def largest_segment(self) -> int | None:
-        """Tokens of the largest segment: the configured size, or what cannot be cut.
+        """Tokens of the largest segment; None where videos are not cut.
 
-        That is one grid of the largest frames and, for a family that hears, the grids of one window
-        of its audio encoder at the configured frame rate, with their sound. None where videos are
-        not cut.
+        A segment has at most the configured number of tokens, or more where it cannot be cut: one
+        grid of the largest frames or, for a family that hears videos, all grids within one window
+        of the audio encoder at the configured frame rate, with their sound.
         """
         settings = vllm_compat.settings_of(self.ctx.model_config)
         target, grid = settings.segments.tokens, self._largest_grid()
@@ -33,7 +33,7 @@ class SegmentInfo:
         return max(target, grids * grid + (window.tokens if window else 0))
 
     def audio_window(self) -> AudioWindow | None:
-        """Where sound may be cut; None for a family that hears none."""
+        """The audio encoder's window; None for a family that does not hear videos."""
         return None
 
     def _temporal_patch(self) -> int:
@@ -49,7 +49,7 @@ class SegmentInfo:
         return rule.max_pixels // rule.factor**2
 
     def get_max_video_tokens(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
-        """Most embeddings of one video item."""
+        """Most embeddings of a video item."""
         largest = self.largest_segment()
         if largest is not None:
             return min(seq_len, largest)
@@ -59,7 +59,7 @@ class SegmentInfo:
     def get_num_frames_with_most_features(
         self, seq_len: int, mm_counts: Mapping[str, int], *args: Any, **kwargs: Any
     ) -> int:
-        """Frames of the video that memory is profiled with."""
+        """Frames of the video with which vLLM profiles memory."""
         stock: int = super().get_num_frames_with_most_features(  # type: ignore[misc]
             seq_len, mm_counts, *args, **kwargs
         )

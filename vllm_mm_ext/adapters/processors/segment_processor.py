@@ -1,8 +1,8 @@
-"""vLLM's processors, given a video's segments instead of the video.
+"""Makes vLLM's processors take a video's segments instead of the video.
 
-The split happens inside ``apply``, after vLLM has checked the number of videos a client sent
-against ``--limit-mm-per-prompt``. From there on every segment is an ordinary mm item: hashed,
-cached, scheduled and encoded on its own.
+A video is split inside ``apply``, after vLLM has checked the client's number of videos against
+``--limit-mm-per-prompt``. From there on every segment is an ordinary mm item, which vLLM hashes,
+caches, schedules and encodes on its own.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from vllm_mm_ext.video.segments import (
 from vllm_mm_ext.video.splits import SegmentRecipe, SplitRecipe, SplitVideo, remembered
 from vllm_mm_ext.video.token_counts import TokenCount
 
-# Pixels of one request may take this share of vLLM's processor cache; other items go there too.
+# Pixels of one request may take this share of vLLM's processor cache, which holds other items too.
 _CACHE_SHARE = 0.5
-# Client-named videos whose segments are remembered, for requests that send the name alone.
+# Videos with a ``uuid`` whose split is remembered, for requests that send the ``uuid`` alone.
 _MAX_NAMES = 4096
 
 
@@ -47,13 +47,13 @@ class SegmentItems(VideoProcessorItems):  # type: ignore[misc]
     """Video items that are segments, hashed by their digest."""
 
     def get_item_for_hash(self, index: int) -> object:
-        """What identifies the item to vLLM's caches."""
+        """What vLLM hashes to identify the item in its caches."""
         segment = segment_at(self, index)
         return self.data[index] if segment is None else f"mm_ext:{segment.digest}"
 
 
 def segment_at(items: Any, index: int) -> VideoSegment | None:
-    """The segment that is a request's video item, if it is one."""
+    """The segment at an index of a request's video items; None if that item is no segment."""
     if not isinstance(items, VideoProcessorItems):
         return None
     item = items.get(index)
@@ -62,11 +62,15 @@ def segment_at(items: Any, index: int) -> VideoSegment | None:
 
 
 class SegmentProcessor:
-    """Mixin in front of a family's multimodal processor. A family says how it lays videos out."""
+    """Mixin in front of a family's multimodal processor in vLLM.
+
+    A family overrides the methods of the first section. ``hf_kwargs`` are a request's
+    ``mm_processor_kwargs``.
+    """
 
     info: Any
     checkpoint_reduction: Reduction | None = None
-    """What the checkpoint declares for requests that name no reduction."""
+    """The reduction that the checkpoint declares for requests that name none."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,21 +84,21 @@ class SegmentProcessor:
 
     @property
     def video_token_id(self) -> int:
-        """The token that stands for a video in the prompt, and for each of its visual tokens."""
+        """Id of the token that stands in the prompt for a video, and for each visual token."""
         raise NotImplementedError
 
     def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout | None:
-        """How the model lays a video out; None to leave the video to stock vLLM."""
+        """How the model lays a video out; None leaves the video to stock vLLM."""
         raise NotImplementedError
 
     def encode_inputs(
         self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
     ) -> dict[str, Any]:
-        """The model's inputs for some segments, as the family's field configuration names them."""
+        """The model's inputs for some segments, by the names in vLLM's field configuration."""
         raise NotImplementedError
 
     def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
-        """Prompt tokens of a segment."""
+        """Prompt tokens of a segment, its placeholder."""
         return [self.video_token_id] * part.visual
 
     def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -102,22 +106,22 @@ class SegmentProcessor:
         return (), ()
 
     def track_piece(self, frames: SampledFrames, part: Segment) -> Waveform | None:
-        """A segment's piece of its video's sound."""
+        """A segment's piece of its video's sound; None without sound."""
         return None
 
     @property
     def sound_rate(self) -> int | None:
-        """Rate in Hz of the sound that the model takes with a video; None: it takes none."""
+        """Rate in Hz of the sound that the model takes with a video; None if it takes none."""
         return None
 
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
-        """Whether videos of a request with these options are split at all."""
-        # vLLM's own pruning counts and places tokens by whole videos.
+        """Whether videos of a request with these ``mm_processor_kwargs`` are split."""
+        # vLLM's own pruning counts and places the tokens of whole videos.
         return not self.info.ctx.get_mm_config().is_multimodal_pruning_enabled()
 
     @property
     def hears_video(self) -> bool:
-        """Whether videos are heard: not where the server takes no audio at all."""
+        """Whether the model hears videos: it can, and the server allows audio items at all."""
         hears = self.sound_rate is not None
         return hears and bool(self.info.ctx.get_mm_config().get_limit_per_prompt("audio"))
 
@@ -136,11 +140,11 @@ class SegmentProcessor:
         """Prompt tokens that a video becomes.
 
         Args:
-            frames: Frames delivered.
-            height, width: Their size in pixels.
-            times: Their presentation times in seconds.
-            audio_samples: Samples of its sound at the model's rate, 0 for silence.
-            reduction: How its tokens are made fewer.
+            frames: Number of frames delivered.
+            height, width: Size of a frame in pixels.
+            times: Presentation times of the frames in seconds; None for the model's assumption.
+            audio_samples: Samples of the sound at the model's rate; 0 for a video without sound.
+            reduction: The token reduction.
 
         Raises:
             ValueError: The family leaves such a video to stock vLLM.
@@ -167,21 +171,21 @@ class SegmentProcessor:
         return TokenCount(visual + layout.tail, audio, text + len(before) + len(after))
 
     def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
-        """Tokens of a segment that stand for neither picture nor sound."""
+        """Number of tokens for neither picture nor sound in a segment of these grids."""
         return 0
 
     # --- splitting --------------------------------------------------------------------------------
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """Split the videos of a request, then process as usual."""
+        """Split the videos of a request, then process the request as vLLM does."""
         inputs = self.split(inputs)
         if inputs.cache is not None and not self._fits_cache(inputs.mm_data_items.get("video")):
-            # vLLM counts on what it found in its cache still being there when it has put the rest
-            # in. A whole video of that size it would not have kept either.
+            # vLLM expects items found in its cache to be still there once the others are added.
             inputs = dataclasses.replace(inputs, cache=None)
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
     def _fits_cache(self, videos: Any) -> bool:
+        """Whether the pixels of all segments fit their share of vLLM's processor cache."""
         if not isinstance(videos, SegmentItems):
             return True
         config = self.info.ctx.model_config
@@ -194,7 +198,10 @@ class SegmentProcessor:
         return bool(values * config.dtype.itemsize <= _CACHE_SHARE * capacity)
 
     def split(self, inputs: Any) -> Any:
-        """Replace the videos of a request by their segments, in items and prompt alike."""
+        """Replace the videos in a request's ``ProcessorInputs`` by their segments.
+
+        If one of the videos cannot be split, all of them stay whole.
+        """
         videos = inputs.mm_data_items.get("video")
         if not isinstance(videos, VideoProcessorItems) or not self.splits(
             inputs.hf_processor_mm_kwargs
@@ -224,9 +231,9 @@ class SegmentProcessor:
         )
 
     def expand_prompt(self, prompt: list[int], videos: Sequence[SplitVideo]) -> list[int] | None:
-        """The prompt with one video token per segment; None if it has too few for the videos.
+        """The prompt with one video token per segment; None if it has too few video tokens.
 
-        As in vLLM, the first tokens stand for the videos, and any further ones are text.
+        As in vLLM, the first video tokens stand for the videos; further ones are text.
         """
         expanded: list[int] = []
         left = iter(videos)
@@ -270,7 +277,7 @@ class SegmentProcessor:
         metadata: dict[str, Any] | None,
         hf_kwargs: Mapping[str, object],
     ) -> SplitVideo | None:
-        """The split of a video, worked out once for each way in which the video is split."""
+        """The split of a video; its recipe is remembered with the frames."""
         asked = (frames.reduction.key(), repr(sorted(hf_kwargs.items())), repr(metadata))
         recipe = remembered(
             frames,
@@ -302,7 +309,7 @@ class SegmentProcessor:
         return SplitRecipe(tuple(segments), *self.around(layout))
 
     def shape_of(self, frames: SampledFrames, metadata: dict[str, Any] | None) -> VideoShape:
-        """What decides the tokens of a video.
+        """Everything that decides the tokens of a video.
 
         Raises:
             MediaError: The video's sound is not at the model's sampling rate.
@@ -328,7 +335,7 @@ class SegmentProcessor:
     def at_size(
         self, frames: npt.NDArray[np.uint8], size: tuple[int, int]
     ) -> npt.NDArray[np.uint8]:
-        """Frames resized as the model's processor does it; unchanged where they have the size."""
+        """Frames resized to ``(height, width)`` pixels as the model's video processor does it."""
         if frames.shape[1:3] == size:
             return frames
         return resized(self.info.get_hf_processor().video_processor, frames, size)
@@ -336,7 +343,7 @@ class SegmentProcessor:
     # --- vLLM's processor -------------------------------------------------------------------------
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        """Process segments here, once each and without the text; the rest as usual."""
+        """Process segments one by one and without the text; vLLM processes all other items."""
         videos = mm_items.get("video")
         segments = [segment_at(videos, i) for i in range(len(videos) if videos else 0)]
         own = [segment for segment in segments if segment is not None]
@@ -367,7 +374,7 @@ class SegmentProcessor:
         return [*others, self.segment_update(videos)]
 
     def segment_update(self, videos: Any) -> PromptReplacement:
-        """What replaces the tokens that stand for segments."""
+        """vLLM's rule that replaces each video token by a segment's placeholder."""
 
         def of_segment(index: int) -> list[int] | PromptUpdateDetails:
             segment = segment_at(videos, index)
@@ -381,12 +388,12 @@ class SegmentProcessor:
 
 def part_of(segment: VideoSegment) -> Segment:
     """The place of a segment in its video."""
-    assert segment.part is not None  # Only views of a segment have none.
+    assert segment.part is not None  # Only arrays derived from a segment have none.
     return segment.part
 
 
 def _wrapped(frames: npt.NDArray[np.uint8], reduction: Reduction) -> SampledFrames:
-    """Frames that came as a bare array."""
+    """``SampledFrames`` of frames that came as a plain array, with a digest of their pixels."""
     contiguous = np.ascontiguousarray(frames)
     digest = blake3(repr(contiguous.shape).encode() + b"|").update(contiguous.data).hexdigest()
     return SampledFrames(contiguous, digest=str(digest), reduction=reduction)

@@ -1,13 +1,13 @@
-"""The sound of a video as hidden audio items, paired with its segments.
+"""The sound of a video as hidden audio items, one for each segment that has sound.
 
-vLLM's omni processors take sound in video from a flag that holds for a whole request and an audio
-item per video, paired by order. Here the frames of a video carry their own sound track
-(``media.payload.SampledFrames.audio``): a segment that has a piece of it becomes a video item and
-an audio item that share one run of prompt tokens; any other item is left as it is.
+Stock vLLM's omni processors take the sound of videos from one flag per request and from one audio
+item per video, paired by order. With this module the frames of a video carry their sound track
+(``media.payload.SampledFrames.audio``). A segment with a piece of the track becomes two mm items, a
+video item and an audio item that share one placeholder range. Other items stay as they are.
 
-The pieces become items inside ``apply``, after vLLM has checked the number of items a client sent
-against ``--limit-mm-per-prompt``. Everything that shapes the prompt follows from the segment alone,
-so that the two can be cached apart.
+The audio items are added inside ``apply``, after vLLM has checked the client's number of items
+against ``--limit-mm-per-prompt``. The prompt's tokens follow from the video item alone, so vLLM can
+cache the two items independently.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from vllm_mm_ext.video.grid_times import GridTimes
 from vllm_mm_ext.video.segments import Segment, Sound, VideoLayout, VideoShape
 from vllm_mm_ext.video.track_pieces import AudioWindow, TrackPiece, piece_of
 
-# Client-named segments whose having sound is remembered, for requests that send the name alone.
+# Segments with a ``uuid`` of which it is remembered whether they have sound, for requests that send
+# the ``uuid`` alone.
 _MAX_NAMES = 1 << 16
 
 
 class DigestAudioItems(AudioProcessorItems):  # type: ignore[misc]
-    """Audio items hashed by the digest they carry instead of by their samples."""
+    """Audio items that vLLM hashes by the digest they carry instead of by their samples."""
 
     def get_item_for_hash(self, index: int) -> object:
-        """What identifies the item to vLLM's caches."""
+        """What vLLM hashes to identify the item in its caches."""
         item = self.data[index]
         digest = known_digest(item)
         return item if digest is None else f"mm_ext:{digest}"
@@ -52,19 +53,20 @@ class TrackedItems(MultiModalDataItems):  # type: ignore[misc]
     """Data items whose last audio items are pieces of sound tracks.
 
     Attributes:
-        owners: For each piece, in the order of the audio items, the index of its video item.
+        owners: Index of the video item of each piece, in the order of the audio items.
     """
 
     owners: tuple[int, ...] = ()
 
 
 class SoundTrackProcessor(PatchSegmentProcessor):
-    """Mixin in front of an omni family's multimodal processor.
+    """Mixin in front of an omni family's multimodal processor in vLLM.
 
-    A family says how many tokens a waveform becomes and how tokens interleave.
+    A family overrides the methods of the first section, which say how many tokens sound becomes
+    and how they interleave with the visual tokens.
 
     Attributes:
-        assumed_fps: Frames per second that transformers assumes where nobody says.
+        assumed_fps: Frames per second that transformers assumes if no option says.
     """
 
     data_parser: Any
@@ -77,28 +79,34 @@ class SoundTrackProcessor(PatchSegmentProcessor):
     # --- what a family defines --------------------------------------------------------------------
 
     def audio_tokens(self, num_mel_frames: int) -> int:
-        """Tokens that a waveform of so many log-mel frames becomes."""
+        """Number of tokens that a waveform of so many log-mel frames becomes."""
         raise NotImplementedError
 
     def audio_window(self) -> AudioWindow:
-        """What the audio encoder attends within: sound is cut between such windows."""
+        """The audio encoder's window; sound is cut between windows."""
         raise NotImplementedError
 
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int
     ) -> list[Run]:
-        """Runs of ``(visual tokens, audio tokens)`` of a video with sound."""
+        """Runs of ``(visual tokens, audio tokens)`` of a video with sound, in prompt order.
+
+        Args:
+            grids: Times of the temporal grids.
+            tokens_per_grid: Visual tokens of a grid.
+            num_audio_tokens: Audio tokens of the whole track.
+        """
         raise NotImplementedError
 
     def track_features(self, track: Waveform) -> torch.Tensor:
-        """Log-mel spectrogram ``[bins, frames]`` of a whole track, as of any other audio."""
+        """Log-mel spectrogram ``[bins, frames]`` of a whole track, computed as for other audio."""
         raise NotImplementedError
 
     # --- layout -----------------------------------------------------------------------------------
 
     @property
     def sound_rate(self) -> int:
-        """The rate of the model's feature extractor."""
+        """Sampling rate of the model's feature extractor, in Hz."""
         return int(self.info.get_feature_extractor().sampling_rate)
 
     @property
@@ -107,18 +115,20 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         return float(self.info.get_hf_config().position_id_per_seconds)
 
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
-        """A client's own flag for sound in video leaves everything to vLLM."""
+        """Whether videos are split; not if the request sets ``use_audio_in_video``."""
         return not hf_kwargs.get("use_audio_in_video") and super().splits(hf_kwargs)
 
     def seconds_per_grid(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> float:
-        """One rate for all videos, from the options of the server or the request."""
+        """Seconds between grids at one frame rate for all videos, by the server's or the request's
+        options.
+        """
         merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         given = merged | dict(merged.get("videos_kwargs") or {})
         patch = int(self.info.get_hf_processor().video_processor.temporal_patch_size)
         return patch / float(given.get("fps") or self.assumed_fps)
 
     def sound(self, shape: VideoShape, grids: GridTimes, per_grid: int) -> Sound | None:
-        """How a video interleaves with its sound."""
+        """How a video's tokens interleave with its sound's; None without sound."""
         hop = self.info.get_feature_extractor().hop_length
         num_tokens = self.audio_tokens(math.ceil(shape.audio_samples / hop))
         if not num_tokens or not self.hears_video:
@@ -128,19 +138,20 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         return Sound(runs, window.tokens, window.least)
 
     def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The start and end tokens of audio around a video with sound."""
+        """Start and end token of audio around a video with sound; nothing around one without."""
         if layout.sound is None:
             return (), ()
         config = self.info.get_hf_config()
         return (config.audio_start_token_id,), (config.audio_end_token_id,)
 
     def track_piece(self, frames: SampledFrames, part: Segment) -> Waveform | None:
-        """A segment's log-mel frames, cut from those of the whole track."""
+        """A segment's piece of the sound, cut from the spectrogram of the whole track."""
         if part.layout.sound is None or part.audio[0] == part.audio[1]:
             return None
         assert frames.audio is not None
         if "mel" not in frames.memo:
-            # The transform clamps to the clip's maximum, so pieces cannot be computed apart.
+            # The transform clamps to the maximum of its input, so pieces transformed one by one
+            # would differ from the whole.
             frames.memo["mel"] = self.track_features(frames.audio)
         window = self.audio_window()
         begin = part.audio[0] // window.tokens * window.mel_frames
@@ -150,7 +161,7 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         return piece_of(frames.audio, frames.memo["mel"][:, begin:end])
 
     def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
-        """Tokens of a segment; with sound, only the visual ones take the video's embeddings."""
+        """Tokens of a segment; of a segment with sound, only the visual tokens are the video's."""
         if part.audio[0] == part.audio[1]:
             return super().placeholder(part)
         config = self.info.get_hf_config()
@@ -162,11 +173,15 @@ class SoundTrackProcessor(PatchSegmentProcessor):
     # --- vLLM's processor -------------------------------------------------------------------------
 
     def split(self, inputs: Any) -> Any:
-        """Split videos, and attach to each segment its piece of sound."""
+        """Split videos, and add an audio item for each segment that has sound.
+
+        Args:
+            inputs: vLLM's ``ProcessorInputs`` of the request.
+        """
         audios = inputs.mm_data_items.get("audio")
         embedded = audios is not None and not isinstance(audios, AudioProcessorItems)
         if embedded or inputs.hf_processor_mm_kwargs.get("use_audio_in_video"):
-            # Pieces of sound cannot stand beside audio that comes as embeddings.
+            # vLLM does not mix audio given as embeddings with other audio in one request.
             return inputs
         inputs = super().split(inputs)
         items = TrackedItems(dict(inputs.mm_data_items))
@@ -197,7 +212,14 @@ class SoundTrackProcessor(PatchSegmentProcessor):
     def _find_piece(
         self, videos: VideoProcessorItems, index: int, name: str | None
     ) -> tuple[Waveform | None, bool]:
-        """A segment's sound and whether it has one; one sent by name alone has it remembered."""
+        """A segment's piece of sound, and whether the segment has sound.
+
+        Args:
+            videos: The video items.
+            index: Index of the segment.
+            name: The segment's ``uuid``; if the client sent nothing else, whether the segment has
+                sound is known from an earlier request.
+        """
         if videos.data[index] is None:
             return None, name is not None and self._has_track.get(name, False)
         segment = segment_at(videos, index)
@@ -207,7 +229,7 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         return piece, piece is not None
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        """Pieces of tracks bring their features along; only other audio is transformed."""
+        """Add the features that pieces of tracks carry; vLLM transforms all other audio."""
         audios = mm_items.get("audio")
         heard = list(audios.data) if isinstance(audios, AudioProcessorItems) else []
         pieces = [audio for audio in heard if isinstance(audio, TrackPiece)]
@@ -241,14 +263,14 @@ class SoundTrackProcessor(PatchSegmentProcessor):
     def encode_inputs(
         self, segments: Sequence[Any], hf_kwargs: Mapping[str, object]
     ) -> dict[str, Any]:
-        """As for silent video, and which segments are heard."""
+        """Inputs as for silent video, and whether each segment has sound."""
         heard = torch.tensor([segment.audio is not None for segment in segments])
         return {**super().encode_inputs(segments, hf_kwargs), "use_audio_in_video": heard}
 
     def _postprocess_hf_mm_data(
         self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object], processed_data: Any
     ) -> Any:
-        """Make the request's one flag a flag per video."""
+        """Replace the request's single ``use_audio_in_video`` by one flag per video."""
         data = super()._postprocess_hf_mm_data(hf_data, hf_kwargs, processed_data)  # type: ignore[misc]
         grids = data.get("video_grid_thw")
         data.pop("use_audio_in_video", None)

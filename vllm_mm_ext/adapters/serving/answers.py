@@ -1,4 +1,4 @@
-"""From a request's options to its answer's report: what the wrapped OpenAI routes call."""
+"""Reads a request's options and adds the report to its answer, around vLLM's OpenAI routes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from vllm_mm_ext.request.trace import RequestTrace
 
 
 def begin(raw: Any, session: str | None) -> None:
-    """Note what a request asks, in the context that the middleware opened for it, or in a new one.
+    """Put a request's options and session into its context, which the middleware opened.
+
+    Without the middleware (vLLM used in Python) a new context is opened.
 
     Args:
-        raw: Value of the body's `mm_ext`; None when it has none.
-        session: Session id of the request.
+        raw: Value of `mm_ext` in the request's body; None if the body has none.
+        session: Session id of the request; None if it has none.
 
     Raises:
         VLLMValidationError: An option is wrong (a 400).
@@ -31,20 +33,33 @@ def begin(raw: Any, session: str | None) -> None:
 
 
 def begin_without_options(raw: Any, route: str) -> None:
-    """Start a request of a route that takes none; a block becomes vLLM's own 400."""
+    """Start a request of a route that takes no options.
+
+    Args:
+        raw: Value of `mm_ext` in the request's body; None if the body has none.
+        route: Path of the route, for the message.
+
+    Raises:
+        VLLMValidationError: The body has a block (a 400).
+    """
     with client_errors():
         refuse_options(raw, route)
 
 
 def answered(response: Any) -> None:
-    """Add the block to a response object of vLLM's."""
+    """Add the `mm_ext` block to vLLM's response object of an answer that is not streamed."""
     with client_errors():
         if trace := _reported():
             setattr(response, KEY, report.block(trace))
 
 
 def streamed(chunks: AsyncGenerator[str, None], choices: int) -> AsyncGenerator[str, None]:
-    """Add the block to the last chunk of a stream."""
+    """Add the `mm_ext` block to the last chunk of a stream.
+
+    Args:
+        chunks: Server-sent events of the answer.
+        choices: Number of choices of the answer.
+    """
     trace = _reported()
     if trace is None:
         return chunks
@@ -52,7 +67,10 @@ def streamed(chunks: AsyncGenerator[str, None], choices: int) -> AsyncGenerator[
 
 
 def resume() -> Callable[[], None]:
-    """What takes the request over to wherever its events are made."""
+    """A function that makes the current request current again in another task.
+
+    vLLM makes the events of some streams in a task that does not have the request's context.
+    """
     context = current_request()
 
     def enter() -> None:
@@ -63,7 +81,10 @@ def resume() -> Callable[[], None]:
 
 
 def observer() -> Callable[[int | None], None] | None:
-    """What notes how much of the prompt the prefix cache held, for requests that are reported."""
+    """A function that records the number of prompt tokens that the prefix cache held.
+
+    None for a request whose answer gets no block.
+    """
     trace = _reported()
     if trace is None:
         return None
@@ -75,7 +96,7 @@ def observer() -> Callable[[int | None], None] | None:
 
 
 def _reported() -> RequestTrace | None:
-    """The current request's trace if the client gets to see it: it sent media, or options."""
+    """The current request's trace if its answer gets a block: it has media or options."""
     context = current_request()
     if context is None or not (context.trace.asked or report.has_media(context.trace)):
         return None

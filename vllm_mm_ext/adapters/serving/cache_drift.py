@@ -1,11 +1,11 @@
-"""Requests whose media's inputs got lost between vLLM's two processor caches.
+"""Answers 503 to requests whose model inputs got lost between vLLM's two processor caches.
 
-vLLM's API server remembers which preprocessed items it has sent, and sends an item that the engine
-should still hold by its hash alone. The two sides drift apart: the API server remembers an item as
-sent although its request never reached the engine (vLLM found the finished prompt too long, the
-client left), or both evict in a different order. vLLM notices and makes the API server forget the
-item, so that the same request succeeds when it comes again. What it answers to the request itself
-says nothing of that:
+vLLM's API server remembers which preprocessed items it has sent, and sends only the hash of an item
+that the engine should still hold. The two sides drift apart if the API server remembers an item as
+sent although its request never reached the engine (vLLM found the finished prompt too long, or the
+client left), or if both evict in a different order. vLLM notices and makes the API server forget
+the item, so the same request succeeds when it is sent again. But vLLM's answer to the request does
+not say so:
 
 - The engine misses the item: ``LruKeyReplicatedReceiverCache`` raises
   ``MultiModalCacheMissError``, the engine's output has ``mm_cache_miss_hashes`` and the finish
@@ -14,8 +14,8 @@ says nothing of that:
 - The API server forgets an item while another request with the same item is being preprocessed:
   the sender cache's ``get_and_update_item`` fails an assertion, a 500 that quotes the hash.
 
-With this module both are a 503. A stream has begun by the time the engine answers, so it ends in an
-error event with the code 503.
+With this module both answers are a 503. A stream has begun by the time the engine answers, so the
+stream ends with an error event of code 503.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm_mm_ext.adapters.patches import wrap
 
 
 class LostInputsError(GracefulHTTPError, RetryableRequestError):  # type: ignore[misc]
-    """The engine has lost a request's preprocessed media; the same request will send them anew.
+    """The engine has lost a request's preprocessed media; the same request, sent again, succeeds.
 
     ``AsyncLLM.generate`` passes a ``GracefulHTTPError`` on as it is, and streams log no traceback
     for a ``RetryableRequestError``.
@@ -44,7 +44,7 @@ class LostInputsError(GracefulHTTPError, RetryableRequestError):  # type: ignore
 
 
 def install() -> None:
-    """Wrap the two places where vLLM knows that inputs are lost. Idempotent."""
+    """Wrap the two places where vLLM notices that inputs are lost. Idempotent."""
     from vllm.multimodal.processing import BaseMultiModalProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
 
@@ -58,7 +58,8 @@ def _engine_misses(original: Callable[..., Any]) -> Callable[..., Any]:
         states = [self.request_states.get(request_id) for request_id in missed]
         processed = original(self, engine_core_outputs, *args, **kwargs)
         for state in states:
-            # No queue: an engine without an event loop. No detokenizer: pooling, see above.
+            # Without a queue there is no event loop (``LLM``). Without a detokenizer the request is
+            # a pooling request, which vLLM answers with a 503 itself.
             if state is not None and state.queue is not None and state.detokenizer is not None:
                 state.queue.put(LostInputsError())
         return processed

@@ -1,4 +1,4 @@
-"""HTTP surface of the plugin: trace headers on vLLM's routes and one statistics route."""
+"""The plugin's part of vLLM's HTTP server: headers on vLLM's routes and a statistics route."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MMExtEndpointPlugin:
         self._renderer: Any = None
 
     async def stats(self) -> dict[str, Any]:
-        """Counters of this API server, and the load of the engines (see ``EngineLoad``)."""
+        """Counters of this API server, and the load of each engine (see ``EngineLoad``)."""
         engines: dict[int, dict[str, float | None]] = {}
         if self._config is not None:
             count = self._config.parallel_config.data_parallel_size
@@ -43,6 +43,6 @@ class MMExtEndpointPlugin:
         state: Any,  # noqa: ARG002 - vLLM's interface
         args: Namespace,  # noqa: ARG002
     ) -> None:
-        """Keep what says whose counters these are; a renderer's front-end is made with it."""
+        """Keep vLLM's configuration and renderer, which identify the front-end of this server."""
         self._config = getattr(engine_client, "vllm_config", None)
         self._renderer = getattr(engine_client, "renderer", None)

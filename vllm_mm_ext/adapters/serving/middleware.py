@@ -1,5 +1,5 @@
-"""Response headers: ``Server-Timing`` and ``X-MM-Ext`` say what the front-end did, and
-``Retry-After`` when a request that found no room may come again.
+"""Response headers: ``Server-Timing`` and ``X-MM-Ext`` tell what the front-end did, ``Retry-After``
+tells when a request that met a busy server may be sent again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class TraceMiddleware:
-    """Pure ASGI middleware: opens a request's context and reports its trace in response headers.
+    """ASGI middleware: opens a request's context and reports its trace in response headers.
 
-    vLLM renders the prompt before it starts the response, streamed or not, so everything the
-    front-end did is known when the headers go out. Requests without media get no such headers.
+    vLLM renders the prompt before it starts the response, streamed or not. So everything that the
+    front-end did is known when the headers are sent. Requests without media get neither
+    ``Server-Timing`` nor ``X-MM-Ext``.
 
-    Every 503 gets a ``Retry-After``, vLLM's own as well: a 503 always means that the same request
-    may succeed a little later. Only the middleware reaches the answers of all routes.
+    Every 503 gets a ``Retry-After``, vLLM's own 503s too, since a 503 always means that the same
+    request may succeed a little later. Only a middleware sees the answers of all routes.
+
+    Args:
+        app: The next ASGI application.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,8 +1,8 @@
 """Plans all videos of a conversation together, before any of them is decoded.
 
-Each video is fetched and probed, the conversation's text is counted, and the quality controller
-decides what every video gets of the context, under the present load. The media connector then
-delivers by these plans.
+Each video is fetched and probed, and the tokens of the conversation's text are counted. Then the
+quality controller decides how much of the context each video gets under the present load. The media
+connector delivers the videos by these plans.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ async def plan(
     tok_params: Any,
     cache_salt: str | None,
 ) -> None:
-    """Plan the videos of a conversation, whose context becomes the current one.
+    """Plan the videos of a conversation, and make its context the current one.
 
     Args:
         renderer: vLLM's renderer.
         messages: OpenAI chat messages.
-        chat_params: vLLM's ``ChatParams`` in force.
-        tok_params: vLLM's ``TokenizeParams``, or None for the model's own.
-        cache_salt: As the request names it.
+        chat_params: vLLM's ``ChatParams`` of the request.
+        tok_params: vLLM's ``TokenizeParams`` of the request, or None for the model's own.
+        cache_salt: The request's ``cache_salt``.
 
     Raises:
-        VLLMError: A video cannot be served or does not fit, or an option is past the server's
+        VLLMError: A video cannot be served or does not fit, or an option is beyond the server's
             bounds.
     """
     context = _entered(renderer, cache_salt)
@@ -79,7 +79,7 @@ async def plan(
         prompt = await renderer.tokenize_prompt_async(*planning.text())
         text = len(prompt["prompt_token_ids"])
         started = time.perf_counter()
-        # Counting tokens of hours of video takes its time, so it keeps nobody's event loop.
+        # Counting the tokens of hours of video takes long, so it must not block an event loop.
         decisions = await on_processor_thread(renderer, partial(planning.decisions, videos, text))
         planning.plan_by(videos, decisions, time.perf_counter() - started)
 
@@ -91,7 +91,7 @@ def plan_blocking(
     tok_params: Any,
     cache_salt: str | None,
 ) -> None:
-    """As ``plan``, for ``LLM.chat``, which preprocesses in the caller's thread as well."""
+    """As ``plan``, for ``LLM.chat``, which does all work in the caller's thread."""
     context = _entered(renderer, cache_salt)
     with client_errors():
         planning = _Conversation(context, renderer, messages, chat_params, tok_params)
@@ -105,7 +105,7 @@ def plan_blocking(
 
 
 def _entered(renderer: Any, cache_salt: str | None) -> RequestContext:
-    """The context of a conversation that vLLM begins to render, made the current one."""
+    """Make a context for a conversation that vLLM begins to render, and make it current."""
     request = current_request() or RequestContext()
     settings = vllm_compat.settings_of(renderer.model_config)
     request.trace.shows_cache_hits = settings.reports.cache_hits
@@ -113,17 +113,18 @@ def _entered(renderer: Any, cache_salt: str | None) -> RequestContext:
 
 
 class _Conversation:
-    """One conversation on its way to a plan.
+    """One conversation while its videos are planned.
 
     Args:
-        context: Of the conversation; it is given its videos.
+        context: Context of the conversation; the conversation's videos are added to it.
         renderer: vLLM's renderer.
         messages: OpenAI chat messages.
-        chat_params: vLLM's ``ChatParams`` in force.
-        tok_params: vLLM's ``TokenizeParams``, or None for the model's own.
+        chat_params: vLLM's ``ChatParams`` of the request.
+        tok_params: vLLM's ``TokenizeParams`` of the request, or None for the model's own.
 
     Raises:
-        MediaError, VLLMValidationError: As ``plan``.
+        MediaError: An option is beyond the server's bounds, or cannot be used for these videos.
+        VLLMValidationError: There are more videos than ``--limit-mm-per-prompt`` allows.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class _Conversation:
         urls = video_urls(messages)
         if not urls or renderer.mm_processor is None:
             return
-        # vLLM's own limit first: what it refuses is not even fetched.
+        # vLLM's own limit comes first, so that videos that it refuses are not even fetched.
         renderer.mm_processor.info.validate_num_items("video", len(urls))
         connector = vllm_compat.media_connector(renderer.model_config, chat_params.media_io_kwargs)
         if isinstance(connector, MMExtMediaConnector):
@@ -176,9 +177,10 @@ class _Conversation:
         return controller_for(self.renderer.config)
 
     def _take_items(self, urls: Sequence[str]) -> None:
-        """Give the context its videos, each as the server's settings would have it.
+        """Add the videos to the context, each with the plan that the server's settings give.
 
-        Uses of one URL get the same plan. Only videos whose frames the plugin chooses are planned.
+        Uses of one URL get the same plan. Only videos whose frames the plugin chooses are planned
+        further.
         """
         options = self.connector.media_io_kwargs.get("video", {})
         processor = get_video_processor_cls_name(self.renderer.model_config)
@@ -199,7 +201,7 @@ class _Conversation:
         return [
             PlannedVideo(url, uses[url], content, info, info.video, plan)
             for (url, plan), (content, info) in zip(self.plans.items(), probed, strict=True)
-            # The connector says what is wrong with media without pictures.
+            # A file without a video stream is left out: the connector raises the error for it.
             if info.video is not None
         ]
 
@@ -217,13 +219,19 @@ class _Conversation:
     # --- deciding ---------------------------------------------------------------------------------
 
     def text(self) -> tuple[Any, Any]:
-        """The conversation's text and how to tokenize it, for vLLM's tokenizer threads."""
+        """The conversation's text and its ``TokenizeParams``, as vLLM's tokenizer takes them."""
         return {"prompt": text_of(self.messages, self.tools)}, self.tok_params
 
     def plan_by(
         self, videos: Sequence[PlannedVideo], decisions: Sequence[VideoDecision], seconds: float
     ) -> None:
-        """Plan the conversation's items by what the controller decided in so many seconds."""
+        """Write the controller's decisions into the plans of the conversation's items.
+
+        Args:
+            videos: The planned videos.
+            decisions: One decision for each of them.
+            seconds: Seconds that deciding took.
+        """
         if not videos:
             return
         decided = {v.url: (v, d) for v, d in zip(videos, decisions, strict=True)}
@@ -242,7 +250,15 @@ class _Conversation:
     def decisions(
         self, videos: Sequence[PlannedVideo], text_tokens: int
     ) -> tuple[VideoDecision, ...]:
-        """What the controller decides about the videos."""
+        """The controller's decision about each video.
+
+        Args:
+            videos: The videos.
+            text_tokens: Tokens of the conversation's text.
+
+        Raises:
+            MediaError: The videos do not fit, or an option cannot be used.
+        """
         if not videos:
             return ()
         traits, limits = self.runtime.frontend.traits, self.runtime.frontend.limits
@@ -296,7 +312,10 @@ class _Conversation:
         return str(hasher.hexdigest())
 
     def _largest_item(self) -> int:
-        """Tokens that vLLM's encoder cache surely holds, where a video is one item; 0: no limit."""
+        """Most tokens of a video that is one mm item: as many as vLLM's encoder cache surely holds.
+
+        0, for no limit, where videos are cut into segments.
+        """
         config = self.renderer.config
         if vllm_compat.settings_of(config.model_config).segments.tokens:
             return 0

@@ -1,4 +1,4 @@
-"""Adds the preprocessing step (media to model inputs) to the request's trace."""
+"""Records vLLM's preprocessing (from media to model inputs) in the request's trace."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from vllm_mm_ext.request.context import current_request
 
 
 def started() -> float:
-    """Clock reading at the start of preprocessing."""
+    """The clock's seconds at the start of preprocessing."""
     return time.perf_counter()
 
 
 def finished(
     start: float, renderer: Any, spans: Mapping[str, Sequence[Span]], prompt: Sequence[int]
 ) -> None:
-    """Note in the request's trace how long preprocessing took and what it made.
+    """Record in the request's trace how long preprocessing took, and the mm items of the prompt.
 
     Args:
-        start: What ``started`` returned.
-        renderer: vLLM's renderer, which did it.
-        spans: mm items per modality, in the order of the prompt.
+        start: Return value of ``started``.
+        renderer: vLLM's renderer that has preprocessed.
+        spans: Placeholders of the mm items per modality, in the order of the prompt.
         prompt: Token ids of the whole prompt.
     """
     context = current_request()
@@ -42,7 +42,7 @@ def finished(
 
 
 def _heard_in_videos(renderer: Any, videos: Sequence[Span], prompt: Sequence[int]) -> int:
-    """Embeddings of sound inside video items, which only some models have there."""
+    """Number of embeddings of sound inside video items; only some models have sound there."""
     if not videos:
         return 0
     token = runtime_of(renderer).frontend.traits.sound_token
@@ -52,6 +52,6 @@ def _heard_in_videos(renderer: Any, videos: Sequence[Span], prompt: Sequence[int
 
 
 def looked_up(is_cached: Mapping[str, Sequence[bool]]) -> None:
-    """Note which items of the request the processor cache held."""
+    """Record for each item of the request, by modality, whether the processor cache held it."""
     if context := current_request():
         context.trace.preprocessed = {m: list(hits) for m, hits in is_cached.items()}

@@ -1,4 +1,4 @@
-"""The `mm_ext` block of a request: read, checked, and kept while the request is rendered."""
+"""Reads and checks the `mm_ext` block of a request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_mm_ext.request.blocks import KEY
 
 
 class OptionError(MediaError):
-    """A request's option is unknown, out of bounds, or not available where it was sent."""
+    """An option of a request is unknown, out of bounds, or not available on the request's route."""
 
     code = "option"
 
@@ -22,10 +22,13 @@ def read_options(raw: Any) -> RequestOptions:
     """Check a block against its schema.
 
     Args:
-        raw: Value of the body's `mm_ext`; None when it has none.
+        raw: Value of `mm_ext` in the request's body; None if the body has none.
+
+    Returns:
+        The options; the defaults without a block.
 
     Raises:
-        OptionError: An option is wrong; the message names its key, the value and what is valid.
+        OptionError: An option is wrong. The message names its key, its value and the valid values.
     """
     if raw is None:
         return DEFAULT_OPTIONS
@@ -40,14 +43,14 @@ def read_options(raw: Any) -> RequestOptions:
 
 
 def refuse_options(raw: Any, route: str) -> None:
-    """Refuse a block on a route without options.
+    """Refuse a block on a route that takes none.
 
     Args:
-        raw: Value of the body's `mm_ext`; None when it has none.
+        raw: Value of `mm_ext` in the request's body; None if the body has none.
         route: Path of the route, for the message.
 
     Raises:
-        OptionError: There is one.
+        OptionError: The body has a block.
     """
     if raw is not None:
         raise OptionError(f"{route} takes no {KEY}; send it to /v1/chat/completions", parameter=KEY)

@@ -1,4 +1,4 @@
-"""What the serving side adds to vLLM, and the vLLM names each addition relies on."""
+"""The features of the HTTP and chat side, and the vLLM names that each of them relies on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening untrusted media with FFmpeg: which formats and protocols may be used, and errors."""
+"""Opens untrusted media with FFmpeg, within an allow-list of formats and protocols."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from av.container import InputContainer
 
 from vllm_mm_ext.errors import UnreadableMediaError, UnsupportedFormatError
 
-# Self-contained formats only. Playlists and scripts (hls, dash, concat, image sequences, ...)
-# would let a client's file name other files or hosts for the server to read.
+# Self-contained formats only. With playlists and scripts (hls, dash, concat, image sequences, ...)
+# a client's file could make the server read other files or contact other hosts.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,ivf,obu,"
     "flv,live_flv,asf,rm,mxf,mjpeg,nut,gif,apng,dv,y4m,yuv4mpegpipe,ogg,wav,w64,mp3,flac,aac,ac3,"
@@ -25,14 +25,14 @@ def open_container(path: str, *, max_pixels: int, guess: bool = False) -> Iterat
     """Open ``path`` for reading and close it afterwards.
 
     Args:
-        path: A local file, ``/proc/self/fd/N`` included.
+        path: A local file; ``/proc/self/fd/N`` works too.
         max_pixels: FFmpeg refuses to decode a picture of more pixels than this.
-        guess: Let FFmpeg decode the first frames to complete what the headers leave out.
-            It costs some 30 ms for 720p H.264 against under 1 ms, and matters for files whose
-            headers do not tell the reordering delay or the audio parameters.
+        guess: Let FFmpeg decode the first frames, to learn the audio parameters and the reordering
+            delay of files whose headers leave them out. Opening 720p H.264 then takes some 30 ms
+            instead of under 1 ms.
 
     Raises:
-        UnsupportedFormatError: FFmpeg knows the format, and it is none of the accepted ones.
+        UnsupportedFormatError: FFmpeg knows the format, but the format is not on the allow-list.
         UnreadableMediaError: FFmpeg does not know the format, or the file is damaged.
     """
     options = {
@@ -42,12 +42,12 @@ def open_container(path: str, *, max_pixels: int, guess: bool = False) -> Iterat
         "enable_drefs": "0",
     }
     if not guess:
-        # No decoder passes this list, so avformat_find_stream_info cannot decode.
+        # No decoder has this name, so avformat_find_stream_info cannot decode.
         options["codec_whitelist"] = "none"
     try:
         container = av.open(path, options=options, metadata_errors="replace")
     except av.error.ArgumentError as error:
-        # What FFmpeg says of a format that is not on the whitelist.
+        # FFmpeg's error for a format that is not on the whitelist.
         raise UnsupportedFormatError(
             "The media could not be opened: it is not in a supported audio or video format."
         ) from error
@@ -61,5 +61,5 @@ def open_container(path: str, *, max_pixels: int, guess: bool = False) -> Iterat
 
 
 def describe(error: BaseException) -> str:
-    """FFmpeg's reason without the server's file name."""
+    """FFmpeg's reason for an error, without the name of the server's file."""
     return str(getattr(error, "strerror", None) or type(error).__name__)

@@ -1,4 +1,4 @@
-"""What a media file holds, from its container alone: nothing is decoded."""
+"""Reads from a media file's container what the file holds, without decoding."""
 
 from __future__ import annotations
 
@@ -25,31 +25,36 @@ from vllm_mm_ext.media.types import (
     VideoStream,
 )
 
-# Demuxing costs about 2 us a packet: this many take some 4 s. It is 4.6 hours at 120 fps.
+# Demuxing costs about 2 us a packet, so a file of this many packets takes some 4 s to probe. At
+# 120 fps the limit is 4.6 hours.
 MAX_PACKETS = 2_000_000
+# Stands for a packet without a presentation timestamp.
 _NO_PTS = np.iinfo(np.int64).min
-# Where neither timestamps nor headers tell the frame rate.
+# Frame rate assumed where neither timestamps nor headers give one.
 _DEFAULT_FPS = 25.0
 _NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
 def probe(path: str, limits: DecodeLimits) -> MediaInfo:
-    """Read the container: streams and, for video, one row per presentable frame.
+    """Read the container: its streams and, for video, one row per presentable frame.
 
     Args:
-        path: A local file, ``/proc/self/fd/N`` included.
-        limits: ``max_pixels`` and ``max_duration_s`` apply, and ``MAX_PACKETS``.
+        path: A local file; ``/proc/self/fd/N`` works too.
+        limits: Of these, ``max_pixels`` and ``max_duration_s`` apply.
 
     Raises:
-        UnreadableMediaError: Not media, or without a single readable audio or video packet.
-        MediaTooLargeError: A frame has too many pixels, or there are too many packets.
+        UnreadableMediaError: The file is no media, or has no readable audio or video packet.
+        UnsupportedFormatError: FFmpeg knows the format, but the plugin does not accept it.
+        MediaTooLargeError: A frame has more than ``max_pixels`` pixels, or there are more than
+            ``MAX_PACKETS`` packets.
         MediaTooLongError: The video is longer than ``max_duration_s``.
     """
     with open_container(path, max_pixels=limits.max_pixels) as container:
         info = _read(container, path, limits)
     if info is not None:
         return info
-    # Some raw formats (ADTS, MP3, elementary streams) show their parameters only once decoded.
+    # FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only by
+    # decoding a few frames.
     with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
         info = _read(container, path, limits)
     if info is None:
@@ -60,8 +65,8 @@ def probe(path: str, limits: DecodeLimits) -> MediaInfo:
 def video_stream(container: InputContainer) -> AvVideoStream | None:
     """The stream of moving pictures that a player shows, or None.
 
-    Cover art and thumbnails are none. One that is marked as the default goes first, then the
-    largest picture, then the order of the file, as with ffmpeg.
+    Cover art and thumbnails are no moving pictures. As in the ffmpeg tool, a stream marked as the
+    default is preferred, then the one of the largest picture, then the first in the file.
     """
     moving = [
         stream
@@ -77,9 +82,9 @@ def _shown_first(stream: AvVideoStream) -> tuple[bool, int]:
 
 
 def audio_streams(container: InputContainer) -> list[AvAudioStream]:
-    """Audio streams that this FFmpeg has a decoder for, the one that a player plays first.
+    """Audio streams that this FFmpeg can decode; the stream that a player plays comes first.
 
-    That is one marked as the default, then one of more channels, then the order of the file.
+    Streams marked as the default come first, then those of more channels, then in file order.
     """
     streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
     return sorted(
@@ -92,7 +97,7 @@ def audio_streams(container: InputContainer) -> list[AvAudioStream]:
 
 
 def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaInfo | None:
-    """None when the headers leave something out that decoding a few frames may tell."""
+    """Read an open container; None if the headers leave out what decoding a few frames may show."""
     video = video_stream(container)
     audio = audio_streams(container)
     if video is None and not audio:
@@ -131,7 +136,7 @@ def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaIn
 
 @dataclass
 class _Packets:
-    """Packets of one stream in decoding order; int64 columns (cheap at millions of rows)."""
+    """Packets of one stream in decoding order, in columns that stay cheap at millions of rows."""
 
     pts: array[int] = field(default_factory=lambda: array("q"))
     duration: array[int] = field(default_factory=lambda: array("q"))
@@ -154,7 +159,7 @@ def _read_packets(container: InputContainer, stream: AvVideoStream) -> _Packets:
             if len(rows.pts) > MAX_PACKETS:
                 raise _too_many(len(rows.pts))
     except av.FFmpegError as error:
-        # A file cut short still has its first part; stock loaders serve that too.
+        # A file that was cut short still has its first part, which stock vLLM serves too.
         if not rows.pts:
             raise UnreadableMediaError(
                 f"The video stream could not be read: {describe(error)}."
@@ -172,7 +177,8 @@ def _read_video(
     shown = (flags & 2) == 0
     exact = bool((pts[shown] != _NO_PTS).all())
     if is_key.any():
-        # Decoders output nothing before the first keyframe, nor pictures that lead it.
+        # Decoders output no frame that is decoded before the first keyframe, and none that is shown
+        # before it.
         first = int(is_key.argmax())
         shown[:first] = False
         if exact:
@@ -191,7 +197,7 @@ def _read_video(
     gaps = np.diff(times)
     is_vfr = _uneven(gaps, time_base)
     fps = len(order) / duration if duration > 0 else guessed or _DEFAULT_FPS
-    # For an even stream the declared rate is the exact one (30000/1001).
+    # For an evenly spaced stream the declared rate is exact (30000/1001), the computed one nearly.
     if guessed > 0 and not is_vfr and abs(guessed / fps - 1) < 0.01:
         fps = guessed
     table = PacketTable(
@@ -225,9 +231,17 @@ def _read_video(
 def _times(
     pts: npt.NDArray[np.int64], last_ticks: int, time_base: float, fps: float, exact: bool
 ) -> tuple[npt.NDArray[np.float64], float]:
-    """Seconds of each frame from the first, and how long the last one is shown."""
+    """Seconds from the first frame to each frame, and seconds for which the last one is shown.
+
+    Args:
+        pts: Timestamps of the frames in presentation order, in units of ``time_base``.
+        last_ticks: Duration of the last frame's packet in the same units; 0 if not known.
+        time_base: Seconds per unit.
+        fps: Frame rate that the container claims; 0 if it claims none.
+        exact: ``pts`` can be used; otherwise frames are spaced by ``fps``.
+    """
     if exact:
-        # In floating point: garbage timestamps may be further apart than int64 holds.
+        # Garbage timestamps may be further apart than int64 holds; floating point does not wrap.
         ticks = pts - pts[0] if int(pts[-1]) - int(pts[0]) < 2**62 else pts / 1.0 - pts[0]
         times = np.asarray(ticks * time_base, np.float64)
         usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
@@ -240,16 +254,16 @@ def _times(
 
 
 def _uneven(gaps: npt.NDArray[np.float64], time_base: float) -> bool:
-    """Gaps differ by more than the rounding of timestamps to the time base can explain."""
+    """Whether gaps differ by more than rounding timestamps to the time base explains (plus 2 %)."""
     if len(gaps) < 2:
         return False
     return bool(np.abs(gaps - np.median(gaps)).max() > 0.02 * np.median(gaps) + 1.5 * time_base)
 
 
 def _rotation(container: InputContainer, index: int) -> int:
-    """Clockwise display rotation in degrees; other angles than quarter turns count as 0.
+    """Clockwise display rotation of a stream: 0, 90, 180 or 270 degrees; other angles count as 0.
 
-    PyAV gives a stream's display matrix only in FFmpeg's own description of the file.
+    PyAV shows a stream's display matrix only in FFmpeg's own description of the file.
     """
     before = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)
@@ -271,6 +285,7 @@ def _rotation(container: InputContainer, index: int) -> int:
 
 
 def _seconds(stream: AvVideoStream | AvAudioStream) -> float:
+    """Duration in seconds that the container claims for a stream; 0 if it claims none."""
     if not stream.duration or not stream.time_base:
         return 0.0
     return max(0.0, float(stream.duration * stream.time_base))

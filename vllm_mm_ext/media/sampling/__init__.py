@@ -11,22 +11,23 @@ __all__ = ["Thumbnails", "select"]
 
 
 def select(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> FrameSelection:
-    """Choose the frames of a video.
+    """Choose the frames of a video that the model will see.
 
     Args:
-        info: Probe of the file.
-        spec: Policy and budget.
+        info: What the container says about the file, packet table included.
+        spec: The policy, the frame rates in frames per second, and the bounds on the number of
+            frames.
         thumbnails: Decodes the frames at the given sorted indices to gray uint8 ``[n, h, w]``,
             longest edge about 64 pixels. Called at most once, and only by ``adaptive``.
 
     Returns:
-        Strictly increasing indices (``explicit`` may repeat) with exact times, at most
-        ``spec.max_frames``; the same for the same arguments.
+        Strictly increasing frame indices (``explicit`` indices may repeat) with exact times, at
+        most ``spec.max_frames`` of them. Equal arguments give equal selections.
 
     Raises:
-        NoSuchStreamError: the file has no video stream.
-        UnreadableMediaError: its video stream has no frames.
-        MediaError: the spec is impossible, or ``explicit`` indices do not fit the clip.
+        NoSuchStreamError: The file has no video stream.
+        UnreadableMediaError: The file's video stream has no frames.
+        MediaError: The spec is impossible, or ``explicit`` indices do not fit the clip.
     """
     if info.video is None or info.packets is None:
         raise NoSuchStreamError("the file has no video stream", parameter="video_url")

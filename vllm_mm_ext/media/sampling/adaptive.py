@@ -1,7 +1,12 @@
-"""Content-adaptive sampling: container profile, a bounded look at the pixels, allocation.
+"""Content-adaptive sampling, in three steps.
 
-Where a budget binds, the whole clip competes for it. Otherwise the clip is chosen from window by
-window (see ``windows``), and nothing after a window's end takes part in its choice.
+1. Stage 1 (``container_profile``) scores every frame by the sizes of the packets.
+2. Stage 2 (``thumbnail_scan``) decodes a bounded number of thumbnails and scores their pixels.
+3. ``candidates`` turns both scores into a list of spots, and ``allocate`` spends the frame budget.
+
+Where ``max_frames`` or ``min_frames`` decides the number of frames, all frames of the clip compete
+for the budget. Otherwise the sampler works window by window (see ``windows``), and no frame after
+the end of a window takes part in the choice of the window's frames.
 """
 
 from __future__ import annotations
@@ -27,21 +32,24 @@ from vllm_mm_ext.media.types import (
 
 Thumbnails = Callable[[Sequence[int]], npt.NDArray[np.uint8]]
 
-# Seconds per bin of the reported profile (longer for clips of many minutes).
+# Seconds per bin of the reported activity profile. A clip of more than _MOST_BINS bins gets longer
+# bins.
 _BIN_S = 0.25
 _MOST_BINS = 4000
 
 
 @dataclass(eq=False)
 class _Part:
-    """One window while it is chosen from.
+    """One window while its frames are chosen.
 
     Attributes:
-        window: Its place in the clip.
-        packets: Its packets alone.
-        score: float64 ``[n]`` their stage-1 innovation.
-        looked_at: int64 ``[k]`` frames stage 2 looks at, counted from the window's first.
-        motion, transient: float64 ``[k]`` what it saw.
+        window: The window's place in the clip.
+        packets: The rows of the packet table that lie in the window, ``n`` of them.
+        score: float64 ``[n]`` stage-1 score of each frame.
+        looked_at: int64 ``[k]`` frames whose thumbnails stage 2 decodes, counted from the window's
+            first frame.
+        motion, transient: float64 ``[k]`` stage-2 scores of these thumbnails (see
+            ``thumbnail_scan.motion_score``).
     """
 
     window: Window
@@ -59,11 +67,20 @@ class _Part:
 
     @property
     def has_choice(self) -> bool:
-        """Whether a look at the pixels could change anything."""
+        """Whether looking at the pixels could change which frames are chosen."""
         return 2 < self.window.count < len(self.packets)
 
     def choose(self, spec: SamplingSpec, taken: Counter[int]) -> Indices:
-        """Frames counted from the window's first; adds them to ``taken``, frames per second."""
+        """Choose the window's frames.
+
+        Args:
+            spec: Policy and budget.
+            taken: Frames chosen so far in each whole second of the clip; the chosen frames are
+                added to it.
+
+        Returns:
+            int64 ``[k]`` frame indices counted from the window's first frame.
+        """
         if not self.window.count:
             return np.zeros(0, np.int64)
         time, count = self.packets.time, self.window.count
@@ -83,10 +100,11 @@ class _Part:
 
 
 def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> FrameSelection:
-    """Choose frames where something happens. See ``sampling.select``.
+    """Choose frames where something happens. See ``sampling.select`` for the arguments.
 
     ``thumbnails`` is called at most once, with at most ``thumbnail_scan.MAX_THUMBNAILS`` indices
-    of each window, whose decoding costs at most ``thumbnail_scan.decode_allowance`` frames.
+    of each window; decoding the indices of a window costs at most
+    ``thumbnail_scan.decode_allowance`` frames.
     """
     packets = info.packets
     assert packets is not None
@@ -94,7 +112,8 @@ def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails)
     chosen = _choose(parts, spec)
     for part, indices in zip(parts, chosen, strict=True):
         if part.has_choice:
-            # What this choice leaves of the price of one full decode is spent on looking.
+            # Stage 2 may decode as much as one full decode costs, less what the frames chosen so
+            # far will cost.
             allowance = thumbnail_scan.decode_allowance(part.packets, indices)
             part.looked_at = thumbnail_scan.plan(
                 part.packets, part.score, allowance, part.window.lead_in
@@ -108,7 +127,7 @@ def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails)
     found = np.concatenate(
         [part.window.low + indices for part, indices in zip(parts, chosen, strict=True)]
     )
-    # Windows with few frames may end on an odd one.
+    # A window that has fewer frames than it should choose may end within a temporal patch.
     if len(found) >= spec.multiple_of:
         found = found[: len(found) - len(found) % spec.multiple_of]
     return FrameSelection("adaptive", found, packets.time[found], _profile(packets, parts))
@@ -120,7 +139,7 @@ def _choose(parts: Sequence[_Part], spec: SamplingSpec) -> list[Indices]:
 
 
 def _look(parts: Sequence[_Part], packets: PacketTable, thumbnails: Thumbnails) -> None:
-    """Score what the pixels show, each window against itself and the one before it."""
+    """Decode the thumbnails and score them; a window is compared with itself and the one before."""
     indices = [part.window.low + part.looked_at for part in parts]
     pixels = thumbnails(np.concatenate(indices).tolist())
     bounds = np.cumsum([0, *(len(part) for part in indices)]).tolist()
@@ -137,7 +156,10 @@ def _look(parts: Sequence[_Part], packets: PacketTable, thumbnails: Thumbnails) 
 
 
 def _weights(packets: PacketTable, score: Scores) -> Times:
-    """Share of the left-over budget per frame: its time on screen, more where it is busy."""
+    """float64 ``[n]`` weight of each frame for the rest of the budget.
+
+    The weight is the frame's time on screen in seconds, up to doubled by its stage-1 score.
+    """
     time = packets.time
     gaps = np.diff(time, append=time[-1] + (time[-1] - time[0]) / max(1, len(time) - 1))
     return np.asarray(np.maximum(gaps, 1e-9) * (1.0 + np.minimum(score, 10.0) / 10.0))

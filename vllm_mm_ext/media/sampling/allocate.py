@@ -1,4 +1,4 @@
-"""Spend a frame budget: a floor everywhere, the best spots, then the heaviest gaps."""
+"""Spends a frame budget: one frame in every slot of time, then the best spots, then gaps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import numpy as np
 from vllm_mm_ext.media.sampling.timeline import Indices, Times, gop_starts, second_of
 from vllm_mm_ext.media.types import PacketTable
 
-# Slots are this many uniform spacings long at most. Each holds a frame, so no gap is wider than
-# two slots: 7 spacings, within the bound of 8 also where frames are not just where wanted.
+# A slot is at most this many uniform spacings long (a uniform spacing is the clip's duration over
+# the budget). Each slot holds a frame, so no gap is wider than two slots, 7 spacings. The sampler
+# promises at most 8; the rest is for clips that have no frame exactly where one is wanted.
 _SLOT_SPACINGS = 3.5
-# A frame that no spot asks for may move this share of its gap to be cheap to decode.
+# A frame that no spot asks for may lie this share of its gap beside the middle, to be cheap to
+# decode.
 _SLACK = 0.25
 
 
@@ -33,19 +35,20 @@ def allocate(
 ) -> Indices:
     """Choose at most ``count`` frames.
 
-    The clip is cut into equal slots of at most ``1 / min_fps`` seconds (and short enough for the
-    gap bound), each of which gets a frame: the best spot in it or, failing that, one near its
-    middle. What is left goes to ``spots`` in their order, then to the middle of whichever gap
-    weighs most, until the budget is spent or every second is full.
+    The clip is cut into equal slots of at most ``1 / min_fps`` seconds and at most
+    ``_SLOT_SPACINGS`` uniform spacings. Each slot gets a frame: the best spot in the slot, or one
+    near the slot's middle if it has no spot. The rest of the budget goes to ``spots`` in their
+    order, then to the middle of whichever gap between chosen frames weighs most, until the budget
+    is spent or every second is full.
 
     Args:
-        packets: The clip's ``n`` packets.
-        count: Budget, 1 to ``n``.
+        packets: The packet table of the clip, ``n`` rows.
+        count: The frame budget, 1 to ``n``.
         spots: Frame indices, most wanted first.
-        weight: float64 ``[n]``, positive: weight of each frame for what is left over.
-        min_fps: Floor in frames per second, as far as the budget goes.
-        max_fps: Ceiling on the frames in any whole second (at least one is always allowed).
-        multiple_of: The result is cut to a multiple of this where it has that many.
+        weight: float64 ``[n]``, positive: a gap weighs as much as the frames in it together.
+        min_fps: Least frames per second, as far as the budget goes.
+        max_fps: Most frames in any whole second (one is always allowed).
+        multiple_of: The number of frames is cut to a multiple of this, if there are that many.
         taken: Frames already chosen elsewhere in each whole second; they count for ``max_fps``.
 
     Returns:
@@ -57,7 +60,7 @@ def allocate(
 
 
 class _Allocation:
-    """The state of one allocation: what is taken, and what each second and slot holds."""
+    """One allocation: the frames taken so far, and how many of them each second and slot holds."""
 
     def __init__(
         self,
@@ -78,13 +81,14 @@ class _Allocation:
         self._ceiling = max(1, math.floor(max_fps), math.ceil(min_fps))
         self._starts = gop_starts(packets)
         self._gop = np.searchsorted(self._starts, np.arange(size), side="right") - 1
-        # Last frame of each GOP that is decoded anyway.
+        # Last frame of each GOP that is decoded anyway for a frame taken so far.
         self._reach = self._starts - 1
         self._chosen: dict[int, None] = {}
         self._in_slot: Counter[int] = Counter()
         self._in_second: Counter[int] = Counter(taken)
 
     def run(self, spots: Iterable[int], weight: Times, multiple_of: int) -> Indices:
+        """Spend the budget; see ``allocate``."""
         occupied = len(np.unique(self._slot))
         free = self._count - occupied
         for index in spots:
@@ -103,6 +107,7 @@ class _Allocation:
         return np.array(chosen, np.int64)
 
     def _take(self, index: int) -> bool:
+        """Take a frame; False if it is taken already or its second is full."""
         second = int(self._second[index])
         if index in self._chosen or self._in_second[second] >= self._ceiling:
             return False
@@ -114,7 +119,10 @@ class _Allocation:
         return True
 
     def _cheapest(self, low: int, high: int) -> int:
-        """Between two frames (exclusive), the one near their middle that costs least."""
+        """The cheapest frame to decode near the middle of frames ``low`` and ``high`` (exclusive).
+
+        ``low`` may be -1 and ``high`` the number of frames: the ends of the clip.
+        """
         last = len(self._time) - 1
         start, end = self._time[max(low, 0)], self._time[min(high, last)]
         middle, slack = (start + end) / 2, (end - start) * _SLACK
@@ -124,12 +132,12 @@ class _Allocation:
         stop = max(stop, first + 1)
         window = np.arange(first, stop)
         cost = np.maximum(0, window - self._reach[self._gop[window]])
-        # Of equal cost, the nearest to the middle.
+        # Among frames of equal cost, the one nearest to the middle.
         aside = np.abs(self._time[window] - middle)
         return int(window[np.lexsort((aside, cost))[0]])
 
     def _fill(self, weight: Times) -> None:
-        """Split the heaviest gap again and again; both parts are smaller, so this ends."""
+        """Split the heaviest gap until the budget is spent; parts get smaller, so this ends."""
         total = np.concatenate([[0.0], np.cumsum(weight)])
         order = [-1, *sorted(self._chosen), len(self._time)]
         heap: list[tuple[float, int, int]] = []
@@ -148,7 +156,7 @@ class _Allocation:
             push(split, high)
 
     def _least_missed(self, chosen: list[int]) -> int:
-        """The last taken frame that leaves its slot served, else the last taken."""
+        """The frame taken last among those that do not empty their slot; else the last taken."""
         for index in reversed(self._chosen):
             slot = int(self._slot[index])
             if index in chosen and self._in_slot[slot] > 1:

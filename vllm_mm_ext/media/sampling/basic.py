@@ -22,10 +22,11 @@ from vllm_mm_ext.media.types import FrameSelection, MediaInfo, PacketTable, Samp
 def select_uniform(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
     """Frames on a fixed grid of time, or spread evenly where a budget binds.
 
-    While ``fps`` asks for no more than ``max_frames`` and no less than ``min_frames``, frame k is
-    the one on screen at k / fps, whatever the length of the clip. A frame on screen at several of
-    these moments is taken once. Otherwise, and where fewer than ``min_frames`` or ``multiple_of``
-    are on screen at these moments, the frames are evenly spaced from the first to the last.
+    While ``fps`` asks for no more than ``max_frames`` and no fewer than ``min_frames``, frame k of
+    the selection is the one on screen at k / fps, whatever the length of the clip. A frame on
+    screen at several of these moments is taken once. Otherwise the frames are evenly spaced from
+    the first frame of the clip to the last; so they are where fewer than ``min_frames`` or
+    ``multiple_of`` different frames are on screen at these moments.
     """
     packets = _packets(info)
     if is_unbound(info, spec):
@@ -39,7 +40,7 @@ def select_uniform(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
 def _on_grid(
     info: MediaInfo, packets: PacketTable, spec: SamplingSpec
 ) -> tuple[Indices, float | None]:
-    """Frames on screen at k / fps, and the step they are apart."""
+    """Frames on screen at k / fps, and the seconds between them (see ``FrameSelection.step``)."""
     moments = np.arange(asked_count(info, spec)) / spec.fps
     shown = shown_at(packets.time, moments)
     indices = np.unique(shown)
@@ -48,22 +49,22 @@ def _on_grid(
     if len(indices) == len(shown):
         step = 1.0 / spec.fps
     elif len(indices) == int(indices[-1]) + 1 and not info.video.is_vfr and info.video.fps > 0:
-        # All frames there are, which come slower than asked for.
+        # The clip has fewer frames per second than asked for, and all of them are taken.
         step = 1.0 / info.video.fps
     return indices[: len(indices) - len(indices) % spec.multiple_of], step
 
 
 def _least(packets: PacketTable, spec: SamplingSpec) -> int:
-    """Frames a selection must have: ``min_frames``, as far as there are, and one at all."""
+    """Frames a selection must have: ``min_frames`` or all the clip has, and at least one."""
     least = min(spec.min_frames, len(packets))
     return max(1, least - least % spec.multiple_of)
 
 
 def select_keyframe(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
-    """Keyframes, thinned evenly on time to ``max_frames``; filled up to ``min_frames``.
+    """Keyframes, thinned evenly on time to ``max_frames`` or filled up to ``min_frames``.
 
-    The count does not follow ``fps``: it is the clip's number of keyframes within
-    ``min_frames``..``max_frames``, rounded down to ``multiple_of`` as for the other policies.
+    The number of frames does not follow ``fps``: it is the clip's number of keyframes, kept within
+    ``min_frames``..``max_frames`` and rounded down to ``multiple_of`` as for the other policies.
     """
     packets = _packets(info)
     keys = np.flatnonzero(packets.is_key).astype(np.int64)
@@ -84,7 +85,8 @@ def select_explicit(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
     """The frames asked for.
 
     Raises:
-        MediaError: no indices, more than ``max_frames``, unsorted, or outside the clip.
+        MediaError: There are no indices, more than ``max_frames``, unsorted ones, or some outside
+            the clip.
     """
     packets = _packets(info)
     indices = np.array(spec.indices or (), np.int64)
@@ -114,7 +116,7 @@ def _packets(info: MediaInfo) -> PacketTable:
 
 
 def _fill_up(time: Times, keys: Indices, count: int) -> Indices:
-    """Add the frames in the middle of the widest gaps until there are ``count``."""
+    """Add frames in the middle of the widest gaps until there are ``count`` frames."""
     chosen = sorted(keys.tolist()) or [0]
     while len(chosen) < count:
         bounds = [-1, *chosen, len(time)]

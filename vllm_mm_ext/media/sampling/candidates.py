@@ -1,4 +1,9 @@
-"""From scores to spots: frames worth showing, best first."""
+"""From the scores of both stages to spots: frames that a selection should show, best first.
+
+Scores count robust deviations from the usual (see ``container_profile`` and ``thumbnail_scan``).
+The constants were tuned on generated clips with known events, other clips than those of
+``vllm-mm bench sampling``.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +14,37 @@ import numpy as np
 from vllm_mm_ext.media.sampling.container_profile import Scores
 from vllm_mm_ext.media.sampling.timeline import Indices, Times
 
-# An event that starts and ends with a peak is between these many seconds long.
+# Least and most seconds between two stage-1 peaks that are the start and the end of one event.
 _SHORTEST_S, _LONGEST_S = 0.12, 0.95
-# A lone peak is the start or the end of something: look this far to both of its sides.
+# A peak without a partner is the start or the end of something: its two spots lie this many
+# seconds before and after it.
 _ASIDE_S = 0.08
-# Peaks nearer than this are one peak.
+# Peaks nearer to each other than this many seconds are one peak.
 _PEAK_GAP_S = 0.12
-# Deviations that chance reaches now and then, and the fewest that make a spot.
+# Stage-2 score that chance reaches now and then, and the least stage-2 score that makes a spot.
 _CHANCE = 1.5
 _SEEN_LIMIT = 2.0
-# Excess of a peak at which it counts half.
+# A peak that exceeds chance by this score has half of the greatest weight, 1.
 _HALF = 4.0
-# Weight of a peak without a partner: a cut, or an event whose other end is hidden.
+# Share of its weight that a peak without a partner keeps: it is a cut, or an event whose other end
+# is hidden.
 _LONE = 0.55
-# Weaker spots are worth no more than an evenly placed frame.
+# A spot of less weight is no better than an evenly placed frame, and is dropped.
 _LEAST = 0.05
-# Share of its weight a spot keeps for each better spot within half an event's length.
+# Share of its weight that a spot keeps for each better spot within half an event's length.
 _CROWDING = 0.7
-# Weight left to a stage-1 peak where the pixels show no event.
+# Share of its weight that a stage-1 spot keeps where stage 2 looked and saw no event.
 _UNSEEN = 0.35
 
 
 @dataclass(frozen=True, order=True)
 class Spot:
-    """A frame to take, if the budget allows. Sorts best first, then by position."""
+    """A frame to take, if the budget allows.
+
+    Attributes:
+        rank: Minus the weight of the spot (0 to 1), so that spots sort best first.
+        index: Frame index.
+    """
 
     rank: float
     index: int
@@ -49,9 +61,9 @@ def find(
 
     Args:
         time: float64 ``[n]`` frame times in seconds.
-        innovation: float64 ``[n]`` stage-1 score.
-        looked_at: int64 ``[k]`` frames that stage 2 looked at.
-        transient: float64 ``[k]`` their stage-2 score.
+        innovation: float64 ``[n]`` stage-1 score of each frame.
+        looked_at: int64 ``[k]`` sorted indices of the frames that stage 2 looked at.
+        transient: float64 ``[k]`` stage-2 score of each of them; NaN where it is not known.
         limit: How many peaks of each stage to consider.
     """
     spots: list[Spot] = []
@@ -66,7 +78,8 @@ def find(
         seen.append(index)
         spots.append(Spot(-(seen_as - _CHANCE) / (seen_as - _CHANCE + _HALF), index))
     found = peaks(time, innovation, limit, _PEAK_GAP_S)
-    # The weakest of many peaks is the level that chance reaches.
+    # Where there are as many peaks as were looked for, the weakest shows the level that chance
+    # reaches.
     chance = float(innovation[found[-1]]) if len(found) == limit else 0.0
     excess = {peak: max(0.0, float(innovation[peak]) - chance) for peak in found}
     strength = {peak: value / (value + _HALF) for peak, value in excess.items()}
@@ -90,7 +103,7 @@ def find(
 
 
 def _apart(spots: list[Spot], time: Times) -> list[Spot]:
-    """Drop spots that show the moment of a better one; the more spots near, the less each."""
+    """Drop spots that show the same moment as a better spot, and weaken spots near better ones."""
     kept: list[Spot] = []
     for spot in spots:
         apart = [abs(float(time[spot.index] - time[other.index])) for other in kept]
@@ -134,7 +147,7 @@ def _at(time: Times, moment: float) -> int:
 
 
 def _looked(time: Times, index: int, looked_at: Indices) -> bool:
-    """Whether stage 2 saw the frame's surroundings."""
+    """Whether stage 2 saw thumbnails close before and after the frame (0.35 s apart at most)."""
     if len(looked_at) < 3:
         return False
     place = int(np.searchsorted(looked_at, index))

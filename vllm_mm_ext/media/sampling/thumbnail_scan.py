@@ -1,7 +1,7 @@
-"""Stage 2 of ``adaptive``: look at cheap spots at thumbnail size and score what is really there.
+"""Stage 2 of ``adaptive``: decode thumbnails where that is cheap, and score what they show.
 
-To see one frame a decoder must decode everything from its keyframe on, so what is bought is a
-*prefix* of a GOP, and thumbnails are taken all along it.
+To show one frame a decoder must decode everything from the frame's keyframe on. So stage 2 pays for
+a *prefix* of a GOP, and takes thumbnails all along the prefix.
 """
 
 from __future__ import annotations
@@ -19,32 +19,37 @@ from vllm_mm_ext.media.sampling.timeline import (
 )
 from vllm_mm_ext.media.types import PacketTable
 
-# Seconds between thumbnails: an event of 0.2 s holds at least one, also where the frame taken
-# is up to _EARLIER_S before the one meant, to be cheaper.
+# Seconds between thumbnails. An event of 0.2 s holds at least one thumbnail, even where a cheaper
+# frame up to _EARLIER_S before the intended one is taken.
 STRIDE_S = 0.13
 _EARLIER_S = 0.07
-# Ceiling on thumbnails in one clip; each costs a scale and a copy besides its decoding.
+# Most thumbnails of one window; each costs scaling and a copy besides its decoding.
 MAX_THUMBNAILS = 960
-# Frames that stage 2 may decode, as a share of the clip: whatever the final selection leaves
-# unspent of one full sequential decode, but at least the smaller share.
+# Frames that stage 2 may decode, as a share of the clip: what the final selection leaves of one
+# full sequential decode, but at least the smaller share.
 _FULL_DECODE = 1.0
 _LEAST_DECODE = 0.12
-# A frame is compared with frames this many seconds before and after it: beyond the longest
-# sub-second event.
+# A thumbnail is compared with thumbnails this many seconds before and after it, beyond the ends of
+# the events looked for (under a second).
 _REACH_S = 0.9
-# Comparisons needed to know what is usual in a clip, and in a window of one.
+# Comparisons needed to know what is usual in a clip, and in a window of a clip.
 FEWEST = 48
 FEWEST_IN_WINDOW = 32
-# Changes below this many 8-bit steps are sensor and coding noise: block mean, frame mean.
+# Changes below this many grey levels (of 255) are noise of sensor and coding: of a few pixels, and
+# of a whole frame's mean.
 _LOCAL_FLOOR = 2.0
 _GLOBAL_FLOOR = 1.0
 
 
 def decode_allowance(packets: PacketTable, chosen: Indices) -> float:
-    """Decoded frames that stage 2 may spend, when the final ones will cost like ``chosen``.
+    """How many frames stage 2 may decode.
 
-    It gets what ``chosen`` leaves of a single sequential decode, so that both together stay
-    near the price of one, and at least a small share of the clip.
+    Stage 2 gets what the final frames leave of one sequential decode of the clip, so that both
+    together cost about one such decode, and at least ``_LEAST_DECODE`` of the clip.
+
+    Args:
+        packets: The clip's packet table.
+        chosen: int64 ``[k]`` sorted indices of frames that cost about as much as the final ones.
     """
     count = len(packets)
     left = _FULL_DECODE * count - decode_cost(packets, chosen)
@@ -52,14 +57,14 @@ def decode_allowance(packets: PacketTable, chosen: Indices) -> float:
 
 
 def plan(packets: PacketTable, score: Scores, allowance: float, lead_in: float = 0.0) -> Indices:
-    """Which frames to look at: the most promising GOP prefixes per decoded frame.
+    """Which frames to look at: the GOP prefixes that promise most per decoded frame.
 
     Args:
-        packets: The clip's packets.
-        score: float64 ``[n]`` stage-1 innovation.
-        allowance: What may be spent in all, as ``decode_cost`` counts.
-        lead_in: What decoding must spend before the first packet, where that is no keyframe;
-            infinity keeps away from the first GOP.
+        packets: The clip's packet table, ``n`` rows.
+        score: float64 ``[n]`` stage-1 score of each frame.
+        allowance: Decoded frames that may be spent in all, as ``decode_cost`` counts them.
+        lead_in: Decoded frames that it takes to get to the first row, where that is no keyframe;
+            with infinity no frame of the first GOP is looked at.
 
     Returns:
         int64 ``[k]`` sorted frame indices, ``k <= MAX_THUMBNAILS``, whose ``decode_cost`` is at
@@ -72,16 +77,18 @@ def plan(packets: PacketTable, score: Scores, allowance: float, lead_in: float =
     grid = np.unique(_cheaper(packets, shown))
     weight = decode_weight(packets)
     total = np.concatenate([[0.0], np.cumsum(weight)])
-    # Spent when a prefix ends with each grid frame, counted from the start of the clip.
+    # Decoded frames spent when a prefix ends with each frame of the grid, counted from the start of
+    # the clip.
     extra = np.cumsum(1.0 - weight[grid])
     spent = total[grid + 1] + extra
     starts = gop_starts(packets)
     gop = np.searchsorted(starts, grid, side="right") - 1
     opening = total[starts[gop]] + extra - (1.0 - weight[grid])
     opening[gop == 0] -= lead_in
-    # The most that stage 1 says of the frames since the last look; a constant for the unseen.
+    # The highest stage-1 score since the last frame of the grid, squared. The constant makes frames
+    # count of which stage 1 says nothing.
     value = np.maximum.reduceat(score, grid) ** 2 + 1.0
-    # A look pays off once the surroundings after it are seen too.
+    # A thumbnail can be scored only if the thumbnails _REACH_S after it are decoded too.
     delay = round(_REACH_S / STRIDE_S) + 1
     options: list[tuple[float, float, int, int]] = []
     edges = np.flatnonzero(np.diff(gop, prepend=-1, append=len(starts)))
@@ -94,26 +101,27 @@ def plan(packets: PacketTable, score: Scores, allowance: float, lead_in: float =
         gain = np.cumsum(value[first:last])
         gain[:-1] = np.concatenate([np.zeros(delay), gain])[: last - first - 1]
         gain /= price
-        # Ties go by the golden ratio, which visits the clip evenly.
+        # Among GOPs of equal gain, multiples of the golden ratio give an order that visits all
+        # parts of the clip evenly.
         order = (int(gop[first]) * 0.6180339887) % 1.0
         options.append((-float(gain.max()), order, first, first + int(gain.argmax()) + 1))
         if int(gain.argmax()) + 1 < last - first:
             options.append((-float(gain[-1]), order, first, last))
     options.sort()
     taken: dict[int, int] = {}
-    left, room = allowance, MAX_THUMBNAILS
+    left, capacity = allowance, MAX_THUMBNAILS
     for _, _, first, end in options:
         before = taken.get(first, first)
         cost = float(spent[end - 1] - (spent[before - 1] if before > first else opening[first]))
-        if end > before and cost <= left and end - before <= room:
-            left, room = left - cost, room - (end - before)
+        if end > before and cost <= left and end - before <= capacity:
+            left, capacity = left - cost, capacity - (end - before)
             taken[first] = end
     chosen = [grid[first:end] for first, end in sorted(taken.items())]
     return np.concatenate(chosen).astype(np.int64) if chosen else np.zeros(0, np.int64)
 
 
 def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
-    """Instead of a leaf, the frame before it, if that is no leaf and hardly earlier."""
+    """``indices``, but for a leaf the frame before it if that is no leaf and hardly earlier."""
     leaf, time = is_leaf(packets), packets.time
     before = np.maximum(indices - 1, 0)
     better = leaf[indices] & ~leaf[before] & (time[indices] - time[before] <= _EARLIER_S)
@@ -123,18 +131,19 @@ def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
 def motion_score(
     thumbnails: npt.NDArray[np.uint8], time: npt.NDArray[np.float64], fewest: int = FEWEST
 ) -> tuple[Scores, Scores]:
-    """Score thumbnails: how much each shows that is there neither before nor after.
+    """Score thumbnails by how much each shows that is there neither before nor after it.
 
     Args:
         thumbnails: uint8 gray ``[k, h, w]``.
-        time: float64 ``[k]`` their times in seconds, increasing.
-        fewest: Comparisons needed to know what is usual.
+        time: float64 ``[k]`` times of the thumbnails in seconds, increasing.
+        fewest: With fewer thumbnails that have others before and after them, no ``transient`` is
+            known.
 
     Returns:
         ``(motion, transient)``, float64 ``[k]`` each. ``motion`` is the mean absolute pixel
-        difference to the thumbnail before, divided by 255, after a gain-and-offset fit that
-        takes out fades and flicker. ``transient`` counts robust deviations of a frame from
-        both its surroundings (0 where those were not looked at): about 0..3 is usual.
+        difference from the thumbnail before, divided by 255, after a fit of gain and offset that
+        takes out fades and flicker. ``transient`` counts the robust deviations of a thumbnail from
+        those before and after it (about 0 to 3 is usual); NaN where it is not known.
     """
     count = len(thumbnails)
     motion, transient = np.zeros(count), np.full(count, np.nan)
@@ -167,7 +176,7 @@ def motion_score(
 
 
 def _smooth(frames: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """2x2 box filter: halves what is left of sensor noise after the reduction in size."""
+    """2x2 box filter, which halves the sensor noise that the reduction in size has left."""
     if frames.shape[1] < 2 or frames.shape[2] < 2:
         return frames
     rows = frames[:, 1:] + frames[:, :-1]
@@ -177,20 +186,22 @@ def _smooth(frames: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _unexplained(
     frames: npt.NDArray[np.float32], references: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
-    """What of each frame a gain and an offset on its reference do not explain (both [k, p])."""
+    """What a gain and an offset on its reference do not explain of each frame; all ``[k, p]``."""
     frame = frames - frames.mean(axis=1, keepdims=True)
     reference = references - references.mean(axis=1, keepdims=True)
     energy = (reference * reference).sum(axis=1, keepdims=True)
     gain = (frame * reference).sum(axis=1, keepdims=True) / np.maximum(energy, 1e-3)
-    # A different picture is not a dimmed one: far-off gains are left alone.
+    # A gain far from 1 means another picture, not a dimmed one; then none is applied.
     gain = np.where((gain > 0.4) & (gain < 2.5), gain, 1.0)
     return np.asarray(frame - gain * reference, np.float32)
 
 
 def _deviations(values: Scores, floor: float) -> Scores:
-    """Robust z-score above the median.
+    """How many standard deviations each value is above the median, at least 0.
 
-    The spread is taken from the upper side: flicker and steady motion make it lopsided.
+    The standard deviation is taken from the 90 % quantile (1.28 deviations above the median of
+    normal noise), as flicker and steady motion widen the upper side alone. It is at least
+    ``floor``.
     """
     middle, upper = np.quantile(values, (0.5, 0.9))
     return np.asarray(np.maximum(0.0, (values - middle) / max((upper - middle) / 1.28, floor)))

@@ -1,4 +1,6 @@
-"""Arithmetic on a clip's timeline: how many frames, and which frame is shown at a time."""
+"""Arithmetic on a clip's timeline: how many frames to take, which frame is on screen at a moment,
+what decoding frames costs.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ from vllm_mm_ext.media.types import MediaInfo, PacketTable, SamplingSpec
 Indices = npt.NDArray[np.int64]
 Times = npt.NDArray[np.float64]
 
-# A frame that is skipped still costs its demuxing and parsing.
+# Cost of a frame that a decoder skips, as a share of a decoded one: demuxing and parsing.
 SKIPPED_COST = 0.1
 
 
 def target_count(info: MediaInfo, spec: SamplingSpec) -> int:
     """How many frames a policy should choose.
 
-    ``floor(duration * fps)``, clamped to ``min_frames``..``max_frames`` and to the frames there
-    are, rounded down to ``multiple_of`` (but not below it, where ``max_frames`` and the clip
-    allow that many).
+    That is ``floor(duration * fps)``, kept within ``min_frames``..``max_frames`` and the frames
+    that the clip has, then rounded down to ``multiple_of`` (but not to 0: a smaller number becomes
+    ``multiple_of`` where ``max_frames`` and the clip allow that many).
     """
     assert info.video is not None
     most = min(info.video.num_frames, spec.max_frames)
@@ -33,7 +35,7 @@ def target_count(info: MediaInfo, spec: SamplingSpec) -> int:
 def is_unbound(info: MediaInfo, spec: SamplingSpec) -> bool:
     """True when the frames asked for by ``fps`` are within ``min_frames``..``max_frames``.
 
-    A policy may then let the choice for a moment follow from what is before it alone, so that a
+    A policy then chooses the frame for a moment by what is before that moment alone, so that a
     longer version of the clip gets the same leading frames.
     """
     asked = asked_count(info, spec)
@@ -41,12 +43,13 @@ def is_unbound(info: MediaInfo, spec: SamplingSpec) -> bool:
 
 
 def asked_count(info: MediaInfo, spec: SamplingSpec) -> int:
+    """How many frames ``fps`` asks for, whatever ``min_frames`` and ``max_frames`` say."""
     # A clip of exactly k seconds must not lose a frame to rounding in its timestamps.
     return math.floor(clip_duration(info) * spec.fps + 1e-6)
 
 
 def clip_duration(info: MediaInfo) -> float:
-    """Seconds of video, never less than its last timestamp (where those are at hand)."""
+    """Seconds of video; with a packet table, no less than the last frame's time."""
     assert info.video is not None
     table = info.packets
     last = float(table.time[-1]) if table is not None and len(table) else 0.0
@@ -54,10 +57,11 @@ def clip_duration(info: MediaInfo) -> float:
 
 
 def shown_at(time: Times, moments: Times) -> Indices:
-    """Frame on screen at each moment: the last one at or before it, up to a microsecond.
+    """Frame on screen at each moment: the last one at or before it, give or take a microsecond.
 
     Args:
-        time: float64 ``[n]``, non-decreasing, seconds; the first frame counts from -infinity.
+        time: float64 ``[n]``, non-decreasing, seconds; the first frame is on screen before its
+            time, too.
         moments: float64 ``[k]`` seconds.
     """
     found = np.searchsorted(time, moments + 1e-6, side="right") - 1
@@ -75,12 +79,12 @@ def is_even(time: Times) -> bool:
 def spread(time: Times, count: int) -> Indices:
     """``count`` distinct positions in ``time``, evenly spaced on time, first and last included.
 
-    Each is the frame on screen at its moment (the nearest at or before it). On an even timeline
-    this is ``numpy.linspace`` over the positions, which is also what vLLM's loaders take.
+    Each position is that of the frame on screen at an evenly spaced moment. On an even timeline
+    the result is ``numpy.linspace`` over the positions, as in vLLM's own video loaders.
 
     Args:
         time: float64 ``[n]``, non-decreasing, seconds.
-        count: How many, 1 to ``n``.
+        count: How many positions, 1 to ``n``.
     """
     size = len(time)
     if is_even(time):
@@ -99,8 +103,8 @@ def distinct(positions: Indices, size: int) -> Indices:
     """
     step = np.arange(len(positions))
     forward = np.maximum.accumulate(positions - step) + step
-    room = size - len(positions)
-    return np.asarray(np.minimum(forward - step, room) + step, np.int64)
+    capacity = size - len(positions)
+    return np.asarray(np.minimum(forward - step, capacity) + step, np.int64)
 
 
 def second_of(time: Times) -> npt.NDArray[np.int64]:
@@ -109,9 +113,10 @@ def second_of(time: Times) -> npt.NDArray[np.int64]:
 
 
 def is_leaf(packets: PacketTable) -> npt.NDArray[np.bool_]:
-    """bool ``[n]``: frames decoded after both their neighbours, so B frames nothing refers to.
+    """bool ``[n]``: B frames that no other frame refers to (leaves).
 
-    This holds for B pyramids and for single B frames; other unreferenced frames are not told.
+    A leaf is decoded after both its neighbours, in B pyramids as with single B frames. Other frames
+    that nothing refers to are not recognised.
     """
     order = packets.order
     leaf = np.zeros(len(order), np.bool_)
@@ -120,21 +125,21 @@ def is_leaf(packets: PacketTable) -> npt.NDArray[np.bool_]:
 
 
 def decode_weight(packets: PacketTable) -> Times:
-    """float64 ``[n]`` what it takes to pass each frame on the way to a later one.
+    """float64 ``[n]`` cost of each frame where a later one is wanted, in decoded frames.
 
-    1 is a decoded frame; a leaf is read and skipped.
+    A leaf is read and skipped, any other frame is decoded.
     """
     return np.where(is_leaf(packets), SKIPPED_COST, 1.0)
 
 
 def decode_cost(packets: PacketTable, indices: Indices) -> float:
-    """What a decoder must do to show ``indices``, in decoded frames.
+    """What showing some frames costs a decoder, in decoded frames.
 
-    Each GOP is decoded from its keyframe up to the last frame wanted in it.
+    A decoder decodes each GOP from its keyframe up to the last frame wanted in it.
 
     Args:
-        packets: The clip's packets.
-        indices: int64 ``[k]``, sorted.
+        packets: The clip's packet table.
+        indices: int64 ``[k]`` indices of the wanted frames, sorted.
     """
     weight = decode_weight(packets)
     total = np.concatenate([[0.0], np.cumsum(weight)])

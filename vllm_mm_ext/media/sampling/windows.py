@@ -1,7 +1,7 @@
-"""Fixed windows of time that ``adaptive`` chooses in, one after the other.
+"""Fixed windows of time in which ``adaptive`` chooses frames, one window after the other.
 
-Where the frames of a window follow from what is shown up to its end alone, a clip that is extended
-keeps the frames of all its full windows.
+The frames chosen in a window follow from what the clip shows up to the window's end alone. So a
+clip that is extended keeps the frames of all its full windows.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from vllm_mm_ext.media.sampling.timeline import (
 )
 from vllm_mm_ext.media.types import MediaInfo, PacketTable, SamplingSpec
 
-# Shorter windows leave little to choose from, longer ones more to choose anew in a longer clip.
+# Seconds of a window at least. Shorter windows leave little to choose from; of longer ones more has
+# to be chosen anew when a clip is extended.
 _SHORTEST_S = 8.0
-# How far back a window looks, to know what is usual.
+# Seconds before a window that also show what is usual in the clip.
 _LOOK_BACK_S = 16.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """Frames ``low`` to ``high`` (exclusive) of a clip, and what to choose of them.
+    """Frames ``low`` to ``high`` (exclusive) of a clip, and how many of them to choose.
 
     Attributes:
         low, high: Presentation-order frame indices.
-        back: First frame that may be looked at to know what is usual, at most ``low``.
+        back: First frame that shows what is usual, at most ``low``.
         count: Frames to choose, at most ``high - low``.
-        lead_in: Frames to decode before ``low`` can be; infinity where its keyframe is before
-            ``back``.
-        is_clip: It is the whole clip, because a budget binds.
+        lead_in: Frames that must be decoded before frame ``low``; infinity where the keyframe of
+            ``low`` is before ``back``.
+        is_clip: The window is the whole clip, as ``min_frames`` or ``max_frames`` binds.
     """
 
     low: int
@@ -52,17 +53,18 @@ class Window:
 def length(fps: float, multiple_of: int) -> tuple[float, int]:
     """Seconds and frames of a full window.
 
-    The shortest of at least 8 s in which ``fps`` makes a whole multiple of ``multiple_of`` frames.
+    A window is the shortest of at least ``_SHORTEST_S`` in which ``fps`` frames per second come to
+    a whole multiple of ``multiple_of`` frames.
     """
     frames = multiple_of * max(1, math.ceil(_SHORTEST_S * fps / multiple_of - 1e-9))
     return frames / fps, frames
 
 
 def windows_of(info: MediaInfo, spec: SamplingSpec) -> list[Window]:
-    """The windows to choose in; a single one, the whole clip, where a budget binds.
+    """The windows of a clip; a single one, the whole clip, where a bound on the frames binds.
 
     Args:
-        info: Probe of the clip.
+        info: What the container says about the clip, packet table included.
         spec: Policy and budget.
     """
     packets = info.packets
@@ -76,7 +78,7 @@ def windows_of(info: MediaInfo, spec: SamplingSpec) -> list[Window]:
 
 
 def _cut(packets: PacketTable, asked: int, spec: SamplingSpec) -> Iterator[Window]:
-    """Full windows, then the rest of the clip as one that is not."""
+    """Full windows, then the rest of the clip as a shorter window."""
     time, starts = packets.time, gop_starts(packets)
     seconds, frames = length(spec.fps, spec.multiple_of)
     full = asked // frames
@@ -89,13 +91,14 @@ def _cut(packets: PacketTable, asked: int, spec: SamplingSpec) -> Iterator[Windo
         if low == high:
             continue
         back = int(np.searchsorted(time, time[low] - _LOOK_BACK_S))
-        # From a keyframe on, so that no GOP looks shorter than it is.
+        # From a keyframe on: of a GOP that is cut, stage 1 would see a wrong length.
         later = starts[np.searchsorted(starts, back) :]
         back = int(later[0]) if len(later) and later[0] <= low else back
         yield Window(low, high, back, min(wanted, high - low), _lead_in(packets, starts, back, low))
 
 
 def _lead_in(packets: PacketTable, starts: Indices, back: int, low: int) -> float:
+    """Frames that must be decoded before ``low``; see ``Window.lead_in``."""
     key = int(starts[np.searchsorted(starts, low, side="right") - 1])
     if key < back:
         return math.inf
@@ -103,7 +106,7 @@ def _lead_in(packets: PacketTable, starts: Indices, back: int, low: int) -> floa
 
 
 def rows(packets: PacketTable, low: int, high: int) -> PacketTable:
-    """The table of frames ``low`` to ``high`` (exclusive) alone."""
+    """The rows ``low`` to ``high`` (exclusive) of a packet table, as a table of their own."""
     part = slice(low, high)
     return replace(
         packets,

@@ -75,10 +75,10 @@ def evict(llm: Any, tokens: int) -> None:
     """Compute prompts of text until so many tokens of KV cache were taken from the oldest."""
     from vllm import SamplingParams
 
-    room = 2048
+    longest = 2048
     prompts = [
-        {"prompt_token_ids": [5 + (i + number) % 200 for i in range(min(room, tokens - number))]}
-        for number in range(0, tokens, room)
+        {"prompt_token_ids": [5 + (i + number) % 200 for i in range(min(longest, tokens - number))]}
+        for number in range(0, tokens, longest)
     ]
     for prompt in prompts:
         llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)
