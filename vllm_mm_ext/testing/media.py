@@ -131,7 +131,7 @@ def make_clip(
         gop: Most frames between keyframes (1 for intra only).
         bframes: Most B frames in a row.
         scene: Background.
-        events: Events drawn over it, see ``media_scenes.random_events``.
+        events: Events drawn over it, see ``synthetic.scenes.random_events``.
         audio: Tones of the audio track (an empty list is a silent track); None for no track.
         audio_codec: FFmpeg encoder; by default opus for WebM and Ogg, else aac.
         sample_rate, channels: Of the audio track.
