@@ -1,4 +1,4 @@
-"""Records in a file that processes map: read without a lock, and known to be whole or not."""
+"""Records in a file that processes map, read without a lock; a checksum shows half-written ones."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import mmap
 import struct
 import zlib
 
-# A reader that meets a writer finds the record whole when it looks once more: a write takes less
-# time than a look.
+# How often a reader reads a record that fails its checksum. A write is shorter than a read, so a
+# reader that meets a writer finds the record whole the next time.
 _LOOKS = 3
 _CRC = struct.Struct("<I")
 
 
 class Region:
-    """Consecutive records of one layout, each followed by its checksum; all zero is empty.
+    """Consecutive records of one layout, each followed by its checksum; an empty one is zeros.
 
     Args:
-        layout: Of one record.
-        count: Records of the region.
-        start: Byte of the file at which the region begins.
+        layout: Layout of a record.
+        count: Number of records.
+        start: Offset of the first record in the file, in bytes.
 
     Attributes:
-        end: Byte of the file after the region.
+        end: Offset of the first byte after the region.
     """
 
     def __init__(self, layout: struct.Struct, count: int, start: int) -> None:
@@ -31,7 +31,7 @@ class Region:
         self.end = start + count * self._stride
 
     def read(self, view: mmap.mmap, place: int) -> tuple[object, ...] | None:
-        """The values of a record; None if it is empty or torn."""
+        """The values of a record; None if the record is empty or half written."""
         begin = self._start + place * self._stride
         for _ in range(_LOOKS):
             raw = view[begin : begin + self._stride]
@@ -41,7 +41,7 @@ class Region:
         return None
 
     def write(self, view: mmap.mmap, place: int, *values: object) -> None:
-        """Write a record. Nobody else writes the same record meanwhile."""
+        """Write a record. The caller sees to it that no one else writes the record meanwhile."""
         body = self._layout.pack(*values)
         begin = self._start + place * self._stride
         view[begin : begin + self._stride] = body + _CRC.pack(_checksum(body))
@@ -53,5 +53,5 @@ class Region:
 
 
 def _checksum(body: bytes) -> int:
-    # Inverted, so that a record of zeros does not pass.
+    # Inverted, so that a record of zeros fails its checksum.
     return zlib.crc32(body) ^ 0xFFFFFFFF

@@ -45,8 +45,8 @@ class FrontendCosts:
         traits: What the model wants from the front-end.
         limits: The front-end's limits; sound longer than ``max_audio_s`` is cut.
 
-    The processor counts with a tokenizer of its own, which vLLM keeps to one thread: tokens are
-    counted there only (``rendering_wrappers.on_processor_thread``).
+    The processor counts tokens with its tokenizer, which vLLM uses on one thread only. So call
+    ``knows_tokens`` and ``tokens`` on that thread (``rendering_wrappers.on_processor_thread``).
     """
 
     def __init__(

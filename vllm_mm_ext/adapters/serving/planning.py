@@ -300,10 +300,10 @@ class _Conversation:
         )
 
     def _own(self, video: PlannedVideo) -> str:
-        """A digest of a video as it is asked for here: by this engine, salt and sampling.
+        """A digest of a video, the engine, the ``cache_salt`` and the sampling.
 
-        Decisions that stand are looked up by it. vLLM lets requests with different salts, and with
-        different engines, share no prefix cache; they share no decisions either. With other
+        It is the key of sticky decisions. Requests with different salts share no prefix cache in
+        vLLM, nor do requests to different engines, so they share no decisions either. With other
         ``media_io_kwargs`` the video is sampled otherwise, and needs other tokens.
         """
         hasher = blake3(str(self.runtime.number).encode())
