@@ -2,7 +2,7 @@
 
 The pool takes blocks in this order: blocks that hold nothing, then text in LRU order, then kept
 items. Of the kept items, those that no live session uses come first and pinned items last; among
-equals the item with the lowest score comes first (``caching.cost_aware``: recency, uses, recompute
+equals the item with the lowest score comes first (``eviction.cost_aware``: recency, uses, recompute
 cost per block). An item is given up whole, and only after all items that follow it in prompts.
 """
 
