@@ -78,6 +78,19 @@ def test_requests_that_need_other_blocks_go_on_while_a_video_backs_off() -> None
     assert play.timings["video"].ended is not None
 
 
+@pytest.mark.parametrize("bound", [False, True])
+def test_what_a_throttled_step_tries_all_the_same_can_be_refused(bound: bool) -> None:
+    """vLLM lets prompts in where an earlier step had no room for all that waited."""
+    play = Play(make_scheduler(blocks=BLOCKS))
+    play.add(request("book", text=4000, answer=800))
+    while not play.timings["book"].tokens:
+        play.step()
+    play.scheduler.prefill_capacity_bound = bound
+    play.add(request("video", items=[512] * 26, answer=4))
+    play.scheduler.schedule(throttle_prefills=True)
+    assert ("video" in play.scheduler._admission._refusals) == bound
+
+
 def test_a_video_that_waits_for_a_lora_slot_stops_nobody_and_gets_one_within_the_bound() -> None:
     scheduler = make_scheduler(slots=8, blocks=65536, settings={"aging_s": AGING_S})
     scheduler.lora_config = SimpleNamespace(max_loras=1)

@@ -80,7 +80,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "video loader",
-        ("vllm.multimodal.media:VIDEO_LOADER_REGISTRY",),
+        ("vllm.multimodal.video:VIDEO_LOADER_REGISTRY",),
         "The plugin's loader is registered.",
         "never: this is how vLLM takes video loaders",
     ),

@@ -220,7 +220,8 @@ def register_connector(cls: type) -> None:
     from vllm import envs
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
-    _register(MEDIA_CONNECTOR_REGISTRY, "MEDIA_CONNECTOR_REGISTRY", CONNECTOR_NAME, cls)
+    called = "vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY"
+    _register(MEDIA_CONNECTOR_REGISTRY, called, CONNECTOR_NAME, cls)
     variables = envs.environment_variables
     before_entry_changes(variables, CONNECTOR_ENV, "vllm.envs:environment_variables")
     variables[CONNECTOR_ENV] = lambda: os.getenv(CONNECTOR_ENV, CONNECTOR_NAME)
@@ -230,11 +231,12 @@ def register_video_loader(cls: type) -> None:
     """Register the plugin's sampling as a vLLM video loader, selectable by name."""
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    _register(VIDEO_LOADER_REGISTRY, "VIDEO_LOADER_REGISTRY", LOADER_NAME, cls)
+    called = "vllm.multimodal.video:VIDEO_LOADER_REGISTRY"
+    _register(VIDEO_LOADER_REGISTRY, called, LOADER_NAME, cls)
 
 
 def _register(registry: Any, called: str, name: str, cls: type) -> None:
-    before_entry_changes(registry.name2class, name, f"vllm.multimodal.media:{called}")
+    before_entry_changes(registry.name2class, name, called)
     registry.register(name)(cls)
 
 

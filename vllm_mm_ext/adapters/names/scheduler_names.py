@@ -74,6 +74,7 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
     VllmAttributes(
         _SCHEDULER,
         (
+            "block_size",
             "connector",
             "current_step",
             "deferred_waiting",

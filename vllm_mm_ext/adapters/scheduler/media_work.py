@@ -131,10 +131,12 @@ class MediaWork:
         computed = self.need(request, now).computed
         connector = self._scheduler.connector
         if connector is not None and not request.num_computed_tokens:
-            found, _ = connector.get_num_new_matched_tokens(request, computed)
+            # Connectors are asked from whole blocks on; a hit may end within one.
+            whole = computed - computed % self._scheduler.block_size
+            found, _ = connector.get_num_new_matched_tokens(request, whole)
             if found is None:
                 return True
-            computed += found
+            computed = max(computed, whole + found)
         return bool(self._scheduler._ec_transfer_pending(request, computed))
 
     def _read(self, request: Any, media: _Media, computed: int) -> Need:

@@ -125,7 +125,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._no_backlog(decoding)
         limits = self._limits(decodes, candidates, finish)
         self._plan_encoder(candidates, limits)
-        held = throttle_prefills or self._holds_prefill(decoding)
+        held = bool(decoding) and self._holds_prefill(throttle_prefills)
         with self._limited(limits), self.waiting.showing(self._shown(candidates)):
             output = super().schedule(throttle_prefills)
         self._send_all_inputs(output)
@@ -170,11 +170,15 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Whether a waiting request has to wait for a connector that still fetches for it."""
         return self._reader.media.in_transit(request, self._clock())
 
-    def _holds_prefill(self, decoding: list[Any]) -> bool:
-        """Whether ``--prefill-schedule-interval`` lets vLLM 0.33 begin no prefill in this step."""
+    def _holds_prefill(self, throttled: bool) -> bool:
+        """Whether vLLM begins no prefill in this step, in which something decodes.
+
+        Data-parallel engines are throttled together; by itself an engine of vLLM 0.33 keeps to
+        ``--prefill-schedule-interval``. Neither holds prompts back that a step had no room for.
+        """
         interval, last, executed = (getattr(self, name, 0) for name in CADENCE_ATTRIBUTES)
-        due = executed + 1 - last >= interval
-        return interval > 1 and not (due or self.prefill_capacity_bound) and bool(decoding)
+        early = interval > 1 and executed + 1 - last < interval
+        return (throttled or early) and not self.prefill_capacity_bound
 
     def _free_slots(self) -> int:
         return free_slots(self)

@@ -26,7 +26,7 @@ from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.file_source import FileIdentity, read_blob
 from vllm_mm_ext.media.fetch.source import Fetched, Source, tighter
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.mm_ext")
 
 
 @dataclass(frozen=True)

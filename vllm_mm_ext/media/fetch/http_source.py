@@ -33,7 +33,7 @@ from vllm_mm_ext.media.fetch.freshness import StoredResponse, freshness_fields, 
 from vllm_mm_ext.media.fetch.http_body import NoRoomError, read_body
 from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.mm_ext")
 
 _MAX_REDIRECTS = 10
 _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})

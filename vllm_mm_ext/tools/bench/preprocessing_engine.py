@@ -1,6 +1,6 @@
 """Time on the preprocessing thread: what one side's multimodal processor takes per request.
 
-Run by ``preprocessing.py``: ``python -m vllm_mm_ext.tools.bench.preprocessing_engine SIDE MEDIA``.
+Run by ``preprocessing_bench.py`` as a module of its own, with ``SIDE MEDIA``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What one side's engine encodes and keeps: the measurements of ``segments`` inside an engine.
 
-Run by ``segments.py``: ``python -m vllm_mm_ext.tools.bench.segments_engine SIDE MODEL MEDIA``.
+Run by ``segments_bench.py`` as a module of its own, with ``SIDE MODEL MEDIA``.
 """
 
 from __future__ import annotations
