@@ -109,8 +109,6 @@ def _bound_in(owner: ast.ClassDef) -> Iterator[str]:
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             yield from (target.id for target in targets if isinstance(target, ast.Name))
-    attributes = (node for node in ast.walk(owner) if isinstance(node, ast.Attribute))
-    for node in attributes:
-        of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
-        if of_self and isinstance(node.ctx, ast.Store):
-            yield node.attr
+    for node in ast.walk(owner):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield from [node.attr] if ast.unparse(node.value) == "self" else []
