@@ -28,10 +28,9 @@ class FakeWorker:
         with self._theirs:
             try:
                 while True:
-                    order, (media,) = wire.receive(self._theirs, wire.decode_order)
+                    job, (media,) = wire.receive(self._theirs, wire.decode_job)
                     os.close(media)
-                    assert isinstance(order, wire.Job)
-                    self.talk(self._theirs, order.request)
+                    self.talk(self._theirs, job.request)
             except (EOFError, OSError, ValueError):
                 return
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from vllm_mm_ext.media.sampling.timeline import target_count
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.types import AudioStream, DecodeLimits, DecodeRequest, MediaInfo
 
 
 def frame_bytes(info: MediaInfo, request: DecodeRequest) -> int:
-    """Bytes of the frames of a job, taking it that it uses all frames it may.
+    """Bytes of the frames of a job, at most.
+
+    More than ``limits.max_output_bytes`` are never decoded.
 
     Raises:
         MediaError: See ``target_size``.
@@ -17,12 +20,14 @@ def frame_bytes(info: MediaInfo, request: DecodeRequest) -> int:
         return 0
     if sampling.indices is not None:
         count = len(sampling.indices)
-    else:
+    elif sampling.policy == "keyframe":
         count = min(sampling.max_frames, video.num_frames)
+    else:
+        count = target_count(info, sampling)
     height, width = target_size(
         request.size, width=video.width, height=video.height, num_frames=count
     )
-    return count * height * width * 3
+    return min(count * height * width * 3, request.limits.max_output_bytes)
 
 
 def audio_bytes(stream: AudioStream, limits: DecodeLimits, rate: int | None = None) -> int:

@@ -42,7 +42,7 @@ async def use_media(
 ) -> MediaUse[R]:
     """Resolve ``url`` and use what is there.
 
-    Where the content changes between the two, both are done once more with what is there then.
+    Where the content changes meanwhile, both are done once more with what is there then.
 
     Args:
         fetcher: Resolves the URL.
@@ -61,10 +61,11 @@ async def use_media(
         return await fetcher.resolve(url, timeout_s=timeout_s, max_bytes=max_bytes, claim=claim)
 
     started = time.perf_counter()
-    if content is None:
-        content = await resolve()
-    fetched = time.perf_counter()
     try:
+        # A file may also change while it is resolved, which can mean a wait for the media budget.
+        if content is None:
+            content = await resolve()
+        fetched = time.perf_counter()
         result = await use(content)
     except MediaChangedError:
         content = await resolve()

@@ -6,6 +6,7 @@ This module has the plugin's only context variable. The plugin reads it where vL
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,9 @@ from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.request.media_items import MediaItem, MediaModality
 from vllm_mm_ext.request.trace import RequestTrace
+
+# Reentrant: a garbage collection may end a request at any point.
+_claim_lock = threading.RLock()
 
 
 @dataclass(eq=False)
@@ -52,15 +56,18 @@ class RequestContext:
 
     def budget_claim(self, budget: MediaBudget) -> Claim:
         """The one claim of the conversation's media on the media budget; ``end_claim`` ends it."""
-        if self._budget_claim is None:
-            self._budget_claim = budget.claim()
-        return self._budget_claim
+        # Images ask on vLLM's event loop, videos and sound on the front-end's.
+        with _claim_lock:
+            if self._budget_claim is None:
+                self._budget_claim = budget.claim()
+            return self._budget_claim
 
     def end_claim(self) -> None:
         """Say that the conversation asks for no more bytes of the media budget."""
-        if self._budget_claim is not None:
-            self._budget_claim.end()
-            self._budget_claim = None
+        with _claim_lock:
+            claim, self._budget_claim = self._budget_claim, None
+        if claim is not None:
+            claim.end()
 
     def add(self, items: Sequence[MediaItem]) -> None:
         """Append items; the request reports them in this order."""

@@ -19,6 +19,7 @@ NEVER = [
     "fd00:ec2::254",
     "fd00:ec2::23",
     "fd20:ce::254",
+    "fd00:42::42",
     # The same IPv4 addresses, embedded in IPv6 ones.
     "::ffff:169.254.169.254",
     "::ffff:a9fe:a9fe",

@@ -3,6 +3,7 @@ import base64
 import gc
 import logging
 import os
+import resource
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from vllm_mm_ext.errors import (
+    BusyError,
     ForbiddenMediaError,
     MediaError,
     MediaTooLargeError,
@@ -22,8 +24,9 @@ from vllm_mm_ext.errors import (
     UnreachableMediaError,
 )
 from vllm_mm_ext.media.cache import ByteBudgetCache
-from vllm_mm_ext.media.fetch.blob import Blob, digest_of
+from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, digest_of
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
+from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.freshness import freshness_fields, judge
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -823,3 +826,22 @@ def _count_memfds() -> int:
         except OSError:
             continue
     return count
+
+
+async def test_a_server_without_descriptors_is_busy_and_the_file_is_not_at_fault(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(BODY)
+    source = FileSource(tmp_path, max_bytes=None)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(BusyError):
+            BlobWriter()
+        with pytest.raises(BusyError):
+            source._open(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

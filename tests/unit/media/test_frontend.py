@@ -257,8 +257,34 @@ async def test_media_that_changes_before_it_is_used_is_used_as_it_is_then(
             path.write_bytes(clips["b"].read_bytes())
         return await runtime.frontend.video(content, PLAN)
 
-    used = await use_media(fetcher, path.as_uri(), use, timeout_s=5)
+    claim = runtime.budget.claim()
+    used = await use_media(fetcher, path.as_uri(), use, claim=claim, timeout_s=5)
     assert len(tried) == 2
     assert used.content.digest == tried[1] != tried[0]
     expected = await runtime.frontend.video(await resolve(runtime, clips["b"]), PLAN)
     assert used.result.frames.digest == expected.frames.digest
+
+
+async def test_a_file_that_changes_while_it_waits_to_be_read_is_used_as_it_is_then(
+    runtime: Runtime, clips: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "changing.mp4"
+    path.write_bytes(clips["a"].read_bytes())
+    waits = path.stat().st_size
+    runtime.budget.max_bytes = waits
+    older = runtime.budget.claim()
+    held = await older.acquire(1)
+
+    async def use(content: MediaRef) -> str:
+        return content.digest
+
+    claim = runtime.budget.claim()
+    fetcher = runtime.fetcher(tmp_path, ())
+    used = asyncio.create_task(use_media(fetcher, path.as_uri(), use, claim=claim, timeout_s=5))
+    while not runtime.budget.stats()["waiting"]:
+        await asyncio.sleep(0.001)
+    path.write_bytes(clips["b"].read_bytes())
+    runtime.budget.max_bytes = 1 << 30
+    older.end()
+    held.release()
+    assert (await used).result == (await resolve(runtime, clips["b"])).digest

@@ -301,7 +301,6 @@ class SizingWorker(FakeWorker):
 
     def talk(self, sock, _request):
         wire.send(sock, wire.Reserve(10))
-        wire.receive(sock, wire.decode_order)
         sock.close()
 
 

@@ -205,3 +205,14 @@ def test_frames_an_edit_list_hides_are_not_counted(tmp_path):
     info = probe(str(path), LIMITS)
     assert info.video is not None
     assert info.video.num_frames == len(decoded_times(path))
+
+
+def test_a_header_that_claims_less_than_no_time_counts_as_one_that_claims_none(tmp_path):
+    path = make_audio(tmp_path / "a.mkv", duration=1.0, codec="flac").path
+    data = bytearray(path.read_bytes())
+    place = data.index(b"\x44\x89\x88") + 3  # Matroska's Duration, a float of 8 bytes.
+    data[place : place + 8] = struct.pack(">d", -1e9)
+    # The duration of the stream itself.
+    path.write_bytes(data.replace(b"DURATION", b"DURATIOX"))
+    info = probe(str(path), LIMITS)
+    assert (info.duration, info.audio[0].duration) == (0, 0)

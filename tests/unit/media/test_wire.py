@@ -88,11 +88,10 @@ def test_arrays_arrive_with_the_types_that_their_fields_declare() -> None:
         assert column.dtype == getattr(TABLE, name).dtype
 
 
-def test_an_order_arrives_as_it_was_sent() -> None:
+def test_a_job_arrives_as_it_was_sent() -> None:
     spec = SamplingSpec("explicit", indices=(1, 5))
     request = replace(REQUEST, sampling=spec, info=PROBED.info)
-    arrived = wire.decode_order(wire.encode(wire.Job(request)))
-    assert isinstance(arrived, wire.Job)
+    arrived = wire.decode_job(wire.encode(wire.Job(request)))
     assert replace(arrived.request, info=None) == replace(request, info=None)
     assert arrived.request.info == PROBED.info
 
@@ -179,6 +178,8 @@ NAN = float("nan")
     "reply",
     [
         wire.Probed(replace(INFO, duration=NAN), {}),
+        wire.Probed(replace(INFO, duration=-1.0), {}),
+        wire.Probed(replace(INFO, audio=(replace(INFO.audio[0], duration=-1.0),)), {}),
         wire.Probed(replace(INFO, num_bytes=-1), {}),
         wire.Probed(replace(INFO, container="x" * 1000), {}),
         wire.Probed(replace(INFO, video=replace(VIDEO, width=0)), {}),

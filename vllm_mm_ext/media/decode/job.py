@@ -53,7 +53,7 @@ def run_job(
         request: What to do.
         allocate: Makes the memory of the result's ``frames`` and ``audio``.
         reserve: The job calls this once, before it decodes, with the bytes that frames and audio
-            will take; it may block until there is room.
+            will take.
 
     Returns:
         What was asked for, with the packet table of the file.

@@ -215,7 +215,6 @@ class DecodePool:
             if isinstance(reply, wire.Reserve):
                 check_reservation(reply.num_bytes, request)
                 self._tell_size(job, reply.num_bytes)
-                wire.send(worker.sock, wire.Proceed(), (), job.deadline)
                 reply, fds = self._reply(job, worker)
             if isinstance(reply, wire.Probed | wire.Decoded):
                 return _unpack(reply, fds, request)

@@ -104,7 +104,8 @@ def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaIn
         return None
     if any(stream.codec_context.sample_rate <= 0 for stream in audio):
         return None
-    claimed = container.duration / av.time_base if container.duration else 0.0
+    # A hostile header may say less than nothing.
+    claimed = max(0.0, container.duration / av.time_base) if container.duration else 0.0
     described, packets = None, None
     if video is not None:
         width, height = video.codec_context.width, video.codec_context.height

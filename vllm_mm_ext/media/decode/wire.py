@@ -64,12 +64,11 @@ class Job(_Message):
     request: DecodeRequest
 
 
-class Proceed(_Message):
-    """Pool to worker, in answer to ``Reserve``: there is room now."""
-
-
 class Reserve(_Message):
-    """Worker to pool: the job is about to make this many bytes of frames and sound."""
+    """Worker to pool: the job is about to make this many bytes of frames and sound.
+
+    The pool does not answer: it has acquired as many already, as far as they could be told before.
+    """
 
     num_bytes: int
 
@@ -157,7 +156,6 @@ _ERRORS: dict[str, type[MediaError]] = {
 }
 
 Reply = Reserve | Probed | Decoded | Failed | Broken
-Order = Job | Proceed
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -184,17 +182,17 @@ def _typed(kind: Any, value: object) -> Any:
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply, dec_hook=_typed)
-_orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order, dec_hook=_typed)
+_jobs: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job, dec_hook=_typed)
 
 
-def encode(message: Reply | Order) -> bytes:
+def encode(message: Reply | Job) -> bytes:
     """The bytes of a message."""
     return _encoder.encode(message)
 
 
-def decode_order(payload: bytes | bytearray) -> Order:
+def decode_job(payload: bytes | bytearray) -> Job:
     """What the pool wants of its worker."""
-    return _orders.decode(payload)
+    return _jobs.decode(payload)
 
 
 def decode_reply(payload: bytes | bytearray) -> Reply:
@@ -245,7 +243,7 @@ def num_arrays(reply: Reply) -> int:
 
 def send(
     sock: socket.socket,
-    message: Reply | Order,
+    message: Reply | Job,
     fds: Sequence[int] = (),
     deadline: float | None = None,
 ) -> None:
@@ -277,7 +275,7 @@ def receive(
 
     Args:
         sock: Stream socket.
-        decode: ``decode_reply`` or ``decode_order``.
+        decode: ``decode_reply`` or ``decode_job``.
         deadline: ``time.monotonic()`` value to give up at.
         max_bytes: A longer message is not read.
 

@@ -128,7 +128,7 @@ def check_info(info: MediaInfo) -> None:
         MalformedMessageError: A value is out of its range, or values contradict each other.
     """
     require(len(info.container) <= _MAX_NAME and info.num_bytes >= 0, "container")
-    require(math.isfinite(info.duration), "duration")
+    require(math.isfinite(info.duration) and info.duration >= 0, "duration")
     require(len(info.audio) <= _MAX_STREAMS, "number of streams")
     for sound in info.audio:
         _check_audio(sound)
@@ -141,7 +141,7 @@ def check_info(info: MediaInfo) -> None:
 def _check_audio(stream: AudioStream) -> None:
     require(len(stream.codec) <= _MAX_NAME and stream.index >= 0, "audio stream")
     require(stream.sample_rate > 0 and stream.channels >= 0, "audio stream")
-    require(math.isfinite(stream.duration), "duration")
+    require(math.isfinite(stream.duration) and stream.duration >= 0, "duration")
 
 
 def _check_video(stream: VideoStream) -> None:

@@ -5,7 +5,7 @@ loads neither torch nor vLLM, and a crash of FFmpeg ends the worker alone. A wor
 a time:
 
     pool → worker  ``Job`` with the descriptor of the media
-    worker → pool  ``Reserve`` before it decodes; the pool answers ``Proceed`` when there is room
+    worker → pool  ``Reserve`` before it decodes
     worker → pool  ``Probed``, or ``Decoded`` with the descriptors of the arrays; ``Failed`` if the
                    media cannot be served, ``Broken`` if the worker itself is at fault
 
@@ -72,12 +72,11 @@ def main(sock: socket.socket) -> None:
     threading.Thread(target=_die_with_parent, args=(sock, os.getppid()), daemon=True).start()
     while True:
         try:
-            order, (media,) = wire.receive(sock, wire.decode_order)
+            job, (media,) = wire.receive(sock, wire.decode_job)
         except (EOFError, OSError):
             return
         try:
-            assert isinstance(order, wire.Job)
-            _serve(sock, order.request, media)
+            _serve(sock, job.request, media)
         finally:
             os.close(media)
 
@@ -91,7 +90,6 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
 
     def reserve(num_bytes: int) -> None:
         wire.send(sock, wire.Reserve(num_bytes))
-        wire.receive(sock, wire.decode_order)
 
     try:
         result = run_job(f"/proc/self/fd/{media}", request, memory.allocate, reserve)

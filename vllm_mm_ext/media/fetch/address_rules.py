@@ -21,13 +21,14 @@ from ipaddress import (
 Address = IPv4Address | IPv6Address
 
 # Services of clouds that give credentials to whoever can reach them, outside the link-local range:
-# AWS (metadata, DNS, time and EKS pod identity over IPv6), Google Cloud over IPv6, Alibaba Cloud,
-# Oracle Cloud, and Azure's WireServer.
+# AWS (metadata, DNS, time and EKS pod identity over IPv6), Google Cloud and Scaleway over IPv6,
+# Alibaba Cloud, Oracle Cloud, and Azure's WireServer.
 _METADATA: tuple[IPv4Network | IPv6Network, ...] = tuple(
     ip_network(text)
     for text in (
         "fd00:ec2::/32",
         "fd20:ce::254/128",
+        "fd00:42::42/128",
         "100.100.100.200/32",
         "192.0.0.192/32",
         "168.63.129.16/32",

@@ -13,7 +13,7 @@ from typing import Self
 
 from blake3 import blake3
 
-from vllm_mm_ext.errors import MediaTooLargeError
+from vllm_mm_ext.errors import BusyError, MediaTooLargeError
 from vllm_mm_ext.media.fetch.byte_gate import Lease
 
 # memfd_create and file seals exist on Linux only; elsewhere an unlinked temporary file serves.
@@ -98,6 +98,9 @@ class BlobWriter:
     Args:
         max_bytes: Most bytes that the blob may have; None for no limit.
         what: What the error message calls the source.
+
+    Raises:
+        BusyError: The process has no descriptor left.
     """
 
     def __init__(self, max_bytes: int | None = None, what: str = "The media") -> None:
@@ -105,19 +108,26 @@ class BlobWriter:
         self.what = what
         self.size = 0
         self._hash = blake3()
-        self._fd = _create_fd()
+        try:
+            self._fd = _create_fd()
+        except OSError as error:
+            raise out_of_resources(error) from None
 
     def append(self, chunk: bytes | bytearray | memoryview) -> None:
         """Add ``chunk`` at the end.
 
         Raises:
             MediaTooLargeError: The total would pass ``max_bytes``; nothing is written.
+            BusyError: The system has no memory left for it.
         """
         check_size(self.size + len(chunk), self.max_bytes, self.what)
         view = memoryview(chunk)
         self._hash.update(view)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise out_of_resources(error) from None
         self.size += len(chunk)
 
     def finish(self) -> Blob:
@@ -152,6 +162,11 @@ def check_size(size: int, max_bytes: int | None, what: str = "The media") -> Non
         raise MediaTooLargeError(
             f"{what} has at least {size} bytes; the limit is {max_bytes} bytes.", value=size
         )
+
+
+def out_of_resources(error: OSError) -> BusyError:
+    """What a client is told when the server, and not the media, is why a file cannot be held."""
+    return BusyError(f"The server cannot take more media at present: {error.strerror}.")
 
 
 def _create_fd() -> int:

@@ -231,11 +231,11 @@ class _Waiter:
 
     def wake(self) -> None:
         """Let the caller see what was decided."""
-        if self.loop.is_closed():
-            # Nobody is left to release them.
-            self.lease._add(-self.lease.num_bytes)
-        else:
+        try:
             self.loop.call_soon_threadsafe(self.decided.set)
+        except RuntimeError:
+            # The loop is closed: nobody is left to release them.
+            self.lease._add(-self.lease.num_bytes)
 
 
 class MediaBudget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 import threading
@@ -15,7 +16,7 @@ from cachetools import LRUCache
 from urllib3.util import parse_url
 
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
-from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
+from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size, out_of_resources
 from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.source import Fetched, MediaChangedError, tighter
 
@@ -25,6 +26,8 @@ _READ_CHUNK = 1 << 20
 # system's clock. The coarsest clock in use ticks every 2 s (FAT). The identity of a file that
 # changed less than 2 s ago therefore proves nothing: such a file is read and hashed each time.
 _RACY_NS = 2_000_000_000
+# Reasons not to open a file that lie with the server.
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class FileIdentity(NamedTuple):
@@ -164,6 +167,8 @@ class FileSource:
         except FileNotFoundError:
             raise UnreachableMediaError("The file does not exist.") from None
         except OSError as error:
+            if error.errno in _OURS:
+                raise out_of_resources(error) from None
             raise UnreachableMediaError(f"The file cannot be opened: {error.strerror}.") from None
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
