@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+from vllm_mm_ext.composer import hf_processor as _registers_itself  # noqa: F401
 from vllm_mm_ext.testing.checkpoints import FAMILIES, build, checkpoint
 
 PLACEHOLDERS = {
