@@ -73,7 +73,8 @@ async def _levels(server: Server, urls: list[str]) -> list[int]:
     return levels
 
 
-@pytest.mark.parametrize("plugin_scheduler", [False, True])
+# With vLLM's own scheduler the stat logger alone publishes, which takes a server of its own.
+@pytest.mark.parametrize("plugin_scheduler", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_all_api_servers_share_a_tier_that_follows_the_load(
     tmp_path: Path, plugin_scheduler: bool
 ) -> None:

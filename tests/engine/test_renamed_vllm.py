@@ -30,6 +30,8 @@ RENAMED = (
     "default_chat_tok_params",
     "_get_cache_missing_items",
     "get_core_engine_for_request",
+    "_merge_mm_kwargs",
+    "_process_mm_uuids",
     "_try_schedule_encoder_inputs",
     "get_freed_mm_hashes",
 )
