@@ -30,7 +30,8 @@ from vllm_mm_ext.adapters import runtime as runtime_module
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
 from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime
 from vllm_mm_ext.config.root import MMExtConfig
-from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease
+from vllm_mm_ext.media.fetch.byte_gate import Claim
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.request.context import RequestContext, claim_while_rendered, enter_request
 from vllm_mm_ext.testing.media import make_audio, make_clip
@@ -319,9 +320,9 @@ def test_images_of_a_request_count_in_its_share_of_the_media_budget(
     asked: list[Claim] = []
     grow = Claim.grow
 
-    def seen(claim: Claim, lease: Lease, num_bytes: int) -> bool:
+    def seen(claim: Claim, lease: Lease, num_bytes: int, spare: int) -> bool:
         asked.append(claim)
-        return grow(claim, lease, num_bytes)
+        return grow(claim, lease, num_bytes, spare)
 
     monkeypatch.setattr(Claim, "grow", seen)
     context = RequestContext()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MIB, MMExtConfig
+from vllm_mm_ext.errors import BusyError
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
@@ -156,6 +157,8 @@ def _close(loop: LoopThread, frontend: MediaFrontend, fetchers: Mapping[Any, Med
 
 _lock = threading.Lock()
 _runtimes: weakref.WeakKeyDictionary[Any, Runtime] = weakref.WeakKeyDictionary()
+# Renderers whose engine has been shut down; requests may still be under way.
+_ended: weakref.WeakSet[Any] = weakref.WeakSet()
 _unowned: Runtime | None = None
 _numbers = itertools.count()
 
@@ -177,6 +180,7 @@ def attach_runtime(config: MMExtConfig, traits: ModelTraits, renderer: Any = Non
         _unowned = runtime if renderer is None else None
         if renderer is not None:
             _runtimes[renderer] = runtime
+            _ended.discard(renderer)
         return runtime
 
 
@@ -188,6 +192,8 @@ def detach_runtime(renderer: Any = None) -> None:
             runtime, _unowned = _unowned, None
         else:
             runtime = _runtimes.pop(renderer, None)
+            if runtime is not None:
+                _ended.add(renderer)
     if runtime is not None:
         runtime.close()
 
@@ -196,10 +202,16 @@ def runtime_of(renderer: Any) -> Runtime:
     """The runtime of a renderer.
 
     Args:
-        renderer: vLLM's renderer. Where it is None or has no runtime, as in code that uses a
+        renderer: vLLM's renderer. Where it is None or never had a runtime, as in code that uses a
             connector or loader by itself, the runtime is that of ``current_runtime``.
+
+    Raises:
+        BusyError: The renderer's runtime has ended: another one has other settings, such as those
+            on which addresses may be contacted.
     """
     with _lock:
+        if renderer is not None and renderer in _ended:
+            raise BusyError("The server's engine is being shut down.")
         found = None if renderer is None else _runtimes.get(renderer)
     return found or current_runtime()
 

@@ -15,7 +15,8 @@ from typing import Generic, TypeVar
 
 from cachetools import Cache, LRUCache
 
-from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease, RequestTooLargeError
+from vllm_mm_ext.media.fetch.byte_gate import Claim, RequestTooLargeError
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -222,7 +223,7 @@ class SingleFlight(Generic[K, V]):
             key: What the work is about.
             factory: Begins the work.
             claim: With which ``factory`` would wait for the media budget; the claim of the caller
-                that began the work waits for all callers (``Claim.joined_by``).
+                that began the work waits for all callers (``Claim.joined_by``) until they leave.
         """
         while True:
             flight = self._join_or_start(key, factory, claim)
@@ -235,7 +236,7 @@ class SingleFlight(Generic[K, V]):
                 if flight.claim is claim:
                     raise
             finally:
-                self._leave(key, flight)
+                self._leave(key, flight, claim)
                 del flight
 
     def __len__(self) -> int:
@@ -279,7 +280,9 @@ class SingleFlight(Generic[K, V]):
         else:
             flight.result.set_result(task.result())
 
-    def _leave(self, key: K, flight: _Flight[V]) -> None:
+    def _leave(self, key: K, flight: _Flight[V], claim: Claim | None) -> None:
+        if claim is not None and flight.claim is not None:
+            flight.claim.left_by(claim)
         with self._lock:
             flight.waiters -= 1
             if flight.waiters or flight.result.done():

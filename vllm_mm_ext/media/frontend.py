@@ -22,7 +22,7 @@ from vllm_mm_ext.media.audio import waveforms as audio_ops
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.fetch.blob import Blob
-from vllm_mm_ext.media.fetch.byte_gate import Lease
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.output_bytes import audio_bytes, frame_bytes
 from vllm_mm_ext.media.payload import SampledFrames, Waveform

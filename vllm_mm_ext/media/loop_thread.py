@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+# Lookups of host names that wait for name servers at the same time.
+_LOOKUPS = 16
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Looks host names up in threads of its own: dead name servers hold up no other blocking call.
+
+    Attributes:
+        lookups: Those threads.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.lookups = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix=f"{name}-dns")
+
+    async def getaddrinfo(self, host: Any, port: Any, **hints: int) -> list[Any]:  # type: ignore[override]
+        """See ``AbstractEventLoop.getaddrinfo``."""
+        look_up = partial(socket.getaddrinfo, host, port, **hints)
+        return await self.run_in_executor(self.lookups, look_up)
 
 
 class LoopThread:
@@ -30,7 +53,7 @@ class LoopThread:
     """
 
     def __init__(self, name: str, workers: int = 16) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = _Loop(name)
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix=name)
         self.loop.set_default_executor(self._executor)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -66,4 +89,5 @@ class LoopThread:
             await last
         finally:
             self._executor.shutdown(wait=False)
+            self.loop.lookups.shutdown(wait=False)
             self.loop.stop()

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.errors import BusyError, MediaTooLargeError
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
-from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease, MediaBudget
+from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 
 BOUND = 100
 WORKERS = 2
@@ -264,6 +265,64 @@ async def test_shared_work_waits_with_the_number_of_the_oldest_that_waits_for_it
     assert (await flights.run("k", lambda: oldest.acquire(50), oldest)).num_bytes == 50
     assert await begun
     assert held.num_bytes == BOUND
+
+
+async def test_a_request_is_as_old_as_those_it_works_for_only_while_it_works_for_them() -> None:
+    budget = MediaBudget(BOUND)
+    flights: SingleFlight[str, None] = SingleFlight()
+    oldest, middle, younger = budget.claim(), budget.claim(), budget.claim()
+    held = await oldest.acquire(BOUND)
+    later = asyncio.create_task(middle.acquire(60))
+    await turns(2)
+    works = {name: asyncio.Event() for name in "ab"}
+
+    async def work(name: str) -> None:
+        await works[name].wait()
+
+    runs = {
+        name: [
+            asyncio.create_task(flights.run(name, lambda n=name: work(n), claim))
+            for claim in (younger, oldest)
+        ]
+        for name in works
+    }
+    await turns(2)
+    works["a"].set()
+    await asyncio.gather(*runs["a"])
+    # It still works for the oldest request, which never waits.
+    assert younger.grow(younger.lease(), 1)
+    runs["b"][1].cancel()
+    await asyncio.wait([runs["b"][1]])
+    assert not younger.grow(younger.lease(), 1)
+    waiting = asyncio.create_task(younger.acquire(50))
+    held.release()
+    assert (await later).num_bytes == 60
+    await turns(2)
+    assert not waiting.done()
+    waiting.cancel()
+    works["b"].set()
+    await runs["b"][0]
+
+
+async def test_what_is_only_guessed_makes_no_request_too_large() -> None:
+    budget = MediaBudget(BOUND)
+    claim = budget.claim()
+    await claim.acquire(60)
+    assert (await claim.acquire(80, sure=30)).num_bytes == 40
+    with pytest.raises(MediaTooLargeError, match="at least 130 bytes"):
+        await claim.acquire(80, sure=30)
+
+
+def test_a_lease_grows_by_spare_bytes_as_far_as_there_is_room() -> None:
+    budget = MediaBudget(BOUND)
+    oldest, claim = budget.claim(), budget.claim()
+    assert oldest.grow(oldest.lease(), 60)
+    lease = claim.lease()
+    assert claim.grow(lease, 10, spare=20)
+    assert lease.num_bytes == 30
+    assert claim.grow(lease, 5, spare=20)
+    assert lease.num_bytes == 40
+    assert not claim.grow(lease, 1)
 
 
 def test_arrays_count_until_their_last_view_is_gone() -> None:

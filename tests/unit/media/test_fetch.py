@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
 
+import pybase64
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
@@ -756,6 +757,36 @@ class TestData:
 
         monkeypatch.setattr("pybase64.b64decode", no_decode)
         assert (await get(fetcher, "".join(url))).digest == first.digest
+
+    async def test_decoding_ends_when_nobody_waits_for_it(
+        self, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+        decode, close = pybase64.b64decode, BlobWriter.close
+        chunks = 0
+
+        def slow(text: str, **options: bool) -> bytes:
+            nonlocal chunks
+            chunks += 1
+            begun.set()
+            go_on.wait()
+            return decode(text, **options)
+
+        def seen(writer: BlobWriter) -> None:
+            close(writer)
+            ended.set()
+
+        monkeypatch.setattr("pybase64.b64decode", slow)
+        monkeypatch.setattr(BlobWriter, "close", seen)
+        fetcher = make_fetcher()
+        task = asyncio.create_task(get(fetcher, _data_url(bytes(8 << 20))))
+        await asyncio.to_thread(begun.wait)
+        task.cancel()
+        while fetcher.budget.used:
+            await asyncio.sleep(0.01)
+        go_on.set()
+        await asyncio.to_thread(ended.wait)
+        assert chunks == 1
 
     async def test_evicted_data_is_decoded_again(self, make_fetcher: MakeFetcher) -> None:
         fetcher = make_fetcher(cache_bytes=0)

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from vllm_mm_ext.errors import MediaTooLargeError
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob
-from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
+from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.download_cache import DownloadCacheSettings
 from vllm_mm_ext.media.fetch.fetcher import BusyError, MediaFetcher, MediaRef
 from vllm_mm_ext.testing.origin import Origin, Resource
@@ -84,6 +86,12 @@ async def start(fetcher: MediaFetcher, url: str, arrived: int = 1) -> Download:
     return task
 
 
+async def fill(fetcher: MediaFetcher, origin: Origin, hold: threading.Event) -> Download:
+    """Start a download of 4 MiB, and wait until 2 MiB have arrived, which its origin sends first."""
+    url = origin.serve("/first", Resource(b"1" * 4 * MIB, hold=hold))
+    return await start(fetcher, url, arrived=2 * MIB)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until something is so."""
     while not condition():
@@ -99,7 +107,7 @@ async def test_an_item_waits_for_room_without_a_connection_and_is_then_read(
     make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
 ) -> None:
     fetcher = make_fetcher(2 * MIB)
-    first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
+    first = await fill(fetcher, origin, hold)
     url = origin.serve("/second", Resource(b"2" * 2 * MIB))
     second = asyncio.create_task(fetcher.resolve(url, timeout_s=1))
     await until(lambda: waiting(fetcher) == 1)
@@ -138,7 +146,7 @@ async def test_local_files_and_data_urls_wait_like_downloads(
     place: Callable[[Path, int], str],
 ) -> None:
     fetcher = make_fetcher(2 * MIB)
-    first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
+    first = await fill(fetcher, origin, hold)
     second = asyncio.create_task(fetcher.resolve(place(tmp_path, MIB), timeout_s=1))
     await until(lambda: waiting(fetcher) == 1)
     gone = asyncio.create_task(fetcher.resolve(place(tmp_path, MIB + 1), timeout_s=1))
@@ -173,6 +181,80 @@ async def test_slow_bodies_of_unknown_length_do_not_hold_up_others(
     assert [(await task).size for task in slow] == [100] * 6
 
 
+async def test_what_slow_origins_announce_does_not_hold_up_others(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
+) -> None:
+    fetcher = make_fetcher(64 * MIB)
+    slow = [
+        await start(
+            fetcher,
+            origin.serve(f"/slow/{k}", Resource(b"s" * 100, content_length=200 * MIB, hold=hold)),
+            arrived=k + 1,
+        )
+        for k in range(8)
+    ]
+    assert waiting(fetcher) == 0
+    url = origin.serve("/large", Resource(b"1" * 40 * MIB))
+    assert (await fetcher.resolve(url, timeout_s=30)).size == 40 * MIB
+    assert not any(task.done() for task in slow)
+    hold.set()
+    await asyncio.wait(slow)
+
+
+async def test_an_origin_that_was_waited_for_holds_no_more_than_it_has_earned(
+    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
+) -> None:
+    fetcher = make_fetcher(32 * MIB)
+    oldest = fetcher.budget.claim()
+    held = await oldest.acquire(32 * MIB)
+    url = origin.serve("/slow", Resource(b"s" * 100, content_length=30 * MIB, hold=hold))
+    slow = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
+    await until(lambda: waiting(fetcher) == 1)
+    held.release()
+    await until(lambda: origin.requests["/slow"] == 2)
+    assert fetcher.budget.used <= 2 * MIB
+    hold.set()
+    await asyncio.wait([slow])
+
+
+async def test_a_small_body_asks_once_for_no_more_than_its_length(
+    make_fetcher: MakeFetcher, origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    grow = Claim.grow
+
+    def seen(claim: Claim, lease: Lease, num_bytes: int, spare: int = 0) -> bool:
+        asked.append(num_bytes + spare)
+        return grow(claim, lease, num_bytes, spare)
+
+    monkeypatch.setattr(Claim, "grow", seen)
+    url = origin.serve("/small", Resource(b"1" * 700_000))
+    await make_fetcher(8 * MIB).resolve(url, timeout_s=30)
+    assert asked == [700_000]
+
+
+async def test_a_request_whose_bodies_of_unknown_length_fit_is_not_too_large(
+    make_fetcher: MakeFetcher, origin: Origin
+) -> None:
+    fetcher = make_fetcher(24 * MIB)
+    claim = fetcher.budget.claim()
+    refs = [
+        await fetcher.resolve(
+            origin.serve(f"/{k}", Resource(bytes(11 * MIB), chunked=True)),
+            timeout_s=30,
+            claim=claim,
+        )
+        for k in range(2)
+    ]
+    assert [ref.size for ref in refs] == [11 * MIB] * 2
+    with pytest.raises(MediaTooLargeError, match="past the limit"):
+        await fetcher.resolve(
+            origin.serve("/third", Resource(bytes(4 * MIB), chunked=True)),
+            timeout_s=30,
+            claim=claim,
+        )
+
+
 @pytest.mark.parametrize(
     "resource",
     [
@@ -183,30 +265,29 @@ async def test_slow_bodies_of_unknown_length_do_not_hold_up_others(
     ids=["known length", "unknown length", "length before decompression"],
 )
 async def test_no_room_in_time_is_an_error_that_says_so(
-    make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event, resource: Resource
+    make_fetcher: MakeFetcher, origin: Origin, resource: Resource
 ) -> None:
     fetcher = make_fetcher(2 * MIB, max_retries=3, max_wait_s=0.2)
-    first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
+    oldest = fetcher.budget.claim()
+    await oldest.acquire(2 * MIB)
     with pytest.raises(BusyError, match=rf"busy .* within 0\.2 s.* at most {2 * MIB} bytes"):
         await fetcher.resolve(origin.serve("/second", resource), timeout_s=30)
     assert origin.requests["/second"] == 1
-    hold.set()
-    assert (await first).size == 2 * MIB
 
 
 async def test_a_body_that_outgrows_what_is_left_is_read_again_when_there_is_room(
     make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
 ) -> None:
     fetcher = make_fetcher(24 * MIB)
-    # Held at 10 MiB, for which it has taken 16 and a little.
-    first = origin.serve("/first", Resource(bytes(20 * MIB), chunked=True, hold=hold))
-    running = await start(fetcher, first, arrived=16 * MIB)
+    # Held at 15 MiB.
+    first = origin.serve("/first", Resource(bytes(30 * MIB), chunked=True, hold=hold))
+    running = await start(fetcher, first, arrived=15 * MIB)
     url = origin.serve("/second", Resource(bytes(12 * MIB), chunked=True))
     second = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
     await until(lambda: waiting(fetcher) == 1)
     assert fetcher.budget.used < 24 * MIB
     hold.set()
-    assert (await running).size == 20 * MIB
+    assert (await running).size == 30 * MIB
     del running
     assert (await second).size == 12 * MIB
     del second
@@ -227,9 +308,7 @@ async def test_downloads_kept_on_disk_wait_like_those_from_an_origin(
     url = origin.serve("/second", Resource(b"2" * MIB))
     await make_fetcher(2 * MIB, download_cache=kept).resolve(url, timeout_s=30)
     fetcher = make_fetcher(2 * MIB, download_cache=kept)
-    first = await start(
-        fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)), arrived=2 * MIB
-    )
+    first = await fill(fetcher, origin, hold)
     second = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
     await until(lambda: waiting(fetcher) == 1)
     hold.set()
@@ -253,9 +332,7 @@ async def test_a_download_that_went_from_the_disk_while_it_waited_is_asked_for(
     url = origin.serve("/second", Resource(b"2" * MIB))
     await make_fetcher(2 * MIB, download_cache=kept).resolve(url, timeout_s=30)
     fetcher = make_fetcher(2 * MIB, download_cache=kept)
-    first = await start(
-        fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)), arrived=2 * MIB
-    )
+    first = await fill(fetcher, origin, hold)
     second = asyncio.create_task(fetcher.resolve(url, timeout_s=30))
     await until(lambda: waiting(fetcher) == 1)
     for file in kept.directory.iterdir():
@@ -273,7 +350,7 @@ async def test_images_wait_like_videos(
     make_fetcher: MakeFetcher, origin: Origin, hold: threading.Event
 ) -> None:
     fetcher = make_fetcher(2 * MIB)
-    first = await start(fetcher, origin.serve("/first", Resource(b"1" * 2 * MIB, hold=hold)))
+    first = await fill(fetcher, origin, hold)
     url = origin.serve("/second", Resource(b"2" * MIB))
     second = asyncio.create_task(fetcher.download(url, timeout_s=30))
     await until(lambda: waiting(fetcher) == 1)

@@ -14,7 +14,7 @@ from typing import Self
 from blake3 import blake3
 
 from vllm_mm_ext.errors import BusyError, MediaTooLargeError
-from vllm_mm_ext.media.fetch.byte_gate import Lease
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 
 # memfd_create and file seals exist on Linux only; elsewhere an unlinked temporary file serves.
 _HAS_MEMFD = hasattr(os, "memfd_create")

@@ -40,93 +40,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
-
-import numpy.typing as npt
 
 from vllm_mm_ext.errors import BusyError, MediaTooLargeError
+from vllm_mm_ext.media.fetch.byte_lease import Account, Lease
 
 
 class RequestTooLargeError(MediaTooLargeError):
     """All media of a request together are more than the budget; a part of them may not be."""
-
-
-class _Account:
-    """Bytes that count for one request now."""
-
-    __slots__ = ("held",)
-
-    def __init__(self) -> None:
-        self.held = 0
-
-
-class Lease:
-    """Bytes of the budget that one file, or the arrays of one decode, hold.
-
-    All methods may be called from any thread, a garbage collection included.
-
-    Attributes:
-        num_bytes: Bytes held, whether they count in the media budget or in a cache's.
-    """
-
-    __slots__ = ("_account", "_budget", "_cached", "num_bytes")
-
-    def __init__(self, budget: MediaBudget, account: _Account) -> None:
-        self.num_bytes = 0
-        self._budget = budget
-        self._account = account
-        self._cached = False
-
-    def resize(self, num_bytes: int) -> None:
-        """Hold this many bytes from now on, without waiting: for when the real size is known."""
-        self._budget._post(lambda: self._add(num_bytes - self.num_bytes))
-
-    def release(self) -> None:
-        """Hold nothing any more. Calls after the first have no effect."""
-        self.resize(0)
-
-    def move(self) -> Lease:
-        """A lease of the same bytes; this one holds nothing any more."""
-        moved = Lease(self._budget, self._account)
-        self._budget._post(lambda: self._move(moved))
-        return moved
-
-    def follow(self, *arrays: npt.NDArray[Any]) -> None:
-        """Hold the bytes of ``arrays``, each until it and all its views are gone.
-
-        Args:
-            arrays: They must own their memory, or be the first array over it: views of another
-                array do not keep that array's view, but its base.
-        """
-        self.resize(sum(array.nbytes for array in arrays))
-        for array in arrays:
-            weakref.finalize(array, self._give_back, array.nbytes).atexit = False
-
-    def count_in_cache(self, cached: bool) -> None:
-        """Say whether a cache counts these bytes at present; if so, the media budget does not."""
-        self._budget._post(lambda: self._set_cached(cached))
-
-    def _give_back(self, num_bytes: int) -> None:
-        self._budget._post(lambda: self._add(-min(num_bytes, self.num_bytes)))
-
-    # --- under the budget's lock ------------------------------------------------------------------
-
-    def _add(self, num_bytes: int) -> None:
-        self.num_bytes += num_bytes
-        if not self._cached:
-            self._count(num_bytes)
-
-    def _move(self, to: Lease) -> None:
-        to.num_bytes, self.num_bytes = self.num_bytes, 0
-
-    def _set_cached(self, cached: bool) -> None:
-        if cached != self._cached:
-            self._cached = cached
-            self._count(-self.num_bytes if cached else self.num_bytes)
-
-    def _count(self, num_bytes: int) -> None:
-        self._account.held += num_bytes
-        self._budget._used += num_bytes
 
 
 class Claim:
@@ -137,19 +57,21 @@ class Claim:
 
     def __init__(self, budget: MediaBudget) -> None:
         self._budget = budget
-        self._account = _Account()
+        self._account = Account()
         self._number = math.inf
         # The requests that wait for work that this one began. Weak: two requests may wait for each
-        # other's work.
-        self._heirs: weakref.WeakSet[Claim] = weakref.WeakSet()
+        # other's work. With the number of works for which each waits.
+        self._heirs: weakref.WeakKeyDictionary[Claim, int] = weakref.WeakKeyDictionary()
         self._ended = False
 
-    async def acquire(self, num_bytes: int, *, beside: int = 0) -> Lease:
+    async def acquire(self, num_bytes: int, *, beside: int = 0, sure: int | None = None) -> Lease:
         """Wait for bytes.
 
         Args:
             num_bytes: How many; an upper estimate where the real number is not known.
             beside: Of the bytes this request holds, those that belong to the same media item.
+            sure: Where the number is a guess: the part of it that is needed in any case. Only this
+                part makes the request too large, and the lease may have no more.
 
         Returns:
             The bytes. The caller releases them, or has their lifetime do so (``Lease.follow``).
@@ -158,19 +80,26 @@ class Claim:
             BusyError: They did not become free in time.
             RequestTooLargeError: With the request's other media they are more than the budget.
         """
-        return await self._budget._acquire(_Waiter(self, num_bytes, beside))
+        return await self._budget._acquire(
+            _Waiter(self, num_bytes, beside, num_bytes if sure is None else sure)
+        )
 
     def lease(self) -> Lease:
         """A lease of no bytes, to grow."""
         return Lease(self._budget, self._account)
 
-    def grow(self, lease: Lease, num_bytes: int) -> bool:
+    def grow(self, lease: Lease, num_bytes: int, spare: int = 0) -> bool:
         """Add bytes to one of this request's leases at once, or not at all.
+
+        Args:
+            lease: Of this request.
+            num_bytes: How many.
+            spare: How many more to add, as far as there is room.
 
         Returns:
             Whether there was room. There is none for a new lease while older requests wait.
         """
-        return self._budget._grow(self, lease, num_bytes)
+        return self._budget._grow(self, lease, num_bytes, spare)
 
     def joined_by(self, other: Claim) -> None:
         """Let work of this request wait with the number of ``other``, if that is lower.
@@ -180,6 +109,11 @@ class Claim:
         """
         if other is not self:
             self._budget._join(self, other)
+
+    def left_by(self, other: Claim) -> None:
+        """Take back one call of ``joined_by``: the work is done, or ``other`` has given it up."""
+        if other is not self:
+            self._budget._post(partial(self._part, other))
 
     def end(self) -> None:
         """The request needs no more bytes; those it holds stay counted until they are released."""
@@ -200,6 +134,11 @@ class Claim:
         self._ended = True
         self._budget._forget(self._number)
 
+    def _part(self, other: Claim) -> None:
+        count = self._heirs.pop(other, 0) - 1
+        if count > 0:
+            self._heirs[other] = count
+
     def _rank(self) -> float:
         """The lowest number of the requests that wait for this one's work, itself included."""
         lowest, seen, left = math.inf, {id(self)}, [self]
@@ -217,9 +156,10 @@ class Claim:
 class _Waiter:
     """One call of ``Claim.acquire``."""
 
-    def __init__(self, claim: Claim, num_bytes: int, beside: int) -> None:
+    def __init__(self, claim: Claim, num_bytes: int, beside: int, sure: int) -> None:
         self.claim = claim
         self.num_bytes = num_bytes
+        self.sure = sure
         self.beside = beside
         self.lease = claim.lease()
         self.granted = False
@@ -317,7 +257,7 @@ class MediaBudget:
         with self._locked():
             self._waiters.pop(waiter, None)
 
-    def _grow(self, claim: Claim, lease: Lease, num_bytes: int) -> bool:
+    def _grow(self, claim: Claim, lease: Lease, num_bytes: int, spare: int) -> bool:
         with self._locked():
             claim._enter()
             rank = claim._rank()
@@ -326,14 +266,15 @@ class MediaBudget:
                 return False
             if self._too_many(claim, num_bytes, lease.num_bytes):
                 return False
-            lease._add(num_bytes)
+            free = max(self.max_bytes - self._used - num_bytes, 0)
+            lease._add(num_bytes + min(spare, free))
             self._peak = max(self._peak, self._used)
             return True
 
     def _join(self, claim: Claim, other: Claim) -> None:
         with self._locked():
             other._enter()
-            claim._heirs.add(other)
+            claim._heirs[other] = claim._heirs.get(other, 0) + 1
 
     # --- under the lock ---------------------------------------------------------------------------
 
@@ -341,11 +282,16 @@ class MediaBudget:
         while self._waiters:
             # The first of equals: the items of one request in the order in which it asked.
             waiter = min(self._waiters, key=lambda waiter: waiter.claim._rank())
-            waiter.too_many = self._too_many(waiter.claim, waiter.num_bytes, waiter.beside)
+            waiter.too_many = self._too_many(waiter.claim, waiter.sure, waiter.beside)
             if not waiter.too_many:
-                if not self._may_have(waiter.claim._rank(), waiter.num_bytes):
+                num_bytes = waiter.num_bytes
+                if waiter.sure < num_bytes:
+                    # Beside the request's other media there may never be room for the whole guess.
+                    left = self.max_bytes - waiter.claim._account.held
+                    num_bytes = max(waiter.sure, min(num_bytes, left))
+                if not self._may_have(waiter.claim._rank(), num_bytes):
                     return
-                waiter.lease._add(waiter.num_bytes)
+                waiter.lease._add(num_bytes)
                 waiter.granted = True
             del self._waiters[waiter]
             waiter.wake()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import threading
 from dataclasses import dataclass, field
 
 import pybase64
@@ -91,15 +92,18 @@ class DataSource:
                 self.counts["data_known"] += 1
                 return Fetched(*known, None)
         lease = await claim.acquire(size)
+        stop = threading.Event()
         try:
             if length <= _INLINE_CHARS:
-                blob = _decode(location)
+                blob = _decode(location, stop)
             else:
-                blob = await asyncio.to_thread(_decode, location)
+                blob = await asyncio.to_thread(_decode, location, stop)
             blob.hold(lease)
         except BaseException:
             lease.release()
             raise
+        finally:
+            stop.set()  # If this task was cancelled, the thread ends at its next chunk.
         self.counts["data_decodes"] += 1
         self._known[location.text_digest] = (blob.digest, blob.size)
         return Fetched.of(blob)
@@ -115,11 +119,13 @@ def _locate(url: str, start: int) -> DataLocation:
         raise MediaError("Invalid data URL: the data is not base64.") from None
 
 
-def _decode(location: DataLocation) -> Blob:
+def _decode(location: DataLocation, stop: threading.Event) -> Blob:
     url = location.url
     try:
         with BlobWriter() as writer:
             for begin in range(location.start, len(url), _CHUNK_CHARS):
+                if stop.is_set():
+                    raise asyncio.CancelledError
                 text = url[begin : begin + _CHUNK_CHARS]
                 if text.endswith("=") and begin + len(text) < len(url):
                     raise binascii.Error("padding before the end")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import aiohttp
 
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter
-from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease
+from vllm_mm_ext.media.fetch.byte_gate import Claim
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.source import tighter
 
-# Bytes that a body of unknown length acquires at a time.
-_STEP_BYTES = 8 << 20
+# Bytes that a body may hold before they have arrived. Few: an origin may take minutes to send them.
+_STEP_BYTES = 1 << 20
 
 
 class NoRoomError(Exception):
@@ -17,17 +18,24 @@ class NoRoomError(Exception):
 
     Attributes:
         num_bytes: Bytes to wait for before the body is requested again.
+        sure: Those of them that the body has in any case.
+        keep: Those of them to hold from then on, before they have arrived.
     """
 
-    def __init__(self, num_bytes: int) -> None:
-        super().__init__(num_bytes)
+    def __init__(self, num_bytes: int, sure: int, keep: int) -> None:
+        super().__init__(num_bytes, sure, keep)
         self.num_bytes = num_bytes
+        self.sure = sure
+        self.keep = keep
 
 
 async def read_body(
     response: aiohttp.ClientResponse, limit: int | None, claim: Claim, lease: Lease, what: str
 ) -> Blob:
     """The body, which holds its bytes of the media budget from then on.
+
+    Bytes are acquired as they arrive, a step ahead: what an origin announces and does not send
+    holds nothing.
 
     Args:
         response: Whose headers have arrived.
@@ -40,21 +48,26 @@ async def read_body(
         NoRoomError: There is no room for the body at present.
         MediaTooLargeError: It is past ``limit``.
     """
-    size = _announced(response)
-    if size is None:
-        size = tighter(limit, _STEP_BYTES) or _STEP_BYTES
-    if size > lease.num_bytes and not claim.grow(lease, size - lease.num_bytes):
-        raise NoRoomError(size)
+    announced = _announced(response)
+    most = tighter(announced, limit)
     with BlobWriter(limit, what) as writer:
         async for chunk in response.content.iter_any():
             writer.append(chunk)
-            if writer.size > lease.num_bytes and not claim.grow(
-                lease, writer.size - lease.num_bytes + _STEP_BYTES
-            ):
-                raise NoRoomError(2 * writer.size)
+            missing = writer.size - lease.num_bytes
+            if missing <= 0:
+                continue
+            spare = _at_most(most, writer.size + _STEP_BYTES) - writer.size
+            if not claim.grow(lease, missing, spare):
+                # The origin may hold as much again as it has sent.
+                keep = _at_most(most, max(2 * writer.size, _STEP_BYTES))
+                raise NoRoomError(announced or keep, announced or writer.size, keep)
         blob = writer.finish()
     blob.hold(lease.move())
     return blob
+
+
+def _at_most(most: int | None, num_bytes: int) -> int:
+    return num_bytes if most is None else min(most, num_bytes)
 
 
 def _announced(response: aiohttp.ClientResponse) -> int | None:

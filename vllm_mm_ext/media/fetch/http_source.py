@@ -27,7 +27,8 @@ from vllm_mm_ext.errors import (
 )
 from vllm_mm_ext.media.fetch.address_rules import AddressRules, is_literal
 from vllm_mm_ext.media.fetch.blob import check_size
-from vllm_mm_ext.media.fetch.byte_gate import Claim, Lease
+from vllm_mm_ext.media.fetch.byte_gate import Claim
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.checked_resolver import CheckedResolver
 from vllm_mm_ext.media.fetch.freshness import StoredResponse, freshness_fields, judge
 from vllm_mm_ext.media.fetch.http_body import NoRoomError, read_body
@@ -171,10 +172,11 @@ class HttpSource:
     ) -> Fetched:
         """One attempt, with as many requests as it takes to find room in the media budget.
 
-        The length of a body is known when its headers are. If there is no room for it, the
-        connection is closed, and the URL requested again once there is: nothing but bytes is held
-        while a request waits for bytes. A body of unknown length acquires more bytes as it arrives,
-        and is given up in the same way; then twice as many are waited for.
+        A body acquires bytes as it arrives. If there is no room for more, the connection is closed
+        and what arrived is dropped: a request that waits for bytes holds none for the same body.
+        Once there is room for the announced length, or for twice what arrived where none is
+        announced, the URL is requested again. The body then holds at least what arrived before, so
+        each request gets further than the one before it.
         """
         lease = claim.lease()
         try:
@@ -182,9 +184,10 @@ class HttpSource:
                 try:
                     return await self._attempt(location, known, limit, timeout_s, claim, lease)
                 except NoRoomError as error:
-                    num_bytes = error.num_bytes
+                    num_bytes, sure, keep = error.num_bytes, error.sure, error.keep
                 lease.release()
-                lease = await claim.acquire(num_bytes)
+                lease = await claim.acquire(num_bytes, sure=sure)
+                lease.resize(min(keep, lease.num_bytes))
         finally:
             # A blob counts its bytes with a lease of its own.
             lease.release()

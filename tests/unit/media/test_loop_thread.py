@@ -1,0 +1,42 @@
+"""The front-end's private event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+from vllm_mm_ext.media.loop_thread import LoopThread
+
+
+async def test_names_whose_servers_do_not_answer_hold_up_no_other_blocking_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, answer = threading.Semaphore(0), threading.Event()
+
+    def look_up(*_: object, **__: object) -> list[Any]:
+        begun.release()
+        answer.wait()
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    thread = LoopThread("test", workers=1)
+
+    async def nothing() -> None:
+        """Nothing is to be closed."""
+
+    async def ask() -> list[Any]:
+        return await asyncio.get_running_loop().getaddrinfo("dead.test", 80, type=0)
+
+    try:
+        lookups = [thread.submit(ask()) for _ in range(40)]
+        await asyncio.to_thread(begun.acquire)
+        assert await thread.run(asyncio.to_thread(lambda: "done")) == "done"
+        answer.set()
+        assert [await asyncio.wrap_future(one) for one in lookups] == [[]] * 40
+    finally:
+        answer.set()
+        thread.stop(nothing())
