@@ -87,7 +87,7 @@ async def start(fetcher: MediaFetcher, url: str, arrived: int = 1) -> Download:
 
 
 async def fill(fetcher: MediaFetcher, origin: Origin, hold: threading.Event) -> Download:
-    """Start a download of 4 MiB, and wait until 2 MiB have arrived, which its origin sends first."""
+    """Start a download of 4 MiB, and wait until the 2 MiB that its origin sends first are here."""
     url = origin.serve("/first", Resource(b"1" * 4 * MIB, hold=hold))
     return await start(fetcher, url, arrived=2 * MIB)
 
