@@ -20,7 +20,9 @@ from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob, digest_of
+from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
+from vllm_mm_ext.media.loop_thread import LoopThread
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.plugin import warn_of_private_addresses
 from vllm_mm_ext.testing.origin import Origin, Resource
@@ -79,6 +81,8 @@ def make_fetcher() -> Iterator[MakeFetcher]:
             "allowed_media_domains": [],
             "allow_redirects": True,
             "user_agent": "test/1",
+            "loop": LoopThread("fetch"),
+            "budget": MediaBudget(1 << 30),
             "encoded_cache": cache,
             "download_limit_bytes": None,
             "max_retries": 1,
@@ -89,7 +93,7 @@ def make_fetcher() -> Iterator[MakeFetcher]:
 
     yield make
     for fetcher in made:
-        fetcher.close()
+        fetcher._thread.stop(fetcher.disconnect())
 
 
 async def digest(fetcher: MediaFetcher, url: str) -> str:

@@ -11,8 +11,8 @@ import pytest
 from front import Front, opened
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
+from vllm_mm_ext.adapters.error_answers import FailedMediaError
 from vllm_mm_ext.adapters.runtime import runtime_of
-from vllm_mm_ext.errors import BusyError
 from vllm_mm_ext.testing.media import make_clip
 
 
@@ -79,8 +79,9 @@ def test_a_front_end_ends_when_its_engine_is_shut_down_and_no_other(files: Path)
             ending.render("short.mp4")
         assert ended.loop.loop.is_closed()
         # Not by the settings of another engine: they may allow what this engine's forbid.
-        with pytest.raises(BusyError, match="shut down"):
+        with pytest.raises(FailedMediaError, match="shut down") as refused:
             runtime_of(ending.renderer)
+        assert refused.value.http_status == 503
         assert staying.render("short.mp4").videos[0]["frames"] == 4
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vllm_mm_ext.adapters.error_answers import answer_to
 from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MIB, MMExtConfig
@@ -206,12 +207,12 @@ def runtime_of(renderer: Any) -> Runtime:
             connector or loader by itself, the runtime is that of ``current_runtime``.
 
     Raises:
-        BusyError: The renderer's runtime has ended: another one has other settings, such as those
-            on which addresses may be contacted.
+        VLLMError: The renderer's runtime has ended, which is answered as busy (503): another one
+            has other settings, such as which addresses may be contacted.
     """
     with _lock:
         if renderer is not None and renderer in _ended:
-            raise BusyError("The server's engine is being shut down.")
+            raise answer_to(BusyError("The server's engine is being shut down."))
         found = None if renderer is None else _runtimes.get(renderer)
     return found or current_runtime()
 

@@ -29,7 +29,7 @@ class _Loop(asyncio.SelectorEventLoop):
         super().__init__()
         self.lookups = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix=f"{name}-dns")
 
-    async def getaddrinfo(self, host: Any, port: Any, **hints: int) -> list[Any]:  # type: ignore[override]
+    async def getaddrinfo(self, host: Any, port: Any, **hints: int) -> list[Any]:
         """See ``AbstractEventLoop.getaddrinfo``."""
         look_up = partial(socket.getaddrinfo, host, port, **hints)
         return await self.run_in_executor(self.lookups, look_up)

@@ -1,7 +1,5 @@
 import asyncio
 import base64
-import gc
-import logging
 import os
 import resource
 import socket
@@ -26,9 +24,11 @@ from vllm_mm_ext.errors import (
 )
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, digest_of
+from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
 from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.freshness import freshness_fields, judge
+from vllm_mm_ext.media.loop_thread import LoopThread
 from vllm_mm_ext.testing.origin import Origin, Resource
 
 BODY = bytes(range(256)) * 1000
@@ -52,6 +52,8 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
             "allowed_media_domains": [],
             "allow_redirects": True,
             "user_agent": "test/1",
+            "loop": LoopThread("fetch"),
+            "budget": MediaBudget(1 << 30),
             "download_limit_bytes": 64 << 20,
             "max_retries": 1,
             "retry_pause_s": 0.01,
@@ -63,7 +65,7 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
 
     yield make
     for fetcher in made:
-        fetcher.close()
+        fetcher._thread.stop(fetcher.disconnect())
 
 
 async def get(fetcher: MediaFetcher, url: str, **kwargs: object) -> MediaRef:
@@ -821,28 +823,6 @@ class TestData:
         with pytest.raises(MediaError) as caught:
             await get(make_fetcher(), url)
         assert "AAAA" not in str(caught.value)
-
-
-def test_dropped_fetcher_stops_its_thread(
-    tmp_path: Path, origin: Origin, caplog: pytest.LogCaptureFixture
-) -> None:
-    cache: ByteBudgetCache[str, Blob] = ByteBudgetCache(0, len)
-    fetcher = MediaFetcher(
-        allowed_local_media_path=tmp_path,
-        allowed_media_domains=[],
-        allow_redirects=True,
-        user_agent="test/1",
-        encoded_cache=cache,
-        download_limit_bytes=None,
-    )
-    thread = fetcher._thread._thread
-    with caplog.at_level(logging.WARNING):
-        asyncio.run(get(fetcher, origin.serve("/a", Resource(BODY))))
-        del fetcher
-        gc.collect()
-        thread.join(10)
-    assert not thread.is_alive()
-    assert not caplog.records
 
 
 def _data_url(data: bytes) -> str:

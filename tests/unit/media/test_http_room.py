@@ -19,6 +19,7 @@ from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.download_cache import DownloadCacheSettings
 from vllm_mm_ext.media.fetch.fetcher import BusyError, MediaFetcher, MediaRef
+from vllm_mm_ext.media.loop_thread import LoopThread
 from vllm_mm_ext.testing.origin import Origin, Resource
 
 MIB = 1 << 20
@@ -52,6 +53,7 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
             download_limit_bytes=256 * MIB,
             max_retries=max_retries,
             retry_pause_s=0.01,
+            loop=LoopThread("fetch"),
             budget=MediaBudget(max_bytes, max_wait_s),
             download_cache=download_cache,
         )
@@ -60,7 +62,7 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
 
     yield make
     for fetcher in made:
-        fetcher.close()
+        fetcher._thread.stop(fetcher.disconnect())
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ async def start(fetcher: MediaFetcher, url: str, arrived: int = 1) -> Download:
 
 
 async def fill(fetcher: MediaFetcher, origin: Origin, hold: threading.Event) -> Download:
-    """Start a download of 4 MiB, and wait until 2 MiB have arrived, which its origin sends first."""
+    """Start a download of 4 MiB, and wait until the 2 MiB that its origin sends first are here."""
     url = origin.serve("/first", Resource(b"1" * 4 * MIB, hold=hold))
     return await start(fetcher, url, arrived=2 * MIB)
 

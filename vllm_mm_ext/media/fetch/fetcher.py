@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,8 +80,8 @@ class MediaRef:
 class MediaFetcher:
     """Resolves media URLs to digests and bytes. Any event loop and any thread may use it.
 
-    Concurrent requests for the same media share one read. All work runs on an event loop in a
-    thread of its own and that loop's threads, so the caller's loop never blocks on it.
+    Concurrent requests for the same media share one read. All work runs on ``loop`` and in its
+    threads, so the caller's own event loop never blocks on it.
 
     Args:
         allowed_local_media_path: Directory below which ``file:`` URLs may point; None forbids them.
@@ -102,8 +101,7 @@ class MediaFetcher:
         download_cache: Where downloads are kept on disk; None keeps none.
         budget: The media budget, which holds encoded bytes from before they are read until they
             are let go.
-        loop: Where the work runs; a loop of the fetcher's own without it. Whoever stops a loop that
-            was given awaits ``disconnect`` on it last.
+        loop: Where the work runs. Whoever stops it awaits ``disconnect`` on it last.
     """
 
     def __init__(
@@ -115,6 +113,8 @@ class MediaFetcher:
         user_agent: str,
         encoded_cache: ByteBudgetCache[str, Blob],
         download_limit_bytes: int | None,
+        loop: LoopThread,
+        budget: MediaBudget,
         local_limit_bytes: int | None = 4 << 30,
         max_retries: int = 3,
         retry_pause_s: float = 1.0,
@@ -122,11 +122,9 @@ class MediaFetcher:
         allow_private_addresses: bool = True,
         make_resolver: Callable[[], AbstractResolver] = aiohttp.ThreadedResolver,
         download_cache: DownloadCacheSettings | None = None,
-        loop: LoopThread | None = None,
-        budget: MediaBudget | None = None,
     ) -> None:
         self.encoded_cache = encoded_cache
-        self.budget = budget or MediaBudget(1 << 30)
+        self.budget = budget
         self._files = FileSource(
             allowed_local_media_path, max_bytes=local_limit_bytes, max_known=max_known
         )
@@ -148,10 +146,7 @@ class MediaFetcher:
                 self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
             )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
-        self._thread = loop or LoopThread("mm-ext-fetch")
-        self._finalizer = (
-            weakref.finalize(self, _close, self._thread, self._http) if loop is None else None
-        )
+        self._thread = loop
 
     async def resolve(
         self,
@@ -208,16 +203,8 @@ class MediaFetcher:
         return counts if self._disk is None else {**counts, **self._disk.counts}
 
     async def disconnect(self) -> None:
-        """Close connections; called on the loop that the fetcher was given."""
+        """Close connections; called on the fetcher's loop."""
         await self._http.close()
-
-    def close(self) -> None:
-        """Cancel what runs on the fetcher's own loop, if it has one, and close connections.
-
-        Blocks briefly. Also runs at exit.
-        """
-        if self._finalizer is not None:
-            self._finalizer()
 
     async def _resolve(
         self, url: str, timeout_s: float, max_bytes: int | None, claim: Claim
@@ -301,7 +288,3 @@ class MediaFetcher:
         if scheme == "file":
             return self._files
         raise ForbiddenMediaError("The media URL must be an http, https, file or data URL.")
-
-
-def _close(thread: LoopThread, http: HttpSource) -> None:
-    thread.stop(http.close())
