@@ -32,6 +32,7 @@ from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector
 from vllm_mm_ext.adapters.encoder_cache.startup import keep_raw_embeddings_out
 from vllm_mm_ext.adapters.kv import install as adapter
 from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
+from vllm_mm_ext.adapters.patches import all_or_none
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS
 
@@ -228,7 +229,8 @@ class Engine:
         config.scheduler_config.async_scheduling = depth > 1
         config.cache_config.num_gpu_blocks = blocks
         sizes = {"device_mb": device * EMBEDDING_MB, "host_mb": host * EMBEDDING_MB}
-        adapter.install()
+        with all_or_none("KV blocks"):
+            adapter.install()
         pool = {"enabled": False} if kv is None else dict(kv)
         config.additional_config = {
             "mm_ext": {"encoder_cache": sizes, "kv": pool, "scheduler": dict(settings or {})}

@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 
 from vllm_mm_ext.adapters.kv import install as adapter
 from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
+from vllm_mm_ext.adapters.patches import all_or_none
 from vllm_mm_ext.config.kv_settings import KVSettings
 
 BLOCK = 4
@@ -30,7 +31,8 @@ BLOCK_BYTES = 1 << 20
 HIDDEN_SIZE = 64
 
 init_none_hash(sha256)
-adapter.install()
+with all_or_none("KV blocks"):
+    adapter.install()
 
 
 class Clock:

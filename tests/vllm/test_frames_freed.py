@@ -143,7 +143,7 @@ async def all_let_go() -> bool:
 
 def frame_bytes(made: Rendered) -> int:
     """Bytes of the frames of a request."""
-    return sum(seen.frames * seen.height * seen.width * 3 for seen in made.trace.videos)
+    return sum(seen.frames * seen.height * seen.width * 3 for _, seen in made.trace.videos)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 from scheduler_harness import Play, make_scheduler, request
 
-from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.base.shared_state import SharedState, open_state
 
@@ -25,7 +24,7 @@ def test_a_scheduler_publishes_its_backlog_and_takes_it_back(
     scheduler = make_scheduler()
     service = "test_a_scheduler_publishes_its_backlog_and_takes_it_back"
     monkeypatch.setattr(
-        scheduler.vllm_config.model_config, vllm_compat._SERVICE, service, raising=False
+        scheduler.vllm_config.model_config, "mm_ext_service", service, raising=False
     )
     scheduler._publisher = LoadPublisher(scheduler)
     idle = state.load(0)
