@@ -68,10 +68,13 @@ REQUESTS = st.lists(
 class Server:
     """What a server does with requests, each step a turn of the event loop."""
 
-    def __init__(self, items: list[Item], shared: bool) -> None:
+    def __init__(self, items: list[Item], shared: bool, streamed: bool, announced: bool) -> None:
         self.budget = MediaBudget(BOUND, max_wait_s=3600)
         self.items = items
         self.shared = shared
+        # Files arrive bit by bit, and their length may be known before.
+        self.streamed = streamed
+        self.announced = announced
         self.files: SingleFlight[Key, Media] = SingleFlight()
         self.decodes: SingleFlight[Key, Media] = SingleFlight()
         self.workers = asyncio.Semaphore(WORKERS)
@@ -107,7 +110,33 @@ class Server:
                 lease.release()
                 raise
 
-        return await self.files.run(key, fetch, claim)
+        async def stream() -> Media:
+            size = self.items[key[0]].encoded
+            lease = claim.lease()
+            try:
+                while arrived := await self.arriving(size, claim, lease):
+                    lease.release()
+                    guess = size if self.announced else 2 * arrived
+                    sure = size if self.announced else arrived
+                    lease = await claim.acquire(guess, sure=sure)
+                    lease.resize(arrived)
+                return Media(lease)
+            except BaseException:
+                lease.release()
+                raise
+
+        return await self.files.run(key, stream if self.streamed else fetch, claim)
+
+    async def arriving(self, size: int, claim: Claim, lease: Lease) -> int:
+        """Bytes of a file that had arrived when there was no room for them; 0 once it is whole."""
+        arrived = 0
+        while arrived < size:
+            await turns(1)
+            arrived = min(arrived + 7, size)
+            missing = arrived - lease.num_bytes
+            if missing > 0 and not claim.grow(lease, missing):
+                return arrived
+        return 0
 
     async def decoded(self, key: Key, file: Media, claim: Claim) -> Media:
         async def decode() -> Media:
@@ -132,12 +161,18 @@ async def turns(count: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(items=ITEMS, requests=REQUESTS, shared=st.booleans())
+@given(
+    items=ITEMS,
+    requests=REQUESTS,
+    shared=st.booleans(),
+    streamed=st.booleans(),
+    announced=st.booleans(),
+)
 def test_everybody_is_served_or_refused_and_the_bound_holds(
-    items: list[Item], requests: list[Request], shared: bool
+    items: list[Item], requests: list[Request], shared: bool, streamed: bool, announced: bool
 ) -> None:
     async def main() -> tuple[MediaBudget, list[asyncio.Task[str]]]:
-        server = Server(items, shared)
+        server = Server(items, shared, streamed, announced)
         tasks: dict[int, asyncio.Task[str]] = {}
         most = max(sum(items[i].encoded + items[i].decoded for i in r.items) for r in requests)
         for turn in range(10_000):

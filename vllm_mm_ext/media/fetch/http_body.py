@@ -19,14 +19,14 @@ class NoRoomError(Exception):
     Attributes:
         num_bytes: Bytes to wait for before the body is requested again.
         sure: Those of them that the body has in any case.
-        keep: Those of them to hold from then on, before they have arrived.
+        arrived: Those that have arrived once, to hold until they arrive again.
     """
 
-    def __init__(self, num_bytes: int, sure: int, keep: int) -> None:
-        super().__init__(num_bytes, sure, keep)
+    def __init__(self, num_bytes: int, sure: int, arrived: int) -> None:
+        super().__init__(num_bytes, sure, arrived)
         self.num_bytes = num_bytes
         self.sure = sure
-        self.keep = keep
+        self.arrived = arrived
 
 
 async def read_body(
@@ -58,9 +58,8 @@ async def read_body(
                 continue
             spare = _at_most(most, writer.size + _STEP_BYTES) - writer.size
             if not claim.grow(lease, missing, spare):
-                # The origin may hold as much again as it has sent.
-                keep = _at_most(most, max(2 * writer.size, _STEP_BYTES))
-                raise NoRoomError(announced or keep, announced or writer.size, keep)
+                guess = _at_most(most, max(2 * writer.size, _STEP_BYTES))
+                raise NoRoomError(announced or guess, announced or writer.size, writer.size)
         blob = writer.finish()
     blob.hold(lease.move())
     return blob

@@ -175,8 +175,8 @@ class HttpSource:
         A body acquires bytes as it arrives. If there is no room for more, the connection is closed
         and what arrived is dropped: a request that waits for bytes holds none for the same body.
         Once there is room for the announced length, or for twice what arrived where none is
-        announced, the URL is requested again. The body then holds at least what arrived before, so
-        each request gets further than the one before it.
+        announced, the URL is requested again. The body then holds what arrived before, so each
+        request gets further than the one before it.
         """
         lease = claim.lease()
         try:
@@ -184,10 +184,10 @@ class HttpSource:
                 try:
                     return await self._attempt(location, known, limit, timeout_s, claim, lease)
                 except NoRoomError as error:
-                    num_bytes, sure, keep = error.num_bytes, error.sure, error.keep
+                    num_bytes, sure, arrived = error.num_bytes, error.sure, error.arrived
                 lease.release()
                 lease = await claim.acquire(num_bytes, sure=sure)
-                lease.resize(min(keep, lease.num_bytes))
+                lease.resize(arrived)
         finally:
             # A blob counts its bytes with a lease of its own.
             lease.release()
