@@ -19,7 +19,6 @@ from vllm import envs
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from vllm_mm_ext.adapters import vllm_compat
-from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, server_plan
 from vllm_mm_ext.adapters.quality.service import controller_for
 from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
@@ -67,21 +66,20 @@ async def plan(
         cache_salt: The request's ``cache_salt``.
 
     Raises:
-        VLLMError: A video cannot be served or does not fit, or an option is beyond the server's
-            bounds.
+        MediaError: A video cannot be served or does not fit, or an option is beyond the server's
+            bounds; whoever calls this turns it into vLLM's (``rendering_wrappers``).
     """
     context = _entered(renderer, cache_salt)
-    with client_errors():
-        planning = _Conversation(context, renderer, messages, chat_params, tok_params)
-        if planning.nothing_to_plan:
-            return
-        videos = await planning.runtime.run(planning.probe())
-        prompt = await renderer.tokenize_prompt_async(*planning.text())
-        text = len(prompt["prompt_token_ids"])
-        started = time.perf_counter()
-        # Counting the tokens of hours of video takes long, so it must not block an event loop.
-        decisions = await on_processor_thread(renderer, partial(planning.decisions, videos, text))
-        planning.plan_by(videos, decisions, time.perf_counter() - started)
+    planning = _Conversation(context, renderer, messages, chat_params, tok_params)
+    if planning.nothing_to_plan:
+        return
+    videos = await planning.runtime.run(planning.probe())
+    prompt = await renderer.tokenize_prompt_async(*planning.text())
+    text = len(prompt["prompt_token_ids"])
+    started = time.perf_counter()
+    # Counting the tokens of hours of video takes long, so it must not block an event loop.
+    decisions = await on_processor_thread(renderer, partial(planning.decisions, videos, text))
+    planning.plan_by(videos, decisions, time.perf_counter() - started)
 
 
 def plan_blocking(
@@ -93,15 +91,14 @@ def plan_blocking(
 ) -> None:
     """As ``plan``, for ``LLM.chat``, which does all work in the caller's thread."""
     context = _entered(renderer, cache_salt)
-    with client_errors():
-        planning = _Conversation(context, renderer, messages, chat_params, tok_params)
-        if planning.nothing_to_plan:
-            return
-        videos = planning.runtime.run_blocking(planning.probe())
-        prompt = renderer.tokenize_prompt(*planning.text())
-        started = time.perf_counter()
-        decisions = planning.decisions(videos, len(prompt["prompt_token_ids"]))
-        planning.plan_by(videos, decisions, time.perf_counter() - started)
+    planning = _Conversation(context, renderer, messages, chat_params, tok_params)
+    if planning.nothing_to_plan:
+        return
+    videos = planning.runtime.run_blocking(planning.probe())
+    prompt = renderer.tokenize_prompt(*planning.text())
+    started = time.perf_counter()
+    decisions = planning.decisions(videos, len(prompt["prompt_token_ids"]))
+    planning.plan_by(videos, decisions, time.perf_counter() - started)
 
 
 def _entered(renderer: Any, cache_salt: str | None) -> RequestContext:
