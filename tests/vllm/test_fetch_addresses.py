@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
+from digests import digest_of
 
 from vllm_mm_ext.adapters import runtime as runtime_module
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
@@ -19,7 +20,7 @@ from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
 from vllm_mm_ext.media.cache import ByteBudgetCache
-from vllm_mm_ext.media.fetch.blob import Blob, digest_of
+from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.loop_thread import LoopThread

@@ -12,6 +12,7 @@ from pathlib import Path
 import pybase64
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
+from digests import digest_of
 
 from vllm_mm_ext.errors import (
     BusyError,
@@ -23,7 +24,7 @@ from vllm_mm_ext.errors import (
     UnreachableMediaError,
 )
 from vllm_mm_ext.media.cache import ByteBudgetCache
-from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, digest_of
+from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter
 from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
 from vllm_mm_ext.media.fetch.file_source import FileSource

@@ -5,12 +5,13 @@ import threading
 from contextvars import ContextVar
 
 import pytest
+from digests import digest_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_mm_ext.errors import MediaTooLargeError
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
-from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, digest_of
+from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter
 
 
 class TestBlob:

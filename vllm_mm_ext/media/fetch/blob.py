@@ -21,11 +21,6 @@ _HAS_MEMFD = hasattr(os, "memfd_create")
 _READ_CHUNK = 1 << 20
 
 
-def digest_of(data: bytes | bytearray | memoryview) -> str:
-    """Hex BLAKE3 digest of ``data``: the identity of an encoded file."""
-    return str(blake3(data).hexdigest())
-
-
 class Blob:
     """An encoded file in memory that cannot change, behind a file descriptor.
 
