@@ -26,6 +26,8 @@ class VideoStream:
         num_frames: Presentable frames (frames that an edit list hides do not count).
         duration: Seconds from the start of the first frame to the end of the last.
         pixel_format: FFmpeg pixel format name; empty where the headers do not give one.
+        start: Seconds on the container's clock at which the first frame is shown. The times of the
+            packet table and of sound count from here.
     """
 
     index: int
@@ -38,6 +40,7 @@ class VideoStream:
     num_frames: int
     duration: float
     pixel_format: str
+    start: float = 0.0
 
 
 @dataclass(frozen=True)

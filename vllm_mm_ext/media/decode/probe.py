@@ -225,6 +225,7 @@ def _read_video(
         num_frames=len(order),
         duration=duration,
         pixel_format=stream.codec_context.pix_fmt or "",
+        start=float(table.pts[0]) * time_base if exact else 0.0,
     )
     return described, table
 

@@ -150,6 +150,7 @@ def _check_video(stream: VideoStream) -> None:
     require(min(stream.width, stream.height, stream.num_frames) > 0, "video stream")
     require(stream.rotation in (0, 90, 180, 270), "rotation")
     require(all(math.isfinite(x) and x >= 0 for x in (stream.fps, stream.duration)), "duration")
+    require(math.isfinite(stream.start), "start time")
 
 
 def _check_packets(table: PacketTable, num_frames: int) -> None:
