@@ -1,12 +1,16 @@
 import json
+import wave
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-from vllm_mm_ext.media.types import VideoStream
+from vllm_mm_ext.media.audio.waveforms import resample
+from vllm_mm_ext.media.decode.job import run_job
+from vllm_mm_ext.media.types import DecodeRequest, SamplingSpec, VideoStream
 from vllm_mm_ext.testing.media import Event, Tone, make_audio, make_clip
 from vllm_mm_ext.tools.cli.common import clock
 from vllm_mm_ext.tools.cli.main import app
@@ -75,6 +79,52 @@ def test_sample_prints_a_table_without_json(clip: Path) -> None:
     result = runner.invoke(app, ["sample", str(clip), "--max-frames", "5"])
     assert result.exit_code == 0, result.output
     assert "adaptive" in result.stdout
+
+
+def test_sample_writes_the_frames_and_the_sound_that_a_model_gets(
+    clip: Path, tmp_path: Path
+) -> None:
+    """The files hold what a decode job for the model returns, to the pixel and 16-bit sample."""
+    wav, frames = tmp_path / "o.wav", tmp_path / "frames"
+    command = ["sample", str(clip), "--max-frames", "5", "--family", "qwen2.5-vl", "--json"]
+    result = runner.invoke(app, [*command, "--wav", str(wav), "--frames", str(frames)])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    expected = run_job(
+        str(clip),
+        DecodeRequest(
+            sampling=SamplingSpec(policy="adaptive", max_frames=5, multiple_of=2),
+            size=FAMILIES[FamilyName.qwen25_vl].rule,
+            audio="optional",
+        ),
+    )
+    assert expected.frames is not None
+    names = [f"{frame['index']:06d}_{frame['time']:.6f}s.png" for frame in data["frames"]]
+    assert sorted(path.name for path in frames.iterdir()) == names
+    for name, pixels in zip(names, expected.frames, strict=True):
+        assert np.array_equal(np.asarray(Image.open(frames / name)), pixels)
+    with wave.open(str(wav)) as sound:
+        assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (16000, 1, 2)
+        written = np.frombuffer(sound.readframes(sound.getnframes()), "<i2") / 32768
+    assert data["sound_s"] == pytest.approx(len(written) / 16000)
+    assert expected.audio is not None
+    heard = resample(expected.audio, expected.audio_rate)
+    assert np.abs(written - np.clip(heard, -1, 1)).max() <= 1 / 32768
+
+
+def test_sample_writes_the_sound_of_a_file_without_pictures(tmp_path: Path) -> None:
+    sound, wav = tmp_path / "tone.wav", tmp_path / "o.wav"
+    with wave.open(str(sound), "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16000)
+        out.writeframes(np.arange(8000, dtype="<i2").tobytes())
+    result = runner.invoke(app, ["sample", str(sound), "--json", "--wav", str(wav)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sound_s"] == 0.5
+    with wave.open(str(wav)) as written:
+        assert written.readframes(8000) == np.arange(8000, dtype="<i2").tobytes()
+    assert runner.invoke(app, ["sample", str(sound), "--json"]).exit_code == 1
 
 
 def test_not_a_video_is_one_line_of_error(tmp_path: Path) -> None:

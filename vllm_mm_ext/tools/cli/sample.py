@@ -1,12 +1,15 @@
-"""``vllm-mm sample``: which frames a policy chooses from a file."""
+"""``vllm-mm sample``: which frames of a file a policy chooses, and how frames and sound are."""
 
 from __future__ import annotations
 
 import json
 import math
+import wave
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -23,9 +26,11 @@ from vllm_mm_ext.tools.cli.common import (
     clock,
     media_errors,
 )
+from vllm_mm_ext.tools.cli.token_count import FAMILIES, FamilyName
 
-# The pixels are not shown; decoding small is enough to know which frames can be decoded.
+# Where the pixels are not written, decoding small is enough to know which frames can be decoded.
 _SMALL = SizeRule(kind="max_edge", max_edge=64)
+_RATE = 16_000
 
 
 def sample(
@@ -36,11 +41,28 @@ def sample(
     fps: Fps = 1.0,
     min_fps: MinFps = 0.1,
     max_fps: MaxFps = 8.0,
+    family: Annotated[
+        FamilyName | None,
+        typer.Option(help="Write frames as this model family gets them; else at displayed size."),
+    ] = None,
+    wav: Annotated[
+        Path | None,
+        typer.Option(help="Write the sound here: 16 kHz, mono, 16 bit, on the picture's clock."),
+    ] = None,
+    frames: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Write the frames into this directory, as PNG."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show which frames of FILE a sampling policy chooses, and when they are shown."""
+    """Show which frames of FILE a sampling policy chooses, and when they are shown.
+
+    `--frames` and `--wav` write what the model gets: a frame's file is named by the frame's index
+    and time, `000048_1.600000s.png`.
+    """
     from vllm_mm_ext.media.decode.job import run_job
 
+    rule = SizeRule() if family is None else FAMILIES[family].rule
     spec = SamplingSpec(
         policy=policy.value,
         fps=fps,
@@ -48,25 +70,86 @@ def sample(
         min_frames=min(min_frames, max_frames),
         min_fps=min_fps,
         max_fps=max_fps,
+        multiple_of=rule.temporal_factor if rule.kind in ("qwen_vl", "qwen3_vl") else 1,
     )
     with media_errors():
-        result = run_job(str(file), DecodeRequest(sampling=spec, size=_SMALL))
+        probed = run_job(str(file), DecodeRequest(probe_only=True))
+        info = probed.info
+        # Of a file without pictures, only the sound can be written.
+        wanted = spec if info.video is not None or wav is None else None
+        request = DecodeRequest(
+            sampling=wanted,
+            size=_SMALL if frames is None else rule,
+            audio="none" if wav is None else "optional" if wanted is not None else "required",
+            info=info,
+        )
+        result = run_job(str(file), request)
+    result.timings.update(probed.timings)
+    if frames is not None:
+        _write_frames(result, frames)
+    samples = None if wav is None else _write_sound(result, wav)
     if as_json:
-        typer.echo(json.dumps(as_dict(result)))
-    else:
+        typer.echo(json.dumps(as_dict(result, samples)))
+        return
+    if result.selection is not None:
         _print_table(result, file.name)
+    if wav is not None:
+        heard = f"{samples / _RATE:.2f} s of sound: {wav}" if samples else "no sound to write"
+        typer.echo(heard)
 
 
-def as_dict(result: DecodeResult) -> dict[str, Any]:
+def _write_frames(result: DecodeResult, directory: Path) -> None:
+    """Write each frame as ``INDEX_TIMEs.png``; an index that was chosen twice is written once."""
+    from PIL import Image
+
+    if result.frames is None or result.selection is None:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    selection = result.selection
+    for index, time, pixels in zip(selection.indices, selection.times, result.frames, strict=True):
+        Image.fromarray(pixels).save(directory / f"{index:06d}_{time:.6f}s.png")
+
+
+def _write_sound(result: DecodeResult, path: Path) -> int:
+    """Write the sound, resampled as for the model; without sound, no file.
+
+    Returns:
+        The number of samples written.
+    """
+    from vllm_mm_ext.media.audio.waveforms import resample
+
+    if result.audio is None:
+        return 0
+    samples = resample(result.audio, result.audio_rate, _RATE)
+    with wave.open(str(path), "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(_RATE)
+        out.writeframes(_pcm16(samples).tobytes())
+    return len(samples)
+
+
+def _pcm16(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
+    return np.clip(np.round(samples * 32768.0), -32768, 32767).astype("<i2")
+
+
+def as_dict(result: DecodeResult, samples: int | None = None) -> dict[str, Any]:
     """The ``--json`` form: ``duration`` (s), ``frames`` (index, time in s) and ``profile``.
 
     ``profile`` is null for policies that make none; in it, ``confirmed`` is null where no
     thumbnail was decoded.
+
+    Args:
+        result: Of the decode job.
+        samples: Samples of sound that were written; None adds no ``sound_s`` (s).
     """
-    assert result.selection is not None
+    heard = {} if samples is None else {"sound_s": _number(samples / _RATE)}
+    if result.selection is None:
+        return {"duration": _number(_duration(result)), "policy": None, "frames": [], **heard}
     selection, profile = result.selection, result.selection.profile
     return {
         "duration": _number(_duration(result)),
+        **heard,
         "policy": selection.policy,
         "frames": [
             {"index": int(index), "time": _number(time)}
