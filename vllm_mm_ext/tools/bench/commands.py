@@ -57,6 +57,11 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "distinct",
+                "48 different clips of real footage, 16 at a time: requests a second, CPU time.",
+                "distinct:run",
+            ),
+            Benchmark(
                 "waiting",
                 "200 requests with 50 MiB videos at once: API-server memory, and who is refused.",
                 "waiting:run",
