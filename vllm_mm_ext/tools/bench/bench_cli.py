@@ -102,6 +102,20 @@ def waiting(
     _show(run(context, requests=requests, mb=mb, budget_mb=budget_mb, stock=stock), json)
 
 
+@app.command("containers")
+def containers(
+    markdown: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Page to write the tables into."),
+    ] = None,
+) -> None:
+    """Containers and codecs, generated and of others: what of each file comes out right."""
+    from vllm_mm_ext.tools.bench.containers_page import run
+
+    if not run(markdown):
+        raise typer.Exit(1)
+
+
 for _benchmark in BENCHMARKS.values():
     if _benchmark.name not in ("soak", "waiting"):
         _add(_benchmark)
