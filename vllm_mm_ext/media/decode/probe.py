@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -18,15 +17,17 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream as AvVideoStream
 
-from vllm_mm_ext.errors import (
-    MediaTooLargeError,
-    MediaTooLongError,
-    NoSuchStreamError,
-    UnreadableMediaError,
-)
+from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.decode.clock import DEFAULT_FPS, NO_TICKS, Clock, read_clock
-from vllm_mm_ext.media.decode.container import describe, open_container
-from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD, reader_for
+from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, read_packets
+from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
+from vllm_mm_ext.media.decode.streams import (
+    TELL_END,
+    claimed_length,
+    container_start,
+    video_streams,
+)
 from vllm_mm_ext.media.types import (
     AudioStream,
     DecodeLimits,
@@ -35,13 +36,6 @@ from vllm_mm_ext.media.types import (
     VideoStream,
 )
 
-# Demuxing costs about 2 us a packet, so a file of this many packets takes some 4 s to probe. At
-# 120 fps the limit is 4.6 hours.
-MAX_PACKETS = 2_000_000
-_NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
-# Formats whose headers tell the time at which streams end, on the container's clock, and not how
-# long they are.
-_TELL_END = frozenset({"matroska,webm", "flv"})
 # Formats whose headers hold the length of what they describe; of others FFmpeg may estimate it.
 _TELL_LENGTH = ("matroska", "mov")
 # FFmpeg's flags of formats that have no index, and of those whose clock may jump.
@@ -90,39 +84,6 @@ def _guess(path: str, limits: DecodeLimits, choice: Sequence[int]) -> MediaInfo:
     if info is None:
         raise UnreadableMediaError("The media holds no readable audio or video stream.")
     return info
-
-
-def video_streams(container: InputContainer, number: int | None = None) -> list[AvVideoStream]:
-    """The streams of moving pictures, the one that a player shows first.
-
-    Cover art and thumbnails are no moving pictures, and a stream of one picture comes last. As in
-    the ffmpeg tool, streams marked as the default are preferred, then those of the largest picture,
-    then the longest, then the first in the file.
-
-    Args:
-        container: An open file.
-        number: Only this one of the file's video streams, whatever it is.
-
-    Raises:
-        NoSuchStreamError: There is no video stream of that number that can be decoded.
-    """
-    usable = [stream for stream in container.streams.video if stream.codec_context is not None]
-    if number is None:
-        moving = [stream for stream in usable if not stream.disposition & _NOT_VIDEO]
-        return sorted(moving, key=_shown_first, reverse=True)
-    streams = container.streams.video
-    if number >= len(streams) or streams[number] not in usable:
-        raise NoSuchStreamError(
-            f"The media has no video stream {number}: it has {len(streams)}, counted from 0.",
-            parameter="video_stream",
-            value=number,
-        )
-    return [streams[number]]
-
-
-def _shown_first(stream: AvVideoStream) -> tuple[bool, bool, int, float]:
-    picture, is_default = stream.codec_context, bool(stream.disposition & Disposition.default)
-    return stream.frames != 1, is_default, picture.width * picture.height, _seconds(stream)
 
 
 def audio_streams(container: InputContainer) -> list[AvAudioStream]:
@@ -174,21 +135,21 @@ def _read(
             return None
         check_pixels(width, height, limits.max_pixels)
         if container.format.name.startswith(_TELL_LENGTH):
-            _check_duration(_length(container, video, _start(container)), limits)
-        rows = _read_packets(container, video)
+            _check_duration(claimed_length(container, video, container_start(container)), limits)
+        rows = read_packets(container, video)
         clock, shown = _clock(container, video, rows)
         if not clock.is_whole and not is_last:
             return None
         described, packets = _describe(container, video, rows, clock, shown)
         _check_duration(described.duration, limits)
-    start = _start(container) if described is None else described.start
+    start = container_start(container) if described is None else described.start
     sounds = tuple(
         AudioStream(
             index=stream.index,
             codec=stream.codec_context.codec.canonical_name,
             sample_rate=stream.codec_context.sample_rate,
             channels=stream.codec_context.channels,
-            duration=_length(container, stream, start),
+            duration=claimed_length(container, stream, start),
         )
         for stream in audio
     )
@@ -206,29 +167,6 @@ def _read(
     )
 
 
-def _start(container: InputContainer) -> float:
-    """Seconds on the container's clock at which it begins; 0 if it does not tell."""
-    return container.start_time / av.time_base if container.start_time else 0.0
-
-
-def _length(
-    container: InputContainer, stream: AvVideoStream | AvAudioStream, start: float
-) -> float:
-    """Seconds that the container claims a stream lasts; 0 if it claims nothing.
-
-    Args:
-        container: The stream's container.
-        stream: A stream.
-        start: Seconds on the container's clock at which the stream begins.
-    """
-    # A hostile header may say less than nothing.
-    whole = max(0.0, container.duration / av.time_base) if container.duration else 0.0
-    claimed = _seconds(stream) or whole
-    if container.format.name in _TELL_END and claimed > start > 0:
-        return claimed - start
-    return claimed
-
-
 def _measured(container: InputContainer, stream: AvAudioStream) -> float:
     """Seconds that the packets of a stream last together."""
     ticks = 0
@@ -240,48 +178,8 @@ def _measured(container: InputContainer, stream: AvAudioStream) -> float:
     return float(ticks * stream.time_base) if stream.time_base else 0.0
 
 
-@dataclass
-class _Packets:
-    """Packets of one stream in decoding order, in columns that stay cheap at millions of rows."""
-
-    pts: array[int] = field(default_factory=lambda: array("q"))
-    dts: array[int] = field(default_factory=lambda: array("q"))
-    duration: array[int] = field(default_factory=lambda: array("q"))
-    size: array[int] = field(default_factory=lambda: array("q"))
-    # 1 keyframe, HIDDEN, SECOND_FIELD
-    flags: array[int] = field(default_factory=lambda: array("b"))
-
-
-def _read_packets(container: InputContainer, stream: AvVideoStream) -> _Packets:
-    if stream.frames > MAX_PACKETS:
-        raise _too_many(stream.frames)
-    rows = _Packets()
-    codec = stream.codec_context
-    kind_of = reader_for(codec.codec.canonical_name, codec.extradata)
-    try:
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
-            pts, dts = packet.pts, packet.dts
-            rows.pts.append(NO_TICKS if pts is None else pts)
-            rows.dts.append(NO_TICKS if dts is None else dts)
-            rows.duration.append(packet.duration or 0)
-            rows.size.append(packet.size)
-            kind = 0 if kind_of is None else kind_of(memoryview(packet))
-            rows.flags.append(packet.is_keyframe | (HIDDEN if packet.is_discard else kind))
-            if len(rows.pts) > MAX_PACKETS:
-                raise _too_many(len(rows.pts))
-    except av.FFmpegError as error:
-        # A file that was cut short still has its first part, which stock vLLM serves too.
-        if not rows.pts:
-            raise UnreadableMediaError(
-                f"The video stream could not be read: {describe(error)}."
-            ) from error
-    return rows
-
-
 def _clock(
-    container: InputContainer, stream: AvVideoStream, rows: _Packets
+    container: InputContainer, stream: AvVideoStream, rows: Packets
 ) -> tuple[Clock, npt.NDArray[np.int64]]:
     """Times of the shown pictures, and their positions among the packets in decoding order."""
     flags = np.array(rows.flags, np.int8)
@@ -309,7 +207,7 @@ def _clock(
 def _describe(
     container: InputContainer,
     stream: AvVideoStream,
-    rows: _Packets,
+    rows: Packets,
     clock: Clock,
     order: npt.NDArray[np.int64],
 ) -> tuple[VideoStream, PacketTable]:
@@ -384,12 +282,12 @@ def _last(
         start: Seconds on the container's clock at which the first picture is shown.
     """
     usual = clock.usual
-    claimed = _length(container, stream, start) - float(clock.time[-1])
+    claimed = claimed_length(container, stream, start) - float(clock.time[-1])
     if not 0 < own <= max(10 * usual, 1.0, claimed + usual):
         own = usual
     # Of these formats only the header tells the end of the last picture. With sound, it tells the
     # later of two ends.
-    tells = container.format.name in _TELL_END and not container.streams.audio
+    tells = container.format.name in TELL_END and not container.streams.audio
     if tells and not clock.has_jumps and claimed > own + usual:
         return claimed
     return own
@@ -431,13 +329,6 @@ def _rotation(container: InputContainer, index: int) -> int:
     return 0
 
 
-def _seconds(stream: AvVideoStream | AvAudioStream) -> float:
-    """Duration in seconds that the container claims for a stream; 0 if it claims none."""
-    if not stream.duration or not stream.time_base:
-        return 0.0
-    return max(0.0, float(stream.duration * stream.time_base))
-
-
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """Refuse pictures that are too large.
 
@@ -460,11 +351,3 @@ def _check_duration(seconds: float, limits: DecodeLimits) -> None:
             parameter="video_url",
             value=round(seconds, 3),
         )
-
-
-def _too_many(count: int) -> MediaTooLargeError:
-    return MediaTooLargeError(
-        f"The video stream claims {count} frames, past the limit of {MAX_PACKETS}.",
-        parameter="video_url",
-        value=count,
-    )
