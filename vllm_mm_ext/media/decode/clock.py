@@ -41,7 +41,6 @@ class Clock:
         time: float64 ``[n]`` seconds from the first picture to each, non-decreasing.
         usual: Seconds from one picture to the next, the median.
         exact: Each picture has a timestamp that no other has.
-        is_whole: No timestamp is missing, and none repeats but where the clock jumps.
         has_jumps: The clock jumps.
     """
 
@@ -49,7 +48,6 @@ class Clock:
     time: Floats
     usual: float
     exact: bool
-    is_whole: bool
     has_jumps: bool = False
 
 
@@ -87,7 +85,7 @@ def read_clock(
             # Decoders give pictures out in presentation order, one for each that they are given.
             time = (dts - dts[0] / 1.0) * time_base
             step = float(np.median(np.diff(time)))
-        return Clock(np.arange(len(pts)), time, step, exact=False, is_whole=False)
+        return Clock(np.arange(len(pts)), time, step, exact=False)
     run = _runs(pts, dts, time_base, may_jump)
     # Garbage timestamps may be further apart than int64 holds; floating point does not wrap.
     shown = pts.astype(np.float64)
@@ -99,14 +97,14 @@ def read_clock(
     has_jumps = bool(run[-1])
     if has_jumps:
         ticks = _joined(shown[order], run[order], usual)
-    is_whole = exact = bool((np.diff(ticks) > 0).all())
-    if not is_whole:
+    exact = bool((np.diff(ticks) > 0).all())
+    if not exact:
         ticks = _apart(ticks, usual or step / time_base)
     if has_jumps:
         exact = len(np.unique(pts[order])) == len(order)
     time = ticks * time_base
     time = on_grid(time, _unit(ticks) * time_base, [*rates, *_rates_near(time)])
-    return Clock(order, time, usual * time_base or step, exact, is_whole, has_jumps)
+    return Clock(order, time, usual * time_base or step, exact, has_jumps)
 
 
 def on_grid(time: Floats, unit: float, rates: Sequence[Fraction]) -> Floats:

@@ -62,28 +62,36 @@ def probe(path: str, limits: DecodeLimits, video_stream: int | None = None) -> M
     with open_container(path, max_pixels=limits.max_pixels) as container:
         choices = [s.index for s in video_streams(container, video_stream)]
         info = _read(container, path, limits, choices[:1])
-    # FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only by
-    # decoding a few frames.
-    guess = info is None
-    if info is None:
-        info = _guess(path, limits, choices[:1])
     for index in choices[1:]:
         # A still picture beside moving ones: a preview.
-        if info.video is None or info.video.num_frames > 1:
+        if info is None or info.video is None or info.video.num_frames > 1:
             break
-        with open_container(path, max_pixels=limits.max_pixels, guess=guess) as container:
+        with open_container(path, max_pixels=limits.max_pixels) as container:
             other = _read(container, path, limits, [index])
         if other is not None and other.video is not None and other.video.num_frames > 1:
-            return other
-    return info
+            info, choices = other, [index]
+    return _completed(path, limits, choices[:1], info)
 
 
-def _guess(path: str, limits: DecodeLimits, choice: Sequence[int]) -> MediaInfo:
+def _completed(
+    path: str, limits: DecodeLimits, choice: Sequence[int], info: MediaInfo | None
+) -> MediaInfo:
+    """What was read, or what FFmpeg learns by decoding a few frames where that tells more.
+
+    FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only so, and
+    the reordering of frames, by which it fills in timestamps that program streams leave out.
+    """
+    doubtful = info is not None and info.packets is not None and not info.packets.exact
+    if info is not None and not doubtful:
+        return info
     with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
-        info = _read(container, path, limits, choice, is_last=True)
-    if info is None:
+        better = _read(container, path, limits, choice) or info
+    if better is None:
         raise UnreadableMediaError("The media holds no readable audio or video stream.")
-    return info
+    if doubtful and better.packets is not None:
+        # A decoder that opens the file without decoding would see other timestamps.
+        return replace(better, packets=replace(better.packets, exact=False))
+    return better
 
 
 def audio_streams(container: InputContainer) -> list[AvAudioStream]:
@@ -106,8 +114,6 @@ def _read(
     path: str,
     limits: DecodeLimits,
     choice: Sequence[int],
-    *,
-    is_last: bool = False,
 ) -> MediaInfo | None:
     """Read an open container.
 
@@ -116,10 +122,9 @@ def _read(
         path: Its file.
         limits: As for ``probe``.
         choice: Index of the video stream to read; empty for none.
-        is_last: Take timestamps as they are.
 
     Returns:
-        None if headers or timestamps leave out what decoding a few frames may show.
+        None if the headers leave out what decoding a few frames may show.
     """
     video = container.streams[choice[0]] if choice else None
     audio = audio_streams(container)
@@ -138,8 +143,6 @@ def _read(
             _check_duration(claimed_length(container, video, container_start(container)), limits)
         rows = read_packets(container, video)
         clock, shown = _clock(container, video, rows)
-        if not clock.is_whole and not is_last:
-            return None
         described, packets = _describe(container, video, rows, clock, shown)
         _check_duration(described.duration, limits)
     start = container_start(container) if described is None else described.start
