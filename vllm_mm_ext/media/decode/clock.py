@@ -41,6 +41,7 @@ class Clock:
         time: float64 ``[n]`` seconds from the first picture to each, non-decreasing.
         usual: Seconds from one picture to the next, the median.
         exact: Each picture has a timestamp that no other has.
+        unit: Seconds to which the container rounds times.
         has_jumps: The clock jumps.
     """
 
@@ -48,6 +49,7 @@ class Clock:
     time: Floats
     usual: float
     exact: bool
+    unit: float
     has_jumps: bool = False
 
 
@@ -85,7 +87,7 @@ def read_clock(
             # Decoders give pictures out in presentation order, one for each that they are given.
             time = (dts - dts[0] / 1.0) * time_base
             step = float(np.median(np.diff(time)))
-        return Clock(np.arange(len(pts)), time, step, exact=False)
+        return Clock(np.arange(len(pts)), time, step, exact=False, unit=time_base)
     run = _runs(pts, dts, time_base, may_jump)
     # Garbage timestamps may be further apart than int64 holds; floating point does not wrap.
     shown = pts.astype(np.float64)
@@ -102,9 +104,11 @@ def read_clock(
         ticks = _apart(ticks, usual or step / time_base)
     if has_jumps:
         exact = len(np.unique(pts[order])) == len(order)
-    time = ticks * time_base
-    time = on_grid(time, _unit(ticks) * time_base, [*rates, *_rates_near(time)])
-    return Clock(order, time, usual * time_base or step, exact, has_jumps)
+    rounded, unit = ticks * time_base, _unit(ticks) * time_base
+    time = on_grid(rounded, unit, [*rates, *_rates_near(rounded)])
+    if len(time) > 1:
+        step = float(np.median(np.diff(time)))
+    return Clock(order, time, step, exact, unit if time is not rounded else time_base, has_jumps)
 
 
 def on_grid(time: Floats, unit: float, rates: Sequence[Fraction]) -> Floats:

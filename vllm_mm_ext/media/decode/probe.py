@@ -285,6 +285,8 @@ def _last(
         start: Seconds on the container's clock at which the first picture is shown.
     """
     usual = clock.usual
+    if abs(own - usual) <= min(clock.unit, usual / 2):
+        own = usual  # The picture's own duration is rounded.
     claimed = claimed_length(container, stream, start) - float(clock.time[-1])
     if not 0 < own <= max(10 * usual, 1.0, claimed + usual):
         own = usual
