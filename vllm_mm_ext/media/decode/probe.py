@@ -235,7 +235,7 @@ def _describe(
         container, stream, clock, 0.0 if is_pair else rows.duration[order[-1]] * unit, start
     )
     duration = float(times[-1]) + last
-    is_vfr = _uneven(np.diff(times), unit) or last > 2 * clock.usual
+    is_vfr = _uneven(np.diff(times), clock.unit) or last > 2 * clock.usual
     guessed = float(stream.guessed_rate or stream.average_rate or 0.0)
     fps = len(order) / duration if duration > 0 else guessed or DEFAULT_FPS
     # For an evenly spaced stream the declared rate is exact (30000/1001), the computed one nearly.
@@ -303,11 +303,14 @@ def _unit(stream: AvVideoStream) -> float:
     return float(stream.time_base) if stream.time_base else 1.0 / DEFAULT_FPS
 
 
-def _uneven(gaps: npt.NDArray[np.float64], time_base: float) -> bool:
-    """Whether gaps differ by more than rounding timestamps to the time base explains (plus 2 %)."""
+def _uneven(gaps: npt.NDArray[np.float64], unit: float) -> bool:
+    """Whether gaps differ by more than rounding times to ``unit`` seconds explains (plus 2 %)."""
     if len(gaps) < 2:
         return False
-    return bool(np.abs(gaps - np.median(gaps)).max() > 0.02 * np.median(gaps) + 1.5 * time_base)
+    usual = float(np.median(gaps))
+    # A clock whose unit is about the distance of frames counts frames, and rounds nothing.
+    rounding = 1.5 * unit if 4 * unit < usual else 0.0
+    return bool(np.abs(gaps - usual).max() > 0.02 * usual + rounding)
 
 
 def _rotation(container: InputContainer, index: int) -> int:

@@ -254,7 +254,7 @@ def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -
             reader.seek(pts[run.key])
         if run.start:
             entered.add(run.key)
-        running = run.start == 0
+        running, needed = run.start == 0, False
         while (packet := reader.read()) is not None:
             row = row_of.get(packet.pts, -1) if packet.pts is not None else -1
             at = order[row] if row >= 0 else -1
@@ -264,7 +264,10 @@ def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -
                 running = at == run.start
                 if not running:
                     continue
-            take(reader.decode(packet, needed=row in wanted or at == run.start))
+            # A packet without a row is the second field of the picture before it, or never shown.
+            if row >= 0:
+                needed = row in wanted or at == run.start
+            take(reader.decode(packet, needed=needed))
             if at >= run.stop:
                 break
     take(reader.decode(None))
