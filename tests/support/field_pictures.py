@@ -1,6 +1,6 @@
 """Writes field-coded H.264 (PAFF), which no encoder of FFmpeg makes.
 
-Each picture is two fields of the same gray, macroblocks stored as they are (I_PCM). Every other
+Each picture is two fields of even gray, macroblocks stored as they are (I_PCM). Every other
 picture is one that no other refers to, so that decoders may leave it out. Clauses are those of
 ITU-T H.264.
 """
@@ -18,9 +18,9 @@ FPS = 25
 _GOP = 12
 
 
-def gray(number: int) -> int:
-    """Luma of a picture."""
-    return 16 + number * 7 % 200
+def gray(number: int, bottom: int) -> int:
+    """Luma of a field."""
+    return 16 + number * 7 % 180 + 20 * bottom
 
 
 def write_fields(path: Path, count: int, packets: int) -> Path:
@@ -90,7 +90,7 @@ def _field(number: int, bottom: int) -> bytes:
     if reference:
         bits += "00" if refresh else "0"
     bits += _ue(0) + _ue(1)
-    samples = "".join(f"{v:08b}" for v in [gray(number)] * 256 + [128] * 128)
+    samples = "".join(f"{v:08b}" for v in [gray(number, bottom)] * 256 + [128] * 128)
     for _ in range(SIDE // 16):
         bits += _ue(25)
         bits += "0" * (-len(bits) % 8) + samples
