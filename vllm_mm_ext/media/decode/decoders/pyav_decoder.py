@@ -254,7 +254,7 @@ def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -
             reader.seek(pts[run.key])
         if run.start:
             entered.add(run.key)
-        running, needed = run.start == 0, False
+        running = run.start == 0
         while (packet := reader.read()) is not None:
             row = row_of.get(packet.pts, -1) if packet.pts is not None else -1
             at = order[row] if row >= 0 else -1
@@ -264,10 +264,7 @@ def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -
                 running = at == run.start
                 if not running:
                     continue
-            # A packet without a row is the second field of the picture before it, or never shown.
-            if row >= 0:
-                needed = row in wanted or at == run.start
-            take(reader.decode(packet, needed=needed))
+            take(reader.decode(packet, needed=row in wanted or at == run.start))
             if at >= run.stop:
                 break
     take(reader.decode(None))
