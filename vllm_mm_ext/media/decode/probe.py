@@ -36,8 +36,9 @@ from vllm_mm_ext.media.types import (
     VideoStream,
 )
 
-# Formats whose headers hold the length of what they describe; of others FFmpeg may estimate it.
-_TELL_LENGTH = ("matroska", "mov")
+# The format whose headers hold the length of a stream; of others FFmpeg may estimate it, or they
+# tell the end of it.
+_TELLS_LENGTH = "mov"
 # FFmpeg's flags of formats that have no index, and of those whose clock may jump.
 _NO_INDEX, _MAY_JUMP = 0x100, 0x200
 
@@ -139,8 +140,8 @@ def _read(
         if width <= 0 or height <= 0:
             return None
         check_pixels(width, height, limits.max_pixels)
-        if container.format.name.startswith(_TELL_LENGTH):
-            _check_duration(claimed_length(container, video, container_start(container)), limits)
+        if container.format.name.startswith(_TELLS_LENGTH):
+            _check_duration(claimed_length(container, video, 0.0), limits)
         rows = read_packets(container, video)
         clock, shown = _clock(container, video, rows)
         described, packets = _describe(container, video, rows, clock, shown)
@@ -230,10 +231,11 @@ def _describe(
     size[seconds_at - 1] += size[seconds_at]
     known = [int(ticks[0]) for ticks in (pts, dts) if ticks[0] != NO_TICKS]
     start = known[0] * unit if known else 0.0
-    times, is_pair = clock.time, bool(len(seconds_at))
-    last = _last(
-        container, stream, clock, 0.0 if is_pair else rows.duration[order[-1]] * unit, start
-    )
+    times, own = clock.time, rows.duration[order[-1]] * unit
+    if len(order) < len(flags):
+        # What a packet lasts that is half a picture, or among packets that are none, is a guess.
+        own = max(own, clock.usual)
+    last = _last(container, stream, clock, own, start)
     duration = float(times[-1]) + last
     is_vfr = _uneven(np.diff(times), clock.unit) or last > 2 * clock.usual
     guessed = float(stream.guessed_rate or stream.average_rate or 0.0)
