@@ -72,9 +72,9 @@ def test_the_larger_picture_is_shown_where_none_is_the_default(tmp_path: Path) -
     path = tmp_path / "none.mkv"
     write(path, [(1, 32), (FRAMES, 64), (1, 32)], [])
     with av.open(str(path)) as container:
-        from vllm_mm_ext.media.decode.probe import video_stream
+        from vllm_mm_ext.media.decode.streams import video_streams
 
         streams = container.streams.video
-        assert video_stream(container) is streams[2], "the default, whatever its size"
+        assert video_streams(container)[0] is streams[2], "the default, whatever its size"
         streams[2].disposition = Disposition(0)
-        assert video_stream(container) is streams[1]
+        assert video_streams(container)[0] is streams[1]

@@ -34,6 +34,13 @@ class SamplingConfig(Section):
     max_fps: float = Field(
         8.0, gt=0, le=60, description="`adaptive`: no second gets more than this rate."
     )
+    video_stream: int | None = Field(
+        None,
+        ge=0,
+        le=999,
+        description="Which of a file's video streams, counted from 0; null: the one that players "
+        "show. Files without that stream are refused.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> SamplingConfig:

@@ -141,6 +141,13 @@ class RequestOptions(Options):
         None, ge=1, le=4096, description="Frames of each video at least, where it has that many."
     )
     max_frames: int | None = Field(None, ge=1, le=4096, description="Frames of each video at most.")
+    video_stream: int | None = Field(
+        None,
+        ge=0,
+        le=999,
+        description="Which of each file's video streams, counted from 0 (ffmpeg's `0:v:N`); null: "
+        "the one that players show.",
+    )
     total_tokens: int | None = Field(
         None,
         ge=1,

@@ -33,6 +33,7 @@ from vllm_mm_ext.media.types import (
     DecodeRequest,
     FrameSelection,
     MediaInfo,
+    SamplingSpec,
     SizeRule,
 )
 from vllm_mm_ext.media.video_plan import VideoPlan
@@ -166,26 +167,33 @@ class MediaFrontend:
         """Whether videos are delivered with their sound."""
         return self.traits.hears_video and self.config.audio.in_video == "auto"
 
-    async def probe(self, ref: MediaRef) -> MediaInfo:
+    async def probe(self, ref: MediaRef, video_stream: int | None = None) -> MediaInfo:
         """Return what the container says, without its packet table. Nothing is decoded.
 
+        Args:
+            ref: The media.
+            video_stream: As in ``SamplingSpec``.
+
         Raises:
-            MediaError: It is no readable media, or past a limit.
+            MediaError: It is no readable media, lacks the stream, or is past a limit.
         """
-        found = self._probed.get(ref.digest)
+        key = _probe_key(ref, video_stream)
+        found = self._probed.get(key)
         if found is not None:
             return found
 
         async def read() -> MediaInfo:
             blob = await ref.open()
-            done = await self.pool.run(blob.fd, DecodeRequest(probe_only=True, limits=self.limits))
-            if ref.storable:
-                self._tables.put(ref.digest, done.info)
+            sampling = SamplingSpec(video_stream=video_stream)
+            request = DecodeRequest(sampling=sampling, probe_only=True, limits=self.limits)
+            done = await self.pool.run(blob.fd, request)
             info = replace(done.info, packets=None)
-            self._remember(ref, info)
+            if ref.storable:
+                self._tables.put(key, done.info)
+                self._probed.put(key, info)
             return info
 
-        return await self._probe_flights.run(ref.digest, read, ref.claim)
+        return await self._probe_flights.run(key, read, ref.claim)
 
     async def video(self, ref: MediaRef, plan: VideoPlan) -> VideoResult:
         """Return the sampled video, from the cache, a running decode, or a new one.
@@ -209,14 +217,10 @@ class MediaFrontend:
 
     async def _new_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
         result = await self._decode_video(ref, plan, key)
-        self._remember(ref, result.info)
         if ref.storable:
+            self._probed.put(_probe_key(ref, plan.sampling.video_stream), result.info)
             self.cache.put(key, result)
         return result
-
-    def _remember(self, ref: MediaRef, info: MediaInfo) -> None:
-        if ref.storable:
-            self._probed.put(ref.digest, info)
 
     async def audio(self, ref: MediaRef) -> AudioResult:
         """Return the media's sound as mono at the model's rate.
@@ -261,7 +265,7 @@ class MediaFrontend:
             limits=self.limits,
         )
         started = time.perf_counter()
-        info = await self.probe(ref)
+        info = await self.probe(ref, plan.sampling.video_stream)
         stages = {"probe": time.perf_counter() - started}
         if info.video is None:
             raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
@@ -275,7 +279,8 @@ class MediaFrontend:
                 max_frames=self.limits.max_frames,
             )
             request = replace(request, sampling=explicit)
-        request = replace(request, info=self._tables.get(ref.digest))
+        known = self._tables.get(_probe_key(ref, plan.sampling.video_stream))
+        request = replace(request, info=known)
         lease, sized = await self._room(ref, blob, info, request)
         try:
             done = await self.pool.run(blob.fd, request, sized)
@@ -338,6 +343,10 @@ class MediaFrontend:
         self.cache.clear()
         self._probed.clear()
         self._tables.clear()
+
+
+def _probe_key(ref: MediaRef, video_stream: int | None) -> str:
+    return ref.digest if video_stream is None else f"{ref.digest}|{video_stream}"
 
 
 def _memory_of(waveform: Waveform) -> np.ndarray[Any, Any]:

@@ -135,6 +135,8 @@ class SamplingSpec:
         multiple_of: The number of frames is rounded down to a multiple of this, the frames of a
             temporal patch.
         indices: Presentation-order frame indices for ``explicit``, sorted, may repeat.
+        video_stream: Number of the stream that they are frames of, among the file's video streams;
+            None for the stream that a player shows.
     """
 
     policy: PolicyName = "uniform"
@@ -145,6 +147,7 @@ class SamplingSpec:
     max_fps: float = 8.0
     multiple_of: int = 1
     indices: tuple[int, ...] | None = None
+    video_stream: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +252,7 @@ class DecodeRequest:
     """One job for a decode worker over one encoded file.
 
     Attributes:
-        sampling: Frames wanted, or None for no video.
+        sampling: Frames wanted, or None for no video. Of a probe, its ``video_stream`` counts.
         size: Rule for the size of the frames.
         audio: ``required`` (a file without an audio stream is an error), ``optional``
             (``DecodeResult.audio`` of a file without one is None) or ``none``.

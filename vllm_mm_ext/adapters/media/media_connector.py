@@ -300,6 +300,7 @@ def spec_for(sampling: SamplingConfig, frame_multiple: int) -> SamplingSpec:
         min_fps=sampling.min_fps,
         max_fps=sampling.max_fps,
         multiple_of=frame_multiple,
+        video_stream=sampling.video_stream,
     )
 
 

@@ -181,7 +181,10 @@ class _Conversation:
         """
         options = self.connector.media_io_kwargs.get("video", {})
         processor = get_video_processor_cls_name(self.renderer.model_config)
-        plans = {url: server_plan(self.runtime, options, url, processor) for url in set(urls)}
+        plans = {
+            url: self._with_stream(server_plan(self.runtime, options, url, processor))
+            for url in set(urls)
+        }
         self.items = [MediaItem("video", url, plans[url]) for url in urls]
         self.context.add(self.items)
         for url in dict.fromkeys(urls):
@@ -189,11 +192,18 @@ class _Conversation:
             if plan is not None and plan.chooser is None:
                 self.plans[url] = plan
 
+    def _with_stream(self, plan: VideoPlan | None) -> VideoPlan | None:
+        """A plan, for the video stream that the request asks for."""
+        number = self.context.options.video_stream
+        if plan is None or plan.chooser is not None or number is None:
+            return plan
+        return replace(plan, sampling=replace(plan.sampling, video_stream=number))
+
     # --- on the front-end's loop ------------------------------------------------------------------
 
     async def probe(self) -> list[PlannedVideo]:
         """Fetch and probe all videos at once."""
-        probed = await all_or_none(self._probe_one(url) for url in self.plans)
+        probed = await all_or_none(self._probe_one(*planned) for planned in self.plans.items())
         uses = Counter(item.url for item in self.items)
         return [
             PlannedVideo(url, uses[url], content, info, info.video, plan)
@@ -202,11 +212,11 @@ class _Conversation:
             if info.video is not None
         ]
 
-    async def _probe_one(self, url: str) -> tuple[MediaRef, MediaInfo]:
+    async def _probe_one(self, url: str, plan: VideoPlan) -> tuple[MediaRef, MediaInfo]:
         probed = await use_media(
             self.connector.fetcher(self.runtime),
             url,
-            self.runtime.frontend.probe,
+            lambda content: self.runtime.frontend.probe(content, plan.sampling.video_stream),
             claim=self.context.budget_claim(self.runtime.budget),
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
         )

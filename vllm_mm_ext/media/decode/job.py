@@ -64,7 +64,8 @@ def run_job(
     timings: dict[str, float] = {}
     try:
         with _timed(timings, "probe"):
-            info = request.info or probe(path, request.limits)
+            number = request.sampling.video_stream if request.sampling else None
+            info = request.info or probe(path, request.limits, number)
         if request.probe_only:
             return DecodeResult(info=info, timings=timings)
         return _decode(path, info, request, allocate, reserve, timings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from array import array
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -16,7 +18,16 @@ from av.stream import Disposition
 from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
-from vllm_mm_ext.media.decode.container import describe, open_container
+from vllm_mm_ext.media.decode.clock import DEFAULT_FPS, NO_TICKS, Clock, read_clock
+from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, read_packets
+from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
+from vllm_mm_ext.media.decode.streams import (
+    TELL_END,
+    claimed_length,
+    container_start,
+    video_streams,
+)
 from vllm_mm_ext.media.types import (
     AudioStream,
     DecodeLimits,
@@ -25,22 +36,21 @@ from vllm_mm_ext.media.types import (
     VideoStream,
 )
 
-# Demuxing costs about 2 us a packet, so a file of this many packets takes some 4 s to probe. At
-# 120 fps the limit is 4.6 hours.
-MAX_PACKETS = 2_000_000
-# Stands for a packet without a presentation timestamp.
-_NO_PTS = np.iinfo(np.int64).min
-# Frame rate assumed where neither timestamps nor headers give one.
-_DEFAULT_FPS = 25.0
-_NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
+# The format whose headers hold the length of a stream; of others FFmpeg may estimate it, or they
+# tell the end of it.
+_TELLS_LENGTH = "mov"
+# FFmpeg's flags of formats that have no index, and of those whose clock may jump.
+_NO_INDEX, _MAY_JUMP = 0x100, 0x200
 
 
-def probe(path: str, limits: DecodeLimits) -> MediaInfo:
+def probe(path: str, limits: DecodeLimits, video_stream: int | None = None) -> MediaInfo:
     """Read the container: its streams and, for video, one row per presentable frame.
 
     Args:
         path: A local file; ``/proc/self/fd/N`` works too.
         limits: Of these, ``max_pixels`` and ``max_duration_s`` apply.
+        video_stream: Number of the video stream to read, among the file's video streams; None for
+            the one that a player shows.
 
     Raises:
         UnreadableMediaError: The file is no media, or has no readable audio or video packet.
@@ -48,37 +58,41 @@ def probe(path: str, limits: DecodeLimits) -> MediaInfo:
         MediaTooLargeError: A frame has more than ``max_pixels`` pixels, or there are more than
             ``MAX_PACKETS`` packets.
         MediaTooLongError: The video is longer than ``max_duration_s``.
+        NoSuchStreamError: There is no video stream of that number.
     """
     with open_container(path, max_pixels=limits.max_pixels) as container:
-        info = _read(container, path, limits)
-    if info is not None:
-        return info
-    # FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only by
-    # decoding a few frames.
-    with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
-        info = _read(container, path, limits)
-    if info is None:
-        raise UnreadableMediaError("The media holds no readable audio or video stream.")
-    return info
+        choices = [s.index for s in video_streams(container, video_stream)]
+        info = _read(container, path, limits, choices[:1])
+    for index in choices[1:]:
+        # A still picture beside moving ones: a preview.
+        if info is None or info.video is None or info.video.num_frames > 1:
+            break
+        with open_container(path, max_pixels=limits.max_pixels) as container:
+            other = _read(container, path, limits, [index])
+        if other is not None and other.video is not None and other.video.num_frames > 1:
+            info, choices = other, [index]
+    return _completed(path, limits, choices[:1], info)
 
 
-def video_stream(container: InputContainer) -> AvVideoStream | None:
-    """The stream of moving pictures that a player shows, or None.
+def _completed(
+    path: str, limits: DecodeLimits, choice: Sequence[int], info: MediaInfo | None
+) -> MediaInfo:
+    """What was read, or what FFmpeg learns by decoding a few frames where that tells more.
 
-    Cover art and thumbnails are no moving pictures. As in the ffmpeg tool, a stream marked as the
-    default is preferred, then the one of the largest picture, then the first in the file.
+    FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only so, and
+    the reordering of frames, by which it fills in timestamps that program streams leave out.
     """
-    moving = [
-        stream
-        for stream in container.streams.video
-        if not stream.disposition & _NOT_VIDEO and stream.codec_context is not None
-    ]
-    return max(moving, key=_shown_first, default=None)
-
-
-def _shown_first(stream: AvVideoStream) -> tuple[bool, int]:
-    picture = stream.codec_context
-    return bool(stream.disposition & Disposition.default), picture.width * picture.height
+    doubtful = info is not None and info.packets is not None and not info.packets.exact
+    if info is not None and not doubtful:
+        return info
+    with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
+        better = _read(container, path, limits, choice) or info
+    if better is None:
+        raise UnreadableMediaError("The media holds no readable audio or video stream.")
+    if doubtful and better.packets is not None:
+        # A decoder that opens the file without decoding would see other timestamps.
+        return replace(better, packets=replace(better.packets, exact=False))
+    return better
 
 
 def audio_streams(container: InputContainer) -> list[AvAudioStream]:
@@ -96,34 +110,56 @@ def audio_streams(container: InputContainer) -> list[AvAudioStream]:
     )
 
 
-def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaInfo | None:
-    """Read an open container; None if the headers leave out what decoding a few frames may show."""
-    video = video_stream(container)
+def _read(
+    container: InputContainer,
+    path: str,
+    limits: DecodeLimits,
+    choice: Sequence[int],
+) -> MediaInfo | None:
+    """Read an open container.
+
+    Args:
+        container: The container.
+        path: Its file.
+        limits: As for ``probe``.
+        choice: Index of the video stream to read; empty for none.
+
+    Returns:
+        None if the headers leave out what decoding a few frames may show.
+    """
+    video = container.streams[choice[0]] if choice else None
     audio = audio_streams(container)
     if video is None and not audio:
         return None
     if any(stream.codec_context.sample_rate <= 0 for stream in audio):
         return None
-    # A hostile header may say less than nothing.
-    claimed = max(0.0, container.duration / av.time_base) if container.duration else 0.0
     described, packets = None, None
     if video is not None:
+        assert isinstance(video, AvVideoStream)
         width, height = video.codec_context.width, video.codec_context.height
         if width <= 0 or height <= 0:
             return None
         check_pixels(width, height, limits.max_pixels)
-        _check_duration(_seconds(video) or claimed, limits)
-        described, packets = _read_video(container, video, limits)
+        if container.format.name.startswith(_TELLS_LENGTH):
+            _check_duration(claimed_length(container, video, 0.0), limits)
+        rows = read_packets(container, video)
+        clock, shown = _clock(container, video, rows)
+        described, packets = _describe(container, video, rows, clock, shown)
+        _check_duration(described.duration, limits)
+    start = container_start(container) if described is None else described.start
     sounds = tuple(
         AudioStream(
             index=stream.index,
             codec=stream.codec_context.codec.canonical_name,
             sample_rate=stream.codec_context.sample_rate,
             channels=stream.codec_context.channels,
-            duration=_seconds(stream) or claimed,
+            duration=claimed_length(container, stream, start),
         )
         for stream in audio
     )
+    if described is None and container.format.flags & _NO_INDEX:
+        # FFmpeg estimates the length from the bit rate; to read the packets tells it.
+        sounds = (replace(sounds[0], duration=_measured(container, audio[0])), *sounds[1:])
     seconds = [s.duration for s in sounds] + ([described.duration] if described else [])
     return MediaInfo(
         container=container.format.name,
@@ -135,80 +171,86 @@ def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaIn
     )
 
 
-@dataclass
-class _Packets:
-    """Packets of one stream in decoding order, in columns that stay cheap at millions of rows."""
-
-    pts: array[int] = field(default_factory=lambda: array("q"))
-    duration: array[int] = field(default_factory=lambda: array("q"))
-    size: array[int] = field(default_factory=lambda: array("q"))
-    flags: array[int] = field(default_factory=lambda: array("b"))  # 1 keyframe, 2 hidden
-
-
-def _read_packets(container: InputContainer, stream: AvVideoStream) -> _Packets:
-    if stream.frames > MAX_PACKETS:
-        raise _too_many(stream.frames)
-    rows = _Packets()
-    try:
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
-            rows.pts.append(_NO_PTS if packet.pts is None else packet.pts)
-            rows.duration.append(packet.duration or 0)
-            rows.size.append(packet.size)
-            rows.flags.append(packet.is_keyframe | packet.is_discard << 1)
-            if len(rows.pts) > MAX_PACKETS:
-                raise _too_many(len(rows.pts))
-    except av.FFmpegError as error:
-        # A file that was cut short still has its first part, which stock vLLM serves too.
-        if not rows.pts:
-            raise UnreadableMediaError(
-                f"The video stream could not be read: {describe(error)}."
-            ) from error
-    return rows
+def _measured(container: InputContainer, stream: AvAudioStream) -> float:
+    """Seconds that the packets of a stream last together."""
+    ticks = 0
+    with contextlib.suppress(av.FFmpegError):
+        for count, packet in enumerate(container.demux(stream)):
+            if count > MAX_PACKETS:
+                break
+            ticks += max(0, packet.duration or 0)
+    return float(ticks * stream.time_base) if stream.time_base else 0.0
 
 
-def _read_video(
-    container: InputContainer, stream: AvVideoStream, limits: DecodeLimits
-) -> tuple[VideoStream, PacketTable]:
-    rows = _read_packets(container, stream)
-    pts = np.frombuffer(rows.pts, np.int64) if rows.pts else np.empty(0, np.int64)
-    flags = np.frombuffer(rows.flags, np.int8) if rows.flags else np.empty(0, np.int8)
-    is_key = (flags & 1).astype(bool)
-    shown = (flags & 2) == 0
-    exact = bool((pts[shown] != _NO_PTS).all())
+def _clock(
+    container: InputContainer, stream: AvVideoStream, rows: Packets
+) -> tuple[Clock, npt.NDArray[np.int64]]:
+    """Times of the shown pictures, and their positions among the packets in decoding order."""
+    flags = np.array(rows.flags, np.int8)
+    shown = (flags & (HIDDEN | SECOND_FIELD)) == 0
+    is_key = shown & (flags & 1 == 1)
     if is_key.any():
-        # Decoders output no frame that is decoded before the first keyframe, and none that is shown
-        # before it.
-        first = int(is_key.argmax())
-        shown[:first] = False
-        if exact:
-            shown &= pts >= pts[first]
+        # Decoders output no frame that is decoded before the first keyframe.
+        shown[: int(is_key.argmax())] = False
     if not shown.any():
         raise UnreadableMediaError("The video stream holds no frame.")
-    order = np.flatnonzero(shown)
-    if exact:
-        order = order[np.argsort(pts[order], kind="stable")]
-        exact = bool((np.diff(pts[order].astype(np.float64)) > 0).all())
-    time_base = float(stream.time_base) if stream.time_base else 1.0 / _DEFAULT_FPS
-    guessed = float(stream.guessed_rate or stream.average_rate or 0.0)
-    times, last = _times(pts[order], rows.duration[int(order[-1])], time_base, guessed, exact)
+    places = np.flatnonzero(shown)
+    rates = [Fraction(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]
+    clock = read_clock(
+        np.array(rows.pts, np.int64)[places],
+        np.array(rows.dts, np.int64)[places],
+        _unit(stream),
+        float(rates[0]) if rates else 0.0,
+        rates,
+        from_key=bool(is_key.any()),
+        may_jump=bool(container.format.flags & _MAY_JUMP),
+    )
+    return clock, places[clock.order]
+
+
+def _describe(
+    container: InputContainer,
+    stream: AvVideoStream,
+    rows: Packets,
+    clock: Clock,
+    order: npt.NDArray[np.int64],
+) -> tuple[VideoStream, PacketTable]:
+    """The stream and its packet table.
+
+    Args:
+        container: The stream's container.
+        stream: The stream.
+        rows: Its packets.
+        clock: Times of its pictures.
+        order: Positions of the pictures among the packets, in presentation order.
+    """
+    unit, flags = _unit(stream), np.array(rows.flags, np.int8)
+    pts, dts = np.array(rows.pts, np.int64)[order], np.array(rows.dts, np.int64)[order]
+    size = np.array(rows.size, np.int64)
+    seconds_at = np.flatnonzero(flags & SECOND_FIELD)
+    size[seconds_at - 1] += size[seconds_at]
+    known = [int(ticks[0]) for ticks in (pts, dts) if ticks[0] != NO_TICKS]
+    start = known[0] * unit if known else 0.0
+    times, own = clock.time, rows.duration[order[-1]] * unit
+    if len(order) < len(flags):
+        # What a packet lasts that is half a picture, or among packets that are none, is a guess.
+        own = max(own, clock.usual)
+    last = _last(container, stream, clock, own, start)
     duration = float(times[-1]) + last
-    _check_duration(duration, limits)
-    gaps = np.diff(times)
-    is_vfr = _uneven(gaps, time_base)
-    fps = len(order) / duration if duration > 0 else guessed or _DEFAULT_FPS
+    is_vfr = _uneven(np.diff(times), clock.unit) or last > 2 * clock.usual
+    guessed = float(stream.guessed_rate or stream.average_rate or 0.0)
+    fps = len(order) / duration if duration > 0 else guessed or DEFAULT_FPS
     # For an evenly spaced stream the declared rate is exact (30000/1001), the computed one nearly.
     if guessed > 0 and not is_vfr and abs(guessed / fps - 1) < 0.01:
         fps = guessed
     table = PacketTable(
-        pts=pts[order] if exact else np.round(times / time_base).astype(np.int64),
+        pts=pts if clock.exact else np.round(times / unit).astype(np.int64),
         time=times,
-        size=np.frombuffer(rows.size, np.int64)[order].astype(np.int32),
-        is_key=is_key[order],
-        time_base=time_base,
+        size=size[order].astype(np.int32),
+        is_key=(flags[order] & 1).astype(bool),
+        time_base=unit,
         order=order,
-        exact=exact,
+        exact=clock.exact,
     )
     width, height = stream.codec_context.width, stream.codec_context.height
     rotation = _rotation(container, stream.index)
@@ -225,41 +267,52 @@ def _read_video(
         num_frames=len(order),
         duration=duration,
         pixel_format=stream.codec_context.pix_fmt or "",
-        start=float(table.pts[0]) * time_base if exact else 0.0,
+        start=start,
     )
     return described, table
 
 
-def _times(
-    pts: npt.NDArray[np.int64], last_ticks: int, time_base: float, fps: float, exact: bool
-) -> tuple[npt.NDArray[np.float64], float]:
-    """Seconds from the first frame to each frame, and seconds for which the last one is shown.
+def _last(
+    container: InputContainer, stream: AvVideoStream, clock: Clock, own: float, start: float
+) -> float:
+    """Seconds for which the last picture is shown.
+
+    A screen recording's last picture may stand for a minute. A damaged file may claim that of any
+    picture, so a long one needs the agreement of the headers.
 
     Args:
-        pts: Timestamps of the frames in presentation order, in units of ``time_base``.
-        last_ticks: Duration of the last frame's packet in the same units; 0 if not known.
-        time_base: Seconds per unit.
-        fps: Frame rate that the container claims; 0 if it claims none.
-        exact: ``pts`` can be used; otherwise frames are spaced by ``fps``.
+        container, stream: What the picture is in.
+        clock: Times of all pictures.
+        own: Seconds that the picture's packet lasts; 0 if not known.
+        start: Seconds on the container's clock at which the first picture is shown.
     """
-    if exact:
-        # Garbage timestamps may be further apart than int64 holds; floating point does not wrap.
-        ticks = pts - pts[0] if int(pts[-1]) - int(pts[0]) < 2**62 else pts / 1.0 - pts[0]
-        times = np.asarray(ticks * time_base, np.float64)
-        usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-        last = last_ticks * time_base
-        if not 0 < last <= max(10 * usual, 1.0):
-            last = usual or 1.0 / (fps or _DEFAULT_FPS)
-        return times, last
-    step = 1.0 / (fps or _DEFAULT_FPS)
-    return np.arange(len(pts), dtype=np.float64) * step, step
+    usual = clock.usual
+    if abs(own - usual) <= min(clock.unit, usual / 2):
+        own = usual  # The picture's own duration is rounded.
+    claimed = claimed_length(container, stream, start) - float(clock.time[-1])
+    if not 0 < own <= max(10 * usual, 1.0, claimed + usual):
+        own = usual
+    # Of these formats only the header tells the end of the last picture. With sound, it tells the
+    # later of two ends.
+    tells = container.format.name in TELL_END and not container.streams.audio
+    if tells and not clock.has_jumps and claimed > own + usual:
+        return claimed
+    return own
 
 
-def _uneven(gaps: npt.NDArray[np.float64], time_base: float) -> bool:
-    """Whether gaps differ by more than rounding timestamps to the time base explains (plus 2 %)."""
+def _unit(stream: AvVideoStream) -> float:
+    """Seconds per unit of the stream's timestamps."""
+    return float(stream.time_base) if stream.time_base else 1.0 / DEFAULT_FPS
+
+
+def _uneven(gaps: npt.NDArray[np.float64], unit: float) -> bool:
+    """Whether gaps differ by more than rounding times to ``unit`` seconds explains (plus 2 %)."""
     if len(gaps) < 2:
         return False
-    return bool(np.abs(gaps - np.median(gaps)).max() > 0.02 * np.median(gaps) + 1.5 * time_base)
+    usual = float(np.median(gaps))
+    # A clock whose unit is about the distance of frames counts frames, and rounds nothing.
+    rounding = 1.5 * unit if 4 * unit < usual else 0.0
+    return bool(np.abs(gaps - usual).max() > 0.02 * usual + rounding)
 
 
 def _rotation(container: InputContainer, index: int) -> int:
@@ -286,13 +339,6 @@ def _rotation(container: InputContainer, index: int) -> int:
     return 0
 
 
-def _seconds(stream: AvVideoStream | AvAudioStream) -> float:
-    """Duration in seconds that the container claims for a stream; 0 if it claims none."""
-    if not stream.duration or not stream.time_base:
-        return 0.0
-    return max(0.0, float(stream.duration * stream.time_base))
-
-
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """Refuse pictures that are too large.
 
@@ -315,11 +361,3 @@ def _check_duration(seconds: float, limits: DecodeLimits) -> None:
             parameter="video_url",
             value=round(seconds, 3),
         )
-
-
-def _too_many(count: int) -> MediaTooLargeError:
-    return MediaTooLargeError(
-        f"The video stream claims {count} frames, past the limit of {MAX_PACKETS}.",
-        parameter="video_url",
-        value=count,
-    )

@@ -28,7 +28,7 @@ from vllm_mm_ext.errors import (
     UnreadableMediaError,
     UnsupportedFormatError,
 )
-from vllm_mm_ext.media.decode.probe import MAX_PACKETS
+from vllm_mm_ext.media.decode.packets import MAX_PACKETS
 from vllm_mm_ext.media.decode.wire_checks import (
     MalformedMessageError,
     check_frames,

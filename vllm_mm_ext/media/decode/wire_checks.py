@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from vllm_mm_ext.media.audio.audio_track import MAX_SAMPLE_RATE
-from vllm_mm_ext.media.decode.probe import MAX_PACKETS
+from vllm_mm_ext.media.decode.packets import MAX_PACKETS
 from vllm_mm_ext.media.types import (
     AudioStream,
     DecodeRequest,

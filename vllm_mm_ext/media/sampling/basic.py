@@ -12,6 +12,7 @@ from vllm_mm_ext.media.sampling.timeline import (
     Times,
     asked_count,
     is_unbound,
+    rounding,
     shown_at,
     spread,
     target_count,
@@ -42,7 +43,7 @@ def _on_grid(
 ) -> tuple[Indices, float | None]:
     """Frames on screen at k / fps, and the seconds between them (see ``FrameSelection.step``)."""
     moments = np.arange(asked_count(info, spec)) / spec.fps
-    shown = shown_at(packets.time, moments)
+    shown = shown_at(packets.time, moments, rounding(packets))
     indices = np.unique(shown)
     assert info.video is not None
     step: float | None = None

@@ -56,15 +56,26 @@ def clip_duration(info: MediaInfo) -> float:
     return max(info.video.duration, last)
 
 
-def shown_at(time: Times, moments: Times) -> Indices:
+def rounding(packets: PacketTable) -> float:
+    """Seconds by which a frame may be shown before its time: half a unit of the container's clock.
+
+    A clock whose unit is about the distance of frames counts frames, so its times are exact.
+    """
+    gap = float(np.median(np.diff(packets.time))) if len(packets) > 1 else 0.0
+    half = 0.5 * packets.time_base
+    return max(1e-6, half) if half < 0.2 * gap else 1e-6
+
+
+def shown_at(time: Times, moments: Times, early: float = 1e-6) -> Indices:
     """Frame on screen at each moment: the last one at or before it, give or take a microsecond.
 
     Args:
         time: float64 ``[n]``, non-decreasing, seconds; the first frame is on screen before its
             time, too.
         moments: float64 ``[k]`` seconds.
+        early: Seconds by which a frame counts as shown before its time; see ``rounding``.
     """
-    found = np.searchsorted(time, moments + 1e-6, side="right") - 1
+    found = np.searchsorted(time, moments + early, side="right") - 1
     return np.asarray(np.maximum(found, 0), np.int64)
 
 

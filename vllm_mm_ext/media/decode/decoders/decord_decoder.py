@@ -92,6 +92,8 @@ def _check_first_picture(path: str, info: MediaInfo, max_pixels: int) -> None:
     """
     assert info.video is not None
     with open_container(path, max_pixels=max_pixels) as container:
+        if len(container.streams.video) > 1:
+            raise UnsuitableFileError("decord chooses the stream by itself")
         stream = container.streams[info.video.index]
         stream.codec_context.options = {"max_pixels": str(max_pixels)}
         try:
@@ -110,5 +112,6 @@ def _check_timeline(reader: Any, info: MediaInfo) -> None:
     if len(reader) != len(table):
         raise UnsuitableFileError(f"decord counts {len(reader)} frames, the file {len(table)}")
     starts = reader.get_frame_timestamp(np.arange(len(table)))[:, 0]
-    if np.abs(starts - starts[0] - table.time).max() > 1e-3:
+    own = (table.pts - table.pts[0]) * table.time_base
+    if np.abs(starts - starts[0] - own).max() > 1e-3:
         raise UnsuitableFileError("decord's timestamps differ from the container's")

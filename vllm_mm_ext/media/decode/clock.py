@@ -1,0 +1,210 @@
+"""When each picture of a stream is shown, from the timestamps that its container has.
+
+Timestamps of files from the field restart where recordings were joined, repeat, are missing, or are
+rounded to the unit that the container counts in. This module is pure arithmetic on columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+# Stands for a timestamp that a packet does not have.
+NO_TICKS = int(np.iinfo(np.int64).min)
+# Frame rate assumed where neither timestamps nor headers give one.
+DEFAULT_FPS = 25.0
+# ffmpeg's own limits (``-dts_delta_threshold`` and ``ts_discontinuity_process``): in formats whose
+# clock may jump, a decoding time that is further ahead, or falls back by more, is another clock.
+_AHEAD_S = 10.0
+_BACK_S = 0.1
+# Where there are no decoding times: pictures that may be decoded between one and the last that is
+# shown before it. Common codecs reorder within 32.
+_MAX_REORDERED = 64
+# Times are taken for those of a constant rate only where its pictures are so many units of the
+# clock apart that rounding alone hardly explains the fit.
+_FEWEST_UNITS = 2.5
+
+
+@dataclass(frozen=True, eq=False)
+class Clock:
+    """Times of the pictures of a stream.
+
+    Attributes:
+        order: int64 ``[n]`` the pictures in presentation order, as positions in the columns given.
+        time: float64 ``[n]`` seconds from the first picture to each, non-decreasing.
+        usual: Seconds from one picture to the next, the median.
+        exact: Each picture has a timestamp that no other has.
+        unit: Seconds to which the container rounds times.
+        has_jumps: The clock jumps.
+    """
+
+    order: Ints
+    time: Floats
+    usual: float
+    exact: bool
+    unit: float
+    has_jumps: bool = False
+
+
+def read_clock(
+    pts: Ints,
+    dts: Ints,
+    time_base: float,
+    fps: float,
+    rates: Sequence[Fraction],
+    *,
+    from_key: bool,
+    may_jump: bool,
+) -> Clock:
+    """Put pictures into presentation order and on one clock that begins with 0.
+
+    Where the clock jumps (joined recordings), the pictures after the jump go on after the last one
+    before the jump, in the usual distance. Pictures whose timestamps repeat stay in decoding order
+    and share the time up to the next picture.
+
+    Args:
+        pts: int64 ``[n]`` presentation timestamps in decoding order; ``NO_TICKS`` for none.
+        dts: int64 ``[n]`` decoding timestamps; ``NO_TICKS`` for none.
+        time_base: Seconds per unit of timestamps.
+        fps: Frame rate that the container claims; 0 for none.
+        rates: Frame rates that the container names, for ``on_grid``.
+        from_key: The first picture is a keyframe: those to be shown before it are left out, as no
+            decoder shows them.
+        may_jump: The format may hold clocks that jump ahead, as transport streams do. In others a
+            long gap is a long picture.
+    """
+    step = 1.0 / (fps or DEFAULT_FPS)
+    if not bool((pts != NO_TICKS).all()):
+        time = np.arange(len(pts)) * step
+        if len(dts) > 1 and bool((dts != NO_TICKS).all()) and bool((np.diff(dts / 1.0) > 0).all()):
+            # Decoders give pictures out in presentation order, one for each that they are given.
+            time = (dts - dts[0] / 1.0) * time_base
+            step = float(np.median(np.diff(time)))
+        return Clock(np.arange(len(pts)), time, step, exact=False, unit=time_base)
+    run = _runs(pts, dts, time_base, may_jump)
+    # Garbage timestamps may be further apart than int64 holds; floating point does not wrap.
+    shown = pts.astype(np.float64)
+    order = np.lexsort((shown, run))
+    if from_key:
+        order = order[(run[order] > 0) | (shown[order] >= shown[0])]
+    usual = _usual(shown)
+    ticks = shown[order] - shown[order[0]]
+    has_jumps = bool(run[-1])
+    if has_jumps:
+        ticks = _joined(shown[order], run[order], usual)
+    exact = bool((np.diff(ticks) > 0).all())
+    if not exact:
+        ticks = _apart(ticks, usual or step / time_base)
+    if has_jumps:
+        exact = len(np.unique(pts[order])) == len(order)
+    rounded, unit = ticks * time_base, _unit(ticks) * time_base
+    time = on_grid(rounded, unit, [*rates, *_rates_near(rounded)])
+    if len(time) > 1:
+        step = float(np.median(np.diff(time)))
+    return Clock(order, time, step, exact, unit if time is not rounded else time_base, has_jumps)
+
+
+def on_grid(time: Floats, unit: float, rates: Sequence[Fraction]) -> Floats:
+    """The exact times of a constant frame rate, where ``time`` is these times rounded.
+
+    Containers that count in milliseconds show 30 pictures a second at 0, 33, 67, 100 ms. Pictures
+    may be missing.
+
+    Args:
+        time: float64 ``[n]`` seconds, increasing, from 0.
+        unit: Seconds to which ``time`` is rounded.
+        rates: Frame rates to try, in pictures per second.
+
+    Returns:
+        Multiples of the time between two pictures, each within ``unit`` of ``time``; or ``time``
+        itself where no rate fits.
+    """
+    for rate in rates:
+        period = float(1 / rate) if rate > 0 else 0.0
+        if period < _FEWEST_UNITS * unit or len(time) < 3:
+            continue
+        place = np.round(time / period)
+        off = time - place * period
+        if off.max() - off.min() <= 1.01 * unit and bool((np.diff(place) > 0).all()):
+            return np.asarray(place * period)
+    return time
+
+
+def _rates_near(time: Floats) -> list[Fraction]:
+    """Common frame rates near the mean rate: whole numbers, and those of NTSC."""
+    if len(time) < 2 or time[-1] <= time[0]:
+        return []
+    mean = (len(time) - 1) / float(time[-1] - time[0])
+    return [Fraction(round(mean)), Fraction(round(mean * 1.001) * 1000, 1001)]
+
+
+def _usual(shown: Floats) -> float:
+    """Median distance of pictures in units; 0 if there is none."""
+    gaps = np.diff(np.sort(shown))
+    gaps = gaps[gaps > 0]
+    return float(np.median(gaps)) if len(gaps) else 0.0
+
+
+def _runs(pts: Ints, dts: Ints, time_base: float, may_jump: bool) -> Ints:
+    """Number of the run of each packet: a new run begins where the clock jumps."""
+    if len(pts) < 2:
+        return np.zeros(len(pts), np.int64)
+    if bool(((dts != NO_TICKS) & (dts <= pts)).all()):
+        step = np.diff(dts.astype(np.float64)) * time_base
+        jump = step < -_BACK_S
+        if may_jump:
+            jump |= step > _AHEAD_S
+    else:
+        # Matroska has no decoding times. A picture before many that were decoded long ago is none
+        # that was reordered.
+        shown = pts.astype(np.float64)
+        latest = np.maximum.accumulate(shown)
+        jump = np.diff(shown) < 0
+        jump[:_MAX_REORDERED] = False
+        jump[_MAX_REORDERED:] &= shown[_MAX_REORDERED + 1 :] < latest[: -_MAX_REORDERED - 1]
+        jump[_MAX_REORDERED:] &= np.diff(shown)[_MAX_REORDERED:] < -_MAX_REORDERED * _usual(shown)
+    return np.concatenate([[0], np.cumsum(jump)]).astype(np.int64)
+
+
+def _joined(ticks: Floats, run: Ints, usual: float) -> Floats:
+    """Ticks from the first picture on, each run following the one before it.
+
+    Args:
+        ticks: Timestamps in presentation order, run by run.
+        run: Number of the run of each, non-decreasing.
+        usual: Distance from the last picture of a run to the first of the next.
+    """
+    first = np.flatnonzero(np.diff(run, prepend=-1))
+    last = np.append(first[1:], len(ticks)) - 1
+    length = ticks[last] - ticks[first] + usual
+    begin = np.concatenate([[0.0], np.cumsum(length)[:-1]])
+    which = np.searchsorted(first, np.arange(len(ticks)), side="right") - 1
+    return np.asarray(ticks - ticks[first][which] + begin[which])
+
+
+def _apart(ticks: Floats, usual: float) -> Floats:
+    """Ticks of which those that repeat are spread evenly up to the next, or over ``usual``."""
+    values, which, counts = np.unique(ticks, return_inverse=True, return_counts=True)
+    if len(values) == len(ticks):
+        return ticks
+    room = np.append(np.diff(values), usual)
+    first = np.searchsorted(which, np.arange(len(values)))
+    return np.asarray(ticks + (np.arange(len(ticks)) - first[which]) * (room / counts)[which])
+
+
+def _unit(ticks: Floats) -> float:
+    """The unit that timestamps are multiples of, in units of the time base.
+
+    A file that was made from one in milliseconds may count in smaller units.
+    """
+    gaps = np.diff(ticks)
+    if not len(gaps) or gaps.max() >= 2**53:
+        return 1.0
+    return float(max(1, np.gcd.reduce(gaps.astype(np.int64))))
