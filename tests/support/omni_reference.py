@@ -64,13 +64,18 @@ def video(
     digest: str = "",
     reduction: Reduction = NO_REDUCTION,
 ) -> MediaWithBytes:
-    """A video as the media connector delivers it."""
+    """A video as the media connector delivers it: frames at a fixed rate from 0 on have a step."""
     times = None if times is None else tuple(float(t) for t in times)
+    step = times[1] if times and len(times) > 1 else None
+    if step and not np.allclose(times, step * np.arange(len(times))):
+        step = None
     digest = digest or f"video-{frames.shape}-{int(frames[0, 0, 0, 0])}-{times}"
     if track is not None:
         digest += f"+{track.digest}"
-    sampled = SampledFrames(frames, digest=digest, times=times, audio=track, reduction=reduction)
-    fps = len(frames) / (times[-1] or 1.0) if times else 2.0
+    sampled = SampledFrames(
+        frames, digest=digest, times=times, audio=track, step=step, reduction=reduction
+    )
+    fps = (len(frames) - 1) / times[-1] if times and times[-1] else 2.0
     metadata = {
         "total_num_frames": len(frames),
         "fps": fps,

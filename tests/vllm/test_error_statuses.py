@@ -224,7 +224,7 @@ def test_vllms_own_busy_answer_says_when_to_come_again(
 
 def fault_of_the_plugin() -> None:
     """The plugin's own code, given what it never should be."""
-    grid_times((2.0, 1.0), temporal_patch=2, assumed_step=1.0)
+    grid_times((2.0, 1.0), temporal_patch=2, step=None)
 
 
 def fault_of_the_plugin_inside_vllm() -> None:

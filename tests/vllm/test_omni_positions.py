@@ -147,19 +147,11 @@ def test_qwen2_5_vl_places_uneven_frames_at_their_times_beside_even_ones(vl, sto
     first = found[:, places[0].offset : places[0].offset + places[0].length]
     grids = GridTimes(tuple(uneven[::2]), None)
     expected = grids.temporal_positions(vl.info.get_hf_config().vision_config.tokens_per_second)
-    assert sorted(set(first[0] - first[0, 0])) == expected.tolist()
+    assert first[0, :: places[0].length // 4].tolist() == (expected + first[0, 0]).tolist()
     second = slice(places[1].offset, places[1].offset + places[1].length)
     relative = found[:, second] - found[:, second].min()
     np.testing.assert_array_equal(relative, theirs[:, second] - theirs[:, second].min())
     assert (np.diff(found[0]) >= 0).all()
-
-
-def test_qwen2_5_vl_corrects_the_rate_of_a_part_of_a_clip(vl):
-    frames, metadata = video(pixels(8), even(8, 2.0)).media
-    of_a_minute = {**metadata, "total_num_frames": 1800, "fps": 30.0, "duration": 60.0}
-    clip = MediaWithBytes((frames, of_a_minute), b"part")
-    result = render(vl, VIDEO, {"video": [clip]})
-    assert float(result["mm_kwargs"]["video"][0]["second_per_grid_ts"].data) == 1.0
 
 
 @given(st.lists(st.sampled_from(["video", "audio", "image"]), min_size=1, max_size=40), st.data())

@@ -12,8 +12,7 @@ import torch
 from vllm_mm_ext.adapters.processors.model_traits import size_default_of, size_rule_of
 from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor, part_of
 from vllm_mm_ext.media.sizing import target_size
-from vllm_mm_ext.video.grid_times import GridTimes
-from vllm_mm_ext.video.pair_times import place
+from vllm_mm_ext.video.grid_times import GridTimes, even_grid, grid_times
 from vllm_mm_ext.video.segments import (
     Sound,
     VideoLayout,
@@ -76,23 +75,15 @@ class PatchSegmentProcessor(SegmentProcessor):
         patch = int(processor.temporal_patch_size)
         num_grids = math.ceil(shape.frames / patch)
         per_grid = (size[0] // factor) * (size[1] // factor)
-        assumed = self.seconds_per_grid(shape, hf_kwargs)
-        hears = shape.audio_samples > 0
-        placed = place(
-            shape,
-            num_grids=num_grids,
-            temporal_patch=patch,
-            assumed_step=assumed,
-            exact=hears,
-        )
-        positions = None
-        if placed is not None:
-            positions = placed.temporal_positions(self.positions_per_second)
-            assumed = placed.mean_step if placed.step is not None else 1.0
-        sound = None
-        if hears:
-            grids = placed or GridTimes(tuple(i * assumed for i in range(num_grids)), assumed)
-            sound = self.sound(shape, grids, per_grid)
+        seconds_per_grid = self.seconds_per_grid(shape, hf_kwargs)
+        grids, positions = even_grid(num_grids, seconds_per_grid), None
+        if shape.times is not None:
+            grids = grid_times(shape.times, temporal_patch=patch, step=shape.step)
+            positions = grids.temporal_positions(self.positions_per_second)
+            # The model goes by the positions. A mean of the times would depend on the whole video,
+            # and with it the identity of every segment.
+            seconds_per_grid = grids.step or 1.0
+        sound = self.sound(shape, grids, per_grid) if shape.audio_samples > 0 else None
         return VideoLayout(
             size=size,
             grids=num_grids,
@@ -100,7 +91,7 @@ class PatchSegmentProcessor(SegmentProcessor):
             width=size[1] // factor,
             temporal_patch=patch,
             positions=positions,
-            seconds_per_grid=assumed,
+            seconds_per_grid=seconds_per_grid,
             timestamps=self.timestamps(shape),
             sound=sound,
         )
