@@ -36,6 +36,8 @@ Thumbnails = Callable[[Sequence[int]], npt.NDArray[np.uint8]]
 
 # No gap between chosen frames is wider than this many mean gaps.
 _WIDEST = 7.0
+# A clip's first and last frame are at most this many seconds from a chosen one.
+_ENDS_S = 1.0
 # Seconds per bin of the reported activity profile. A clip of more than _MOST_BINS bins gets longer
 # bins.
 _BIN_S = 0.25
@@ -98,7 +100,7 @@ class _Part:
             here,
             np.bincount(nearest, minlength=size).astype(np.float64),
             self.pixels if len(self.pixels) else np.zeros((size, 0), np.float32),
-            [*thumbnail_scan.events(self.transient), *_ENDS(size)],
+            thumbnail_scan.events(self.transient, count),
         )
         spacing = float(time[-1] - time[0]) / count
         floor = 1.0 / spec.min_fps if spec.min_fps > 0 else math.inf
@@ -106,6 +108,7 @@ class _Part:
             looked,
             count,
             widest=max(2 * spacing, min(_WIDEST * spacing, floor)),
+            ends=_ENDS_S if self.window.is_clip and count > 2 else math.inf,
             ceiling=max(1, math.floor(spec.max_fps), math.ceil(spec.min_fps)),
             taken=taken,
             multiple_of=spec.multiple_of,
@@ -113,12 +116,6 @@ class _Part:
         taken.update(second_of(here[chosen]).tolist())
         return self.looked_at[chosen]
 
-
-def _ENDS(size):
-    import os
-    k=os.environ.get('ENDS')
-    if k is None: return []
-    return [coverage.Event(0,int(k),1.0), coverage.Event(max(0,size-1-int(k)),size-1,1.0)]
 
 def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> FrameSelection:
     """Choose frames that represent the clip, and show short events. See ``sampling.select``.

@@ -65,6 +65,7 @@ def choose(
     count: int,
     *,
     widest: float,
+    ends: float,
     ceiling: int,
     taken: Mapping[int, int],
     multiple_of: int = 1,
@@ -76,6 +77,7 @@ def choose(
         count: How many to take, at most.
         widest: Most seconds between two neighbours in the choice, as far as ``count`` goes and
             there are frames.
+        ends: Most seconds from the first and the last of the frames looked at to the choice.
         ceiling: Most frames in any whole second of the clip.
         taken: Frames taken elsewhere in each whole second; they count for ``ceiling``.
         multiple_of: The number of frames is cut to a multiple of this, if there are that many.
@@ -91,7 +93,7 @@ def choose(
     count = count - count % multiple_of or count
     if not count:
         return np.zeros(0, np.int64)
-    gaps = _Gaps(looked, count, widest, second)
+    gaps = _Gaps(looked, count, widest, min(ends, widest / 2), second)
     allowed = room[where] > 0
     while True:
         chosen = gaps.best(count, allowed)
@@ -114,7 +116,9 @@ class _Gaps:
     ``L`` columns.
     """
 
-    def __init__(self, looked: Looked, count: int, widest: float, second: Indices) -> None:
+    def __init__(
+        self, looked: Looked, count: int, widest: float, ends: float, second: Indices
+    ) -> None:
         time, size = looked.time, len(looked.time)
         # From any frame the next second that has frames can be reached, whatever `widest` says.
         low = np.searchsorted(time, time - widest - 1e-9)
@@ -127,18 +131,21 @@ class _Gaps:
         left = np.where(possible, left, right)
         middle = np.searchsorted(time, (time[left] + time[right]) / 2, side="right")
         middle = np.clip(middle, np.minimum(left + 1, right), right)
-        # The ends of a clip: no frame is further from the choice than in the widest gap.
-        opens = np.searchsorted(time, time[0] + widest / 2 + 1e-9, side="right")
-        closes = np.searchsorted(time, time[-1] - widest / 2 - 1e-9)
+        opens = np.searchsorted(time, time[0] + ends + 1e-9, side="right")
+        closes = np.searchsorted(time, time[-1] - ends - 1e-9)
         after, before = np.maximum(middle - 1 - left, 0), right - middle
         longest = max(int(after.max()), int(before.max()), int(opens) - 1, size - 1 - int(closes))
         slope = _UNSEEN * count / max(1e-6, float(time[-1] - time[0]))
         ahead, behind = _running(looked, longest, slope)
         self._between = np.where(possible, ahead[after, left] + behind[before, right], np.inf)
         position = np.arange(size)
-        self._first = np.where(position < opens, behind[np.minimum(position, longest), position], np.inf)
+        self._first = np.where(
+            position < opens, behind[np.minimum(position, longest), position], np.inf
+        )
         rest = size - 1 - position
-        self._last = np.where(position >= closes, ahead[np.minimum(rest, longest), position], np.inf)
+        self._last = np.where(
+            position >= closes, ahead[np.minimum(rest, longest), position], np.inf
+        )
         self._events, self._left, self._right = looked.events, left, right
         self._priced = not looked.events
 

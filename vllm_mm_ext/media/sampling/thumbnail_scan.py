@@ -114,26 +114,30 @@ def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
     return np.where(better, before, indices)
 
 
-def events(transient: Scores) -> list[Event]:
+def events(transient: Scores, count: int) -> list[Event]:
     """What the thumbnails show for a short time only.
 
-    An event is where the score is higher than chance makes it once among so many thumbnails:
-    the highest of k values of normal noise is about ``sqrt(2 ln k)`` deviations. It goes on while
-    the score is at least half of its highest.
+    The highest of k values of normal noise is about ``sqrt(2 ln k)`` deviations. A score that
+    chance reaches once among all thumbnails makes an event of strength 1. Lower scores make weaker
+    events, down to what chance reaches ``count`` times. An event goes on while the score is at
+    least half of its highest.
 
     Args:
         transient: float64 ``[k]`` from ``motion_score``.
+        count: How many frames will be chosen.
 
     Returns:
         The events, strongest first, none of which overlap.
     """
     score = np.nan_to_num(transient)
-    chance = math.sqrt(2.0 * math.log(max(2, int(np.isfinite(transient).sum()))))
+    known = max(2, int(np.isfinite(transient).sum()))
+    once = math.sqrt(2.0 * math.log(known))
+    least = math.sqrt(2.0 * math.log(max(2.0, known / count)))
     free = np.ones(len(score) + 2, np.bool_)
     free[[0, -1]] = False
     found: list[Event] = []
     for peak in np.argsort(-score, kind="stable").tolist():
-        if score[peak] <= chance:
+        if score[peak] <= least:
             break
         if not free[peak + 1]:
             continue
@@ -143,7 +147,7 @@ def events(transient: Scores) -> list[Event]:
         while free[last + 2] and score[last + 1] >= score[peak] / 2:
             last += 1
         free[first + 1 : last + 2] = False
-        found.append(Event(first, last, float(score[peak]) / chance))
+        found.append(Event(first, last, float(score[peak]) / once))
     return found
 
 
