@@ -25,6 +25,9 @@ Mask = npt.NDArray[np.bool_]
 # Difference in grey levels, over the mean time between taken frames, that is assumed where pixels
 # differ less. It spreads the frames of a still picture evenly.
 _UNSEEN = 0.1
+# Shares of an event's price that are tried until events use up no more than half of what the best
+# choice gains over an even one. With the last share, only strong events still change the choice.
+_SHARES = (1.0, 0.5, 0.25)
 # Most additions of one dynamic programme, about a second of work.
 _MOST_WORK = 3e8
 
@@ -109,6 +112,13 @@ def choose(
             allowed[_thinned(inside, int(room[number]), looked.events)] = True
 
 
+@dataclass(frozen=True, eq=False)
+class _Prices:
+    between: Floats
+    first: Floats
+    last: Floats
+
+
 class _Gaps:
     """The error between any two frames that may be neighbours in a choice.
 
@@ -147,43 +157,69 @@ class _Gaps:
             position >= closes, ahead[np.minimum(rest, longest), position], np.inf
         )
         self._events, self._left, self._right = looked.events, left, right
-        self._priced = not looked.events
+        self._time = time
 
     def best(self, count: int, allowed: Mask) -> Indices | None:
         """The positions of the best choice; None if there is none within the limits."""
-        if not self._priced:
-            plain, fewer = self._solve(count, allowed), self._solve(max(1, count - 1), allowed)
-            if plain is None:
-                return None
-            self._price(plain[1] / count if fewer is None else fewer[1] - plain[1])
-            self._priced = True
-        solved = self._solve(count, allowed)
-        return None if solved is None else solved[0]
+        plain, fewer = self._solve(count, allowed), self._solve(max(1, count - 1), allowed)
+        if plain is None or fewer is None or not self._events:
+            return None if plain is None else plain[0]
+        most = max((self._even_error(count) + plain[1]) / 2, plain[1])
+        worth = fewer[1] - plain[1]
+        found = plain
+        for share in _SHARES:
+            found = self._solve(count, allowed, self._prices(share * worth)) or plain
+            if self._error(found[0]) <= most:
+                break
+        return found[0]
 
-    def _price(self, worth: float) -> None:
-        """Add to all gaps what the events inside them cost."""
+    def _prices(self, worth: float) -> _Prices:
+        """What is to pay for the events inside each gap and before and after the choice."""
         position = np.arange(len(self._first))
+        prices = _Prices(
+            np.zeros_like(self._between), np.zeros(len(position)), np.zeros(len(position))
+        )
         for event in self._events:
             price = worth * event.strength
-            self._between[(self._left < event.first) & (self._right > event.last)] += price
-            self._first[position > event.last] += price
-            self._last[position < event.first] += price
+            prices.between[(self._left < event.first) & (self._right > event.last)] += price
+            prices.first[position > event.last] += price
+            prices.last[position < event.first] += price
+        return prices
 
-    def _solve(self, count: int, allowed: Mask) -> tuple[Indices, float] | None:
+    def _error(self, chosen: Indices) -> float:
+        """The error of a choice, without events; infinite where a gap is too wide."""
+        left, right = chosen[:-1], chosen[1:]
+        column = left - right + self._lags
+        between = np.where(column >= 0, self._between[right, np.maximum(column, 0)], np.inf)
+        return float(self._first[chosen[0]] + between.sum() + self._last[chosen[-1]])
+
+    def _even_error(self, count: int) -> float:
+        """The error of frames at even moments, from the first to the last."""
+        moments = np.linspace(self._time[0], self._time[-1], count)
+        chosen = np.searchsorted((self._time[1:] + self._time[:-1]) / 2, moments)
+        return self._error(chosen) if (np.diff(chosen) > 0).all() else np.inf
+
+    def _solve(
+        self, count: int, allowed: Mask, prices: _Prices | None = None
+    ) -> tuple[Indices, float] | None:
         blocked = np.where(allowed, 0.0, np.inf)
         position = np.arange(len(blocked))
-        best = self._first + blocked
+        first, between, last = self._first, self._between, self._last
+        if prices is not None:
+            first, last = first + prices.first, last + prices.last
+            between = between + prices.between
+        best = first + blocked
         steps: list[Indices] = []
         padding = np.full(self._lags, np.inf)
         for _ in range(count - 1):
             earlier = np.lib.stride_tricks.sliding_window_view(
                 np.concatenate([padding, best[:-1]]), self._lags
             )
-            total = earlier + self._between
+            total = earlier + between
             column = total.argmin(axis=1)
             best = total[position, column] + blocked
             steps.append(position - self._lags + column)
-        total = best + self._last
+        total = best + last
         at = int(total.argmin())
         if not np.isfinite(total[at]):
             return None
