@@ -1,8 +1,9 @@
 """Content-adaptive sampling, in three steps.
 
 1. Stage 1 (``container_profile``) scores every frame by the sizes of the packets.
-2. Stage 2 (``thumbnail_scan``) decodes a bounded number of thumbnails and scores their pixels.
-3. ``candidates`` turns both scores into a list of spots, and ``allocate`` spends the frame budget.
+2. Stage 2 (``thumbnail_scan``) looks at a bounded number of frames, as thumbnails, and finds the
+   short events among them.
+3. ``coverage`` takes those of the frames looked at that represent the others best.
 
 Where ``max_frames`` or ``min_frames`` decides the number of frames, all frames of the clip compete
 for the budget. Otherwise the sampler works window by window (see ``windows``), and no frame after
@@ -11,6 +12,7 @@ the end of a window takes part in the choice of the window's frames.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.sampling import allocate, candidates, container_profile, thumbnail_scan
+from vllm_mm_ext.media.sampling import container_profile, coverage, thumbnail_scan
 from vllm_mm_ext.media.sampling.container_profile import Scores
-from vllm_mm_ext.media.sampling.timeline import Indices, Times, second_of
+from vllm_mm_ext.media.sampling.timeline import Indices, second_of
 from vllm_mm_ext.media.sampling.windows import Window, rows, windows_of
 from vllm_mm_ext.media.types import (
     ActivityProfile,
@@ -32,6 +34,10 @@ from vllm_mm_ext.media.types import (
 
 Thumbnails = Callable[[Sequence[int]], npt.NDArray[np.uint8]]
 
+# No gap between chosen frames is wider than this many mean gaps.
+_WIDEST = 7.0
+# A clip's first and last frame are at most this many seconds from a chosen one.
+_ENDS_S = 1.0
 # Seconds per bin of the reported activity profile. A clip of more than _MOST_BINS bins gets longer
 # bins.
 _BIN_S = 0.25
@@ -46,16 +52,16 @@ class _Part:
         window: The window's place in the clip.
         packets: The rows of the packet table that lie in the window, ``n`` of them.
         score: float64 ``[n]`` stage-1 score of each frame.
-        looked_at: int64 ``[k]`` frames whose thumbnails stage 2 decodes, counted from the window's
-            first frame.
-        motion, transient: float64 ``[k]`` stage-2 scores of these thumbnails (see
-            ``thumbnail_scan.motion_score``).
+        looked_at: int64 ``[k]`` frames that can be chosen, counted from the window's first frame.
+        pixels: float32 ``[k, p]`` their thumbnails, or ``p = 0`` where none are decoded.
+        motion, transient: float64 ``[k]`` stage-2 scores (see ``thumbnail_scan.motion_score``).
     """
 
     window: Window
     packets: PacketTable
     score: Scores
-    looked_at: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
+    looked_at: Indices
+    pixels: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     motion: Scores = field(default_factory=lambda: np.zeros(0))
     transient: Scores = field(default_factory=lambda: np.zeros(0))
 
@@ -63,7 +69,9 @@ class _Part:
     def of(cls, packets: PacketTable, window: Window) -> _Part:
         known = rows(packets, window.back, window.high)
         score = container_profile.innovation(known)[window.low - window.back :]
-        return cls(window, rows(packets, window.low, window.high), score)
+        own = rows(packets, window.low, window.high)
+        looked_at = thumbnail_scan.plan(own, score, max(1, window.count))
+        return cls(window, own, score, looked_at)
 
     @property
     def has_choice(self) -> bool:
@@ -81,49 +89,48 @@ class _Part:
         Returns:
             int64 ``[k]`` frame indices counted from the window's first frame.
         """
-        if not self.window.count:
+        count, size = self.window.count, len(self.looked_at)
+        if not count:
             return np.zeros(0, np.int64)
-        time, count = self.packets.time, self.window.count
-        spots = candidates.find(time, self.score, self.looked_at, self.transient, 3 * count)
-        chosen = allocate.allocate(
-            self.packets,
-            count,
-            [spot.index for spot in spots],
-            _weights(self.packets, self.score),
-            min_fps=spec.min_fps,
-            max_fps=spec.max_fps,
-            multiple_of=spec.multiple_of,
-            taken=taken,
+        time = self.packets.time
+        here = time[self.looked_at]
+        # Each frame of the clip counts for the frame looked at that is nearest in time.
+        nearest = np.searchsorted((here[1:] + here[:-1]) / 2, time, side="right")
+        looked = coverage.Looked(
+            here,
+            np.bincount(nearest, minlength=size).astype(np.float64),
+            self.pixels if len(self.pixels) else np.zeros((size, 0), np.float32),
+            thumbnail_scan.events(self.transient, count),
         )
-        taken.update(second_of(time[chosen]).tolist())
-        return chosen
+        spacing = float(time[-1] - time[0]) / count
+        floor = 1.0 / spec.min_fps if spec.min_fps > 0 else math.inf
+        chosen = coverage.choose(
+            looked,
+            count,
+            widest=max(2 * spacing, min(_WIDEST * spacing, floor)),
+            ends=_ENDS_S if self.window.is_clip and count > 2 else math.inf,
+            ceiling=max(1, math.floor(spec.max_fps), math.ceil(spec.min_fps)),
+            taken=taken,
+            multiple_of=spec.multiple_of,
+        )
+        taken.update(second_of(here[chosen]).tolist())
+        return self.looked_at[chosen]
 
 
 def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> FrameSelection:
-    """Choose frames where something happens. See ``sampling.select`` for the arguments.
+    """Choose frames that represent the clip, and show short events. See ``sampling.select``.
 
-    ``thumbnails`` is called at most once, with at most ``thumbnail_scan.MAX_THUMBNAILS`` indices
-    of each window; decoding the indices of a window costs at most
-    ``thumbnail_scan.decode_allowance`` frames.
+    ``thumbnails`` is called at most once, with at most as many indices of each window as
+    ``thumbnail_scan.plan`` says. All frames chosen are among them, if it is called for their
+    window: a decoder that keeps pictures need not decode the chosen frames again.
     """
     packets = info.packets
     assert packets is not None
     parts = [_Part.of(packets, window) for window in windows_of(info, spec)]
-    chosen = _choose(parts, spec)
-    for part, indices in zip(parts, chosen, strict=True):
-        if part.has_choice:
-            # Stage 2 may decode as much as one full decode costs, less what the frames chosen so
-            # far will cost.
-            allowance = thumbnail_scan.decode_allowance(part.packets, indices)
-            part.looked_at = thumbnail_scan.plan(
-                part.packets, part.score, allowance, part.window.lead_in
-            )
-    if sum(len(part.looked_at) for part in parts) >= 3:
+    if any(part.has_choice for part in parts):
         _look(parts, packets, thumbnails)
-        chosen = _choose(parts, spec)
-    else:
-        for part in parts:
-            part.looked_at = part.looked_at[:0]
+    taken: Counter[int] = Counter()
+    chosen = [part.choose(spec, taken) for part in parts]
     found = np.concatenate(
         [part.window.low + indices for part, indices in zip(parts, chosen, strict=True)]
     )
@@ -133,36 +140,21 @@ def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails)
     return FrameSelection("adaptive", found, packets.time[found], _profile(packets, parts))
 
 
-def _choose(parts: Sequence[_Part], spec: SamplingSpec) -> list[Indices]:
-    taken: Counter[int] = Counter()
-    return [part.choose(spec, taken) for part in parts]
-
-
 def _look(parts: Sequence[_Part], packets: PacketTable, thumbnails: Thumbnails) -> None:
     """Decode the thumbnails and score them; a window is compared with itself and the one before."""
+    parts = [part for part in parts if part.has_choice]
     indices = [part.window.low + part.looked_at for part in parts]
-    pixels = thumbnails(np.concatenate(indices).tolist())
+    small = thumbnails(np.concatenate(indices).tolist())
     bounds = np.cumsum([0, *(len(part) for part in indices)]).tolist()
-    whole = parts[0].window.is_clip
-    fewest = thumbnail_scan.FEWEST if whole else thumbnail_scan.FEWEST_IN_WINDOW
     for number, part in enumerate(parts):
         first = max(0, number - 1)
         time = packets.time[np.concatenate(indices[first : number + 1])]
         motion, transient = thumbnail_scan.motion_score(
-            pixels[bounds[first] : bounds[number + 1]], time, fewest
+            small[bounds[first] : bounds[number + 1]], time
         )
         own = bounds[number] - bounds[first]
         part.motion, part.transient = motion[own:], transient[own:]
-
-
-def _weights(packets: PacketTable, score: Scores) -> Times:
-    """float64 ``[n]`` weight of each frame for the rest of the budget.
-
-    The weight is the frame's time on screen in seconds, up to doubled by its stage-1 score.
-    """
-    time = packets.time
-    gaps = np.diff(time, append=time[-1] + (time[-1] - time[0]) / max(1, len(time) - 1))
-    return np.asarray(np.maximum(gaps, 1e-9) * (1.0 + np.minimum(score, 10.0) / 10.0))
+        part.pixels = thumbnail_scan.pixels(small[bounds[number] : bounds[number + 1]])
 
 
 def _profile(packets: PacketTable, parts: Sequence[_Part]) -> ActivityProfile:
@@ -174,5 +166,6 @@ def _profile(packets: PacketTable, parts: Sequence[_Part]) -> ActivityProfile:
     for part in parts:
         place = np.minimum((part.packets.time / width).astype(np.int64), bins - 1)
         np.maximum.at(container, place, (part.score / (part.score + 6.0)).astype(np.float32))
-        np.fmax.at(confirmed, place[part.looked_at], part.motion.astype(np.float32))
+        if len(part.motion):
+            np.fmax.at(confirmed, place[part.looked_at], part.motion.astype(np.float32))
     return ActivityProfile(np.arange(bins, dtype=np.float64) * width, container, confirmed)

@@ -1,123 +1,109 @@
-"""Stage 2 of ``adaptive``: decode thumbnails where that is cheap, and score what they show.
-
-To show one frame a decoder must decode everything from the frame's keyframe on. So stage 2 pays for
-a *prefix* of a GOP, and takes thumbnails all along the prefix.
-"""
+"""Stage 2 of ``adaptive``: which thumbnails to decode, and what they show for a short time only."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_mm_ext.media.sampling.container_profile import Scores
-from vllm_mm_ext.media.sampling.timeline import (
-    Indices,
-    decode_cost,
-    decode_weight,
-    gop_starts,
-    is_leaf,
-)
+from vllm_mm_ext.media.sampling.coverage import Event
+from vllm_mm_ext.media.sampling.timeline import Indices, Times, gop_starts, is_leaf, shown_at
 from vllm_mm_ext.media.types import PacketTable
 
 # Seconds between thumbnails. An event of 0.2 s holds at least one thumbnail, even where a cheaper
 # frame up to _EARLIER_S before the intended one is taken.
 STRIDE_S = 0.13
 _EARLIER_S = 0.07
-# Most thumbnails of one window; each costs scaling and a copy besides its decoding.
+# Thumbnails for each frame to choose, so that there is something to choose from: where the clip is
+# short, and where it is so long that not all of it is looked at every STRIDE_S.
+_CLOSE, _SPARSE = 8, 4
+# Most thumbnails of one window, or _SPARSE for each frame if these are more; each costs scaling and
+# a copy besides its decoding.
 MAX_THUMBNAILS = 960
-# Frames that stage 2 may decode, as a share of the clip: what the final selection leaves of one
-# full sequential decode, but at least the smaller share.
-_FULL_DECODE = 1.0
-_LEAST_DECODE = 0.12
 # A thumbnail is compared with thumbnails this many seconds before and after it, beyond the ends of
 # the events looked for (under a second).
 _REACH_S = 0.9
-# Comparisons needed to know what is usual in a clip, and in a window of a clip.
-FEWEST = 48
-FEWEST_IN_WINDOW = 32
+# Comparisons needed to know what is usual in a clip.
+FEWEST = 32
 # Changes below this many grey levels (of 255) are noise of sensor and coding: of a few pixels, and
 # of a whole frame's mean.
 _LOCAL_FLOOR = 2.0
 _GLOBAL_FLOOR = 1.0
 
 
-def decode_allowance(packets: PacketTable, chosen: Indices) -> float:
-    """How many frames stage 2 may decode.
+def plan(packets: PacketTable, score: Scores, count: int) -> Indices:
+    """Which frames to look at.
 
-    Stage 2 gets what the final frames leave of one sequential decode of the clip, so that both
-    together cost about one such decode, and at least ``_LEAST_DECODE`` of the clip.
-
-    Args:
-        packets: The clip's packet table.
-        chosen: int64 ``[k]`` sorted indices of frames that cost about as much as the final ones.
-    """
-    count = len(packets)
-    left = _FULL_DECODE * count - decode_cost(packets, chosen)
-    return max(_LEAST_DECODE * count, left)
-
-
-def plan(packets: PacketTable, score: Scores, allowance: float, lead_in: float = 0.0) -> Indices:
-    """Which frames to look at: the GOP prefixes that promise most per decoded frame.
+    A clip of up to two minutes is looked at all along. In a longer one some frames are spread over
+    the clip, keyframes where there are any, and the others are where stage 1 saw most.
 
     Args:
         packets: The clip's packet table, ``n`` rows.
         score: float64 ``[n]`` stage-1 score of each frame.
-        allowance: Decoded frames that may be spent in all, as ``decode_cost`` counts them.
-        lead_in: Decoded frames that it takes to get to the first row, where that is no keyframe;
-            with infinity no frame of the first GOP is looked at.
+        count: How many frames will be chosen.
 
     Returns:
-        int64 ``[k]`` sorted frame indices, ``k <= MAX_THUMBNAILS``, whose ``decode_cost`` is at
-        most ``allowance``. Where stage 1 sees nothing they spread over the clip.
+        int64 ``[k]`` sorted frame indices, ``count <= k``, and ``k`` at most ``MAX_THUMBNAILS`` or
+        ``_SPARSE * count``. To decode them never costs more than one sequential decode.
     """
-    duration = float(packets.time[-1] - packets.time[0])
-    steps = max(1, round(duration / STRIDE_S))
-    moments = packets.time[0] + np.arange(steps + 1) * (duration / steps)
-    shown = np.searchsorted(packets.time, moments + 1e-6, side="right") - 1
-    grid = np.unique(_cheaper(packets, shown))
-    weight = decode_weight(packets)
-    total = np.concatenate([[0.0], np.cumsum(weight)])
-    # Decoded frames spent when a prefix ends with each frame of the grid, counted from the start of
-    # the clip.
-    extra = np.cumsum(1.0 - weight[grid])
-    spent = total[grid + 1] + extra
-    starts = gop_starts(packets)
-    gop = np.searchsorted(starts, grid, side="right") - 1
-    opening = total[starts[gop]] + extra - (1.0 - weight[grid])
-    opening[gop == 0] -= lead_in
-    # The highest stage-1 score since the last frame of the grid, squared. The constant makes frames
-    # count of which stage 1 says nothing.
-    value = np.maximum.reduceat(score, grid) ** 2 + 1.0
-    # A thumbnail can be scored only if the thumbnails _REACH_S after it are decoded too.
-    delay = round(_REACH_S / STRIDE_S) + 1
-    options: list[tuple[float, float, int, int]] = []
-    edges = np.flatnonzero(np.diff(gop, prepend=-1, append=len(starts)))
-    for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        price = spent[first:last] - opening[first]
-        last = first + int(np.searchsorted(price, allowance, side="right"))
-        if last == first:
+    size, time = len(packets), packets.time
+    capacity = min(size, max(MAX_THUMBNAILS, _SPARSE * count))
+    duration = float(time[-1] - time[0])
+    stride = min(STRIDE_S, duration / (_CLOSE * count))
+    steps = size if stride <= 0 else math.ceil(duration / stride)
+    if steps >= size <= capacity:
+        return np.arange(size)
+    if steps < capacity:
+        found = np.unique(_cheaper(packets, _shown_evenly(time, steps + 1)))
+    else:
+        found = _spread(packets, _SPARSE * count)
+        found = _dense(packets, score, found, capacity)
+    if len(found) < min(capacity, _SPARSE * count):
+        # Many frames in little time: evenly spaced moments show few of them.
+        found = np.union1d(found, np.linspace(0, size - 1, capacity - len(found), dtype=np.int64))
+    return found
+
+
+def _shown_evenly(time: Times, count: int) -> Indices:
+    return shown_at(time, np.linspace(time[0], time[-1], count))
+
+
+def _spread(packets: PacketTable, count: int) -> Indices:
+    """One frame in each of ``count`` equal spans of time: a keyframe, or the one in the middle."""
+    time = packets.time
+    middles = (np.arange(count) + 0.5) * (time[-1] - time[0]) / count + time[0]
+    frames = _cheaper(packets, shown_at(time, middles))
+    keys = gop_starts(packets)
+    nearest = keys[np.clip(np.searchsorted(time[keys], middles), 0, len(keys) - 1)]
+    earlier = keys[np.clip(np.searchsorted(time[keys], middles) - 1, 0, len(keys) - 1)]
+    closer = np.abs(time[earlier] - middles) < np.abs(time[nearest] - middles)
+    nearest = np.where(closer, earlier, nearest)
+    half = (time[-1] - time[0]) / count / 2
+    return np.unique(np.where(np.abs(time[nearest] - middles) <= half, nearest, frames))
+
+
+def _dense(packets: PacketTable, score: Scores, spread: Indices, capacity: int) -> Indices:
+    """``spread``, and all along the surroundings of the highest stage-1 scores while they fit."""
+    time = packets.time
+    looked = np.zeros(len(time), np.bool_)
+    looked[spread] = True
+    left = capacity - int(looked.sum())
+    seen = np.zeros(len(time), np.bool_)
+    around = 2 * _REACH_S
+    for peak in np.argsort(-score, kind="stable").tolist():
+        if left <= 0 or score[peak] <= 0:
+            break
+        if seen[peak]:
             continue
-        price = price[: last - first]
-        gain = np.cumsum(value[first:last])
-        gain[:-1] = np.concatenate([np.zeros(delay), gain])[: last - first - 1]
-        gain /= price
-        # Among GOPs of equal gain, multiples of the golden ratio give an order that visits all
-        # parts of the clip evenly.
-        order = (int(gop[first]) * 0.6180339887) % 1.0
-        options.append((-float(gain.max()), order, first, first + int(gain.argmax()) + 1))
-        if int(gain.argmax()) + 1 < last - first:
-            options.append((-float(gain[-1]), order, first, last))
-    options.sort()
-    taken: dict[int, int] = {}
-    left, capacity = allowance, MAX_THUMBNAILS
-    for _, _, first, end in options:
-        before = taken.get(first, first)
-        cost = float(spent[end - 1] - (spent[before - 1] if before > first else opening[first]))
-        if end > before and cost <= left and end - before <= capacity:
-            left, capacity = left - cost, capacity - (end - before)
-            taken[first] = end
-    chosen = [grid[first:end] for first, end in sorted(taken.items())]
-    return np.concatenate(chosen).astype(np.int64) if chosen else np.zeros(0, np.int64)
+        moments = np.arange(time[peak] - around, time[peak] + around, STRIDE_S)
+        frames = np.unique(_cheaper(packets, shown_at(time, moments)))
+        seen[np.searchsorted(time, time[peak] - _REACH_S) : frames[-1] + 1] = True
+        frames = frames[~looked[frames]][:left]
+        looked[frames] = True
+        left -= len(frames)
+    return np.flatnonzero(looked)
 
 
 def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
@@ -128,22 +114,58 @@ def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
     return np.where(better, before, indices)
 
 
+def events(transient: Scores, count: int) -> list[Event]:
+    """What the thumbnails show for a short time only.
+
+    The highest of k values of normal noise is about ``sqrt(2 ln k)`` deviations. A score that
+    chance reaches once among all thumbnails makes an event of strength 1. Lower scores make weaker
+    events, down to what chance reaches ``count`` times. An event goes on while the score is at
+    least half of its highest.
+
+    Args:
+        transient: float64 ``[k]`` from ``motion_score``.
+        count: How many frames will be chosen.
+
+    Returns:
+        The events, strongest first, none of which overlap.
+    """
+    score = np.nan_to_num(transient)
+    known = max(2, int(np.isfinite(transient).sum()))
+    once = math.sqrt(2.0 * math.log(known))
+    least = math.sqrt(2.0 * math.log(max(2.0, known / count)))
+    free = np.ones(len(score) + 2, np.bool_)
+    free[[0, -1]] = False
+    found: list[Event] = []
+    for peak in np.argsort(-score, kind="stable").tolist():
+        if score[peak] <= least:
+            break
+        if not free[peak + 1]:
+            continue
+        first = last = peak
+        while free[first] and score[first - 1] >= score[peak] / 2:
+            first -= 1
+        while free[last + 2] and score[last + 1] >= score[peak] / 2:
+            last += 1
+        free[first + 1 : last + 2] = False
+        found.append(Event(first, last, float(score[peak]) / once))
+    return found
+
+
 def motion_score(
-    thumbnails: npt.NDArray[np.uint8], time: npt.NDArray[np.float64], fewest: int = FEWEST
+    thumbnails: npt.NDArray[np.uint8], time: npt.NDArray[np.float64]
 ) -> tuple[Scores, Scores]:
     """Score thumbnails by how much each shows that is there neither before nor after it.
 
     Args:
         thumbnails: uint8 gray ``[k, h, w]``.
         time: float64 ``[k]`` times of the thumbnails in seconds, increasing.
-        fewest: With fewer thumbnails that have others before and after them, no ``transient`` is
-            known.
 
     Returns:
         ``(motion, transient)``, float64 ``[k]`` each. ``motion`` is the mean absolute pixel
         difference from the thumbnail before, divided by 255, after a fit of gain and offset that
         takes out fades and flicker. ``transient`` counts the robust deviations of a thumbnail from
-        those before and after it (about 0 to 3 is usual); NaN where it is not known.
+        those before and after it (about 0 to 3 is usual); NaN where it is not known: where there
+        is none before or after it, or where fewer than ``FEWEST`` have both.
     """
     count = len(thumbnails)
     motion, transient = np.zeros(count), np.full(count, np.nan)
@@ -158,7 +180,7 @@ def motion_score(
     known &= time - time[np.maximum(before, 0)] < 2 * _REACH_S
     known &= time[np.minimum(after, count - 1)] - time < 2 * _REACH_S
     rows = np.flatnonzero(known)
-    if len(rows) < fewest:
+    if len(rows) < FEWEST:
         return motion, transient
     local, brightness = np.zeros(len(rows)), np.zeros(len(rows))
     for at in range(0, len(rows), 256):
@@ -173,6 +195,11 @@ def motion_score(
         _deviations(local, _LOCAL_FLOOR), _deviations(brightness, _GLOBAL_FLOOR)
     )
     return motion, transient
+
+
+def pixels(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Thumbnails at half their size, float32 ``[k, p]`` in grey levels."""
+    return _smooth(thumbnails.astype(np.float32))[:, ::2, ::2].reshape(len(thumbnails), -1)
 
 
 def _smooth(frames: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vllm_mm_ext.media.sampling.timeline import (
-    Indices,
     asked_count,
-    decode_weight,
     gop_starts,
     is_unbound,
     target_count,
@@ -37,8 +35,6 @@ class Window:
         low, high: Presentation-order frame indices.
         back: First frame that shows what is usual, at most ``low``.
         count: Frames to choose, at most ``high - low``.
-        lead_in: Frames that must be decoded before frame ``low``; infinity where the keyframe of
-            ``low`` is before ``back``.
         is_clip: The window is the whole clip, as ``min_frames`` or ``max_frames`` binds.
     """
 
@@ -46,7 +42,6 @@ class Window:
     high: int
     back: int
     count: int
-    lead_in: float = 0.0
     is_clip: bool = False
 
 
@@ -94,15 +89,7 @@ def _cut(packets: PacketTable, asked: int, spec: SamplingSpec) -> Iterator[Windo
         # From a keyframe on: of a GOP that is cut, stage 1 would see a wrong length.
         later = starts[np.searchsorted(starts, back) :]
         back = int(later[0]) if len(later) and later[0] <= low else back
-        yield Window(low, high, back, min(wanted, high - low), _lead_in(packets, starts, back, low))
-
-
-def _lead_in(packets: PacketTable, starts: Indices, back: int, low: int) -> float:
-    """Frames that must be decoded before ``low``; see ``Window.lead_in``."""
-    key = int(starts[np.searchsorted(starts, low, side="right") - 1])
-    if key < back:
-        return math.inf
-    return float(decode_weight(rows(packets, key, low)).sum()) if key < low else 0.0
+        yield Window(low, high, back, min(wanted, high - low))
 
 
 def rows(packets: PacketTable, low: int, high: int) -> PacketTable:

@@ -116,6 +116,32 @@ def containers(
         raise typer.Exit(1)
 
 
+@app.command("sampling", help=BENCHMARKS["sampling"].shows)
+def sampling(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="With --footage: videos instead of those of the installed packages."),
+    ] = None,
+    footage: Annotated[
+        bool,
+        typer.Option("--footage", help="How well the chosen frames stand for real footage."),
+    ] = False,
+    json: _Json = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 1,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench import footage as on_footage
+
+    context = _context(repeats, work_dir)
+    if footage:
+        _show(on_footage.run(context, files or ()), json)
+    elif files:
+        raise typer.BadParameter("files are for --footage")
+    else:
+        _show(BENCHMARKS["sampling"].load()(context), json)
+
+
 for _benchmark in BENCHMARKS.values():
-    if _benchmark.name not in ("soak", "waiting"):
+    if _benchmark.name not in ("sampling", "soak", "waiting"):
         _add(_benchmark)

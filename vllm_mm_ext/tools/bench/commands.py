@@ -81,7 +81,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             ),
             Benchmark(
                 "sampling",
-                "Sub-second events caught with 32 frames: uniform against adaptive sampling.",
+                "Short events caught, or with --footage what frames stand for: uniform, adaptive.",
                 "sampling:run",
                 repeats=1,
             ),

@@ -1,0 +1,271 @@
+"""Which of the frames looked at to take, so that the frames not taken differ least from them.
+
+Every frame of a clip is represented by the taken frame that is nearest in time. The error of a
+choice is the sum over all frames of how much their thumbnails differ from those that represent
+them. Between two neighbours in the choice the error depends on these two alone, so a dynamic
+programme finds the best choice (k-medoids along a line).
+
+A short event adds little to such a sum, so a choice that shows nothing of an event pays for it: as
+much as one taken frame accounts for on average, times the strength of the event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_mm_ext.media.sampling.timeline import Indices, Times, second_of
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+# Difference in grey levels, over the mean time between taken frames, that is assumed where pixels
+# differ less. It spreads the frames of a still picture evenly.
+_UNSEEN = 0.1
+# Shares of an event's price that are tried until events use up no more than half of what the best
+# choice gains over an even one. With the last share, only strong events still change the choice.
+_SHARES = (1.0, 0.5, 0.25)
+# Most additions of one dynamic programme, about a second of work.
+_MOST_WORK = 3e8
+
+
+@dataclass(frozen=True)
+class Event:
+    """A span of looked-at frames of which at least one should be taken.
+
+    Attributes:
+        first, last: Positions among the frames looked at, inclusive.
+        strength: 1 where missing the event is as bad as taking one frame less.
+    """
+
+    first: int
+    last: int
+    strength: float
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """The frames looked at, ``m`` of them in a row: those that can be taken.
+
+    Attributes:
+        time: float64 ``[m]`` seconds, non-decreasing.
+        weight: float64 ``[m]`` how many frames of the clip each one stands for.
+        pixels: float32 ``[m, p]`` thumbnails in grey levels; ``p`` may be 0 where nothing is known.
+        events: What should not be missed.
+    """
+
+    time: Times
+    weight: Floats
+    pixels: npt.NDArray[np.float32]
+    events: Sequence[Event] = ()
+
+
+def choose(
+    looked: Looked,
+    count: int,
+    *,
+    widest: float,
+    ends: float,
+    ceiling: int,
+    taken: Mapping[int, int],
+    multiple_of: int = 1,
+) -> Indices:
+    """Take the frames with the least error.
+
+    Args:
+        looked: The frames to take from.
+        count: How many to take, at most.
+        widest: Most seconds between two neighbours in the choice, as far as ``count`` goes and
+            there are frames.
+        ends: Most seconds from the first and the last of the frames looked at to the choice.
+        ceiling: Most frames in any whole second of the clip.
+        taken: Frames taken elsewhere in each whole second; they count for ``ceiling``.
+        multiple_of: The number of frames is cut to a multiple of this, if there are that many.
+
+    Returns:
+        int64 ``[k]`` positions, strictly increasing, ``k <= count``. ``k`` is ``count`` cut to a
+        multiple, unless seconds are full.
+    """
+    second = second_of(looked.time)
+    seconds, where = np.unique(second, return_inverse=True)
+    room = np.array([max(0, ceiling - taken.get(int(s), 0)) for s in seconds])
+    count = min(count, int(np.minimum(room, np.bincount(where)).sum()))
+    count = count - count % multiple_of or count
+    if not count:
+        return np.zeros(0, np.int64)
+    gaps = _Gaps(looked, count, widest, min(ends, widest / 2), second)
+    allowed = room[where] > 0
+    while True:
+        chosen = gaps.best(count, allowed)
+        if chosen is None:
+            return _evenly(allowed, where, room, count)
+        over = np.flatnonzero(np.bincount(where[chosen], minlength=len(room)) > room)
+        if not len(over):
+            return chosen
+        for number in over.tolist():
+            # The second keeps as many of the chosen frames as fit, those with events first.
+            inside = chosen[where[chosen] == number]
+            allowed[where == number] = False
+            allowed[_thinned(inside, int(room[number]), looked.events)] = True
+
+
+@dataclass(frozen=True, eq=False)
+class _Prices:
+    between: Floats
+    first: Floats
+    last: Floats
+
+
+class _Gaps:
+    """The error between any two frames that may be neighbours in a choice.
+
+    Row ``j``, column ``c`` of ``_between`` is for the neighbours ``j - L + c`` and ``j``, with
+    ``L`` columns.
+    """
+
+    def __init__(
+        self, looked: Looked, count: int, widest: float, ends: float, second: Indices
+    ) -> None:
+        time, size = looked.time, len(looked.time)
+        # From any frame the next second that has frames can be reached, whatever `widest` says.
+        low = np.searchsorted(time, time - widest - 1e-9)
+        low[1:] = np.minimum(low[1:], np.searchsorted(second, second[:-1]))
+        most = max(4, int(_MOST_WORK / (count * size)))
+        self._lags = lags = max(1, min(most, int((np.arange(size) - low).max())))
+        right = np.arange(size)[:, None]
+        left = right - lags + np.arange(lags)
+        possible = left >= np.maximum(low[:, None], 0)
+        left = np.where(possible, left, right)
+        middle = np.searchsorted(time, (time[left] + time[right]) / 2, side="right")
+        middle = np.clip(middle, np.minimum(left + 1, right), right)
+        opens = np.searchsorted(time, time[0] + ends + 1e-9, side="right")
+        closes = np.searchsorted(time, time[-1] - ends - 1e-9)
+        after, before = np.maximum(middle - 1 - left, 0), right - middle
+        longest = max(int(after.max()), int(before.max()), int(opens) - 1, size - 1 - int(closes))
+        slope = _UNSEEN * count / max(1e-6, float(time[-1] - time[0]))
+        ahead, behind = _running(looked, longest, slope)
+        self._between = np.where(possible, ahead[after, left] + behind[before, right], np.inf)
+        position = np.arange(size)
+        self._first = np.where(
+            position < opens, behind[np.minimum(position, longest), position], np.inf
+        )
+        rest = size - 1 - position
+        self._last = np.where(
+            position >= closes, ahead[np.minimum(rest, longest), position], np.inf
+        )
+        self._events, self._left, self._right = looked.events, left, right
+        self._time = time
+
+    def best(self, count: int, allowed: Mask) -> Indices | None:
+        """The positions of the best choice; None if there is none within the limits."""
+        plain, fewer = self._solve(count, allowed), self._solve(max(1, count - 1), allowed)
+        if plain is None or fewer is None or not self._events:
+            return None if plain is None else plain[0]
+        most = max((self._even_error(count) + plain[1]) / 2, plain[1])
+        worth = fewer[1] - plain[1]
+        found = plain
+        for share in _SHARES:
+            found = self._solve(count, allowed, self._prices(share * worth)) or plain
+            if self._error(found[0]) <= most:
+                break
+        return found[0]
+
+    def _prices(self, worth: float) -> _Prices:
+        """What is to pay for the events inside each gap and before and after the choice."""
+        position = np.arange(len(self._first))
+        prices = _Prices(
+            np.zeros_like(self._between), np.zeros(len(position)), np.zeros(len(position))
+        )
+        for event in self._events:
+            price = worth * event.strength
+            prices.between[(self._left < event.first) & (self._right > event.last)] += price
+            prices.first[position > event.last] += price
+            prices.last[position < event.first] += price
+        return prices
+
+    def _error(self, chosen: Indices) -> float:
+        """The error of a choice, without events; infinite where a gap is too wide."""
+        left, right = chosen[:-1], chosen[1:]
+        column = left - right + self._lags
+        between = np.where(column >= 0, self._between[right, np.maximum(column, 0)], np.inf)
+        return float(self._first[chosen[0]] + between.sum() + self._last[chosen[-1]])
+
+    def _even_error(self, count: int) -> float:
+        """The error of frames at even moments, from the first to the last."""
+        moments = np.linspace(self._time[0], self._time[-1], count)
+        chosen = np.searchsorted((self._time[1:] + self._time[:-1]) / 2, moments)
+        return self._error(chosen) if (np.diff(chosen) > 0).all() else np.inf
+
+    def _solve(
+        self, count: int, allowed: Mask, prices: _Prices | None = None
+    ) -> tuple[Indices, float] | None:
+        blocked = np.where(allowed, 0.0, np.inf)
+        position = np.arange(len(blocked))
+        first, between, last = self._first, self._between, self._last
+        if prices is not None:
+            first, last = first + prices.first, last + prices.last
+            between = between + prices.between
+        best = first + blocked
+        steps: list[Indices] = []
+        padding = np.full(self._lags, np.inf)
+        for _ in range(count - 1):
+            earlier = np.lib.stride_tricks.sliding_window_view(
+                np.concatenate([padding, best[:-1]]), self._lags
+            )
+            total = earlier + between
+            column = total.argmin(axis=1)
+            best = total[position, column] + blocked
+            steps.append(position - self._lags + column)
+        total = best + last
+        at = int(total.argmin())
+        if not np.isfinite(total[at]):
+            return None
+        chosen = [at]
+        for step in reversed(steps):
+            chosen.append(int(step[chosen[-1]]))
+        return np.array(chosen[::-1], np.int64), float(total[at])
+
+
+def _running(looked: Looked, longest: int, slope: float) -> tuple[Floats, Floats]:
+    """Error of the ``l`` frames after and before each frame, if that frame represents them.
+
+    Returns:
+        Two float64 ``[longest + 1, m]``; the first index is ``l``. Beyond the ends of the clip
+        there are no frames, and nothing is added.
+    """
+    size = len(looked.time)
+    ahead, behind = np.zeros((longest + 1, size)), np.zeros((longest + 1, size))
+    for lag in range(1, longest + 1):
+        differs = slope * (looked.time[lag:] - looked.time[:-lag])
+        if looked.pixels.shape[1]:
+            differs = differs + np.abs(looked.pixels[lag:] - looked.pixels[:-lag]).mean(axis=1)
+        ahead[lag], behind[lag] = ahead[lag - 1], behind[lag - 1]
+        ahead[lag, :-lag] += looked.weight[lag:] * differs
+        behind[lag, lag:] += looked.weight[:-lag] * differs
+    return ahead, behind
+
+
+def _thinned(chosen: Indices, count: int, events: Sequence[Event]) -> Indices:
+    """``count`` of the ``chosen``: those that show the strongest events, then an even choice."""
+    kept: list[int] = []
+    for event in sorted(events, key=lambda event: -event.strength):
+        shows = chosen[(chosen >= event.first) & (chosen <= event.last)]
+        if len(shows) and not np.isin(shows, kept).any():
+            kept.append(int(shows[0]))
+    kept = kept[:count]
+    others = chosen[~np.isin(chosen, kept)]
+    places = np.linspace(0, len(others) - 1, count - len(kept)).round().astype(np.int64)
+    return np.concatenate([np.array(kept, np.int64), others[places]])
+
+
+def _evenly(allowed: Mask, where: Indices, room: Indices, count: int) -> Indices:
+    """An even choice that no second is too full for, whatever the gaps."""
+    fits: list[Indices] = []
+    for number in range(len(room)):
+        inside = np.flatnonzero(allowed & (where == number))
+        fits.append(_thinned(inside, min(len(inside), int(room[number])), ()))
+    positions = np.concatenate(fits)
+    return positions[np.linspace(0, len(positions) - 1, count).round().astype(np.int64)]
