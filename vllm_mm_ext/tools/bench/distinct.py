@@ -14,8 +14,8 @@ from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.server import Server, serve
 from vllm_mm_ext.tools.bench.bench_clips import cached_clip
 from vllm_mm_ext.tools.bench.chat import ask, conversation
-from vllm_mm_ext.tools.bench.followup import server_args
 from vllm_mm_ext.tools.bench.distinct_clips import footage_clips
+from vllm_mm_ext.tools.bench.followup import server_args
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
 
 CLIPS = 48
