@@ -20,6 +20,12 @@ from vllm_mm_ext.adapters.media.request_budgets import charge_request, charge_re
 from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_for
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.config.media_settings import SamplingConfig
+from vllm_mm_ext.media.fetch.data_url import (
+    is_jpeg_sequence,
+    padded,
+    plain_base64,
+    split_data_url,
+)
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
@@ -79,7 +85,7 @@ def server_plan(
         runtime.config.media.enabled
         and chosen in (None, vllm_compat.LOADER_NAME)
         and (chosen is not None or kwargs.keys() <= VIDEO_KEYS)
-        and url[:15].lower() != "data:video/jpeg"
+        and not is_jpeg_sequence(url)
     )
     if not ours:
         return None
@@ -179,6 +185,18 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             used = await runtime.run(self._audio(context, runtime, item))
         await charge_request_async(self, audio_url, used)
         return _deliver_audio(used, item, context)
+
+    def _load_data_url(self, url: str, media_io: Any) -> Any:
+        """As vLLM's, with the reading of ``data:`` URLs that videos and audio get.
+
+        Raises:
+            VLLMValidationError: The URL is not a base64 ``data:`` URL.
+        """
+        with client_errors():
+            media_type, start = split_data_url(url)
+        # The frames of a JPEG sequence are separated by commas.
+        parts = plain_base64(url[start:]).split(",")
+        return media_io.load_base64(media_type, ",".join(map(padded, parts)))
 
     # --- what was asked ---------------------------------------------------------------------------
 
