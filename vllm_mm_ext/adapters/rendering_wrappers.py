@@ -9,8 +9,8 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ import aiohttp
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.patches import set_on, wrap
 from vllm_mm_ext.base.tasks import all_or_none
+from vllm_mm_ext.errors import MediaError
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -195,10 +196,15 @@ def around_preprocessing(
     from vllm.renderers.base import BaseRenderer
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def process_for_engine_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+        async def process_for_engine_async(
+            self: Any, prompt: Any, *args: Any, tok_params: Any = None, **kwargs: Any
+        ) -> Any:
             with client_errors():
                 token = before()
-                engine_input = await original(self, *args, **kwargs)
+                with _placeholders_cut_off(prompt, tok_params):
+                    engine_input = await original(
+                        self, prompt, *args, tok_params=tok_params, **kwargs
+                    )
                 spans = {
                     modality: [
                         Span(p.offset, p.offset + p.length, int(p.get_num_embeds())) for p in ranges
@@ -211,3 +217,27 @@ def around_preprocessing(
         return process_for_engine_async
 
     wrap(BaseRenderer, "process_for_engine_async", make)
+
+
+@contextmanager
+def _placeholders_cut_off(prompt: Any, tok_params: Any) -> Iterator[None]:
+    """Say so where a prompt does not match its media because ``truncate_prompt_tokens`` cut it.
+
+    vLLM refuses to cut the tokens of media (``_truncate_expanded_prompt``). But before media have
+    tokens it cuts the text, and with it the places where the media belong.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        limit = None if tok_params is None else tok_params.truncate_prompt_tokens
+        if limit is None or not prompt.get("multi_modal_data"):
+            raise
+        most = tok_params.max_truncation_tokens if limit < 0 else limit
+        if len(prompt.get("prompt_token_ids") or ()) != most:
+            raise
+        raise MediaError(
+            f"truncate_prompt_tokens={limit} would cut off the place of a media item in the prompt. "
+            "Raise it or shorten the prompt.",
+            parameter="truncate_prompt_tokens",
+            value=limit,
+        ) from error

@@ -62,7 +62,13 @@ SERVING_FEATURES: tuple[Feature, ...] = (
         "stage times",
         "response headers lack preprocessing time and token counts",
         (
-            VllmName(f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time")),
+            VllmName(
+                f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time", "tok_params")
+            ),
+            VllmAttributes(
+                "vllm.renderers.params:TokenizeParams",
+                ("max_truncation_tokens", "truncate_prompt_tokens"),
+            ),
             VllmAttributes(
                 "vllm.multimodal.inputs:PlaceholderRange", ("get_num_embeds", "length", "offset")
             ),
