@@ -128,7 +128,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         context, runtime = _asking()
         item = self._video_item(context, runtime, video_url, kwargs.get("video_processor"))
         if item.plan is None:
-            return super().fetch_video(video_url, **kwargs)
+            return _noted(super().fetch_video(video_url, **kwargs), item)
         with client_errors(), _in_use(item):
             used = runtime.run_blocking(self._video(context, runtime, item, item.plan))
         charge_request(self, video_url, used)
@@ -151,7 +151,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         context, runtime = _asking()
         item = self._video_item(context, runtime, video_url, kwargs.get("video_processor"))
         if item.plan is None:
-            return await super().fetch_video_async(video_url, **kwargs)
+            return _noted(await super().fetch_video_async(video_url, **kwargs), item)
         with client_errors(), _in_use(item):
             used = await runtime.run(self._video(context, runtime, item, item.plan))
         await charge_request_async(self, video_url, used)
@@ -160,9 +160,9 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
     def fetch_audio(self, audio_url: str) -> Any:
         """Fetch and decode audio; see ``fetch_audio_async``."""
         context, runtime = _asking()
-        if not self._handles_audio(runtime):
-            return super().fetch_audio(audio_url)
         item = context.claim("audio", audio_url)
+        if not self._handles_audio(runtime):
+            return _noted_audio(super().fetch_audio(audio_url), item)
         with client_errors():
             used = runtime.run_blocking(self._audio(context, runtime, item))
         charge_request(self, audio_url, used)
@@ -178,9 +178,9 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             VLLMError: The media cannot be served; ``error_answers`` says by which class.
         """
         context, runtime = _asking()
-        if not self._handles_audio(runtime):
-            return await super().fetch_audio_async(audio_url)
         item = context.claim("audio", audio_url)
+        if not self._handles_audio(runtime):
+            return _noted_audio(await super().fetch_audio_async(audio_url), item)
         with client_errors():
             used = await runtime.run(self._audio(context, runtime, item))
         await charge_request_async(self, audio_url, used)
@@ -293,6 +293,31 @@ def _deliver_audio(
     _note_times(context, used, "audio")
     item.report = AudioReport(len(waveform) / rate, used.result.cached)
     return waveform, rate
+
+
+def _noted(video: Any, item: MediaItem) -> Any:
+    """A video that vLLM's own loader has read, noted in the request's report."""
+    frames, metadata = video.media
+    rate = metadata.get("fps") or 1.0
+    indices = metadata.get("frames_indices")
+    item.report = VideoReport(
+        policy="stock",
+        frames=len(frames),
+        height=int(frames.shape[1]),
+        width=int(frames.shape[2]),
+        times=[] if indices is None else [float(index) / rate for index in indices],
+        cached=False,
+        audio_s=None,
+        duration_s=metadata.get("duration"),
+    )
+    return video
+
+
+def _noted_audio(audio: tuple[Any, float], item: MediaItem) -> tuple[Any, float]:
+    """A sound that vLLM has read by itself, noted in the request's report."""
+    samples, rate = audio
+    item.report = AudioReport(samples.shape[-1] / rate, cached=False)
+    return audio
 
 
 def _note_times(
