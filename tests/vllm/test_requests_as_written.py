@@ -48,9 +48,8 @@ def jpeg_sequence(frames: int) -> str:
     """The URL of a video that is sent as a list of its frames."""
     out = io.BytesIO()
     Image.new("RGB", (64, 56), (200, 0, 0)).save(out, "JPEG")
-    return "data:video/jpeg;base64," + ",".join(
-        [base64.b64encode(out.getvalue()).decode()] * frames
-    )
+    frame = base64.b64encode(out.getvalue()).decode()
+    return "data:video/jpeg;base64," + ",".join([frame] * frames)
 
 
 def test_every_use_of_a_video_is_reported_in_the_order_of_the_messages(front: Front) -> None:

@@ -236,8 +236,8 @@ def _placeholders_cut_off(prompt: Any, tok_params: Any) -> Iterator[None]:
         if len(prompt.get("prompt_token_ids") or ()) != most:
             raise
         raise MediaError(
-            f"truncate_prompt_tokens={limit} would cut off the place of a media item in the prompt. "
-            "Raise it or shorten the prompt.",
+            f"truncate_prompt_tokens={limit} would cut off the place of a media item in the "
+            "prompt. Raise it or shorten the prompt.",
             parameter="truncate_prompt_tokens",
             value=limit,
         ) from error
