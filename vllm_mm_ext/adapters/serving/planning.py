@@ -272,8 +272,12 @@ class _Conversation:
             max_item_tokens=self._largest_item(),
             trained=traits.trained,
         )
+        floor = plan.sampling.min_frames
+        if self.context.options.fps is not None:
+            # The server's number of frames (``media_io_kwargs``) gives way to a request's rate.
+            floor = min(floor, self.runtime.config.media.sampling.min_frames)
         defaults = SamplingDefaults(
-            plan.sampling.fps, plan.sampling.min_frames, plan.sampling.max_frames, plan.reduction
+            plan.sampling.fps, floor, plan.sampling.max_frames, plan.reduction
         )
         sources = [
             VideoSource(
