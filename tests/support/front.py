@@ -94,7 +94,10 @@ class Front:
             [request.messages],
             request.build_chat_params(None, "auto"),
             request.build_tok_params(self.renderer.model_config),
-            prompt_extras={"cache_salt": request.cache_salt},
+            prompt_extras={
+                "cache_salt": request.cache_salt,
+                "mm_processor_kwargs": request.mm_processor_kwargs,
+            },
         )
         return Rendered(len(made["prompt_token_ids"]), trace, made["arrival_time"])
 

@@ -90,3 +90,27 @@ def test_how_one_request_samples_a_video_is_no_matter_for_the_next(
         salt = f"{order}{session}"
         (video,) = front.render("short.mp4", session=session, cache_salt=salt, **more).videos
         assert (video["frames"], video["lowered"]) == (frames, [])
+
+
+@pytest.mark.parametrize("scope", [None, "videos_kwargs"])
+def test_the_size_that_a_trusted_request_asks_for_is_delivered(
+    front: Front, scope: str | None
+) -> None:
+    def size_for(**kwargs: Any) -> tuple[int, int]:
+        asked = {scope: kwargs} if scope else kwargs
+        (video,) = front.render("short.mp4", mm_processor_kwargs=asked).videos
+        height, width = video["size"]
+        return height, width
+
+    (video,) = front.render("short.mp4").videos
+    usual = video["size"][0] * video["size"][1]
+    larger = size_for(size={"shortest_edge": 3136, "longest_edge": 4 * usual})
+    assert usual < larger[0] * larger[1] <= 4 * usual
+    smaller = size_for(max_pixels=usual // 2)
+    assert smaller[0] * smaller[1] <= usual // 2
+
+
+def test_a_size_that_is_none_is_the_clients_fault(front: Front) -> None:
+    with pytest.raises(VLLMValidationError) as caught:
+        front.render("short.mp4", mm_processor_kwargs={"size": "large"})
+    assert caught.value.parameter == "mm_processor_kwargs"

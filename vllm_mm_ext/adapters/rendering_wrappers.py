@@ -38,8 +38,8 @@ class Span(NamedTuple):
 
 
 def around_chat_rendering(
-    plan: Callable[[Any, Sequence[Any], Any, Any, str | None], Awaitable[None]],
-    plan_blocking: Callable[[Any, Sequence[Any], Any, Any, str | None], None],
+    plan: Callable[[Any, Sequence[Any], Any, Any, Mapping[str, Any]], Awaitable[None]],
+    plan_blocking: Callable[[Any, Sequence[Any], Any, Any, Mapping[str, Any]], None],
     scope: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Call a planner for each conversation, before any of its media is fetched.
@@ -48,9 +48,10 @@ def around_chat_rendering(
     The plugin's errors become vLLM's (``error_answers``).
 
     Args:
-        plan: Called with ``(renderer, messages, chat_params, tok_params, cache_salt)``, of which
-            the last two may be None. Its context is that in which the conversation is then
-            rendered.
+        plan: Called with ``(renderer, messages, chat_params, tok_params, extras)``. The fourth may
+            be None; the last are the fields of the request that vLLM adds to the prompt
+            (``cache_salt``, ``mm_processor_kwargs``). Its context is that in which the conversation
+            is then rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
         scope: What it returns is open while a conversation is planned and rendered.
     """
@@ -64,12 +65,12 @@ def around_chat_rendering(
             self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
             arrived = time.time()
-            salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
+            extras = kwargs.get("prompt_extras") or {}
 
             async def one(messages: Any) -> Any:
                 try:
                     with client_errors(), scope():
-                        await plan(self, messages, chat_params, tok_params, salt)
+                        await plan(self, messages, chat_params, tok_params, extras)
                         rendered = await original(
                             self, [messages], chat_params, tok_params, **kwargs
                         )
@@ -89,11 +90,11 @@ def around_chat_rendering(
             self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
             arrived = time.time()
-            salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
+            extras = kwargs.get("prompt_extras") or {}
 
             def one(messages: Any) -> Any:
                 with client_errors(), scope():
-                    plan_blocking(self, messages, chat_params, tok_params, salt)
+                    plan_blocking(self, messages, chat_params, tok_params, extras)
                     rendered = original(self, [messages], chat_params, tok_params, **kwargs)
                 return _arrived_at(arrived, rendered)
 

@@ -28,7 +28,7 @@ from vllm_mm_ext.media.fetch.data_url import (
 )
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
-from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
+from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec, SizeRule
 from vllm_mm_ext.media.use_media import MediaUse, use_media
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.request.context import RequestContext, current_request
@@ -63,7 +63,11 @@ class StockChoice:
 
 
 def server_plan(
-    runtime: Runtime, options: Mapping[str, Any], url: str, video_processor: str | None
+    runtime: Runtime,
+    options: Mapping[str, Any],
+    url: str,
+    video_processor: str | None,
+    size: SizeRule | None = None,
 ) -> VideoPlan | None:
     """What the server's settings make of a video.
 
@@ -72,6 +76,7 @@ def server_plan(
         options: ``media_io_kwargs.video`` in force.
         url: As the request spells it.
         video_processor: vLLM's name of the model's video processor class, or None.
+        size: The rule for the size of frames; None for the server's.
 
     Returns:
         None where a stock loader is in charge.
@@ -94,7 +99,7 @@ def server_plan(
         sampling = sampling_for(runtime.config.media.sampling, read_video_kwargs(kwargs))
     plan = VideoPlan(
         spec_for(sampling, frontend.traits.frame_multiple),
-        frontend.size_rule,
+        size or frontend.size_rule,
         audio=frontend.wants_audio_in_video,
         reduction=runtime.default_reduction,
     )

@@ -29,7 +29,6 @@ from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.fetch.source import Fetched
 from vllm_mm_ext.media.video_plan import VideoPlan
 
-
 # vLLM passes this on where nobody says otherwise. So to the loader it is a ceiling only.
 _STOCK_NUM_FRAMES = 32
 
