@@ -192,3 +192,13 @@ def test_frames_and_rates_are_as_with_vllms_loader(
 def test_a_server_whose_every_video_would_fail_does_not_start(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"video\.{key} = .*mm_ext\.media\.sampling"):
         engine_config(**{key: value})
+
+
+def test_a_server_says_which_keys_it_took_for_no_settings(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        EngineArgs(
+            model=str(checkpoint("qwen2_5_vl")), additional_config={"mm-ext": {"media": {}}}
+        ).create_engine_config()
+    assert [r for r in caplog.records if "'mm-ext' in additional_config" in r.getMessage()]
