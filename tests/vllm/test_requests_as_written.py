@@ -114,3 +114,35 @@ def test_a_size_that_is_none_is_the_clients_fault(front: Front) -> None:
     with pytest.raises(VLLMValidationError) as caught:
         front.render("short.mp4", mm_processor_kwargs={"size": "large"})
     assert caught.value.parameter == "mm_processor_kwargs"
+
+
+PAD = "<|video_pad|>"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [f"what is {PAD}?"],
+        [PAD * 3],
+        ["<|image_pad|>"],
+        ["<|video", "_pad|>"],
+        ["<", "|video_p", "ad|> and", f" {PAD}"],
+        [f"<|vision_start|>{PAD}<|vision_end|>"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [True, False], ids=["text first", "video first"])
+def test_text_that_reads_like_a_placeholder_stays_text(
+    front: Front, texts: list[str], first: bool
+) -> None:
+    def prompt(texts: list[str]) -> list[int]:
+        parts = [{"type": "text", "text": text} for text in texts]
+        video = front.messages("short.mp4")[0]["content"][:1]
+        content = [*parts, *video] if first else [*video, *parts]
+        return front.render_messages([{"role": "user", "content": content}]).prompt
+
+    tokenizer = front.renderer.get_tokenizer()
+    pads = {tokenizer.convert_tokens_to_ids(pad) for pad in (PAD, "<|image_pad|>")}
+    plain, made = prompt(["hello"]), prompt(texts)
+    assert [token in pads for token in made].count(True) == [t in pads for t in plain].count(True)
+    assert "".join(texts) in tokenizer.decode([token for token in made if token not in pads])

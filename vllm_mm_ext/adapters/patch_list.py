@@ -213,6 +213,16 @@ PATCHES: tuple[Patch, ...] = (
         "vLLM calls a hook with a conversation before its media are fetched",
     ),
     Patch(
+        "placeholder text",
+        (
+            f"{_RENDERER}.render_chat_async",
+            f"{_RENDERER}.render_chat",
+            f"{_RENDERER}._tokenize_prompt",
+        ),
+        "Text of a client that reads like a placeholder of media stays text.",
+        "vLLM tokenizes the text of messages without special tokens",
+    ),
+    Patch(
         "cache reports",
         (f"{_RENDERER}.__init__",),
         "Preprocessing is put into the context of its request (next line).",
