@@ -160,6 +160,19 @@ PATCHES: tuple[Patch, ...] = (
         later=True,
     ),
     Patch(
+        "text-only servers",
+        ("vllm.engine.arg_utils:EngineArgs.create_engine_config",),
+        "With --language-model-only the host tier of the encoder cache is left out.",
+        "vLLM starts no EC connector in a server that takes no media",
+    ),
+    Patch(
+        "text-only servers",
+        ("vllm.engine.arg_utils:EngineArgs.ec_transfer_config",),
+        "vLLM sees no EC connector while it makes the configuration of such a server.",
+        "vLLM starts no EC connector in a server that takes no media",
+        later=True,
+    ),
+    Patch(
         "encoder cache",
         ("vllm.config:ECTransferConfig.mm_ext_host_tier",),
         "The device tier finds the host tier of its engine, which vLLM makes first.",
