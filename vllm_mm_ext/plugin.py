@@ -22,12 +22,11 @@ from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
     from vllm_mm_ext.config.media_settings import MediaConfig
+    from vllm_mm_ext.config.root import MMExtConfig
 
 
 def _install_config() -> None:
-    from vllm_mm_ext.config.root import MMExtConfig
-
-    vllm_compat.around_engine_config(MMExtConfig.from_additional_config)
+    vllm_compat.around_engine_config(read_config)
 
 
 def _install_frontend() -> None:
@@ -81,6 +80,23 @@ def _install_composer() -> None:
 
     register_config()
     vllm_compat.override_models(COMPOSER)
+
+
+def read_config(additional_config: object) -> MMExtConfig:
+    """The plugin's settings at start-up, with a warning about keys that it does not look at.
+
+    Args:
+        additional_config: vLLM's setting of that name.
+    """
+    from vllm_mm_ext.config.root import MMExtConfig, near_misses
+
+    for key in near_misses(additional_config):
+        vllm_compat.logger.warning(
+            "mm_ext: %r in additional_config has no effect; the plugin reads the mapping under the "
+            "key 'mm_ext'",
+            key,
+        )
+    return MMExtConfig.from_additional_config(additional_config)
 
 
 def attach(renderer: Any) -> None:
@@ -171,7 +187,8 @@ FEATURES: tuple[Feature, ...] = (
             VllmName("vllm.multimodal.video:VIDEO_LOADER_REGISTRY.register", ("name",)),
             VllmName("vllm.multimodal.video:VideoLoader.load_bytes", ("data",)),
             VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
-            VllmName("vllm.engine.arg_utils:EngineArgs", ("media_io_kwargs",)),
+            VllmName("vllm.engine.arg_utils:EngineArgs", ("media_io_kwargs", "additional_config")),
+            VllmName("vllm.envs:VLLM_MEDIA_CONNECTOR"),
         ),
         _install_loader,
     ),

@@ -25,11 +25,12 @@ CONTEXT = 2048
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered request: its prompt's length, what was recorded on the way, when it came."""
+    """A rendered request: its prompt, what was recorded on the way, when it came."""
 
     prompt_tokens: int
     trace: RequestTrace
     arrived: float
+    prompt: list[int]
 
     @property
     def videos(self) -> list[dict[str, Any]]:
@@ -94,9 +95,13 @@ class Front:
             [request.messages],
             request.build_chat_params(None, "auto"),
             request.build_tok_params(self.renderer.model_config),
-            prompt_extras={"cache_salt": request.cache_salt},
+            prompt_extras={
+                "cache_salt": request.cache_salt,
+                "mm_processor_kwargs": request.mm_processor_kwargs,
+            },
         )
-        return Rendered(len(made["prompt_token_ids"]), trace, made["arrival_time"])
+        prompt = list(made["prompt_token_ids"])
+        return Rendered(len(prompt), trace, made["arrival_time"], prompt)
 
 
 @contextmanager

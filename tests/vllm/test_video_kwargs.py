@@ -155,3 +155,50 @@ def test_keys_for_another_loader_are_its_own_affair(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
         engine_config(video_backend="opencv", anything=1)
     assert not [r for r in caplog.records if "media_io_kwargs" in r.getMessage()]
+
+
+@pytest.mark.parametrize("backend", [{}, {"video_backend": "mm_ext"}], ids=["ours", "by name"])
+@pytest.mark.parametrize(
+    ("kwargs", "frames"),
+    [
+        # The clip has 60 frames in 6 s; the configured rate is 2.
+        ({"num_frames": 20}, 20),
+        ({"num_frames": 4}, 4),
+        ({"num_frames": 100}, 60),
+        ({"num_frames": -1}, 60),
+        ({"num_frames": -1, "fps": 5}, 30),
+        ({"num_frames": 20, "fps": 5}, 20),
+        ({"num_frames": 20, "fps": 1}, 6),
+        ({"num_frames": 20, "fps": -1}, 20),
+        ({"num_frames": 20, "max_frames": 8}, 8),
+        ({"fps": 4}, 24),
+    ],
+    ids=str,
+)
+def test_frames_and_rates_are_as_with_vllms_loader(
+    clip: Path, backend: dict[str, str], kwargs: dict[str, Any], frames: int
+) -> None:
+    options = {"video": {**backend, **kwargs}}
+    made = MMExtMediaConnector(media_io_kwargs=options, allowed_local_media_path=str(clip.parent))
+    assert len(made.fetch_video(clip.as_uri()).media[0]) == frames
+    if set(kwargs) == {"num_frames"} or kwargs.get("num_frames") == -1:
+        stock, _ = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(clip.read_bytes(), **kwargs)
+        assert len(stock) == frames
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_frames", 0), ("num_frames", 5000), ("fps", 0), ("fps", "2")]
+)
+def test_a_server_whose_every_video_would_fail_does_not_start(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"video\.{key} = .*mm_ext\.media\.sampling"):
+        engine_config(**{key: value})
+
+
+def test_a_server_says_which_keys_it_took_for_no_settings(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        EngineArgs(
+            model=str(checkpoint("qwen2_5_vl")), additional_config={"mm-ext": {"media": {}}}
+        ).create_engine_config()
+    assert [r for r in caplog.records if "'mm-ext' in additional_config" in r.getMessage()]

@@ -160,6 +160,19 @@ PATCHES: tuple[Patch, ...] = (
         later=True,
     ),
     Patch(
+        "text-only servers",
+        ("vllm.engine.arg_utils:EngineArgs.create_engine_config",),
+        "With --language-model-only the host tier of the encoder cache is left out.",
+        "vLLM starts no EC connector in a server that takes no media",
+    ),
+    Patch(
+        "text-only servers",
+        ("vllm.engine.arg_utils:EngineArgs.ec_transfer_config",),
+        "vLLM sees no EC connector while it makes the configuration of such a server.",
+        "vLLM starts no EC connector in a server that takes no media",
+        later=True,
+    ),
+    Patch(
         "encoder cache",
         ("vllm.config:ECTransferConfig.mm_ext_host_tier",),
         "The device tier finds the host tier of its engine, which vLLM makes first.",
@@ -211,6 +224,16 @@ PATCHES: tuple[Patch, ...] = (
         (f"{_RENDERER}.render_chat_async", f"{_RENDERER}.render_chat"),
         "All videos of a conversation are planned together, before any is fetched.",
         "vLLM calls a hook with a conversation before its media are fetched",
+    ),
+    Patch(
+        "placeholder text",
+        (
+            f"{_RENDERER}.render_chat_async",
+            f"{_RENDERER}.render_chat",
+            f"{_RENDERER}._tokenize_prompt",
+        ),
+        "Text of a client that reads like a placeholder of media stays text.",
+        "vLLM tokenizes the text of messages without special tokens",
     ),
     Patch(
         "cache reports",

@@ -9,8 +9,8 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ import aiohttp
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.patches import set_on, wrap
 from vllm_mm_ext.base.tasks import all_or_none
+from vllm_mm_ext.errors import MediaError
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -37,8 +38,8 @@ class Span(NamedTuple):
 
 
 def around_chat_rendering(
-    plan: Callable[[Any, Sequence[Any], Any, Any, str | None], Awaitable[None]],
-    plan_blocking: Callable[[Any, Sequence[Any], Any, Any, str | None], None],
+    plan: Callable[[Any, Sequence[Any], Any, Any, Mapping[str, Any]], Awaitable[None]],
+    plan_blocking: Callable[[Any, Sequence[Any], Any, Any, Mapping[str, Any]], None],
     scope: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Call a planner for each conversation, before any of its media is fetched.
@@ -47,9 +48,10 @@ def around_chat_rendering(
     The plugin's errors become vLLM's (``error_answers``).
 
     Args:
-        plan: Called with ``(renderer, messages, chat_params, tok_params, cache_salt)``, of which
-            the last two may be None. Its context is that in which the conversation is then
-            rendered.
+        plan: Called with ``(renderer, messages, chat_params, tok_params, extras)``. The fourth may
+            be None; the last are the fields of the request that vLLM adds to the prompt
+            (``cache_salt``, ``mm_processor_kwargs``). Its context is that in which the conversation
+            is then rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
         scope: What it returns is open while a conversation is planned and rendered.
     """
@@ -63,12 +65,12 @@ def around_chat_rendering(
             self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
             arrived = time.time()
-            salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
+            extras = kwargs.get("prompt_extras") or {}
 
             async def one(messages: Any) -> Any:
                 try:
                     with client_errors(), scope():
-                        await plan(self, messages, chat_params, tok_params, salt)
+                        await plan(self, messages, chat_params, tok_params, extras)
                         rendered = await original(
                             self, [messages], chat_params, tok_params, **kwargs
                         )
@@ -88,11 +90,11 @@ def around_chat_rendering(
             self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
             arrived = time.time()
-            salt = (kwargs.get("prompt_extras") or {}).get("cache_salt")
+            extras = kwargs.get("prompt_extras") or {}
 
             def one(messages: Any) -> Any:
                 with client_errors(), scope():
-                    plan_blocking(self, messages, chat_params, tok_params, salt)
+                    plan_blocking(self, messages, chat_params, tok_params, extras)
                     rendered = original(self, [messages], chat_params, tok_params, **kwargs)
                 return _arrived_at(arrived, rendered)
 
@@ -195,10 +197,15 @@ def around_preprocessing(
     from vllm.renderers.base import BaseRenderer
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def process_for_engine_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+        async def process_for_engine_async(
+            self: Any, prompt: Any, *args: Any, tok_params: Any = None, **kwargs: Any
+        ) -> Any:
             with client_errors():
                 token = before()
-                engine_input = await original(self, *args, **kwargs)
+                with _placeholders_cut_off(prompt, tok_params):
+                    engine_input = await original(
+                        self, prompt, *args, tok_params=tok_params, **kwargs
+                    )
                 spans = {
                     modality: [
                         Span(p.offset, p.offset + p.length, int(p.get_num_embeds())) for p in ranges
@@ -211,3 +218,27 @@ def around_preprocessing(
         return process_for_engine_async
 
     wrap(BaseRenderer, "process_for_engine_async", make)
+
+
+@contextmanager
+def _placeholders_cut_off(prompt: Any, tok_params: Any) -> Iterator[None]:
+    """Say so where a prompt does not match its media because ``truncate_prompt_tokens`` cut it.
+
+    vLLM refuses to cut the tokens of media (``_truncate_expanded_prompt``). But before media have
+    tokens it cuts the text, and with it the places where the media belong.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        limit = None if tok_params is None else tok_params.truncate_prompt_tokens
+        if limit is None or not prompt.get("multi_modal_data"):
+            raise
+        most = tok_params.max_truncation_tokens if limit < 0 else limit
+        if len(prompt.get("prompt_token_ids") or ()) != most:
+            raise
+        raise MediaError(
+            f"truncate_prompt_tokens={limit} would cut off the place of a media item in the "
+            "prompt. Raise it or shorten the prompt.",
+            parameter="truncate_prompt_tokens",
+            value=limit,
+        ) from error

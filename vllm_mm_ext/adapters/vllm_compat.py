@@ -152,13 +152,16 @@ def around_engine_config(read: Callable[[object], T]) -> None:
     wrap(EngineArgs, "create_engine_config", make)
 
 
-def before_engine_config(check: Callable[[Mapping[str, Any]], None]) -> None:
-    """Call ``check`` with ``media_io_kwargs.video`` of a server before it starts; it may raise."""
+def before_engine_config(check: Callable[[Mapping[str, Any], object], None]) -> None:
+    """Call ``check`` before a server starts; it may raise.
+
+    It is called with ``media_io_kwargs.video`` and ``additional_config``.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check((self.media_io_kwargs or {}).get("video") or {})
+            check((self.media_io_kwargs or {}).get("video") or {}, self.additional_config)
             return original(self, *args, **kwargs)
 
         return create_engine_config

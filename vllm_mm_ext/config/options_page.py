@@ -63,8 +63,8 @@ pass as they are. Clients that do not know the block ignore it.
 
 | key | meaning |
 | --- | --- |
-| `videos[]` | In the order of the messages. |
-| `videos[].policy` | How the frames were chosen. |
+| `videos[]` | Each use of a video with a URL, in the order of the messages. |
+| `videos[].policy` | How the frames were chosen; `stock`: by vLLM, or by the client. |
 | `videos[].frames`, `times` | How many, and when they are shown, in seconds. |
 | `videos[].size` | Height and width of the frames in pixels. |
 | `videos[].source_s`, `audio_s` | Seconds of the source; of sound the model hears, or null. |

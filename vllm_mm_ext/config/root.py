@@ -7,6 +7,7 @@ file of ``vllm serve --config``), which vLLM hands to the API server and to the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from pydantic import Field, ValidationError
@@ -63,6 +64,24 @@ class MMExtConfig(Section):
             raise ConfigError(_explain(error)) from None
 
 
+def near_misses(additional_config: object) -> list[str]:
+    """Keys beside the plugin's own that look like it, such as ``mm-ext`` or ``mm_ext.media``.
+
+    vLLM takes any key, so nothing else would tell an operator that such settings have no effect.
+
+    Args:
+        additional_config: As for ``MMExtConfig.from_additional_config``.
+    """
+    if not isinstance(additional_config, Mapping):
+        return []
+    squeezed = KEY.replace("_", "")
+    return [
+        str(key)
+        for key in additional_config
+        if key != KEY and squeezed in re.sub(r"[^a-z]", "", str(key).lower())
+    ]
+
+
 def _explain(error: ValidationError) -> str:
     found = schema.problems(error, MMExtConfig, KEY)
     return "\n".join([f"invalid additional_config.{KEY}:", *(f"  {problem}" for problem in found)])
@@ -86,7 +105,11 @@ def to_markdown() -> str:
         "```",
         "",
         "An unknown key or a bad value stops the start-up with the key, the value and what is",
-        "valid there.",
+        "valid there. Of choices, `on` and `off` need no quotes in YAML.",
+        "",
+        "`--additional-config` on the command line, also dotted (`--additional-config.mm_ext...`),",
+        "replaces the whole mapping of the file: nothing of the file's `additional-config` holds",
+        "then. So give all settings in one place.",
     ]
     lines += schema.reference_tables(MMExtConfig, KEY)
     return "\n".join(lines) + "\n"

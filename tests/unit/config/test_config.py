@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from vllm_mm_ext.config.root import ConfigError, MMExtConfig, to_markdown
+from vllm_mm_ext.config.root import ConfigError, MMExtConfig, near_misses, to_markdown
 
 ROOT = Path(__file__).parents[3]
 
@@ -76,3 +77,23 @@ def test_every_wrong_setting_is_reported_at_once() -> None:
 def test_the_reference_page_is_current() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert page == to_markdown(), "run: vllm-mm config --markdown > docs/configuration.md"
+
+
+def test_words_that_yaml_reads_as_booleans_are_taken_as_words() -> None:
+    raw = yaml.safe_load("{media: {audio: {in_video: off}, enabled: off}}")
+    media = MMExtConfig.from_additional_config({"mm_ext": raw}).media
+    assert (media.audio.in_video, media.enabled) == ("off", False)
+    with pytest.raises(ConfigError, match=r"in_video = True: .*'auto' \| 'off'"):
+        MMExtConfig.from_additional_config({"mm_ext": {"media": {"audio": {"in_video": True}}}})
+
+
+@pytest.mark.parametrize(
+    "key", ["mm-ext", "mmext", "MM_EXT", "mm_ext.media.resize", "vllm_mm_ext", "mm_ext "]
+)
+def test_keys_that_look_like_ours_are_found(key: str) -> None:
+    assert near_misses({key: {}, "mm_ext": {}, "other": {}}) == [key]
+
+
+def test_nothing_looks_like_ours_where_nothing_does() -> None:
+    assert near_misses({"mm_ext": {"mm-ext": 1}, "mm": {}, "ext": {}}) == []
+    assert near_misses(None) == []

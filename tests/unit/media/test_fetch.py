@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
+from urllib.parse import quote
 
 import pybase64
 import pytest
@@ -26,6 +27,7 @@ from vllm_mm_ext.errors import (
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter
 from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
+from vllm_mm_ext.media.fetch.data_url import is_jpeg_sequence
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
 from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.freshness import freshness_fields, judge
@@ -273,8 +275,48 @@ class TestHttpLimits:
             await get(make_fetcher(), url, timeout_s=0.2)
         release.set()
 
+    @pytest.mark.parametrize(
+        ("status", "headers"),
+        [
+            (203, {}),
+            (206, {"Content-Range": f"bytes 0-{len(BODY) - 1}/{len(BODY)}"}),
+            (206, {"Content-Range": f"Bytes  0-{len(BODY) - 1}/{len(BODY)} "}),
+        ],
+    )
+    @pytest.mark.parametrize("chunked", [False, True])
+    async def test_answers_that_hold_all_of_the_content_are_taken(
+        self,
+        origin: Origin,
+        make_fetcher: MakeFetcher,
+        status: int,
+        headers: dict[str, str],
+        chunked: bool,
+    ) -> None:
+        resource = Resource(BODY, status=status, headers=headers, chunked=chunked)
+        ref = await get(make_fetcher(), origin.serve("/a", resource))
+        assert (ref.digest, ref.size) == (DIGEST, len(BODY))
+
 
 class TestHttpFailures:
+    @pytest.mark.parametrize(
+        ("content_range", "error"),
+        [
+            (f"bytes 0-{len(BODY) - 1}/{len(BODY) + 1}", UnreachableMediaError),
+            (f"bytes 1-{len(BODY)}/{len(BODY) + 1}", UnreachableMediaError),
+            (f"bytes 0-{len(BODY) - 1}/*", UnreachableMediaError),
+            ("", UnreachableMediaError),
+            # The origin says that this is all, and sends less.
+            (f"bytes 0-{len(BODY)}/{len(BODY) + 1}", OriginError),
+        ],
+    )
+    async def test_a_part_is_not_taken_for_the_whole(
+        self, origin: Origin, make_fetcher: MakeFetcher, content_range: str, error: type[MediaError]
+    ) -> None:
+        headers = {"Content-Range": content_range}
+        url = origin.serve("/a", Resource(BODY, status=206, headers=headers))
+        with pytest.raises(error):
+            await get(make_fetcher(), url)
+
     @pytest.mark.parametrize("status", [400, 401, 404, 410, 429, 500, 503, 204, 206])
     async def test_an_error_names_status_and_host_and_nothing_else(
         self, origin: Origin, make_fetcher: MakeFetcher, status: int
@@ -797,6 +839,56 @@ class TestData:
         ref = await get(fetcher, _data_url(BODY))
         assert (await ref.open()).read() == BODY
 
+    @pytest.mark.parametrize(
+        "head",
+        [
+            "data:;base64,",
+            "DATA:video/webm;codecs=vp8,opus;base64,",
+            'data:video/mp4;codecs="avc1.42E01E, mp4a.40.2";BASE64,',
+            'data:video/mp4;name=";base64,";charset=utf-8; Base64 ,',
+        ],
+    )
+    async def test_parameters_may_hold_commas_and_words_have_any_case(
+        self, make_fetcher: MakeFetcher, head: str
+    ) -> None:
+        ref = await get(make_fetcher(), head + base64.b64encode(BODY).decode())
+        assert ref.digest == digest_of(BODY)
+
+    @pytest.mark.parametrize(
+        ("url", "is_one"),
+        [
+            ("data:video/jpeg;base64,AAAA,AAAA", True),
+            ("DATA:Video/JPEG;fps=2;base64,AAAA", True),
+            ("data:video/jpeg2000;base64,AAAA", False),
+            ("data:video/mp4;name=video/jpeg;base64,AAAA", False),
+            ("data:video/jpeg,AAAA", False),
+            ("https://host/data:video/jpeg;base64,AAAA", False),
+        ],
+    )
+    def test_a_jpeg_sequence_is_known_by_its_media_type(self, url: str, is_one: bool) -> None:
+        assert is_jpeg_sequence(url) is is_one
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 1000, 2 << 20])
+    @pytest.mark.parametrize(
+        "written",
+        [
+            lambda data: base64.encodebytes(data).decode(),
+            lambda data: base64.encodebytes(data).decode().replace("\n", "\r\n\t "),
+            lambda data: base64.b64encode(data).decode().rstrip("="),
+            lambda data: quote(base64.b64encode(data).decode(), safe=""),
+        ],
+        ids=["lines", "white space", "no padding", "escapes"],
+    )
+    async def test_base64_is_read_as_browsers_read_it(
+        self, make_fetcher: MakeFetcher, written: Callable[[bytes], str], size: int
+    ) -> None:
+        data = os.urandom(size)
+        url = "data:video/mp4;base64," + written(data)
+        ref = await get(make_fetcher(), url, max_bytes=size)
+        assert (ref.digest, ref.size) == (digest_of(data), size)
+        with pytest.raises(MediaTooLargeError):
+            await get(make_fetcher(), url, max_bytes=size - 1)
+
     async def test_size_limit_is_exact(self, make_fetcher: MakeFetcher) -> None:
         fetcher = make_fetcher()
         for size in (10, 11, 12):
@@ -810,9 +902,13 @@ class TestData:
             "data:video/mp4;base64",
             "data:video/mp4,AAAA",
             "data:,AAAA",
-            "data:video/mp4;base64,AAA",
-            "data:video/mp4;base64,AA A",
+            "data:video/mp4;base64,AAAAA",
+            "data:video/mp4;base64,AA=",
+            "data:video/mp4;base64,AA==AAAA",
+            "data:video/mp4;base64,AA%",
             "data:video/mp4;base64,!!!!",
+            "data:video/mp4;base64x,AAAA",
+            "data:video/mp4;codecs=base64,AAAA",
             "data:video/mp4;base64,ÄÄÄÄ",
             "data:video/mp4;base64," + "A" * 100_001,
             "data:video/mp4;base64,=",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.encoder_cache_names import EMBEDS_NAMES
+from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.patches import set_meanwhile, wrap
-from vllm_mm_ext.adapters.vllm_compat import Feature
+from vllm_mm_ext.adapters.vllm_compat import Feature, logger
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 
 if TYPE_CHECKING:
@@ -74,7 +76,46 @@ def keep_raw_embeddings_out() -> None:
     wrap(VllmConfig, "_resolve_mm_embedding_inputs", make)
 
 
+def leave_out_of_text_servers() -> None:
+    """Start a server of ``--language-model-only`` without the host tier, and say so.
+
+    It has no encoder outputs to keep, and vLLM fails at start-up where it finds none to measure.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            transfer = self.ec_transfer_config
+            ours = transfer is not None and transfer.ec_connector == CONNECTOR
+            if not (ours and self.language_model_only):
+                return original(self, *args, **kwargs)
+            logger.warning(
+                "mm_ext: with --language-model-only the server takes no media: the host tier of "
+                "the encoder cache (ec_transfer_config) is off, and nothing of the plugin that "
+                "concerns media has any effect"
+            )
+            place = "vllm.engine.arg_utils:EngineArgs.ec_transfer_config"
+            with set_meanwhile(self, place, None):
+                return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    wrap(EngineArgs, "create_engine_config", make)
+
+
 ENCODER_CACHE_FEATURES = (
+    Feature(
+        "text-only servers",
+        "a server with the host tier of the encoder cache fails with --language-model-only",
+        (
+            VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
+            VllmName(
+                "vllm.engine.arg_utils:EngineArgs", ("ec_transfer_config", "language_model_only")
+            ),
+            VllmAttributes("vllm.config:ECTransferConfig", ("ec_connector",)),
+        ),
+        leave_out_of_text_servers,
+    ),
     Feature(
         "raw embeddings",
         "the host tier of the encoder cache refuses to start: clients could send embeddings",

@@ -20,9 +20,15 @@ from vllm_mm_ext.adapters.media.request_budgets import charge_request, charge_re
 from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_for
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.config.media_settings import SamplingConfig
+from vllm_mm_ext.media.fetch.data_url import (
+    is_jpeg_sequence,
+    padded,
+    plain_base64,
+    split_data_url,
+)
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
-from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec
+from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec, SizeRule
 from vllm_mm_ext.media.use_media import MediaUse, use_media
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.request.context import RequestContext, current_request
@@ -57,7 +63,11 @@ class StockChoice:
 
 
 def server_plan(
-    runtime: Runtime, options: Mapping[str, Any], url: str, video_processor: str | None
+    runtime: Runtime,
+    options: Mapping[str, Any],
+    url: str,
+    video_processor: str | None,
+    size: SizeRule | None = None,
 ) -> VideoPlan | None:
     """What the server's settings make of a video.
 
@@ -66,6 +76,7 @@ def server_plan(
         options: ``media_io_kwargs.video`` in force.
         url: As the request spells it.
         video_processor: vLLM's name of the model's video processor class, or None.
+        size: The rule for the size of frames; None for the server's.
 
     Returns:
         None where a stock loader is in charge.
@@ -79,7 +90,7 @@ def server_plan(
         runtime.config.media.enabled
         and chosen in (None, vllm_compat.LOADER_NAME)
         and (chosen is not None or kwargs.keys() <= VIDEO_KEYS)
-        and url[:15].lower() != "data:video/jpeg"
+        and not is_jpeg_sequence(url)
     )
     if not ours:
         return None
@@ -88,7 +99,7 @@ def server_plan(
         sampling = sampling_for(runtime.config.media.sampling, read_video_kwargs(kwargs))
     plan = VideoPlan(
         spec_for(sampling, frontend.traits.frame_multiple),
-        frontend.size_rule,
+        size or frontend.size_rule,
         audio=frontend.wants_audio_in_video,
         reduction=runtime.default_reduction,
     )
@@ -122,7 +133,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         context, runtime = _asking()
         item = self._video_item(context, runtime, video_url, kwargs.get("video_processor"))
         if item.plan is None:
-            return super().fetch_video(video_url, **kwargs)
+            return _noted(super().fetch_video(video_url, **kwargs), item)
         with client_errors(), _in_use(item):
             used = runtime.run_blocking(self._video(context, runtime, item, item.plan))
         charge_request(self, video_url, used)
@@ -145,7 +156,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         context, runtime = _asking()
         item = self._video_item(context, runtime, video_url, kwargs.get("video_processor"))
         if item.plan is None:
-            return await super().fetch_video_async(video_url, **kwargs)
+            return _noted(await super().fetch_video_async(video_url, **kwargs), item)
         with client_errors(), _in_use(item):
             used = await runtime.run(self._video(context, runtime, item, item.plan))
         await charge_request_async(self, video_url, used)
@@ -154,9 +165,9 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
     def fetch_audio(self, audio_url: str) -> Any:
         """Fetch and decode audio; see ``fetch_audio_async``."""
         context, runtime = _asking()
-        if not self._handles_audio(runtime):
-            return super().fetch_audio(audio_url)
         item = context.claim("audio", audio_url)
+        if not self._handles_audio(runtime):
+            return _noted_audio(super().fetch_audio(audio_url), item)
         with client_errors():
             used = runtime.run_blocking(self._audio(context, runtime, item))
         charge_request(self, audio_url, used)
@@ -172,13 +183,25 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             VLLMError: The media cannot be served; ``error_answers`` says by which class.
         """
         context, runtime = _asking()
-        if not self._handles_audio(runtime):
-            return await super().fetch_audio_async(audio_url)
         item = context.claim("audio", audio_url)
+        if not self._handles_audio(runtime):
+            return _noted_audio(await super().fetch_audio_async(audio_url), item)
         with client_errors():
             used = await runtime.run(self._audio(context, runtime, item))
         await charge_request_async(self, audio_url, used)
         return _deliver_audio(used, item, context)
+
+    def _load_data_url(self, url: str, media_io: Any) -> Any:
+        """As vLLM's, with the reading of ``data:`` URLs that videos and audio get.
+
+        Raises:
+            VLLMValidationError: The URL is not a base64 ``data:`` URL.
+        """
+        with client_errors():
+            media_type, start = split_data_url(url)
+        # The frames of a JPEG sequence are separated by commas.
+        parts = plain_base64(url[start:]).split(",")
+        return media_io.load_base64(media_type, ",".join(map(padded, parts)))
 
     # --- what was asked ---------------------------------------------------------------------------
 
@@ -275,6 +298,31 @@ def _deliver_audio(
     _note_times(context, used, "audio")
     item.report = AudioReport(len(waveform) / rate, used.result.cached)
     return waveform, rate
+
+
+def _noted(video: Any, item: MediaItem) -> Any:
+    """A video that vLLM's own loader has read, noted in the request's report."""
+    frames, metadata = video.media
+    rate = metadata.get("fps") or 1.0
+    indices = metadata.get("frames_indices")
+    item.report = VideoReport(
+        policy="stock",
+        frames=len(frames),
+        height=int(frames.shape[1]),
+        width=int(frames.shape[2]),
+        times=[] if indices is None else [float(index) / rate for index in indices],
+        cached=False,
+        audio_s=None,
+        duration_s=metadata.get("duration"),
+    )
+    return video
+
+
+def _noted_audio(audio: tuple[Any, float], item: MediaItem) -> tuple[Any, float]:
+    """A sound that vLLM has read by itself, noted in the request's report."""
+    samples, rate = audio
+    item.report = AudioReport(samples.shape[-1] / rate, cached=False)
+    return audio
 
 
 def _note_times(

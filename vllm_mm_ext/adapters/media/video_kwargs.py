@@ -16,11 +16,13 @@ KEY = "media_io_kwargs.video"
 
 def _above_zero_or_all(value: float) -> float:
     if value != -1 and value <= 0:
-        raise ValueError("must be above 0, or -1 for the configured value")
+        raise ValueError("must be above 0, or -1")
     return value
 
 
 _OrAll = AfterValidator(_above_zero_or_all)
+# Most frames of a video that a decode worker delivers.
+_ALL_FRAMES = 4096
 
 # What vLLM's own loaders are told about the library that decodes for them.
 CODEC_KEYS = frozenset(
@@ -49,9 +51,9 @@ class VideoKwargs(BaseModel):
 
     Attributes:
         fps: Frames per second; -1 for the configured rate.
-        num_frames: Ceiling on the frames of a video; -1 for the configured one. vLLM passes 32 on
-            where nobody says otherwise.
-        max_frames: Likewise; the lower one holds.
+        num_frames: Frames of a video that has as many, whatever its length; -1 for all of them.
+            With ``fps`` a ceiling, -1 for none. None for what is configured.
+        max_frames: Ceiling on the frames of a video.
         min_frames: Floor on the frames of a video.
         max_duration: Seconds. A longer video gets no more frames than one of this length.
         frame_recovery: Whether frames that cannot be decoded are made up for. The plugin always
@@ -61,9 +63,9 @@ class VideoKwargs(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     fps: Annotated[float, Field(le=60), _OrAll] = -1
-    num_frames: Annotated[int, Field(le=4096), _OrAll] = -1
-    max_frames: int | None = Field(None, ge=1, le=4096)
-    min_frames: int | None = Field(None, ge=1, le=4096)
+    num_frames: Annotated[int, Field(le=_ALL_FRAMES), _OrAll] | None = None
+    max_frames: int | None = Field(None, ge=1, le=_ALL_FRAMES)
+    min_frames: int | None = Field(None, ge=1, le=_ALL_FRAMES)
     max_duration: float | None = Field(None, gt=0)
     frame_recovery: bool = False
 
@@ -89,11 +91,14 @@ def read_video_kwargs(kwargs: Mapping[str, Any]) -> VideoKwargs:
 def sampling_for(config: SamplingConfig, kwargs: VideoKwargs) -> SamplingConfig:
     """The configured sampling, with what the keys say instead."""
     fps = config.fps if kwargs.fps == -1 else float(kwargs.fps)
-    asked = [count for count in (kwargs.num_frames, kwargs.max_frames) if count and count > 0]
+    frames = _ALL_FRAMES if kwargs.num_frames == -1 else kwargs.num_frames
+    asked = [count for count in (frames, kwargs.max_frames) if count is not None]
     ceiling = min(asked, default=config.max_frames)
-    if kwargs.max_duration is not None:
-        ceiling = min(ceiling, max(1, int(kwargs.max_duration * fps)))
     floor = config.min_frames if kwargs.min_frames is None else kwargs.min_frames
+    if frames is not None and kwargs.fps == -1:
+        floor = ceiling
+    elif kwargs.max_duration is not None:
+        ceiling = min(ceiling, max(1, int(kwargs.max_duration * fps)))
     return config.model_copy(
         update={"fps": fps, "max_frames": ceiling, "min_frames": min(floor, ceiling)}
     )

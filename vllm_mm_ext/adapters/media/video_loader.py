@@ -23,10 +23,14 @@ from vllm_mm_ext.adapters.media.video_kwargs import (
     sampling_for,
 )
 from vllm_mm_ext.adapters.runtime import current_runtime
+from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.fetch.source import Fetched
 from vllm_mm_ext.media.video_plan import VideoPlan
+
+# vLLM passes this on where nobody says otherwise. So to the loader it is a ceiling only.
+_STOCK_NUM_FRAMES = 32
 
 
 class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
@@ -50,6 +54,9 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
             VLLMError: The bytes cannot be served as video, or a key is unknown or out of bounds.
         """
         runtime = current_runtime()
+        if kwargs.get("num_frames") == _STOCK_NUM_FRAMES:
+            most = min(kwargs.pop("num_frames"), kwargs.get("max_frames") or _STOCK_NUM_FRAMES)
+            kwargs["max_frames"] = most
         with client_errors():
             sampling = sampling_for(runtime.config.media.sampling, read_video_kwargs(kwargs))
         spec = spec_for(sampling, runtime.frontend.traits.frame_multiple)
@@ -61,8 +68,12 @@ class MMExtVideoLoader(VideoLoader):  # type: ignore[misc]
         return result.frames, metadata_of(result.info, result.selection, digest)
 
 
-def check_server_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Check ``media_io_kwargs.video`` of a server where this loader is in charge of it.
+def check_server_kwargs(kwargs: Mapping[str, Any], additional_config: object) -> None:
+    """Check ``media_io_kwargs.video`` of a server where the plugin is in charge of it.
+
+    Args:
+        kwargs: ``media_io_kwargs.video``.
+        additional_config: vLLM's setting of that name.
 
     Raises:
         ValueError: A key is unknown or out of bounds; the message names it.
@@ -70,18 +81,27 @@ def check_server_kwargs(kwargs: Mapping[str, Any]) -> None:
     own = {key: value for key, value in kwargs.items() if key != "video_backend"}
     chosen = kwargs.get("video_backend")
     if (chosen or envs.VLLM_VIDEO_LOADER_BACKEND) != vllm_compat.LOADER_NAME:
-        others = sorted(own.keys() - VIDEO_KEYS)
-        if others and chosen is None:
+        connected = (
+            chosen is None
+            and envs.VLLM_MEDIA_CONNECTOR == vllm_compat.CONNECTOR_NAME
+            and MMExtConfig.from_additional_config(additional_config).media.enabled
+        )
+        if not connected:
+            return
+        if others := sorted(own.keys() - VIDEO_KEYS):
             vllm_compat.logger.warning(
                 "mm_ext: vLLM's own loader reads all videos, since media_io_kwargs.video has %s, "
                 "which only vLLM's loaders know",
                 ", ".join(others),
             )
-        return
+            return
     try:
         read_video_kwargs(own)
     except VideoOptionError as error:
-        raise ValueError(error.message) from None
+        raise ValueError(
+            f"{error.message}. Sampling can also be set by "
+            "additional_config.mm_ext.media.sampling, with the keys fps, min_frames, max_frames."
+        ) from None
     unused = sorted(own.keys() & CODEC_KEYS)
     if unused:
         vllm_compat.logger.warning(

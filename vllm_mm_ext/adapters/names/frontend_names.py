@@ -62,6 +62,8 @@ CONNECTOR_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_CONNECTOR}.fetch_audio_async", ("audio_url",)),
     VllmName(f"{_CONNECTOR}.fetch_video", ("video_url", "image_mode", "video_processor")),
     VllmName(f"{_CONNECTOR}.fetch_audio", ("audio_url",)),
+    VllmName(f"{_CONNECTOR}._load_data_url", ("url", "media_io")),
+    VllmName("vllm.multimodal.media.base:MediaIO.load_base64", ("media_type", "data")),
     VllmName("vllm.multimodal.media.base:MediaWithBytes", ("media", "original_bytes")),
     VllmName("vllm.multimodal.video:get_video_loader_backend_for_processor", ("video_processor",)),
     VllmName("vllm.multimodal.media.audio:AudioMediaIO.get_max_bytes"),

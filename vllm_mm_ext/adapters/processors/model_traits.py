@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SizeRule
 
 logger = logging.getLogger("vllm.mm_ext")
+
+_SIZE_KEYS = frozenset({"size", "min_pixels", "max_pixels"})
 
 
 def read_traits(mm_processor: Any) -> ModelTraits:
@@ -26,10 +30,8 @@ def read_traits(mm_processor: Any) -> ModelTraits:
     try:
         processor = mm_processor.info.get_hf_processor()
         video_processor = getattr(processor, "video_processor", None)
-        overrides = mm_processor.info.ctx.get_merged_mm_kwargs({})
-        size_rule = size_rule_of(video_processor, overrides, size_default_of(processor))
         return ModelTraits(
-            size_rule=size_rule,
+            size_rule=size_rule_for(mm_processor.info, {}, processor),
             frame_multiple=int(getattr(video_processor, "temporal_patch_size", 1) or 1),
             audio_rate=vllm_compat.audio_resampler_rate(mm_processor),
             hears_video=bool(getattr(mm_processor, "hears_video", False)),
@@ -40,6 +42,50 @@ def read_traits(mm_processor: Any) -> ModelTraits:
     except Exception as error:
         logger.warning("mm_ext: model traits unknown, frames keep their own size: %s", error)
         return ModelTraits(audio_rate=None)
+
+
+def size_rule_for(info: Any, hf_kwargs: Mapping[str, object], processor: Any) -> SizeRule:
+    """The resizing rule for videos of a request.
+
+    Args:
+        info: vLLM's ``BaseProcessingInfo`` of the served model.
+        hf_kwargs: The request's ``mm_processor_kwargs``, on top of the server's. What they say of
+            videos alone (``videos_kwargs``) outranks what they say of all media.
+        processor: The model's transformers processor.
+    """
+    merged = info.ctx.get_merged_mm_kwargs(hf_kwargs)
+    # For all media, transformers starts from the size of the checkpoint; for videos alone, from
+    # that of the processor class.
+    default = None if merged.keys() & _SIZE_KEYS else size_default_of(processor)
+    overrides = merged | dict(merged.get("videos_kwargs") or {})
+    return size_rule_of(getattr(processor, "video_processor", None), overrides, default)
+
+
+def requested_size(info: Any, hf_kwargs: Mapping[str, object] | None) -> SizeRule | None:
+    """The resizing rule for a request whose ``mm_processor_kwargs`` set one of its own.
+
+    Args:
+        info: vLLM's ``BaseProcessingInfo`` of the served model.
+        hf_kwargs: The request's ``mm_processor_kwargs``; they may repeat the server's.
+
+    Returns:
+        None if the server's rule holds.
+
+    Raises:
+        MediaError: The request's sizes are no sizes.
+    """
+    if not hf_kwargs:
+        return None
+    processor = info.get_hf_processor()
+    own = size_rule_for(info, {}, processor)
+    try:
+        asked = size_rule_for(info, hf_kwargs, processor)
+    except (KeyError, TypeError, ValueError):
+        raise MediaError(
+            "mm_processor_kwargs: size, min_pixels or max_pixels of videos is not valid.",
+            parameter="mm_processor_kwargs",
+        ) from None
+    return None if own == asked else asked
 
 
 def size_default_of(processor: Any) -> dict[str, int] | None:
@@ -60,15 +106,15 @@ def size_rule_of(
 
     Args:
         video_processor: The model's video processor, or None.
-        overrides: The server's ``--mm-processor-kwargs``. If they set a size, vLLM starts from the
-            video processor's own size instead of ``default``.
-        default: Return value of ``size_default_of``.
+        overrides: ``mm_processor_kwargs`` for videos.
+        default: Size from which transformers starts, if not from the video processor's own.
     """
     if video_processor is None or not getattr(video_processor, "do_resize", False):
         return SizeRule()
-    size = dict(getattr(video_processor, "size", None) or {}) | dict(overrides.get("size") or {})
-    if default and not overrides.keys() & {"size", "min_pixels", "max_pixels"}:
-        size = default
+    if not overrides.get("do_resize", True):
+        return SizeRule()
+    own = default or getattr(video_processor, "size", None) or {}
+    size = dict(own) | dict(overrides.get("size") or {})
     names = {cls.__name__ for cls in type(video_processor).__mro__}
     if names & {"Qwen3VLVideoProcessor", "Qwen2VLVideoProcessor"}:
         patch, merge = video_processor.patch_size, video_processor.merge_size

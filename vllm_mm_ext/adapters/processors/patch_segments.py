@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_mm_ext.adapters.processors.model_traits import size_default_of, size_rule_of
+from vllm_mm_ext.adapters.processors.model_traits import size_rule_for
 from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor, part_of
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.video.grid_times import GridTimes, even_grid, grid_times
@@ -100,10 +100,7 @@ class PatchSegmentProcessor(SegmentProcessor):
         self, shape: VideoShape, hf_kwargs: Mapping[str, object]
     ) -> tuple[int, int] | None:
         """Size to which transformers would resize the whole video; None if that is not known."""
-        processor = self.info.get_hf_processor(**hf_kwargs)
-        merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
-        overrides = merged | dict(merged.get("videos_kwargs") or {})
-        rule = size_rule_of(processor.video_processor, overrides, size_default_of(processor))
+        rule = size_rule_for(self.info, hf_kwargs, self.info.get_hf_processor(**hf_kwargs))
         if rule.kind not in ("qwen_vl", "qwen3_vl"):
             return None
         return target_size(rule, width=shape.width, height=shape.height, num_frames=shape.frames)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_mm_ext.adapters import vllm_compat
-from vllm_mm_ext.adapters.processors.model_traits import size_default_of, size_rule_of
+from vllm_mm_ext.adapters.processors.model_traits import size_rule_for
 from vllm_mm_ext.video.track_pieces import AudioWindow
 
 
@@ -42,10 +42,7 @@ class SegmentInfo:
 
     def _largest_grid(self) -> int:
         info: Any = self
-        processor = info.get_hf_processor()
-        merged = info.ctx.get_merged_mm_kwargs({})
-        overrides = merged | dict(merged.get("videos_kwargs") or {})
-        rule = size_rule_of(processor.video_processor, overrides, size_default_of(processor))
+        rule = size_rule_for(info, {}, info.get_hf_processor())
         return rule.max_pixels // rule.factor**2
 
     def get_max_video_tokens(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, server_plan
+from vllm_mm_ext.adapters.processors.model_traits import requested_size
 from vllm_mm_ext.adapters.quality.service import controller_for
 from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
@@ -27,7 +28,7 @@ from vllm_mm_ext.adapters.serving.requests import OptionError
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
-from vllm_mm_ext.media.types import MediaInfo
+from vllm_mm_ext.media.types import MediaInfo, SizeRule
 from vllm_mm_ext.media.use_media import use_media
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.policies.quality.controller import QualityController
@@ -54,7 +55,7 @@ async def plan(
     messages: Sequence[Any],
     chat_params: Any,
     tok_params: Any,
-    cache_salt: str | None,
+    extras: Mapping[str, Any],
 ) -> None:
     """Plan the videos of a conversation, and make its context the current one.
 
@@ -63,14 +64,15 @@ async def plan(
         messages: OpenAI chat messages.
         chat_params: vLLM's ``ChatParams`` of the request.
         tok_params: vLLM's ``TokenizeParams`` of the request, or None for the model's own.
-        cache_salt: The request's ``cache_salt``.
+        extras: The request's ``cache_salt`` and ``mm_processor_kwargs``, if it has them.
 
     Raises:
         MediaError: A video cannot be served or does not fit, or an option is beyond the server's
             bounds; whoever calls this turns it into vLLM's (``rendering_wrappers``).
     """
-    context = _entered(renderer, cache_salt)
-    planning = _Conversation(context, renderer, messages, chat_params, tok_params)
+    context = _entered(renderer, extras.get("cache_salt"))
+    hf_kwargs = extras.get("mm_processor_kwargs")
+    planning = _Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
     if planning.nothing_to_plan:
         return
     videos = await planning.runtime.run(planning.probe())
@@ -87,11 +89,12 @@ def plan_blocking(
     messages: Sequence[Any],
     chat_params: Any,
     tok_params: Any,
-    cache_salt: str | None,
+    extras: Mapping[str, Any],
 ) -> None:
     """As ``plan``, for ``LLM.chat``, which does all work in the caller's thread."""
-    context = _entered(renderer, cache_salt)
-    planning = _Conversation(context, renderer, messages, chat_params, tok_params)
+    context = _entered(renderer, extras.get("cache_salt"))
+    hf_kwargs = extras.get("mm_processor_kwargs")
+    planning = _Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
     if planning.nothing_to_plan:
         return
     videos = planning.runtime.run_blocking(planning.probe())
@@ -118,6 +121,7 @@ class _Conversation:
         messages: OpenAI chat messages.
         chat_params: vLLM's ``ChatParams`` of the request.
         tok_params: vLLM's ``TokenizeParams`` of the request, or None for the model's own.
+        hf_kwargs: The request's ``mm_processor_kwargs``, or None.
 
     Raises:
         MediaError: An option is beyond the server's bounds, or cannot be used for these videos.
@@ -131,6 +135,7 @@ class _Conversation:
         messages: Sequence[Any],
         chat_params: Any,
         tok_params: Any,
+        hf_kwargs: Mapping[str, object] | None,
     ) -> None:
         self.context = context
         self.renderer = renderer
@@ -157,7 +162,10 @@ class _Conversation:
         if isinstance(connector, MMExtMediaConnector):
             self.connector = connector
             self.runtime: Runtime = runtime_of(renderer)
-            self._take_items(urls)
+            size = None
+            if self.runtime.config.media.resize == "target":
+                size = requested_size(renderer.mm_processor.info, hf_kwargs)
+            self._take_items(urls, size)
         if asked and len(self.plans) < len(set(urls)):
             raise OptionError(
                 "this server leaves some of these videos to a loader of vLLM's own, which takes "
@@ -173,8 +181,10 @@ class _Conversation:
     def controller(self) -> QualityController:
         return controller_for(self.renderer.config)
 
-    def _take_items(self, urls: Sequence[str]) -> None:
+    def _take_items(self, urls: Sequence[str], size: SizeRule | None) -> None:
         """Add the videos to the context, each with the plan that the server's settings give.
+
+        ``size`` is the request's own rule for the size of frames, if it has one.
 
         Uses of one URL get the same plan. Only videos whose frames the plugin chooses are planned
         further.
@@ -182,7 +192,7 @@ class _Conversation:
         options = self.connector.media_io_kwargs.get("video", {})
         processor = get_video_processor_cls_name(self.renderer.model_config)
         plans = {
-            url: self._with_stream(server_plan(self.runtime, options, url, processor))
+            url: self._with_streams(server_plan(self.runtime, options, url, processor, size))
             for url in set(urls)
         }
         self.items = [MediaItem("video", url, plans[url]) for url in urls]
@@ -192,7 +202,7 @@ class _Conversation:
             if plan is not None and plan.chooser is None:
                 self.plans[url] = plan
 
-    def _with_stream(self, plan: VideoPlan | None) -> VideoPlan | None:
+    def _with_streams(self, plan: VideoPlan | None) -> VideoPlan | None:
         """A plan, for the video stream that the request asks for."""
         number = self.context.options.video_stream
         if plan is None or plan.chooser is not None or number is None:
@@ -282,8 +292,12 @@ class _Conversation:
             max_item_tokens=self._largest_item(),
             trained=traits.trained,
         )
+        floor = plan.sampling.min_frames
+        if self.context.options.fps is not None:
+            # The server's number of frames (``media_io_kwargs``) gives way to a request's rate.
+            floor = min(floor, self.runtime.config.media.sampling.min_frames)
         defaults = SamplingDefaults(
-            plan.sampling.fps, plan.sampling.min_frames, plan.sampling.max_frames, plan.reduction
+            plan.sampling.fps, floor, plan.sampling.max_frames, plan.reduction
         )
         sources = [
             VideoSource(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.base_names import PROCESSING_INFO
 from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.vllm_compat import Feature
 
@@ -39,6 +40,12 @@ def _install_planning() -> None:
     rendering_wrappers.around_chat_rendering(plan, plan_blocking, claim_while_rendered)
 
 
+def _install_placeholder_text() -> None:
+    from vllm_mm_ext.adapters import placeholder_wrappers
+
+    placeholder_wrappers.install()
+
+
 def _install_cache_reports() -> None:
     from vllm_mm_ext.adapters import rendering_wrappers, route_wrappers
     from vllm_mm_ext.adapters.serving.answers import observer
@@ -62,7 +69,13 @@ SERVING_FEATURES: tuple[Feature, ...] = (
         "stage times",
         "response headers lack preprocessing time and token counts",
         (
-            VllmName(f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time")),
+            VllmName(
+                f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time", "tok_params")
+            ),
+            VllmAttributes(
+                "vllm.renderers.params:TokenizeParams",
+                ("max_truncation_tokens", "truncate_prompt_tokens"),
+            ),
             VllmAttributes(
                 "vllm.multimodal.inputs:PlaceholderRange", ("get_num_embeds", "length", "offset")
             ),
@@ -151,6 +164,20 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             VllmName("vllm.envs:VLLM_VIDEO_FETCH_TIMEOUT"),
         ),
         _install_planning,
+    ),
+    Feature(
+        "placeholder text",
+        "text of a client that reads like a placeholder can stand for a media item of its request",
+        (
+            VllmName(f"{_RENDERER}.render_chat_async", _RENDER),
+            VllmName(f"{_RENDERER}.render_chat", _RENDER),
+            VllmName(f"{_RENDERER}._tokenize_prompt", ("prompt", "params")),
+            VllmAttributes(_RENDERER, ("mm_processor",)),
+            VllmAttributes("vllm.renderers.params:TokenizeParams", ("add_special_tokens",)),
+            VllmAttributes("vllm.renderers.params:ChatParams", ("chat_template_kwargs",)),
+            PROCESSING_INFO,
+        ),
+        _install_placeholder_text,
     ),
     Feature(
         "cache reports",

@@ -14,12 +14,12 @@ from cachetools import LRUCache
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
 from vllm_mm_ext.media.fetch.byte_gate import Claim
+from vllm_mm_ext.media.fetch.data_url import base64_pieces, data_size, split_data_url
 from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
 # Up to this many characters, hashing and decoding take less time than handing them to a thread.
 _INLINE_CHARS = 64 << 10
-# Characters hashed or decoded at a time, so that the whole is not copied. A multiple of 4, which
-# stand for 3 bytes.
+# Characters hashed or decoded at a time, so that the whole is not copied.
 _CHUNK_CHARS = 1 << 20
 
 
@@ -31,11 +31,13 @@ class DataLocation:
         text_digest: Hex BLAKE3 of the base64 text.
         url: The whole URL. It can be long, so the text is not copied out of it.
         start: Index in ``url`` at which the base64 text begins.
+        size: Number of bytes that the text stands for, or a few more; see ``data_size``.
     """
 
     text_digest: str
     url: str = field(repr=False, compare=False)
     start: int = field(repr=False, compare=False)
+    size: int = field(compare=False)
 
 
 class DataSource:
@@ -61,15 +63,10 @@ class DataSource:
         Raises:
             MediaError: The URL is not a base64 ``data:`` URL.
         """
-        comma = url.find(",")
-        if comma < 0:
-            raise MediaError("Invalid data URL: there is no ',' before the data.")
-        _, semicolon, encoding = url[len("data:") : comma].rpartition(";")
-        if not semicolon or encoding != "base64":
-            raise MediaError("Only base64 data URLs are supported.")
+        start = split_data_url(url).start
         if len(url) <= _INLINE_CHARS:
-            return _locate(url, comma + 1)
-        return await asyncio.to_thread(_locate, url, comma + 1)
+            return _locate(url, start)
+        return await asyncio.to_thread(_locate, url, start)
 
     async def fetch(
         self,
@@ -82,19 +79,16 @@ class DataSource:
     ) -> Fetched:
         """See ``Source.fetch``. ``timeout_s`` does not apply."""
         del timeout_s
-        length = len(location.url) - location.start
-        padding = location.url.count("=", max(location.start, len(location.url) - 2))
-        size = length // 4 * 3 - padding
-        check_size(size, tighter(self._max_bytes, max_bytes), "The data URL")
+        check_size(location.size, tighter(self._max_bytes, max_bytes), "The data URL")
         if not load:
             known = self._known.get(location.text_digest)
             if known is not None:
                 self.counts["data_known"] += 1
                 return Fetched(*known, None)
-        lease = await claim.acquire(size)
+        lease = await claim.acquire(location.size)
         stop = threading.Event()
         try:
-            if length <= _INLINE_CHARS:
+            if len(location.url) <= _INLINE_CHARS:
                 blob = _decode(location, stop)
             else:
                 blob = await asyncio.to_thread(_decode, location, stop)
@@ -114,21 +108,21 @@ def _locate(url: str, start: int) -> DataLocation:
     try:
         for begin in range(start, len(url), _CHUNK_CHARS):
             hasher.update(url[begin : begin + _CHUNK_CHARS].encode("ascii"))
-        return DataLocation(str(hasher.hexdigest()), url, start)
+        return DataLocation(str(hasher.hexdigest()), url, start, data_size(url, start))
     except UnicodeEncodeError:
         raise MediaError("Invalid data URL: the data is not base64.") from None
 
 
 def _decode(location: DataLocation, stop: threading.Event) -> Blob:
-    url = location.url
+    ended = False
     try:
         with BlobWriter() as writer:
-            for begin in range(location.start, len(url), _CHUNK_CHARS):
+            for text in base64_pieces(location.url, location.start, _CHUNK_CHARS):
                 if stop.is_set():
                     raise asyncio.CancelledError
-                text = url[begin : begin + _CHUNK_CHARS]
-                if text.endswith("=") and begin + len(text) < len(url):
+                if ended and text:
                     raise binascii.Error("padding before the end")
+                ended = text.endswith("=")
                 writer.append(pybase64.b64decode(text, validate=True))
             return writer.finish()
     except (binascii.Error, ValueError):

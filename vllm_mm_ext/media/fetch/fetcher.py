@@ -17,6 +17,7 @@ from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.fetch.data_source import DataSource
+from vllm_mm_ext.media.fetch.data_url import is_data_url
 from vllm_mm_ext.media.fetch.download_cache import CachedDownloads, DownloadCacheSettings
 from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.http_source import HttpSource
@@ -277,7 +278,7 @@ class MediaFetcher:
         return fetched
 
     def _source_of(self, url: str) -> Source[Any]:
-        if url[:5].lower() == "data:":
+        if is_data_url(url):
             return self._data
         try:
             scheme = parse_url(url).scheme

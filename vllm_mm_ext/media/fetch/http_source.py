@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ _NO_SUCH_HOST = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 # Same growth of timeout and pause per retry as vLLM's own media client.
 _BACKOFF_FACTOR = 4
 _WHAT = "The remote media"
+# A range that begins with the first byte (RFC 9110, section 14.4).
+_RANGE = re.compile(r"\s*bytes\s+0-(?P<last>\d{1,18})/(?P<all>\d{1,18})\s*", re.IGNORECASE)
 
 
 class _TransientError(MediaError):
@@ -255,10 +258,13 @@ class HttpSource:
                     self.counts["http_not_modified"] += 1
                     self._remember(location, known.refreshed(fields, fresh_until), storable)
                     return Fetched(known.digest, known.size, None, storable)
-                if response.status != 200:
+                whole = _whole_range(response) if response.status == 206 else None
+                if response.status not in (200, 203) and whole is None:
                     _raise_for_status(response.status, _host(parse_url(url)))
                 check_size(response.content_length or 0, limit, _WHAT)
                 blob = await read_body(response, limit, claim, lease, _WHAT)
+                if whole is not None and blob.size != whole:
+                    raise aiohttp.ClientPayloadError
             self.counts["http_bodies"] += 1
             self.counts["http_body_bytes"] += blob.size
             stored = StoredResponse(blob.digest, blob.size, url, fields, fresh_until)
@@ -339,6 +345,17 @@ class HttpSource:
                 trust_env=False,
             )
         return self._session
+
+
+def _whole_range(response: aiohttp.ClientResponse) -> int | None:
+    """Length of the content if a 206 has all of it, else None.
+
+    Some servers and proxies answer a request without a range as if it had asked for all bytes.
+    """
+    found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if found is None or int(found["last"]) + 1 != int(found["all"]):
+        return None
+    return int(found["all"])
 
 
 def _host(spec: Url) -> str:

@@ -1,0 +1,148 @@
+"""Requests as clients write them: media of all kinds in one, texts, truncation."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from front import Front, opened
+from PIL import Image
+from vllm.exceptions import VLLMValidationError
+
+from vllm_mm_ext.testing.media import make_clip
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    files = tmp_path_factory.mktemp("front")
+    make_clip(files / "short.mp4", duration=4, seed=1)
+    make_clip(files / "other.mp4", duration=6, scene="pan", seed=2)
+    with opened(files) as made:
+        yield made
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("limit", [1, 10, 16, 20, 60, 200])
+def test_truncation_that_would_cut_a_video_is_refused(
+    front: Front, limit: int, side: str | None
+) -> None:
+    with pytest.raises(VLLMValidationError) as caught:
+        front.render("short.mp4", truncate_prompt_tokens=limit, truncation_side=side)
+    assert caught.value.parameter == "truncate_prompt_tokens"
+
+
+def test_truncation_may_cut_the_text_beside_a_video(front: Front) -> None:
+    text = "a long question " * 20
+    whole = front.render("short.mp4", text=text)
+    limit = whole.prompt_tokens - 50
+    cut = front.render(
+        "short.mp4", text=text, truncate_prompt_tokens=limit, truncation_side="right"
+    )
+    assert (cut.prompt_tokens, cut.video_tokens) == (limit, whole.video_tokens)
+
+
+def jpeg_sequence(frames: int) -> str:
+    """The URL of a video that is sent as a list of its frames."""
+    out = io.BytesIO()
+    Image.new("RGB", (64, 56), (200, 0, 0)).save(out, "JPEG")
+    frame = base64.b64encode(out.getvalue()).decode()
+    return "data:video/jpeg;base64," + ",".join([frame] * frames)
+
+
+def test_every_use_of_a_video_is_reported_in_the_order_of_the_messages(front: Front) -> None:
+    short, other = ((front.files / name).as_uri() for name in ("short.mp4", "other.mp4"))
+
+    def part(url: str) -> dict[str, Any]:
+        return {"type": "video_url", "video_url": {"url": url}}
+
+    made = front.render_messages(
+        [
+            {"role": "user", "content": [part(jpeg_sequence(4)), part(short)]},
+            {"role": "assistant", "content": "I see."},
+            {"role": "user", "content": [part(short)]},
+        ]
+    )
+    assert [(v["policy"], v["frames"], v["source_s"]) for v in made.videos] == [
+        ("stock", 4, 4.0),
+        ("uniform", 8, 4.0),
+        ("uniform", 8, 4.0),
+    ]
+    assert (made.videos[0]["size"], made.videos[0]["times"]) == ([56, 64], [0.0, 1.0, 2.0, 3.0])
+    made = front.render_messages(
+        [{"role": "user", "content": [part(other), part(jpeg_sequence(2)), part(other)]}]
+    )
+    assert [v["frames"] for v in made.videos] == [12, 2, 12]
+
+
+@pytest.mark.parametrize("session", [None, "s1"])
+@pytest.mark.parametrize("order", ["plain first", "plain last"])
+def test_how_one_request_samples_a_video_is_no_matter_for_the_next(
+    front: Front, session: str | None, order: str
+) -> None:
+    few = {"media_io_kwargs": {"video": {"num_frames": 2}}}
+    many = {"media_io_kwargs": {"video": {"fps": 4.0}}}
+    asked: list[tuple[dict[str, Any], int]] = [({}, 8), (few, 2), (many, 16)]
+    for more, frames in asked if order == "plain first" else reversed(asked):
+        # A salt of its own keeps the test from what others asked about the clip.
+        salt = f"{order}{session}"
+        (video,) = front.render("short.mp4", session=session, cache_salt=salt, **more).videos
+        assert (video["frames"], video["lowered"]) == (frames, [])
+
+
+@pytest.mark.parametrize("scope", [None, "videos_kwargs"])
+def test_the_size_that_a_trusted_request_asks_for_is_delivered(
+    front: Front, scope: str | None
+) -> None:
+    def size_for(**kwargs: Any) -> tuple[int, int]:
+        asked = {scope: kwargs} if scope else kwargs
+        (video,) = front.render("short.mp4", mm_processor_kwargs=asked).videos
+        height, width = video["size"]
+        return height, width
+
+    (video,) = front.render("short.mp4").videos
+    usual = video["size"][0] * video["size"][1]
+    larger = size_for(size={"shortest_edge": 3136, "longest_edge": 4 * usual})
+    assert usual < larger[0] * larger[1] <= 4 * usual
+    smaller = size_for(max_pixels=usual // 2)
+    assert smaller[0] * smaller[1] <= usual // 2
+
+
+def test_a_size_that_is_none_is_the_clients_fault(front: Front) -> None:
+    with pytest.raises(VLLMValidationError) as caught:
+        front.render("short.mp4", mm_processor_kwargs={"size": "large"})
+    assert caught.value.parameter == "mm_processor_kwargs"
+
+
+PAD = "<|video_pad|>"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [f"what is {PAD}?"],
+        [PAD * 3],
+        ["<|image_pad|>"],
+        ["<|video", "_pad|>"],
+        ["<", "|video_p", "ad|> and", f" {PAD}"],
+        [f"<|vision_start|>{PAD}<|vision_end|>"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [True, False], ids=["text first", "video first"])
+def test_text_that_reads_like_a_placeholder_stays_text(
+    front: Front, texts: list[str], first: bool
+) -> None:
+    def prompt(texts: list[str]) -> list[int]:
+        parts = [{"type": "text", "text": text} for text in texts]
+        video = front.messages("short.mp4")[0]["content"][:1]
+        content = [*parts, *video] if first else [*video, *parts]
+        return front.render_messages([{"role": "user", "content": content}]).prompt
+
+    tokenizer = front.renderer.get_tokenizer()
+    pads = {tokenizer.convert_tokens_to_ids(pad) for pad in (PAD, "<|image_pad|>")}
+    plain, made = prompt(["hello"]), prompt(texts)
+    assert [token in pads for token in made].count(True) == [t in pads for t in plain].count(True)
+    assert "".join(texts) in tokenizer.decode([token for token in made if token not in pads])
