@@ -33,6 +33,7 @@ from vllm_mm_ext.media.types import (
     DecodeRequest,
     FrameSelection,
     MediaInfo,
+    PictureRules,
     SizeRule,
 )
 from vllm_mm_ext.media.video_plan import VideoPlan
@@ -155,6 +156,11 @@ class MediaFrontend:
             max_audio_bytes=max_audio_bytes,
             truncate_audio=sound.overflow == "truncate",
         )
+        red, green, blue = bytes.fromhex(config.picture.background[1:])
+        self.picture = PictureRules(
+            stretch=config.picture.pixel_aspect == "stretch",
+            background=(red, green, blue),
+        )
 
     @property
     def size_rule(self) -> SizeRule:
@@ -178,7 +184,8 @@ class MediaFrontend:
 
         async def read() -> MediaInfo:
             blob = await ref.open()
-            done = await self.pool.run(blob.fd, DecodeRequest(probe_only=True, limits=self.limits))
+            request = DecodeRequest(probe_only=True, limits=self.limits, picture=self.picture)
+            done = await self.pool.run(blob.fd, request)
             if ref.storable:
                 self._tables.put(ref.digest, done.info)
             info = replace(done.info, packets=None)
@@ -197,7 +204,8 @@ class MediaFrontend:
         """
         # The limits on a sound track decide how much of it is cut off.
         sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}|{self.limits.truncate_audio}"
-        key = _digest("video", ref.digest, plan.decode_key(), sound if plan.audio else "")
+        shown, heard = str(self.picture), sound if plan.audio else ""
+        key = _digest("video", ref.digest, plan.decode_key(), shown, heard)
         found = self.cache.get(key)
         if isinstance(found, VideoResult):
             result = replace(found, stages={}, cached=True)
@@ -259,6 +267,7 @@ class MediaFrontend:
             decoder=self.config.decode.backend,
             threads=self.config.decode.threads,
             limits=self.limits,
+            picture=self.picture,
         )
         started = time.perf_counter()
         info = await self.probe(ref)

@@ -64,7 +64,7 @@ def run_job(
     timings: dict[str, float] = {}
     try:
         with _timed(timings, "probe"):
-            info = request.info or probe(path, request.limits)
+            info = request.info or probe(path, request.limits, request.picture)
         if request.probe_only:
             return DecodeResult(info=info, timings=timings)
         return _decode(path, info, request, allocate, reserve, timings)
@@ -177,7 +177,8 @@ def _frames(
 ) -> None:
     """Decode the selected frames and put them, with the selection that is left, into ``result``."""
     out = np.asarray(allocate(shape, np.uint8), np.uint8)
-    decoder = get_decoder(request.decoder, max_pixels=request.limits.max_pixels)
+    limits, picture = request.limits, request.picture
+    decoder = get_decoder(request.decoder, max_pixels=limits.max_pixels, picture=picture)
     assert info.video is not None
     own_size = request.size.kind == "native" and shape[1:3] == (info.video.height, info.video.width)
     size = None if own_size else (shape[1], shape[2])
@@ -185,7 +186,7 @@ def _frames(
     try:
         positions = decoder.decode(*work)
     except UnsuitableFileError:
-        decoder = PyAVDecoder(request.limits.max_pixels)
+        decoder = PyAVDecoder(limits.max_pixels, picture)
         positions = decoder.decode(*work)
     if not len(positions):
         raise UnreadableMediaError(

@@ -1,9 +1,8 @@
-"""Reads from a media file's container what the file holds, without decoding."""
+"""Reads from a media file's container what the file holds; of the pictures, one is decoded."""
 
 from __future__ import annotations
 
 import os
-import re
 from array import array
 from dataclasses import dataclass, field
 
@@ -17,11 +16,13 @@ from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.decode.container import describe, open_container
+from vllm_mm_ext.media.decode.geometry import read_geometry
 from vllm_mm_ext.media.types import (
     AudioStream,
     DecodeLimits,
     MediaInfo,
     PacketTable,
+    PictureRules,
     VideoStream,
 )
 
@@ -35,12 +36,13 @@ _DEFAULT_FPS = 25.0
 _NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
-def probe(path: str, limits: DecodeLimits) -> MediaInfo:
+def probe(path: str, limits: DecodeLimits, picture: PictureRules = PictureRules()) -> MediaInfo:
     """Read the container: its streams and, for video, one row per presentable frame.
 
     Args:
         path: A local file; ``/proc/self/fd/N`` works too.
         limits: Of these, ``max_pixels`` and ``max_duration_s`` apply.
+        picture: How pictures are shown, which decides the displayed size.
 
     Raises:
         UnreadableMediaError: The file is no media, or has no readable audio or video packet.
@@ -50,13 +52,13 @@ def probe(path: str, limits: DecodeLimits) -> MediaInfo:
         MediaTooLongError: The video is longer than ``max_duration_s``.
     """
     with open_container(path, max_pixels=limits.max_pixels) as container:
-        info = _read(container, path, limits)
+        info = _read(container, path, limits, picture)
     if info is not None:
         return info
     # FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only by
     # decoding a few frames.
     with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
-        info = _read(container, path, limits)
+        info = _read(container, path, limits, picture)
     if info is None:
         raise UnreadableMediaError("The media holds no readable audio or video stream.")
     return info
@@ -96,7 +98,9 @@ def audio_streams(container: InputContainer) -> list[AvAudioStream]:
     )
 
 
-def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaInfo | None:
+def _read(
+    container: InputContainer, path: str, limits: DecodeLimits, picture: PictureRules
+) -> MediaInfo | None:
     """Read an open container; None if the headers leave out what decoding a few frames may show."""
     video = video_stream(container)
     audio = audio_streams(container)
@@ -113,7 +117,7 @@ def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaIn
             return None
         check_pixels(width, height, limits.max_pixels)
         _check_duration(_seconds(video) or claimed, limits)
-        described, packets = _read_video(container, video, limits)
+        described, packets = _read_video(container, path, video, limits, picture)
     sounds = tuple(
         AudioStream(
             index=stream.index,
@@ -169,7 +173,11 @@ def _read_packets(container: InputContainer, stream: AvVideoStream) -> _Packets:
 
 
 def _read_video(
-    container: InputContainer, stream: AvVideoStream, limits: DecodeLimits
+    container: InputContainer,
+    path: str,
+    stream: AvVideoStream,
+    limits: DecodeLimits,
+    picture: PictureRules,
 ) -> tuple[VideoStream, PacketTable]:
     rows = _read_packets(container, stream)
     pts = np.frombuffer(rows.pts, np.int64) if rows.pts else np.empty(0, np.int64)
@@ -210,22 +218,25 @@ def _read_video(
         order=order,
         exact=exact,
     )
-    width, height = stream.codec_context.width, stream.codec_context.height
-    rotation = _rotation(container, stream.index)
-    if rotation in (90, 270):
-        width, height = height, width
+    screen = read_geometry(
+        path, container, stream, max_pixels=limits.max_pixels, stretch=picture.stretch
+    )
     described = VideoStream(
         index=stream.index,
         codec=stream.codec_context.codec.canonical_name,
-        width=width,
-        height=height,
-        rotation=rotation,
+        width=screen.width,
+        height=screen.height,
+        rotation=screen.rotation,
         fps=fps,
         is_vfr=is_vfr,
         num_frames=len(order),
         duration=duration,
         pixel_format=stream.codec_context.pix_fmt or "",
         start=float(table.pts[0]) * time_base if exact else 0.0,
+        mirrored=screen.mirrored,
+        sample_aspect=screen.sample_aspect,
+        crop=screen.crop,
+        plain=screen.plain,
     )
     return described, table
 
@@ -260,30 +271,6 @@ def _uneven(gaps: npt.NDArray[np.float64], time_base: float) -> bool:
     if len(gaps) < 2:
         return False
     return bool(np.abs(gaps - np.median(gaps)).max() > 0.02 * np.median(gaps) + 1.5 * time_base)
-
-
-def _rotation(container: InputContainer, index: int) -> int:
-    """Clockwise display rotation of a stream: 0, 90, 180 or 270 degrees; other angles count as 0.
-
-    PyAV shows a stream's display matrix only in FFmpeg's own description of the file.
-    """
-    before = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)
-    try:
-        text = container.dumps_format()  # type: ignore[attr-defined]
-    finally:
-        av.logging.set_level(before)
-    for section in re.split(r"^  Stream ", text, flags=re.MULTILINE)[1:]:
-        if re.match(rf"#0:{index}\D", section):
-            found = re.search(
-                r"^      Display Matrix: rotation of (-?[\d.]+) degrees$",
-                section,
-                re.IGNORECASE | re.MULTILINE,
-            )
-            angle = float(found.group(1)) if found else 0.0
-            turned = round(-angle) % 360
-            return turned if turned in (90, 180, 270) else 0
-    return 0
 
 
 def _seconds(stream: AvVideoStream | AvAudioStream) -> float:

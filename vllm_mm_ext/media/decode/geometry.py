@@ -1,0 +1,204 @@
+"""How a video's pictures lie on the screen: cropping, shape of the pixels, turns and mirrors."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideDataType
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream as AvVideoStream
+
+from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.picture import is_plain
+
+# Packets that are tried for a first picture.
+_MAX_PACKETS = 64
+# FFmpeg turns a picture whose matrix is this near to a quarter turn by that quarter turn.
+_TOLERANCE_DEGREES = 1.0
+# The native decoders of VP8 and VP9 leave the second stream of pictures out, which holds the alpha.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the pixels of a decoded picture are shown; see ``VideoStream`` for the attributes."""
+
+    width: int
+    height: int
+    rotation: int = 0
+    mirrored: bool = False
+    sample_aspect: float = 1.0
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
+    plain: bool = True
+
+
+def read_geometry(
+    path: str, container: InputContainer, stream: AvVideoStream, *, max_pixels: int, stretch: bool
+) -> Geometry:
+    """Find out how a stream is displayed, from its container and from its first picture.
+
+    Containers leave out what bitstreams say (the size behind H.264's cropping, the shape of pixels
+    in transport streams, the orientation in an SEI message), so one picture is decoded: 2 ms at
+    360p, 18 ms at 1080p.
+
+    Args:
+        path: The file.
+        container: The file, opened; nothing is read from it.
+        stream: The video stream.
+        max_pixels: Most pixels of a picture.
+        stretch: Whether ``width`` and ``height`` are those of the picture stretched to its display
+            shape.
+    """
+    width, height = stream.codec_context.width, stream.codec_context.height
+    aspect, rotation, mirrored, plain = stream.sample_aspect_ratio, 0, False, True
+    found = _first_picture(path, stream.index, max_pixels)
+    if found is not None:
+        picture, said = found
+        width, height = picture.width, picture.height
+        # As in FFmpeg, what the container says counts before what the bitstream says.
+        aspect = aspect or said
+        rotation, mirrored = orientation(picture)
+        plain = is_plain(picture)
+    crop = _cropping(container, stream.index)
+    if crop[0] + crop[1] >= width or crop[2] + crop[3] >= height:
+        crop = (0, 0, 0, 0)
+    width, height = width - crop[0] - crop[1], height - crop[2] - crop[3]
+    shape = float(aspect) if aspect else 1.0
+    if stretch:
+        width, height = stretched(width, height, shape, max_pixels)
+    if rotation in (90, 270):
+        width, height = height, width
+    plain = plain and not rotation and not mirrored and not any(crop)
+    return Geometry(
+        width=width,
+        height=height,
+        rotation=rotation,
+        mirrored=mirrored,
+        sample_aspect=shape,
+        crop=crop,
+        plain=plain and (shape == 1.0 or not stretch),
+    )
+
+
+def stretched(width: int, height: int, aspect: float, max_pixels: int) -> tuple[int, int]:
+    """Size at which a picture of non-square pixels has its display shape, in square pixels.
+
+    One side is enlarged, so that no pixel is lost, as players do; where the picture would have more
+    than ``max_pixels`` then, the other side is made smaller instead.
+
+    Args:
+        width, height: Size of the picture in its own pixels.
+        aspect: Width of one of these pixels divided by its height.
+        max_pixels: Most pixels of the result.
+
+    Returns:
+        ``(width, height)``.
+    """
+    wider, higher = max(1.0, aspect), max(1.0, 1.0 / aspect)
+    if width * wider * height * higher > max_pixels:
+        wider, higher = min(1.0, aspect), min(1.0, 1.0 / aspect)
+    return max(1, round(width * wider)), max(1, round(height * higher))
+
+
+def orientation(picture: VideoFrame) -> tuple[int, bool]:
+    """How a picture is turned for display.
+
+    Returns:
+        The clockwise rotation, 0, 90, 180 or 270 degrees, and whether the picture is mirrored left
+        to right before it is rotated. Other angles count as 0.
+    """
+    for data in picture.side_data:
+        if data.type is not SideDataType.DISPLAYMATRIX:
+            continue
+        # A point (x, y) of the picture is shown at (a x + c y, b x + d y), y pointing down.
+        a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+        mirrored = a * d - b * c < 0
+        if mirrored:
+            a, b = -a, -b
+        degrees = math.degrees(math.atan2(b, a)) % 360
+        quarter = round(degrees / 90)
+        if abs(degrees - 90 * quarter) <= _TOLERANCE_DEGREES:
+            return quarter % 4 * 90, mirrored
+        return 0, mirrored
+    return 0, False
+
+
+def decoder_of(stream: AvVideoStream) -> VideoCodecContext:
+    """The decoder for a stream: FFmpeg's usual one, or one that keeps the stream's alpha channel.
+
+    Args:
+        stream: A stream of an open container.
+    """
+    usual = stream.codec_context
+    name = _ALPHA_DECODERS.get(usual.codec.canonical_name)
+    tags = {key.lower(): value for key, value in stream.metadata.items()}
+    if name is None or tags.get("alpha_mode") != "1":
+        return usual
+    try:
+        context = av.CodecContext.create(name, "r")
+    except ValueError:
+        # This FFmpeg was built without libvpx.
+        return usual
+    assert isinstance(context, VideoCodecContext)
+    return context
+
+
+def _first_picture(
+    path: str, index: int, max_pixels: int
+) -> tuple[VideoFrame, Fraction | None] | None:
+    """The first picture that decodes and the bitstream's pixel aspect; None without a picture."""
+    with open_container(path, max_pixels=max_pixels) as container:
+        stream = container.streams[index]
+        assert isinstance(stream, AvVideoStream)
+        context = decoder_of(stream)
+        context.options = {"max_pixels": str(max_pixels)}
+        context.thread_count = 1
+        packets = islice(container.demux(stream), _MAX_PACKETS)
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return None
+                pictures = context.decode(packet)
+                if not pictures and packet.is_keyframe:
+                    # A decoder holds its first picture back, in case an earlier one follows.
+                    pictures = context.decode(None)
+                    context.flush_buffers()
+            except av.EOFError:
+                return None
+            except av.FFmpegError as error:
+                if isinstance(error, MemoryError):
+                    raise
+                continue
+            if pictures:
+                return pictures[0], context.sample_aspect_ratio
+
+
+def _cropping(container: InputContainer, index: int) -> tuple[int, int, int, int]:
+    """Columns and rows that a container cuts off its pictures: left, right, top, bottom.
+
+    These are the clean aperture of MP4 and the cropping of Matroska. PyAV shows them only in
+    FFmpeg's own description of the file.
+    """
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        text = container.dumps_format()  # type: ignore[attr-defined]
+    finally:
+        av.logging.set_level(before)
+    for section in re.split(r"^  Stream ", text, flags=re.MULTILINE)[1:]:
+        if re.match(rf"#0:{index}\D", section):
+            pattern = r"^      Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)$"
+            found = re.search(pattern, section, re.IGNORECASE | re.MULTILINE)
+            if found:
+                left, right, top, bottom = (int(number) for number in found.groups())
+                return left, right, top, bottom
+    return 0, 0, 0, 0
