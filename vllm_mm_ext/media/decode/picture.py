@@ -29,8 +29,9 @@ _MATRICES = {
 }
 _FULL_RANGE = 2
 
-# At the source's own size, bicubic only decides how chroma is upsampled, and is what OpenCV uses.
+# At the source's own size, swscale converts 8-bit 4:2:0 by a fast path, which OpenCV uses as well.
 _SAME_SIZE = Interpolation.BICUBIC
+_FAST_FORMATS = ("yuv420p", "yuvj420p")
 # Without FULL_CHR_H_INT, swscale makes RGB of chroma at half the width of the result: 28 to 43 dB
 # against an antialiased resize of the full picture, with it 43 to 53 dB. For shrinking, AREA is as
 # good as bicubic to the eye (44 to 53 dB) in half the time; for enlarging, bicubic is better.
@@ -62,7 +63,10 @@ def write_rgb(
     if curve is None:
         out[...] = _packed(_scaled(frame, converter, out, "rgb24"), np.uint8)
     else:
-        tone.write_sdr(_packed(_scaled(frame, converter, out, "rgb48le"), np.uint16), curve, out)
+        codes = _packed(_scaled(frame, converter, out, "rgb48le"), np.uint16)
+        shown = np.empty(out.shape, np.uint8)
+        tone.write_sdr(codes, curve, shown)
+        out[...] = shown
 
 
 def write_gray(
@@ -85,7 +89,7 @@ def write_gray(
         height=height,
         format="gray",
         src_colorspace=matrix_of(frame),
-        interpolation=_SAME_SIZE,
+        interpolation=_SHRINK,
         threads=1,
     )
     out[...] = _packed(small, np.uint8)[..., 0]
@@ -128,7 +132,8 @@ def _scaled(
     pixel_format: Literal["rgb24", "rgb48le"],
 ) -> VideoFrame:
     height, width = out.shape[:2]
-    if (width, height) == (frame.width, frame.height):
+    same_size = (width, height) == (frame.width, frame.height)
+    if same_size and frame.format.name in _FAST_FORMATS and pixel_format == "rgb24":
         interpolation = _SAME_SIZE
     elif width * height < frame.width * frame.height:
         interpolation = _SHRINK

@@ -34,7 +34,7 @@ _SDR_GAMMA = 2.4
 # Entries of tables over the square root of linear light, and pixels worked on at a time (a few
 # temporary arrays of these stay in a core's cache).
 _STEPS = 4096
-_BAND = 1 << 15
+_BAND = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def write_sdr(codes: npt.NDArray[np.generic], curve: Curve, out: npt.NDArray[np.
     Args:
         codes: uint16 ``[height, width, 3]`` R'G'B' in full range.
         curve: How.
-        out: uint8 ``[height, width, 3]``, written in place.
+        out: uint8 ``[height, width, 3]``, C-contiguous, written in place.
     """
     height, width = codes.shape[:2]
     linear, encode = _linear_table(curve.transfer), _gamma_table()
@@ -76,23 +76,28 @@ def write_sdr(codes: npt.NDArray[np.generic], curve: Curve, out: npt.NDArray[np.
     to_bt709 = None if matrix is None else np.array(matrix, np.float32).T
     step = max(1, _BAND // width)
     for top in range(0, height, step):
-        light = linear[codes[top : top + step].reshape(-1, 3)]
+        light = linear.take(codes[top : top + step].reshape(-1, 3), mode="clip")
         if curve.transfer == _HLG:
             # The OOTF: the display's gamma of 1.2 acts on luminance.
             luminance = light @ np.array(_LUMA, np.float32)
             light *= (np.power(luminance, np.float32(0.2)) * (_USUAL_PEAK / _WHITE))[:, None]
         if curve.peak > _WHITE:
             # The same factor for all three keeps the hue.
-            ratio = _ratio_table(curve.peak)
-            light *= ratio[_index(light.max(axis=1) * np.float32(_WHITE / curve.peak))][:, None]
+            brightest = np.maximum(np.maximum(light[:, 0], light[:, 1]), light[:, 2])
+            brightest *= np.float32(_WHITE / curve.peak)
+            light *= _ratio_table(curve.peak).take(_index(brightest), mode="clip")[:, None]
         if to_bt709 is not None:
             light = light @ to_bt709
-        out[top : top + step] = encode[_index(light)].reshape(-1, width, 3)
+        encode.take(_index(light), mode="clip", out=out[top : top + step].reshape(-1, 3))
 
 
-def _index(light: Floats) -> npt.NDArray[np.int16]:
-    """Places in a table over the square root of 0 to 1; other values count as the nearest of it."""
-    return (np.sqrt(light.clip(0, 1)) * (_STEPS - 1) + 0.5).astype(np.int16)
+def _index(light: Floats) -> npt.NDArray[np.int32]:
+    """Places of 0 to 1 in a table over the square root; ``light`` is overwritten."""
+    np.maximum(light, 0, out=light)
+    np.sqrt(light, out=light)
+    light *= _STEPS - 1
+    light += 0.5
+    return light.astype(np.int32)
 
 
 @lru_cache(maxsize=4)
