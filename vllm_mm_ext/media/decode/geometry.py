@@ -16,6 +16,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream as AvVideoStream
 
+from vllm_mm_ext.media.decode import tone
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.picture import is_plain
 
@@ -115,20 +116,21 @@ def orientation(picture: VideoFrame) -> tuple[int, bool]:
         The clockwise rotation, 0, 90, 180 or 270 degrees, and whether the picture is mirrored left
         to right before it is rotated. Other angles count as 0.
     """
-    for data in picture.side_data:
-        if data.type is not SideDataType.DISPLAYMATRIX:
-            continue
-        # A point (x, y) of the picture is shown at (a x + c y, b x + d y), y pointing down.
-        a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
-        mirrored = a * d - b * c < 0
-        if mirrored:
-            a, b = -a, -b
-        degrees = math.degrees(math.atan2(b, a)) % 360
-        quarter = round(degrees / 90)
-        if abs(degrees - 90 * quarter) <= _TOLERANCE_DEGREES:
-            return quarter % 4 * 90, mirrored
-        return 0, mirrored
-    return 0, False
+    matrix = tone.side_data(picture).get(SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        # FFmpeg's angle is counter-clockwise.
+        return _quarter_turn(-picture.rotation), False
+    # A point (x, y) of the picture is shown at (a x + c y, b x + d y), y pointing down.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    return _quarter_turn(math.degrees(math.atan2(b, a))), mirrored
+
+
+def _quarter_turn(degrees: float) -> int:
+    turned = 90 * round(degrees / 90)
+    return turned % 360 if abs(degrees - turned) <= _TOLERANCE_DEGREES else 0
 
 
 def decoder_of(stream: AvVideoStream) -> VideoCodecContext:

@@ -178,6 +178,7 @@ def _restored(frame: VideoFrame, video: VideoStream) -> VideoFrame:
 
 
 def _filtered(frame: VideoFrame, filters: list[tuple[str, str]]) -> VideoFrame:
+    """A single picture sent through FFmpeg's filters, given by name and arguments."""
     graph = Graph()
     graph.threads = 1
     source = graph.add_buffer(

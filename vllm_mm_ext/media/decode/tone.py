@@ -153,13 +153,21 @@ _M1, _M2 = 2610 / 16384, 2523 / 4096 * 128
 _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 
 
+def side_data(frame: VideoFrame) -> dict[SideDataType, bytes]:
+    """What a picture carries beside its pixels; nothing where PyAV does not know all kinds of it."""
+    try:
+        return {data.type: bytes(data) for data in frame.side_data}
+    except ValueError:
+        return {}
+
+
 def _mastered_peak(frame: VideoFrame) -> float:
     """The brightest pixel that metadata promise, else the brightest white of the mastering display.
 
     The layouts are those of FFmpeg's AVContentLightMetadata (first the brightest pixel, uint32) and
     AVMasteringDisplayMetadata (nine rationals, then the display's maximum, then two flags).
     """
-    found = {data.type: bytes(data) for data in frame.side_data}
+    found = side_data(frame)
     peak = 0.0
     if mastering := found.get(SideDataType.MASTERING_DISPLAY_METADATA):
         values = np.frombuffer(mastering, np.int32)
