@@ -239,6 +239,10 @@ class PictureRules:
     background: tuple[int, int, int] = (0, 0, 0)
 
 
+AS_PLAYERS = PictureRules()
+"""Pictures are shown as players show them."""
+
+
 @dataclass(frozen=True)
 class DecodeLimits:
     """Hard limits on one decode job. A job that passes one ends in a ``MediaError``, not a crash.
@@ -292,7 +296,7 @@ class DecodeRequest:
     probe_only: bool = False
     info: MediaInfo | None = None
     limits: DecodeLimits = DecodeLimits()
-    picture: PictureRules = PictureRules()
+    picture: PictureRules = AS_PLAYERS
 
 
 @dataclass(eq=False)

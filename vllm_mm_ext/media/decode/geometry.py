@@ -12,6 +12,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Stream
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream as AvVideoStream
@@ -133,13 +134,14 @@ def _quarter_turn(degrees: float) -> int:
     return turned % 360 if abs(degrees - turned) <= _TOLERANCE_DEGREES else 0
 
 
-def decoder_of(stream: AvVideoStream) -> VideoCodecContext:
+def decoder_of(stream: Stream) -> VideoCodecContext:
     """The decoder for a stream: FFmpeg's usual one, or one that keeps the stream's alpha channel.
 
     Args:
-        stream: A stream of an open container.
+        stream: A video stream of an open container.
     """
     usual = stream.codec_context
+    assert isinstance(usual, VideoCodecContext)
     name = _ALPHA_DECODERS.get(usual.codec.canonical_name)
     tags = {key.lower(): value for key, value in stream.metadata.items()}
     if name is None or tags.get("alpha_mode") != "1":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import av
 import numpy as np
@@ -15,6 +15,8 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from vllm_mm_ext.media.decode import tone
 from vllm_mm_ext.media.types import PictureRules, VideoStream
+
+T = TypeVar("T", bound=np.generic)
 
 # FFmpeg's numbers of matrices (AVCOL_SPC_*), as swscale names them. The constant-luminance variant
 # of BT.2020, which swscale does not know, is shown with the usual one.
@@ -150,12 +152,12 @@ def _scaled(
     )
 
 
-def _packed(frame: VideoFrame, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+def _packed(frame: VideoFrame, dtype: type[T]) -> npt.NDArray[T]:
     """View ``[height, width, channels]`` of a picture of one plane."""
-    plane = frame.planes[0]
-    rows = np.frombuffer(plane, dtype).reshape(frame.height, -1)
+    rows = np.frombuffer(memoryview(frame.planes[0]), dtype).reshape(frame.height, -1)
     channels = len(frame.format.components)
-    return rows[:, : frame.width * channels].reshape(frame.height, frame.width, channels)
+    pixels: npt.NDArray[T] = rows[:, : frame.width * channels]
+    return pixels.reshape(frame.height, frame.width, channels)
 
 
 # --- interlaced and cropped pictures --------------------------------------------------------------

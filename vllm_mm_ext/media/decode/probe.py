@@ -18,6 +18,7 @@ from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, Unreadable
 from vllm_mm_ext.media.decode.container import describe, open_container
 from vllm_mm_ext.media.decode.geometry import read_geometry
 from vllm_mm_ext.media.types import (
+    AS_PLAYERS,
     AudioStream,
     DecodeLimits,
     MediaInfo,
@@ -36,7 +37,7 @@ _DEFAULT_FPS = 25.0
 _NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
-def probe(path: str, limits: DecodeLimits, picture: PictureRules = PictureRules()) -> MediaInfo:
+def probe(path: str, limits: DecodeLimits, picture: PictureRules = AS_PLAYERS) -> MediaInfo:
     """Read the container: its streams and, for video, one row per presentable frame.
 
     Args:

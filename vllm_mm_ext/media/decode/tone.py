@@ -62,7 +62,7 @@ def curve_of(frame: VideoFrame) -> Curve | None:
     return Curve(0, primaries, _WHITE) if primaries in _TO_BT709 else None
 
 
-def write_sdr(codes: npt.NDArray[np.generic], curve: Curve, out: npt.NDArray[np.uint8]) -> None:
+def write_sdr(codes: npt.NDArray[np.uint16], curve: Curve, out: npt.NDArray[np.uint8]) -> None:
     """Convert a picture to SDR with BT.709 primaries.
 
     Args:
@@ -134,7 +134,8 @@ def _ratio_table(peak: float) -> Floats:
         + (3 * t**2 - 2 * t**3) * top
     )
     after = _from_pq(np.where(before < knee, before, spline) * _to_pq(np.array(peak)))
-    return (after / light).astype(np.float32)
+    ratio: Floats = (after / light).astype(np.float32)
+    return ratio
 
 
 def _from_pq(code: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -154,11 +155,12 @@ _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 
 
 def side_data(frame: VideoFrame) -> dict[SideDataType, bytes]:
-    """What a picture carries beside its pixels; nothing where PyAV does not know all kinds of it."""
+    """What a picture carries beside its pixels; nothing where PyAV does not know all of it."""
     try:
-        return {data.type: bytes(data) for data in frame.side_data}
+        every = [frame.side_data[place] for place in range(len(frame.side_data))]
     except ValueError:
         return {}
+    return {data.type: bytes(data) for data in every}
 
 
 def _mastered_peak(frame: VideoFrame) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from vllm_mm_ext.media.decode.decoders.base import Decoder, UnsuitableFileError
-from vllm_mm_ext.media.types import DecoderName, PictureRules
+from vllm_mm_ext.media.types import AS_PLAYERS, DecoderName, PictureRules
 
 __all__ = ["Decoder", "UnsuitableFileError", "get_decoder"]
 
 
 def get_decoder(
-    name: DecoderName, *, max_pixels: int, picture: PictureRules = PictureRules()
+    name: DecoderName, *, max_pixels: int, picture: PictureRules = AS_PLAYERS
 ) -> Decoder:
     """Make a decoder.
 

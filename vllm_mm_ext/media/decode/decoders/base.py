@@ -11,7 +11,7 @@ import numpy.typing as npt
 from vllm_mm_ext.errors import UnreadableMediaError
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.probe import check_pixels
-from vllm_mm_ext.media.types import MediaInfo, PictureRules
+from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PictureRules
 
 
 class UnsuitableFileError(Exception):
@@ -31,7 +31,7 @@ class Decoder(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, max_pixels: int, picture: PictureRules = PictureRules()) -> None:
+    def __init__(self, max_pixels: int, picture: PictureRules = AS_PLAYERS) -> None:
         self._max_pixels = max_pixels
         self._picture = picture
 

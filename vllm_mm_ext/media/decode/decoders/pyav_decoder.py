@@ -58,6 +58,7 @@ class PyAVDecoder(Decoder):
     ) -> npt.NDArray[np.int64]:
         video = info.video
         assert video is not None
+        assert out.shape[1:3] == (size or (video.height, video.width))
         rows, first = np.unique(indices, return_index=True)
         position = dict(zip(rows.tolist(), first.tolist(), strict=True))
 
@@ -200,7 +201,7 @@ class _Reader:
             self._context.skip_frame = skip
             self._skip = skip
         try:
-            return list(self._context.decode(packet))  # type: ignore[attr-defined]
+            return list(self._context.decode(packet))
         except av.EOFError:
             return []
         except av.FFmpegError as error:
@@ -298,4 +299,3 @@ def _sequential(reader: _Reader, table: PacketTable, rows: list[int], emit: Emit
                 emit(row, frame, reader.converter)
                 decoded.add(row)
     return decoded
-
