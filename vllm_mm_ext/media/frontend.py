@@ -173,7 +173,7 @@ class MediaFrontend:
         return self.traits.hears_video and self.config.audio.in_video == "auto"
 
     async def probe(self, ref: MediaRef) -> MediaInfo:
-        """Return what the container says, without its packet table. Nothing is decoded.
+        """Return what the container and its first picture say, without the packet table.
 
         Raises:
             MediaError: It is no readable media, or past a limit.

@@ -7,11 +7,14 @@ Recommendation ITU-R BT.2087 (BT.2020 to BT.709), Recommendation ITU-R BT.1886 (
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+from av.sidedata.sidedata import SideData
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 
@@ -157,10 +160,10 @@ _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 def side_data(frame: VideoFrame) -> dict[SideDataType, bytes]:
     """What a picture carries beside its pixels; nothing where PyAV does not know all of it."""
     try:
-        every = [frame.side_data[place] for place in range(len(frame.side_data))]
+        every = cast("Iterable[SideData]", frame.side_data)
+        return {data.type: bytes(data) for data in every}
     except ValueError:
         return {}
-    return {data.type: bytes(data) for data in every}
 
 
 def _mastered_peak(frame: VideoFrame) -> float:
