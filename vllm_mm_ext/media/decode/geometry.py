@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 
@@ -20,6 +20,7 @@ from av.video.stream import VideoStream as AvVideoStream
 from vllm_mm_ext.media.decode import tone
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.picture import is_plain
+from vllm_mm_ext.media.types import MediaInfo, PictureRules
 
 # Packets that are tried for a first picture.
 _MAX_PACKETS = 64
@@ -29,23 +30,8 @@ _TOLERANCE_DEGREES = 1.0
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Where the pixels of a decoded picture are shown; see ``VideoStream`` for the attributes."""
-
-    width: int
-    height: int
-    rotation: int = 0
-    mirrored: bool = False
-    sample_aspect: float = 1.0
-    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
-    plain: bool = True
-
-
-def read_geometry(
-    path: str, container: InputContainer, stream: AvVideoStream, *, max_pixels: int, stretch: bool
-) -> Geometry:
-    """Find out how a stream is displayed, from its container and from its first picture.
+def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) -> MediaInfo:
+    """Complete a description with how the video is displayed.
 
     Containers leave out what bitstreams say (the size behind H.264's cropping, the shape of pixels
     in transport streams, the orientation in an SEI message), so one picture is decoded: 2 ms at
@@ -53,41 +39,49 @@ def read_geometry(
 
     Args:
         path: The file.
-        container: The file, opened; nothing is read from it.
-        stream: The video stream.
+        info: What its container says; the size of the video is the one of its pictures as stored.
         max_pixels: Most pixels of a picture.
-        stretch: Whether ``width`` and ``height`` are those of the picture stretched to its display
-            shape.
+        rules: Whether pictures are stretched.
+
+    Returns:
+        ``info`` with the displayed size of the video, and its orientation, pixel aspect and crop.
     """
-    width, height = stream.codec_context.width, stream.codec_context.height
-    aspect, rotation, mirrored, plain = stream.sample_aspect_ratio, 0, False, True
-    found = _first_picture(path, stream.index, max_pixels)
-    if found is not None:
-        picture, said = found
-        width, height = picture.width, picture.height
-        # As in FFmpeg, what the container says counts before what the bitstream says.
-        aspect = aspect or said
+    video = info.video
+    if video is None:
+        return info
+    with open_container(path, max_pixels=max_pixels) as container:
+        streams = container.streams
+        stream = streams[video.index] if video.index < len(streams) else None
+        if not isinstance(stream, AvVideoStream):
+            # FFmpeg finds the streams of some formats only by decoding.
+            return info
+        aspect, crop = stream.sample_aspect_ratio, _cropping(container, video.index)
+        picture, said = _first_picture(container, stream, max_pixels)
+    width, height, rotation, mirrored, plain = video.width, video.height, 0, False, True
+    if picture is not None:
+        width, height, plain = picture.width, picture.height, is_plain(picture)
         rotation, mirrored = orientation(picture)
-        plain = is_plain(picture)
-    crop = _cropping(container, stream.index)
     if crop[0] + crop[1] >= width or crop[2] + crop[3] >= height:
         crop = (0, 0, 0, 0)
     width, height = width - crop[0] - crop[1], height - crop[2] - crop[3]
-    shape = float(aspect) if aspect else 1.0
-    if stretch:
+    # As in FFmpeg, what the container says counts before what the bitstream says.
+    shape = float(aspect or said or 1)
+    if rules.stretch:
         width, height = stretched(width, height, shape, max_pixels)
+        plain = plain and shape == 1.0
     if rotation in (90, 270):
         width, height = height, width
-    plain = plain and not rotation and not mirrored and not any(crop)
-    return Geometry(
+    shown = replace(
+        video,
         width=width,
         height=height,
         rotation=rotation,
         mirrored=mirrored,
         sample_aspect=shape,
         crop=crop,
-        plain=plain and (shape == 1.0 or not stretch),
+        plain=plain and not rotation and not mirrored and not any(crop),
     )
+    return replace(info, video=shown)
 
 
 def stretched(width: int, height: int, aspect: float, max_pixels: int) -> tuple[int, int]:
@@ -156,34 +150,31 @@ def decoder_of(stream: Stream) -> VideoCodecContext:
 
 
 def _first_picture(
-    path: str, index: int, max_pixels: int
-) -> tuple[VideoFrame, Fraction | None] | None:
-    """The first picture that decodes and the bitstream's pixel aspect; None without a picture."""
-    with open_container(path, max_pixels=max_pixels) as container:
-        stream = container.streams[index]
-        assert isinstance(stream, AvVideoStream)
-        context = decoder_of(stream)
-        context.options = {"max_pixels": str(max_pixels)}
-        context.thread_count = 1
-        packets = islice(container.demux(stream), _MAX_PACKETS)
-        while True:
-            try:
-                packet = next(packets, None)
-                if packet is None:
-                    return None
-                pictures = context.decode(packet)
-                if not pictures and packet.is_keyframe:
-                    # A decoder holds its first picture back, in case an earlier one follows.
-                    pictures = context.decode(None)
-                    context.flush_buffers()
-            except av.EOFError:
-                return None
-            except av.FFmpegError as error:
-                if isinstance(error, MemoryError):
-                    raise
-                continue
-            if pictures:
-                return pictures[0], context.sample_aspect_ratio
+    container: InputContainer, stream: AvVideoStream, max_pixels: int
+) -> tuple[VideoFrame | None, Fraction | None]:
+    """The first picture that decodes, and the pixel aspect that the bitstream gives."""
+    context = decoder_of(stream)
+    context.options = {"max_pixels": str(max_pixels)}
+    context.thread_count = 1
+    packets = islice(container.demux(stream), _MAX_PACKETS)
+    while True:
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                return None, None
+            pictures = context.decode(packet)
+            if not pictures and packet.is_keyframe:
+                # A decoder holds its first picture back, in case an earlier one follows.
+                pictures = context.decode(None)
+                context.flush_buffers()
+        except av.EOFError:
+            return None, None
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            continue
+        if pictures:
+            return pictures[0], context.sample_aspect_ratio
 
 
 def _cropping(container: InputContainer, index: int) -> tuple[int, int, int, int]:

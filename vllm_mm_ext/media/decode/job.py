@@ -64,7 +64,7 @@ def run_job(
     timings: dict[str, float] = {}
     try:
         with _timed(timings, "probe"):
-            info = request.info or probe(path, request.limits, request.picture)
+            info = request.info or probe(path, request.limits, picture=request.picture)
         if request.probe_only:
             return DecodeResult(info=info, timings=timings)
         return _decode(path, info, request, allocate, reserve, timings)
@@ -186,7 +186,7 @@ def _frames(
     try:
         positions = decoder.decode(*work)
     except UnsuitableFileError:
-        decoder = PyAVDecoder(limits.max_pixels, picture)
+        decoder = PyAVDecoder(limits.max_pixels, picture=picture)
         positions = decoder.decode(*work)
     if not len(positions):
         raise UnreadableMediaError(

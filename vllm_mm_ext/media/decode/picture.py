@@ -222,7 +222,9 @@ def _over(
         threads=1,
     )
     pixels = _packed(rgba, np.uint8)
-    alpha = pixels[..., 3:].astype(np.uint16)
-    behind = np.array(background, np.uint16) * (255 - alpha)
-    mixed = (pixels[..., :3] * alpha + behind + 127) // 255
-    return VideoFrame.from_ndarray(mixed.astype(np.uint8), format="rgb24")
+    mixed = np.empty((frame.height, frame.width, 3), np.uint8)
+    for row, out in zip(pixels, mixed, strict=True):
+        alpha = row[:, 3:].astype(np.uint16)
+        behind = np.array(background, np.uint16) * (255 - alpha)
+        out[...] = (row[:, :3] * alpha + behind + 127) // 255
+    return VideoFrame.from_ndarray(mixed, format="rgb24")

@@ -16,7 +16,7 @@ from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.decode.container import describe, open_container
-from vllm_mm_ext.media.decode.geometry import read_geometry
+from vllm_mm_ext.media.decode.geometry import displayed
 from vllm_mm_ext.media.types import (
     AS_PLAYERS,
     AudioStream,
@@ -53,16 +53,16 @@ def probe(path: str, limits: DecodeLimits, picture: PictureRules = AS_PLAYERS) -
         MediaTooLongError: The video is longer than ``max_duration_s``.
     """
     with open_container(path, max_pixels=limits.max_pixels) as container:
-        info = _read(container, path, limits, picture)
+        info = _read(container, path, limits)
     if info is not None:
-        return info
+        return displayed(path, info, limits.max_pixels, picture)
     # FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only by
     # decoding a few frames.
     with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
-        info = _read(container, path, limits, picture)
+        info = _read(container, path, limits)
     if info is None:
         raise UnreadableMediaError("The media holds no readable audio or video stream.")
-    return info
+    return displayed(path, info, limits.max_pixels, picture)
 
 
 def video_stream(container: InputContainer) -> AvVideoStream | None:
@@ -99,9 +99,7 @@ def audio_streams(container: InputContainer) -> list[AvAudioStream]:
     )
 
 
-def _read(
-    container: InputContainer, path: str, limits: DecodeLimits, picture: PictureRules
-) -> MediaInfo | None:
+def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaInfo | None:
     """Read an open container; None if the headers leave out what decoding a few frames may show."""
     video = video_stream(container)
     audio = audio_streams(container)
@@ -118,7 +116,7 @@ def _read(
             return None
         check_pixels(width, height, limits.max_pixels)
         _check_duration(_seconds(video) or claimed, limits)
-        described, packets = _read_video(container, path, video, limits, picture)
+        described, packets = _read_video(container, video, limits)
     sounds = tuple(
         AudioStream(
             index=stream.index,
@@ -174,11 +172,7 @@ def _read_packets(container: InputContainer, stream: AvVideoStream) -> _Packets:
 
 
 def _read_video(
-    container: InputContainer,
-    path: str,
-    stream: AvVideoStream,
-    limits: DecodeLimits,
-    picture: PictureRules,
+    container: InputContainer, stream: AvVideoStream, limits: DecodeLimits
 ) -> tuple[VideoStream, PacketTable]:
     rows = _read_packets(container, stream)
     pts = np.frombuffer(rows.pts, np.int64) if rows.pts else np.empty(0, np.int64)
@@ -219,25 +213,18 @@ def _read_video(
         order=order,
         exact=exact,
     )
-    screen = read_geometry(
-        path, container, stream, max_pixels=limits.max_pixels, stretch=picture.stretch
-    )
     described = VideoStream(
         index=stream.index,
         codec=stream.codec_context.codec.canonical_name,
-        width=screen.width,
-        height=screen.height,
-        rotation=screen.rotation,
+        width=stream.codec_context.width,
+        height=stream.codec_context.height,
+        rotation=0,
         fps=fps,
         is_vfr=is_vfr,
         num_frames=len(order),
         duration=duration,
         pixel_format=stream.codec_context.pix_fmt or "",
         start=float(table.pts[0]) * time_base if exact else 0.0,
-        mirrored=screen.mirrored,
-        sample_aspect=screen.sample_aspect,
-        crop=screen.crop,
-        plain=screen.plain,
     )
     return described, table
 

@@ -22,7 +22,7 @@ def get_decoder(
     if name == "decord":
         from vllm_mm_ext.media.decode.decoders.decord_decoder import DecordDecoder
 
-        return DecordDecoder(max_pixels, picture)
+        return DecordDecoder(max_pixels, picture=picture)
     from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 
-    return PyAVDecoder(max_pixels, picture)
+    return PyAVDecoder(max_pixels, picture=picture)

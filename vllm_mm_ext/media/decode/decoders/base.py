@@ -31,7 +31,7 @@ class Decoder(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, max_pixels: int, picture: PictureRules = AS_PLAYERS) -> None:
+    def __init__(self, max_pixels: int, *, picture: PictureRules = AS_PLAYERS) -> None:
         self._max_pixels = max_pixels
         self._picture = picture
 
