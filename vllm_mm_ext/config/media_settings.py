@@ -142,6 +142,21 @@ class AudioConfig(Section):
     )
 
 
+class PictureConfig(Section):
+    """How pictures are shown where players differ, or the footage leaves it open."""
+
+    pixel_aspect: Literal["stretch", "keep"] = Field(
+        "stretch",
+        description="Video whose pixels are not square (DVD, DV, broadcast): `stretch` to its "
+        "display shape, as players do; `keep` the pixels as stored, as stock vLLM does.",
+    )
+    background: str = Field(
+        "#000000",
+        pattern=r"^#[0-9a-fA-F]{6}$",
+        description="Colour behind transparent video (WebM, GIF, APNG, ProRes 4444), `#rrggbb`.",
+    )
+
+
 class MediaConfig(Section):
     """The media front-end: from URL to sampled frames and waveforms."""
 
@@ -158,3 +173,4 @@ class MediaConfig(Section):
     decode: DecodeConfig = Field(default_factory=DecodeConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     audio: AudioConfig = Field(default_factory=AudioConfig)
+    picture: PictureConfig = Field(default_factory=PictureConfig)

@@ -33,6 +33,7 @@ from vllm_mm_ext.media.types import (
     DecodeRequest,
     FrameSelection,
     MediaInfo,
+    PictureRules,
     SamplingSpec,
     SizeRule,
 )
@@ -156,6 +157,11 @@ class MediaFrontend:
             max_audio_bytes=max_audio_bytes,
             truncate_audio=sound.overflow == "truncate",
         )
+        red, green, blue = bytes.fromhex(config.picture.background[1:])
+        self.picture = PictureRules(
+            stretch=config.picture.pixel_aspect == "stretch",
+            background=(red, green, blue),
+        )
 
     @property
     def size_rule(self) -> SizeRule:
@@ -168,7 +174,7 @@ class MediaFrontend:
         return self.traits.hears_video and self.config.audio.in_video == "auto"
 
     async def probe(self, ref: MediaRef, video_stream: int | None = None) -> MediaInfo:
-        """Return what the container says, without its packet table. Nothing is decoded.
+        """Return what the container and its first picture say, without the packet table.
 
         Args:
             ref: The media.
@@ -184,8 +190,12 @@ class MediaFrontend:
 
         async def read() -> MediaInfo:
             blob = await ref.open()
-            sampling = SamplingSpec(video_stream=video_stream)
-            request = DecodeRequest(sampling=sampling, probe_only=True, limits=self.limits)
+            request = DecodeRequest(
+                sampling=SamplingSpec(video_stream=video_stream),
+                probe_only=True,
+                limits=self.limits,
+                picture=self.picture,
+            )
             done = await self.pool.run(blob.fd, request)
             info = replace(done.info, packets=None)
             if ref.storable:
@@ -205,7 +215,8 @@ class MediaFrontend:
         """
         # The limits on a sound track decide how much of it is cut off.
         sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}|{self.limits.truncate_audio}"
-        key = _digest("video", ref.digest, plan.decode_key(), sound if plan.audio else "")
+        shown, heard = str(self.picture), sound if plan.audio else ""
+        key = _digest("video", ref.digest, plan.decode_key(), shown, heard)
         found = self.cache.get(key)
         if isinstance(found, VideoResult):
             result = replace(found, stages={}, cached=True)
@@ -263,6 +274,7 @@ class MediaFrontend:
             decoder=self.config.decode.backend,
             threads=self.config.decode.threads,
             limits=self.limits,
+            picture=self.picture,
         )
         started = time.perf_counter()
         info = await self.probe(ref, plan.sampling.video_stream)

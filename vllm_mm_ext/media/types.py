@@ -14,12 +14,13 @@ DecoderName = Literal["auto", "pyav", "decord"]
 
 @dataclass(frozen=True)
 class VideoStream:
-    """One video stream, as the container describes it (nothing is decoded).
+    """One video stream, as its container describes it and its first picture shows it.
 
     Attributes:
         index: Stream index inside the container.
         codec: FFmpeg codec name (``h264``, ``mpeg4``, ``av1``...).
-        width, height: Displayed size in pixels, after rotation.
+        width, height: Displayed size in pixels: after cropping, rotation, and stretching of pixels
+            that are not square.
         rotation: Clockwise display rotation in degrees: 0, 90, 180 or 270.
         fps: Average frame rate in frames per second.
         is_vfr: True when the gaps between presentation times are uneven.
@@ -28,6 +29,11 @@ class VideoStream:
         pixel_format: FFmpeg pixel format name; empty where the headers do not give one.
         start: Seconds on the container's clock at which the first frame is shown. The times of the
             packet table and of sound count from here.
+        mirrored: The picture is mirrored left to right for display, before it is rotated.
+        sample_aspect: Width of a pixel, as stored, divided by its height.
+        crop: Columns and rows of the decoded picture that the container cuts off: left, right, top,
+            bottom.
+        plain: The first picture is shown as it is decoded, taken as 8-bit BT.601 in limited range.
     """
 
     index: int
@@ -41,6 +47,10 @@ class VideoStream:
     duration: float
     pixel_format: str
     start: float = 0.0
+    mirrored: bool = False
+    sample_aspect: float = 1.0
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ class PacketTable:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a container says about itself, found by the probe without decoding.
+    """What the probe finds out about a file: what its container says, and how a picture is shown.
 
     Attributes:
         container: FFmpeg demuxer name.
@@ -220,6 +230,23 @@ class SizeRule:
 
 
 @dataclass(frozen=True)
+class PictureRules:
+    """What an operator chooses about how pictures are shown.
+
+    Attributes:
+        stretch: Pictures whose pixels are not square are stretched to their display shape.
+        background: Red, green and blue, 0 to 255, of what shows through transparent pictures.
+    """
+
+    stretch: bool = True
+    background: tuple[int, int, int] = (0, 0, 0)
+
+
+AS_PLAYERS = PictureRules()
+"""Pictures are shown as players show them."""
+
+
+@dataclass(frozen=True)
 class DecodeLimits:
     """Hard limits on one decode job. A job that passes one ends in a ``MediaError``, not a crash.
 
@@ -261,6 +288,7 @@ class DecodeRequest:
         probe_only: Return only ``info``, packet table included.
         info: What an earlier probe of the same file returned; the container is not read again.
         limits: Hard limits of the job.
+        picture: How pictures are shown.
     """
 
     sampling: SamplingSpec | None = None
@@ -271,6 +299,7 @@ class DecodeRequest:
     probe_only: bool = False
     info: MediaInfo | None = None
     limits: DecodeLimits = DecodeLimits()
+    picture: PictureRules = AS_PLAYERS
 
 
 @dataclass(eq=False)

@@ -119,6 +119,20 @@ async def test_another_plan_never_shares_a_digest(
     assert PLAN.key() != other.key()
 
 
+async def test_how_pictures_are_shown_decides_the_digest(clips: dict[str, Path]) -> None:
+    digests = set()
+    for picture in ({}, {"background": "#00ff00"}, {"pixel_aspect": "keep"}):
+        media = {"decode": {"workers": 1}, "picture": picture}
+        config = MMExtConfig.from_additional_config({"mm_ext": {"media": media}})
+        made = Runtime(config, ModelTraits())
+        try:
+            result = await made.frontend.video(await resolve(made, clips["b"]), PLAN)
+        finally:
+            made.close()
+        digests.add(result.frames.digest)
+    assert len(digests) == 3
+
+
 async def test_sound_comes_with_the_frames_of_one_fetch(
     runtime: Runtime, clips: dict[str, Path]
 ) -> None:

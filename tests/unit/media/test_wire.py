@@ -185,6 +185,8 @@ NAN = float("nan")
         wire.Probed(replace(INFO, video=replace(VIDEO, width=0)), {}),
         wire.Probed(replace(INFO, video=replace(VIDEO, fps=NAN)), {}),
         wire.Probed(replace(INFO, video=replace(VIDEO, rotation=45)), {}),
+        wire.Probed(replace(INFO, video=replace(VIDEO, crop=(0, -1, 0, 0))), {}),
+        wire.Probed(replace(INFO, video=replace(VIDEO, sample_aspect=float("inf"))), {}),
         wire.Probed(replace(INFO, audio=(replace(INFO.audio[0], sample_rate=0),)), {}),
         wire.Probed(replace(INFO, audio=INFO.audio * 1001), {}),
         wire.Probed(replace(INFO, packets=replace(TABLE, time=TABLE.time[:3])), {}),

@@ -65,7 +65,7 @@ def run_job(
     try:
         with _timed(timings, "probe"):
             number = request.sampling.video_stream if request.sampling else None
-            info = request.info or probe(path, request.limits, number)
+            info = request.info or probe(path, request.limits, number, request.picture)
         if request.probe_only:
             return DecodeResult(info=info, timings=timings)
         return _decode(path, info, request, allocate, reserve, timings)
@@ -178,7 +178,8 @@ def _frames(
 ) -> None:
     """Decode the selected frames and put them, with the selection that is left, into ``result``."""
     out = np.asarray(allocate(shape, np.uint8), np.uint8)
-    decoder = get_decoder(request.decoder, max_pixels=request.limits.max_pixels)
+    limits, picture = request.limits, request.picture
+    decoder = get_decoder(request.decoder, max_pixels=limits.max_pixels, picture=picture)
     assert info.video is not None
     own_size = request.size.kind == "native" and shape[1:3] == (info.video.height, info.video.width)
     size = None if own_size else (shape[1], shape[2])
@@ -186,7 +187,7 @@ def _frames(
     try:
         positions = decoder.decode(*work)
     except UnsuitableFileError:
-        decoder = PyAVDecoder(request.limits.max_pixels)
+        decoder = PyAVDecoder(limits.max_pixels, picture=picture)
         positions = decoder.decode(*work)
     if not len(positions):
         raise UnreadableMediaError(

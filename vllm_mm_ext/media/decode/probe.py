@@ -1,10 +1,9 @@
-"""Reads from a media file's container what the file holds, without decoding."""
+"""Reads from a media file's container what the file holds; of the pictures, one is decoded."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -20,6 +19,7 @@ from av.video.stream import VideoStream as AvVideoStream
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.decode.clock import DEFAULT_FPS, NO_TICKS, Clock, read_clock
 from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.geometry import displayed
 from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, read_packets
 from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
 from vllm_mm_ext.media.decode.streams import (
@@ -29,10 +29,12 @@ from vllm_mm_ext.media.decode.streams import (
     video_streams,
 )
 from vllm_mm_ext.media.types import (
+    AS_PLAYERS,
     AudioStream,
     DecodeLimits,
     MediaInfo,
     PacketTable,
+    PictureRules,
     VideoStream,
 )
 
@@ -43,7 +45,12 @@ _TELLS_LENGTH = "mov"
 _NO_INDEX, _MAY_JUMP = 0x100, 0x200
 
 
-def probe(path: str, limits: DecodeLimits, video_stream: int | None = None) -> MediaInfo:
+def probe(
+    path: str,
+    limits: DecodeLimits,
+    video_stream: int | None = None,
+    picture: PictureRules = AS_PLAYERS,
+) -> MediaInfo:
     """Read the container: its streams and, for video, one row per presentable frame.
 
     Args:
@@ -51,6 +58,7 @@ def probe(path: str, limits: DecodeLimits, video_stream: int | None = None) -> M
         limits: Of these, ``max_pixels`` and ``max_duration_s`` apply.
         video_stream: Number of the video stream to read, among the file's video streams; None for
             the one that a player shows.
+        picture: How pictures are shown, which decides the displayed size.
 
     Raises:
         UnreadableMediaError: The file is no media, or has no readable audio or video packet.
@@ -71,7 +79,8 @@ def probe(path: str, limits: DecodeLimits, video_stream: int | None = None) -> M
             other = _read(container, path, limits, [index])
         if other is not None and other.video is not None and other.video.num_frames > 1:
             info, choices = other, [index]
-    return _completed(path, limits, choices[:1], info)
+    info = _completed(path, limits, choices[:1], info)
+    return displayed(path, info, limits.max_pixels, picture)
 
 
 def _completed(
@@ -252,16 +261,12 @@ def _describe(
         order=order,
         exact=clock.exact,
     )
-    width, height = stream.codec_context.width, stream.codec_context.height
-    rotation = _rotation(container, stream.index)
-    if rotation in (90, 270):
-        width, height = height, width
     described = VideoStream(
         index=stream.index,
         codec=stream.codec_context.codec.canonical_name,
-        width=width,
-        height=height,
-        rotation=rotation,
+        width=stream.codec_context.width,
+        height=stream.codec_context.height,
+        rotation=0,
         fps=fps,
         is_vfr=is_vfr,
         num_frames=len(order),
@@ -313,30 +318,6 @@ def _uneven(gaps: npt.NDArray[np.float64], unit: float) -> bool:
     # A clock whose unit is about the distance of frames counts frames, and rounds nothing.
     rounding = 1.5 * unit if 4 * unit < usual else 0.0
     return bool(np.abs(gaps - usual).max() > 0.02 * usual + rounding)
-
-
-def _rotation(container: InputContainer, index: int) -> int:
-    """Clockwise display rotation of a stream: 0, 90, 180 or 270 degrees; other angles count as 0.
-
-    PyAV shows a stream's display matrix only in FFmpeg's own description of the file.
-    """
-    before = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)
-    try:
-        text = container.dumps_format()  # type: ignore[attr-defined]
-    finally:
-        av.logging.set_level(before)
-    for section in re.split(r"^  Stream ", text, flags=re.MULTILINE)[1:]:
-        if re.match(rf"#0:{index}\D", section):
-            found = re.search(
-                r"^      Display Matrix: rotation of (-?[\d.]+) degrees$",
-                section,
-                re.IGNORECASE | re.MULTILINE,
-            )
-            angle = float(found.group(1)) if found else 0.0
-            turned = round(-angle) % 360
-            return turned if turned in (90, 180, 270) else 0
-    return 0
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:

@@ -25,6 +25,8 @@ from vllm_mm_ext.media.types import (
 _MAX_STREAMS = 1000
 _MAX_STAGES = 16
 _MAX_NAME = 256
+# Pixels of a picture's side: FFmpeg knows no longer ones.
+_MAX_SIDE = 1 << 31
 
 
 class MalformedMessageError(ValueError):
@@ -149,6 +151,8 @@ def _check_video(stream: VideoStream) -> None:
     require(all(len(name) <= _MAX_NAME for name in names) and stream.index >= 0, "video stream")
     require(min(stream.width, stream.height, stream.num_frames) > 0, "video stream")
     require(stream.rotation in (0, 90, 180, 270), "rotation")
+    require(math.isfinite(stream.sample_aspect) and stream.sample_aspect > 0, "pixel aspect")
+    require(all(0 <= cut <= _MAX_SIDE for cut in stream.crop), "cropping")
     require(all(math.isfinite(x) and x >= 0 for x in (stream.fps, stream.duration)), "duration")
     require(math.isfinite(stream.start), "start time")
 

@@ -107,7 +107,8 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
         ("File", f"{_container(inspection)}, {_bytes(info.num_bytes)}"),
     ]
     if (video := info.video) is not None:
-        rotated = f", turned {video.rotation}°" if video.rotation else ""
+        rotated = ", mirrored" if video.mirrored else ""
+        rotated += f", turned {video.rotation}°" if video.rotation else ""
         rate = "variable, mean " if video.is_vfr else ""
         facts += [
             ("Video", f"{video.codec}, {video.width} x {video.height}{rotated}"),

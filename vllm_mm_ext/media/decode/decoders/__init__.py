@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from vllm_mm_ext.media.decode.decoders.base import Decoder, UnsuitableFileError
-from vllm_mm_ext.media.types import DecoderName
+from vllm_mm_ext.media.types import AS_PLAYERS, DecoderName, PictureRules
 
 __all__ = ["Decoder", "UnsuitableFileError", "get_decoder"]
 
 
-def get_decoder(name: DecoderName, *, max_pixels: int) -> Decoder:
+def get_decoder(
+    name: DecoderName, *, max_pixels: int, picture: PictureRules = AS_PLAYERS
+) -> Decoder:
     """Make a decoder.
 
     Args:
         name: ``pyav``, ``decord``, or ``auto`` for PyAV, which is the faster backend and exact for
             more files (measured by ``vllm_mm_ext.tools.bench.decoders``, see ``docs/decoders.md``).
         max_pixels: Most pixels a decoded picture may have.
+        picture: How pictures are shown.
     """
     if name == "decord":
         from vllm_mm_ext.media.decode.decoders.decord_decoder import DecordDecoder
 
-        return DecordDecoder(max_pixels)
+        return DecordDecoder(max_pixels, picture=picture)
     from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 
-    return PyAVDecoder(max_pixels)
+    return PyAVDecoder(max_pixels, picture=picture)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from vllm_mm_ext.errors import UnreadableMediaError
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.probe import check_pixels
-from vllm_mm_ext.media.types import MediaInfo
+from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PictureRules
 
 
 class UnsuitableFileError(Exception):
@@ -26,12 +26,14 @@ class Decoder(ABC):
 
     Args:
         max_pixels: Most pixels that a picture of the file may have.
+        picture: How pictures are shown.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, max_pixels: int) -> None:
+    def __init__(self, max_pixels: int, *, picture: PictureRules = AS_PLAYERS) -> None:
         self._max_pixels = max_pixels
+        self._picture = picture
 
     def decode(
         self,
@@ -49,7 +51,7 @@ class Decoder(ABC):
             info: Its probe.
             indices: int64 ``[n]`` rows of ``info.packets``, sorted, may repeat.
             size: ``(height, width)`` in pixels as displayed, or None for the source's own size.
-                Native 8-bit 4:2:0 frames are byte for byte those of OpenCV.
+                Native frames of ``plain`` video are byte for byte those of OpenCV.
             out: uint8 ``[n, height, width, 3]`` RGB, written in place.
             threads: Decoding threads, 0 for one per core.
 

@@ -78,8 +78,8 @@ def check_suitable(info: MediaInfo) -> None:
     assert table is not None
     if video.codec not in _CODECS or info.container.split(",")[0] not in _CONTAINERS:
         raise UnsuitableFileError(f"decord is not exact for {video.codec} in {info.container}")
-    if not table.exact or video.rotation:
-        raise UnsuitableFileError("decord needs exact timestamps and an unrotated picture")
+    if not table.exact or not video.plain:
+        raise UnsuitableFileError("decord needs exact timestamps and a plain picture")
     latest = np.maximum.accumulate(table.order)
     if (latest > table.order)[table.is_key].any():
         raise UnsuitableFileError("decord is not exact for open GOPs")

@@ -13,11 +13,13 @@ import numpy.typing as npt
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.base import Decoder, thumbnail_size
 from vllm_mm_ext.media.decode.decoders.read_plan import Run, plan_runs, split_lanes
+from vllm_mm_ext.media.decode.geometry import decoder_of
+from vllm_mm_ext.media.decode.picture import write_gray, write_rgb
 from vllm_mm_ext.media.types import MediaInfo, PacketTable
 
 # Receives a decoded frame: row of the packet table, picture, converter of the calling thread.
@@ -54,13 +56,14 @@ class PyAVDecoder(Decoder):
         out: npt.NDArray[np.uint8],
         threads: int,
     ) -> npt.NDArray[np.int64]:
-        assert info.video is not None
-        height, width = size or (info.video.height, info.video.width)
+        video = info.video
+        assert video is not None
+        assert out.shape[1:3] == (size or (video.height, video.width))
         rows, first = np.unique(indices, return_index=True)
         position = dict(zip(rows.tolist(), first.tolist(), strict=True))
 
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
-            _convert(frame, converter, "rgb24", info, out[position[row]], height, width)
+            write_rgb(frame, converter, video, self._picture, out[position[row]])
 
         decoded = self._read(path, info, rows, emit, threads)
         for i, row in enumerate(indices.tolist()):
@@ -76,13 +79,15 @@ class PyAVDecoder(Decoder):
         edge: int,
         threads: int,
     ) -> npt.NDArray[np.uint8]:
+        video = info.video
+        assert video is not None
         height, width = thumbnail_size(info, edge)
         rows, where = np.unique(indices, return_inverse=True)
         small = np.zeros((len(rows), height, width), np.uint8)
         position = {row: i for i, row in enumerate(rows.tolist())}
 
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
-            _convert(frame, converter, "gray", info, small[position[row]], height, width)
+            write_gray(frame, converter, video, small[position[row]])
 
         decoded = self._read(path, info, rows, emit, threads)
         for i, row in enumerate(rows.tolist()):
@@ -157,7 +162,7 @@ class _Reader:
     def __enter__(self) -> _Reader:
         self._container: InputContainer = self._opened.__enter__()
         self._stream = self._container.streams[self._stream_index]
-        self._context = self._stream.codec_context
+        self._context = decoder_of(self._stream)
         self._context.options = {"max_pixels": str(self._max_pixels)}
         self._context.thread_count = self._threads
         self._context.thread_type = "AUTO"
@@ -196,7 +201,7 @@ class _Reader:
             self._context.skip_frame = skip
             self._skip = skip
         try:
-            return list(self._context.decode(packet))  # type: ignore[attr-defined]
+            return list(self._context.decode(packet))
         except av.EOFError:
             return []
         except av.FFmpegError as error:
@@ -294,30 +299,3 @@ def _sequential(reader: _Reader, table: PacketTable, rows: list[int], emit: Emit
                 emit(row, frame, reader.converter)
                 decoded.add(row)
     return decoded
-
-
-def _convert(
-    frame: VideoFrame,
-    converter: VideoReformatter,
-    pixel_format: Literal["rgb24", "gray"],
-    info: MediaInfo,
-    target: npt.NDArray[np.uint8],
-    height: int,
-    width: int,
-) -> None:
-    """One swscale pass from the decoded picture to ``target`` ``[height, width(, 3)]``."""
-    assert info.video is not None
-    rotation = info.video.rotation
-    if rotation in (90, 270):
-        height, width = width, height
-    # At the source's own size, bicubic only decides how chroma is upsampled, and is what OpenCV
-    # uses; when swscale shrinks a picture it widens its filters, so bicubic does not alias.
-    picture = converter.reformat(
-        frame,
-        width=width,
-        height=height,
-        format=pixel_format,
-        interpolation=Interpolation.BICUBIC,
-        threads=1,
-    ).to_ndarray()
-    target[...] = np.rot90(picture, -(rotation // 90)) if rotation else picture
