@@ -131,7 +131,9 @@ class AudioConfig(Section):
         "Never looser than vLLM's.",
     )
     overflow: Literal["error", "truncate"] = Field(
-        "error", description="What happens to audio past the limit: a 413, or it is cut there."
+        "error",
+        description="What happens to an audio item past the limit: a 413, or it is cut there. The "
+        "sound of a video is always cut.",
     )
 
 

@@ -156,6 +156,13 @@ class RequestOptions(Options):
         description="`auto`: resolution and frame rate follow the server's load. `fixed`: they do "
         "not; a budget still applies.",
     )
+    audio_stream: int | None = Field(
+        None,
+        ge=0,
+        le=999,
+        description="Number of the audio stream that is heard, of those in the file, from 0; null: "
+        "the one that players choose.",
+    )
     reduction: Reduction | None = Field(
         None,
         description="Token reduction, in place of the default; `{}`: none, null: the default.",

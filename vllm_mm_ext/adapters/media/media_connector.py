@@ -215,7 +215,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         return await use_media(
             self.fetcher(runtime),
             item.url,
-            runtime.frontend.audio,
+            lambda content: runtime.frontend.audio(content, context.options.audio_stream),
             claim=context.budget_claim(runtime.budget),
             timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
             max_bytes=AudioMediaIO().get_max_bytes(),
@@ -262,6 +262,7 @@ def _deliver_video(
         audio_s=None if frames.audio is None else len(frames.audio) / (frames.audio.rate or 1),
         duration_s=result.info.duration,
         reduction=frames.reduction,
+        audio_note=result.audio_note,
     )
     return MediaWithBytes((frames, metadata), (frames.digest or "").encode())
 

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 import av
 import numpy as np
 import numpy.typing as npt
-from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
+from vllm_mm_ext.media.audio.audio_streams import describe_audio
 from vllm_mm_ext.media.decode.container import describe, open_container
 from vllm_mm_ext.media.types import (
-    AudioStream,
     DecodeLimits,
     MediaInfo,
     PacketTable,
@@ -56,7 +55,7 @@ def probe(path: str, limits: DecodeLimits) -> MediaInfo:
     # FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only by
     # decoding a few frames.
     with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
-        info = _read(container, path, limits)
+        info = _read(container, path, limits, guessed=True)
     if info is None:
         raise UnreadableMediaError("The media holds no readable audio or video stream.")
     return info
@@ -81,28 +80,23 @@ def _shown_first(stream: AvVideoStream) -> tuple[bool, int]:
     return bool(stream.disposition & Disposition.default), picture.width * picture.height
 
 
-def audio_streams(container: InputContainer) -> list[AvAudioStream]:
-    """Audio streams that this FFmpeg can decode; the stream that a player plays comes first.
+def _read(
+    container: InputContainer, path: str, limits: DecodeLimits, *, guessed: bool = False
+) -> MediaInfo | None:
+    """Read an open container; None if the headers leave out what decoding a few frames may show.
 
-    Streams marked as the default come first, then those of more channels, then in file order.
+    Args:
+        container: The container.
+        path: The file.
+        limits: As for ``probe``.
+        guessed: A few frames have been decoded: what is not known will not be.
     """
-    streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
-    return sorted(
-        streams,
-        key=lambda stream: (
-            not stream.disposition & Disposition.default,
-            -stream.codec_context.channels,
-        ),
-    )
-
-
-def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaInfo | None:
-    """Read an open container; None if the headers leave out what decoding a few frames may show."""
     video = video_stream(container)
-    audio = audio_streams(container)
-    if video is None and not audio:
+    sounds = describe_audio(container)
+    if not guessed and any(not sound.sample_rate for sound in sounds):
         return None
-    if any(stream.codec_context.sample_rate <= 0 for stream in audio):
+    sounds = tuple(sound for sound in sounds if sound.sample_rate)
+    if video is None and not sounds:
         return None
     # A hostile header may say less than nothing.
     claimed = max(0.0, container.duration / av.time_base) if container.duration else 0.0
@@ -114,16 +108,6 @@ def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaIn
         check_pixels(width, height, limits.max_pixels)
         _check_duration(_seconds(video) or claimed, limits)
         described, packets = _read_video(container, video, limits)
-    sounds = tuple(
-        AudioStream(
-            index=stream.index,
-            codec=stream.codec_context.codec.canonical_name,
-            sample_rate=stream.codec_context.sample_rate,
-            channels=stream.codec_context.channels,
-            duration=_seconds(stream) or claimed,
-        )
-        for stream in audio
-    )
     seconds = [s.duration for s in sounds] + ([described.duration] if described else [])
     return MediaInfo(
         container=container.format.name,
@@ -132,6 +116,7 @@ def _read(container: InputContainer, path: str, limits: DecodeLimits) -> MediaIn
         video=described,
         audio=sounds,
         packets=packets,
+        unsupported_audio=bool(container.streams.audio) and not sounds,
     )
 
 
@@ -286,7 +271,7 @@ def _rotation(container: InputContainer, index: int) -> int:
     return 0
 
 
-def _seconds(stream: AvVideoStream | AvAudioStream) -> float:
+def _seconds(stream: AvVideoStream) -> float:
     """Duration in seconds that the container claims for a stream; 0 if it claims none."""
     if not stream.duration or not stream.time_base:
         return 0.0

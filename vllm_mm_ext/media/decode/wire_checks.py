@@ -142,6 +142,7 @@ def _check_audio(stream: AudioStream) -> None:
     require(len(stream.codec) <= _MAX_NAME and stream.index >= 0, "audio stream")
     require(stream.sample_rate > 0 and stream.channels >= 0, "audio stream")
     require(math.isfinite(stream.duration) and stream.duration >= 0, "duration")
+    require(math.isfinite(stream.start) and stream.number >= 0, "audio stream")
 
 
 def _check_video(stream: VideoStream) -> None:
