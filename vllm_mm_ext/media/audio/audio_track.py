@@ -11,7 +11,6 @@ import numpy.typing as npt
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
-from av.format import Flags
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.audio.downmix import to_mono
@@ -24,6 +23,8 @@ MAX_SAMPLE_RATE = 768_000
 # One window of the log-mel transform that all families begin with. From less, Qwen2.5-Omni makes no
 # token, and Qwen3-Omni's audio encoder fails.
 MIN_AUDIO_S = 0.025
+# FFmpeg's flag of formats whose timestamps may start anew (AVFMT_TS_DISCONT).
+_RESTARTS = 0x200
 # Of one float32 sample, as which every format is delivered.
 _SAMPLE_BYTES = 4
 # Sound decoded beyond the end, in seconds, before decoding stops: parts of it may overlap.
@@ -103,7 +104,7 @@ def decode_audio(
     kept_s, kept, decoded_bytes, past, any_sound = 0.0, 0, 0, 0, False
     cut = False
     with open_container(path, max_pixels=limits.max_pixels) as container:
-        clock = Clock(origin, bool(container.format.flags & Flags.ts_discont.value))
+        clock = Clock(origin, bool(container.format.flags & _RESTARTS))
         source = container.streams.audio[stream.number]
         time_base = float(source.time_base or 0)
         for frame in _frames(container, source):
@@ -161,7 +162,7 @@ def _frames(container: InputContainer, source: AvAudioStream) -> Iterator[AudioF
             packet = None
         draining = packet is None or packet.size == 0
         try:
-            yield from context.decode(None if draining else packet)  # type: ignore[attr-defined]
+            yield from context.decode(None if draining else packet)
         except av.FFmpegError as error:
             if isinstance(error, MemoryError):
                 raise

@@ -65,18 +65,19 @@ class Clock:
         self._last: float | None = None
 
     def time(self, timestamp: float | None, seconds: float) -> float | None:
-        """Time at which decoded samples begin; None where it is not known.
+        """Time at which decoded samples begin; None before the first timestamp.
 
         Args:
             timestamp: Theirs, in seconds on the container's clock; None if they have none.
             seconds: Their duration.
         """
         # What comes with the timestamp of what went before says nothing about its own time.
-        repeated, self._last = timestamp == self._last, timestamp
-        if timestamp is None or repeated:
-            if self._expected is not None:
-                self._expected += seconds
-            return None
+        if timestamp is None or timestamp == self._last:
+            time = self._expected
+            if time is not None:
+                self._expected = time + seconds
+            return time
+        self._last = timestamp
         if self._origin is None:
             self._origin = timestamp
         time = timestamp - self._origin
@@ -123,8 +124,8 @@ def place(
             first, last = max(begin, filled), min(stop, total)
             if first < last:
                 out[first:last] = part[first - begin : last - begin]
-        filled = max(filled, min(stop, total))
-    return out, rate, whole > total
+                filled = last
+    return out[:filled], rate, whole > total
 
 
 def _joined(run: Sequence[Piece], rate: int) -> list[npt.NDArray[np.float32]]:
