@@ -32,6 +32,8 @@ class VideoStream:
         pixel_format: FFmpeg pixel format name; empty where the headers do not give one.
         start: Seconds on the container's clock at which the first frame is shown. The times of the
             packet table and of sound count from here.
+        origins: Where the container's clock starts anew in the middle of the file, for each part of
+            the file the seconds on its clock that are 0 on the picture's; else empty.
     """
 
     index: int
@@ -45,6 +47,7 @@ class VideoStream:
     duration: float
     pixel_format: str
     start: float = 0.0
+    origins: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ import av
 import numpy as np
 import pytest
 
-from vllm_mm_ext.media.audio.sound_placement import TOLERANCE_S, Clock, Piece, place
+from vllm_mm_ext.media.audio.sound_placement import (
+    TOLERANCE_S,
+    Clock,
+    Piece,
+    clock_origins,
+    place,
+)
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult, SamplingSpec
 
@@ -64,9 +70,9 @@ def write(path: Path, *, picture_at: float = 0.0, sound_at: float = 0.0, defect:
             packets += [(packet, 0.0) for packet in video.encode(frame)]
         packets += [(packet, 0.0) for packet in video.encode()]
         resampler = av.AudioResampler(format=sound.codec_context.format, layout="mono", rate=RATE)
-        frame = av.AudioFrame.from_ndarray(bursts()[None], format="flt", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = RATE, 0, Fraction(1, RATE)
-        encoded = [p for made in resampler.resample(frame) for p in sound.encode(made)]
+        wave = av.AudioFrame.from_ndarray(bursts()[None], format="flt", layout="mono")
+        wave.sample_rate, wave.pts, wave.time_base = RATE, 0, Fraction(1, RATE)
+        encoded = [p for made in resampler.resample(wave) for p in sound.encode(made)]
         for packet in [*encoded, *sound.encode()]:
             moved = defect(float(packet.pts * packet.time_base))
             if moved is not None:
@@ -219,15 +225,36 @@ def test_sound_before_the_start_and_after_the_end_is_cut() -> None:
 
 def test_a_clock_that_starts_anew_goes_on_where_the_format_allows_it() -> None:
     stamps = [5.0, 5.02, 1.4, 1.42, 400.0, 400.02]
-    clock = Clock(5.0, restarts=True)
+    clock = Clock([5.0], restarts=True)
     assert [clock.time(stamp, 0.02) for stamp in stamps] == pytest.approx(np.arange(6) * 0.02)
-    clock = Clock(5.0, restarts=False)
+    clock = Clock([5.0], restarts=False)
     times = [clock.time(stamp, 0.02) for stamp in stamps]
     assert times == pytest.approx(np.array(stamps) - 5.0)
 
 
+def test_after_a_jump_sound_is_where_its_pictures_are() -> None:
+    # Two recordings of one second from 1.4 s on; sound begins 0.1 s before the pictures.
+    picture = 1.4 + np.tile(np.arange(25) * 0.04, 2)
+    origins = clock_origins(picture, np.arange(50) * 0.04)
+    assert origins == pytest.approx((1.4, 0.4))
+    clock = Clock(origins, restarts=True)
+    stamps = 1.3 + np.tile(np.arange(52) * 0.02, 2)
+    times = np.array([clock.time(stamp, 0.02) for stamp in stamps])
+    np.testing.assert_allclose(times[:52], stamps[:52] - 1.4)
+    np.testing.assert_allclose(times[52:], stamps[52:] - 0.4)
+    assert clock_origins(np.arange(9.0), np.arange(9.0) - 2) == (2.0,)
+
+
+def test_sound_that_overlaps_while_pictures_go_on_starts_no_clock() -> None:
+    stamps = [5.0, 5.5, 5.2, 5.7]
+    clock = Clock([5.0], restarts=True)
+    assert [clock.time(stamp, 0.5) for stamp in stamps] == pytest.approx([0.0, 0.5, 0.2, 0.7])
+    clock = Clock([], restarts=True)
+    assert [clock.time(stamp, 0.5) for stamp in stamps] == pytest.approx([0.0, 0.5, 1.0, 1.5])
+
+
 def test_missing_and_repeated_timestamps_follow_what_was_before_them() -> None:
-    clock = Clock(None, restarts=False)
+    clock = Clock([], restarts=False)
     times = [clock.time(stamp, 0.02) for stamp in (None, 3.0, None, 3.0, 3.06)]
     assert times[0] is None
     assert times[1:] == pytest.approx([0.0, 0.02, 0.04, 0.06])

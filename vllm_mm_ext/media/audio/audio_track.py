@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import av
@@ -74,7 +74,7 @@ def decode_audio(
     stream: AudioStream,
     limits: DecodeLimits,
     *,
-    origin: float | None = None,
+    origins: Sequence[float] = (),
     end: float | None = None,
 ) -> Track:
     """Decode one audio stream and place its samples by their timestamps.
@@ -88,8 +88,9 @@ def decode_audio(
         stream: Its audio stream, from ``probe``.
         limits: ``max_audio_s`` with ``truncate_audio``, ``max_audio_bytes`` and
             ``max_output_bytes`` apply.
-        origin: Seconds on the container's clock at which the picture starts, for the sound of a
-            video; None lets the clock start with the sound.
+        origins: For the sound of a video, seconds on the container's clock at which the picture
+            starts, as ``sound_placement.Clock`` takes them; none lets the clock start with the
+            sound.
         end: Seconds from there at which the picture ends, for the sound of a video, which is cut
             at each limit instead of being refused.
 
@@ -104,7 +105,7 @@ def decode_audio(
     kept_s, kept, decoded_bytes, past, any_sound = 0.0, 0, 0, 0, False
     cut = False
     with open_container(path, max_pixels=limits.max_pixels) as container:
-        clock = Clock(origin, bool(container.format.flags & _RESTARTS))
+        clock = Clock(origins, bool(container.format.flags & _RESTARTS))
         source = container.streams.audio[stream.number]
         time_base = float(source.time_base or 0)
         for frame in _frames(container, source):

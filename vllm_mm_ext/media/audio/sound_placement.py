@@ -20,10 +20,14 @@ from vllm_mm_ext.media.audio.conversion import convert_rate
 TOLERANCE_S = 0.018
 # Timestamps count where the median of so many in a row says the same.
 _MEDIAN = 9
+# Joined recordings of which the clock is known.
+MAX_ORIGINS = 1000
 # As the ffmpeg tool does in formats whose timestamps may start anew (`dts_delta_threshold`): a step
 # back, or so far ahead, is a new clock and no overlap or hole.
 _STEP_BACK_S = 0.1
 _STEP_AHEAD_S = 10.0
+# Where pictures go on while the timestamps of the sound step back by no more, the sound overlaps.
+_OVERLAP_S = 1.0
 # The same for other formats (`dts_error_threshold`): such a timestamp cannot be true.
 _IMPOSSIBLE_S = 30 * 3600.0
 
@@ -52,14 +56,18 @@ class Clock:
     """Turns timestamps of a container into times on the target clock, in the order of decoding.
 
     Args:
-        origin: Seconds on the container's clock that are 0 on the target clock; None for the first
-            timestamp.
-        restarts: The format's timestamps may start anew in the middle of a file.
+        origins: Seconds on the container's clock that are 0 on the target clock: one, or where the
+            container's clock starts anew in the middle of the file one for each part of it. Empty
+            lets the target clock begin with the first timestamp.
+        restarts: The format's timestamps may start anew.
     """
 
-    def __init__(self, origin: float | None, restarts: bool) -> None:
-        self._origin = origin
-        self._back = _STEP_BACK_S if restarts else _IMPOSSIBLE_S
+    def __init__(self, origins: Sequence[float], restarts: bool) -> None:
+        self._origins = tuple(origins)
+        self._origin = origins[0] if origins else None
+        restarts = restarts or len(origins) > 1
+        back = _OVERLAP_S if len(origins) == 1 else _STEP_BACK_S
+        self._back = back if restarts else _IMPOSSIBLE_S
         self._ahead = _STEP_AHEAD_S if restarts else _IMPOSSIBLE_S
         self._expected: float | None = None
         self._last: float | None = None
@@ -82,10 +90,35 @@ class Clock:
             self._origin = timestamp
         time = timestamp - self._origin
         if self._expected is not None and not -self._back <= time - self._expected <= self._ahead:
-            self._origin += time - self._expected
-            time = self._expected
+            self._origin = self._origin_of(timestamp, self._expected)
+            time = timestamp - self._origin
         self._expected = time + seconds
         return time
+
+    def _origin_of(self, timestamp: float, expected: float) -> float:
+        """The origin after a jump: that of the pictures if there is one, else sound goes on."""
+        closed = timestamp - expected
+        nearest = min(self._origins, key=lambda origin: abs(origin - closed), default=closed)
+        return nearest if abs(nearest - closed) <= _OVERLAP_S else closed
+
+
+def clock_origins(
+    stamps: npt.NDArray[np.float64], times: npt.NDArray[np.float64]
+) -> tuple[float, ...]:
+    """The origins of the clocks of a video whose container's clock starts anew, for ``Clock``.
+
+    Args:
+        stamps: float64 ``[n]`` seconds on the container's clock at which pictures are shown.
+        times: float64 ``[n]`` seconds of the same pictures on the target clock.
+
+    Returns:
+        One origin for each part, in the order of the pictures; at most ``MAX_ORIGINS``.
+    """
+    offsets = stamps - times
+    if not len(offsets):
+        return ()
+    first = np.abs(np.diff(offsets, prepend=np.inf)) > _STEP_BACK_S
+    return tuple(offsets[first][:MAX_ORIGINS].tolist())
 
 
 def place(

@@ -224,7 +224,7 @@ def _audio(
                 path,
                 stream,
                 request.limits,
-                origin=None if video is None else video.start,
+                origins=() if video is None else video.origins or (video.start,),
                 end=None if video is None else video.duration,
             )
             if not len(track.samples):

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from vllm_mm_ext.media.audio.audio_track import MAX_SAMPLE_RATE
+from vllm_mm_ext.media.audio.sound_placement import MAX_ORIGINS
 from vllm_mm_ext.media.decode.probe import MAX_PACKETS
 from vllm_mm_ext.media.types import (
     AudioStream,
@@ -152,6 +153,8 @@ def _check_video(stream: VideoStream) -> None:
     require(stream.rotation in (0, 90, 180, 270), "rotation")
     require(all(math.isfinite(x) and x >= 0 for x in (stream.fps, stream.duration)), "duration")
     require(math.isfinite(stream.start), "start time")
+    origins = stream.origins
+    require(len(origins) <= MAX_ORIGINS and all(map(math.isfinite, origins)), "start time")
 
 
 def _check_packets(table: PacketTable, num_frames: int) -> None:
