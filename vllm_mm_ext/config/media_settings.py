@@ -135,6 +135,13 @@ class AudioConfig(Section):
         description="What happens to an audio item past the limit: a 413, or it is cut there. The "
         "sound of a video is always cut.",
     )
+    audio_stream: int | None = Field(
+        None,
+        ge=0,
+        le=999,
+        description="Which of a file's audio streams, counted from 0; null: the one that players "
+        "play. Files with sound but without that stream are refused.",
+    )
 
 
 class MediaConfig(Section):

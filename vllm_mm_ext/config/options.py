@@ -160,8 +160,8 @@ class RequestOptions(Options):
         None,
         ge=0,
         le=999,
-        description="Number of the audio stream that is heard, of those in the file, from 0; null: "
-        "the one that players choose.",
+        description="Which of each file's audio streams, counted from 0 (ffmpeg's `0:a:N`); null: "
+        "the one that players play.",
     )
     reduction: Reduction | None = Field(
         None,

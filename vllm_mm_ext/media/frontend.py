@@ -227,11 +227,12 @@ class MediaFrontend:
 
         Args:
             ref: The media.
-            stream: Number of the audio stream, from 0; None for the one that a player plays.
+            stream: Number of the audio stream, from 0; None for the configured one.
 
         Raises:
             MediaError: There is no sound, it is too long, or it cannot be decoded.
         """
+        stream = self.config.audio.audio_stream if stream is None else stream
         rate, limits = str(self.traits.audio_rate), str(self.limits)
         key = _digest("audio", ref.digest, rate, limits, str(stream))
         found = self.cache.get(key)

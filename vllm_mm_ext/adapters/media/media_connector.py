@@ -90,6 +90,7 @@ def server_plan(
         spec_for(sampling, frontend.traits.frame_multiple),
         frontend.size_rule,
         audio=frontend.wants_audio_in_video,
+        audio_stream=runtime.config.media.audio.audio_stream,
         reduction=runtime.default_reduction,
     )
     if sampling.policy != "stock":

@@ -182,8 +182,8 @@ class _Conversation:
         options = self.connector.media_io_kwargs.get("video", {})
         processor = get_video_processor_cls_name(self.renderer.model_config)
         plans = {url: server_plan(self.runtime, options, url, processor) for url in set(urls)}
-        stream = self.context.options.audio_stream
-        plans = {url: plan and replace(plan, audio_stream=stream) for url, plan in plans.items()}
+        if (sound := self.context.options.audio_stream) is not None:
+            plans = {url: plan and replace(plan, audio_stream=sound) for url, plan in plans.items()}
         self.items = [MediaItem("video", url, plans[url]) for url in urls]
         self.context.add(self.items)
         for url in dict.fromkeys(urls):
