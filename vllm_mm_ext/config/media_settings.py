@@ -138,7 +138,16 @@ class AudioConfig(Section):
         "Never looser than vLLM's.",
     )
     overflow: Literal["error", "truncate"] = Field(
-        "error", description="What happens to audio past the limit: a 413, or it is cut there."
+        "error",
+        description="What happens to an audio item past the limit: a 413, or it is cut there. The "
+        "sound of a video is always cut.",
+    )
+    audio_stream: int | None = Field(
+        None,
+        ge=0,
+        le=999,
+        description="Which of a file's audio streams, counted from 0; null: the one that players "
+        "play. Files with sound but without that stream are refused.",
     )
 
 

@@ -163,6 +163,13 @@ class RequestOptions(Options):
         description="`auto`: resolution and frame rate follow the server's load. `fixed`: they do "
         "not; a budget still applies.",
     )
+    audio_stream: int | None = Field(
+        None,
+        ge=0,
+        le=999,
+        description="Which of each file's audio streams, counted from 0 (ffmpeg's `0:a:N`); null: "
+        "the one that players play.",
+    )
     reduction: Reduction | None = Field(
         None,
         description="Token reduction, in place of the default; `{}`: none, null: the default.",

@@ -19,6 +19,7 @@ from vllm_mm_ext.config.media_settings import MediaConfig
 from vllm_mm_ext.config.root import MIB
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.audio import waveforms as audio_ops
+from vllm_mm_ext.media.audio.stream_choice import chosen_audio
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
 from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.fetch.blob import Blob
@@ -29,6 +30,7 @@ from vllm_mm_ext.media.payload import SampledFrames, Waveform
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import (
+    AudioNote,
     DecodeLimits,
     DecodeRequest,
     FrameSelection,
@@ -66,6 +68,7 @@ class VideoResult:
         stages: Seconds per stage of the work done for this result.
         cached: True when nothing was decoded for the caller.
         lease: Of frames and sound, on the media budget.
+        audio_note: What became of the sound, if it is wanted and not there as a whole.
     """
 
     frames: SampledFrames
@@ -74,6 +77,7 @@ class VideoResult:
     stages: dict[str, float]
     cached: bool
     lease: Lease | None = None
+    audio_note: AudioNote = ""
 
     @property
     def nbytes(self) -> int:
@@ -214,7 +218,7 @@ class MediaFrontend:
             MediaError: The media cannot be served; the message names cause and limit.
         """
         # The limits on a sound track decide how much of it is cut off.
-        sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}|{self.limits.truncate_audio}"
+        sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}"
         shown, heard = str(self.picture), sound if plan.audio else ""
         key = _digest("video", ref.digest, plan.decode_key(), shown, heard)
         found = self.cache.get(key)
@@ -233,13 +237,19 @@ class MediaFrontend:
             self.cache.put(key, result)
         return result
 
-    async def audio(self, ref: MediaRef) -> AudioResult:
+    async def audio(self, ref: MediaRef, stream: int | None = None) -> AudioResult:
         """Return the media's sound as mono at the model's rate.
+
+        Args:
+            ref: The media.
+            stream: Number of the audio stream, from 0; None for the configured one.
 
         Raises:
             MediaError: There is no sound, it is too long, or it cannot be decoded.
         """
-        key = _digest("audio", ref.digest, str(self.traits.audio_rate), str(self.limits))
+        stream = self.config.audio.audio_stream if stream is None else stream
+        rate, limits = str(self.traits.audio_rate), str(self.limits)
+        key = _digest("audio", ref.digest, rate, limits, str(stream))
         found = self.cache.get(key)
         if isinstance(found, AudioResult):
             return replace(found, stages={}, cached=True)
@@ -247,7 +257,9 @@ class MediaFrontend:
         async def decode() -> AudioResult:
             blob = await ref.open()
             info = await self.probe(ref)
-            request = DecodeRequest(audio="required", limits=self.limits, info=info)
+            request = DecodeRequest(
+                audio="required", limits=self.limits, info=info, audio_stream=stream
+            )
             lease, sized = await self._room(ref, blob, info, request)
             try:
                 done = await self.pool.run(blob.fd, request, sized)
@@ -275,6 +287,7 @@ class MediaFrontend:
             threads=self.config.decode.threads,
             limits=self.limits,
             picture=self.picture,
+            audio_stream=plan.audio_stream,
         )
         started = time.perf_counter()
         info = await self.probe(ref, plan.sampling.video_stream)
@@ -320,7 +333,15 @@ class MediaFrontend:
             step=done.selection.step,
             pinned=_is_pinned(plan.size, done.info, done.frames.shape),
         )
-        return VideoResult(frames, done.info, done.selection, stages, cached=False, lease=lease)
+        return VideoResult(
+            frames,
+            done.info,
+            done.selection,
+            stages,
+            cached=False,
+            lease=lease,
+            audio_note=done.audio_note,
+        )
 
     async def _room(
         self, ref: MediaRef, blob: Blob, info: MediaInfo, request: DecodeRequest
@@ -330,9 +351,11 @@ class MediaFrontend:
         They are acquired before the job has a worker, so they are an upper estimate.
         """
         frames, sound, resampled = frame_bytes(info, request), 0, 0
-        if info.audio and request.audio != "none":
-            sound = audio_bytes(info.audio[0], self.limits)
-            resampled = audio_bytes(info.audio[0], self.limits, self.traits.audio_rate)
+        wanted = info.audio if request.audio != "none" else ()
+        stream = chosen_audio(wanted, request.audio_stream)
+        if stream is not None:
+            sound = audio_bytes(info, stream, request)
+            resampled = audio_bytes(info, stream, request, self.traits.audio_rate)
         lease = await ref.claim.acquire(frames + sound + resampled, beside=blob.size)
         return lease, lambda num_bytes: lease.resize(num_bytes + resampled)
 

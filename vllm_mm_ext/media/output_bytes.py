@@ -30,16 +30,39 @@ def frame_bytes(info: MediaInfo, request: DecodeRequest) -> int:
     return min(count * height * width * 3, request.limits.max_output_bytes)
 
 
-def audio_bytes(stream: AudioStream, limits: DecodeLimits, rate: int | None = None) -> int:
+def audio_seconds(
+    info: MediaInfo, stream: AudioStream, limits: DecodeLimits, *, with_frames: bool
+) -> float:
+    """Seconds of sound that are delivered, if the headers are right.
+
+    Args:
+        info: What the container says.
+        stream: The audio stream.
+        limits: Of the job.
+        with_frames: The sound comes with the frames of the video, on whose clock it lies.
+    """
+    if info.video is None or not with_frames:
+        return min(stream.duration, limits.max_audio_s)
+    picture = min(info.video.duration, limits.max_audio_s)
+    if not stream.duration:
+        return picture
+    return min(max(0.0, stream.start + stream.duration - info.video.start), picture)
+
+
+def audio_bytes(
+    info: MediaInfo, stream: AudioStream, request: DecodeRequest, rate: int | None = None
+) -> int:
     """Bytes of a decoded track, mixed to mono, if its header is right.
 
     A track that is more than ``limits.max_output_bytes`` at its own rate is never decoded.
 
     Args:
+        info: What the container says.
         stream: The track.
-        limits: Of the job.
+        request: The job.
         rate: Hz; None for the track's own.
     """
-    seconds = min(stream.duration, limits.max_audio_s)
+    limits = request.limits
+    seconds = audio_seconds(info, stream, limits, with_frames=request.sampling is not None)
     num_bytes = min(int(seconds * stream.sample_rate) * 4, limits.max_output_bytes)
     return num_bytes if rate is None else num_bytes * rate // stream.sample_rate

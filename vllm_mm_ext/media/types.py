@@ -10,6 +10,10 @@ import numpy.typing as npt
 
 PolicyName = Literal["uniform", "keyframe", "adaptive", "explicit"]
 DecoderName = Literal["auto", "pyav", "decord"]
+# What became of the sound of a video, where not all of it is delivered: it goes on past a limit; no
+# decoder takes it; nothing of it can be decoded; it has an absurd rate or needs too much memory; it
+# is too short for any model; no sample of it belongs to the picture.
+AudioNote = Literal["", "cut", "unsupported", "unreadable", "too_large", "too_short", "outside"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class VideoStream:
         crop: Columns and rows of the decoded picture that the container cuts off: left, right, top,
             bottom.
         plain: The first picture is shown as it is decoded, taken as 8-bit BT.601 in limited range.
+        origins: Where the container's clock starts anew in the middle of the file, for each part of
+            the file the seconds on its clock that are 0 on the picture's; else empty.
     """
 
     index: int
@@ -51,6 +57,7 @@ class VideoStream:
     sample_aspect: float = 1.0
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     plain: bool = True
+    origins: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,10 @@ class AudioStream:
         codec: FFmpeg codec name (``aac``, ``opus``...).
         sample_rate: Sampling rate in Hz.
         channels: Number of channels.
-        duration: Seconds.
+        duration: Seconds; 0 if the container claims nothing.
+        number: Number among the file's audio streams, from 0 in file order.
+        start: Seconds on the container's clock at which the sound begins.
+        estimated: The duration is an estimate, or a claim that may be far off.
     """
 
     index: int
@@ -70,6 +80,9 @@ class AudioStream:
     sample_rate: int
     channels: int
     duration: float
+    number: int = 0
+    start: float = 0.0
+    estimated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +134,7 @@ class MediaInfo:
         video: The video stream that a player shows (cover art does not count), or None.
         audio: Audio streams, the one that a player plays first; possibly empty.
         packets: Packet table of ``video``; None without video.
+        unsupported_audio: The file has audio streams of which none can be decoded.
     """
 
     container: str
@@ -129,6 +143,7 @@ class MediaInfo:
     video: VideoStream | None
     audio: tuple[AudioStream, ...]
     packets: PacketTable | None = field(default=None, repr=False, compare=False)
+    unsupported_audio: bool = False
 
 
 @dataclass(frozen=True)
@@ -281,14 +296,16 @@ class DecodeRequest:
     Attributes:
         sampling: Frames wanted, or None for no video. Of a probe, its ``video_stream`` counts.
         size: Rule for the size of the frames.
-        audio: ``required`` (a file without an audio stream is an error), ``optional``
-            (``DecodeResult.audio`` of a file without one is None) or ``none``.
+        audio: ``required`` (a file without readable sound is an error), ``optional`` (sound that
+            cannot be had is left out, and ``DecodeResult.audio_note`` says why) or ``none``.
         decoder: Decoder backend; ``auto`` picks the one that measured best.
         threads: FFmpeg threads, 0 for one per core.
         probe_only: Return only ``info``, packet table included.
         info: What an earlier probe of the same file returned; the container is not read again.
         limits: Hard limits of the job.
         picture: How pictures are shown.
+        audio_stream: Number of the audio stream among those of the file, from 0; None for the one
+            that a player plays.
     """
 
     sampling: SamplingSpec | None = None
@@ -300,6 +317,7 @@ class DecodeRequest:
     info: MediaInfo | None = None
     limits: DecodeLimits = DecodeLimits()
     picture: PictureRules = AS_PLAYERS
+    audio_stream: int | None = None
 
 
 @dataclass(eq=False)
@@ -310,10 +328,13 @@ class DecodeResult:
         info: What the container says about the file.
         selection: The frames that were decoded; frames that turned out broken are left out.
         frames: uint8 RGB ``[n, height, width, 3]`` at the target size, or None.
-        audio: float32 mono ``[samples]`` at ``audio_rate``, or None.
+        audio: float32 mono ``[samples]`` at ``audio_rate``, or None. With frames it begins at the
+            first picture of the video and ends with the last one at the latest; without, it begins
+            with the sound itself.
         audio_rate: Sampling rate of ``audio`` in Hz (the stream's own rate).
         decoder: Name of the backend that decoded.
         timings: Stage name to seconds: ``probe``, ``profile``, ``decode``, ``audio``.
+        audio_note: What became of optional sound that is not there as a whole.
     """
 
     info: MediaInfo
@@ -323,3 +344,4 @@ class DecodeResult:
     audio_rate: int = 0
     decoder: str = ""
     timings: dict[str, float] = field(default_factory=dict)
+    audio_note: AudioNote = ""

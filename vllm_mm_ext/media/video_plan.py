@@ -24,6 +24,7 @@ class VideoPlan:
         chooser: Returns explicit frame indices after the probe, where stock vLLM's rule chooses
             the frames; None otherwise.
         reduction: How the number of the model's tokens is reduced.
+        audio_stream: Number of the audio stream, from 0; None for the one that a player plays.
     """
 
     sampling: SamplingSpec
@@ -32,6 +33,7 @@ class VideoPlan:
     chooser_name: str = ""
     chooser: IndexChooser | None = field(default=None, compare=False, repr=False)
     reduction: Reduction = NO_REDUCTION
+    audio_stream: int | None = None
 
     def key(self) -> str:
         """Cache key of the model's input: plans with equal keys give the model the same."""
@@ -39,4 +41,5 @@ class VideoPlan:
 
     def decode_key(self) -> str:
         """Cache key of the decode: plans with equal keys decode the same pixels and samples."""
-        return f"{self.sampling}|{self.size}|audio={self.audio}|{self.chooser_name}"
+        sound = self.audio_stream if self.audio else None
+        return f"{self.sampling}|{self.size}|audio={self.audio},{sound}|{self.chooser_name}"

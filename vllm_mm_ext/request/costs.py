@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
+from vllm_mm_ext.media.audio.stream_choice import chosen_audio
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
+from vllm_mm_ext.media.output_bytes import audio_seconds
 from vllm_mm_ext.media.sampling.timeline import target_count
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.traits import ModelTraits
@@ -129,8 +131,9 @@ class FrontendCosts:
         return target_size(rule, width=stream.width, height=stream.height, num_frames=frames)
 
     def _samples(self, video: PlannedVideo) -> int:
-        if not (video.plan.audio and video.info.audio):
+        heard = video.info.audio if video.plan.audio else ()
+        track = chosen_audio(heard, video.plan.audio_stream)
+        if track is None:
             return 0
-        track = video.info.audio[0]
-        seconds = min(track.duration, self._limits.max_audio_s)
+        seconds = audio_seconds(video.info, track, self._limits, with_frames=True)
         return round(seconds * (self._traits.audio_rate or track.sample_rate))

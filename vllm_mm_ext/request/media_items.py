@@ -8,6 +8,7 @@ from typing import Literal
 
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
+from vllm_mm_ext.media.types import AudioNote
 from vllm_mm_ext.media.video_plan import VideoPlan
 
 MediaModality = Literal["video", "audio"]
@@ -26,6 +27,7 @@ class VideoReport:
         audio_s: Seconds of sound that come with the frames; None without sound.
         duration_s: Duration of the source in seconds; None where it is not known.
         reduction: The token reduction.
+        audio_note: What became of the sound, if the model does not hear all of it; else empty.
     """
 
     policy: str
@@ -37,6 +39,7 @@ class VideoReport:
     audio_s: float | None
     duration_s: float | None = None
     reduction: Reduction = NO_REDUCTION
+    audio_note: AudioNote = ""
 
 
 @dataclass(frozen=True)

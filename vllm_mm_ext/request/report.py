@@ -40,6 +40,7 @@ def _video(trace: RequestTrace, item: MediaItem, report: VideoReport) -> dict[st
         "size": [report.height, report.width],
         "source_s": None if report.duration_s is None else round(report.duration_s, 3),
         "audio_s": None if report.audio_s is None else round(report.audio_s, 2),
+        **({"audio_note": report.audio_note} if report.audio_note else {}),
         "reduction": report.reduction.model_dump(),
         "level": item.decision.level,
         "lowered": [dict(lowered) for lowered in item.decision.lowered],

@@ -155,6 +155,21 @@ async def test_a_silent_video_has_no_sound_and_is_no_error(
     assert result.frames.audio is None
 
 
+async def test_sound_past_the_limit_is_cut_and_noted_also_from_the_cache(
+    runtime: Runtime, clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frontend = runtime.frontend
+    monkeypatch.setattr(frontend, "limits", replace(frontend.limits, max_audio_s=1.5))
+    for _ in range(2):
+        plan = replace(PLAN, audio=True, audio_stream=0)
+        result = await frontend.video(await resolve(runtime, clips["a"]), plan)
+        assert result.frames.audio is not None
+        assert (len(result.frames.audio), result.audio_note) == (24_000, "cut")
+    assert plan.key() != replace(plan, audio_stream=None).key()
+    with pytest.raises(NoSuchStreamError, match="no audio stream 1"):
+        await frontend.video(await resolve(runtime, clips["a"]), replace(plan, audio_stream=1))
+
+
 async def test_audio_is_resampled_to_the_models_rate(
     runtime: Runtime, clips: dict[str, Path]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,15 @@ def test_a_plan_is_reported_with_its_video() -> None:
     assert (first["level"], first["lowered"]) == (1, [lowered])
     assert (second["level"], second["lowered"]) == (0, [])
     assert (first["size"], first["source_s"], first["reduction"]["pool"]) == ([28, 56], 9.5, 2)
+
+
+def test_sound_that_is_not_there_as_a_whole_has_a_note() -> None:
+    whole, part = video(), video()
+    assert isinstance(part.report, VideoReport)
+    part.report = replace(part.report, audio_s=600.0, audio_note="cut")
+    first, second = report.block(RequestTrace(media=[whole, part]))["videos"]
+    assert "audio_note" not in first
+    assert (second["audio_s"], second["audio_note"]) == (600.0, "cut")
 
 
 @pytest.mark.parametrize("cached", [False, True])

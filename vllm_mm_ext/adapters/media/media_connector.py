@@ -101,6 +101,7 @@ def server_plan(
         spec_for(sampling, frontend.traits.frame_multiple),
         size or frontend.size_rule,
         audio=frontend.wants_audio_in_video,
+        audio_stream=runtime.config.media.audio.audio_stream,
         reduction=runtime.default_reduction,
     )
     if sampling.policy != "stock":
@@ -238,7 +239,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         return await use_media(
             self.fetcher(runtime),
             item.url,
-            runtime.frontend.audio,
+            lambda content: runtime.frontend.audio(content, context.options.audio_stream),
             claim=context.budget_claim(runtime.budget),
             timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
             max_bytes=AudioMediaIO().get_max_bytes(),
@@ -285,6 +286,7 @@ def _deliver_video(
         audio_s=None if frames.audio is None else len(frames.audio) / (frames.audio.rate or 1),
         duration_s=result.info.duration,
         reduction=frames.reduction,
+        audio_note=result.audio_note,
     )
     return MediaWithBytes((frames, metadata), (frames.digest or "").encode())
 

@@ -203,11 +203,16 @@ class _Conversation:
                 self.plans[url] = plan
 
     def _with_streams(self, plan: VideoPlan | None) -> VideoPlan | None:
-        """A plan, for the video stream that the request asks for."""
-        number = self.context.options.video_stream
-        if plan is None or plan.chooser is not None or number is None:
-            return plan
-        return replace(plan, sampling=replace(plan.sampling, video_stream=number))
+        """A plan, for the streams that the request asks for."""
+        options = self.context.options
+        if plan is None:
+            return None
+        if options.audio_stream is not None:
+            plan = replace(plan, audio_stream=options.audio_stream)
+        if options.video_stream is not None and plan.chooser is None:
+            sampling = replace(plan.sampling, video_stream=options.video_stream)
+            plan = replace(plan, sampling=sampling)
+        return plan
 
     # --- on the front-end's loop ------------------------------------------------------------------
 

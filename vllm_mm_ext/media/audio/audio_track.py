@@ -1,28 +1,57 @@
-"""The audio track of a media file as a mono waveform at its own rate."""
+"""The audio track of a media file as a mono waveform at its own rate, on the picture's clock."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream as AvAudioStream
+from av.container import InputContainer
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
+from vllm_mm_ext.media.audio.downmix import to_mono
+from vllm_mm_ext.media.audio.sound_placement import Clock, Piece, place
 from vllm_mm_ext.media.decode.container import open_container
-from vllm_mm_ext.media.types import AudioStream, DecodeLimits
+from vllm_mm_ext.media.types import AudioNote, AudioStream, DecodeLimits
 
 # The highest rate of sampled sound in use (DXD is half of it). A header may claim any.
 MAX_SAMPLE_RATE = 768_000
+# One window of the log-mel transform that all families begin with. From less, Qwen2.5-Omni makes no
+# token, and Qwen3-Omni's audio encoder fails.
+MIN_AUDIO_S = 0.025
+# FFmpeg's flag of formats whose timestamps may start anew (AVFMT_TS_DISCONT).
+_RESTARTS = 0x200
 # Of one float32 sample, as which every format is delivered.
 _SAMPLE_BYTES = 4
-# Beyond any headroom: 120 dB above full scale.
-_MAX_AMPLITUDE = 1e6
-# Full scale of FFmpeg's integer sample formats (planar ones end in "p").
-_FULL_SCALE = {"s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
+# Sound decoded beyond the end, in seconds, before decoding stops: parts of it may overlap.
+_SLACK_S = 1.0
+# Decoding stops after so many frames in a row that lie past the end. One timestamp may be wrong.
+_PAST_THE_END = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """Decoded sound.
+
+    Attributes:
+        samples: float32 mono ``[samples]`` in -1..1 from second 0 of the clock on.
+        rate: Sampling rate in Hz.
+        note: What became of the sound; empty if all of it is there.
+    """
+
+    samples: npt.NDArray[np.float32]
+    rate: int
+    note: AudioNote = ""
 
 
 def check_audio(stream: AudioStream, limits: DecodeLimits) -> None:
     """Refuse a track, before it is decoded, whose header says that it is past a limit.
+
+    A duration that is only an estimate refuses nothing.
 
     Raises:
         MediaTooLongError: It is longer than ``limits.max_audio_s``, and ``truncate_audio`` is off.
@@ -30,81 +59,118 @@ def check_audio(stream: AudioStream, limits: DecodeLimits) -> None:
             than ``limits.max_audio_bytes``.
     """
     _checked_rate(stream.sample_rate)
+    if stream.estimated:
+        return
     # Half a second of grace: headers count encoder padding.
     seconds = max(stream.duration - 0.5, 0.0)
-    if not limits.truncate_audio:
-        _check_length(seconds, limits)
+    if seconds > limits.max_audio_s and not limits.truncate_audio:
+        raise _too_long(f"The audio lasts {stream.duration:.1f} s", stream.duration, limits)
     samples = int(min(seconds, limits.max_audio_s) * stream.sample_rate)
     _check_bytes(samples * stream.channels * _SAMPLE_BYTES, limits)
 
 
 def decode_audio(
-    path: str, stream: AudioStream, limits: DecodeLimits
-) -> tuple[npt.NDArray[np.float32], int]:
-    """Decode one audio stream.
+    path: str,
+    stream: AudioStream,
+    limits: DecodeLimits,
+    *,
+    origins: Sequence[float] = (),
+    end: float | None = None,
+) -> Track:
+    """Decode one audio stream and place its samples by their timestamps.
 
-    Encoder delay and padding are trimmed as FFmpeg does (skip-samples data, edit lists).
-    Broken packets are left out.
+    Encoder delay and padding are trimmed as FFmpeg does (skip-samples data, edit lists). Where
+    there is no sound, and where packets are broken or lost, there is silence. Parts of another
+    sampling rate are resampled to that of most of the sound.
 
     Args:
         path: The file.
         stream: Its audio stream, from ``probe``.
         limits: ``max_audio_s`` with ``truncate_audio``, ``max_audio_bytes`` and
             ``max_output_bytes`` apply.
-
-    Returns:
-        float32 ``[samples]`` in -1..1, the mean of the channels, and Hz.
+        origins: For the sound of a video, seconds on the container's clock at which the picture
+            starts, as ``sound_placement.Clock`` takes them; none lets the clock start with the
+            sound.
+        end: Seconds from there at which the picture ends, for the sound of a video, which is cut
+            at each limit instead of being refused.
 
     Raises:
         MediaTooLongError, MediaTooLargeError: Past a limit.
-        UnreadableMediaError: The sample rate changes midway.
+        UnreadableMediaError: Nothing can be decoded, or less than ``MIN_AUDIO_S``; for the sound of
+            a video the result has no samples then.
     """
-    chunks: list[npt.NDArray[np.float32]] = []
-    total, decoded_bytes, rate = 0, 0, stream.sample_rate
+    of_video = end is not None
+    last = limits.max_audio_s if end is None else min(end, limits.max_audio_s)
+    pieces: list[Piece] = []
+    kept_s, kept, decoded_bytes, past, any_sound = 0.0, 0, 0, 0, False
+    cut = False
     with open_container(path, max_pixels=limits.max_pixels) as container:
-        source = container.streams[stream.index]
-        context = source.codec_context
-        draining = False
-        packets = iter(container.demux(source))
-        while not draining:
-            try:
-                packet = next(packets, None)
-            except av.FFmpegError:
-                packet = None
-            draining = packet is None or packet.size == 0
-            try:
-                frames: list[AudioFrame] = list(context.decode(None if draining else packet))  # type: ignore[attr-defined]
-            except av.FFmpegError as error:
-                if isinstance(error, MemoryError):
-                    raise
+        clock = Clock(origins, bool(container.format.flags & _RESTARTS))
+        source = container.streams.audio[stream.number]
+        time_base = float(source.time_base or 0)
+        for frame in _frames(container, source):
+            # Headers of HE-AAC give half the rate that is really played.
+            rate = _checked_rate(frame.sample_rate)
+            seconds = frame.samples / rate
+            stamp = None if frame.pts is None or not time_base else frame.pts * time_base
+            time = clock.time(stamp, seconds)
+            any_sound = True
+            if time is not None and time + seconds <= 0:
                 continue
-            for frame in frames:
-                if chunks and frame.sample_rate != rate:
-                    raise UnreadableMediaError(
-                        f"The audio changes from {rate} Hz to {frame.sample_rate} Hz midway.",
-                        parameter="input_audio",
-                    )
-                # Headers of HE-AAC give half the rate that is really played.
-                rate = _checked_rate(frame.sample_rate)
-                chunks.append(_mono(frame))
-                total += len(chunks[-1])
-                decoded_bytes += len(chunks[-1]) * frame.layout.nb_channels * _SAMPLE_BYTES
-            if total * _SAMPLE_BYTES > limits.max_output_bytes:
-                raise MediaTooLargeError(
-                    f"The audio decodes to more than the limit of {limits.max_output_bytes} bytes.",
-                    parameter="input_audio",
-                )
-            if total > limits.max_audio_s * rate:
-                if not limits.truncate_audio:
-                    _check_length(total / rate, limits)
+            past = past + 1 if time is not None and time >= last else 0
+            if past > _PAST_THE_END or kept_s > last + _SLACK_S:
                 break
-            _check_bytes(decoded_bytes, limits)
-    samples = np.concatenate(chunks) if chunks else np.empty(0, np.float32)
-    return samples[: int(limits.max_audio_s * rate)], rate
+            kept_s += seconds
+            kept += frame.samples * _SAMPLE_BYTES
+            decoded_bytes += frame.samples * frame.layout.nb_channels * _SAMPLE_BYTES
+            try:
+                _check_output(kept, limits)
+                _check_bytes(decoded_bytes, limits)
+            except MediaTooLargeError:
+                if not of_video:
+                    raise
+                cut = True
+                break
+            pieces.append(Piece(to_mono(frame), rate, time))
+    samples, rate, beyond = place(pieces, last, limits.max_output_bytes // _SAMPLE_BYTES)
+    beyond = beyond and last == limits.max_audio_s
+    if beyond and not of_video and not limits.truncate_audio:
+        raise _too_long(f"The audio lasts more than {limits.max_audio_s:g} s", None, limits)
+    note: AudioNote = "cut" if cut or beyond else ""
+    if len(samples) < MIN_AUDIO_S * rate or not rate:
+        note = "too_short" if len(samples) else "outside" if any_sound else "unreadable"
+        if not of_video:
+            raise UnreadableMediaError(
+                f"The audio lasts {1e3 * len(samples) / rate:.3g} ms, too little to hear anything: "
+                f"models need {1e3 * MIN_AUDIO_S:g} ms."
+                if len(samples)
+                else "The audio stream holds no readable samples.",
+                parameter="input_audio",
+            )
+        samples = samples[:0]
+    return Track(samples, rate, note)
+
+
+def _frames(container: InputContainer, source: AvAudioStream) -> Iterator[AudioFrame]:
+    """Decode a stream; packets that cannot be decoded are left out."""
+    context = source.codec_context
+    draining = False
+    packets = iter(container.demux(source))
+    while not draining:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:
+            packet = None
+        draining = packet is None or packet.size == 0
+        try:
+            yield from context.decode(None if draining else packet)
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
 
 
 def _checked_rate(rate: int) -> int:
-    if rate > MAX_SAMPLE_RATE:
+    if not 0 < rate <= MAX_SAMPLE_RATE:
         raise MediaTooLargeError(
             f"The audio has {rate} samples a second, past the limit of {MAX_SAMPLE_RATE}.",
             parameter="input_audio",
@@ -113,23 +179,12 @@ def _checked_rate(rate: int) -> int:
     return rate
 
 
-def _mono(frame: AudioFrame) -> npt.NDArray[np.float32]:
-    name = frame.format.name
-    data = frame.to_ndarray()
-    if not frame.format.is_planar:
-        data = data.reshape(-1, frame.layout.nb_channels).T
-    else:
-        name = name[:-1]
-    if name == "u8":
-        scaled = (data.astype(np.float32) - 128.0) / 128.0
-    elif name in _FULL_SCALE:
-        scaled = (data / _FULL_SCALE[name]).astype(np.float32)
-    else:
-        # Floats in a file may be anything. What is not finite, or so large that its power would not
-        # be, makes the model's features NaN, and attention kernels can carry NaN to others.
-        scaled = np.nan_to_num(data.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-        scaled = np.clip(scaled, -_MAX_AMPLITUDE, _MAX_AMPLITUDE, out=scaled)
-    return np.asarray(scaled.mean(axis=0) if len(scaled) > 1 else scaled[0], np.float32)
+def _check_output(num_bytes: int, limits: DecodeLimits) -> None:
+    if num_bytes > limits.max_output_bytes:
+        raise MediaTooLargeError(
+            f"The audio decodes to more than the limit of {limits.max_output_bytes} bytes.",
+            parameter="input_audio",
+        )
 
 
 def _check_bytes(num_bytes: int, limits: DecodeLimits) -> None:
@@ -142,10 +197,9 @@ def _check_bytes(num_bytes: int, limits: DecodeLimits) -> None:
         )
 
 
-def _check_length(seconds: float, limits: DecodeLimits) -> None:
-    if seconds > limits.max_audio_s:
-        raise MediaTooLongError(
-            f"The audio lasts {seconds:.1f} s, past the limit of {limits.max_audio_s:g} s.",
-            parameter="input_audio",
-            value=round(seconds, 3),
-        )
+def _too_long(what: str, seconds: float | None, limits: DecodeLimits) -> MediaTooLongError:
+    return MediaTooLongError(
+        f"{what}, past the limit of {limits.max_audio_s:g} s.",
+        parameter="input_audio",
+        value=None if seconds is None else round(seconds, 3),
+    )

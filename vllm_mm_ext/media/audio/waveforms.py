@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from vllm_mm_ext.media.audio.conversion import convert_rate
+
 MODEL_RATE = 16_000
 N_FFT = 400
 HOP = 160
@@ -51,7 +53,7 @@ def resample(waveform: Samples, rate: int, target: int = MODEL_RATE) -> Samples:
         return waveform
     divisor = math.gcd(rate, target)
     if (rate // divisor) * (target // divisor) > _MAX_KERNEL:
-        return _resample_any(waveform, rate, target)
+        return convert_rate(waveform, rate, target)
     import torch
 
     # This process may fork an engine later, and thread pools of OpenMP and oneDNN do not survive a
@@ -80,21 +82,6 @@ def _quiet_flags() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
         with torch.backends.mkldnn.flags(enabled=False):
             yield
-
-
-def _resample_any(waveform: Samples, rate: int, target: int) -> Samples:
-    """Resample with FFmpeg, which takes no more memory for one ratio of rates than another."""
-    import av
-
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=target)
-    frame = av.AudioFrame.from_ndarray(np.asarray(waveform, np.float32)[None], "flt", "mono")
-    frame.sample_rate = rate
-    chunks = [chunk.to_ndarray()[0] for step in (frame, None) for chunk in resampler.resample(step)]
-    wanted = math.ceil(len(waveform) * target / rate)
-    samples = np.zeros(wanted, np.float32)
-    joined = np.concatenate(chunks)[:wanted] if chunks else samples[:0]
-    samples[: len(joined)] = joined
-    return samples
 
 
 @lru_cache(maxsize=32)

@@ -9,15 +9,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
+import av
 import numpy as np
 import numpy.typing as npt
 
 from vllm_mm_ext.errors import (
+    MediaError,
     MediaTooLargeError,
     NoSuchStreamError,
     UnreadableMediaError,
 )
-from vllm_mm_ext.media.audio.audio_track import check_audio, decode_audio
+from vllm_mm_ext.media.audio.audio_track import Track, check_audio, decode_audio
+from vllm_mm_ext.media.audio.stream_choice import chosen_audio
 from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.probe import probe
@@ -94,24 +97,23 @@ def _decode(
             selection = _select(path, info, request.sampling, request)
         shape = _output_shape(info, selection, request)
     if reserve is not None:
-        reserve(math.prod(shape) + (0 if sound is None else audio_bytes(sound, request.limits)))
+        reserve(math.prod(shape) + (0 if sound is None else audio_bytes(info, sound, request)))
 
     result = DecodeResult(info=info, timings=timings)
     with ThreadPoolExecutor(1) as beside:
-        audio: Future[tuple[npt.NDArray[np.float32], int]] | None = None
+        audio: Future[Track] | None = None
         if sound is not None:
-            audio = beside.submit(_audio, path, sound, request, allocate, timings)
+            audio = beside.submit(_audio, path, info, sound, request, allocate, timings)
+        elif request.audio == "optional" and info.unsupported_audio:
+            result.audio_note = "unsupported"
         if selection is not None:
             with _timed(timings, "decode"):
                 _frames(path, info, selection, request, shape, allocate, result)
         if audio is not None:
-            samples, rate = audio.result()
-            if len(samples):
-                result.audio, result.audio_rate = samples, rate
-            elif request.audio == "required":
-                raise UnreadableMediaError(
-                    "The audio stream holds no readable samples.", parameter="input_audio"
-                )
+            track = audio.result()
+            result.audio_note = track.note
+            if len(track.samples):
+                result.audio, result.audio_rate = track.samples, track.rate
     return result
 
 
@@ -119,12 +121,13 @@ def _wanted_audio(info: MediaInfo, request: DecodeRequest) -> AudioStream | None
     """The audio stream to decode, or None; refuses a file without one where sound is required."""
     if request.audio == "none":
         return None
-    if not info.audio:
-        if request.audio == "required":
-            raise NoSuchStreamError("The media has no audio stream.", parameter="input_audio")
-        return None
-    check_audio(info.audio[0], request.limits)
-    return info.audio[0]
+    stream = chosen_audio(info.audio, request.audio_stream)
+    if request.audio == "required":
+        if stream is None:
+            why = " that can be decoded" if info.unsupported_audio else ""
+            raise NoSuchStreamError(f"The media has no audio stream{why}.", parameter="input_audio")
+        check_audio(stream, request.limits)
+    return stream
 
 
 def _select(
@@ -209,16 +212,33 @@ def _frames(
 
 def _audio(
     path: str,
+    info: MediaInfo,
     stream: AudioStream,
     request: DecodeRequest,
     allocate: Allocate,
     timings: dict[str, float],
-) -> tuple[npt.NDArray[np.float32], int]:
+) -> Track:
+    """Decode the sound; what is optional and cannot be decoded is left out, with a note."""
+    video = info.video if request.sampling is not None else None
     with _timed(timings, "audio"):
-        samples, rate = decode_audio(path, stream, request.limits)
-        out = np.asarray(allocate(samples.shape, np.float32), np.float32)
-        out[...] = samples
-    return out, rate
+        try:
+            track = decode_audio(
+                path,
+                stream,
+                request.limits,
+                origins=() if video is None else video.origins or (video.start,),
+                end=None if video is None else video.duration,
+            )
+            if not len(track.samples):
+                return track
+            out = np.asarray(allocate(track.samples.shape, np.float32), np.float32)
+        except (MediaError, av.FFmpegError, MemoryError) as error:
+            if request.audio == "required":
+                raise
+            large = isinstance(error, MediaTooLargeError | MemoryError)
+            return Track(np.empty(0, np.float32), 0, "too_large" if large else "unreadable")
+        out[...] = track.samples
+    return replace(track, samples=out)
 
 
 @contextmanager

@@ -360,6 +360,7 @@ def _unpack(
         audio_rate=reply.audio_rate,
         decoder=reply.decoder,
         timings=reply.timings,
+        audio_note=reply.audio_note,
     )
 
 

@@ -11,12 +11,13 @@ from fractions import Fraction
 import av
 import numpy as np
 import numpy.typing as npt
-from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
-from av.stream import Disposition
+from av.stream import Stream
 from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
+from vllm_mm_ext.media.audio.audio_streams import audio_streams, describe_audio
+from vllm_mm_ext.media.audio.sound_placement import clock_origins
 from vllm_mm_ext.media.decode.clock import DEFAULT_FPS, NO_TICKS, Clock, read_clock
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.geometry import displayed
@@ -30,7 +31,6 @@ from vllm_mm_ext.media.decode.streams import (
 )
 from vllm_mm_ext.media.types import (
     AS_PLAYERS,
-    AudioStream,
     DecodeLimits,
     MediaInfo,
     PacketTable,
@@ -95,7 +95,7 @@ def _completed(
     if info is not None and not doubtful:
         return info
     with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
-        better = _read(container, path, limits, choice) or info
+        better = _read(container, path, limits, choice, guessed=True) or info
     if better is None:
         raise UnreadableMediaError("The media holds no readable audio or video stream.")
     if doubtful and better.packets is not None:
@@ -104,26 +104,13 @@ def _completed(
     return better
 
 
-def audio_streams(container: InputContainer) -> list[AvAudioStream]:
-    """Audio streams that this FFmpeg can decode; the stream that a player plays comes first.
-
-    Streams marked as the default come first, then those of more channels, then in file order.
-    """
-    streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
-    return sorted(
-        streams,
-        key=lambda stream: (
-            not stream.disposition & Disposition.default,
-            -stream.codec_context.channels,
-        ),
-    )
-
-
 def _read(
     container: InputContainer,
     path: str,
     limits: DecodeLimits,
     choice: Sequence[int],
+    *,
+    guessed: bool = False,
 ) -> MediaInfo | None:
     """Read an open container.
 
@@ -132,15 +119,14 @@ def _read(
         path: Its file.
         limits: As for ``probe``.
         choice: Index of the video stream to read; empty for none.
+        guessed: A few frames have been decoded: what is not known will not be.
 
     Returns:
         None if the headers leave out what decoding a few frames may show.
     """
     video = container.streams[choice[0]] if choice else None
-    audio = audio_streams(container)
-    if video is None and not audio:
-        return None
-    if any(stream.codec_context.sample_rate <= 0 for stream in audio):
+    unknown = any(s.codec_context.sample_rate <= 0 for s in audio_streams(container))
+    if unknown and not guessed:
         return None
     described, packets = None, None
     if video is not None:
@@ -156,19 +142,14 @@ def _read(
         described, packets = _describe(container, video, rows, clock, shown)
         _check_duration(described.duration, limits)
     start = container_start(container) if described is None else described.start
-    sounds = tuple(
-        AudioStream(
-            index=stream.index,
-            codec=stream.codec_context.codec.canonical_name,
-            sample_rate=stream.codec_context.sample_rate,
-            channels=stream.codec_context.channels,
-            duration=claimed_length(container, stream, start),
-        )
-        for stream in audio
-    )
+    sounds = tuple(sound for sound in describe_audio(container, start) if sound.sample_rate)
+    if described is None and not sounds:
+        return None
     if described is None and container.format.flags & _NO_INDEX:
         # FFmpeg estimates the length from the bit rate; to read the packets tells it.
-        sounds = (replace(sounds[0], duration=_measured(container, audio[0])), *sounds[1:])
+        heard = container.streams[sounds[0].index]
+        measured = replace(sounds[0], duration=_measured(container, heard), estimated=False)
+        sounds = (measured, *sounds[1:])
     seconds = [s.duration for s in sounds] + ([described.duration] if described else [])
     return MediaInfo(
         container=container.format.name,
@@ -177,10 +158,11 @@ def _read(
         video=described,
         audio=sounds,
         packets=packets,
+        unsupported_audio=bool(container.streams.audio) and not sounds,
     )
 
 
-def _measured(container: InputContainer, stream: AvAudioStream) -> float:
+def _measured(container: InputContainer, stream: Stream) -> float:
     """Seconds that the packets of a stream last together."""
     ticks = 0
     with contextlib.suppress(av.FFmpegError):
@@ -273,6 +255,7 @@ def _describe(
         duration=duration,
         pixel_format=stream.codec_context.pix_fmt or "",
         start=start,
+        origins=clock_origins(np.asarray(pts * unit, np.float64), times) if clock.has_jumps else (),
     )
     return described, table
 

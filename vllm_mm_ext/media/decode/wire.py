@@ -37,7 +37,7 @@ from vllm_mm_ext.media.decode.wire_checks import (
     check_timings,
     require,
 )
-from vllm_mm_ext.media.types import DecodeRequest, FrameSelection, MediaInfo
+from vllm_mm_ext.media.types import AudioNote, DecodeRequest, FrameSelection, MediaInfo
 
 M = TypeVar("M")
 
@@ -99,6 +99,7 @@ class Decoded(_Message):
         audio_rate: Sampling rate of the sound in Hz, 0 without sound.
         decoder: Backend that decoded.
         timings: Stage name to seconds.
+        audio_note: What became of optional sound that is not there as a whole.
     """
 
     info: MediaInfo
@@ -108,6 +109,7 @@ class Decoded(_Message):
     audio_rate: int
     decoder: str
     timings: dict[str, float]
+    audio_note: AudioNote = ""
 
 
 class Failed(_Message):

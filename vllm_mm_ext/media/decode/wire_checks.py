@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from vllm_mm_ext.media.audio.audio_track import MAX_SAMPLE_RATE
+from vllm_mm_ext.media.audio.sound_placement import MAX_ORIGINS
 from vllm_mm_ext.media.decode.packets import MAX_PACKETS
 from vllm_mm_ext.media.types import (
     AudioStream,
@@ -144,6 +145,7 @@ def _check_audio(stream: AudioStream) -> None:
     require(len(stream.codec) <= _MAX_NAME and stream.index >= 0, "audio stream")
     require(stream.sample_rate > 0 and stream.channels >= 0, "audio stream")
     require(math.isfinite(stream.duration) and stream.duration >= 0, "duration")
+    require(math.isfinite(stream.start) and stream.number >= 0, "audio stream")
 
 
 def _check_video(stream: VideoStream) -> None:
@@ -155,6 +157,8 @@ def _check_video(stream: VideoStream) -> None:
     require(all(0 <= cut <= _MAX_SIDE for cut in stream.crop), "cropping")
     require(all(math.isfinite(x) and x >= 0 for x in (stream.fps, stream.duration)), "duration")
     require(math.isfinite(stream.start), "start time")
+    origins = stream.origins
+    require(len(origins) <= MAX_ORIGINS and all(map(math.isfinite, origins)), "start time")
 
 
 def _check_packets(table: PacketTable, num_frames: int) -> None:

@@ -137,6 +137,7 @@ def _answer(
         audio_rate=result.audio_rate,
         decoder=result.decoder,
         timings=result.timings,
+        audio_note=result.audio_note,
     )
     arrays = [array for array in (frames, audio) if array is not None]
     wire.send(sock, message, [memory.fd_of(array) for array in arrays])

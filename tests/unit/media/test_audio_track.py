@@ -1,0 +1,252 @@
+"""Sound tracks: levels, lengths, limits, and which stream of a file is heard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from av.stream import Disposition
+
+from vllm_mm_ext.errors import MediaTooLongError, NoSuchStreamError, UnreadableMediaError
+from vllm_mm_ext.media.audio.audio_track import MIN_AUDIO_S
+from vllm_mm_ext.media.audio.downmix import speaker_weights
+from vllm_mm_ext.media.decode.job import run_job
+from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.output_bytes import audio_seconds
+from vllm_mm_ext.media.types import AudioNote, DecodeLimits, DecodeRequest, SamplingSpec
+from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
+
+SOUND = DecodeRequest(audio="required")
+VIDEO = DecodeRequest(sampling=SamplingSpec(max_frames=4), audio="optional")
+TONE = [Tone(440.0, 0.0, 1e9)]
+RATE = 16_000
+
+
+# --- levels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "sounding", "level"),
+    [
+        ("mono", [0], 1.0),
+        ("stereo", [0], 0.5),
+        ("3.0", [2], 1 / (1 + 2 * 0.5**0.5)),
+        ("2.1", [0], 0.5),
+        ("2.1", [2], 0.0),
+        ("quad", [2, 3], 1 / (2 * 0.5**0.5 + 1)),
+        ("5.1", [2], 1 / (2 + 2 * 0.5**0.5)),
+        ("5.1", [3], 0.0),
+        ("5.1", [0, 1, 2, 3, 4, 5], 1.0),
+        ("7.1", [0], 0.5**0.5 / (3 + 2 * 0.5**0.5)),
+    ],
+)
+def test_channels_are_weighted_by_speaker(
+    tmp_path: Path, layout: str, sounding: list[int], level: float
+) -> None:
+    path = tmp_path / "a.wav"
+    channels = np.zeros((av.AudioLayout(layout).nb_channels, RATE), np.int16)
+    channels[sounding] = 20_000
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("pcm_s16le", rate=RATE, layout=layout)
+        frame = av.AudioFrame.from_ndarray(channels.T.reshape(1, -1), format="s16", layout=layout)
+        frame.sample_rate = RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    audio = run_job(str(path), SOUND).audio
+    assert audio is not None
+    np.testing.assert_allclose(audio, np.full(RATE, level * 20_000 / 32_768), atol=1e-4)
+
+
+def test_channels_of_unknown_speakers_are_averaged() -> None:
+    assert speaker_weights(("NONE",) * 6) is None
+    assert speaker_weights(("LFE",) * 3) is None
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 160, round(MIN_AUDIO_S * RATE) - 1])
+def test_some_milliseconds_are_no_sound(tmp_path: Path, samples: int) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.full(samples, 0.5, np.float32), RATE)
+    with pytest.raises(UnreadableMediaError, match="ms, too little to hear anything"):
+        run_job(str(path), SOUND)
+    soundfile.write(path, np.full(round(MIN_AUDIO_S * RATE), 0.5, np.float32), RATE)
+    assert run_job(str(path), SOUND).audio is not None
+
+
+def test_a_refusal_carries_the_files_own_figure(tmp_path: Path) -> None:
+    request = DecodeRequest(audio="required", limits=DecodeLimits(max_audio_s=2))
+    exact = make_audio(tmp_path / "a.wav", duration=3).path
+    with pytest.raises(MediaTooLongError, match=r"lasts 3\.0 s, past the limit of 2 s"):
+        run_job(str(exact), request)
+    estimated = tmp_path / "a.aac"
+    with av.open(str(estimated), "w", format="adts") as container:
+        stream: Any = container.add_stream("aac", rate=RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 3 * RATE), np.float32), "fltp", "mono")
+        frame.sample_rate = RATE
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(MediaTooLongError, match="lasts more than 2 s, past the limit of 2 s"):
+        run_job(str(estimated), request)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.aac", "aac"), ("a.mp3", "libmp3lame")])
+def test_a_length_that_is_only_estimated_refuses_nothing(
+    tmp_path: Path, name: str, codec: str
+) -> None:
+    path = tmp_path / name
+    samples = np.zeros((1, 12 * RATE), np.float32)
+    samples[:, 6 * RATE :] = np.random.default_rng(0).uniform(-0.5, 0.5, 6 * RATE)
+    container_format = "adts" if codec == "aac" else "mp3"
+    options = {} if codec == "aac" else {"write_xing": "0", "id3v2_version": "0"}
+    with av.open(str(path), "w", format=container_format, options=options) as container:
+        stream: Any = container.add_stream(codec, rate=RATE, layout="mono")
+        stream.codec_context.options = {"q": "0"} if codec != "aac" else {}
+        if codec != "aac":
+            stream.codec_context.flags |= 2  # a variable bit rate
+            stream.codec_context.global_quality = 0
+        frame = av.AudioFrame.from_ndarray(samples, "fltp", "mono")
+        frame.sample_rate = RATE
+        container.mux([*stream.encode(frame), *stream.encode()])
+    limits = DecodeLimits(max_audio_s=13)
+    assert probe(str(path), limits).audio[0].estimated
+    audio = run_job(str(path), DecodeRequest(audio="required", limits=limits)).audio
+    assert audio is not None
+    assert len(audio) / RATE == pytest.approx(12, abs=0.2)
+
+
+def test_a_recording_that_begins_late_on_its_clock_is_as_long_as_it_is(tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "a.mkv", duration=2, audio=TONE, start_time=610).path
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:
+        streams = {s.index: target.add_stream_from_template(s) for s in source.streams}
+        for packet in source.demux():
+            if packet.pts is None or packet.dts is None:
+                continue
+            if packet.stream.type == "audio":
+                ticks = round(610 / packet.time_base)
+                packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+            packet.stream = streams[packet.stream.index]
+            target.mux(packet)
+    info = probe(str(tmp_path / "b.mkv"), DecodeLimits())
+    assert info.audio[0].duration == pytest.approx(2, abs=0.1)
+    seconds = audio_seconds(info, info.audio[0], DecodeLimits(), with_frames=True)
+    assert seconds == pytest.approx(2, abs=0.1)
+    result = run_job(str(tmp_path / "b.mkv"), VIDEO)
+    assert result.audio is not None
+    assert len(result.audio) / result.audio_rate == pytest.approx(2, abs=0.05)
+
+
+# --- sound never refuses a video ------------------------------------------------------------------
+
+
+def test_long_sound_of_a_video_is_served_to_its_limit(tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "a.mp4", width=64, height=48, duration=4, audio=TONE).path
+    limits = DecodeLimits(max_audio_s=2)
+    result = run_job(str(path), DecodeRequest(VIDEO.sampling, audio="optional", limits=limits))
+    assert result.frames is not None
+    assert result.audio is not None
+    assert (len(result.audio) / result.audio_rate, result.audio_note) == (2.0, "cut")
+    for more in (DecodeLimits(max_audio_bytes=400_000), DecodeLimits(max_output_bytes=400_000)):
+        result = run_job(str(path), DecodeRequest(VIDEO.sampling, audio="optional", limits=more))
+        assert result.audio is not None
+        assert 300_000 < result.audio.nbytes <= 400_000
+        assert result.audio_note == "cut"
+
+
+def clip_with(path: Path, sound: Any) -> Path:
+    """A clip of one second whose packets of sound are what ``sound`` makes of them."""
+    source = make_clip(path.with_name("source.mkv"), width=64, height=48, duration=1, audio=TONE)
+    with av.open(str(source.path)) as container, av.open(str(path), "w") as target:
+        streams = {s.index: target.add_stream_from_template(s) for s in container.streams}
+        for packet in container.demux():
+            if packet.dts is None:
+                continue
+            kept: Any = packet
+            if packet.stream.type == "audio":
+                content = sound(bytes(packet))
+                if content is None:
+                    continue
+                kept = av.Packet(content)
+                kept.pts, kept.dts, kept.time_base = packet.pts, packet.dts, packet.time_base
+            kept.stream = streams[packet.stream.index]
+            target.mux(kept)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [("garbage", "unreadable"), ("empty", "unreadable"), ("codec", "unsupported")],
+)
+def test_sound_that_cannot_be_had_is_left_out_of_a_video(
+    tmp_path: Path, kind: str, note: AudioNote
+) -> None:
+    path = tmp_path / "a.mkv"
+    if kind == "garbage":
+        clip_with(path, lambda data: b"\xaa" * len(data))
+    elif kind == "empty":
+        clip_with(path, lambda _: None)
+    else:
+        clip_with(path, lambda data: data)
+        path.write_bytes(path.read_bytes().replace(b"A_AAC", b"A_XYZ"))
+    result = run_job(str(path), VIDEO)
+    assert result.frames is not None
+    assert result.audio_note == note
+    assert result.audio is None
+    with pytest.raises((UnreadableMediaError, NoSuchStreamError)) as refused:
+        run_job(str(path), SOUND)
+    assert refused.value.parameter == "input_audio"
+
+
+# --- which stream --------------------------------------------------------------------------------
+
+
+def streams(path: Path, sounds: list[tuple[float, str, Disposition]]) -> str:
+    """A file of audio streams: amplitude, layout and disposition of each."""
+    with av.open(str(path), "w") as container:
+        made: list[Any] = []
+        for _, layout, disposition in sounds:
+            stream: Any = container.add_stream("pcm_s16le", rate=RATE, layout=layout)
+            stream.disposition = disposition
+            made.append(stream)
+        for stream, (amplitude, layout, _) in zip(made, sounds, strict=True):
+            count = av.AudioLayout(layout).nb_channels
+            wave = np.full((1, count * RATE), amplitude * 32_768, np.int16)
+            frame = av.AudioFrame.from_ndarray(wave, format="s16", layout=layout)
+            frame.sample_rate = RATE
+            container.mux([*stream.encode(frame), *stream.encode()])
+    return str(path)
+
+
+NONE, DEFAULT, COMMENT = Disposition(0), Disposition.default, Disposition.comment
+
+
+@pytest.mark.parametrize(
+    ("sounds", "heard"),
+    [
+        ([(0.1, "mono", NONE), (0.2, "mono", DEFAULT)], 0.2),
+        ([(0.1, "mono", DEFAULT | COMMENT), (0.2, "mono", NONE)], 0.2),
+        ([(0.1, "stereo", Disposition.visual_impaired), (0.2, "mono", NONE)], 0.2),
+        ([(0.1, "mono", NONE), (0.2, "stereo", NONE), (0.3, "stereo", NONE)], 0.2),
+        ([(0.1, "stereo", Disposition.dub), (0.2, "mono", NONE)], 0.2),
+        ([(0.1, "mono", COMMENT)], 0.1),
+    ],
+)
+def test_the_programmes_own_sound_is_heard(tmp_path: Path, sounds: Any, heard: float) -> None:
+    audio = run_job(streams(tmp_path / "a.mkv", sounds), SOUND).audio
+    assert audio is not None
+    assert float(audio.max()) == pytest.approx(heard, abs=1e-3)
+
+
+def test_a_request_chooses_the_stream_by_its_number(tmp_path: Path) -> None:
+    path = streams(tmp_path / "a.mkv", [(0.1, "mono", NONE), (0.2, "mono", DEFAULT)])
+    for number, heard in ((0, 0.1), (1, 0.2)):
+        audio = run_job(path, DecodeRequest(audio="required", audio_stream=number)).audio
+        assert audio is not None
+        assert float(audio.max()) == pytest.approx(heard, abs=1e-3)
+    with pytest.raises(NoSuchStreamError, match=r"no audio stream 2.*it has 0, 1") as refused:
+        run_job(path, DecodeRequest(audio="required", audio_stream=2))
+    assert refused.value.parameter == "mm_ext.audio_stream"

@@ -1,0 +1,260 @@
+"""Sound lies where its timestamps say, on the clock of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from vllm_mm_ext.media.audio.sound_placement import (
+    TOLERANCE_S,
+    Clock,
+    Piece,
+    clock_origins,
+    place,
+)
+from vllm_mm_ext.media.decode.job import run_job
+from vllm_mm_ext.media.types import DecodeRequest, DecodeResult, SamplingSpec
+
+RATE = 48_000
+# Bursts of sound begin at these seconds of the sound, and last 0.2 s.
+BURSTS = (0.5, 1.5, 2.5)
+SECONDS = 3.0
+VIDEO_S = 4.0
+CODECS = {
+    "mp4": ("mpeg4", "aac"),
+    "mov": ("mpeg4", "aac"),
+    "3gp": ("mpeg4", "aac"),
+    "mkv": ("mpeg4", "libopus"),
+    "webm": ("libvpx", "libopus"),
+    "ts": ("mpeg2video", "aac"),
+    "mpg": ("mpeg2video", "mp2"),
+    "flv": ("flv", "aac"),
+    "nut": ("mpeg4", "flac"),
+    "asf": ("msmpeg4v3", "libmp3lame"),
+}
+VIDEO = DecodeRequest(sampling=SamplingSpec(max_frames=4), audio="optional")
+# What is done to a packet of sound, given its time in seconds: the seconds by which it is moved, or
+# None to lose it.
+Defect = Callable[[float], float | None]
+
+
+def bursts() -> np.ndarray:
+    wave = np.zeros(round(SECONDS * RATE), np.float32)
+    noise = np.random.default_rng(0).uniform(-0.8, 0.8, RATE // 5)
+    for start in BURSTS:
+        begin = round(start * RATE)
+        wave[begin : begin + len(noise)] = noise
+    return wave
+
+
+def write(path: Path, *, picture_at: float = 0.0, sound_at: float = 0.0, defect: Defect) -> None:
+    """A file of four seconds of pictures and three of bursts, packets damaged by ``defect``."""
+    video_codec, audio_codec = CODECS[path.suffix[1:]]
+    with av.open(str(path), "w") as container:
+        video: Any = container.add_stream(video_codec, rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        sound: Any = container.add_stream(audio_codec, rate=RATE, layout="mono")
+        sound.bit_rate = 96_000
+        packets = []
+        for number in range(round(VIDEO_S * 25)):
+            frame = av.VideoFrame.from_ndarray(
+                np.full((48, 64, 3), number, np.uint8), format="rgb24"
+            ).reformat(format="yuv420p")
+            frame.pts, frame.time_base = round(picture_at * 25) + number, Fraction(1, 25)
+            packets += [(packet, 0.0) for packet in video.encode(frame)]
+        packets += [(packet, 0.0) for packet in video.encode()]
+        resampler = av.AudioResampler(format=sound.codec_context.format, layout="mono", rate=RATE)
+        wave = av.AudioFrame.from_ndarray(bursts()[None], format="flt", layout="mono")
+        wave.sample_rate, wave.pts, wave.time_base = RATE, 0, Fraction(1, RATE)
+        encoded = [p for made in resampler.resample(wave) for p in sound.encode(made)]
+        for packet in [*encoded, *sound.encode()]:
+            moved = defect(float(packet.pts * packet.time_base))
+            if moved is not None:
+                packets.append((packet, sound_at + moved))
+        for packet, seconds in packets:
+            ticks = round(seconds / packet.time_base)
+            packet.pts += ticks
+            packet.dts += ticks
+        packets.sort(key=lambda item: float(item[0].dts * item[0].time_base))
+        for packet, _ in packets:
+            container.mux(packet)
+
+
+def onsets(result: DecodeResult) -> list[float]:
+    """Seconds at which sound begins after silence."""
+    assert result.audio is not None
+    hop = result.audio_rate // 200
+    level = np.abs(result.audio[: len(result.audio) // hop * hop]).reshape(-1, hop).max(axis=1)
+    loud = level > 0.25
+    before = np.concatenate([np.zeros(20, bool), loud])
+    return [
+        float(k) * hop / result.audio_rate
+        for k in np.flatnonzero(loud)
+        if not before[k : k + 20].any()
+    ]
+
+
+def plain(_: float) -> float | None:
+    return 0.0
+
+
+def hole(time: float) -> float | None:
+    return None if 0.9 < time < 1.4 else 0.0
+
+
+@pytest.mark.parametrize("container", CODECS)
+@pytest.mark.parametrize(
+    ("picture_at", "sound_at", "defect", "heard"),
+    [
+        (0.0, 0.0, plain, [0.5, 1.5, 2.5]),
+        (0.0, 0.8, plain, [1.3, 2.3, 3.3]),
+        (1.0, 0.0, plain, [0.5, 1.5]),
+        (0.0, 0.0, hole, [0.5, 1.5, 2.5]),
+    ],
+    ids=["plain", "late", "early", "hole"],
+)
+def test_sound_is_heard_when_the_container_says(
+    tmp_path: Path, container: str, picture_at: float, sound_at: float, defect: Defect, heard: Any
+) -> None:
+    if container == "mpg" and defect is hole:
+        pytest.skip("FFmpeg's muxer writes no timestamp in the middle of a pack")
+    path = tmp_path / f"a.{container}"
+    write(path, picture_at=picture_at, sound_at=sound_at, defect=defect)
+    result = run_job(str(path), VIDEO)
+    assert onsets(result) == pytest.approx(heard, abs=0.02)
+    assert result.audio is not None
+    assert len(result.audio) / result.audio_rate <= VIDEO_S + 1e-3
+
+
+def test_sound_alone_begins_with_its_first_sample(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    write(path, sound_at=0.8, defect=hole)
+    result = run_job(str(path), DecodeRequest(audio="required"))
+    assert onsets(result) == pytest.approx(BURSTS, abs=0.02)
+
+
+def test_sound_past_the_last_picture_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    write(path, sound_at=2.0, defect=plain)
+    result = run_job(str(path), VIDEO)
+    assert result.audio is not None
+    assert len(result.audio) / result.audio_rate == pytest.approx(VIDEO_S, abs=1e-3)
+    assert result.audio_note == ""
+
+
+def test_sound_wholly_beside_the_pictures_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    write(path, sound_at=VIDEO_S + 1, defect=plain)
+    result = run_job(str(path), VIDEO)
+    assert (result.audio, result.audio_note) == (None, "outside")
+
+
+# --- the arithmetic ------------------------------------------------------------------------------
+
+
+def pieces(times: Any, length: float = 0.02, rate: int = 1000) -> list[Piece]:
+    """Pieces of ``length`` seconds at these times, whose samples are numbered from 1."""
+    count = round(length * rate)
+    numbers = np.arange(1, len(times) * count + 1, dtype=np.float32).reshape(-1, count)
+    return [
+        Piece(part, rate, None if np.isnan(time) else float(time))
+        for part, time in zip(numbers, times, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("jitter", [0.0005, 0.001, 0.012])
+def test_jitter_and_single_wrong_timestamps_move_no_sample(seed: int, jitter: float) -> None:
+    rng = np.random.default_rng(seed)
+    times = np.arange(200) * 0.02
+    times[1:] += rng.uniform(-jitter, jitter, 199)
+    times[rng.integers(10, 190, 3)] += rng.uniform(-5, 5, 3)
+    times[rng.integers(1, 200, 20)] = np.nan
+    samples, rate, beyond = place(pieces(times), 100.0, 10**6)
+    np.testing.assert_array_equal(samples, np.arange(1, 4001))
+    assert (rate, beyond) == (1000, False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holes_of_any_length_past_the_tolerance_are_silence(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    gaps = np.where(rng.random(100) < 0.1, rng.uniform(TOLERANCE_S + 0.004, 1.0, 100), 0.0)
+    gaps[0] = rng.uniform(0, 1)
+    starts = np.round(np.arange(100) * 0.02 + np.cumsum(gaps), 3)
+    samples, _, _ = place(pieces(starts), 1000.0, 10**7)
+    for number, start in enumerate(starts):
+        begin = round(start * 1000)
+        np.testing.assert_allclose(
+            samples[begin : begin + 20], np.arange(20 * number + 1, 20 * number + 21)
+        )
+    assert np.count_nonzero(samples) == 2000
+
+
+def test_of_overlapping_sound_what_came_first_stays() -> None:
+    times = np.concatenate([np.arange(50) * 0.02, np.arange(50) * 0.02 + 0.6])
+    samples, _, _ = place(pieces(times), 100.0, 10**6)
+    np.testing.assert_array_equal(samples[:1000], np.arange(1, 1001))
+    np.testing.assert_array_equal(samples[1000:], np.arange(1401, 2001))
+
+
+def test_parts_of_another_rate_are_resampled_to_that_of_most_of_the_sound() -> None:
+    low, high = 8000, 16_000
+    tone = [np.sin(2 * np.pi * 440 * np.arange(r) / r).astype(np.float32) for r in (low, high)]
+    track = [Piece(tone[0], low, 0.0), Piece(tone[1], high, 1.0), Piece(tone[1], high, 2.5)]
+    samples, rate, _ = place(track, 100.0, 10**6)
+    assert (rate, len(samples)) == (high, round(3.5 * high))
+    expected = np.concatenate([tone[1], tone[1], np.zeros(high // 2), tone[1]])
+    inside = np.ones(len(samples), bool)
+    inside[:200] = inside[high - 200 : high] = False
+    np.testing.assert_allclose(samples[inside], expected[inside], atol=0.02)
+
+
+def test_sound_before_the_start_and_after_the_end_is_cut() -> None:
+    samples, _, beyond = place(pieces(np.arange(50) * 0.02 - 0.25), 0.5, 10**6)
+    np.testing.assert_array_equal(samples, np.arange(251, 751))
+    assert beyond
+    assert len(place(pieces(np.arange(50) * 0.02), 0.5, 100)[0]) == 100
+    assert place([], 1.0, 100)[1:] == (0, False)
+
+
+def test_a_clock_that_starts_anew_goes_on_where_the_format_allows_it() -> None:
+    stamps = [5.0, 5.02, 1.4, 1.42, 400.0, 400.02]
+    clock = Clock([5.0], restarts=True)
+    assert [clock.time(stamp, 0.02) for stamp in stamps] == pytest.approx(np.arange(6) * 0.02)
+    clock = Clock([5.0], restarts=False)
+    times = [clock.time(stamp, 0.02) for stamp in stamps]
+    assert times == pytest.approx(np.array(stamps) - 5.0)
+
+
+def test_after_a_jump_sound_is_where_its_pictures_are() -> None:
+    # Two recordings of one second from 1.4 s on; sound begins 0.1 s before the pictures.
+    picture = 1.4 + np.tile(np.arange(25) * 0.04, 2)
+    origins = clock_origins(picture, np.arange(50) * 0.04)
+    assert origins == pytest.approx((1.4, 0.4))
+    clock = Clock(origins, restarts=True)
+    stamps = 1.3 + np.tile(np.arange(52) * 0.02, 2)
+    times = np.array([clock.time(stamp, 0.02) for stamp in stamps])
+    np.testing.assert_allclose(times[:52], stamps[:52] - 1.4)
+    np.testing.assert_allclose(times[52:], stamps[52:] - 0.4)
+    assert clock_origins(np.arange(9.0), np.arange(9.0) - 2) == (2.0,)
+
+
+def test_sound_that_overlaps_while_pictures_go_on_starts_no_clock() -> None:
+    stamps = [5.0, 5.5, 5.2, 5.7]
+    clock = Clock([5.0], restarts=True)
+    assert [clock.time(stamp, 0.5) for stamp in stamps] == pytest.approx([0.0, 0.5, 0.2, 0.7])
+    clock = Clock([], restarts=True)
+    assert [clock.time(stamp, 0.5) for stamp in stamps] == pytest.approx([0.0, 0.5, 1.0, 1.5])
+
+
+def test_missing_and_repeated_timestamps_follow_what_was_before_them() -> None:
+    clock = Clock([], restarts=False)
+    times = [clock.time(stamp, 0.02) for stamp in (None, 3.0, None, 3.0, 3.06)]
+    assert times[0] is None
+    assert times[1:] == pytest.approx([0.0, 0.02, 0.04, 0.06])

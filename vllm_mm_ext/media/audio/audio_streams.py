@@ -1,0 +1,84 @@
+"""Which audio streams a file has, and which of them is heard."""
+
+from __future__ import annotations
+
+from av.audio.stream import AudioStream as AvAudioStream
+from av.container import InputContainer
+from av.stream import Disposition
+
+from vllm_mm_ext.media.decode.streams import claimed_length
+from vllm_mm_ext.media.types import AudioStream
+
+# Streams that a viewer chooses to hear beside or instead of the programme's own sound.
+_BESIDE = (
+    Disposition.comment
+    | Disposition.visual_impaired
+    | Disposition.hearing_impaired
+    | Disposition.karaoke
+    | Disposition.lyrics
+    | Disposition.clean_effects
+    | Disposition.dependent
+    | Disposition.attached_pic
+)
+# Containers that count the samples of a whole stream. Others claim a length by the bit rate of the
+# first packets, by timestamps that may jump, or by a number that a live writer made up.
+_COUNTING = frozenset(
+    ("mov", "matroska", "avi", "asf", "nut", "ogg", "wav", "w64", "aiff", "caf", "au", "flac")
+)
+
+
+def audio_streams(container: InputContainer) -> list[AvAudioStream]:
+    """Audio streams that this FFmpeg can decode; the stream that a player plays comes first.
+
+    Commentary, sound for the impaired and the like come last, whether or not they are marked as the
+    default (Matroska marks every stream unless told otherwise). Among the others, streams marked as
+    the default come first, then those that are no dub, then those of more channels, then in file
+    order.
+    """
+    streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
+    return sorted(
+        streams,
+        key=lambda stream: (
+            bool(stream.disposition & _BESIDE),
+            not stream.disposition & Disposition.default,
+            bool(stream.disposition & Disposition.dub),
+            -stream.codec_context.channels,
+        ),
+    )
+
+
+def describe_audio(container: InputContainer, start: float) -> tuple[AudioStream, ...]:
+    """The audio streams that can be decoded, the one that a player plays first.
+
+    A stream whose parameters are not known (yet) has a sampling rate of 0.
+
+    Args:
+        container: An open file.
+        start: Seconds on the container's clock at which the file begins.
+    """
+    numbers = {stream.index: number for number, stream in enumerate(container.streams.audio)}
+    names = set(container.format.name.split(","))
+    return tuple(
+        AudioStream(
+            index=stream.index,
+            codec=stream.codec_context.codec.canonical_name,
+            sample_rate=max(0, stream.codec_context.sample_rate),
+            channels=stream.codec_context.channels,
+            duration=claimed_length(container, stream, start),
+            number=numbers[stream.index],
+            start=_start(stream),
+            estimated=not _counts_samples(names, stream),
+        )
+        for stream in audio_streams(container)
+    )
+
+
+def _counts_samples(container: set[str], stream: AvAudioStream) -> bool:
+    # An MP3 file has a start time if its first frame says how many frames follow (Xing and LAME).
+    return bool(container & _COUNTING) or ("mp3" in container and _start(stream) > 0)
+
+
+def _start(stream: AvAudioStream) -> float:
+    if stream.start_time is None or not stream.time_base:
+        return 0.0
+    return float(stream.start_time * stream.time_base)

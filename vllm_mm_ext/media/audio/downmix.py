@@ -1,0 +1,64 @@
+"""Mixes the channels of decoded sound to one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from av.audio.frame import AudioFrame
+
+# Beyond any headroom: 120 dB above full scale.
+_MAX_AMPLITUDE = 1e6
+# Full scale of FFmpeg's integer sample formats (planar ones end in "p").
+_FULL_SCALE = {"s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
+# Share of a speaker in the mix (ITU-R BS.775: what is heard from the side or behind is 3 dB below
+# the fronts, which are 3 dB below the centre; the effects channel is left out).
+_WEIGHTS = {"FC": 1.0} | dict.fromkeys(("FL", "FR", "FLC", "FRC", "DL", "DR"), 0.5**0.5)
+_WEIGHTS |= dict.fromkeys(("LFE", "LFE2"), 0.0)
+_SURROUND = 0.5
+_UNNAMED = frozenset({"NONE", "UNSD", "UNK", ""})
+
+
+def to_mono(frame: AudioFrame) -> npt.NDArray[np.float32]:
+    """The samples of a frame as float32 in -1..1, mixed to one channel.
+
+    One and two channels, and channels whose speakers are not known, are averaged; others are
+    weighted by speaker, with weights that add up to 1.
+    """
+    name = frame.format.name
+    data = frame.to_ndarray()
+    if not frame.format.is_planar:
+        data = data.reshape(-1, frame.layout.nb_channels).T
+    else:
+        name = name[:-1]
+    if name == "u8":
+        scaled = (data.astype(np.float32) - 128.0) / 128.0
+    elif name in _FULL_SCALE:
+        scaled = (data / _FULL_SCALE[name]).astype(np.float32)
+    else:
+        # Floats in a file may be anything. What is not finite, or so large that its power would not
+        # be, makes the model's features NaN, and attention kernels can carry NaN to others.
+        scaled = np.nan_to_num(data.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+        scaled = np.clip(scaled, -_MAX_AMPLITUDE, _MAX_AMPLITUDE, out=scaled)
+    if len(scaled) == 1:
+        return np.asarray(scaled[0], np.float32)
+    weights = None
+    if len(scaled) > 2:
+        weights = speaker_weights(tuple(channel.name for channel in frame.layout.channels))
+    mixed = scaled.mean(axis=0) if weights is None else weights @ scaled
+    return np.asarray(mixed, np.float32)
+
+
+@lru_cache(maxsize=64)
+def speaker_weights(speakers: tuple[str, ...]) -> npt.NDArray[np.float32] | None:
+    """Weight of each channel, adding up to 1; None where the channels are to be averaged.
+
+    Args:
+        speakers: FFmpeg's name of each channel's speaker (``FL``, ``FC``, ``LFE``...).
+    """
+    if any(name in _UNNAMED or name.startswith(("UNK", "AMBI", "USR")) for name in speakers):
+        return None
+    weights = np.array([_WEIGHTS.get(name, _SURROUND) for name in speakers], np.float32)
+    total = float(weights.sum())
+    return weights / total if total else None

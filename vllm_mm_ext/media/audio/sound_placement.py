@@ -1,0 +1,207 @@
+"""Places decoded sound on a clock by its timestamps: late starts, holes, overlaps, changes of rate.
+
+Pure functions over plain values. Within a run the samples are contiguous, whatever the jitter of
+the timestamps; a new run begins where timestamps say for longer that sound is missing or repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_mm_ext.media.audio.conversion import convert_rate
+
+# Timestamps off by no more are jitter. Containers that count in milliseconds are off by up to 1 ms,
+# Vorbis in Ogg by up to 10 ms after short blocks; the shortest common packet lasts 20 ms.
+TOLERANCE_S = 0.018
+# Timestamps count where the median of so many in a row says the same.
+_MEDIAN = 9
+# Joined recordings of which the clock is known.
+MAX_ORIGINS = 1000
+# As the ffmpeg tool does in formats whose timestamps may start anew (`dts_delta_threshold`): a step
+# back, or so far ahead, is a new clock and no overlap or hole.
+_STEP_BACK_S = 0.1
+_STEP_AHEAD_S = 10.0
+# Where pictures go on while the timestamps of the sound step back by no more, the sound overlaps.
+_OVERLAP_S = 1.0
+# The same for other formats (`dts_error_threshold`): such a timestamp cannot be true.
+_IMPOSSIBLE_S = 30 * 3600.0
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some decoded samples.
+
+    Attributes:
+        samples: float32 mono ``[samples]``.
+        rate: Their sampling rate in Hz.
+        time: Seconds on the target clock at which they begin; None where it is not known.
+    """
+
+    samples: npt.NDArray[np.float32]
+    rate: int
+    time: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return len(self.samples) / self.rate
+
+
+class Clock:
+    """Turns timestamps of a container into times on the target clock, in the order of decoding.
+
+    Args:
+        origins: Seconds on the container's clock that are 0 on the target clock: one, or where the
+            container's clock starts anew in the middle of the file one for each part of it. Empty
+            lets the target clock begin with the first timestamp.
+        restarts: The format's timestamps may start anew.
+    """
+
+    def __init__(self, origins: Sequence[float], restarts: bool) -> None:
+        self._origins = tuple(origins)
+        self._origin = origins[0] if origins else None
+        restarts = restarts or len(origins) > 1
+        back = _OVERLAP_S if len(origins) == 1 else _STEP_BACK_S
+        self._back = back if restarts else _IMPOSSIBLE_S
+        self._ahead = _STEP_AHEAD_S if restarts else _IMPOSSIBLE_S
+        self._expected: float | None = None
+        self._last: float | None = None
+
+    def time(self, timestamp: float | None, seconds: float) -> float | None:
+        """Time at which decoded samples begin; None before the first timestamp.
+
+        Args:
+            timestamp: Theirs, in seconds on the container's clock; None if they have none.
+            seconds: Their duration.
+        """
+        # What comes with the timestamp of what went before says nothing about its own time.
+        if timestamp is None or timestamp == self._last:
+            time = self._expected
+            if time is not None:
+                self._expected = time + seconds
+            return time
+        self._last = timestamp
+        if self._origin is None:
+            self._origin = timestamp
+        time = timestamp - self._origin
+        if self._expected is not None and not -self._back <= time - self._expected <= self._ahead:
+            self._origin = self._origin_of(timestamp, self._expected)
+            time = timestamp - self._origin
+        self._expected = time + seconds
+        return time
+
+    def _origin_of(self, timestamp: float, expected: float) -> float:
+        """The origin after a jump: that of the pictures if there is one, else sound goes on."""
+        closed = timestamp - expected
+        nearest = min(self._origins, key=lambda origin: abs(origin - closed), default=closed)
+        return nearest if abs(nearest - closed) <= _OVERLAP_S else closed
+
+
+def clock_origins(
+    stamps: npt.NDArray[np.float64], times: npt.NDArray[np.float64]
+) -> tuple[float, ...]:
+    """The origins of the clocks of a video whose container's clock starts anew, for ``Clock``.
+
+    Args:
+        stamps: float64 ``[n]`` seconds on the container's clock at which pictures are shown.
+        times: float64 ``[n]`` seconds of the same pictures on the target clock.
+
+    Returns:
+        One origin for each part, in the order of the pictures; at most ``MAX_ORIGINS``.
+    """
+    offsets = stamps - times
+    if not len(offsets):
+        return ()
+    first = np.abs(np.diff(offsets, prepend=np.inf)) > _STEP_BACK_S
+    return tuple(offsets[first][:MAX_ORIGINS].tolist())
+
+
+def place(
+    pieces: Sequence[Piece], end: float, max_samples: int
+) -> tuple[npt.NDArray[np.float32], int, bool]:
+    """The sound from second 0 to ``end`` of the target clock, without silence after its end.
+
+    Where sound overlaps, what was decoded first stays, as with FFmpeg's ``aresample=async=1``.
+
+    Args:
+        pieces: In the order of decoding.
+        end: Seconds.
+        max_samples: Most samples.
+
+    Returns:
+        float32 ``[samples]``; the sampling rate in Hz, which is that of most of the sound; and
+        whether there is sound after the end.
+    """
+    if not pieces:
+        return np.empty(0, np.float32), 0, False
+    lengths: dict[int, float] = {}
+    for piece in pieces:
+        lengths[piece.rate] = lengths.get(piece.rate, 0.0) + piece.seconds
+    rate = max(lengths, key=lambda r: lengths[r])
+    runs = [(start, _joined(run, rate)) for start, run in _runs(pieces)]
+    starts = [round(start * rate) for start, _ in runs]
+    lasts = [start + sum(map(len, parts)) for start, (_, parts) in zip(starts, runs, strict=True)]
+    whole = max(0, *lasts)
+    total = min(whole, max(0, math.ceil(end * rate - 1e-6)), max_samples)
+    out = np.zeros(total, np.float32)
+    filled = 0
+    for start, (_, parts) in zip(starts, runs, strict=True):
+        stop = start
+        for part in parts:
+            begin, stop = stop, stop + len(part)
+            first, last = max(begin, filled), min(stop, total)
+            if first < last:
+                out[first:last] = part[first - begin : last - begin]
+                filled = last
+    return out[:filled], rate, whole > total
+
+
+def _joined(run: Sequence[Piece], rate: int) -> list[npt.NDArray[np.float32]]:
+    """The samples of a run at one rate, in parts."""
+    if run[0].rate == rate:
+        return [piece.samples for piece in run]
+    samples = np.concatenate([piece.samples for piece in run])
+    return [convert_rate(samples, run[0].rate, rate)]
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[float, list[Piece]]]:
+    """Consecutive pieces of one rate that follow each other without a gap, each with its start."""
+    seconds = np.array([piece.seconds for piece in pieces])
+    before = np.concatenate([[0.0], np.cumsum(seconds)[:-1]])
+    times = np.array([np.nan if piece.time is None else piece.time for piece in pieces])
+    offsets = _steady(times - before)
+    run: list[Piece] = []
+    start = anchor = 0.0
+    for piece, offset, count in zip(pieces, offsets.tolist(), before.tolist(), strict=True):
+        moved = not run or abs(offset - anchor) > TOLERANCE_S
+        if moved or piece.rate != run[0].rate:
+            if run:
+                yield start, run
+            if moved:
+                anchor = offset
+            run, start = [], anchor + count
+        run.append(piece)
+    yield start, run
+
+
+def _steady(offsets: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How far timestamps are from counted samples, without jitter and single wrong timestamps.
+
+    A median keeps steps where they are.
+
+    Args:
+        offsets: Seconds; NaN where there is no timestamp.
+    """
+    known = np.flatnonzero(~np.isnan(offsets))
+    if not len(known):
+        return np.zeros_like(offsets)
+    # Without a timestamp, samples follow those before them.
+    last = known[np.maximum(np.searchsorted(known, np.arange(len(offsets)), side="right") - 1, 0)]
+    padded = np.pad(offsets[last], _MEDIAN // 2, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, _MEDIAN)
+    return np.asarray(np.median(windows, axis=1), np.float64)
