@@ -94,7 +94,7 @@ def read_clock(
     order = np.lexsort((shown, run))
     if from_key:
         order = order[(run[order] > 0) | (shown[order] >= shown[0])]
-    usual = _usual(shown)
+    usual = _usual(shown[order], run[order])
     ticks = shown[order] - shown[order[0]]
     has_jumps = bool(run[-1])
     if has_jumps:
@@ -145,9 +145,14 @@ def _rates_near(time: Floats) -> list[Fraction]:
     return [Fraction(round(mean)), Fraction(round(mean * 1.001) * 1000, 1001)]
 
 
-def _usual(shown: Floats) -> float:
-    """Median distance of pictures in units; 0 if there is none."""
-    gaps = np.diff(np.sort(shown))
+def _usual(ticks: Floats, run: Ints) -> float:
+    """Median distance of pictures of one run, of those not at the same time; 0 if there is none.
+
+    Args:
+        ticks: Timestamps in presentation order, run by run.
+        run: Number of the run of each.
+    """
+    gaps = np.diff(ticks)[np.diff(run) == 0]
     gaps = gaps[gaps > 0]
     return float(np.median(gaps)) if len(gaps) else 0.0
 
@@ -166,10 +171,11 @@ def _runs(pts: Ints, dts: Ints, time_base: float, may_jump: bool) -> Ints:
         # that was reordered.
         shown = pts.astype(np.float64)
         latest = np.maximum.accumulate(shown)
-        jump = np.diff(shown) < 0
+        jump = np.ones(len(shown) - 1, np.bool_)
         jump[:_MAX_REORDERED] = False
         jump[_MAX_REORDERED:] &= shown[_MAX_REORDERED + 1 :] < latest[: -_MAX_REORDERED - 1]
-        jump[_MAX_REORDERED:] &= np.diff(shown)[_MAX_REORDERED:] < -_MAX_REORDERED * _usual(shown)
+        usual = _usual(np.sort(shown), np.zeros(len(shown), np.int64))
+        jump &= np.diff(shown) < -_MAX_REORDERED * usual
     return np.concatenate([[0], np.cumsum(jump)]).astype(np.int64)
 
 

@@ -20,7 +20,7 @@ from av.video.stream import VideoStream as AvVideoStream
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.decode.clock import DEFAULT_FPS, NO_TICKS, Clock, read_clock
 from vllm_mm_ext.media.decode.container import open_container
-from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, read_packets
+from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, demux, read_packets
 from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
 from vllm_mm_ext.media.decode.streams import (
     TELL_END,
@@ -86,7 +86,7 @@ def _completed(
     if info is not None and not doubtful:
         return info
     with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
-        better = _read(container, path, limits, choice) or info
+        better = _read(container, path, limits, choice, is_last=True) or info
     if better is None:
         raise UnreadableMediaError("The media holds no readable audio or video stream.")
     if doubtful and better.packets is not None:
@@ -115,6 +115,8 @@ def _read(
     path: str,
     limits: DecodeLimits,
     choice: Sequence[int],
+    *,
+    is_last: bool = False,
 ) -> MediaInfo | None:
     """Read an open container.
 
@@ -123,12 +125,13 @@ def _read(
         path: Its file.
         limits: As for ``probe``.
         choice: Index of the video stream to read; empty for none.
+        is_last: Leave out sound whose parameters are not known.
 
     Returns:
         None if the headers leave out what decoding a few frames may show.
     """
     video = container.streams[choice[0]] if choice else None
-    audio = audio_streams(container)
+    audio = [s for s in audio_streams(container) if s.codec_context.sample_rate > 0 or not is_last]
     if video is None and not audio:
         return None
     if any(stream.codec_context.sample_rate <= 0 for stream in audio):
@@ -175,7 +178,7 @@ def _measured(container: InputContainer, stream: AvAudioStream) -> float:
     """Seconds that the packets of a stream last together."""
     ticks = 0
     with contextlib.suppress(av.FFmpegError):
-        for count, packet in enumerate(container.demux(stream)):
+        for count, packet in enumerate(demux(container, stream)):
             if count > MAX_PACKETS:
                 break
             ticks += max(0, packet.duration or 0)
