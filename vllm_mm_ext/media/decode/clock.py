@@ -161,19 +161,17 @@ def _runs(pts: Ints, dts: Ints, time_base: float, may_jump: bool) -> Ints:
     """Number of the run of each packet: a new run begins where the clock jumps."""
     if len(pts) < 2:
         return np.zeros(len(pts), np.int64)
-    if bool(((dts != NO_TICKS) & (dts <= pts)).all()):
-        step = np.diff(dts.astype(np.float64)) * time_base
-        jump = step < -_BACK_S
-        if may_jump:
-            jump |= step > _AHEAD_S
+    known = np.flatnonzero(dts != NO_TICKS)
+    jump = np.zeros(len(pts) - 1, np.bool_)
+    if may_jump or (len(known) == len(dts) and bool((dts <= pts).all())):
+        step = np.diff(dts[known].astype(np.float64)) * time_base
+        jump[known[1:] - 1] = (step < -_BACK_S) | (may_jump & (step > _AHEAD_S))
     else:
         # Matroska has no decoding times. A picture before many that were decoded long ago is none
         # that was reordered.
         shown = pts.astype(np.float64)
         latest = np.maximum.accumulate(shown)
-        jump = np.ones(len(shown) - 1, np.bool_)
-        jump[:_MAX_REORDERED] = False
-        jump[_MAX_REORDERED:] &= shown[_MAX_REORDERED + 1 :] < latest[: -_MAX_REORDERED - 1]
+        jump[_MAX_REORDERED:] = shown[_MAX_REORDERED + 1 :] < latest[: -_MAX_REORDERED - 1]
         usual = _usual(np.sort(shown), np.zeros(len(shown), np.int64))
         jump &= np.diff(shown) < -_MAX_REORDERED * usual
     return np.concatenate([[0], np.cumsum(jump)]).astype(np.int64)
