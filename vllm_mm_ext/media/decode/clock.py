@@ -82,10 +82,10 @@ def read_clock(
     """
     step = 1.0 / (fps or DEFAULT_FPS)
     if not bool((pts != NO_TICKS).all()):
-        time: Floats = np.arange(len(pts)) * step
+        time: Floats = np.asarray(np.arange(len(pts)) * step, np.float64)
         if len(dts) > 1 and bool((dts != NO_TICKS).all()) and bool((np.diff(dts / 1.0) > 0).all()):
             # Decoders give pictures out in presentation order, one for each that they are given.
-            time = np.asarray((dts - dts[0] / 1.0) * time_base)
+            time = np.asarray((dts - dts[0] / 1.0) * time_base, np.float64)
             step = float(np.median(np.diff(time)))
         return Clock(np.arange(len(pts)), time, step, exact=False, unit=time_base)
     run = _runs(pts, dts, time_base, may_jump)
