@@ -251,6 +251,12 @@ def test_bad_media_is_refused_as_without_planning(front: Front, name: str, words
         front.render(name)
 
 
+def test_a_request_chooses_the_video_stream(front: Front) -> None:
+    assert front.render("short.mp4", options={"video_stream": 0}).videos[0]["frames"]
+    with pytest.raises(VLLMUnprocessableEntityError, match="no video stream 1: it has 1"):
+        front.render("short.mp4", options={"video_stream": 1})
+
+
 def test_too_many_videos_are_refused_before_any_is_fetched(front: Front) -> None:
     before = current_runtime().stats()
     with pytest.raises(VLLMValidationError, match="At most 3 video"):

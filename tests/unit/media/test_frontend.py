@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -253,6 +254,31 @@ async def test_a_probe_reads_the_container_once_and_decodes_nothing(
     assert len(runtime.frontend.cache) == 0
     result = await runtime.frontend.video(ref, PLAN)
     assert result.info == infos[0]
+
+
+async def test_streams_of_one_file_are_different_videos(runtime: Runtime, tmp_path: Path) -> None:
+    path = tmp_path / "two.mkv"
+    sizes = ((64, 48), (96, 48))
+    with av.open(str(path), "w") as container:
+        streams: list[Any] = [container.add_stream("mpeg4", rate=10) for _ in sizes]
+        for stream, (width, height) in zip(streams, sizes, strict=True):
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for stream, (width, height) in zip(streams, sizes, strict=True):
+            for _ in range(10):
+                picture = np.zeros((height, width, 3), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    ref = await resolve(runtime, path)
+    digests, plan = set(), replace(PLAN, size=SizeRule())
+    for number, width in ((None, 96), (0, 64), (1, 96), (0, 64)):
+        assert (await runtime.frontend.probe(ref, number)).video.width == width  # type: ignore[union-attr]
+        chosen = replace(plan, sampling=replace(plan.sampling, video_stream=number))
+        result = await runtime.frontend.video(ref, chosen)
+        assert result.frames.shape[2] == width
+        digests.add(result.frames.digest)
+    assert len(digests) == 3
+    with pytest.raises(NoSuchStreamError, match="no video stream 2"):
+        await runtime.frontend.probe(ref, 2)
 
 
 async def test_a_decoded_video_needs_no_probe(runtime: Runtime, clips: dict[str, Path]) -> None:

@@ -184,6 +184,17 @@ def test_joined_transport_streams_go_on_where_they_were_joined(tmp_path, starts,
     assert stamps(path, info) == [row % 30 for row in range(0, len(table), 5)]
 
 
+def test_a_stream_that_turns_up_where_recordings_are_joined_hides_no_picture(tmp_path):
+    silent = make_clip(tmp_path / "a.ts", duration=2, gop=15).path
+    sounding = make_clip(tmp_path / "b.ts", duration=2, gop=15, audio=[Tone(440, 0, 2)]).path
+    path = tmp_path / "joined.ts"
+    path.write_bytes(silent.read_bytes() * 20 + sounding.read_bytes() * 2)
+    _, video, table = read(path)
+    assert video.num_frames == 22 * 60
+    np.testing.assert_allclose(table.time, np.arange(22 * 60) / 30, atol=1e-3)
+    assert video.duration == pytest.approx(44, abs=0.01)
+
+
 def test_a_long_gap_in_a_file_with_an_index_is_a_long_picture(tmp_path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:

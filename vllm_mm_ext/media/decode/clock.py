@@ -82,10 +82,10 @@ def read_clock(
     """
     step = 1.0 / (fps or DEFAULT_FPS)
     if not bool((pts != NO_TICKS).all()):
-        time = np.arange(len(pts)) * step
+        time: Floats = np.asarray(np.arange(len(pts)) * step, np.float64)
         if len(dts) > 1 and bool((dts != NO_TICKS).all()) and bool((np.diff(dts / 1.0) > 0).all()):
             # Decoders give pictures out in presentation order, one for each that they are given.
-            time = (dts - dts[0] / 1.0) * time_base
+            time = np.asarray((dts - dts[0] / 1.0) * time_base, np.float64)
             step = float(np.median(np.diff(time)))
         return Clock(np.arange(len(pts)), time, step, exact=False, unit=time_base)
     run = _runs(pts, dts, time_base, may_jump)
@@ -94,7 +94,7 @@ def read_clock(
     order = np.lexsort((shown, run))
     if from_key:
         order = order[(run[order] > 0) | (shown[order] >= shown[0])]
-    usual = _usual(shown)
+    usual = _usual(shown[order], run[order])
     ticks = shown[order] - shown[order[0]]
     has_jumps = bool(run[-1])
     if has_jumps:
@@ -145,9 +145,14 @@ def _rates_near(time: Floats) -> list[Fraction]:
     return [Fraction(round(mean)), Fraction(round(mean * 1.001) * 1000, 1001)]
 
 
-def _usual(shown: Floats) -> float:
-    """Median distance of pictures in units; 0 if there is none."""
-    gaps = np.diff(np.sort(shown))
+def _usual(ticks: Floats, run: Ints) -> float:
+    """Median distance of pictures of one run, of those not at the same time; 0 if there is none.
+
+    Args:
+        ticks: Timestamps in presentation order, run by run.
+        run: Number of the run of each.
+    """
+    gaps = np.diff(ticks)[np.diff(run) == 0]
     gaps = gaps[gaps > 0]
     return float(np.median(gaps)) if len(gaps) else 0.0
 
@@ -156,20 +161,19 @@ def _runs(pts: Ints, dts: Ints, time_base: float, may_jump: bool) -> Ints:
     """Number of the run of each packet: a new run begins where the clock jumps."""
     if len(pts) < 2:
         return np.zeros(len(pts), np.int64)
-    if bool(((dts != NO_TICKS) & (dts <= pts)).all()):
-        step = np.diff(dts.astype(np.float64)) * time_base
-        jump = step < -_BACK_S
-        if may_jump:
-            jump |= step > _AHEAD_S
+    known = np.flatnonzero(dts != NO_TICKS)
+    jump = np.zeros(len(pts) - 1, np.bool_)
+    if may_jump or (len(known) == len(dts) and bool((dts <= pts).all())):
+        step = np.diff(dts[known].astype(np.float64)) * time_base
+        jump[known[1:] - 1] = (step < -_BACK_S) | (may_jump & (step > _AHEAD_S))
     else:
         # Matroska has no decoding times. A picture before many that were decoded long ago is none
         # that was reordered.
         shown = pts.astype(np.float64)
         latest = np.maximum.accumulate(shown)
-        jump = np.diff(shown) < 0
-        jump[:_MAX_REORDERED] = False
-        jump[_MAX_REORDERED:] &= shown[_MAX_REORDERED + 1 :] < latest[: -_MAX_REORDERED - 1]
-        jump[_MAX_REORDERED:] &= np.diff(shown)[_MAX_REORDERED:] < -_MAX_REORDERED * _usual(shown)
+        jump[_MAX_REORDERED:] = shown[_MAX_REORDERED + 1 :] < latest[: -_MAX_REORDERED - 1]
+        usual = _usual(np.sort(shown), np.zeros(len(shown), np.int64))
+        jump &= np.diff(shown) < -_MAX_REORDERED * usual
     return np.concatenate([[0], np.cumsum(jump)]).astype(np.int64)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import av
+from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, UnreadableMediaError
@@ -54,7 +58,7 @@ def read_packets(container: InputContainer, stream: AvVideoStream) -> Packets:
     codec = stream.codec_context
     kind_of = reader_for(codec.codec.canonical_name, codec.extradata)
     try:
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
             if not packet.size:
                 continue
             pts, dts = packet.pts, packet.dts
@@ -73,6 +77,25 @@ def read_packets(container: InputContainer, stream: AvVideoStream) -> Packets:
                 f"The video stream could not be read: {describe(error)}."
             ) from error
     return rows
+
+
+def demux(
+    container: InputContainer, stream: AvVideoStream | AvAudioStream
+) -> Iterator[Packet[Any]]:
+    """The packets of a stream, from where the container stands, as ``container.demux`` gives them.
+
+    PyAV raises IndexError at a packet of a stream that turns up midway, as in joined transport
+    streams, and can be asked to go on.
+
+    Raises:
+        av.FFmpegError: The file cannot be read on.
+    """
+    for _ in range(MAX_PACKETS):
+        try:
+            yield from container.demux(stream)
+        except IndexError:
+            continue
+        return
 
 
 def _too_many(count: int) -> MediaTooLargeError:

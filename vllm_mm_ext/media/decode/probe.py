@@ -21,7 +21,7 @@ from vllm_mm_ext.media.audio.sound_placement import clock_origins
 from vllm_mm_ext.media.decode.clock import DEFAULT_FPS, NO_TICKS, Clock, read_clock
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.geometry import displayed
-from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, read_packets
+from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, demux, read_packets
 from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
 from vllm_mm_ext.media.decode.streams import (
     TELL_END,
@@ -166,7 +166,7 @@ def _measured(container: InputContainer, stream: Stream) -> float:
     """Seconds that the packets of a stream last together."""
     ticks = 0
     with contextlib.suppress(av.FFmpegError):
-        for count, packet in enumerate(container.demux(stream)):
+        for count, packet in enumerate(demux(container, stream)):
             if count > MAX_PACKETS:
                 break
             ticks += max(0, packet.duration or 0)
