@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omni_reference import (
+    even,
     make_processor,
     pixels,
     positions,
@@ -40,10 +41,6 @@ from vllm_mm_ext.video.grid_times import GridTimes
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 AUDIO = "<|audio_start|><|audio_pad|><|audio_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-def even(num_frames: int, fps: float) -> list[float]:
-    return [i / fps for i in range(num_frames)]
 
 
 @pytest.fixture(scope="module", params=[0, 24, 1024], ids=lambda tokens: f"segments={tokens}")
