@@ -151,6 +151,25 @@ def test_qwen2_5_vl_places_uneven_frames_at_their_times_beside_even_ones(vl, sto
     assert (np.diff(found[0]) >= 0).all()
 
 
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3, 4], [0, 30, 60, 600, 1799]])
+def test_a_list_of_frames_has_the_positions_of_stock_vllm(vl, stock_vl, indices):
+    """Frames that a client sends itself (a JPEG sequence): stock knows as much of their times."""
+    metadata = {
+        "total_num_frames": indices[-1] + 1,
+        "fps": 30.0,
+        "duration": (indices[-1] + 1) / 30.0,
+        "video_backend": "jpeg_sequence",
+        "frames_indices": indices,
+        "do_sample_frames": False,
+    }
+    data = {"video": [(pixels(5), metadata)], "image": [pixels(1)[0]]}
+    mine, theirs = (render(p, f"{IMAGE}{VIDEO} then", data) for p in (vl, stock_vl))
+    assert mine["prompt_token_ids"] == theirs["prompt_token_ids"]
+    np.testing.assert_array_equal(
+        positions(VL, vl, mine)[0], positions(StockVL, stock_vl, theirs)[0]
+    )
+
+
 @given(st.lists(st.sampled_from(["video", "audio", "image"]), min_size=1, max_size=40), st.data())
 def test_encoder_outputs_end_up_at_their_own_tokens(placed, data):
     """Each modality's rows, whole or cut anywhere, come out in the order of the placeholders."""
