@@ -57,6 +57,11 @@ def sound(seconds: float, seed: int = 0) -> Waveform:
     return Waveform(samples, digest=f"sound-{seconds}-{seed}", rate=RATE)
 
 
+def even(num_frames: int, fps: float) -> list[float]:
+    """Times of frames at a fixed rate."""
+    return [i / fps for i in range(num_frames)]
+
+
 def video(
     frames: np.ndarray,
     times: Any = None,

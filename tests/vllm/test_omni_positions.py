@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omni_reference import (
+    even,
     make_processor,
     pixels,
     positions,
@@ -40,10 +41,6 @@ from vllm_mm_ext.video.grid_times import GridTimes
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 AUDIO = "<|audio_start|><|audio_pad|><|audio_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-def even(num_frames: int, fps: float) -> list[float]:
-    return [i / fps for i in range(num_frames)]
 
 
 @pytest.fixture(scope="module", params=[0, 24, 1024], ids=lambda tokens: f"segments={tokens}")
@@ -152,6 +149,25 @@ def test_qwen2_5_vl_places_uneven_frames_at_their_times_beside_even_ones(vl, sto
     relative = found[:, second] - found[:, second].min()
     np.testing.assert_array_equal(relative, theirs[:, second] - theirs[:, second].min())
     assert (np.diff(found[0]) >= 0).all()
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3, 4], [0, 30, 60, 600, 1799]])
+def test_a_list_of_frames_has_the_positions_of_stock_vllm(vl, stock_vl, indices):
+    """Frames that a client sends itself (a JPEG sequence): stock knows as much of their times."""
+    metadata = {
+        "total_num_frames": indices[-1] + 1,
+        "fps": 30.0,
+        "duration": (indices[-1] + 1) / 30.0,
+        "video_backend": "jpeg_sequence",
+        "frames_indices": indices,
+        "do_sample_frames": False,
+    }
+    data = {"video": [(pixels(5), metadata)], "image": [pixels(1)[0]]}
+    mine, theirs = (render(p, f"{IMAGE}{VIDEO} then", data) for p in (vl, stock_vl))
+    assert mine["prompt_token_ids"] == theirs["prompt_token_ids"]
+    np.testing.assert_array_equal(
+        positions(VL, vl, mine)[0], positions(StockVL, stock_vl, theirs)[0]
+    )
 
 
 @given(st.lists(st.sampled_from(["video", "audio", "image"]), min_size=1, max_size=40), st.data())

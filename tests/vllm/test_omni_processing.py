@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from omni_reference import (
+    even,
     features,
     make_processor,
     new_cache,
@@ -60,10 +61,6 @@ def stock() -> Any:
 @pytest.fixture(scope="module")
 def hf() -> Any:
     return Qwen2_5OmniProcessor.from_pretrained(checkpoint(FAMILY))
-
-
-def even(num_frames: int, fps: float) -> list[float]:
-    return [i / fps for i in range(num_frames)]
 
 
 @pytest.mark.parametrize(
