@@ -110,7 +110,7 @@ specs = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(info=clips(), spec=specs)
 def test_any_policy_keeps_its_budget_order_and_times(info: MediaInfo, spec: SamplingSpec) -> None:
     selection = select(info, spec, noise_thumbnails())  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def test_any_policy_keeps_its_budget_order_and_times(info: MediaInfo, spec: Samp
     assert (selection.profile is not None) == (spec.policy == "adaptive")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(info=clips(), count=st.integers(2, 64))
 def test_adaptive_leaves_no_gap_wider_than_eight_uniform_spacings(
     info: MediaInfo, count: int
@@ -153,7 +153,7 @@ def test_adaptive_leaves_no_gap_wider_than_eight_uniform_spacings(
     assert np.diff(selection.times).max(initial=0.0) <= 8 * spacing + 2 * widest + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(info=clips(), min_fps=st.sampled_from([0.1, 0.5, 1.0, 3.0]), ceiling=st.integers(1, 9))
 def test_adaptive_keeps_the_floor_and_the_ceiling(
     info: MediaInfo, min_fps: float, ceiling: int
@@ -172,7 +172,7 @@ def test_adaptive_keeps_the_floor_and_the_ceiling(
         assert covered <= 2 / min_fps + 2 * np.diff(time).max() + 1 + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(info=clips(), count=st.integers(3, 32))
 def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, count: int) -> None:
     packets = info.packets
@@ -192,7 +192,7 @@ def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, cou
         assert np.isin(selection.indices, indices).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(info=clips(), count=st.integers(3, 64))
 def test_the_first_and_the_last_second_have_a_chosen_frame(info: MediaInfo, count: int) -> None:
     assert info.packets is not None
