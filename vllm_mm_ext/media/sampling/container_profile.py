@@ -98,7 +98,7 @@ def _is_reordered(packets: PacketTable) -> npt.NDArray[np.bool_]:
     return np.asarray(packets.order > later)
 
 
-def _baseline(values: Scores, half: int, quantiles: tuple[float, ...]) -> list[Scores]:
+def baseline(values: Scores, half: int, quantiles: tuple[float, ...]) -> list[Scores]:
     """Quantiles of ``values`` in a window of ``2 * half`` frames around each frame.
 
     They are computed at every eighth of ``half`` and interpolated between.
@@ -142,7 +142,7 @@ def _single(size: Scores, half: int) -> Scores:
 
     The excess is over the 90 % quantile, in units of that quantile's distance from the median.
     """
-    middle, upper = _baseline(size, half, (0.5, 0.9))
+    middle, upper = baseline(size, half, (0.5, 0.9))
     scale = np.maximum(upper - middle, np.maximum(_HEADER_BYTES, 0.5 * _RELATIVE_FLOOR * upper))
     return np.asarray(np.log1p(np.maximum(0.0, (size - upper) / scale)) * 4.0)
 
@@ -150,8 +150,8 @@ def _single(size: Scores, half: int) -> Scores:
 def _normal(size: Scores, half: int) -> Scores:
     """Logarithms of sizes, in robust deviations from the median around them, clipped to 6."""
     level = np.log(size + _HEADER_BYTES)
-    (middle,) = _baseline(level, half, (0.5,))
-    (spread,) = _baseline(np.abs(level - middle), half, (0.5,))
+    (middle,) = baseline(level, half, (0.5,))
+    (spread,) = baseline(np.abs(level - middle), half, (0.5,))
     floor = np.maximum(_RELATIVE_FLOOR, 0.5 * _HEADER_BYTES / (size + _HEADER_BYTES))
     return np.asarray(np.clip((level - middle) / np.maximum(1.48 * spread, floor), -6.0, 6.0))
 
@@ -164,7 +164,7 @@ def _windowed(normal: Scores, width: int, half: int) -> Scores:
     before = (total[edge] - total[np.maximum(edge - width, 0)]) / width
     step = np.abs(after - before)
     step[:width] = step[len(normal) - width + 1 :] = 0.0
-    (spread,) = _baseline(step, half, (0.5,))
+    (spread,) = baseline(step, half, (0.5,))
     return np.asarray(np.log1p(step / np.maximum(1.48 * spread, 0.3) / 3.0) * 4.0)
 
 
@@ -199,7 +199,7 @@ def _unpredicted(normal: Scores, half: int) -> Scores:
     weights = np.linalg.solve(matrix, covariance[1:])
     expected = np.convolve(normal, np.concatenate([[0.0], weights]))[: len(normal)]
     error = np.abs(normal - expected)
-    (usual,) = _baseline(error, half, (0.5,))
+    (usual,) = baseline(error, half, (0.5,))
     # The log sizes are clipped, which bounds the error: the other detectors judge how large a spike
     # is.
     return np.asarray(np.log1p(error / np.maximum(1.48 * usual, 0.15) / 3.0) * 4.0)

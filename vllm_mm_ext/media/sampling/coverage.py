@@ -28,8 +28,12 @@ _UNSEEN = 0.1
 # Shares of an event's price that are tried until events use up no more than half of what the best
 # choice gains over an even one. With the last share, only strong events still change the choice.
 _SHARES = (1.0, 0.5, 0.25)
+# Rounds in which seconds that get too many frames are found; two are usual.
+_MOST_ROUNDS = 8
 # Most additions of one dynamic programme, about a second of work.
 _MOST_WORK = 3e8
+# Most pairs of frames looked at whose thumbnails are compared: all pairs of a thousand.
+_MOST_PAIRS = 1e6
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,10 @@ def choose(
         return np.zeros(0, np.int64)
     gaps = _Gaps(looked, count, widest, min(ends, widest / 2), second)
     allowed = room[where] > 0
-    while True:
+    for _ in range(_MOST_ROUNDS):
         chosen = gaps.best(count, allowed)
         if chosen is None:
-            return _evenly(allowed, where, room, count)
+            break
         over = np.flatnonzero(np.bincount(where[chosen], minlength=len(room)) > room)
         if not len(over):
             return chosen
@@ -110,13 +114,7 @@ def choose(
             inside = chosen[where[chosen] == number]
             allowed[where == number] = False
             allowed[_thinned(inside, int(room[number]), looked.events)] = True
-
-
-@dataclass(frozen=True, eq=False)
-class _Prices:
-    between: Floats
-    first: Floats
-    last: Floats
+    return _evenly(allowed, where, room, count)
 
 
 class _Gaps:
@@ -133,7 +131,7 @@ class _Gaps:
         # From any frame the next second that has frames can be reached, whatever `widest` says.
         low = np.searchsorted(time, time - widest - 1e-9)
         low[1:] = np.minimum(low[1:], np.searchsorted(second, second[:-1]))
-        most = max(4, int(_MOST_WORK / (count * size)))
+        most = max(4, int(min(_MOST_WORK / (count * size), _MOST_PAIRS / size)))
         self._lags = lags = max(1, min(most, int((np.arange(size) - low).max())))
         right = np.arange(size)[:, None]
         left = right - lags + np.arange(lags)
@@ -141,10 +139,10 @@ class _Gaps:
         left = np.where(possible, left, right)
         middle = np.searchsorted(time, (time[left] + time[right]) / 2, side="right")
         middle = np.clip(middle, np.minimum(left + 1, right), right)
-        opens = np.searchsorted(time, time[0] + ends + 1e-9, side="right")
-        closes = np.searchsorted(time, time[-1] - ends - 1e-9)
+        opens = min(int(np.searchsorted(time, time[0] + ends + 1e-9, side="right")), lags + 1)
+        closes = max(int(np.searchsorted(time, time[-1] - ends - 1e-9)), size - 1 - lags)
         after, before = np.maximum(middle - 1 - left, 0), right - middle
-        longest = max(int(after.max()), int(before.max()), int(opens) - 1, size - 1 - int(closes))
+        longest = max(int(after.max()), int(before.max()), opens - 1, size - 1 - closes)
         slope = _UNSEEN * count / max(1e-6, float(time[-1] - time[0]))
         ahead, behind = _running(looked, longest, slope)
         self._between = np.where(possible, ahead[after, left] + behind[before, right], np.inf)
@@ -156,35 +154,28 @@ class _Gaps:
         self._last = np.where(
             position >= closes, ahead[np.minimum(rest, longest), position], np.inf
         )
-        self._events, self._left, self._right = looked.events, left, right
         self._time = time
+        # What events cost that are in a gap, before the choice and after it, each times its price.
+        self._missed = (np.zeros(size), np.zeros_like(self._between), np.zeros(size))
+        for event in looked.events:
+            opening, inside, closing = self._missed
+            opening[position > event.last] += event.strength
+            inside[(left < event.first) & (right > event.last)] += event.strength
+            closing[position < event.first] += event.strength
+        self._has_events = bool(looked.events)
 
     def best(self, count: int, allowed: Mask) -> Indices | None:
         """The positions of the best choice; None if there is none within the limits."""
         plain, fewer = self._solve(count, allowed), self._solve(max(1, count - 1), allowed)
-        if plain is None or fewer is None or not self._events:
+        if plain is None or fewer is None or not self._has_events:
             return None if plain is None else plain[0]
         most = max((self._even_error(count) + plain[1]) / 2, plain[1])
-        worth = fewer[1] - plain[1]
         found = plain
         for share in _SHARES:
-            found = self._solve(count, allowed, self._prices(share * worth)) or plain
+            found = self._solve(count, allowed, share * (fewer[1] - plain[1])) or plain
             if self._error(found[0]) <= most:
                 break
         return found[0]
-
-    def _prices(self, worth: float) -> _Prices:
-        """What is to pay for the events inside each gap and before and after the choice."""
-        position = np.arange(len(self._first))
-        prices = _Prices(
-            np.zeros_like(self._between), np.zeros(len(position)), np.zeros(len(position))
-        )
-        for event in self._events:
-            price = worth * event.strength
-            prices.between[(self._left < event.first) & (self._right > event.last)] += price
-            prices.first[position > event.last] += price
-            prices.last[position < event.first] += price
-        return prices
 
     def _error(self, chosen: Indices) -> float:
         """The error of a choice, without events; infinite where a gap is too wide."""
@@ -199,15 +190,15 @@ class _Gaps:
         chosen = np.searchsorted((self._time[1:] + self._time[:-1]) / 2, moments)
         return self._error(chosen) if (np.diff(chosen) > 0).all() else np.inf
 
-    def _solve(
-        self, count: int, allowed: Mask, prices: _Prices | None = None
-    ) -> tuple[Indices, float] | None:
+    def _solve(self, count: int, allowed: Mask, price: float = 0.0) -> tuple[Indices, float] | None:
+        """The best choice and its error; ``price`` is that of an event of strength 1."""
         blocked = np.where(allowed, 0.0, np.inf)
         position = np.arange(len(blocked))
         first, between, last = self._first, self._between, self._last
-        if prices is not None:
-            first, last = first + prices.first, last + prices.last
-            between = between + prices.between
+        if price:
+            opening, inside, closing = self._missed
+            first, last = first + price * opening, last + price * closing
+            between = between + price * inside
         best = first + blocked
         steps: list[Indices] = []
         padding = np.full(self._lags, np.inf)
@@ -257,7 +248,7 @@ def _thinned(chosen: Indices, count: int, events: Sequence[Event]) -> Indices:
             kept.append(int(shows[0]))
     kept = kept[:count]
     others = chosen[~np.isin(chosen, kept)]
-    places = np.linspace(0, len(others) - 1, count - len(kept)).round().astype(np.int64)
+    places = np.linspace(0, len(others) - 1, count - len(kept), dtype=np.int64)
     return np.concatenate([np.array(kept, np.int64), others[places]])
 
 
@@ -268,4 +259,4 @@ def _evenly(allowed: Mask, where: Indices, room: Indices, count: int) -> Indices
         inside = np.flatnonzero(allowed & (where == number))
         fits.append(_thinned(inside, min(len(inside), int(room[number])), ()))
     positions = np.concatenate(fits)
-    return positions[np.linspace(0, len(positions) - 1, count).round().astype(np.int64)]
+    return positions[np.linspace(0, len(positions) - 1, count, dtype=np.int64)]

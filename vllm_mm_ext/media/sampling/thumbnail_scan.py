@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.sampling.container_profile import Scores
+from vllm_mm_ext.media.sampling.container_profile import Scores, baseline
 from vllm_mm_ext.media.sampling.coverage import Event
 from vllm_mm_ext.media.sampling.timeline import Indices, Times, gop_starts, is_leaf, shown_at
 from vllm_mm_ext.media.types import PacketTable
@@ -27,6 +27,9 @@ MAX_THUMBNAILS = 960
 _REACH_S = 0.9
 # Comparisons needed to know what is usual in a clip.
 FEWEST = 32
+# Comparisons before and after a thumbnail that show what is usual there: of a long clip of many
+# scenes, each scene has its own noise.
+_AROUND = 128
 # Changes below this many grey levels (of 255) are noise of sensor and coding: of a few pixels, and
 # of a whole frame's mean.
 _LOCAL_FLOOR = 2.0
@@ -91,15 +94,17 @@ def _dense(packets: PacketTable, score: Scores, spread: Indices, capacity: int) 
     looked[spread] = True
     left = capacity - int(looked.sum())
     seen = np.zeros(len(time), np.bool_)
-    around = 2 * _REACH_S
+    # All of half an event before and after the peak, and what to compare that with.
+    half = _REACH_S / 2
+    offsets = np.concatenate([[-3 * half], np.arange(-half, half + STRIDE_S, STRIDE_S), [3 * half]])
     for peak in np.argsort(-score, kind="stable").tolist():
         if left <= 0 or score[peak] <= 0:
             break
         if seen[peak]:
             continue
-        moments = np.arange(time[peak] - around, time[peak] + around, STRIDE_S)
-        frames = np.unique(_cheaper(packets, shown_at(time, moments)))
-        seen[np.searchsorted(time, time[peak] - _REACH_S) : frames[-1] + 1] = True
+        frames = np.unique(_cheaper(packets, shown_at(time, time[peak] + offsets)))
+        low, high = np.searchsorted(time, time[peak] + np.array([-half, half]))
+        seen[low : high + 1] = True
         frames = frames[~looked[frames]][:left]
         looked[frames] = True
         left -= len(frames)
@@ -224,11 +229,13 @@ def _unexplained(
 
 
 def _deviations(values: Scores, floor: float) -> Scores:
-    """How many standard deviations each value is above the median, at least 0.
+    """How many standard deviations each value is above the median around it, at least 0.
 
     The standard deviation is taken from the 90 % quantile (1.28 deviations above the median of
     normal noise), as flicker and steady motion widen the upper side alone. It is at least
     ``floor``.
     """
-    middle, upper = np.quantile(values, (0.5, 0.9))
-    return np.asarray(np.maximum(0.0, (values - middle) / max((upper - middle) / 1.28, floor)))
+    middle, upper = baseline(values, _AROUND, (0.5, 0.9))
+    return np.asarray(
+        np.maximum(0.0, (values - middle) / np.maximum((upper - middle) / 1.28, floor))
+    )

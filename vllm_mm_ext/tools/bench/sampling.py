@@ -116,7 +116,7 @@ def rows(outcomes: Iterable[Outcome]) -> list[Row]:
 
 _NOTES = [
     f"{FRAMES} frames from 60-120 s clips, GOP 30-1000, H.264 and MPEG-4, events of 0.2-0.8 s; "
-    "no clip was used to tune the sampler.",
+    "no clip was used to design the sampler.",
     "Caught: stock's even spacing against adaptive. Calm scenes: "
     f"{', '.join(_CALM)}; the others change all the time by themselves.",
     "Times run from a file in the page cache to frames at native size.",

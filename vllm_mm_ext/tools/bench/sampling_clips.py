@@ -1,6 +1,6 @@
 """Clips with sub-second events for the ``sampling`` benchmark, drawn from a seed.
 
-The sampler's constants were tuned on ``TUNING_SEEDS`` only. The benchmark measures on
+The sampler was designed on ``TUNING_SEEDS`` only. The benchmark measures on
 ``HELD_OUT_SEEDS``, which share no clip with them.
 """
 

@@ -1,0 +1,104 @@
+"""Which of the frames looked at are taken: the least error, events, full seconds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_mm_ext.media.sampling.coverage import Event, Looked, choose
+from vllm_mm_ext.media.sampling.thumbnail_scan import events
+
+Floats = npt.NDArray[np.float64]
+
+
+def look(pixels: npt.NDArray[np.float32], *marked: Event, fps: float = 8.0) -> Looked:
+    return Looked(np.arange(len(pixels)) / fps, np.ones(len(pixels)), pixels, marked)
+
+
+def take(looked: Looked, count: int, ceiling: int = 1000, ends: float = math.inf) -> list[int]:
+    chosen = choose(looked, count, widest=1e9, ends=ends, ceiling=ceiling, taken={})
+    return chosen.tolist()
+
+
+def error(looked: Looked, chosen: list[int]) -> float:
+    total = 0.0
+    for frame, time in enumerate(looked.time):
+        nearest = min(chosen, key=lambda other: abs(looked.time[other] - time))
+        differs = np.abs(looked.pixels[frame] - looked.pixels[nearest]).mean()
+        total += float(looked.weight[frame] * differs)
+    return total
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 11), count=st.integers(1, 5))
+def test_no_other_choice_has_less_error(seed: int, size: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    pixels = np.cumsum(rng.normal(0, 20, (size, 6)), axis=0).astype(np.float32)
+    looked = look(pixels)
+    chosen = take(looked, count)
+    assert len(chosen) == min(count, size)
+    best = min(error(looked, list(c)) for c in itertools.combinations(range(size), len(chosen)))
+    # Of choices that hardly differ, an even one is taken.
+    assert error(looked, chosen) <= best + 0.2 * size
+
+
+def test_frames_of_a_still_picture_are_spread_evenly() -> None:
+    chosen = take(look(np.full((80, 4), 7, np.float32)), 8)
+    assert set(np.diff(chosen)) <= {9, 10, 11}
+
+
+def test_every_scene_is_shown_whatever_its_length() -> None:
+    scenes = np.repeat([0.0, 90.0, 30.0, 200.0], [60, 5, 3, 50]).astype(np.float32)
+    chosen = take(look(scenes[:, None]), 4)
+    assert [float(scenes[index]) for index in chosen] == [0, 90, 30, 200]
+
+
+def test_an_event_is_shown_although_it_is_too_short_to_change_the_error() -> None:
+    rng = np.random.default_rng(0)
+    pixels = np.cumsum(rng.normal(0, 3, (160, 16)), axis=0).astype(np.float32)
+    event = Event(33, 34, 3.0)
+    missed, shown = take(look(pixels), 8), take(look(pixels, event), 8)
+    assert not set(missed) & {33, 34}
+    assert set(shown) & {33, 34}
+
+
+def test_many_events_do_not_make_a_choice_worse_than_an_even_one() -> None:
+    rng = np.random.default_rng(1)
+    pixels = np.cumsum(rng.normal(0, 3, (200, 16)), axis=0).astype(np.float32)
+    marked = [Event(i, i, 1.5) for i in range(3, 40, 4)]
+    even = np.linspace(0, 199, 8).astype(int).tolist()
+    looked = look(pixels, *marked)
+    assert error(looked, take(looked, 8)) <= error(looked, even)
+
+
+def test_a_second_with_all_the_change_gets_no_more_than_the_ceiling() -> None:
+    pixels = np.zeros((80, 4), np.float32)
+    pixels[40:48] = np.random.default_rng(0).normal(0, 99, (8, 4))
+    looked = look(pixels)
+    assert sum(40 <= index < 48 for index in take(looked, 10)) > 3
+    limited = take(looked, 10, ceiling=3)
+    assert 1 <= sum(40 <= index < 48 for index in limited) <= 3
+    assert len(limited) == 10
+
+
+def test_the_first_and_the_last_moment_are_shown() -> None:
+    pixels = np.random.default_rng(0).normal(0, 50, (160, 4)).astype(np.float32)
+    chosen = take(look(pixels), 4, ends=0.5)
+    assert chosen[0] <= 4
+    assert chosen[-1] >= 155
+
+
+def test_noise_alone_makes_few_and_weak_events() -> None:
+    score: Floats = np.abs(np.random.default_rng(3).normal(0, 1, 500))
+    found = events(score, 32)
+    assert len(found) <= 40
+    assert all(event.strength < 1.3 for event in found)
+    score[200:203] = 20.0
+    strongest = events(score, 32)[0]
+    assert (strongest.first, strongest.last) == (200, 202)
+    assert strongest.strength > 5
