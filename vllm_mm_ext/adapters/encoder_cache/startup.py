@@ -94,8 +94,7 @@ def leave_out_of_text_servers() -> None:
                 "the encoder cache (ec_transfer_config) is off, and nothing of the plugin that "
                 "concerns media has any effect"
             )
-            place = "vllm.engine.arg_utils:EngineArgs.ec_transfer_config"
-            with set_meanwhile(self, place, None):
+            with set_meanwhile(self, "vllm.engine.arg_utils:EngineArgs.ec_transfer_config", None):
                 return original(self, *args, **kwargs)
 
         return create_engine_config
