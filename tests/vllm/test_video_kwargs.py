@@ -205,11 +205,12 @@ def test_a_server_says_which_keys_it_took_for_no_settings(
     assert [r for r in caplog.records if "'mm-ext' in additional_config" in r.getMessage()]
 
 
+@pytest.mark.parametrize("made_as", [ECTransferConfig, dict])
 @pytest.mark.parametrize("text_only", [True, False])
 def test_a_text_only_server_leaves_the_host_tier_out_and_says_so(
-    text_only: bool, caplog: pytest.LogCaptureFixture
+    text_only: bool, made_as: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    transfer = ECTransferConfig(
+    transfer = made_as(
         ec_connector="MMExtECConnector",
         ec_role="ec_both",
         ec_connector_module_path="vllm_mm_ext.encoder_cache",

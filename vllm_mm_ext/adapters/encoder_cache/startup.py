@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
@@ -86,8 +86,12 @@ def leave_out_of_text_servers() -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             transfer = self.ec_transfer_config
-            ours = transfer is not None and transfer.ec_connector == CONNECTOR
-            if not (ours and self.language_model_only):
+            # vLLM takes the settings in Python as a mapping as well.
+            if isinstance(transfer, Mapping):
+                connector = transfer.get("ec_connector")
+            else:
+                connector = None if transfer is None else transfer.ec_connector
+            if connector != CONNECTOR or not self.language_model_only:
                 return original(self, *args, **kwargs)
             logger.warning(
                 "mm_ext: with --language-model-only the server takes no media: the host tier of "
