@@ -220,8 +220,9 @@ def test_absurd_video_options_are_refused_by_name(kwargs: dict[str, Any], word: 
 def test_video_options_override_the_configuration() -> None:
     changed = sampling_for(SamplingConfig(), read_video_kwargs({"fps": 2, "num_frames": 3}))
     assert (changed.fps, changed.max_frames, changed.min_frames) == (2.0, 3, 3)
-    unlimited = read_video_kwargs({"fps": -1, "num_frames": -1})
-    assert sampling_for(SamplingConfig(), unlimited) == SamplingConfig()
+    assert sampling_for(SamplingConfig(), read_video_kwargs({"fps": -1})) == SamplingConfig()
+    every = sampling_for(SamplingConfig(), read_video_kwargs({"fps": -1, "num_frames": -1}))
+    assert every.min_frames == every.max_frames == 4096
 
 
 PLAN = VideoPlan(

@@ -13,6 +13,8 @@ from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.pooling.embed.protocol import CohereEmbedRequest, EmbeddingChatRequest
 from vllm.entrypoints.pooling.pooling.protocol import PoolingChatRequest
+from vllm.entrypoints.pooling.scoring.protocol import ScoreTextRequest
+from vllm.entrypoints.pooling.scoring.serving import ServingScores
 from vllm.exceptions import VLLMValidationError
 
 from vllm_mm_ext.plugin import register
@@ -21,6 +23,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 ROUTES = {
     "/v1/embeddings": (PoolingBaseServing, "__call__", EmbeddingChatRequest),
     "/pooling": (PoolingBaseServing, "__call__", PoolingChatRequest),
+    "/score": (ServingScores, "__call__", ScoreTextRequest),
     # vLLM's classes for these drop fields that they do not know.
     "/v2/embed": (PoolingBaseServing, "__call__", CohereEmbedRequest),
     "/v1/messages": (AnthropicServingMessages, "create_messages", AnthropicMessagesRequest),
@@ -45,6 +48,8 @@ def test_a_block_is_refused_where_it_is_not_honoured(path: str) -> None:
         "model": "m",
         "messages": MESSAGES,
         "texts": ["hi"],
+        "text_1": "a",
+        "text_2": "b",
         "input_type": "query",
         "max_tokens": 1,
         "mm_ext": {"fps": "x"},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import ECTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MediaConnector
@@ -202,3 +203,26 @@ def test_a_server_says_which_keys_it_took_for_no_settings(
             model=str(checkpoint("qwen2_5_vl")), additional_config={"mm-ext": {"media": {}}}
         ).create_engine_config()
     assert [r for r in caplog.records if "'mm-ext' in additional_config" in r.getMessage()]
+
+
+@pytest.mark.parametrize("made_as", [ECTransferConfig, dict])
+@pytest.mark.parametrize("text_only", [True, False])
+def test_a_text_only_server_leaves_the_host_tier_out_and_says_so(
+    text_only: bool, made_as: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    transfer = made_as(
+        ec_connector="MMExtECConnector",
+        ec_role="ec_both",
+        ec_connector_module_path="vllm_mm_ext.encoder_cache",
+    )
+    arguments = EngineArgs(
+        model=str(checkpoint("qwen2_5_vl")),
+        language_model_only=text_only,
+        ec_transfer_config=transfer,
+    )
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        made = arguments.create_engine_config().ec_transfer_config
+    assert (made is None) is text_only
+    assert arguments.ec_transfer_config is transfer
+    said = [r for r in caplog.records if "--language-model-only" in r.getMessage()]
+    assert bool(said) is text_only

@@ -207,6 +207,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_ENTRYPOINTS}.scale_out.render.serving:ServingRender.render_chat_request",
             f"{_ENTRYPOINTS}.serve.tokenize.serving:ServingTokenization.create_tokenize",
             f"{_ENTRYPOINTS}.pooling.base.serving:PoolingBaseServing.__call__",
+            f"{_ENTRYPOINTS}.pooling.scoring.serving:ServingScores.__call__",
             f"{_ENTRYPOINTS}.anthropic.serving:AnthropicServingMessages.create_messages",
             f"{_ENTRYPOINTS}.anthropic.serving:AnthropicServingMessages.count_tokens",
         ),

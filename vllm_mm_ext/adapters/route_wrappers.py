@@ -120,6 +120,7 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+    from vllm.entrypoints.pooling.scoring.serving import ServingScores
     from vllm.entrypoints.scale_out.render.serving import ServingRender
     from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 
@@ -143,6 +144,7 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
     wrap(ServingRender, render, on_route("/v1/chat/completions/render"))
     wrap(ServingTokenization, "create_tokenize", on_route("/tokenize"))
     wrap(PoolingBaseServing, "__call__", on_route(""))
+    wrap(ServingScores, "__call__", on_route(""))
     wrap(AnthropicServingMessages, "create_messages", on_route("/v1/messages"))
     wrap(AnthropicServingMessages, "count_tokens", on_route("/v1/messages/count_tokens"))
     # vLLM has this route where Cohere's package is installed.

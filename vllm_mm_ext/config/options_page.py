@@ -51,7 +51,12 @@ that lists them.
 `/tokenize` fetches and plans the videos of a conversation as a chat completion without a block
 would, so its count is that completion's.
 
-`media_io_kwargs` and `mm_processor_kwargs` stay closed to requests."""
+`media_io_kwargs` and `mm_processor_kwargs` stay closed to requests, unless the operator opens them
+with `--trust-request-mm-kwargs`. Then `media_io_kwargs.video` sets the sampling of the request's
+videos, and a size in `mm_processor_kwargs` the size of their frames.
+
+Text of a message that reads like a placeholder of the model (`<|video_pad|>`) stays text.
+`truncate_prompt_tokens` may cut text; a request in which it would cut a media item is a 400."""
 
 _ANSWER = """
 ## What an answer reports

@@ -110,6 +110,13 @@ def to_markdown() -> str:
         "`--additional-config` on the command line, also dotted (`--additional-config.mm_ext...`),",
         "replaces the whole mapping of the file: nothing of the file's `additional-config` holds",
         "then. So give all settings in one place.",
+        "",
+        "vLLM's own settings hold as well. `--media-io-kwargs.video` goes before `media.sampling`:",
+        "`num_frames` is the number of frames whatever the length of a video (-1: all, at most",
+        "4096), with `fps` a ceiling (-1: none). With keys other than `fps`, `num_frames`,",
+        "`min_frames` and `max_frames`, a loader of vLLM reads all videos. A size or `do_resize`",
+        "in `--mm-processor-kwargs`, also within `videos_kwargs`, decides the size of frames. With",
+        "`--language-model-only` the host tier of the encoder cache is off.",
     ]
     lines += schema.reference_tables(MMExtConfig, KEY)
     return "\n".join(lines) + "\n"

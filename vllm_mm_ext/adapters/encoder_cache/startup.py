@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
@@ -86,16 +86,19 @@ def leave_out_of_text_servers() -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             transfer = self.ec_transfer_config
-            ours = transfer is not None and transfer.ec_connector == CONNECTOR
-            if not (ours and self.language_model_only):
+            # vLLM takes the settings in Python as a mapping as well.
+            if isinstance(transfer, Mapping):
+                connector = transfer.get("ec_connector")
+            else:
+                connector = None if transfer is None else transfer.ec_connector
+            if connector != CONNECTOR or not self.language_model_only:
                 return original(self, *args, **kwargs)
             logger.warning(
                 "mm_ext: with --language-model-only the server takes no media: the host tier of "
                 "the encoder cache (ec_transfer_config) is off, and nothing of the plugin that "
                 "concerns media has any effect"
             )
-            place = "vllm.engine.arg_utils:EngineArgs.ec_transfer_config"
-            with set_meanwhile(self, place, None):
+            with set_meanwhile(self, "vllm.engine.arg_utils:EngineArgs.ec_transfer_config", None):
                 return original(self, *args, **kwargs)
 
         return create_engine_config

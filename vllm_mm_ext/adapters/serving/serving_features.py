@@ -114,6 +114,7 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 _ROUTE,
             ),
             VllmName("vllm.entrypoints.pooling.base.serving:PoolingBaseServing.__call__", _ROUTE),
+            VllmName("vllm.entrypoints.pooling.scoring.serving:ServingScores.__call__"),
             VllmName(f"{_MESSAGES}.create_messages", _ROUTE),
             VllmName(f"{_MESSAGES}.count_tokens", _ROUTE),
         ),
