@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -103,7 +104,7 @@ class Clock:
 
 
 def clock_origins(
-    stamps: npt.NDArray[np.float64], times: npt.NDArray[np.float64]
+    stamps: npt.NDArray[np.floating[Any]], times: npt.NDArray[np.floating[Any]]
 ) -> tuple[float, ...]:
     """The origins of the clocks of a video whose container's clock starts anew, for ``Clock``.
 
@@ -114,7 +115,7 @@ def clock_origins(
     Returns:
         One origin for each part, in the order of the pictures; at most ``MAX_ORIGINS``.
     """
-    offsets = stamps - times
+    offsets = np.asarray(stamps - times, np.float64)
     if not len(offsets):
         return ()
     first = np.abs(np.diff(offsets, prepend=np.inf)) > _STEP_BACK_S
