@@ -79,7 +79,7 @@ def test_native_frames_are_byte_for_byte_those_of_stock(clip, step, threads):
 
 def test_the_planned_way_needs_no_second_pass(clip, monkeypatch):
     path, stock = clip
-    monkeypatch.setattr(pyav_module, "_sequential", lambda *_: pytest.fail("fell back"))
+    monkeypatch.setattr(pyav_module, "read_in_order", lambda *_: pytest.fail("fell back"))
     out, _ = decode(path, [len(stock) // 2, len(stock) - 1], threads=1)
     np.testing.assert_array_equal(out[1], stock[-1])
 

@@ -35,6 +35,7 @@ class DecordDecoder(Decoder):
         size: tuple[int, int] | None,
         out: npt.NDArray[np.uint8],
         threads: int,
+        seen: set[int],
     ) -> npt.NDArray[np.int64]:
         import decord
 
@@ -50,6 +51,7 @@ class DecordDecoder(Decoder):
                 out[begin : begin + len(batch)] = batch
         except (decord.DECORDError, RuntimeError, AssertionError, ValueError) as error:
             raise UnsuitableFileError(f"decord: {error}") from error
+        seen.update(indices.tolist())
         return np.arange(len(indices), dtype=np.int64)
 
     def _thumbnails(

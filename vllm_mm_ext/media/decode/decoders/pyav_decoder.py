@@ -3,47 +3,55 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.container import InputContainer
-from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.base import Decoder, thumbnail_size
-from vllm_mm_ext.media.decode.decoders.read_plan import Run, plan_runs, split_lanes
+from vllm_mm_ext.media.decode.decoders.read_plan import plan_runs, split_lanes
+from vllm_mm_ext.media.decode.decoders.reader import (
+    Emit,
+    FalseKeyError,
+    Reader,
+    SeekMissError,
+    read_in_order,
+    read_planned,
+)
 from vllm_mm_ext.media.types import MediaInfo, PacketTable
-
-# Receives a decoded frame: row of the packet table, picture, converter of the calling thread.
-Emit = Callable[[int, VideoFrame, VideoReformatter], None]
 
 # Threads that decode parts of one file; more of them only add seeks and picture buffers.
 _MAX_LANES = 8
 # There are more parts than threads, so that a thread that is done early takes another part. Each
 # part opens the file again, which costs a millisecond.
 _PARTS_PER_LANE = 2
-# A decoder returns frames in presentation order: a frame is missing for good when the decoder has
-# returned this many later ones.
-_PATIENCE = 32
-
-
-class _DistrustError(Exception):
-    """The decoder returned something else than the container promised."""
+# Passes over a file whose keyframes turn out to be none. Each begins one keyframe earlier, and then
+# the file is decoded from its start.
+_MOST_PASSES = 3
 
 
 class PyAVDecoder(Decoder):
     """The default backend: see ``Decoder`` for the contract.
 
     FFmpeg refuses pictures of more than ``max_pixels``, whatever the container said of them.
+
+    The decoder keeps the pictures of the thumbnails that it makes, as they were decoded, and
+    ``decode`` takes from them what it can.
     """
 
     name = "pyav"
+
+    def __init__(self, max_pixels: int, keep_bytes: int = 0) -> None:
+        super().__init__(max_pixels, keep_bytes)
+        self._kept: dict[int, VideoFrame] = {}  # By row of the packet table.
+        self._room = keep_bytes
+        self._lock = threading.Lock()  # Guards both.
 
     def _decode(
         self,
@@ -53,6 +61,7 @@ class PyAVDecoder(Decoder):
         size: tuple[int, int] | None,
         out: npt.NDArray[np.uint8],
         threads: int,
+        seen: set[int],
     ) -> npt.NDArray[np.int64]:
         assert info.video is not None
         height, width = size or (info.video.height, info.video.width)
@@ -62,7 +71,13 @@ class PyAVDecoder(Decoder):
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
             _convert(frame, converter, "rgb24", info, out[position[row]], height, width)
 
-        decoded = self._read(path, info, rows, emit, threads)
+        kept, self._kept = self._kept, {}
+        at_hand = {row: kept[row] for row in rows.tolist() if row in kept}
+        del kept
+        _emit_all(at_hand, emit, threads)
+        seen.update(at_hand)
+        others = rows[~np.isin(rows, list(at_hand))]
+        decoded = self._read(path, info, others, emit, threads, seen) | set(at_hand)
         for i, row in enumerate(indices.tolist()):
             if row in decoded and position[row] != i:
                 out[i] = out[position[row]]
@@ -83,12 +98,20 @@ class PyAVDecoder(Decoder):
 
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
             _convert(frame, converter, "gray", info, small[position[row]], height, width)
+            self._keep(row, frame)
 
-        decoded = self._read(path, info, rows, emit, threads)
+        decoded = self._read(path, info, rows, emit, threads, set())
         for i, row in enumerate(rows.tolist()):
             if row not in decoded and i:
                 small[i] = small[i - 1]
         return small[where]
+
+    def _keep(self, row: int, frame: VideoFrame) -> None:
+        num_bytes = sum(plane.buffer_size for plane in frame.planes)
+        with self._lock:
+            if num_bytes <= self._room and row not in self._kept:
+                self._room -= num_bytes
+                self._kept[row] = frame
 
     def _read(
         self,
@@ -97,6 +120,7 @@ class PyAVDecoder(Decoder):
         rows: npt.NDArray[np.int64],
         emit: Emit,
         threads: int,
+        seen: set[int],
     ) -> set[int]:
         """Decode ``rows`` (unique, increasing).
 
@@ -108,192 +132,119 @@ class PyAVDecoder(Decoder):
         assert video is not None
         threads = threads or os.cpu_count() or 1
         decoded: set[int] = set()
-        if table.exact and len(rows):
-            parts = split_lanes(table, rows, _PARTS_PER_LANE * min(threads, _MAX_LANES))
-            lanes = min(threads, _MAX_LANES, len(parts))
-            each = max(1, threads // lanes)
-            if lanes == 1:
-                decoded = self._lane(path, info, rows, emit, each)
-            else:
-                with ThreadPoolExecutor(lanes) as pool:
-                    jobs = [pool.submit(self._lane, path, info, p, emit, each) for p in parts]
-                    decoded = set().union(*(job.result() for job in jobs))
-        missing = [row for row in rows.tolist() if row not in decoded]
-        if missing:
-            with _Reader(path, video.index, self._max_pixels, threads, guess=True) as reader:
-                decoded |= _sequential(reader, table, missing, emit)
+        missing, false_keys = rows, set[int]()
+        for number in range(_MOST_PASSES if table.exact else 0):
+            if not len(missing):
+                return decoded
+            read = _Pass(
+                path, video.index, self._max_pixels, _without(table, false_keys), number > 0
+            )
+            found, lies = read.run(missing, emit, threads, seen)
+            decoded |= found
+            missing = rows[~np.isin(rows, list(decoded))]
+            false_keys |= lies
+            # A second pass knows how far the decoder reorders pictures; what is missing then is
+            # damaged, unless decoding began at a wrong place.
+            if number and not lies:
+                return decoded
+        if len(missing):
+            with Reader(path, video.index, self._max_pixels, threads, guess=True) as reader:
+                decoded |= read_in_order(reader, table, missing.tolist(), emit, seen)
         return decoded
 
-    def _lane(
-        self,
-        path: str,
-        info: MediaInfo,
-        rows: npt.NDArray[np.int64],
-        emit: Emit,
-        threads: int,
-    ) -> set[int]:
-        """Decode one part; empty where the file's packet table turns out to be wrong."""
-        assert info.packets is not None
-        assert info.video is not None
-        with _Reader(path, info.video.index, self._max_pixels, threads) as reader:
-            try:
-                return _planned(reader, info.packets, plan_runs(info.packets, rows), emit)
-            except _DistrustError:
-                return set()
 
+@dataclass(frozen=True)
+class _Pass:
+    """One planned pass over a file.
 
-class _Reader:
-    """One open file and its decoder, for one thread."""
+    Attributes:
+        path: The file.
+        stream: Index of its video stream.
+        max_pixels: Most pixels of a picture.
+        table: Its packet table, with exact timestamps.
+        guess: See ``open_container``.
+    """
 
-    def __init__(
-        self, path: str, stream: int, max_pixels: int, threads: int, *, guess: bool = False
-    ) -> None:
-        self._opened = open_container(path, max_pixels=max_pixels, guess=guess)
-        self._stream_index = stream
-        self._max_pixels = max_pixels
-        self._threads = threads
-        self.converter = VideoReformatter()
+    path: str
+    stream: int
+    max_pixels: int
+    table: PacketTable
+    guess: bool
 
-    def __enter__(self) -> _Reader:
-        self._container: InputContainer = self._opened.__enter__()
-        self._stream = self._container.streams[self._stream_index]
-        self._context = self._stream.codec_context
-        self._context.options = {"max_pixels": str(self._max_pixels)}
-        self._context.thread_count = self._threads
-        self._context.thread_type = "AUTO"
-        self._packets = self._demux()
-        self._skip: Literal["DEFAULT", "NONREF"] = "DEFAULT"
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._opened.__exit__(*error)
-
-    def _demux(self) -> Iterator[Packet[Any]]:
-        return iter(self._container.demux(self._stream))
-
-    def read(self) -> Packet[Any] | None:
-        """Next packet with data; None at the end of the file, or where the file is unreadable."""
-        try:
-            while (packet := next(self._packets, None)) is not None:
-                if packet.size:
-                    return packet
-        except av.FFmpegError:
-            pass
-        return None
-
-    def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
-        """Give the decoder a packet.
-
-        Args:
-            packet: The packet; None asks for all frames that the decoder still holds.
-            needed: If false, the decoder may drop the packet when no other frame refers to it.
+    def run(
+        self, rows: npt.NDArray[np.int64], emit: Emit, threads: int, seen: set[int]
+    ) -> tuple[set[int], set[int]]:
+        """Decode rows in several threads.
 
         Returns:
-            The frames that are ready; none for a broken packet.
+            The rows that were decoded, and the rows of keyframes at which decoding cannot begin.
         """
-        skip: Literal["DEFAULT", "NONREF"] = "DEFAULT" if needed else "NONREF"
-        if skip != self._skip:
-            self._context.skip_frame = skip
-            self._skip = skip
-        try:
-            return list(self._context.decode(packet))  # type: ignore[attr-defined]
-        except av.EOFError:
-            return []
-        except av.FFmpegError as error:
-            if isinstance(error, MemoryError):
-                raise
-            return []
+        parts = split_lanes(self.table, rows, _PARTS_PER_LANE * min(threads, _MAX_LANES))
+        lanes = min(threads, _MAX_LANES, len(parts))
+        each = max(1, threads // lanes)
+        if lanes == 1:
+            results = [self._lane(rows, emit, each)]
+        else:
+            with ThreadPoolExecutor(lanes) as pool:
+                jobs = [pool.submit(self._lane, part, emit, each) for part in parts]
+                results = [job.result() for job in jobs]
+        decoded, lies = set[int](), set[int]()
+        for found, false, shown in results:
+            decoded |= found
+            lies |= false
+            seen |= shown
+        return decoded, lies
 
-    def flush(self) -> None:
-        """Make the decoder forget all pictures, which every jump in the file needs.
-
-        Without that, an H.264 decoder takes the gap in frame numbers at an open GOP for loss and
-        holds pictures back. The decoder must have returned all its frames before.
-        """
-        self._context.flush_buffers()
-
-    def seek(self, pts: int) -> None:
-        """Go to the last keyframe at or before ``pts``."""
-        try:
-            self._container.seek(pts, stream=self._stream, backward=True)
-        except av.FFmpegError as error:
-            raise _DistrustError from error
-        self._packets = self._demux()
-
-
-def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -> set[int]:
-    """Decode the runs and check that the decoder returns what the packet table says.
-
-    Raises:
-        _DistrustError: A seek missed, or a "keyframe" does not decode as one. Frames emitted
-            before that may be wrong.
-    """
-    pts = table.pts.tolist()
-    row_of = {p: row for row, p in enumerate(pts)}
-    order = table.order.tolist()
-    decoded: set[int] = set()
-    entered: set[int] = set()  # keyframes decoding began at, not seen yet
-
-    def take(frames: list[VideoFrame]) -> None:
-        for frame in frames:
-            row = row_of.get(frame.pts, -1) if frame.pts is not None else -1
-            if row in entered:
-                entered.discard(row)
-                if not frame.key_frame:
-                    raise _DistrustError
-            if row in wanted and row not in decoded:
-                emit(row, frame, reader.converter)
-                decoded.add(row)
-
-    wanted = {row for run in runs for row in run.wanted}
-    for run in runs:
-        if run is not runs[0]:
-            take(reader.decode(None))
-            reader.flush()
-        if run.seek:
-            reader.seek(pts[run.key])
-        if run.start:
-            entered.add(run.key)
-        running = run.start == 0
-        while (packet := reader.read()) is not None:
-            row = row_of.get(packet.pts, -1) if packet.pts is not None else -1
-            at = order[row] if row >= 0 else -1
-            if not running:
-                if at > run.start:
-                    raise _DistrustError
-                running = at == run.start
-                if not running:
-                    continue
-            take(reader.decode(packet, needed=row in wanted or at == run.start))
-            if at >= run.stop:
-                break
-    take(reader.decode(None))
-    if entered:
-        raise _DistrustError
-    return decoded
+    def _lane(
+        self, rows: npt.NDArray[np.int64], emit: Emit, threads: int
+    ) -> tuple[set[int], set[int], set[int]]:
+        """Decode one part: rows decoded, false keyframes, all rows that the decoder showed."""
+        runs = plan_runs(self.table, rows)
+        plans = [runs]
+        if any(run.seek for run in runs):
+            # To read past packets takes longer than a seek, but it cannot miss.
+            plans.append([run._replace(seek=False) for run in runs])
+        for plan in plans:
+            shown: set[int] = set()
+            with Reader(
+                self.path, self.stream, self.max_pixels, threads, guess=self.guess
+            ) as reader:
+                try:
+                    return read_planned(reader, self.table, plan, emit, shown), set(), shown
+                except FalseKeyError as error:
+                    return set(), error.rows, set()
+                except SeekMissError:
+                    pass
+        return set(), {run.key for run in runs if run.key >= 0}, set()
 
 
-def _sequential(reader: _Reader, table: PacketTable, rows: list[int], emit: Emit) -> set[int]:
-    """Decode everything from the start of the file, as stock loaders do, up to the last wanted row.
+def _without(table: PacketTable, false_keys: set[int]) -> PacketTable:
+    """The packet table with some keyframes taken for other frames."""
+    if not false_keys:
+        return table
+    is_key = table.is_key.copy()
+    is_key[list(false_keys)] = False
+    return replace(table, is_key=is_key)
 
-    A frame's timestamp tells its row; in a file without usable timestamps, counting does.
-    """
-    row_of = {p: row for row, p in enumerate(table.pts.tolist())} if table.exact else {}
-    wanted, last = set(rows), rows[-1]
-    decoded: set[int] = set()
-    count = late = 0
-    draining = False
-    while not draining and len(decoded) < len(wanted) and late < _PATIENCE:
-        packet = reader.read()
-        draining = packet is None
-        for frame in reader.decode(packet):
-            row = row_of.get(frame.pts, -1) if row_of and frame.pts is not None else count
-            count += 1
-            late += row > last
-            if row in wanted and row not in decoded:
-                emit(row, frame, reader.converter)
-                decoded.add(row)
-    return decoded
+
+def _emit_all(frames: Mapping[int, VideoFrame], emit: Emit, threads: int) -> None:
+    """Hand on frames that are decoded already, in several threads."""
+    lanes = min(threads or os.cpu_count() or 1, _MAX_LANES, len(frames))
+    if not lanes:
+        return
+
+    def lane(rows: Sequence[int]) -> None:
+        converter = VideoReformatter()
+        for row in rows:
+            emit(row, frames[row], converter)
+
+    rows = list(frames)
+    if lanes == 1:
+        lane(rows)
+        return
+    with ThreadPoolExecutor(lanes) as pool:
+        for job in [pool.submit(lane, rows[number::lanes]) for number in range(lanes)]:
+            job.result()
 
 
 def _convert(
