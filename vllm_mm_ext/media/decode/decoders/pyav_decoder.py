@@ -15,10 +15,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from vllm_mm_ext.media.decode.decoders.base import Decoder, thumbnail_size
-from vllm_mm_ext.media.decode.decoders.read_plan import plan_runs, split_lanes
+from vllm_mm_ext.media.decode.decoders.read_plan import keys_of, plan_runs, split_lanes
 from vllm_mm_ext.media.decode.decoders.reader import (
     Emit,
-    FalseKeyError,
+    Read,
     Reader,
     SeekMissError,
     read_in_order,
@@ -31,9 +31,9 @@ _MAX_LANES = 8
 # There are more parts than threads, so that a thread that is done early takes another part. Each
 # part opens the file again, which costs a millisecond.
 _PARTS_PER_LANE = 2
-# Passes over a file whose keyframes turn out to be none. Each begins one keyframe earlier, and then
-# the file is decoded from its start.
-_MOST_PASSES = 3
+# Planned passes over a file: from the keyframes that the container names, from those at which
+# decoding has not failed, and from those that have been seen to decode.
+_PASSES = 3
 
 
 class PyAVDecoder(Decoder):
@@ -101,6 +101,7 @@ class PyAVDecoder(Decoder):
             self._keep(row, frame)
 
         decoded = self._read(path, info, rows, emit, threads, set())
+        self._kept = {row: frame for row, frame in self._kept.items() if row in decoded}
         for i, row in enumerate(rows.tolist()):
             if row not in decoded and i:
                 small[i] = small[i - 1]
@@ -109,8 +110,10 @@ class PyAVDecoder(Decoder):
     def _keep(self, row: int, frame: VideoFrame) -> None:
         num_bytes = sum(plane.buffer_size for plane in frame.planes)
         with self._lock:
-            if num_bytes <= self._room and row not in self._kept:
-                self._room -= num_bytes
+            # A later pass over the file may bring the right picture after a wrong one.
+            known = self._kept.pop(row, None) is not None
+            if known or num_bytes <= self._room:
+                self._room -= 0 if known else num_bytes
                 self._kept[row] = frame
 
     def _read(
@@ -132,24 +135,46 @@ class PyAVDecoder(Decoder):
         assert video is not None
         threads = threads or os.cpu_count() or 1
         decoded: set[int] = set()
-        missing, false_keys = rows, set[int]()
-        for number in range(_MOST_PASSES if table.exact else 0):
-            if not len(missing):
+        false_keys: set[int] = set()
+        key_of = dict(zip(rows.tolist(), keys_of(table, rows).tolist(), strict=True))
+
+        def add(found: set[int]) -> list[int]:
+            """Note what was decoded; returns what is missing.
+
+            A keyframe that does not decode, though decoding began before it, is damaged, and so are
+            the frames that follow it.
+            """
+            lost = false_keys - seen
+            decoded.update(row for row in found if key_of[row] not in lost)
+            if lost:
+                shown = np.array(sorted(seen), np.int64)
+                damaged = np.isin(keys_of(table, shown), list(lost))
+                seen.difference_update(shown[damaged].tolist())
+            return [row for row in rows.tolist() if row not in decoded]
+
+        missing = rows.tolist()
+        for number in range(_PASSES if table.exact else 0):
+            if not missing:
                 return decoded
-            read = _Pass(
-                path, video.index, self._max_pixels, _without(table, false_keys), number > 0
+            starts = table.is_key
+            if number:
+                starts = _without(starts, false_keys)
+            if number == _PASSES - 1:
+                starts = starts & np.isin(np.arange(len(table)), list(seen))
+            one = _Pass(
+                path, video.index, self._max_pixels, replace(table, is_key=starts), number > 0
             )
-            found, lies = read.run(missing, emit, threads, seen)
-            decoded |= found
-            missing = rows[~np.isin(rows, list(decoded))]
-            false_keys |= lies
-            # A second pass knows how far the decoder reorders pictures; what is missing then is
-            # damaged, unless decoding began at a wrong place.
-            if number and not lies:
+            read = one.run(np.array(missing, np.int64), emit, threads)
+            false_keys |= read.false_keys
+            seen |= read.shown
+            missing = add(read.decoded)
+            # A second pass knows how far the decoder reorders pictures: what is missing then,
+            # though decoding began at the right places, is damaged.
+            if number and not read.false_keys:
                 return decoded
-        if len(missing):
+        if missing:
             with Reader(path, video.index, self._max_pixels, threads, guess=True) as reader:
-                decoded |= read_in_order(reader, table, missing.tolist(), emit, seen)
+                add(read_in_order(reader, table, missing, emit, seen))
         return decoded
 
 
@@ -171,60 +196,39 @@ class _Pass:
     table: PacketTable
     guess: bool
 
-    def run(
-        self, rows: npt.NDArray[np.int64], emit: Emit, threads: int, seen: set[int]
-    ) -> tuple[set[int], set[int]]:
-        """Decode rows in several threads.
-
-        Returns:
-            The rows that were decoded, and the rows of keyframes at which decoding cannot begin.
-        """
+    def run(self, rows: npt.NDArray[np.int64], emit: Emit, threads: int) -> Read:
+        """Decode rows (unique, increasing) in several threads."""
         parts = split_lanes(self.table, rows, _PARTS_PER_LANE * min(threads, _MAX_LANES))
         lanes = min(threads, _MAX_LANES, len(parts))
         each = max(1, threads // lanes)
         if lanes == 1:
-            results = [self._lane(rows, emit, each)]
-        else:
-            with ThreadPoolExecutor(lanes) as pool:
-                jobs = [pool.submit(self._lane, part, emit, each) for part in parts]
-                results = [job.result() for job in jobs]
-        decoded, lies = set[int](), set[int]()
-        for found, false, shown in results:
-            decoded |= found
-            lies |= false
-            seen |= shown
-        return decoded, lies
+            return self._lane(rows, emit, each)
+        with ThreadPoolExecutor(lanes) as pool:
+            jobs = [pool.submit(self._lane, part, emit, each) for part in parts]
+            results = [job.result() for job in jobs]
+        return Read(*(set[int]().union(*column) for column in zip(*results, strict=True)))
 
-    def _lane(
-        self, rows: npt.NDArray[np.int64], emit: Emit, threads: int
-    ) -> tuple[set[int], set[int], set[int]]:
-        """Decode one part: rows decoded, false keyframes, all rows that the decoder showed."""
+    def _lane(self, rows: npt.NDArray[np.int64], emit: Emit, threads: int) -> Read:
+        """Decode one part."""
         runs = plan_runs(self.table, rows)
         plans = [runs]
         if any(run.seek for run in runs):
             # To read past packets takes longer than a seek, but it cannot miss.
             plans.append([run._replace(seek=False) for run in runs])
         for plan in plans:
-            shown: set[int] = set()
             with Reader(
                 self.path, self.stream, self.max_pixels, threads, guess=self.guess
             ) as reader:
                 try:
-                    return read_planned(reader, self.table, plan, emit, shown), set(), shown
-                except FalseKeyError as error:
-                    return set(), error.rows, set()
+                    return read_planned(reader, self.table, plan, emit)
                 except SeekMissError:
                     pass
-        return set(), {run.key for run in runs if run.key >= 0}, set()
+        return Read(set(), {run.key for run in runs}, set())
 
 
-def _without(table: PacketTable, false_keys: set[int]) -> PacketTable:
-    """The packet table with some keyframes taken for other frames."""
-    if not false_keys:
-        return table
-    is_key = table.is_key.copy()
-    is_key[list(false_keys)] = False
-    return replace(table, is_key=is_key)
+def _without(is_key: npt.NDArray[np.bool_], false_keys: set[int]) -> npt.NDArray[np.bool_]:
+    """``is_key`` without the keyframes of these rows."""
+    return is_key & ~np.isin(np.arange(len(is_key)), list(false_keys))
 
 
 def _emit_all(frames: Mapping[int, VideoFrame], emit: Emit, threads: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import av
 from av.container import InputContainer
@@ -31,16 +31,19 @@ class SeekMissError(Exception):
     """No seek lands at or before a keyframe, or the file cannot be read up to it."""
 
 
-class FalseKeyError(Exception):
-    """Decoding cannot begin at a keyframe.
+class Read(NamedTuple):
+    """What reading planned runs has shown.
 
     Attributes:
-        rows: The rows of such keyframes.
+        decoded: Wanted rows whose frames were handed on and are right.
+        false_keys: Rows of keyframes at which decoding could not begin. Nothing of their runs is in
+            the other sets.
+        shown: Rows of all frames that the decoder returned.
     """
 
-    def __init__(self, rows: set[int]) -> None:
-        super().__init__(rows)
-        self.rows = rows
+    decoded: set[int]
+    false_keys: set[int]
+    shown: set[int]
 
 
 class Reader:
@@ -164,77 +167,76 @@ class Reader:
         self.seek(pts, key)
 
 
-def read_planned(
-    reader: Reader, table: PacketTable, runs: Sequence[Run], emit: Emit, seen: set[int]
-) -> set[int]:
+def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: Emit) -> Read:
     """Decode runs of packets and check that the decoder returns what the packet table says.
 
     Args:
         reader: The file, at its start.
         table: Its packet table, with exact timestamps.
         runs: What to decode, in file order.
-        emit: Receives the wanted frames.
-        seen: The rows of all frames that the decoder returns are added.
-
-    Returns:
-        The wanted rows that were decoded.
+        emit: Receives the wanted frames, and perhaps wrong ones for rows that are not returned.
 
     Raises:
         SeekMissError: The place of a run was not found.
-        FalseKeyError: A "keyframe" does not decode as one. Frames emitted before may be wrong, and
-            so may be the rows added to ``seen``.
     """
     pts = table.pts.tolist()
     row_of = {p: row for row, p in enumerate(pts)}
     order = table.order.tolist()
-    wanted = {row for run in runs for row in run.wanted}
-    decoded: set[int] = set()
-    entered: set[int] = set()  # keyframes decoding began at, not seen yet
+    read = Read(set(), set(), set())
 
     def place_of(timestamp: int | None) -> tuple[int, int]:
         """Row and decode position; -1 each for a timestamp that is not in the table."""
         row = -1 if timestamp is None else row_of.get(timestamp, -1)
         return row, order[row] if row >= 0 else -1
 
-    def take(frames: list[VideoFrame]) -> None:
-        for frame in frames:
+    for number, run in enumerate(runs):
+        if number:
+            reader.flush()
+        if run.seek:
+            reader.seek(pts, run.key)
+        wanted = set(run.wanted)
+        decoded: set[int] = set()
+        shown: set[int] = set()
+        began = run.start == 0
+        for frame in _frames_of(reader, run, pts, place_of, wanted):
             row, _ = place_of(frame.pts)
-            if row in entered:
-                entered.discard(row)
-                if not frame.key_frame:
-                    raise FalseKeyError({row})
+            began = began or (row == run.key and frame.key_frame)
             if row in wanted and row not in decoded:
                 emit(row, frame, reader.converter)
                 decoded.add(row)
             if row >= 0:
-                seen.add(row)
+                shown.add(row)
+        if began:
+            read.decoded.update(decoded)
+            read.shown.update(shown)
+        else:
+            read.false_keys.add(run.key)
+    return read
 
-    for run in runs:
-        if run is not runs[0]:
-            take(reader.decode(None))
-            reader.flush()
-        if run.seek:
-            reader.seek(pts, run.key)
-        if run.start:
-            entered.add(run.key)
-        at, needed = -1, False
-        packet = _first_packet(reader, run, pts, lambda p: place_of(p.pts)[1])
-        while packet is not None:
-            row, place = place_of(packet.pts)
-            if row >= 0:
-                at, needed = place, row in wanted or place == run.start
-            if at > run.stop:
-                reader.unread(packet)
-                break
-            # A packet that has no row belongs to the picture before it: the second of two fields.
-            take(reader.decode(packet, needed=needed))
-            if row < 0 and at == run.stop:
-                break
-            packet = reader.read()
-    take(reader.decode(None))
-    if entered:
-        raise FalseKeyError(entered)
-    return decoded
+
+def _frames_of(
+    reader: Reader,
+    run: Run,
+    pts: Sequence[int],
+    place_of: Callable[[int | None], tuple[int, int]],
+    wanted: set[int],
+) -> Iterator[VideoFrame]:
+    """All frames that the decoder returns for the packets of a run."""
+    at, needed = -1, False
+    packet = _first_packet(reader, run, pts, lambda p: place_of(p.pts)[1])
+    while packet is not None:
+        row, place = place_of(packet.pts)
+        if row >= 0:
+            at, needed = place, row in wanted or place == run.start
+        if at > run.stop:
+            reader.unread(packet)
+            break
+        # A packet that has no row belongs to the picture before it: the second of two fields.
+        yield from reader.decode(packet, needed=needed)
+        if row < 0 and at == run.stop:
+            break
+        packet = reader.read()
+    yield from reader.decode(None)
 
 
 def _first_packet(
