@@ -32,7 +32,7 @@ _MAX_LANES = 8
 # part opens the file again, which costs a millisecond.
 _PARTS_PER_LANE = 2
 # Planned passes over a file: from the keyframes that the container names, from those at which
-# decoding has not failed, and from those that have been seen to decode.
+# decoding has not failed, and from those at which it has begun.
 _PASSES = 3
 
 
@@ -135,6 +135,7 @@ class PyAVDecoder(Decoder):
         assert video is not None
         threads = threads or os.cpu_count() or 1
         decoded: set[int] = set()
+        true_keys: set[int] = set()
         false_keys: set[int] = set()
         key_of = dict(zip(rows.tolist(), keys_of(table, rows).tolist(), strict=True))
 
@@ -157,14 +158,15 @@ class PyAVDecoder(Decoder):
             if not missing:
                 return decoded
             starts = table.is_key
-            if number:
-                starts = _without(starts, false_keys)
             if number == _PASSES - 1:
-                starts = starts & np.isin(np.arange(len(table)), list(seen))
+                starts = _only(starts, true_keys)
+            elif number:
+                starts = starts & ~_only(starts, false_keys)
             one = _Pass(
                 path, video.index, self._max_pixels, replace(table, is_key=starts), number > 0
             )
             read = one.run(np.array(missing, np.int64), emit, threads)
+            true_keys |= read.true_keys
             false_keys |= read.false_keys
             seen |= read.shown
             missing = add(read.decoded)
@@ -223,12 +225,12 @@ class _Pass:
                     return read_planned(reader, self.table, plan, emit)
                 except SeekMissError:
                     pass
-        return Read(set(), {run.key for run in runs}, set())
+        return Read(set(), set(), {run.key for run in runs}, set())
 
 
-def _without(is_key: npt.NDArray[np.bool_], false_keys: set[int]) -> npt.NDArray[np.bool_]:
-    """``is_key`` without the keyframes of these rows."""
-    return is_key & ~np.isin(np.arange(len(is_key)), list(false_keys))
+def _only(is_key: npt.NDArray[np.bool_], rows: set[int]) -> npt.NDArray[np.bool_]:
+    """Of the keyframes, those of the given rows."""
+    return is_key & np.isin(np.arange(len(is_key)), list(rows))
 
 
 def _emit_all(frames: Mapping[int, VideoFrame], emit: Emit, threads: int) -> None:

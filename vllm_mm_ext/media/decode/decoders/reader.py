@@ -36,12 +36,14 @@ class Read(NamedTuple):
 
     Attributes:
         decoded: Wanted rows whose frames were handed on and are right.
+        true_keys: Rows of keyframes at which decoding began.
         false_keys: Rows of keyframes at which decoding could not begin. Nothing of their runs is in
             the other sets.
         shown: Rows of all frames that the decoder returned.
     """
 
     decoded: set[int]
+    true_keys: set[int]
     false_keys: set[int]
     shown: set[int]
 
@@ -182,7 +184,7 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
     pts = table.pts.tolist()
     row_of = {p: row for row, p in enumerate(pts)}
     order = table.order.tolist()
-    read = Read(set(), set(), set())
+    read = Read(set(), set(), set(), set())
 
     def place_of(timestamp: int | None) -> tuple[int, int]:
         """Row and decode position; -1 each for a timestamp that is not in the table."""
@@ -207,6 +209,7 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
             if row >= 0:
                 shown.add(row)
         if began:
+            read.true_keys.add(run.key)
             read.decoded.update(decoded)
             read.shown.update(shown)
         else:
