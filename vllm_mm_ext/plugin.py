@@ -109,7 +109,9 @@ def attach(renderer: Any) -> None:
         config = MMExtConfig.from_additional_config(renderer.config.additional_config)
         domains = renderer.config.model_config.allowed_media_domains
         warn_of_private_addresses(config.media, domains)
-        attach_runtime(config, read_traits(renderer.mm_processor), renderer)
+        runtime = attach_runtime(config, read_traits(renderer.mm_processor), renderer)
+        if config.media.enabled:
+            runtime.frontend.pool.warm()
 
 
 def warn_of_private_addresses(config: MediaConfig, domains: Sequence[str] | None) -> None:

@@ -326,7 +326,8 @@ class DecodeResult:
 
     Attributes:
         info: What the container says about the file.
-        selection: The frames that were decoded; frames that turned out broken are left out.
+        selection: The frames that were decoded: others in place of those that turned out broken, as
+            far as there are any. ``explicit`` frames that are broken are left out.
         frames: uint8 RGB ``[n, height, width, 3]`` at the target size, or None.
         audio: float32 mono ``[samples]`` at ``audio_rate``, or None. With frames it begins at the
             first picture of the video and ends with the last one at the latest; without, it begins

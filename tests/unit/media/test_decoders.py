@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from dataclasses import replace
 
 import av
 import cv2
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from vllm_mm_ext.errors import MediaTooLargeError, UnreadableMediaError
 from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders import pyav_decoder as pyav_module
+from vllm_mm_ext.media.decode.decoders.decord_decoder import check_suitable
 from vllm_mm_ext.media.decode.decoders.read_plan import plan_runs, split_lanes
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.types import DecodeLimits, PacketTable
@@ -79,7 +81,7 @@ def test_native_frames_are_byte_for_byte_those_of_stock(clip, step, threads):
 
 def test_the_planned_way_needs_no_second_pass(clip, monkeypatch):
     path, stock = clip
-    monkeypatch.setattr(pyav_module, "_sequential", lambda *_: pytest.fail("fell back"))
+    monkeypatch.setattr(pyav_module, "read_in_order", lambda *_: pytest.fail("fell back"))
     out, _ = decode(path, [len(stock) // 2, len(stock) - 1], threads=1)
     np.testing.assert_array_equal(out[1], stock[-1])
 
@@ -349,3 +351,45 @@ def test_keyframes_alone_are_decoded_alone():
     )
     runs = plan_runs(table, np.arange(0, 300, 30))
     assert [run.num_packets for run in runs] == [1] * 10
+
+
+def long_table(packets: int, gop: int) -> PacketTable:
+    return PacketTable(
+        pts=np.arange(packets, dtype=np.int64),
+        time=np.arange(packets) / 25,
+        size=np.full(packets, 1000, np.int32),
+        is_key=np.arange(packets) % gop == 0,
+        time_base=1 / 25,
+    )
+
+
+def test_decord_is_not_given_files_in_which_it_loses_its_way(tmp_path):
+    info = probe(str(make_clip(tmp_path / "a.mp4", duration=1).path), LIMITS)
+    check_suitable(replace(info, packets=long_table(10_000, 250)))
+    with pytest.raises(UnsuitableFileError, match="packets"):
+        check_suitable(replace(info, packets=long_table(10_001, 250)))
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 3 * 640 * 360, 1 << 30])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_frames_at_hand_from_thumbnails_are_those_of_a_decode(tmp_path, keep_bytes, threads):
+    path = make_clip(tmp_path / "a.mp4", width=640, height=360, bframes=2, gop=20, duration=3).path
+    info = probe(str(path), LIMITS)
+    rows = np.array([2, 2, 31, 60, 85], np.int64)
+    wanted, _ = decode(path, rows)
+    out = np.zeros_like(wanted)
+    decoder = get_decoder("pyav", max_pixels=LIMITS.max_pixels, keep_bytes=keep_bytes)
+    decoder.thumbnails(str(path), info, np.arange(0, 90, 2), 64, threads)
+    assert decoder.decode(str(path), info, rows, None, out, threads).tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(out, wanted)
+
+
+def test_frames_that_were_all_looked_at_are_not_decoded_again(tmp_path, monkeypatch):
+    path = make_clip(tmp_path / "a.mp4", duration=1).path
+    info = probe(str(path), LIMITS)
+    decoder = get_decoder("pyav", max_pixels=LIMITS.max_pixels, keep_bytes=1 << 30)
+    decoder.thumbnails(str(path), info, np.arange(30), 64, 1)
+    monkeypatch.setattr(pyav_module, "Reader", lambda *_, **__: pytest.fail("decoded again"))
+    out = np.zeros((2, 180, 320, 3), np.uint8)
+    done = decoder.decode(str(path), info, np.array([3, 29]), None, out, 1)
+    assert done.tolist() == [0, 1]

@@ -566,3 +566,31 @@ def test_samples_that_are_no_numbers_are_silence(tmp_path):
     soundfile.write(path, samples, 16000, subtype="FLOAT")
     audio = run_job(str(path), DecodeRequest(audio="required")).audio
     np.testing.assert_array_equal(audio[:6], np.float32([0.5, 0, 0, 0, 1e6, -1.5]))
+
+
+async def test_a_warm_pool_does_its_first_job_in_the_worker_it_started(fd):
+    pool = DecodePool(workers=2, threads=1)
+    try:
+        pool.warm()
+        while not pool.worker_pids():
+            await asyncio.sleep(0.01)
+        pool.warm()
+        await asyncio.sleep(0.1)
+        [pid] = pool.worker_pids()
+        await pool.run(fd, DecodeRequest(probe_only=True))
+        await pool.run(fd, wanting(3))
+        assert pool.worker_pids() == [pid]
+        assert pool.stats()["started"] == 1
+    finally:
+        pool.close()
+
+
+def test_a_pool_closed_while_it_warms_leaves_no_worker():
+    pool = DecodePool(workers=1, threads=1)
+    pool.warm()
+    pool.close()
+    deadline = time.monotonic() + 10
+    while pool._probes._threads and any(t.is_alive() for t in pool._probes._threads):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert pool.worker_pids() == []

@@ -21,9 +21,10 @@ from vllm_mm_ext.errors import (
 )
 from vllm_mm_ext.media.audio.audio_track import Track, check_audio, decode_audio
 from vllm_mm_ext.media.audio.stream_choice import chosen_audio
-from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
+from vllm_mm_ext.media.decode.decoders import Decoder, UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.decode.substitutes import Frames, Rows, decode_chosen
 from vllm_mm_ext.media.output_bytes import audio_bytes
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.types import (
@@ -41,6 +42,9 @@ Allocate = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[np.generic]]
 # Longest edge in pixels of the thumbnails that the adaptive policy looks at: its scores are tuned
 # to this size.
 _THUMBNAIL_EDGE = 64
+# The share of a worker's memory that may hold pictures of thumbnails until frames are chosen. With
+# the default limit on memory that is 700 pictures of 720p.
+_KEPT_SHARE = 4
 
 
 def run_job(
@@ -90,11 +94,18 @@ def _decode(
     sound = _wanted_audio(info, request)
     selection: FrameSelection | None = None
     shape: tuple[int, ...] = (0,)
+    limits = request.limits
+    decoder = get_decoder(
+        request.decoder,
+        max_pixels=limits.max_pixels,
+        picture=request.picture,
+        keep_bytes=limits.memory_bytes // _KEPT_SHARE,
+    )
     if request.sampling is not None:
         if info.video is None:
             raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
         with _timed(timings, "profile"):
-            selection = _select(path, info, request.sampling, request)
+            selection = _select(path, info, request.sampling, request, decoder)
         shape = _output_shape(info, selection, request)
     if reserve is not None:
         reserve(math.prod(shape) + (0 if sound is None else audio_bytes(info, sound, request)))
@@ -108,7 +119,7 @@ def _decode(
             result.audio_note = "unsupported"
         if selection is not None:
             with _timed(timings, "decode"):
-                _frames(path, info, selection, request, shape, allocate, result)
+                _frames(path, info, selection, request, decoder, shape, allocate, result)
         if audio is not None:
             track = audio.result()
             result.audio_note = track.note
@@ -131,11 +142,9 @@ def _wanted_audio(info: MediaInfo, request: DecodeRequest) -> AudioStream | None
 
 
 def _select(
-    path: str, info: MediaInfo, spec: SamplingSpec, request: DecodeRequest
+    path: str, info: MediaInfo, spec: SamplingSpec, request: DecodeRequest, decoder: Decoder
 ) -> FrameSelection:
     from vllm_mm_ext.media.sampling import select
-
-    decoder = get_decoder(request.decoder, max_pixels=request.limits.max_pixels)
 
     def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
         rows = np.asarray(indices, np.int64)
@@ -175,39 +184,45 @@ def _frames(
     info: MediaInfo,
     selection: FrameSelection,
     request: DecodeRequest,
+    decoder: Decoder,
     shape: tuple[int, ...],
     allocate: Allocate,
     result: DecodeResult,
 ) -> None:
-    """Decode the selected frames and put them, with the selection that is left, into ``result``."""
+    """Decode the selected frames and put them, with the selection as it is then, into ``result``.
+
+    In place of frames that do not decode others are chosen, unless the client named the frames.
+    """
     out = np.asarray(allocate(shape, np.uint8), np.uint8)
-    limits, picture = request.limits, request.picture
-    decoder = get_decoder(request.decoder, max_pixels=limits.max_pixels, picture=picture)
     assert info.video is not None
+    assert info.packets is not None
     own_size = request.size.kind == "native" and shape[1:3] == (info.video.height, info.video.width)
     size = None if own_size else (shape[1], shape[2])
-    work = (path, info, selection.indices, size, out, request.threads)
-    try:
-        positions = decoder.decode(*work)
-    except UnsuitableFileError:
-        decoder = PyAVDecoder(limits.max_pixels, picture=picture)
-        positions = decoder.decode(*work)
-    if not len(positions):
+
+    def decode(rows: Rows, into: Frames, seen: set[int]) -> Rows:
+        nonlocal decoder
+        try:
+            return decoder.decode(path, info, rows, size, into, request.threads, seen)
+        except UnsuitableFileError:
+            decoder = PyAVDecoder(request.limits.max_pixels, picture=request.picture)
+            return decoder.decode(path, info, rows, size, into, request.threads, seen)
+
+    chosen, named = selection.indices, selection.policy == "explicit"
+    rows = decode_chosen(decode, info.packets.time, chosen, out, substitute=not named)
+    if not len(rows):
         raise UnreadableMediaError(
             "None of the chosen frames could be decoded.", parameter="video_url"
         )
-    if len(positions) < len(out):
-        for place, position in enumerate(positions.tolist()):
-            out[place] = out[position]
-        out = out[: len(positions)]
+    if not np.array_equal(rows, chosen):
         selection = replace(
             selection,
-            indices=selection.indices[positions],
-            times=selection.times[positions],
+            indices=rows,
+            times=info.packets.time[rows],
             # Frames missing at the end leave the others where they were.
-            step=selection.step if positions[-1] == len(positions) - 1 else None,
+            step=selection.step if np.array_equal(rows, chosen[: len(rows)]) else None,
         )
-    result.frames, result.selection, result.decoder = out, selection, decoder.name
+    result.frames, result.selection = out[: len(rows)], selection
+    result.decoder = decoder.name
 
 
 def _audio(

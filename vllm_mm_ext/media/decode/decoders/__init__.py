@@ -9,7 +9,11 @@ __all__ = ["Decoder", "UnsuitableFileError", "get_decoder"]
 
 
 def get_decoder(
-    name: DecoderName, *, max_pixels: int, picture: PictureRules = AS_PLAYERS
+    name: DecoderName,
+    *,
+    max_pixels: int,
+    picture: PictureRules = AS_PLAYERS,
+    keep_bytes: int = 0,
 ) -> Decoder:
     """Make a decoder.
 
@@ -18,6 +22,7 @@ def get_decoder(
             more files (measured by ``vllm_mm_ext.tools.bench.decoders``, see ``docs/decoders.md``).
         max_pixels: Most pixels a decoded picture may have.
         picture: How pictures are shown.
+        keep_bytes: See ``Decoder``; decord keeps nothing.
     """
     if name == "decord":
         from vllm_mm_ext.media.decode.decoders.decord_decoder import DecordDecoder
@@ -25,4 +30,4 @@ def get_decoder(
         return DecordDecoder(max_pixels, picture=picture)
     from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 
-    return PyAVDecoder(max_pixels, picture=picture)
+    return PyAVDecoder(max_pixels, picture=picture, keep_bytes=keep_bytes)

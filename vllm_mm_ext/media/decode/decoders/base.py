@@ -27,13 +27,18 @@ class Decoder(ABC):
     Args:
         max_pixels: Most pixels that a picture of the file may have.
         picture: How pictures are shown.
+        keep_bytes: Most bytes of decoded pictures that the decoder may keep from ``thumbnails`` for
+            the next ``decode``, which then need not decode them again.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, max_pixels: int, *, picture: PictureRules = AS_PLAYERS) -> None:
+    def __init__(
+        self, max_pixels: int, *, picture: PictureRules = AS_PLAYERS, keep_bytes: int = 0
+    ) -> None:
         self._max_pixels = max_pixels
         self._picture = picture
+        self._keep_bytes = keep_bytes
 
     def decode(
         self,
@@ -43,6 +48,7 @@ class Decoder(ABC):
         size: tuple[int, int] | None,
         out: npt.NDArray[np.uint8],
         threads: int,
+        seen: set[int] | None = None,
     ) -> npt.NDArray[np.int64]:
         """Decode frames into ``out``.
 
@@ -54,6 +60,7 @@ class Decoder(ABC):
                 Native frames of ``plain`` video are byte for byte those of OpenCV.
             out: uint8 ``[n, height, width, 3]`` RGB, written in place.
             threads: Decoding threads, 0 for one per core.
+            seen: Receives rows of ``info.packets`` that turned out to decode, wanted or not.
 
         Returns:
             int64 positions of ``indices`` that were decoded, increasing. Rows of ``out`` at other
@@ -66,7 +73,9 @@ class Decoder(ABC):
             MediaTooLargeError: Its pictures have more than ``max_pixels``.
         """
         check_file(path, info, self._max_pixels)
-        return self._decode(path, info, indices, size, out, threads)
+        return self._decode(
+            path, info, indices, size, out, threads, set() if seen is None else seen
+        )
 
     def thumbnails(
         self,
@@ -100,6 +109,7 @@ class Decoder(ABC):
         size: tuple[int, int] | None,
         out: npt.NDArray[np.uint8],
         threads: int,
+        seen: set[int],
     ) -> npt.NDArray[np.int64]:
         """As ``decode``, of a file that was checked."""
 

@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.container import InputContainer
-from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.base import Decoder, thumbnail_size
-from vllm_mm_ext.media.decode.decoders.read_plan import Run, plan_runs, split_lanes
-from vllm_mm_ext.media.decode.geometry import decoder_of
+from vllm_mm_ext.media.decode.decoders.read_plan import keys_of, plan_runs, split_lanes
+from vllm_mm_ext.media.decode.decoders.reader import (
+    Emit,
+    Read,
+    Reader,
+    SeekMissError,
+    read_in_order,
+    read_planned,
+)
 from vllm_mm_ext.media.decode.picture import write_gray, write_rgb
-from vllm_mm_ext.media.types import MediaInfo, PacketTable
-
-# Receives a decoded frame: row of the packet table, picture, converter of the calling thread.
-Emit = Callable[[int, VideoFrame, VideoReformatter], None]
+from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PacketTable, PictureRules
 
 # Threads that decode parts of one file; more of them only add seeks and picture buffers.
 _MAX_LANES = 8
 # There are more parts than threads, so that a thread that is done early takes another part. Each
 # part opens the file again, which costs a millisecond.
 _PARTS_PER_LANE = 2
-# A decoder returns frames in presentation order: a frame is missing for good when the decoder has
-# returned this many later ones.
-_PATIENCE = 32
-
-
-class _DistrustError(Exception):
-    """The decoder returned something else than the container promised."""
+# Planned passes over a file: from the keyframes that the container names, from those at which
+# decoding has not failed, and from those at which it has begun.
+_PASSES = 3
 
 
 class PyAVDecoder(Decoder):
     """The default backend: see ``Decoder`` for the contract.
 
     FFmpeg refuses pictures of more than ``max_pixels``, whatever the container said of them.
+
+    The decoder keeps the pictures of the thumbnails that it makes, as they were decoded, and
+    ``decode`` takes from them what it can.
     """
 
     name = "pyav"
+
+    def __init__(
+        self, max_pixels: int, *, picture: PictureRules = AS_PLAYERS, keep_bytes: int = 0
+    ) -> None:
+        super().__init__(max_pixels, picture=picture, keep_bytes=keep_bytes)
+        self._kept: dict[int, VideoFrame] = {}  # By row of the packet table.
+        self._room = keep_bytes
+        self._lock = threading.Lock()  # Guards both.
 
     def _decode(
         self,
@@ -55,6 +63,7 @@ class PyAVDecoder(Decoder):
         size: tuple[int, int] | None,
         out: npt.NDArray[np.uint8],
         threads: int,
+        seen: set[int],
     ) -> npt.NDArray[np.int64]:
         video = info.video
         assert video is not None
@@ -65,7 +74,13 @@ class PyAVDecoder(Decoder):
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
             write_rgb(frame, converter, video, self._picture, out[position[row]])
 
-        decoded = self._read(path, info, rows, emit, threads)
+        kept, self._kept = self._kept, {}
+        at_hand = {row: kept[row] for row in rows.tolist() if row in kept}
+        del kept
+        _emit_all(at_hand, emit, threads)
+        seen.update(at_hand)
+        others = rows[~np.isin(rows, list(at_hand))]
+        decoded = self._read(path, info, others, emit, threads, seen) | set(at_hand)
         for i, row in enumerate(indices.tolist()):
             if row in decoded and position[row] != i:
                 out[i] = out[position[row]]
@@ -88,12 +103,23 @@ class PyAVDecoder(Decoder):
 
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
             write_gray(frame, converter, video, small[position[row]])
+            self._keep(row, frame)
 
-        decoded = self._read(path, info, rows, emit, threads)
+        decoded = self._read(path, info, rows, emit, threads, set())
+        self._kept = {row: frame for row, frame in self._kept.items() if row in decoded}
         for i, row in enumerate(rows.tolist()):
             if row not in decoded and i:
                 small[i] = small[i - 1]
         return small[where]
+
+    def _keep(self, row: int, frame: VideoFrame) -> None:
+        num_bytes = sum(plane.buffer_size for plane in frame.planes)
+        with self._lock:
+            # A later pass over the file may bring the right picture after a wrong one.
+            known = self._kept.pop(row, None) is not None
+            if known or num_bytes <= self._room:
+                self._room -= 0 if known else num_bytes
+                self._kept[row] = frame
 
     def _read(
         self,
@@ -102,6 +128,7 @@ class PyAVDecoder(Decoder):
         rows: npt.NDArray[np.int64],
         emit: Emit,
         threads: int,
+        seen: set[int],
     ) -> set[int]:
         """Decode ``rows`` (unique, increasing).
 
@@ -113,189 +140,119 @@ class PyAVDecoder(Decoder):
         assert video is not None
         threads = threads or os.cpu_count() or 1
         decoded: set[int] = set()
-        if table.exact and len(rows):
-            parts = split_lanes(table, rows, _PARTS_PER_LANE * min(threads, _MAX_LANES))
-            lanes = min(threads, _MAX_LANES, len(parts))
-            each = max(1, threads // lanes)
-            if lanes == 1:
-                decoded = self._lane(path, info, rows, emit, each)
-            else:
-                with ThreadPoolExecutor(lanes) as pool:
-                    jobs = [pool.submit(self._lane, path, info, p, emit, each) for p in parts]
-                    decoded = set().union(*(job.result() for job in jobs))
-        missing = [row for row in rows.tolist() if row not in decoded]
+        true_keys: set[int] = set()
+        false_keys: set[int] = set()
+        key_of = dict(zip(rows.tolist(), keys_of(table, rows).tolist(), strict=True))
+
+        def add(found: set[int]) -> list[int]:
+            """Note what was decoded; returns what is missing.
+
+            A keyframe that does not decode, though decoding began before it, is damaged, and so are
+            the frames that follow it.
+            """
+            lost = false_keys - seen
+            decoded.update(row for row in found if key_of[row] not in lost)
+            if lost:
+                shown = np.array(sorted(seen), np.int64)
+                damaged = np.isin(keys_of(table, shown), list(lost))
+                seen.difference_update(shown[damaged].tolist())
+            return [row for row in rows.tolist() if row not in decoded]
+
+        missing = rows.tolist()
+        for number in range(_PASSES if table.exact else 0):
+            if not missing:
+                return decoded
+            starts = table.is_key
+            if number == _PASSES - 1:
+                starts = _only(starts, true_keys)
+            elif number:
+                starts = starts & ~_only(starts, false_keys)
+            one = _Pass(
+                path, video.index, self._max_pixels, replace(table, is_key=starts), number > 0
+            )
+            read = one.run(np.array(missing, np.int64), emit, threads)
+            true_keys |= read.true_keys
+            false_keys |= read.false_keys
+            seen |= read.shown
+            missing = add(read.decoded)
+            # A second pass knows how far the decoder reorders pictures: what is missing then,
+            # though decoding began at the right places, is damaged.
+            if number and not read.false_keys:
+                return decoded
         if missing:
-            with _Reader(path, video.index, self._max_pixels, threads, guess=True) as reader:
-                decoded |= _sequential(reader, table, missing, emit)
+            with Reader(path, video.index, self._max_pixels, threads, guess=True) as reader:
+                add(read_in_order(reader, table, missing, emit, seen))
         return decoded
 
-    def _lane(
-        self,
-        path: str,
-        info: MediaInfo,
-        rows: npt.NDArray[np.int64],
-        emit: Emit,
-        threads: int,
-    ) -> set[int]:
-        """Decode one part; empty where the file's packet table turns out to be wrong."""
-        assert info.packets is not None
-        assert info.video is not None
-        with _Reader(path, info.video.index, self._max_pixels, threads) as reader:
-            try:
-                return _planned(reader, info.packets, plan_runs(info.packets, rows), emit)
-            except _DistrustError:
-                return set()
 
+@dataclass(frozen=True)
+class _Pass:
+    """One planned pass over a file.
 
-class _Reader:
-    """One open file and its decoder, for one thread."""
-
-    def __init__(
-        self, path: str, stream: int, max_pixels: int, threads: int, *, guess: bool = False
-    ) -> None:
-        self._opened = open_container(path, max_pixels=max_pixels, guess=guess)
-        self._stream_index = stream
-        self._max_pixels = max_pixels
-        self._threads = threads
-        self.converter = VideoReformatter()
-
-    def __enter__(self) -> _Reader:
-        self._container: InputContainer = self._opened.__enter__()
-        self._stream = self._container.streams[self._stream_index]
-        self._context = decoder_of(self._stream)
-        self._context.options = {"max_pixels": str(self._max_pixels)}
-        self._context.thread_count = self._threads
-        self._context.thread_type = "AUTO"
-        self._packets = self._demux()
-        self._skip: Literal["DEFAULT", "NONREF"] = "DEFAULT"
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._opened.__exit__(*error)
-
-    def _demux(self) -> Iterator[Packet[Any]]:
-        return iter(self._container.demux(self._stream))
-
-    def read(self) -> Packet[Any] | None:
-        """Next packet with data; None at the end of the file, or where the file is unreadable."""
-        try:
-            while (packet := next(self._packets, None)) is not None:
-                if packet.size:
-                    return packet
-        except av.FFmpegError:
-            pass
-        return None
-
-    def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
-        """Give the decoder a packet.
-
-        Args:
-            packet: The packet; None asks for all frames that the decoder still holds.
-            needed: If false, the decoder may drop the packet when no other frame refers to it.
-
-        Returns:
-            The frames that are ready; none for a broken packet.
-        """
-        skip: Literal["DEFAULT", "NONREF"] = "DEFAULT" if needed else "NONREF"
-        if skip != self._skip:
-            self._context.skip_frame = skip
-            self._skip = skip
-        try:
-            return list(self._context.decode(packet))
-        except av.EOFError:
-            return []
-        except av.FFmpegError as error:
-            if isinstance(error, MemoryError):
-                raise
-            return []
-
-    def flush(self) -> None:
-        """Make the decoder forget all pictures, which every jump in the file needs.
-
-        Without that, an H.264 decoder takes the gap in frame numbers at an open GOP for loss and
-        holds pictures back. The decoder must have returned all its frames before.
-        """
-        self._context.flush_buffers()
-
-    def seek(self, pts: int) -> None:
-        """Go to the last keyframe at or before ``pts``."""
-        try:
-            self._container.seek(pts, stream=self._stream, backward=True)
-        except av.FFmpegError as error:
-            raise _DistrustError from error
-        self._packets = self._demux()
-
-
-def _planned(reader: _Reader, table: PacketTable, runs: list[Run], emit: Emit) -> set[int]:
-    """Decode the runs and check that the decoder returns what the packet table says.
-
-    Raises:
-        _DistrustError: A seek missed, or a "keyframe" does not decode as one. Frames emitted
-            before that may be wrong.
+    Attributes:
+        path: The file.
+        stream: Index of its video stream.
+        max_pixels: Most pixels of a picture.
+        table: Its packet table, with exact timestamps.
+        guess: See ``open_container``.
     """
-    pts = table.pts.tolist()
-    row_of = {p: row for row, p in enumerate(pts)}
-    order = table.order.tolist()
-    decoded: set[int] = set()
-    entered: set[int] = set()  # keyframes decoding began at, not seen yet
 
-    def take(frames: list[VideoFrame]) -> None:
-        for frame in frames:
-            row = row_of.get(frame.pts, -1) if frame.pts is not None else -1
-            if row in entered:
-                entered.discard(row)
-                if not frame.key_frame:
-                    raise _DistrustError
-            if row in wanted and row not in decoded:
-                emit(row, frame, reader.converter)
-                decoded.add(row)
+    path: str
+    stream: int
+    max_pixels: int
+    table: PacketTable
+    guess: bool
 
-    wanted = {row for run in runs for row in run.wanted}
-    for run in runs:
-        if run is not runs[0]:
-            take(reader.decode(None))
-            reader.flush()
-        if run.seek:
-            reader.seek(pts[run.key])
-        if run.start:
-            entered.add(run.key)
-        running = run.start == 0
-        while (packet := reader.read()) is not None:
-            row = row_of.get(packet.pts, -1) if packet.pts is not None else -1
-            at = order[row] if row >= 0 else -1
-            if not running:
-                if at > run.start:
-                    raise _DistrustError
-                running = at == run.start
-                if not running:
-                    continue
-            take(reader.decode(packet, needed=row in wanted or at == run.start))
-            if at >= run.stop:
-                break
-    take(reader.decode(None))
-    if entered:
-        raise _DistrustError
-    return decoded
+    def run(self, rows: npt.NDArray[np.int64], emit: Emit, threads: int) -> Read:
+        """Decode rows (unique, increasing) in several threads."""
+        parts = split_lanes(self.table, rows, _PARTS_PER_LANE * min(threads, _MAX_LANES))
+        lanes = min(threads, _MAX_LANES, len(parts))
+        each = max(1, threads // lanes)
+        if lanes == 1:
+            return self._lane(rows, emit, each)
+        with ThreadPoolExecutor(lanes) as pool:
+            jobs = [pool.submit(self._lane, part, emit, each) for part in parts]
+            results = [job.result() for job in jobs]
+        return Read(*(set[int]().union(*column) for column in zip(*results, strict=True)))
+
+    def _lane(self, rows: npt.NDArray[np.int64], emit: Emit, threads: int) -> Read:
+        """Decode one part."""
+        runs = plan_runs(self.table, rows)
+        plans = [runs]
+        if any(run.seek for run in runs):
+            # To read past packets takes longer than a seek, but it cannot miss.
+            plans.append([run._replace(seek=False) for run in runs])
+        for plan in plans:
+            with Reader(
+                self.path, self.stream, self.max_pixels, threads, guess=self.guess
+            ) as reader:
+                try:
+                    return read_planned(reader, self.table, plan, emit)
+                except SeekMissError:
+                    pass
+        return Read(set(), set(), {run.key for run in runs}, set())
 
 
-def _sequential(reader: _Reader, table: PacketTable, rows: list[int], emit: Emit) -> set[int]:
-    """Decode everything from the start of the file, as stock loaders do, up to the last wanted row.
+def _only(is_key: npt.NDArray[np.bool_], rows: set[int]) -> npt.NDArray[np.bool_]:
+    """Of the keyframes, those of the given rows."""
+    return is_key & np.isin(np.arange(len(is_key)), list(rows))
 
-    A frame's timestamp tells its row; in a file without usable timestamps, counting does.
-    """
-    row_of = {p: row for row, p in enumerate(table.pts.tolist())} if table.exact else {}
-    wanted, last = set(rows), rows[-1]
-    decoded: set[int] = set()
-    count = late = 0
-    draining = False
-    while not draining and len(decoded) < len(wanted) and late < _PATIENCE:
-        packet = reader.read()
-        draining = packet is None
-        for frame in reader.decode(packet):
-            row = row_of.get(frame.pts, -1) if row_of and frame.pts is not None else count
-            count += 1
-            late += row > last
-            if row in wanted and row not in decoded:
-                emit(row, frame, reader.converter)
-                decoded.add(row)
-    return decoded
+
+def _emit_all(frames: Mapping[int, VideoFrame], emit: Emit, threads: int) -> None:
+    """Hand on frames that are decoded already, in several threads."""
+    lanes = min(threads or os.cpu_count() or 1, _MAX_LANES, len(frames))
+    if not lanes:
+        return
+
+    def lane(rows: Sequence[int]) -> None:
+        converter = VideoReformatter()
+        for row in rows:
+            emit(row, frames[row], converter)
+
+    rows = list(frames)
+    if lanes == 1:
+        lane(rows)
+        return
+    with ThreadPoolExecutor(lanes) as pool:
+        for job in [pool.submit(lane, rows[number::lanes]) for number in range(lanes)]:
+            job.result()

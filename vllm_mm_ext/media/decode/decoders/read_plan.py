@@ -64,7 +64,7 @@ def plan_runs(table: PacketTable, rows: npt.NDArray[np.int64]) -> list[Run]:
     """
     if not len(rows):
         return []
-    keys = _keys_of(table, rows)
+    keys = keys_of(table, rows)
     runs: list[Run] = []
     for begin, end in _groups(keys):
         key = int(keys[begin])
@@ -96,7 +96,7 @@ def split_lanes(
     Returns:
         At most ``lanes`` non-empty parts whose concatenation is ``rows``.
     """
-    keys = _keys_of(table, rows)
+    keys = keys_of(table, rows)
     groups = _groups(keys)
     work = [
         int(table.order[rows[begin:end]].max()) - (int(table.order[key]) if key >= 0 else -1) + 1
@@ -113,7 +113,7 @@ def split_lanes(
     return parts
 
 
-def _keys_of(table: PacketTable, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def keys_of(table: PacketTable, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Row of the keyframe at which decoding starts, for each wanted row; -1: start of the file."""
     key_rows = np.flatnonzero(table.is_key)
     if not len(key_rows):

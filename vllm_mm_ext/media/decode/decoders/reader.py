@@ -1,0 +1,293 @@
+"""Reads and decodes the packets of one video stream: planned runs of them, or all in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+
+from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.decoders.read_plan import Run
+from vllm_mm_ext.media.decode.geometry import decoder_of
+from vllm_mm_ext.media.types import PacketTable
+
+# Receives a decoded frame: row of the packet table, picture, converter of the calling thread.
+Emit = Callable[[int, VideoFrame, VideoReformatter], None]
+
+# A decoder returns frames in presentation order: a frame is missing for good when the decoder has
+# returned this many later ones.
+_PATIENCE = 32
+# A container without an index is searched for a decoding time that the packet table does not hold.
+# The reader asks for a frame this many rows before the keyframe after the first miss, more than
+# codecs reorder, and twice as many after each further one.
+_FIRST_STEP_BACK = 8
+
+
+class SeekMissError(Exception):
+    """No seek lands at or before a keyframe, or the file cannot be read up to it."""
+
+
+class Read(NamedTuple):
+    """What reading planned runs has shown.
+
+    Attributes:
+        decoded: Wanted rows whose frames were handed on and are right.
+        true_keys: Rows of keyframes at which decoding began.
+        false_keys: Rows of keyframes at which decoding could not begin. Nothing of their runs is in
+            the other sets.
+        shown: Rows of all frames that the decoder returned.
+    """
+
+    decoded: set[int]
+    true_keys: set[int]
+    false_keys: set[int]
+    shown: set[int]
+
+
+class Reader:
+    """One open file and its decoder, for one thread.
+
+    Args:
+        path: The file.
+        stream: Index of the video stream.
+        max_pixels: Most pixels of a picture.
+        threads: Decoding threads.
+        guess: See ``open_container``.
+    """
+
+    def __init__(
+        self, path: str, stream: int, max_pixels: int, threads: int, *, guess: bool = False
+    ) -> None:
+        self._opened = open_container(path, max_pixels=max_pixels, guess=guess)
+        self._stream_index = stream
+        self._max_pixels = max_pixels
+        self._threads = threads
+        self._unread: Packet[Any] | None = None
+        self._step_back = 0
+        self.converter = VideoReformatter()
+
+    def __enter__(self) -> Reader:
+        self._container: InputContainer = self._opened.__enter__()
+        self._stream = self._container.streams[self._stream_index]
+        self._context = decoder_of(self._stream)
+        self._context.options = {"max_pixels": str(self._max_pixels)}
+        self._context.thread_count = self._threads
+        self._context.thread_type = "AUTO"
+        self._packets = self._demux()
+        self._skip: Literal["DEFAULT", "NONREF"] = "DEFAULT"
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def _demux(self) -> Iterator[Packet[Any]]:
+        return iter(self._container.demux(self._stream))
+
+    def read(self) -> Packet[Any] | None:
+        """Next packet with data; None at the end of the file, or where the file is unreadable."""
+        packet, self._unread = self._unread, None
+        if packet is not None:
+            return packet
+        try:
+            while (packet := next(self._packets, None)) is not None:
+                if packet.size:
+                    return packet
+        except av.FFmpegError:
+            pass
+        return None
+
+    def unread(self, packet: Packet[Any]) -> None:
+        """Have the next ``read`` return this packet again."""
+        self._unread = packet
+
+    def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
+        """Give the decoder a packet.
+
+        Args:
+            packet: The packet; None asks for all frames that the decoder still holds.
+            needed: If false, the decoder may drop the packet when no other frame refers to it.
+
+        Returns:
+            The frames that are ready; none for a broken packet.
+        """
+        skip: Literal["DEFAULT", "NONREF"] = "DEFAULT" if needed else "NONREF"
+        if skip != self._skip:
+            self._context.skip_frame = skip
+            self._skip = skip
+        try:
+            return list(self._context.decode(packet))  # type: ignore[attr-defined]
+        except av.EOFError:
+            return []
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            return []
+
+    def flush(self) -> None:
+        """Make the decoder forget all pictures, which every jump in the file needs.
+
+        Without that, an H.264 decoder takes the gap in frame numbers at an open GOP for loss and
+        holds pictures back. The decoder must have returned all its frames before.
+        """
+        self._context.flush_buffers()
+
+    def seek(self, pts: Sequence[int], key: int) -> None:
+        """Go to a keyframe or to a place before it.
+
+        In a container without an index (MPEG-TS) FFmpeg looks for the keyframe's presentation time
+        among decoding times, and so lands behind the keyframe. Once ``seek_again`` was called, all
+        seeks of this reader aim at an earlier frame.
+
+        Args:
+            pts: Timestamp of each row of the packet table.
+            key: Row of the keyframe.
+
+        Raises:
+            SeekMissError: The container cannot seek.
+        """
+        self._unread = None
+        try:
+            at = pts[max(0, key - self._step_back)]
+            self._container.seek(at, stream=self._stream, backward=True)
+        except av.FFmpegError as error:
+            raise SeekMissError from error
+        self._packets = self._demux()
+
+    def seek_again(self, pts: Sequence[int], key: int) -> None:
+        """As ``seek``, from further before the keyframe, after a seek that landed behind it.
+
+        Raises:
+            SeekMissError: There is no earlier place to try.
+        """
+        if self._step_back >= key:
+            raise SeekMissError
+        self._step_back = max(_FIRST_STEP_BACK, 2 * self._step_back)
+        self.seek(pts, key)
+
+
+def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: Emit) -> Read:
+    """Decode runs of packets and check that the decoder returns what the packet table says.
+
+    Args:
+        reader: The file, at its start.
+        table: Its packet table, with exact timestamps.
+        runs: What to decode, in file order.
+        emit: Receives the wanted frames, and perhaps wrong ones for rows that are not returned.
+
+    Raises:
+        SeekMissError: The place of a run was not found.
+    """
+    pts = table.pts.tolist()
+    row_of = {p: row for row, p in enumerate(pts)}
+    order = table.order.tolist()
+    read = Read(set(), set(), set(), set())
+
+    def place_of(timestamp: int | None) -> tuple[int, int]:
+        """Row and decode position; -1 each for a timestamp that is not in the table."""
+        row = -1 if timestamp is None else row_of.get(timestamp, -1)
+        return row, order[row] if row >= 0 else -1
+
+    for number, run in enumerate(runs):
+        if number:
+            reader.flush()
+        if run.seek:
+            reader.seek(pts, run.key)
+        wanted = set(run.wanted)
+        decoded: set[int] = set()
+        shown: set[int] = set()
+        began = run.start == 0
+        for frame in _frames_of(reader, run, pts, place_of, wanted):
+            row, _ = place_of(frame.pts)
+            began = began or (row == run.key and frame.key_frame)
+            if row in wanted and row not in decoded:
+                emit(row, frame, reader.converter)
+                decoded.add(row)
+            if row >= 0:
+                shown.add(row)
+        if began:
+            read.true_keys.add(run.key)
+            read.decoded.update(decoded)
+            read.shown.update(shown)
+        else:
+            read.false_keys.add(run.key)
+    return read
+
+
+def _frames_of(
+    reader: Reader,
+    run: Run,
+    pts: Sequence[int],
+    place_of: Callable[[int | None], tuple[int, int]],
+    wanted: set[int],
+) -> Iterator[VideoFrame]:
+    """All frames that the decoder returns for the packets of a run."""
+    at, needed = -1, False
+    packet = _first_packet(reader, run, pts, lambda p: place_of(p.pts)[1])
+    while packet is not None:
+        row, place = place_of(packet.pts)
+        if row >= 0:
+            at, needed = place, row in wanted or place == run.start
+        if at > run.stop:
+            reader.unread(packet)
+            break
+        # A packet that has no row belongs to the picture before it: the second of two fields.
+        yield from reader.decode(packet, needed=needed)
+        if row < 0 and at == run.stop:
+            break
+        packet = reader.read()
+    yield from reader.decode(None)
+
+
+def _first_packet(
+    reader: Reader, run: Run, pts: Sequence[int], place: Callable[[Packet[Any]], int]
+) -> Packet[Any] | None:
+    """Read up to the first packet of a run; None if the file has no packets."""
+    while (packet := reader.read()) is not None:
+        if run.start == 0 or place(packet) == run.start:
+            return packet
+        if place(packet) > run.start:
+            if not run.seek:
+                raise SeekMissError
+            reader.seek_again(pts, run.key)
+    if run.start:
+        raise SeekMissError
+    return None
+
+
+def read_in_order(
+    reader: Reader, table: PacketTable, rows: Sequence[int], emit: Emit, seen: set[int]
+) -> set[int]:
+    """Decode everything from the start of the file, as stock loaders do, up to the last wanted row.
+
+    A frame's timestamp tells its row; in a file without usable timestamps, counting does.
+
+    Args:
+        reader, table, emit, seen: As for ``read_planned``.
+        rows: The wanted rows, increasing.
+
+    Returns:
+        The wanted rows that were decoded.
+    """
+    row_of = {p: row for row, p in enumerate(table.pts.tolist())} if table.exact else {}
+    wanted, last = set(rows), rows[-1]
+    decoded: set[int] = set()
+    count = late = 0
+    draining = False
+    while not draining and len(decoded) < len(wanted) and late < _PATIENCE:
+        packet = reader.read()
+        draining = packet is None
+        for frame in reader.decode(packet):
+            row = row_of.get(frame.pts, -1) if row_of and frame.pts is not None else count
+            count += 1
+            late += row > last
+            if row in wanted and row not in decoded:
+                emit(row, frame, reader.converter)
+                decoded.add(row)
+            if 0 <= row < len(table):
+                seen.add(row)
+    return decoded
