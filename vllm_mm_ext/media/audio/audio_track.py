@@ -16,6 +16,7 @@ from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, Unreadable
 from vllm_mm_ext.media.audio.downmix import to_mono
 from vllm_mm_ext.media.audio.sound_placement import Clock, Piece, place
 from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.packets import demux
 from vllm_mm_ext.media.types import AudioNote, AudioStream, DecodeLimits
 
 # The highest rate of sampled sound in use (DXD is half of it). A header may claim any.
@@ -155,7 +156,7 @@ def _frames(container: InputContainer, source: AvAudioStream) -> Iterator[AudioF
     """Decode a stream; packets that cannot be decoded are left out."""
     context = source.codec_context
     draining = False
-    packets = iter(container.demux(source))
+    packets = demux(container, source)
     while not draining:
         try:
             packet = next(packets, None)

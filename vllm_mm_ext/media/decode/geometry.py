@@ -19,6 +19,7 @@ from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.media.decode import tone
 from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.packets import demux
 from vllm_mm_ext.media.decode.picture import is_plain
 from vllm_mm_ext.media.types import MediaInfo, PictureRules
 
@@ -158,7 +159,7 @@ def _first_picture(
     context = decoder_of(stream)
     context.options = {"max_pixels": str(max_pixels), **_NO_PIXELS}
     context.thread_count = 1
-    packets = islice(container.demux(stream), _MAX_PACKETS)
+    packets = islice(demux(container, stream), _MAX_PACKETS)
     while True:
         try:
             packet = next(packets, None)

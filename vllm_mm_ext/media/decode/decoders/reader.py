@@ -14,6 +14,7 @@ from av.video.reformatter import VideoReformatter
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.read_plan import Run
 from vllm_mm_ext.media.decode.geometry import decoder_of
+from vllm_mm_ext.media.decode.packets import demux
 from vllm_mm_ext.media.types import PacketTable
 
 # Receives a decoded frame: row of the packet table, picture, converter of the calling thread.
@@ -86,7 +87,7 @@ class Reader:
         self._opened.__exit__(*error)
 
     def _demux(self) -> Iterator[Packet[Any]]:
-        return iter(self._container.demux(self._stream))
+        return demux(self._container, self._stream)
 
     def read(self) -> Packet[Any] | None:
         """Next packet with data; None at the end of the file, or where the file is unreadable."""
