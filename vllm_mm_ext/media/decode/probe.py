@@ -11,8 +11,8 @@ from fractions import Fraction
 import av
 import numpy as np
 import numpy.typing as npt
+from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
-from av.stream import Stream
 from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
@@ -145,9 +145,9 @@ def _read(
     sounds = tuple(sound for sound in describe_audio(container, start) if sound.sample_rate)
     if described is None and not sounds:
         return None
-    if described is None and container.format.flags & _NO_INDEX:
+    if described is None and sounds[0].estimated and container.format.flags & _NO_INDEX:
         # FFmpeg estimates the length from the bit rate; to read the packets tells it.
-        heard = container.streams[sounds[0].index]
+        heard = container.streams.audio[sounds[0].number]
         measured = replace(sounds[0], duration=_measured(container, heard), estimated=False)
         sounds = (measured, *sounds[1:])
     seconds = [s.duration for s in sounds] + ([described.duration] if described else [])
@@ -162,7 +162,7 @@ def _read(
     )
 
 
-def _measured(container: InputContainer, stream: Stream) -> float:
+def _measured(container: InputContainer, stream: AvAudioStream) -> float:
     """Seconds that the packets of a stream last together."""
     ticks = 0
     with contextlib.suppress(av.FFmpegError):

@@ -68,7 +68,7 @@ COMBINATIONS = (
     Combination("ts", "libx264", "aac"),
     Combination("ts", "mpeg2video", "mp2"),
     Combination("mpg", "mpeg2video", "mp2"),
-    Combination("avi", "mpeg4", "libmp3lame", late=False),
+    Combination("avi", "libx264", "ac3", late=False),
     Combination("avi", "mjpeg", "pcm_s16le", late=False),
     Combination("flv", "libx264", "aac"),
     Combination("3gp", "mpeg4", "aac"),

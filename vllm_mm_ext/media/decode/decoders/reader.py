@@ -10,6 +10,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.read_plan import Run
@@ -74,7 +75,9 @@ class Reader:
 
     def __enter__(self) -> Reader:
         self._container: InputContainer = self._opened.__enter__()
-        self._stream = self._container.streams[self._stream_index]
+        stream = self._container.streams[self._stream_index]
+        assert isinstance(stream, VideoStream)
+        self._stream = stream
         self._context = decoder_of(self._stream)
         self._context.options = {"max_pixels": str(self._max_pixels)}
         self._context.thread_count = self._threads
@@ -121,7 +124,7 @@ class Reader:
             self._context.skip_frame = skip
             self._skip = skip
         try:
-            return list(self._context.decode(packet))  # type: ignore[attr-defined]
+            return list(self._context.decode(packet))
         except av.EOFError:
             return []
         except av.FFmpegError as error:
