@@ -174,11 +174,9 @@ class _Gaps:
     def _missed(self, least: float, price: float) -> tuple[Floats, Floats, Floats]:
         """The price of events of at least a strength: before a choice, in each gap, after it."""
         position = np.arange(len(self._first))
-        before, inside, after = (
-            np.zeros(len(position)),
-            np.zeros_like(self._between),
-            position * 0.0,
-        )
+        before: Floats = np.zeros(len(position))
+        inside: Floats = np.zeros(self._between.shape)
+        after: Floats = np.zeros(len(position))
         for event in self._events:
             if event.strength >= least:
                 before[position > event.last] += price * event.strength
