@@ -183,7 +183,8 @@ def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, cou
         calls.append(list(indices))
         return np.zeros((len(indices), 9, 16), np.uint8)
 
-    selection = select(info, SamplingSpec(policy="adaptive", max_frames=count), thumbnails)
+    spec = SamplingSpec(policy="adaptive", max_frames=count, min_frames=count)
+    selection = select(info, spec, thumbnails)
     assert len(calls) <= 1
     for indices in calls:
         assert (np.diff(indices) > 0).all()

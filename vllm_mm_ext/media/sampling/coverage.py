@@ -25,9 +25,9 @@ Mask = npt.NDArray[np.bool_]
 # Difference in grey levels, over the mean time between taken frames, that is assumed where pixels
 # differ less. It spreads the frames of a still picture evenly.
 _UNSEEN = 0.1
-# Shares of an event's price that are tried until events use up no more than half of what the best
-# choice gains over an even one. With the last share, only strong events still change the choice.
-_SHARES = (1.0, 0.5, 0.25)
+# Weaker events than these are left aside, step by step, until events use up no more than half of
+# what the best choice gains over an even one. The strongest events always count.
+_LEAST_STRENGTHS = (0.0, 2.0, 4.0)
 # Rounds in which seconds that get too many frames are found; two are usual.
 _MOST_ROUNDS = 8
 # Most additions of one dynamic programme, about a second of work.
@@ -155,27 +155,36 @@ class _Gaps:
             position >= closes, ahead[np.minimum(rest, longest), position], np.inf
         )
         self._time = time
-        # What events cost that are in a gap, before the choice and after it, each times its price.
-        self._missed = (np.zeros(size), np.zeros_like(self._between), np.zeros(size))
-        for event in looked.events:
-            opening, inside, closing = self._missed
-            opening[position > event.last] += event.strength
-            inside[(left < event.first) & (right > event.last)] += event.strength
-            closing[position < event.first] += event.strength
-        self._has_events = bool(looked.events)
+        self._events, self._left, self._right = looked.events, left, right
 
     def best(self, count: int, allowed: Mask) -> Indices | None:
         """The positions of the best choice; None if there is none within the limits."""
         plain, fewer = self._solve(count, allowed), self._solve(max(1, count - 1), allowed)
-        if plain is None or fewer is None or not self._has_events:
+        if plain is None or fewer is None or not self._events:
             return None if plain is None else plain[0]
         most = max((self._even_error(count) + plain[1]) / 2, plain[1])
         found = plain
-        for share in _SHARES:
-            found = self._solve(count, allowed, share * (fewer[1] - plain[1])) or plain
+        for least in _LEAST_STRENGTHS:
+            missed = self._missed(least, fewer[1] - plain[1])
+            found = self._solve(count, allowed, missed) or plain
             if self._error(found[0]) <= most:
                 break
         return found[0]
+
+    def _missed(self, least: float, price: float) -> tuple[Floats, Floats, Floats]:
+        """The price of events of at least a strength: before a choice, in each gap, after it."""
+        position = np.arange(len(self._first))
+        before: Floats = np.zeros(len(position))
+        inside: Floats = np.zeros(self._between.shape)
+        after: Floats = np.zeros(len(position))
+        for event in self._events:
+            if event.strength >= least:
+                before[position > event.last] += price * event.strength
+                inside[(self._left < event.first) & (self._right > event.last)] += (
+                    price * event.strength
+                )
+                after[position < event.first] += price * event.strength
+        return before, inside, after
 
     def _error(self, chosen: Indices) -> float:
         """The error of a choice, without events; infinite where a gap is too wide."""
@@ -190,15 +199,15 @@ class _Gaps:
         chosen = np.searchsorted((self._time[1:] + self._time[:-1]) / 2, moments)
         return self._error(chosen) if (np.diff(chosen) > 0).all() else np.inf
 
-    def _solve(self, count: int, allowed: Mask, price: float = 0.0) -> tuple[Indices, float] | None:
-        """The best choice and its error; ``price`` is that of an event of strength 1."""
+    def _solve(
+        self, count: int, allowed: Mask, missed: tuple[Floats, Floats, Floats] | None = None
+    ) -> tuple[Indices, float] | None:
+        """The best choice, and its error with the price of the events that it misses."""
         blocked = np.where(allowed, 0.0, np.inf)
         position = np.arange(len(blocked))
         first, between, last = self._first, self._between, self._last
-        if price:
-            opening, inside, closing = self._missed
-            first, last = first + price * opening, last + price * closing
-            between = between + price * inside
+        if missed is not None:
+            first, between, last = first + missed[0], between + missed[1], last + missed[2]
         best = first + blocked
         steps: list[Indices] = []
         padding = np.full(self._lags, np.inf)
