@@ -33,6 +33,7 @@ TONE_S = 1.0
 LATE_S = 0.8
 """How much later the sound of the second file begins."""
 _SYNC_S = 0.020
+_ELEMENTARY = ("mpegvideo", "m4v", "h264", "hevc")
 
 
 @dataclass(frozen=True)
@@ -216,16 +217,16 @@ def _decode_from_start(
         # Half a unit of the coarsest clock, that of GIF.
         tolerance = 0.005 + 1e-6
         with av.open(str(path)) as container:
-            first: float | None = None
-            for frame in _frames(container, info.video.index):
+            shown_at = [frame.time for frame in _frames(container, info.video.index)]
+        count = len(shown_at)
+        times = [np.nan if time is None else time for time in shown_at]
+        if info.container in _ELEMENTARY:
+            # These formats hold no times, and FFmpeg guesses them; counting tells the frames.
+            times = [float(info.packets.time[min(n, len(info.packets) - 1)]) for n in range(count)]
+        with av.open(str(path)) as container:
+            for time, frame in zip(times, _frames(container, info.video.index), strict=False):
                 assert isinstance(frame, av.VideoFrame)
-                time = frame.time
-                if time is None or not info.packets.exact:
-                    # Frames that the file gives no time are told by counting.
-                    time = float(info.packets.time[min(count, len(info.packets) - 1)])
-                first = time if first is None else first
-                count += 1
-                near = np.flatnonzero(np.abs(selection.times - (time - first)) <= tolerance)
+                near = np.flatnonzero(np.abs(selection.times - (time - times[0])) <= tolerance)
                 if len(near):
                     shown = frame.reformat(width, height, "rgb24", interpolation="BICUBIC")
                     for place in near.tolist():
