@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_mm_ext.errors import UnreadableMediaError
+from vllm_mm_ext.errors import MediaTooLargeError, UnreadableMediaError
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.substitutes import decode_chosen
 from vllm_mm_ext.media.types import DecodeRequest, SamplingSpec
@@ -118,3 +118,23 @@ def test_the_frames_that_remain_are_right_and_in_order(data):
     assert (np.diff(rows) > 0).all()
     assert good.intersection(chosen.tolist()) <= set(rows.tolist())
     np.testing.assert_array_equal(out[: len(rows), 0, 0, 0], rows)
+
+
+def test_a_job_that_runs_out_of_memory_is_done_without_keeping_pictures(tmp_path) -> None:
+    path = make_clip(tmp_path / "a.mp4", duration=2, stamp=True).path
+    spec = SamplingSpec("adaptive", fps=4.0, max_frames=8, min_frames=8)
+    request = DecodeRequest(sampling=spec, threads=1)
+    wanted = run_job(str(path), request)
+    refused, reserved = [], []
+
+    def allocate(shape, dtype):
+        if not refused:
+            refused.append(shape)
+            raise MemoryError
+        return np.empty(shape, dtype)
+
+    result = run_job(str(path), request, allocate, reserved.append)
+    assert len(refused) == len(reserved) == 1
+    np.testing.assert_array_equal(result.frames, wanted.frames)
+    with pytest.raises(MediaTooLargeError, match="needs more memory"):
+        run_job(str(path), request, lambda _, dtype: np.empty(1 << 60, dtype))

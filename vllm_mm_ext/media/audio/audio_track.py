@@ -107,7 +107,13 @@ def decode_audio(
     cut = False
     with open_container(path, max_pixels=limits.max_pixels) as container:
         clock = Clock(origins, bool(container.format.flags & _RESTARTS))
-        source = container.streams.audio[stream.number]
+        sources = container.streams.audio
+        if stream.number >= len(sources):
+            # FFmpeg finds the streams of some formats only by decoding.
+            raise UnreadableMediaError(
+                "The audio stream could not be found again.", parameter="input_audio"
+            )
+        source = sources[stream.number]
         time_base = float(source.time_base or 0)
         for frame in _frames(container, source):
             # Headers of HE-AAC give half the rate that is really played.
