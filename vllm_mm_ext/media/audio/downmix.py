@@ -57,7 +57,7 @@ def _stored(frame: AudioFrame) -> npt.NDArray[Any]:
         return frame.to_ndarray()
     # PyAV does not convert this format.
     count = frame.samples * (1 if frame.format.is_planar else frame.layout.nb_channels)
-    return np.stack([np.frombuffer(plane, np.int64)[:count] for plane in frame.planes])
+    return np.stack([np.frombuffer(memoryview(plane), np.int64)[:count] for plane in frame.planes])
 
 
 @lru_cache(maxsize=64)

@@ -82,7 +82,8 @@ def _substitutes(
         failed: Rows that were tried in vain.
         seen: Rows that are known to decode.
         count: How many rows are missing.
-        sure_first: Take rows that may not decode only if there are too few that do.
+        sure_first: Take rows that may not decode only if there are too few that do, and those
+            between two that decode before those beside damage.
     """
     sure = np.zeros(len(time), np.bool_)
     sure[sorted(seen)] = True
@@ -94,9 +95,10 @@ def _substitutes(
     bad = ~sure[marks]
     before = np.searchsorted(marks, np.arange(len(time)), side="right") - 1
     after = np.minimum(before + 1, len(marks) - 1)
-    doubtful = bad[np.maximum(before, 0)] & bad[after]
+    before = np.maximum(before, 0)
+    doubtful, safe = bad[before] & bad[after], ~bad[before] & ~bad[after]
     if sure_first:
-        groups = [sure, ~sure & ~doubtful, doubtful]
+        groups = [sure, safe & ~sure, ~(sure | safe | doubtful), doubtful & ~sure]
     else:
         groups = [sure | ~doubtful, doubtful & ~sure]
     taken = have.tolist()
