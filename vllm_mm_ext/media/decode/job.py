@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -83,9 +82,8 @@ def run_job(
         except MemoryError:
             if request.sampling is None or request.sampling.policy != "adaptive":
                 raise
-        # Outside of the handler, whose error holds what was decoded. Kept pictures may have taken
-        # the memory that is missing.
-        gc.collect()
+        # Kept pictures may have taken the memory that is missing. They are gone outside of the
+        # handler, whose error holds them.
         return _decode(path, info, request, allocate, None, timings, 0)
     except MemoryError as error:
         raise MediaTooLargeError(
@@ -131,7 +129,10 @@ def _decode(
             with _timed(timings, "decode"):
                 _frames(path, info, selection, request, decoder, shape, allocate, result)
         if audio is not None:
-            track = audio.result()
+            try:
+                track = audio.result()
+            finally:
+                audio = None  # It may hold the error whose traceback holds this frame.
             result.audio_note = track.note
             if len(track.samples):
                 result.audio, result.audio_rate = track.samples, track.rate
@@ -218,7 +219,10 @@ def _frames(
             return decoder.decode(path, info, rows, size, into, request.threads, seen)
 
     chosen, named = selection.indices, selection.policy == "explicit"
-    rows = decode_chosen(decode, info.packets.time, chosen, out, substitute=not named)
+    # A file that is slow to decode is rather served with fewer frames than stopped for its time.
+    seconds = request.limits.timeout_s / 4
+    times = info.packets.time
+    rows = decode_chosen(decode, times, chosen, out, substitute=not named, seconds=seconds)
     if not len(rows):
         raise UnreadableMediaError(
             "None of the chosen frames could be decoded.", parameter="video_url"

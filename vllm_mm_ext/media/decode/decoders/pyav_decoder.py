@@ -215,9 +215,10 @@ class _Pass:
         each = max(1, threads // lanes)
         if lanes == 1:
             return self._lane(rows, emit, each)
+        # `map`, as a future that lies in a frame of its own error's traceback would be a reference
+        # cycle, which keeps pictures.
         with ThreadPoolExecutor(lanes) as pool:
-            jobs = [pool.submit(self._lane, part, emit, each) for part in parts]
-            results = [job.result() for job in jobs]
+            results = list(pool.map(lambda part: self._lane(part, emit, each), parts))
         return Read(*(set[int]().union(*column) for column in zip(*results, strict=True)))
 
     def _lane(self, rows: npt.NDArray[np.int64], emit: Emit, threads: int) -> Read:
@@ -259,5 +260,4 @@ def _emit_all(frames: Mapping[int, VideoFrame], emit: Emit, threads: int) -> Non
         lane(rows)
         return
     with ThreadPoolExecutor(lanes) as pool:
-        for job in [pool.submit(lane, rows[number::lanes]) for number in range(lanes)]:
-            job.result()
+        list(pool.map(lane, [rows[number::lanes] for number in range(lanes)]))
