@@ -289,3 +289,24 @@ def test_a_stream_that_is_not_found_again_is_unreadable(tmp_path: Path) -> None:
     assert run_job(path, replace(VIDEO, info=info)).audio_note == "unreadable"
     with pytest.raises(UnreadableMediaError, match="could not be found again"):
         run_job(path, replace(SOUND, info=info))
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "layout"),
+    [("aac", "mp4", "7.1"), ("wavpack", "wv", "7.1.4"), ("wavpack", "wv", "22.2")],
+)
+def test_many_channels_are_read(tmp_path: Path, codec: str, suffix: str, layout: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    channels = av.AudioLayout(layout).nb_channels
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=48_000, layout=layout)
+        tone = 0.25 * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+        samples = np.repeat((tone * 32_767).astype(np.int16), channels)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
+        frame.sample_rate = 48_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    audio = run_job(str(path), SOUND).audio
+    assert audio is not None
+    assert 48_000 <= len(audio) < 48_000 + 4_096
+    np.testing.assert_allclose(audio[5_000:40_000], tone[5_000:40_000], atol=0.01)

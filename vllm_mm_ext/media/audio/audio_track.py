@@ -13,6 +13,7 @@ from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
+from vllm_mm_ext.media.audio.conversion import Packer
 from vllm_mm_ext.media.audio.downmix import to_mono
 from vllm_mm_ext.media.audio.sound_placement import Clock, Piece, place
 from vllm_mm_ext.media.decode.container import open_container
@@ -103,6 +104,7 @@ def decode_audio(
     of_video = end is not None
     last = limits.max_audio_s if end is None else min(end, limits.max_audio_s)
     pieces: list[Piece] = []
+    packer = Packer()
     kept_s, kept, decoded_bytes, past, any_sound = 0.0, 0, 0, 0, False
     cut = False
     with open_container(path, max_pixels=limits.max_pixels) as container:
@@ -138,7 +140,7 @@ def decode_audio(
                     raise
                 cut = True
                 break
-            pieces.append(Piece(to_mono(frame), rate, time))
+            pieces.append(Piece(to_mono(packer.readable(frame)), rate, time))
     samples, rate, beyond = place(pieces, last, limits.max_output_bytes // _SAMPLE_BYTES)
     beyond = beyond and last == limits.max_audio_s
     if beyond and not of_video and not limits.truncate_audio:
