@@ -162,6 +162,19 @@ class InternalMediaError(MediaError):
         super().__init__(message, parameter=parameter, value=value)
 
 
+# The packages that decode media.
+_DECODERS = ("av", "decord")
+
+
+def by_decoder(error: BaseException) -> bool:
+    """Whether a decoder raised an error: it cannot cope with the file, which is the file's fault.
+
+    Args:
+        error: A caught error, with its traceback.
+    """
+    return raising_package(error, ("vllm_mm_ext", *_DECODERS)) in _DECODERS
+
+
 def raising_package(error: BaseException, packages: Sequence[str]) -> str | None:
     """Whose code raised an error: of some packages, the one with the innermost call.
 

@@ -25,9 +25,9 @@ from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
-from vllm_mm_ext.media.output_bytes import audio_bytes, frame_bytes
+from vllm_mm_ext.media.output_bytes import audio_bytes, claimed_audio_bytes, frame_bytes
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
-from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.media.sizing import is_pinned
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import (
     AudioNote,
@@ -331,16 +331,10 @@ class MediaFrontend:
             times=None if plan.chooser else tuple(float(t) for t in done.selection.times),
             audio=waveform,
             step=done.selection.step,
-            pinned=_is_pinned(plan.size, done.info, done.frames.shape),
+            pinned=is_pinned(plan.size, done.info, done.frames.shape),
         )
         return VideoResult(
-            frames,
-            done.info,
-            done.selection,
-            stages,
-            cached=False,
-            lease=lease,
-            audio_note=done.audio_note,
+            frames, done.info, done.selection, stages, False, lease, audio_note=done.audio_note
         )
 
     async def _room(
@@ -348,15 +342,19 @@ class MediaFrontend:
     ) -> tuple[Lease, Callable[[int], None]]:
         """Bytes of the media budget for what a job will make, and a call that corrects them.
 
-        They are acquired before the job has a worker, so they are an upper estimate.
+        They are acquired before the job has a worker, so they are an upper estimate. Only what the
+        headers claim makes a request too large.
         """
-        frames, sound, resampled = frame_bytes(info, request), 0, 0
+        most = sure = frame_bytes(info, request)
+        resampled, rate = 0, self.traits.audio_rate
         wanted = info.audio if request.audio != "none" else ()
         stream = chosen_audio(wanted, request.audio_stream)
         if stream is not None:
-            sound = audio_bytes(info, stream, request)
-            resampled = audio_bytes(info, stream, request, self.traits.audio_rate)
-        lease = await ref.claim.acquire(frames + sound + resampled, beside=blob.size)
+            resampled = audio_bytes(info, stream, request, rate)
+            most += audio_bytes(info, stream, request) + resampled
+            sure += claimed_audio_bytes(info, stream, request)
+            sure += claimed_audio_bytes(info, stream, request, rate)
+        lease = await ref.claim.acquire(most, beside=blob.size, sure=min(sure, most))
         return lease, lambda num_bytes: lease.resize(num_bytes + resampled)
 
     async def _resample(
@@ -388,15 +386,6 @@ def _memory_of(waveform: Waveform) -> np.ndarray[Any, Any]:
     """The samples of a waveform, which is a view of them as are its own views."""
     assert waveform.base is not None
     return waveform.base
-
-
-def _is_pinned(rule: SizeRule, info: MediaInfo, shape: tuple[int, ...]) -> bool:
-    """Whether frames of ``shape`` are as the rule wants them, for as many as there are."""
-    if rule.kind == "native" or info.video is None:
-        return False
-    video = info.video
-    size = target_size(rule, width=video.width, height=video.height, num_frames=shape[0])
-    return shape[1:3] == size
 
 
 def _digest(kind: Literal["video", "audio", "track"], *parts: str) -> str:

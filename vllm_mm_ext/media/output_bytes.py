@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from vllm_mm_ext.media.audio.audio_track import MAX_SAMPLE_RATE
 from vllm_mm_ext.media.sampling.timeline import target_count
 from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.media.types import AudioStream, DecodeLimits, DecodeRequest, MediaInfo
@@ -52,7 +55,10 @@ def audio_seconds(
 def audio_bytes(
     info: MediaInfo, stream: AudioStream, request: DecodeRequest, rate: int | None = None
 ) -> int:
-    """Bytes of a decoded track, mixed to mono, if its header is right.
+    """Bytes of a decoded track, mixed to mono, at most, if its header is right.
+
+    An estimated length bounds nothing. With frames, the picture's length bounds the track, whatever
+    the header says: sound is placed by its timestamps.
 
     A track that is more than ``limits.max_output_bytes`` at its own rate is never decoded.
 
@@ -63,6 +69,27 @@ def audio_bytes(
         rate: Hz; None for the track's own.
     """
     limits = request.limits
+    seconds = limits.max_audio_s
+    if request.sampling is not None and info.video is not None:
+        seconds = min(info.video.duration, seconds)
+    elif stream.duration and not stream.estimated:
+        seconds = min(stream.duration, seconds)
+    return _sound_bytes(seconds, stream, limits, rate)
+
+
+def claimed_audio_bytes(
+    info: MediaInfo, stream: AudioStream, request: DecodeRequest, rate: int | None = None
+) -> int:
+    """As ``audio_bytes``, but what its header claims, if only by an estimate."""
+    limits = request.limits
     seconds = audio_seconds(info, stream, limits, with_frames=request.sampling is not None)
-    num_bytes = min(int(seconds * stream.sample_rate) * 4, limits.max_output_bytes)
-    return num_bytes if rate is None else num_bytes * rate // stream.sample_rate
+    return _sound_bytes(seconds, stream, limits, rate)
+
+
+def _sound_bytes(
+    seconds: float, stream: AudioStream, limits: DecodeLimits, rate: int | None
+) -> int:
+    # A header may claim any rate; past this limit nothing is decoded.
+    own = min(stream.sample_rate, MAX_SAMPLE_RATE)
+    num_bytes = min(math.ceil(seconds * own) * 4, limits.max_output_bytes)
+    return num_bytes if rate is None else num_bytes * rate // own

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from vllm_mm_ext.errors import MediaError
-from vllm_mm_ext.media.types import SizeRule
+from vllm_mm_ext.media.types import MediaInfo, SizeRule
 
 # Both Qwen processors refuse frames whose longer side is more than this many times the shorter one
 # (transformers, ``smart_resize``).
@@ -40,6 +40,21 @@ def target_size(rule: SizeRule, *, width: int, height: int, num_frames: int) -> 
         return fitted
     factor = rule.factor if rule.kind in ("qwen_vl", "qwen3_vl") else 1
     return _capped(rule.max_frame_pixels, factor, width, height)
+
+
+def is_pinned(rule: SizeRule, info: MediaInfo, shape: tuple[int, ...]) -> bool:
+    """Whether frames have the size that a rule gives to as many of them.
+
+    Args:
+        rule: The rule; ``native`` pins no size.
+        info: What the container says of their video.
+        shape: ``(n, height, width, 3)``.
+    """
+    if rule.kind == "native" or info.video is None:
+        return False
+    video = info.video
+    size = target_size(rule, width=video.width, height=video.height, num_frames=shape[0])
+    return shape[1:3] == size
 
 
 def _by_kind(rule: SizeRule, width: int, height: int, num_frames: int) -> tuple[int, int]:

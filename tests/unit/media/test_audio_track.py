@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,64 @@ def test_a_request_chooses_the_stream_by_its_number(tmp_path: Path) -> None:
     with pytest.raises(NoSuchStreamError, match=r"no audio stream 2.*it has 0, 1") as refused:
         run_job(path, DecodeRequest(audio="required", audio_stream=2))
     assert refused.value.parameter == "mm_ext.audio_stream"
+
+
+@pytest.mark.parametrize("layout", ["mono", "stereo"])
+def test_samples_of_64_bits_are_read(tmp_path: Path, layout: str) -> None:
+    path = tmp_path / "a.wav"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("pcm_s64le", rate=RATE, layout=layout)
+        frame = av.AudioFrame(format="s64", layout=layout, samples=RATE)
+        frame.sample_rate = RATE
+        samples = np.full(RATE * frame.layout.nb_channels, 1 << 62, np.int64)
+        frame.planes[0].update(samples.tobytes().ljust(frame.planes[0].buffer_size, b"\0"))
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    audio = run_job(str(path), SOUND).audio
+    assert audio is not None
+    np.testing.assert_allclose(audio, np.full(RATE, 0.5), atol=1e-6)
+
+
+def test_sound_at_which_a_decoder_gives_up_leaves_the_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(make_clip(tmp_path / "a.mp4", duration=0.5, audio=TONE).path)
+    # PyAV raises ValueError here.
+    monkeypatch.setattr(
+        "vllm_mm_ext.media.audio.audio_track.to_mono", lambda _: av.AudioLayout("no such layout")
+    )
+    result = run_job(path, VIDEO)
+    assert result.frames is not None
+    assert (result.audio, result.audio_note) == (None, "unreadable")
+
+
+def test_a_stream_that_is_not_found_again_is_unreadable(tmp_path: Path) -> None:
+    path = str(make_clip(tmp_path / "a.mp4", duration=0.5, audio=TONE).path)
+    info = probe(path, DecodeLimits())
+    info = replace(info, audio=(replace(info.audio[0], number=9),))
+    assert run_job(path, replace(VIDEO, info=info)).audio_note == "unreadable"
+    with pytest.raises(UnreadableMediaError, match="could not be found again"):
+        run_job(path, replace(SOUND, info=info))
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "layout"),
+    [("aac", "mp4", "7.1"), ("wavpack", "wv", "7.1.4"), ("wavpack", "wv", "22.2")],
+)
+def test_many_channels_are_read(tmp_path: Path, codec: str, suffix: str, layout: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    channels = av.AudioLayout(layout).nb_channels
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=48_000, layout=layout)
+        tone = 0.25 * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+        samples = np.repeat((tone * 32_767).astype(np.int16), channels)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
+        frame.sample_rate = 48_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    audio = run_job(str(path), SOUND).audio
+    assert audio is not None
+    assert 48_000 <= len(audio) < 48_000 + 4_096
+    heard = audio[5_000:29_000]
+    assert np.abs(np.fft.rfft(heard)).argmax() == 220
+    assert heard.std() == pytest.approx(tone.std(), rel=0.1)

@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_mm_ext.media.sampling.coverage import Event, Looked, choose
-from vllm_mm_ext.media.sampling.thumbnail_scan import events
+from vllm_mm_ext.media.sampling.coverage import Event, Looked, _Gaps, choose
+from vllm_mm_ext.media.sampling.thumbnail_scan import events, motion_score
 
 Floats = npt.NDArray[np.float64]
 
@@ -102,3 +103,29 @@ def test_noise_alone_makes_few_and_weak_events() -> None:
     strongest = events(score, 32)[0]
     assert (strongest.first, strongest.last) == (200, 202)
     assert strongest.strength > 5
+
+
+def test_pictures_of_a_few_pixels_have_scores() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (200, 3, 3)).astype(np.uint8)
+    for height, width in ((1, 1), (1, 3), (2, 2), (3, 2)):
+        thumbnails = noise[:, :height, :width]
+        motion, transient = motion_score(thumbnails, np.arange(200) * 0.13)
+        assert np.isfinite(motion).all()
+        assert np.isfinite(transient[10:-10]).all()
+
+
+def test_a_gap_pays_for_the_events_inside_it_alone() -> None:
+    rng = np.random.default_rng(1)
+    bounds = np.sort(rng.choice(60, 24, replace=False)).reshape(-1, 2)
+    events = [Event(int(a), int(b), float(rng.uniform(0.5, 5))) for a, b in bounds]
+    looked = Looked(np.arange(60.0), np.ones(60), rng.random((60, 9), np.float32), events)
+    gaps = _Gaps(looked, 8, 20.0, 10.0, np.arange(60))
+    before, inside, after = gaps._missed(1.0, 2.0)
+    counted = [event for event in events if event.strength >= 1.0]
+    for right in range(60):
+        past = sum(2.0 * e.strength for e in counted if e.last < right)
+        rest = sum(2.0 * e.strength for e in counted if e.first > right)
+        assert (before[right], after[right]) == pytest.approx((past, rest))
+        for column, left in enumerate(gaps._left[right].tolist()):
+            missed = sum(2.0 * e.strength for e in counted if left < e.first and e.last < right)
+            assert inside[right, column] == pytest.approx(missed)

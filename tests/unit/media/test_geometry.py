@@ -252,3 +252,10 @@ def test_a_file_without_a_picture_that_decodes_is_described_by_its_container(
     broken = probe(str(path), LIMITS).video
     assert broken is not None
     assert (broken.width, broken.height) == (320, 180)
+
+
+def test_rounding_to_the_display_shape_passes_no_limit() -> None:
+    for aspect in (0.3, 0.7, 1.013, 1.37, 1e-9, 1e9):
+        for width, height in ((10, 10), (101, 7), (64, 36)):
+            wide, high = stretched(width, height, aspect, width * height)
+            assert 0 < wide * high <= width * height

@@ -33,6 +33,7 @@ from vllm_mm_ext.media.decode import pool as pool_module
 from vllm_mm_ext.media.decode import wire
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.pool import DecodePool
+from vllm_mm_ext.media.decode.worker import _SharedAllocator
 from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 from vllm_mm_ext.testing.media import Tone, bunny_path, make_audio, make_clip, mutate, read_stamp
@@ -594,3 +595,16 @@ def test_a_pool_closed_while_it_warms_leaves_no_worker():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert pool.worker_pids() == []
+
+
+def test_an_array_in_place_of_one_that_is_gone_keeps_no_descriptor_of_that_one():
+    memory, descriptors = _SharedAllocator(), len(os.listdir("/proc/self/fd"))
+    addresses = set()
+    for _ in range(20):
+        array = memory.allocate((1 << 20,), np.uint8)
+        addresses.add(array.ctypes.data)
+        os.fstat(memory.fd_of(array))
+        del array
+    assert len(os.listdir("/proc/self/fd")) == descriptors + len(addresses)
+    memory.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors

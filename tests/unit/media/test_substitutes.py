@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import av
 import numpy as np
@@ -10,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_mm_ext.errors import UnreadableMediaError
+from vllm_mm_ext.errors import MediaTooLargeError, UnreadableMediaError
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.substitutes import decode_chosen
 from vllm_mm_ext.media.types import DecodeRequest, SamplingSpec
-from vllm_mm_ext.testing.media import make_clip, read_stamp
+from vllm_mm_ext.testing.media import Tone, make_clip, read_stamp
 
 
 def damage(source, target, packets) -> None:
@@ -118,3 +120,68 @@ def test_the_frames_that_remain_are_right_and_in_order(data):
     assert (np.diff(rows) > 0).all()
     assert good.intersection(chosen.tolist()) <= set(rows.tolist())
     np.testing.assert_array_equal(out[: len(rows), 0, 0, 0], rows)
+
+
+def test_no_further_frames_are_tried_when_the_time_is_gone() -> None:
+    passes = []
+
+    def decode(rows, *_):
+        passes.append(len(rows))
+        return np.arange(1)
+
+    out, chosen = np.zeros((4, 1, 1, 3), np.uint8), np.array([0, 5, 10, 15])
+    rows = decode_chosen(decode, np.arange(60.0), chosen, out, substitute=True, seconds=-1.0)
+    assert (rows.tolist(), passes) == ([0], [4])
+
+
+def test_a_job_that_runs_out_of_memory_is_done_without_keeping_pictures(tmp_path) -> None:
+    path = make_clip(tmp_path / "a.mp4", duration=2, stamp=True).path
+    spec = SamplingSpec("adaptive", fps=4.0, max_frames=8, min_frames=8)
+    request = DecodeRequest(sampling=spec, threads=1)
+    wanted = run_job(str(path), request)
+    refused, reserved = [], []
+
+    def allocate(shape, dtype):
+        if not refused:
+            refused.append(shape)
+            raise MemoryError
+        return np.empty(shape, dtype)
+
+    result = run_job(str(path), request, allocate, reserved.append)
+    assert len(refused) == len(reserved) == 1
+    np.testing.assert_array_equal(result.frames, wanted.frames)
+    with pytest.raises(MediaTooLargeError, match="needs more memory"):
+        run_job(str(path), request, lambda _, dtype: np.empty(1 << 60, dtype))
+
+
+@pytest.mark.parametrize(
+    ("policy", "failing"),
+    [
+        ("uniform", "decode.decoders.pyav_decoder.write_rgb"),
+        ("adaptive", "decode.decoders.pyav_decoder.write_rgb"),
+        ("uniform", "audio.audio_track.to_mono"),
+    ],
+)
+def test_a_job_that_fails_holds_no_memory_afterwards(tmp_path, monkeypatch, policy, failing):
+    path = str(make_clip(tmp_path / "a.mp4", duration=2, gop=10, audio=[Tone(440, 0, 2)]).path)
+    spec = SamplingSpec(policy, fps=8.0, max_frames=16, min_frames=16)
+    request = DecodeRequest(sampling=spec, threads=2, audio="required")
+    made = []
+
+    def allocate(shape, dtype):
+        array = np.empty(shape, dtype)
+        made.append(weakref.ref(array))
+        return array
+
+    def fail(*_):
+        raise UnreadableMediaError("a picture or a sound")
+
+    monkeypatch.setattr(f"vllm_mm_ext.media.{failing}", fail)
+    gc.disable()
+    try:
+        with contextlib.suppress(UnreadableMediaError):
+            run_job(path, request, allocate)
+        assert made
+        assert all(array() is None for array in made)
+    finally:
+        gc.enable()

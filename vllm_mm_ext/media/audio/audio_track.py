@@ -13,6 +13,7 @@ from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
+from vllm_mm_ext.media.audio.conversion import Packer
 from vllm_mm_ext.media.audio.downmix import to_mono
 from vllm_mm_ext.media.audio.sound_placement import Clock, Piece, place
 from vllm_mm_ext.media.decode.container import open_container
@@ -103,11 +104,18 @@ def decode_audio(
     of_video = end is not None
     last = limits.max_audio_s if end is None else min(end, limits.max_audio_s)
     pieces: list[Piece] = []
+    packer = Packer()
     kept_s, kept, decoded_bytes, past, any_sound = 0.0, 0, 0, 0, False
     cut = False
     with open_container(path, max_pixels=limits.max_pixels) as container:
         clock = Clock(origins, bool(container.format.flags & _RESTARTS))
-        source = container.streams.audio[stream.number]
+        sources = container.streams.audio
+        if stream.number >= len(sources):
+            # FFmpeg finds the streams of some formats only by decoding.
+            raise UnreadableMediaError(
+                "The audio stream could not be found again.", parameter="input_audio"
+            )
+        source = sources[stream.number]
         time_base = float(source.time_base or 0)
         for frame in _frames(container, source):
             # Headers of HE-AAC give half the rate that is really played.
@@ -132,7 +140,7 @@ def decode_audio(
                     raise
                 cut = True
                 break
-            pieces.append(Piece(to_mono(frame), rate, time))
+            pieces.append(Piece(to_mono(packer.readable(frame)), rate, time))
     samples, rate, beyond = place(pieces, last, limits.max_output_bytes // _SAMPLE_BYTES)
     beyond = beyond and last == limits.max_audio_s
     if beyond and not of_video and not limits.truncate_audio:

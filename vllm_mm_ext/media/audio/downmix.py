@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ def to_mono(frame: AudioFrame) -> npt.NDArray[np.float32]:
     weighted by speaker, with weights that add up to 1.
     """
     name = frame.format.name
-    data = frame.to_ndarray()
+    data = _stored(frame)
     if not frame.format.is_planar:
         data = data.reshape(-1, frame.layout.nb_channels).T
     else:
@@ -48,6 +49,15 @@ def to_mono(frame: AudioFrame) -> npt.NDArray[np.float32]:
         weights = speaker_weights(tuple(channel.name for channel in frame.layout.channels))
     mixed = scaled.mean(axis=0) if weights is None else weights @ scaled
     return np.asarray(mixed, np.float32)
+
+
+def _stored(frame: AudioFrame) -> npt.NDArray[Any]:
+    """The samples as they are stored, ``[planes, samples]``."""
+    if not frame.format.name.startswith("s64"):
+        return frame.to_ndarray()
+    # PyAV does not convert this format.
+    count = frame.samples * (1 if frame.format.is_planar else frame.layout.nb_channels)
+    return np.stack([np.frombuffer(memoryview(plane), np.int64)[:count] for plane in frame.planes])
 
 
 @lru_cache(maxsize=64)

@@ -68,7 +68,7 @@ def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) 
         crop = (0, 0, 0, 0)
     width, height = width - crop[0] - crop[1], height - crop[2] - crop[3]
     # As in FFmpeg, what the container says counts before what the bitstream says.
-    shape = float(aspect or said or 1)
+    shape = float(next((ratio for ratio in (aspect, said) if ratio and ratio > 0), 1))
     if rules.stretch:
         width, height = stretched(width, height, shape, max_pixels)
         plain = plain and shape == 1.0
@@ -101,10 +101,10 @@ def stretched(width: int, height: int, aspect: float, max_pixels: int) -> tuple[
     Returns:
         ``(width, height)``.
     """
-    wider, higher = max(1.0, aspect), max(1.0, 1.0 / aspect)
-    if width * wider * height * higher > max_pixels:
-        wider, higher = min(1.0, aspect), min(1.0, 1.0 / aspect)
-    return max(1, round(width * wider)), max(1, round(height * higher))
+    wide, high = round(width * max(1.0, aspect)), round(height * max(1.0, 1.0 / aspect))
+    if wide * high > max_pixels:
+        wide, high = round(width * min(1.0, aspect)), round(height * min(1.0, 1.0 / aspect))
+    return max(1, wide), max(1, high)
 
 
 def orientation(picture: VideoFrame) -> tuple[int, bool]:

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
-import av
 import numpy as np
 import numpy.typing as npt
 
@@ -18,6 +17,7 @@ from vllm_mm_ext.errors import (
     MediaTooLargeError,
     NoSuchStreamError,
     UnreadableMediaError,
+    by_decoder,
 )
 from vllm_mm_ext.media.audio.audio_track import Track, check_audio, decode_audio
 from vllm_mm_ext.media.audio.stream_choice import chosen_audio
@@ -59,8 +59,8 @@ def run_job(
         path: A local file, ``/proc/self/fd/N`` included.
         request: What to do.
         allocate: Makes the memory of the result's ``frames`` and ``audio``.
-        reserve: The job calls this once, before it decodes, with the bytes that frames and audio
-            will take.
+        reserve: The job calls this at most once, before it decodes, with the bytes that frames and
+            audio will take.
 
     Returns:
         What was asked for, with the packet table of the file.
@@ -69,17 +69,25 @@ def run_job(
         MediaError: The file is unreadable, lacks a wanted stream, or is past a limit.
     """
     timings: dict[str, float] = {}
+    limits = request.limits
     try:
         with _timed(timings, "probe"):
             number = request.sampling.video_stream if request.sampling else None
-            info = request.info or probe(path, request.limits, number, request.picture)
+            info = request.info or probe(path, limits, number, request.picture)
         if request.probe_only:
             return DecodeResult(info=info, timings=timings)
-        return _decode(path, info, request, allocate, reserve, timings)
+        keep = limits.memory_bytes // _KEPT_SHARE
+        try:
+            return _decode(path, info, request, allocate, reserve, timings, keep)
+        except MemoryError:
+            if request.sampling is None or request.sampling.policy != "adaptive":
+                raise
+        # Kept pictures may have taken the memory that is missing. They are gone outside of the
+        # handler, whose error holds them.
+        return _decode(path, info, request, allocate, None, timings, 0)
     except MemoryError as error:
         raise MediaTooLargeError(
-            "Decoding the media needs more memory than the limit of "
-            f"{request.limits.memory_bytes} bytes."
+            f"Decoding the media needs more memory than the limit of {limits.memory_bytes} bytes."
         ) from error
 
 
@@ -90,16 +98,16 @@ def _decode(
     allocate: Allocate,
     reserve: Callable[[int], None] | None,
     timings: dict[str, float],
+    keep_bytes: int,
 ) -> DecodeResult:
     sound = _wanted_audio(info, request)
     selection: FrameSelection | None = None
     shape: tuple[int, ...] = (0,)
-    limits = request.limits
     decoder = get_decoder(
         request.decoder,
-        max_pixels=limits.max_pixels,
+        max_pixels=request.limits.max_pixels,
         picture=request.picture,
-        keep_bytes=limits.memory_bytes // _KEPT_SHARE,
+        keep_bytes=keep_bytes,
     )
     if request.sampling is not None:
         if info.video is None:
@@ -121,7 +129,10 @@ def _decode(
             with _timed(timings, "decode"):
                 _frames(path, info, selection, request, decoder, shape, allocate, result)
         if audio is not None:
-            track = audio.result()
+            try:
+                track = audio.result()
+            finally:
+                audio = None  # It may hold the error whose traceback holds this frame.
             result.audio_note = track.note
             if len(track.samples):
                 result.audio, result.audio_rate = track.samples, track.rate
@@ -208,7 +219,10 @@ def _frames(
             return decoder.decode(path, info, rows, size, into, request.threads, seen)
 
     chosen, named = selection.indices, selection.policy == "explicit"
-    rows = decode_chosen(decode, info.packets.time, chosen, out, substitute=not named)
+    # A file that is slow to decode is rather served with fewer frames than stopped for its time.
+    seconds = request.limits.timeout_s / 4
+    times = info.packets.time
+    rows = decode_chosen(decode, times, chosen, out, substitute=not named, seconds=seconds)
     if not len(rows):
         raise UnreadableMediaError(
             "None of the chosen frames could be decoded.", parameter="video_url"
@@ -247,8 +261,10 @@ def _audio(
             if not len(track.samples):
                 return track
             out = np.asarray(allocate(track.samples.shape, np.float32), np.float32)
-        except (MediaError, av.FFmpegError, MemoryError) as error:
-            if request.audio == "required":
+        except Exception as error:
+            # PyAV raises ValueError and the like too. An error of the plugin's own code goes on.
+            known = isinstance(error, MediaError | MemoryError)
+            if request.audio == "required" or not (known or by_decoder(error)):
                 raise
             large = isinstance(error, MediaTooLargeError | MemoryError)
             return Track(np.empty(0, np.float32), 0, "too_large" if large else "unreadable")

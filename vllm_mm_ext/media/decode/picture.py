@@ -172,7 +172,7 @@ def _restored(frame: VideoFrame, video: VideoStream) -> VideoFrame:
     left, right, top, bottom = video.crop
     width, height = frame.width - left - right, frame.height - top - bottom
     filters: list[tuple[str, str]] = []
-    if frame.interlaced_frame and frame.height > 3:
+    if frame.interlaced_frame and min(frame.width, frame.height) > 3:
         filters.append(("w3fdif", "mode=frame:deint=interlaced"))
     if any(video.crop) and width > 0 and height > 0:
         filters.append(("crop", f"{width}:{height}:{left}:{top}:exact=1"))

@@ -76,11 +76,21 @@ def probe(
         if info is None or info.video is None or info.video.num_frames > 1:
             break
         with open_container(path, max_pixels=limits.max_pixels) as container:
-            other = _read(container, path, limits, [index])
+            other = _other(container, path, limits, index)
         if other is not None and other.video is not None and other.video.num_frames > 1:
             info, choices = other, [index]
     info = _completed(path, limits, choices[:1], info)
     return displayed(path, info, limits.max_pixels, picture)
+
+
+def _other(
+    container: InputContainer, path: str, limits: DecodeLimits, index: int
+) -> MediaInfo | None:
+    """What was read of another video stream; None where it has no frame."""
+    try:
+        return _read(container, path, limits, [index])
+    except UnreadableMediaError:
+        return None
 
 
 def _completed(
@@ -130,7 +140,8 @@ def _read(
         return None
     described, packets = None, None
     if video is not None:
-        assert isinstance(video, AvVideoStream)
+        if not isinstance(video, AvVideoStream):
+            raise UnreadableMediaError("The media's video stream turned out to be none.")
         width, height = video.codec_context.width, video.codec_context.height
         if width <= 0 or height <= 0:
             return None
@@ -186,7 +197,7 @@ def _clock(
     if not shown.any():
         raise UnreadableMediaError("The video stream holds no frame.")
     places = np.flatnonzero(shown)
-    rates = [Fraction(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]
+    rates = _rates(stream)
     clock = read_clock(
         np.array(rows.pts, np.int64)[places],
         np.array(rows.dts, np.int64)[places],
@@ -229,7 +240,7 @@ def _describe(
     last = _last(container, stream, clock, own, start)
     duration = float(times[-1]) + last
     is_vfr = _uneven(np.diff(times), clock.unit) or last > 2 * clock.usual
-    guessed = float(stream.guessed_rate or stream.average_rate or 0.0)
+    guessed = float(next(iter(_rates(stream)), 0.0))
     fps = len(order) / duration if duration > 0 else guessed or DEFAULT_FPS
     # For an evenly spaced stream the declared rate is exact (30000/1001), the computed one nearly.
     if guessed > 0 and not is_vfr and abs(guessed / fps - 1) < 0.01:
@@ -286,6 +297,12 @@ def _last(
     if tells and not clock.has_jumps and claimed > own + usual:
         return claimed
     return own
+
+
+def _rates(stream: AvVideoStream) -> list[Fraction]:
+    """Frame rates that the container names, in pictures per second; a header may claim any."""
+    rates = (stream.guessed_rate, stream.average_rate)
+    return [Fraction(rate) for rate in rates if rate is not None and rate > 0]
 
 
 def _unit(stream: AvVideoStream) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -20,33 +22,36 @@ _MOST_PASSES = 3
 
 def decode_chosen(
     decode: Decode,
-    time: npt.NDArray[np.float64],
+    times: npt.NDArray[np.float64],
     rows: Rows,
     out: Frames,
     *,
     substitute: bool,
+    seconds: float = math.inf,
 ) -> Rows:
     """Decode ``rows`` into ``out``.
 
     Args:
         decode: Decodes frames.
-        time: float64 ``[n]`` seconds of all frames of the clip, non-decreasing.
-        rows: int64 ``[k]`` the chosen frames, non-decreasing positions in ``time``.
+        times: float64 ``[n]`` seconds of all frames of the clip, non-decreasing.
+        rows: int64 ``[k]`` the chosen frames, non-decreasing positions in ``times``.
         out: uint8 ``[k, height, width, 3]``, written in place.
         substitute: Decode other frames in place of those that do not decode, as long as the clip
             has any. They lie where the gaps in time between the others are widest.
+        seconds: No further pass begins when so much time has gone by.
 
     Returns:
         int64 ``[m]`` non-decreasing rows; ``out[:m]`` are their pictures, the rest of ``out`` is
         undefined.
     """
+    begun = time.monotonic()
     seen: set[int] = set()
     have = _decode_front(decode, rows, out, seen)
     failed = set(rows.tolist()).difference(have.tolist())
     for number in range(_MOST_PASSES if substitute else 0):
         missing = len(rows) - len(have)
-        others = _substitutes(time, have, failed, seen, missing, sure_first=number > 0)
-        if not len(others):
+        others = _substitutes(times, have, failed, seen, missing, sure_first=number > 0)
+        if not len(others) or time.monotonic() - begun > seconds:
             break
         found = _decode_front(decode, others, out[len(have) : len(have) + len(others)], seen)
         failed.update(set(others.tolist()).difference(found.tolist()))
@@ -66,7 +71,7 @@ def _decode_front(decode: Decode, rows: Rows, out: Frames, seen: set[int]) -> Ro
 
 
 def _substitutes(
-    time: npt.NDArray[np.float64],
+    times: npt.NDArray[np.float64],
     have: Rows,
     failed: set[int],
     seen: set[int],
@@ -77,47 +82,49 @@ def _substitutes(
     """At most ``count`` rows to try next, increasing.
 
     Args:
-        time: As for ``decode_chosen``.
+        times: As for ``decode_chosen``.
         have: Rows that were decoded.
         failed: Rows that were tried in vain.
         seen: Rows that are known to decode.
         count: How many rows are missing.
-        sure_first: Take rows that may not decode only if there are too few that do.
+        sure_first: Take rows that may not decode only if there are too few that do, and those
+            between two that decode before those beside damage.
     """
-    sure = np.zeros(len(time), np.bool_)
+    sure = np.zeros(len(times), np.bool_)
     sure[sorted(seen)] = True
-    tried = np.zeros(len(time), np.bool_)
+    tried = np.zeros(len(times), np.bool_)
     tried[have] = tried[sorted(failed)] = True
     sure[have] = True
     # What lies between two failures, without a frame that decodes in between, is probably damaged.
     marks = np.flatnonzero(sure | tried)
     bad = ~sure[marks]
-    before = np.searchsorted(marks, np.arange(len(time)), side="right") - 1
+    before = np.searchsorted(marks, np.arange(len(times)), side="right") - 1
     after = np.minimum(before + 1, len(marks) - 1)
-    doubtful = bad[np.maximum(before, 0)] & bad[after]
+    before = np.maximum(before, 0)
+    doubtful, safe = bad[before] & bad[after], ~bad[before] & ~bad[after]
     if sure_first:
-        groups = [sure, ~sure & ~doubtful, doubtful]
+        groups = [sure, safe & ~sure, ~(sure | safe | doubtful), doubtful & ~sure]
     else:
         groups = [sure | ~doubtful, doubtful & ~sure]
     taken = have.tolist()
     found: list[int] = []
     for group in groups:
         candidates = np.flatnonzero(group & ~tried)
-        picked = _widest_gaps(time, taken or sorted(failed), candidates, count - len(found))
+        picked = _widest_gaps(times, taken or sorted(failed), candidates, count - len(found))
         found += picked
         taken += picked
     return np.array(sorted(found), np.int64)
 
 
 def _widest_gaps(
-    time: npt.NDArray[np.float64], taken: list[int], candidates: Rows, count: int
+    times: npt.NDArray[np.float64], taken: list[int], candidates: Rows, count: int
 ) -> list[int]:
     """``count`` of ``candidates``, one after the other the one farthest from all frames taken."""
     count = min(count, len(candidates))
     if count <= 0:
         return []
-    moments = time[candidates]
-    known = np.sort(time[taken])
+    moments = times[candidates]
+    known = np.sort(times[taken])
     after = np.searchsorted(known, moments)
     distance = np.minimum(
         np.abs(moments - known[np.maximum(after - 1, 0)]),

@@ -31,15 +31,12 @@ from vllm_mm_ext.errors import (
     MediaError,
     MediaTooLargeError,
     UnreadableMediaError,
-    raising_package,
+    by_decoder,
 )
 from vllm_mm_ext.media.decode import shared_array, wire
 from vllm_mm_ext.media.decode.container import describe
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
-
-# The packages that decode.
-_DECODERS = ("av", "decord")
 
 # How often to look whether the parent still lives, should a fork of it keep the socket open.
 _PARENT_CHECK_MS = 2000
@@ -54,7 +51,11 @@ class _SharedAllocator:
     def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
         """As ``shared_array.create``; this object owns the descriptor."""
         array, fd = shared_array.create(shape, dtype)
-        self._fds[array.ctypes.data] = fd
+        address = array.ctypes.data
+        if address in self._fds:
+            # Of an array that is gone: the job began again.
+            os.close(self._fds[address])
+        self._fds[address] = fd
         return array
 
     def fd_of(self, array: npt.NDArray[np.generic]) -> int:
@@ -114,7 +115,7 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
 
 def _as_reply(error: Exception) -> wire.Failed | wire.Broken:
     """A decoder that cannot cope with a file is the file's fault; an error of ours is not."""
-    if raising_package(error, ("vllm_mm_ext", *_DECODERS)) in _DECODERS:
+    if by_decoder(error):
         why = f"The media could not be decoded: {describe(error)}."
         return wire.Failed.of(UnreadableMediaError(why))
     return wire.Broken(f"{type(error).__name__}: {error}"[:1000])

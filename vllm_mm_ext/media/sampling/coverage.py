@@ -173,18 +173,15 @@ class _Gaps:
 
     def _missed(self, least: float, price: float) -> tuple[Floats, Floats, Floats]:
         """The price of events of at least a strength: before a choice, in each gap, after it."""
-        position = np.arange(len(self._first))
-        before: Floats = np.zeros(len(position))
-        inside: Floats = np.zeros(self._between.shape)
-        after: Floats = np.zeros(len(position))
+        ended, begun = np.zeros(len(self._first)), np.zeros(len(self._first))
         for event in self._events:
             if event.strength >= least:
-                before[position > event.last] += price * event.strength
-                inside[(self._left < event.first) & (self._right > event.last)] += (
-                    price * event.strength
-                )
-                after[position < event.first] += price * event.strength
-        return before, inside, after
+                ended[event.last + 1 :] += price * event.strength
+                begun[event.first :] += price * event.strength
+        # Events do not overlap: at most one begins before a gap and ends after it, and then none is
+        # inside.
+        inside = np.maximum(ended[self._right] - begun[self._left], 0.0)
+        return ended, inside, begun[-1] - begun
 
     def _error(self, chosen: Indices) -> float:
         """The error of a choice, without events; infinite where a gap is too wide."""

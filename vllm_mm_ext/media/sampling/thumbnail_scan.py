@@ -192,7 +192,8 @@ def motion_score(
         part = rows[at : at + 256]
         here, back, ahead = flat[part], flat[before[part]], flat[after[part]]
         new = np.minimum(np.abs(_unexplained(here, back)), np.abs(_unexplained(here, ahead)))
-        local[at : at + 256] = np.partition(new, -4, axis=1)[:, -4:].mean(axis=1)
+        most = min(4, new.shape[1])
+        local[at : at + 256] = np.partition(new, -most, axis=1)[:, -most:].mean(axis=1)
         rise, fall = (here - back).mean(axis=1), (here - ahead).mean(axis=1)
         agree = rise * fall > 0
         brightness[at : at + 256] = np.where(agree, np.minimum(np.abs(rise), np.abs(fall)), 0.0)

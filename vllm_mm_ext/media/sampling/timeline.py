@@ -1,6 +1,4 @@
-"""Arithmetic on a clip's timeline: how many frames to take, which frame is on screen at a moment,
-what decoding frames costs.
-"""
+"""Arithmetic on a clip's timeline: how many frames to take, which one is on screen at a moment."""
 
 from __future__ import annotations
 
@@ -13,9 +11,6 @@ from vllm_mm_ext.media.types import MediaInfo, PacketTable, SamplingSpec
 
 Indices = npt.NDArray[np.int64]
 Times = npt.NDArray[np.float64]
-
-# Cost of a frame that a decoder skips, as a share of a decoded one: demuxing and parsing.
-SKIPPED_COST = 0.1
 
 
 def target_count(info: MediaInfo, spec: SamplingSpec) -> int:
@@ -133,33 +128,6 @@ def is_leaf(packets: PacketTable) -> npt.NDArray[np.bool_]:
     leaf = np.zeros(len(order), np.bool_)
     leaf[1:-1] = (order[1:-1] > order[:-2]) & (order[1:-1] > order[2:])
     return leaf
-
-
-def decode_weight(packets: PacketTable) -> Times:
-    """float64 ``[n]`` cost of each frame where a later one is wanted, in decoded frames.
-
-    A leaf is read and skipped, any other frame is decoded.
-    """
-    return np.where(is_leaf(packets), SKIPPED_COST, 1.0)
-
-
-def decode_cost(packets: PacketTable, indices: Indices) -> float:
-    """What showing some frames costs a decoder, in decoded frames.
-
-    A decoder decodes each GOP from its keyframe up to the last frame wanted in it.
-
-    Args:
-        packets: The clip's packet table.
-        indices: int64 ``[k]`` indices of the wanted frames, sorted.
-    """
-    weight = decode_weight(packets)
-    total = np.concatenate([[0.0], np.cumsum(weight)])
-    starts = gop_starts(packets)
-    gop = np.searchsorted(starts, indices, side="right") - 1
-    reach = starts.copy()
-    np.maximum.at(reach, gop, indices + 1)
-    extra = (1.0 - weight[np.unique(indices)]).sum() if len(indices) else 0.0
-    return float((total[reach] - total[starts]).sum() + extra)
 
 
 def gop_starts(packets: PacketTable) -> Indices:

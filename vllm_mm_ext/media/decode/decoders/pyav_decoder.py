@@ -74,13 +74,10 @@ class PyAVDecoder(Decoder):
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
             write_rgb(frame, converter, video, self._picture, out[position[row]])
 
-        kept, self._kept = self._kept, {}
-        at_hand = {row: kept[row] for row in rows.tolist() if row in kept}
-        del kept
-        _emit_all(at_hand, emit, threads)
+        at_hand = self._emit_kept(rows, emit, threads)
         seen.update(at_hand)
         others = rows[~np.isin(rows, list(at_hand))]
-        decoded = self._read(path, info, others, emit, threads, seen) | set(at_hand)
+        decoded = self._read(path, info, others, emit, threads, seen) | at_hand
         for i, row in enumerate(indices.tolist()):
             if row in decoded and position[row] != i:
                 out[i] = out[position[row]]
@@ -111,6 +108,14 @@ class PyAVDecoder(Decoder):
             if row not in decoded and i:
                 small[i] = small[i - 1]
         return small[where]
+
+    def _emit_kept(self, rows: npt.NDArray[np.int64], emit: Emit, threads: int) -> set[int]:
+        """Hand on those of ``rows`` that are kept, and let go of all pictures."""
+        kept, self._kept = self._kept, {}
+        at_hand = {row: kept[row] for row in rows.tolist() if row in kept}
+        del kept
+        _emit_all(at_hand, emit, threads)
+        return set(at_hand)
 
     def _keep(self, row: int, frame: VideoFrame) -> None:
         num_bytes = sum(plane.buffer_size for plane in frame.planes)
@@ -210,9 +215,10 @@ class _Pass:
         each = max(1, threads // lanes)
         if lanes == 1:
             return self._lane(rows, emit, each)
+        # `map`, as a future that lies in a frame of its own error's traceback would be a reference
+        # cycle, which keeps pictures.
         with ThreadPoolExecutor(lanes) as pool:
-            jobs = [pool.submit(self._lane, part, emit, each) for part in parts]
-            results = [job.result() for job in jobs]
+            results = list(pool.map(lambda part: self._lane(part, emit, each), parts))
         return Read(*(set[int]().union(*column) for column in zip(*results, strict=True)))
 
     def _lane(self, rows: npt.NDArray[np.int64], emit: Emit, threads: int) -> Read:
@@ -254,5 +260,4 @@ def _emit_all(frames: Mapping[int, VideoFrame], emit: Emit, threads: int) -> Non
         lane(rows)
         return
     with ThreadPoolExecutor(lanes) as pool:
-        for job in [pool.submit(lane, rows[number::lanes]) for number in range(lanes)]:
-            job.result()
+        list(pool.map(lane, [rows[number::lanes] for number in range(lanes)]))
