@@ -14,12 +14,21 @@ from av.stream import Disposition
 from tests.support.field_pictures import FPS, SIDE, gray, write_fields
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.sampling import select
-from vllm_mm_ext.media.types import DecodeLimits, MediaInfo, PacketTable, SamplingSpec, VideoStream
+from vllm_mm_ext.media.types import (
+    DecodeLimits,
+    DecodeRequest,
+    MediaInfo,
+    PacketTable,
+    SamplingSpec,
+    VideoStream,
+)
 from vllm_mm_ext.testing.media import Tone, make_clip, read_stamp
 
 LIMITS = DecodeLimits()
+ASKED = SamplingSpec(policy="uniform", max_frames=32, min_frames=32)
 
 
 def read(path: Path, number: int | None = None) -> tuple[MediaInfo, VideoStream, PacketTable]:
@@ -167,6 +176,18 @@ def test_the_length_of_sound_without_a_header_is_read_not_estimated(tmp_path, na
     assert info.audio[0].duration == pytest.approx(20, abs=0.2)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+@pytest.mark.parametrize("bframes", [0, 2])
+def test_an_edit_list_that_begins_within_a_group_of_pictures_begins_there(tmp_path, name, bframes):
+    clip = make_clip(tmp_path / "c.mp4", duration=3, gop=60, bframes=bframes, stamp=True).path
+    path = remux(clip, tmp_path / name, shift=-0.5)
+    info, video, table = read(path)
+    assert video.num_frames == 75
+    assert video.duration == pytest.approx(2.5)
+    np.testing.assert_allclose(table.time, np.arange(75) / 30, atol=1e-6)
+    assert stamps(path, info) == list(range(15, 90, 5))
+
+
 # --- clocks that jump -----------------------------------------------------------------------------
 
 
@@ -182,6 +203,40 @@ def test_joined_transport_streams_go_on_where_they_were_joined(tmp_path, starts,
     assert video.duration == pytest.approx(len(starts), abs=0.01)
     np.testing.assert_allclose(table.time, np.arange(len(table)) / 30, atol=1e-3)
     assert stamps(path, info) == [row % 30 for row in range(0, len(table), 5)]
+
+
+@pytest.mark.parametrize(("gap", "hole"), [(9.95, 9.95), (10.05, 0.0)])
+def test_a_transport_stream_jumps_where_a_picture_is_over_ten_seconds_late(tmp_path, gap, hole):
+    clip = make_clip(tmp_path / "a.ts", duration=2, gop=15).path
+    path = tmp_path / "joined.ts"
+    late = remux(clip, tmp_path / "b.ts", shift=2 + gap)
+    path.write_bytes(clip.read_bytes() + late.read_bytes())
+    _, video, table = read(path)
+    assert float(table.time[60]) == pytest.approx(2 + hole, abs=1e-3)
+    assert video.duration == pytest.approx(4 + hole, abs=0.01)
+
+
+def test_what_follows_a_long_run_of_zeros_in_a_transport_stream_is_read(tmp_path):
+    path = make_clip(
+        tmp_path / "a.ts", duration=9, gop=15, stamp=True, scene="noise", audio=[Tone(440, 0, 9)]
+    ).path
+    data = bytearray(path.read_bytes())
+    first, last = len(data) // 3, len(data) * 2 // 3
+    assert last - first > 1 << 17
+    data[first:last] = bytes(last - first)
+    path.write_bytes(data)
+    info, video, table = read(path)
+    assert video.duration == pytest.approx(9, abs=0.01)
+    assert 150 <= len(table) <= 200
+    rows = [*range(0, 60, 10), *range(len(table) - 60, len(table), 10)]
+    assert [read_stamp(picture) for picture in pictures(path, info, rows)] == [
+        round(float(table.time[row]) * 30) for row in rows
+    ]
+    result = run_job(str(path), DecodeRequest(sampling=ASKED, audio="required", info=info))
+    assert result.frames is not None
+    assert result.audio is not None
+    assert len(result.frames) == 32
+    assert len(result.audio) == pytest.approx(9 * result.audio_rate, rel=0.01)
 
 
 def test_a_stream_that_turns_up_where_recordings_are_joined_hides_no_picture(tmp_path):

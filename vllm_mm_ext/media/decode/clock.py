@@ -165,7 +165,9 @@ def _runs(pts: Ints, dts: Ints, time_base: float, may_jump: bool) -> Ints:
     jump = np.zeros(len(pts) - 1, np.bool_)
     if may_jump or (len(known) == len(dts) and bool((dts <= pts).all())):
         step = np.diff(dts[known].astype(np.float64)) * time_base
-        jump[known[1:] - 1] = (step < -_BACK_S) | (may_jump & (step > _AHEAD_S))
+        # A packet is expected where the one before it ends.
+        ahead = step - max(0.0, float(np.median(step))) if len(step) else step
+        jump[known[1:] - 1] = (step < -_BACK_S) | (may_jump & (ahead > _AHEAD_S))
     else:
         # Matroska has no decoding times. A picture before many that were decoded long ago is none
         # that was reordered.

@@ -179,9 +179,10 @@ def _clock(
     """Times of the shown pictures, and their positions among the packets in decoding order."""
     flags = np.array(rows.flags, np.int8)
     shown = (flags & (HIDDEN | SECOND_FIELD)) == 0
-    is_key = shown & (flags & 1 == 1)
+    is_key = (flags & 1) == 1
     if is_key.any():
-        # Decoders output no frame that is decoded before the first keyframe.
+        # Decoders output no frame that is decoded before the first keyframe, which may be hidden
+        # itself: an edit list that begins in the middle of a GOP hides the first part of it.
         shown[: int(is_key.argmax())] = False
     if not shown.any():
         raise UnreadableMediaError("The video stream holds no frame.")
@@ -193,7 +194,7 @@ def _clock(
         _unit(stream),
         float(rates[0]) if rates else 0.0,
         rates,
-        from_key=bool(is_key.any()),
+        from_key=bool(is_key[places[0]]),
         may_jump=bool(container.format.flags & _MAY_JUMP),
     )
     return clock, places[clock.order]
