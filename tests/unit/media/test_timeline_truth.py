@@ -158,6 +158,46 @@ def test_a_recorder_that_runs_for_days_is_not_too_long(tmp_path):
     assert read(path)[1].duration == pytest.approx(1, abs=0.04)
 
 
+def boxes(data: bytes) -> list[tuple[bytes, bytes]]:
+    """The top boxes of an MP4 file: type, and all bytes."""
+    found, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        found.append((data[at + 4 : at + 8], data[at : at + size]))
+        at += size
+    return found
+
+
+@pytest.mark.parametrize("kept", ["video", "audio"])
+def test_a_live_fragment_is_as_long_as_itself(tmp_path, kept):
+    """Each fragment tells its time since the broadcast began, here 4 s before; the limit is 3 s."""
+    source = make_clip(tmp_path / "a.mp4", duration=6, gop=30, audio=[Tone(440, 0, 6)]).path
+    live, path = tmp_path / "live.mp4", tmp_path / "late.mp4"
+    flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": "1000000"}
+    with av.open(str(source)) as reader, av.open(str(live), "w", options=flags) as writer:
+        stream = getattr(reader.streams, kept)[0]
+        out = writer.add_stream_from_template(stream)
+        for packet in reader.demux(stream):
+            if packet.size:
+                packet.stream = out
+                writer.mux(packet)
+    found = boxes(live.read_bytes())
+    head = [data for kind, data in found if kind in (b"ftyp", b"moov")]
+    fragments = [data for kind, data in found if kind in (b"moof", b"mdat")]
+    assert len(fragments) >= 10
+    path.write_bytes(b"".join(head + fragments[-4:]))
+    limits = DecodeLimits(max_duration_s=3, max_audio_s=3)
+    sampling = SamplingSpec(policy="uniform", max_frames=4) if kept == "video" else None
+    audio = "required" if kept == "audio" else "none"
+    result = run_job(str(path), DecodeRequest(sampling=sampling, audio=audio, limits=limits))
+    if kept == "video":
+        assert result.info.video is not None
+        assert 1 <= result.info.video.duration < 2.1
+    else:
+        assert result.audio is not None
+        assert 1 <= len(result.audio) / result.audio_rate < 2.1
+
+
 @pytest.mark.parametrize(("name", "codec"), [("a.aac", "aac"), ("a.mp3", "libmp3lame")])
 def test_the_length_of_sound_without_a_header_is_read_not_estimated(tmp_path, name, codec):
     """At first silence, in few bits: from the bit rate of that, FFmpeg estimates minutes."""

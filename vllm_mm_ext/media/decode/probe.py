@@ -136,7 +136,9 @@ def _read(
             return None
         check_pixels(width, height, limits.max_pixels)
         if container.format.name.startswith(_TELLS_LENGTH):
-            _check_duration(claimed_length(container, video, 0.0), limits)
+            # A live fragment tells the time at which it ends.
+            begin = (video.start_time or 0) * _unit(video)
+            _check_duration(claimed_length(container, video, 0.0) - max(0.0, begin), limits)
         rows = read_packets(container, video)
         clock, shown = _clock(container, video, rows)
         described, packets = _describe(container, video, rows, clock, shown)
