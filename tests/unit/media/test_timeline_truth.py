@@ -113,6 +113,31 @@ def test_the_last_delay_of_a_gif_counts(tmp_path):
     assert read(path)[1].duration == pytest.approx(6.9, abs=0.01)
 
 
+@pytest.mark.parametrize(("delay", "shown"), [(0, 0.1), (1, 0.1), (2, 0.02), (25, 0.25)])
+def test_a_picture_of_a_gif_is_shown_as_long_as_browsers_show_it(tmp_path, delay, shown):
+    path = tmp_path / "a.gif"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("gif", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb8"
+        for number in range(10):
+            picture = np.full((32, 32, 3), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    controls = [at for at in range(len(data)) if data[at : at + 3] == b"\x21\xf9\x04"]
+    assert len(controls) == 10
+    for at in controls:
+        data[at + 4 : at + 6] = bytes([delay, 0])
+    path.write_bytes(data)
+    _, video, table = read(path)
+    np.testing.assert_allclose(table.time, shown * np.arange(10), atol=1e-9)
+    assert video.duration == pytest.approx(10 * shown)
+    assert video.fps == pytest.approx(1 / shown)
+    result = run_job(str(path), DecodeRequest(sampling=ASKED))
+    assert result.frames is not None
+    assert len(result.frames) == 10
+
+
 def test_an_absurd_duration_of_the_last_picture_is_not_believed(tmp_path):
     """The table of durations says 14 hours, the header of the track a minute."""
     path = screen_recording(tmp_path, tmp_path / "a.mp4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -18,7 +19,14 @@ from av.video.stream import VideoStream as AvVideoStream
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.audio.audio_streams import audio_streams, describe_audio
 from vllm_mm_ext.media.audio.sound_placement import clock_origins
-from vllm_mm_ext.media.decode.clock import DEFAULT_FPS, NO_TICKS, Clock, read_clock
+from vllm_mm_ext.media.decode.clock import (
+    DEFAULT_FPS,
+    NO_TICKS,
+    Clock,
+    paced,
+    players_delays,
+    read_clock,
+)
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.geometry import displayed
 from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, demux, read_packets
@@ -140,6 +148,8 @@ def _read(
             begin = (video.start_time or 0) * _unit(video)
             _check_duration(claimed_length(container, video, 0.0) - max(0.0, begin), limits)
         rows = read_packets(container, video)
+        if container.format.name == "gif":
+            rows.duration[:] = array("q", players_delays(np.array(rows.duration)).tolist())
         clock, shown = _clock(container, video, rows)
         described, packets = _describe(container, video, rows, clock, shown)
         _check_duration(described.duration, limits)
@@ -199,7 +209,10 @@ def _clock(
         from_key=bool(is_key[places[0]]),
         may_jump=bool(container.format.flags & _MAY_JUMP),
     )
-    return clock, places[clock.order]
+    order = places[clock.order]
+    if container.format.name == "gif":
+        clock = paced(clock, np.array(rows.duration, np.int64)[order], _unit(stream))
+    return clock, order
 
 
 def _describe(
