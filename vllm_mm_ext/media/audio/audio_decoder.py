@@ -45,7 +45,9 @@ def decoded_frames(container: InputContainer, source: AvAudioStream) -> Iterator
             if name in decoders:
                 decoders[name].flush_buffers()
             else:
-                decoders[name] = av.CodecContext.create(name, "r")
+                created = av.CodecContext.create(name, "r")
+                assert isinstance(created, AudioCodecContext)
+                decoders[name] = created
             current = decoders[name]
         yield from _decoded(current, None if draining else packet)
 
