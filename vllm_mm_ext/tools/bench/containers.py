@@ -33,6 +33,7 @@ TONE_S = 1.0
 LATE_S = 0.8
 """How much later the sound of the second file begins."""
 _SYNC_S = 0.020
+_ELEMENTARY = ("mpegvideo", "m4v", "h264", "hevc")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ COMBINATIONS = (
     Combination("ts", "libx264", "aac"),
     Combination("ts", "mpeg2video", "mp2"),
     Combination("mpg", "mpeg2video", "mp2"),
-    Combination("avi", "libx264", "ac3", late=False),
     Combination("avi", "mjpeg", "pcm_s16le", late=False),
     Combination("flv", "libx264", "aac"),
     Combination("3gp", "mpeg4", "aac"),
@@ -146,7 +146,7 @@ def examine_found(path: Path) -> Finding:
         result = _everything(path)
     except MediaError as error:
         return Finding(name, error.message, NONE, NONE, NONE, NONE)
-    pictures, sound_s = _decode_from_start(path, result)
+    count, pictures, sound_s = _decode_from_start(path, result)
     info, sound = result.info, NONE
     if sound_s:
         heard = 0.0 if result.audio is None else len(result.audio) / result.audio_rate
@@ -158,21 +158,17 @@ def examine_found(path: Path) -> Finding:
         return Finding(name, length, NONE, NONE, NONE, sound)
     assert result.selection is not None
     assert result.frames is not None
-    indices = result.selection.indices.tolist()
-    count = max(pictures) + 1
+    missing = sum(picture is None for picture in pictures)
     wrong = sum(
-        not np.array_equal(pictures[index][1], frame)
-        for index, frame in zip(indices, result.frames, strict=True)
-        if index in pictures
+        picture is None or not np.array_equal(picture, frame)
+        for picture, frame in zip(pictures, result.frames, strict=True)
     )
-    shown_at = np.array([pictures[index][0] for index in indices])
-    off = np.abs(shown_at - result.selection.times).max()
     return Finding(
         name,
         length=NONE,
         frames=_equal(_num_frames(info), count),
-        times=RIGHT if off <= 0.001 else f"{1e3 * off:.0f} ms off",
-        pictures=RIGHT if not wrong else f"{wrong} of {len(indices)} wrong",
+        times=RIGHT if not missing else f"{missing} of {len(pictures)} off",
+        pictures=RIGHT if not wrong else f"{wrong} of {len(pictures)} wrong",
         sound=sound,
     )
 
@@ -203,36 +199,45 @@ def _everything(path: Path) -> DecodeResult:
 
 def _decode_from_start(
     path: Path, result: DecodeResult
-) -> tuple[dict[int, tuple[float, npt.NDArray[np.uint8]]], float]:
-    """FFmpeg's frames of the whole file by number: seconds and pixels; and seconds of sound.
+) -> tuple[int, list[npt.NDArray[np.uint8] | None], float]:
+    """What FFmpeg decodes of the whole file.
 
-    Only the pixels of frames that ``result`` has are kept.
+    Returns:
+        The number of frames; for each frame of ``result`` the one that is shown at its time, None
+        where none is; and the seconds of sound.
     """
-    info, chosen = result.info, result.selection
-    kept = set() if chosen is None else set(chosen.indices.tolist())
-    pictures: dict[int, tuple[float, npt.NDArray[np.uint8]]] = {}
+    info, selection, count = result.info, result.selection, 0
+    pictures: list[npt.NDArray[np.uint8] | None] = []
     if info.video is not None:
+        assert selection is not None
+        assert result.frames is not None
+        assert info.packets is not None
+        height, width = result.frames.shape[1:3]
+        pictures = [None] * len(selection.times)
+        # Half a unit of the coarsest clock, that of GIF.
+        tolerance = 0.005 + 1e-6
         with av.open(str(path)) as container:
-            stream = container.streams[info.video.index]
-            first: float | None = None
-            assert result.frames is not None
-            height, width = result.frames.shape[1:3]
-            for number, frame in enumerate(_frames(container, stream.index)):
+            shown_at = [frame.time for frame in _frames(container, info.video.index)]
+        count = len(shown_at)
+        times = [np.nan if time is None else time for time in shown_at]
+        if info.container in _ELEMENTARY:
+            # These formats hold no times, and FFmpeg guesses them; counting tells the frames.
+            times = [float(info.packets.time[min(n, len(info.packets) - 1)]) for n in range(count)]
+        with av.open(str(path)) as container:
+            for time, frame in zip(times, _frames(container, info.video.index), strict=False):
                 assert isinstance(frame, av.VideoFrame)
-                time = frame.time if frame.time is not None else number / float(info.video.fps)
-                first = time if first is None else first
-                pixels: npt.NDArray[np.uint8] = np.empty((0, 0, 3), np.uint8)
-                if number in kept:
+                near = np.flatnonzero(np.abs(selection.times - (time - times[0])) <= tolerance)
+                if len(near):
                     shown = frame.reformat(width, height, "rgb24", interpolation="BICUBIC")
-                    pixels = shown.to_ndarray().astype(np.uint8)
-                pictures[number] = (time - first, pixels)
+                    for place in near.tolist():
+                        pictures[place] = shown.to_ndarray().astype(np.uint8)
     seconds = 0.0
     if info.audio:
         with av.open(str(path)) as container:
             for frame in _frames(container, info.audio[0].index):
                 assert isinstance(frame, av.AudioFrame)
                 seconds += frame.samples / frame.sample_rate
-    return pictures, seconds
+    return count, pictures, seconds
 
 
 def _frames(
