@@ -96,7 +96,9 @@ def _substitutes(
     after = np.minimum(before + 1, len(marks) - 1)
     doubtful = bad[np.maximum(before, 0)] & bad[after]
     if sure_first:
-        groups = [sure, ~sure & ~doubtful, doubtful]
+        # Next to a failure damage may reach further; between two frames that decode it hardly does.
+        likely = ~bad[np.maximum(before, 0)] & ~bad[after]
+        groups = [sure, ~sure & likely, ~(sure | likely | doubtful), doubtful]
     else:
         groups = [sure | ~doubtful, doubtful & ~sure]
     taken = have.tolist()
