@@ -2,7 +2,9 @@ import json
 import wave
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -125,6 +127,54 @@ def test_sample_writes_the_sound_of_a_file_without_pictures(tmp_path: Path) -> N
     with wave.open(str(wav)) as written:
         assert written.readframes(8000) == np.arange(8000, dtype="<i2").tobytes()
     assert runner.invoke(app, ["sample", str(sound), "--json"]).exit_code == 1
+
+
+def _two_of_each(path: Path) -> Path:
+    """Two videos, of 48 and 64 pixels a side, and two sounds, of an amplitude of 0.1 and 0.2."""
+    with av.open(str(path), "w") as container:
+        videos: list[Any] = [container.add_stream("mpeg4", rate=10) for _ in range(2)]
+        sounds: list[Any] = [container.add_stream("pcm_s16le", rate=16000) for _ in range(2)]
+        for side, stream in zip((48, 64), videos, strict=True):
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for stream in sounds:
+            stream.layout = "mono"
+        for side, stream in zip((48, 64), videos, strict=True):
+            for _ in range(10):
+                picture = np.full((side, side, 3), 2 * side, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        for level, stream in zip((0.1, 0.2), sounds, strict=True):
+            samples = np.full((1, 16000), level * 32768, np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            frame.sample_rate = 16000
+            container.mux([*stream.encode(frame), *stream.encode()])
+    return path
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_sample_takes_the_streams_that_are_asked_for(tmp_path: Path, number: int) -> None:
+    path, wav, frames = _two_of_each(tmp_path / "a.mkv"), tmp_path / "o.wav", tmp_path / "frames"
+    command = ["sample", str(path), "--json", "--wav", str(wav), "--frames", str(frames)]
+    streams = ["--video-stream", str(number), "--audio-stream", str(number)]
+    result = runner.invoke(app, [*command, *streams])
+    assert result.exit_code == 0, result.output
+    assert {Image.open(frame).size for frame in frames.iterdir()} == {(48 + 16 * number,) * 2}
+    with wave.open(str(wav)) as sound:
+        heard = np.frombuffer(sound.readframes(16000), "<i2") / 32768
+    assert float(np.median(heard)) == pytest.approx(0.1 + 0.1 * number, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--video-stream", "no video stream 2: it has 2"), ("--audio-stream", "no audio stream 2")],
+)
+def test_a_stream_that_is_not_there_is_one_line_of_error(
+    tmp_path: Path, option: str, words: str
+) -> None:
+    path = _two_of_each(tmp_path / "a.mkv")
+    result = runner.invoke(app, ["sample", str(path), option, "2", "--wav", str(tmp_path / "o")])
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
 
 
 def test_not_a_video_is_one_line_of_error(tmp_path: Path) -> None:

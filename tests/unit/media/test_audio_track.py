@@ -202,6 +202,45 @@ def test_sound_that_cannot_be_had_is_left_out_of_a_video(
     assert refused.value.parameter == "input_audio"
 
 
+# --- recordings that were joined -----------------------------------------------------------------
+
+
+def tone(path: Path, codec: str, layout: str) -> bytes:
+    """A second of a tone in a transport stream."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=48_000, layout=layout)
+        wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+        count = stream.layout.nb_channels
+        samples = np.repeat(np.round(wave * 32_767).astype(np.int16), count)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
+        frame.sample_rate = 48_000
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        ("aac", "mp2"),
+        ("mp2", "aac"),
+        ("aac", "ac3", "aac"),
+        ("ac3", "eac3"),
+    ],
+)
+def test_every_part_of_joined_recordings_is_heard_whatever_its_codec(
+    tmp_path: Path, codecs: tuple[str, ...]
+) -> None:
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(tone(tmp_path / f"{c}.ts", c, "mono") for c in codecs))
+    result = run_job(str(path), SOUND)
+    assert result.audio is not None
+    assert len(result.audio) / result.audio_rate == pytest.approx(len(codecs), abs=0.08 * 3)
+    steps = np.array_split(result.audio[2400:-7200], 20 * len(codecs))
+    level = np.array([float(np.sqrt(np.mean(step**2))) for step in steps])
+    # Encoders fade in over a frame, where parts meet.
+    assert (np.abs(level - 0.5 / 2**0.5) < 0.02).mean() > 0.8
+
+
 # --- which stream --------------------------------------------------------------------------------
 
 

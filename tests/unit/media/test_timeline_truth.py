@@ -14,12 +14,21 @@ from av.stream import Disposition
 from tests.support.field_pictures import FPS, SIDE, gray, write_fields
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.sampling import select
-from vllm_mm_ext.media.types import DecodeLimits, MediaInfo, PacketTable, SamplingSpec, VideoStream
+from vllm_mm_ext.media.types import (
+    DecodeLimits,
+    DecodeRequest,
+    MediaInfo,
+    PacketTable,
+    SamplingSpec,
+    VideoStream,
+)
 from vllm_mm_ext.testing.media import Tone, make_clip, read_stamp
 
 LIMITS = DecodeLimits()
+ASKED = SamplingSpec(policy="uniform", max_frames=32, min_frames=32)
 
 
 def read(path: Path, number: int | None = None) -> tuple[MediaInfo, VideoStream, PacketTable]:
@@ -104,6 +113,31 @@ def test_the_last_delay_of_a_gif_counts(tmp_path):
     assert read(path)[1].duration == pytest.approx(6.9, abs=0.01)
 
 
+@pytest.mark.parametrize(("delay", "shown"), [(0, 0.1), (1, 0.1), (2, 0.02), (25, 0.25)])
+def test_a_picture_of_a_gif_is_shown_as_long_as_browsers_show_it(tmp_path, delay, shown):
+    path = tmp_path / "a.gif"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("gif", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb8"
+        for number in range(10):
+            picture = np.full((32, 32, 3), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    controls = [at for at in range(len(data)) if data[at : at + 3] == b"\x21\xf9\x04"]
+    assert len(controls) == 10
+    for at in controls:
+        data[at + 4 : at + 6] = bytes([delay, 0])
+    path.write_bytes(data)
+    _, video, table = read(path)
+    np.testing.assert_allclose(table.time, shown * np.arange(10), atol=1e-9)
+    assert video.duration == pytest.approx(10 * shown)
+    assert video.fps == pytest.approx(1 / shown)
+    result = run_job(str(path), DecodeRequest(sampling=ASKED))
+    assert result.frames is not None
+    assert len(result.frames) == 10
+
+
 def test_an_absurd_duration_of_the_last_picture_is_not_believed(tmp_path):
     """The table of durations says 14 hours, the header of the track a minute."""
     path = screen_recording(tmp_path, tmp_path / "a.mp4")
@@ -149,6 +183,46 @@ def test_a_recorder_that_runs_for_days_is_not_too_long(tmp_path):
     assert read(path)[1].duration == pytest.approx(1, abs=0.04)
 
 
+def boxes(data: bytes) -> list[tuple[bytes, bytes]]:
+    """The top boxes of an MP4 file: type, and all bytes."""
+    found, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        found.append((data[at + 4 : at + 8], data[at : at + size]))
+        at += size
+    return found
+
+
+@pytest.mark.parametrize("kept", ["video", "audio"])
+def test_a_live_fragment_is_as_long_as_itself(tmp_path, kept):
+    """Each fragment tells its time since the broadcast began, here 4 s before; the limit is 3 s."""
+    source = make_clip(tmp_path / "a.mp4", duration=6, gop=30, audio=[Tone(440, 0, 6)]).path
+    live, path = tmp_path / "live.mp4", tmp_path / "late.mp4"
+    flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": "1000000"}
+    with av.open(str(source)) as reader, av.open(str(live), "w", options=flags) as writer:
+        stream = getattr(reader.streams, kept)[0]
+        out = writer.add_stream_from_template(stream)
+        for packet in reader.demux(stream):
+            if packet.size:
+                packet.stream = out
+                writer.mux(packet)
+    found = boxes(live.read_bytes())
+    head = [data for kind, data in found if kind in (b"ftyp", b"moov")]
+    fragments = [data for kind, data in found if kind in (b"moof", b"mdat")]
+    assert len(fragments) >= 10
+    path.write_bytes(b"".join(head + fragments[-4:]))
+    limits = DecodeLimits(max_duration_s=3, max_audio_s=3)
+    sampling = SamplingSpec(policy="uniform", max_frames=4) if kept == "video" else None
+    audio = "required" if kept == "audio" else "none"
+    result = run_job(str(path), DecodeRequest(sampling=sampling, audio=audio, limits=limits))
+    if kept == "video":
+        assert result.info.video is not None
+        assert 1 <= result.info.video.duration < 2.1
+    else:
+        assert result.audio is not None
+        assert 1 <= len(result.audio) / result.audio_rate < 2.1
+
+
 @pytest.mark.parametrize(("name", "codec"), [("a.aac", "aac"), ("a.mp3", "libmp3lame")])
 def test_the_length_of_sound_without_a_header_is_read_not_estimated(tmp_path, name, codec):
     """At first silence, in few bits: from the bit rate of that, FFmpeg estimates minutes."""
@@ -167,6 +241,18 @@ def test_the_length_of_sound_without_a_header_is_read_not_estimated(tmp_path, na
     assert info.audio[0].duration == pytest.approx(20, abs=0.2)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+@pytest.mark.parametrize("bframes", [0, 2])
+def test_an_edit_list_that_begins_within_a_group_of_pictures_begins_there(tmp_path, name, bframes):
+    clip = make_clip(tmp_path / "c.mp4", duration=3, gop=60, bframes=bframes, stamp=True).path
+    path = remux(clip, tmp_path / name, shift=-0.5)
+    info, video, table = read(path)
+    assert video.num_frames == 75
+    assert video.duration == pytest.approx(2.5)
+    np.testing.assert_allclose(table.time, np.arange(75) / 30, atol=1e-6)
+    assert stamps(path, info) == list(range(15, 90, 5))
+
+
 # --- clocks that jump -----------------------------------------------------------------------------
 
 
@@ -182,6 +268,40 @@ def test_joined_transport_streams_go_on_where_they_were_joined(tmp_path, starts,
     assert video.duration == pytest.approx(len(starts), abs=0.01)
     np.testing.assert_allclose(table.time, np.arange(len(table)) / 30, atol=1e-3)
     assert stamps(path, info) == [row % 30 for row in range(0, len(table), 5)]
+
+
+@pytest.mark.parametrize(("gap", "hole"), [(9.95, 9.95), (10.05, 0.0)])
+def test_a_transport_stream_jumps_where_a_picture_is_over_ten_seconds_late(tmp_path, gap, hole):
+    clip = make_clip(tmp_path / "a.ts", duration=2, gop=15).path
+    path = tmp_path / "joined.ts"
+    late = remux(clip, tmp_path / "b.ts", shift=2 + gap)
+    path.write_bytes(clip.read_bytes() + late.read_bytes())
+    _, video, table = read(path)
+    assert float(table.time[60]) == pytest.approx(2 + hole, abs=1e-3)
+    assert video.duration == pytest.approx(4 + hole, abs=0.01)
+
+
+def test_what_follows_a_long_run_of_zeros_in_a_transport_stream_is_read(tmp_path):
+    path = make_clip(
+        tmp_path / "a.ts", duration=9, gop=15, stamp=True, scene="noise", audio=[Tone(440, 0, 9)]
+    ).path
+    data = bytearray(path.read_bytes())
+    first, last = len(data) // 3, len(data) * 2 // 3
+    assert last - first > 1 << 17
+    data[first:last] = bytes(last - first)
+    path.write_bytes(data)
+    info, video, table = read(path)
+    assert video.duration == pytest.approx(9, abs=0.01)
+    assert 150 <= len(table) <= 200
+    rows = [*range(0, 60, 10), *range(len(table) - 60, len(table), 10)]
+    assert [read_stamp(picture) for picture in pictures(path, info, rows)] == [
+        round(float(table.time[row]) * 30) for row in rows
+    ]
+    result = run_job(str(path), DecodeRequest(sampling=ASKED, audio="required", info=info))
+    assert result.frames is not None
+    assert result.audio is not None
+    assert len(result.frames) == 32
+    assert len(result.audio) == pytest.approx(9 * result.audio_rate, rel=0.01)
 
 
 def test_a_stream_that_turns_up_where_recordings_are_joined_hides_no_picture(tmp_path):

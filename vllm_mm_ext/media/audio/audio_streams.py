@@ -74,6 +74,9 @@ def describe_audio(container: InputContainer, start: float) -> tuple[AudioStream
 
 
 def _counts_samples(container: set[str], stream: AvAudioStream) -> bool:
+    # The header of a live fragment may tell the time at which it ends instead of its length.
+    if "mov" in container and _start(stream) > 0:
+        return False
     # An MP3 file has a start time if its first frame says how many frames follow (Xing and LAME).
     return bool(container & _COUNTING) or ("mp3" in container and _start(stream) > 0)
 

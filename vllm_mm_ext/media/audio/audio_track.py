@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.audio.frame import AudioFrame
-from av.audio.stream import AudioStream as AvAudioStream
-from av.container import InputContainer
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
+from vllm_mm_ext.media.audio.audio_decoder import decoded_frames
 from vllm_mm_ext.media.audio.conversion import Packer
 from vllm_mm_ext.media.audio.downmix import to_mono
 from vllm_mm_ext.media.audio.sound_placement import Clock, Piece, place
 from vllm_mm_ext.media.decode.container import open_container
-from vllm_mm_ext.media.decode.packets import demux
 from vllm_mm_ext.media.types import AudioNote, AudioStream, DecodeLimits
 
 # The highest rate of sampled sound in use (DXD is half of it). A header may claim any.
@@ -117,7 +113,7 @@ def decode_audio(
             )
         source = sources[stream.number]
         time_base = float(source.time_base or 0)
-        for frame in _frames(container, source):
+        for frame in decoded_frames(container, source):
             # Headers of HE-AAC give half the rate that is really played.
             rate = _checked_rate(frame.sample_rate)
             seconds = frame.samples / rate
@@ -158,24 +154,6 @@ def decode_audio(
             )
         samples = samples[:0]
     return Track(samples, rate, note)
-
-
-def _frames(container: InputContainer, source: AvAudioStream) -> Iterator[AudioFrame]:
-    """Decode a stream; packets that cannot be decoded are left out."""
-    context = source.codec_context
-    draining = False
-    packets = demux(container, source)
-    while not draining:
-        try:
-            packet = next(packets, None)
-        except av.FFmpegError:
-            packet = None
-        draining = packet is None or packet.size == 0
-        try:
-            yield from context.decode(None if draining else packet)
-        except av.FFmpegError as error:
-            if isinstance(error, MemoryError):
-                raise
 
 
 def _checked_rate(rate: int) -> int:

@@ -7,7 +7,7 @@ rounded to the unit that the container counts in. This module is pure arithmetic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -111,6 +111,27 @@ def read_clock(
     return Clock(order, time, step, exact, unit if time is not rounded else time_base, has_jumps)
 
 
+def paced(clock: Clock, delays: Ints, time_base: float) -> Clock:
+    """The clock of a GIF, whose pictures follow each other after their delays.
+
+    Args:
+        clock: From ``read_clock``.
+        delays: int64 ``[n]`` how long each picture is shown, in presentation order.
+        time_base: Seconds per unit of ``delays``.
+    """
+    time: Floats = np.asarray((np.cumsum(delays) - delays) * time_base, np.float64)
+    usual = float(np.median(np.diff(time))) if len(time) > 1 else clock.usual
+    return replace(clock, time=time, usual=usual)
+
+
+def players_delays(delays: Ints) -> Ints:
+    """Delays of pictures of a GIF in 1/100 s as players take them: less than 2 counts as 10.
+
+    As in browsers, and in FFmpeg up to version 7 (``min_delay``, ``default_delay``).
+    """
+    return np.where(delays < 2, 10, delays)
+
+
 def on_grid(time: Floats, unit: float, rates: Sequence[Fraction]) -> Floats:
     """The exact times of a constant frame rate, where ``time`` is these times rounded.
 
@@ -165,7 +186,9 @@ def _runs(pts: Ints, dts: Ints, time_base: float, may_jump: bool) -> Ints:
     jump = np.zeros(len(pts) - 1, np.bool_)
     if may_jump or (len(known) == len(dts) and bool((dts <= pts).all())):
         step = np.diff(dts[known].astype(np.float64)) * time_base
-        jump[known[1:] - 1] = (step < -_BACK_S) | (may_jump & (step > _AHEAD_S))
+        # A packet is expected where the one before it ends.
+        ahead = step - max(0.0, float(np.median(step))) if len(step) else step
+        jump[known[1:] - 1] = (step < -_BACK_S) | (may_jump & (ahead > _AHEAD_S))
     else:
         # Matroska has no decoding times. A picture before many that were decoded long ago is none
         # that was reordered.

@@ -85,7 +85,8 @@ def demux(
     """The packets of a stream, from where the container stands, as ``container.demux`` gives them.
 
     PyAV raises IndexError at a packet of a stream that turns up midway, as in joined transport
-    streams, and can be asked to go on.
+    streams, and BlockingIOError at each 64 KiB of a transport stream that hold no packet. It can be
+    asked to go on after both.
 
     Raises:
         av.FFmpegError: The file cannot be read on.
@@ -93,7 +94,7 @@ def demux(
     for _ in range(MAX_PACKETS):
         try:
             yield from container.demux(stream)
-        except IndexError:
+        except (IndexError, av.BlockingIOError):
             continue
         return
 

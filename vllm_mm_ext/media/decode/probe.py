@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -18,7 +19,14 @@ from av.video.stream import VideoStream as AvVideoStream
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.audio.audio_streams import audio_streams, describe_audio
 from vllm_mm_ext.media.audio.sound_placement import clock_origins
-from vllm_mm_ext.media.decode.clock import DEFAULT_FPS, NO_TICKS, Clock, read_clock
+from vllm_mm_ext.media.decode.clock import (
+    DEFAULT_FPS,
+    NO_TICKS,
+    Clock,
+    paced,
+    players_delays,
+    read_clock,
+)
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.geometry import displayed
 from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, demux, read_packets
@@ -147,8 +155,12 @@ def _read(
             return None
         check_pixels(width, height, limits.max_pixels)
         if container.format.name.startswith(_TELLS_LENGTH):
-            _check_duration(claimed_length(container, video, 0.0), limits)
+            # A live fragment tells the time at which it ends.
+            begin = (video.start_time or 0) * _unit(video)
+            _check_duration(claimed_length(container, video, 0.0) - max(0.0, begin), limits)
         rows = read_packets(container, video)
+        if container.format.name == "gif":
+            rows.duration[:] = array("q", players_delays(np.array(rows.duration)).tolist())
         clock, shown = _clock(container, video, rows)
         described, packets = _describe(container, video, rows, clock, shown)
         _check_duration(described.duration, limits)
@@ -190,9 +202,10 @@ def _clock(
     """Times of the shown pictures, and their positions among the packets in decoding order."""
     flags = np.array(rows.flags, np.int8)
     shown = (flags & (HIDDEN | SECOND_FIELD)) == 0
-    is_key = shown & (flags & 1 == 1)
+    is_key = (flags & 1) == 1
     if is_key.any():
-        # Decoders output no frame that is decoded before the first keyframe.
+        # Decoders output no frame that is decoded before the first keyframe, which may be hidden
+        # itself: an edit list that begins in the middle of a GOP hides the first part of it.
         shown[: int(is_key.argmax())] = False
     if not shown.any():
         raise UnreadableMediaError("The video stream holds no frame.")
@@ -204,10 +217,13 @@ def _clock(
         _unit(stream),
         float(rates[0]) if rates else 0.0,
         rates,
-        from_key=bool(is_key.any()),
+        from_key=bool(is_key[places[0]]),
         may_jump=bool(container.format.flags & _MAY_JUMP),
     )
-    return clock, places[clock.order]
+    order = places[clock.order]
+    if container.format.name == "gif":
+        clock = paced(clock, np.array(rows.duration, np.int64)[order], _unit(stream))
+    return clock, order
 
 
 def _describe(

@@ -45,6 +45,14 @@ def sample(
         FamilyName | None,
         typer.Option(help="Write frames as this model family gets them; else at displayed size."),
     ] = None,
+    video_stream: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of a video stream, from 0; else the one players show."),
+    ] = None,
+    audio_stream: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of an audio stream, from 0; else the one players play."),
+    ] = None,
     wav: Annotated[
         Path | None,
         typer.Option(help="Write the sound here: 16 kHz, mono, 16 bit, on the picture's clock."),
@@ -71,9 +79,10 @@ def sample(
         min_fps=min_fps,
         max_fps=max_fps,
         multiple_of=rule.temporal_factor if rule.kind in ("qwen_vl", "qwen3_vl") else 1,
+        video_stream=video_stream,
     )
     with media_errors():
-        probed = run_job(str(file), DecodeRequest(probe_only=True))
+        probed = run_job(str(file), DecodeRequest(sampling=spec, probe_only=True))
         info = probed.info
         # Of a file without pictures, only the sound can be written.
         wanted = spec if info.video is not None or wav is None else None
@@ -82,6 +91,7 @@ def sample(
             size=_SMALL if frames is None else rule,
             audio="none" if wav is None else "optional" if wanted is not None else "required",
             info=info,
+            audio_stream=audio_stream,
         )
         result = run_job(str(file), request)
     result.timings.update(probed.timings)
