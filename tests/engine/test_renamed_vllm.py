@@ -34,6 +34,7 @@ RENAMED = (
     "_process_mm_uuids",
     "_try_schedule_encoder_inputs",
     "get_freed_mm_hashes",
+    "_tokenize_prompt",
 )
 
 

@@ -80,7 +80,7 @@ def video(
     sampled = SampledFrames(
         frames, digest=digest, times=times, audio=track, step=step, reduction=reduction
     )
-    fps = (len(frames) - 1) / times[-1] if times and times[-1] else 2.0
+    fps = (len(frames) - 1) / times[-1] if times and len(frames) > 1 and times[-1] else 2.0
     metadata = {
         "total_num_frames": len(frames),
         "fps": fps,

@@ -100,20 +100,22 @@ def choose(
     count = count - count % multiple_of or count
     if not count:
         return np.zeros(0, np.int64)
-    gaps = _Gaps(looked, count, widest, min(ends, widest / 2), second)
-    allowed = room[where] > 0
-    for _ in range(_MOST_ROUNDS):
-        chosen = gaps.best(count, allowed)
-        if chosen is None:
-            break
-        over = np.flatnonzero(np.bincount(where[chosen], minlength=len(room)) > room)
-        if not len(over):
-            return chosen
-        for number in over.tolist():
-            # The second keeps as many of the chosen frames as fit, those with events first.
-            inside = chosen[where[chosen] == number]
-            allowed[where == number] = False
-            allowed[_thinned(inside, int(room[number]), looked.events)] = True
+    # Where seconds are full or hold no frames, no choice may be within `widest`.
+    for bridged in (None, second):
+        gaps = _Gaps(looked, count, widest, min(ends, widest / 2), bridged)
+        allowed = room[where] > 0
+        for _ in range(_MOST_ROUNDS):
+            chosen = gaps.best(count, allowed)
+            if chosen is None:
+                break
+            over = np.flatnonzero(np.bincount(where[chosen], minlength=len(room)) > room)
+            if not len(over):
+                return chosen
+            for number in over.tolist():
+                # The second keeps as many of the chosen frames as fit, those with events first.
+                inside = chosen[where[chosen] == number]
+                allowed[where == number] = False
+                allowed[_thinned(inside, int(room[number]), looked.events)] = True
     return _evenly(allowed, where, room, count)
 
 
@@ -125,12 +127,13 @@ class _Gaps:
     """
 
     def __init__(
-        self, looked: Looked, count: int, widest: float, ends: float, second: Indices
+        self, looked: Looked, count: int, widest: float, ends: float, bridged: Indices | None
     ) -> None:
         time, size = looked.time, len(looked.time)
-        # From any frame the next second that has frames can be reached, whatever `widest` says.
         low = np.searchsorted(time, time - widest - 1e-9)
-        low[1:] = np.minimum(low[1:], np.searchsorted(second, second[:-1]))
+        if bridged is not None:
+            # From any frame the next of these seconds can be reached, whatever `widest` says.
+            low[1:] = np.minimum(low[1:], np.searchsorted(bridged, bridged[:-1]))
         most = max(4, int(min(_MOST_WORK / (count * size), _MOST_PAIRS / size)))
         self._lags = lags = max(1, min(most, int((np.arange(size) - low).max())))
         right = np.arange(size)[:, None]
