@@ -38,7 +38,7 @@ def video_streams(container: InputContainer, number: int | None = None) -> list[
     if number >= len(streams) or streams[number] not in usable:
         raise NoSuchStreamError(
             f"The media has no video stream {number}: it has {len(streams)}, counted from 0.",
-            parameter="video_stream",
+            parameter="mm_ext.video_stream",
             value=number,
         )
     return [streams[number]]
