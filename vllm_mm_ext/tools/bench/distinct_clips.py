@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -67,7 +68,7 @@ def _encode(frames: Iterator[VideoFrame], target: Path) -> None:
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
             stream.gop_size = 250
             for number, frame in enumerate(frames):
-                frame.pts, frame.time_base = number, 1 / stream.rate
+                frame.pts, frame.time_base = number, Fraction(1, FPS)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         made.rename(target)
