@@ -101,28 +101,27 @@ def test_the_last_picture_of_a_screen_recording_lasts_as_long_as_it_says(tmp_pat
     assert table.time[-1] == pytest.approx(59 / 30, abs=1e-3)
 
 
-def test_the_last_delay_of_a_gif_counts(tmp_path):
-    path = tmp_path / "a.gif"
-    with av.open(str(path), "w", options={"final_delay": "500"}) as container:
-        stream = container.add_stream("gif", rate=10)
+def write_gif(path: Path, *, rate: int, count: int, step: int, **options: int) -> Path:
+    """A GIF whose pictures are ``step`` grey levels apart."""
+    settings = {name: str(value) for name, value in options.items()}
+    with av.open(str(path), "w", options=settings) as container:
+        stream = container.add_stream("gif", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb8"
-        for number in range(20):
-            picture = np.full((32, 32, 3), 10 * number, np.uint8)
+        for number in range(count):
+            picture = np.full((32, 32, 3), step * number, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+    return path
+
+
+def test_the_last_delay_of_a_gif_counts(tmp_path):
+    path = write_gif(tmp_path / "a.gif", rate=10, count=20, step=10, final_delay=500)
     assert read(path)[1].duration == pytest.approx(6.9, abs=0.01)
 
 
 @pytest.mark.parametrize(("delay", "shown"), [(0, 0.1), (1, 0.1), (2, 0.02), (25, 0.25)])
 def test_a_picture_of_a_gif_is_shown_as_long_as_browsers_show_it(tmp_path, delay, shown):
-    path = tmp_path / "a.gif"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("gif", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb8"
-        for number in range(10):
-            picture = np.full((32, 32, 3), 20 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    path = write_gif(tmp_path / "a.gif", rate=10, count=10, step=20)
     data = bytearray(path.read_bytes())
     controls = [at for at in range(len(data)) if data[at : at + 3] == b"\x21\xf9\x04"]
     assert len(controls) == 10
@@ -485,14 +484,7 @@ def _none(_: Any) -> Any:
 
 
 def test_every_frame_of_a_gif_of_30_a_second_is_found(tmp_path):
-    path = tmp_path / "a.gif"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("gif", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb8"
-        for number in range(60):
-            picture = np.full((32, 32, 3), 4 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    path = write_gif(tmp_path / "a.gif", rate=30, count=60, step=4)
     info, video, _ = read(path)
     assert video.fps == pytest.approx(30)
     chosen = select(info, SamplingSpec(fps=30, max_frames=100), thumbnails=_none)

@@ -209,7 +209,7 @@ class _Conversation:
             return None
         if options.audio_stream is not None:
             plan = replace(plan, audio_stream=options.audio_stream)
-        if options.video_stream is not None and plan.chooser is None:
+        if options.video_stream is not None:
             sampling = replace(plan.sampling, video_stream=options.video_stream)
             plan = replace(plan, sampling=sampling)
         return plan

@@ -6,7 +6,7 @@ from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 from av.stream import Disposition
 
-from vllm_mm_ext.media.decode.streams import claimed_length
+from vllm_mm_ext.media.decode.streams import claimed_length, stream_start
 from vllm_mm_ext.media.types import AudioStream
 
 # Streams that a viewer chooses to hear beside or instead of the programme's own sound.
@@ -66,7 +66,7 @@ def describe_audio(container: InputContainer, start: float) -> tuple[AudioStream
             channels=stream.codec_context.channels,
             duration=claimed_length(container, stream, start),
             number=numbers[stream.index],
-            start=_start(stream),
+            start=stream_start(stream),
             estimated=not _counts_samples(names, stream),
         )
         for stream in audio_streams(container)
@@ -75,13 +75,7 @@ def describe_audio(container: InputContainer, start: float) -> tuple[AudioStream
 
 def _counts_samples(container: set[str], stream: AvAudioStream) -> bool:
     # The header of a live fragment may tell the time at which it ends instead of its length.
-    if "mov" in container and _start(stream) > 0:
+    if "mov" in container and stream_start(stream) > 0:
         return False
     # An MP3 file has a start time if its first frame says how many frames follow (Xing and LAME).
-    return bool(container & _COUNTING) or ("mp3" in container and _start(stream) > 0)
-
-
-def _start(stream: AvAudioStream) -> float:
-    if stream.start_time is None or not stream.time_base:
-        return 0.0
-    return float(stream.start_time * stream.time_base)
+    return bool(container & _COUNTING) or ("mp3" in container and stream_start(stream) > 0)

@@ -35,6 +35,7 @@ from vllm_mm_ext.media.decode.streams import (
     TELL_END,
     claimed_length,
     container_start,
+    stream_start,
     video_streams,
 )
 from vllm_mm_ext.media.types import (
@@ -156,8 +157,8 @@ def _read(
         check_pixels(width, height, limits.max_pixels)
         if container.format.name.startswith(_TELLS_LENGTH):
             # A live fragment tells the time at which it ends.
-            begin = (video.start_time or 0) * _unit(video)
-            _check_duration(claimed_length(container, video, 0.0) - max(0.0, begin), limits)
+            begin = max(0.0, stream_start(video))
+            _check_duration(claimed_length(container, video, 0.0) - begin, limits)
         rows = read_packets(container, video)
         if container.format.name == "gif":
             rows.duration[:] = array("q", players_delays(np.array(rows.duration)).tolist())

@@ -54,6 +54,13 @@ def container_start(container: InputContainer) -> float:
     return container.start_time / av.time_base if container.start_time else 0.0
 
 
+def stream_start(stream: AvVideoStream | AvAudioStream) -> float:
+    """Seconds on the container's clock at which a stream begins; 0 if it does not tell."""
+    if stream.start_time is None or not stream.time_base:
+        return 0.0
+    return float(stream.start_time * stream.time_base)
+
+
 def claimed_length(
     container: InputContainer, stream: AvVideoStream | AvAudioStream, start: float
 ) -> float:
