@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_mm_ext.config.long_video_settings import LongVideoOptions
+
 
 class Options(BaseModel):
     """Base of everything a client may send: unknown keys are errors, values do not change."""
@@ -175,6 +177,11 @@ class RequestOptions(Options):
         description="Token reduction, in place of the default; `{}`: none, null: the default.",
     )
     floor: Floor = Field(default_factory=Floor, description="Lower limits of what is asked.")
+    long_video: LongVideoOptions | None = Field(
+        None,
+        description="Answers from all of a long video, window by window; `{}`: as configured, "
+        "null: the server's default.",
+    )
 
     @model_validator(mode="before")
     @classmethod

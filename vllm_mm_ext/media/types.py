@@ -162,6 +162,8 @@ class SamplingSpec:
         indices: Presentation-order frame indices for ``explicit``, sorted, may repeat.
         video_stream: Number of the stream that they are frames of, among the file's video streams;
             None for the stream that a player shows.
+        span: Start and end in seconds on the picture's clock: only this part of the clip is
+            sampled, as if it were a clip by itself that begins at 0. None for the whole clip.
     """
 
     policy: PolicyName = "uniform"
@@ -173,6 +175,7 @@ class SamplingSpec:
     multiple_of: int = 1
     indices: tuple[int, ...] | None = None
     video_stream: int | None = None
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)

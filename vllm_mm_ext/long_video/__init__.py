@@ -1,0 +1,1 @@
+"""Questions about hours of video: windows, notes about them, and the strategies that answer."""
