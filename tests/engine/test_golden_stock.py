@@ -17,7 +17,7 @@ TOKENS = 16
 # ``test_per_frame_engine``.
 SERVED = (
     "qwen2_5_omni",
-    "llava_onevision",
+    pytest.param("llava_onevision", marks=pytest.mark.slow),
     pytest.param("qwen2_audio", marks=pytest.mark.slow),
 )
 

@@ -6,20 +6,16 @@ from typing import Any
 
 import pytest
 from engine_script import run_script
-from segments_engine import make_media
+from segments_engine import WHOLE_PROMPT, make_media
 
-FAMILIES = (
-    "qwen2_5_omni",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_omni",
-    "llava_onevision",
-)
-# Qwen3-VL numbers the frames of a video in its prompt, LLaVA-OneVision has plain positions.
+# LLaVA-OneVision and InternVL, and bfloat16: ``test_per_frame_engine``.
+FAMILIES = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_vl", "qwen3_omni")
+# Qwen3-VL numbers the frames of a video in its prompt.
 MERGE_POSITIONS = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_omni")
 OMNI = ("qwen2_5_omni", "qwen3_omni")
-TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+TOLERANCE = 1e-4
 SPLIT = ("smallest", "larger")
+WHOLE = f"steps of {WHOLE_PROMPT}"
 
 pytestmark = pytest.mark.engine
 
@@ -35,25 +31,22 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def assert_equal(got: list[Any], expected: list[Any], dtype: str, case: str) -> None:
+def assert_equal(got: list[Any], expected: list[Any], case: str) -> None:
     assert len(got) == len(expected) == 3
     for one, other in zip(got, expected, strict=True):
         assert one["prompt"] == other["prompt"], case
         assert one["tokens"] == other["tokens"], case
-        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=TOLERANCE[dtype]), case
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=TOLERANCE), case
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_segments_change_no_answer_of_stock(outcomes: dict[str, Any], family: str) -> None:
-    stock = {
-        case.split(",")[0]: asked["silent"] for case, asked in outcomes["stock"][family].items()
-    }
+    (stock,) = (asked["silent"] for asked in outcomes["stock"][family].values())
     for case, asked in outcomes["plugin"][family].items():
-        dtype = case.split(",")[0]
         for name, got in asked["silent"].items():
             if name != "not merged":
-                assert_equal(got, stock[dtype], dtype, f"{case}, {name}")
+                assert_equal(got, stock, f"{case}, {name}")
 
 
 @pytest.mark.timeout(1200)
@@ -62,17 +55,11 @@ def test_segments_with_sound_change_no_answer_of_the_whole(
     outcomes: dict[str, Any], family: str
 ) -> None:
     """The whole is what transformers' models answer (``test_omni_engine``); stock is not."""
-    whole = {
-        case.split(",")[0]: asked["sounding"]["whole"]
-        for case, asked in outcomes["plugin"][family].items()
-        if "whole" in asked["sounding"]
-    }
+    whole = outcomes["plugin"][family][WHOLE]["sounding"]["whole"]
     for case, asked in outcomes["plugin"][family].items():
-        dtype = case.split(",")[0]
         for name in SPLIT:
             if name in asked["sounding"]:
-                got = asked["sounding"][name]
-                assert_equal(got, whole[dtype], dtype, f"{case}, {name}")
+                assert_equal(asked["sounding"][name], whole, f"{case}, {name}")
 
 
 @pytest.mark.timeout(1200)
@@ -80,7 +67,7 @@ def test_segments_with_sound_change_no_answer_of_the_whole(
 def test_reduced_videos_take_as_many_tokens_as_foretold(
     outcomes: dict[str, Any], family: str
 ) -> None:
-    whole, *reduced = outcomes["plugin"][family]["float32, steps of 4096"]["reduced"]
+    whole, *reduced = outcomes["plugin"][family][WHOLE]["reduced"]
     for one in (whole, *reduced):
         assert one["prompt"] == one["foretold"]
     assert all(one["prompt"] < whole["prompt"] for one in reduced)
@@ -106,7 +93,7 @@ def test_segments_at_positions_of_their_own_change_answers(
     outcomes: dict[str, Any], family: str
 ) -> None:
     """Otherwise equal answers would prove nothing about positions."""
-    asked = outcomes["plugin"][family]["float32, steps of 4096"]
+    asked = outcomes["plugin"][family][WHOLE]
     for kind in {"silent", "sounding"} & asked.keys():
         by_size = asked[kind]
         tokens = [one["tokens"] for one in by_size["whole"]]

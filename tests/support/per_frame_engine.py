@@ -189,7 +189,8 @@ def run(family: str, mode: str) -> list[Any]:
     requests = requests_of(family)
     ask = split_answers if mode == "plugin" else answers
     found = []
-    for case in CASES:
+    # What steps are cut into changes nothing of stock's answers.
+    for case in CASES if mode == "plugin" else CASES[:2]:
         engine = start(family, *case)
         found.append(ask(engine, requests))
         del engine

@@ -160,7 +160,7 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     items=ITEMS,
     requests=REQUESTS,
