@@ -33,8 +33,8 @@ async def reduced(looks: Looks, entries: Sequence[Entry], room: int) -> tuple[li
         The entries, in order of time, and whether some were left out though they may matter.
     """
     per_prompt = await prompt_room(looks)
-    kept = list(entries)
-    while sum(tokens := await token_counts(looks, kept)) > room:
+    kept, tokens = list(entries), await token_counts(looks, entries)
+    while (before := sum(tokens)) > room:
         groups = _groups(kept, tokens, per_prompt)
         replies = await looks.ask_texts(_select_ask(looks, group, per_prompt) for group in groups)
         matter = [
@@ -42,10 +42,11 @@ async def reduced(looks: Looks, entries: Sequence[Entry], room: int) -> tuple[li
             for group, reply in zip(groups, replies, strict=True)
             for entry in _what_matters(group, reply)
         ]
-        left = sum(await token_counts(looks, matter))
-        if not matter or left > max(room, _WORTH * sum(tokens)):
+        if not matter:
             return _thinned(kept, tokens, room), True
-        kept = matter
+        kept, tokens = matter, await token_counts(looks, matter)
+        if sum(tokens) > max(room, _WORTH * before):
+            return _thinned(kept, tokens, room), True
     return kept, False
 
 

@@ -17,7 +17,7 @@ async def rolling(looks: Looks) -> None:
     before: deque[Window] = deque(maxlen=_BEFORE)
 
     async def note(window: Window) -> None:
-        told = merged(looks.seen[w].entries for w in before if w.video == window.video)
+        told = merged((w, looks.seen[w].entries) for w in before if w.video == window.video)
         await looks.note(window, looks.task.note_look, lines_of(told))
         before.append(window)
 

@@ -72,24 +72,37 @@ def test_text_full_of_marks_gives_entries_of_one_line(text):
     assert all(e.text and "\n" not in e.text for e in entries_of(text, WINDOW))
 
 
+def told(*notes: tuple[Window, str]) -> str:
+    return lines_of(merged((window, entries_of(note, window)) for window, note in notes))
+
+
+FIRST, SECOND, THIRD = Window(0, 0, 0, 30), Window(0, 1, 28, 58), Window(0, 2, 56, 86)
+
+
 def test_what_two_windows_tell_of_their_overlap_is_told_once():
-    first, second = Window(0, 0, 0, 30), Window(0, 1, 28, 58)
-    notes = [
-        entries_of("[5] a bell; [28] Blue flash.; [29] blue flash", first),
-        entries_of("[0] blue flash; [1] blue flash; [1] a cat; [9] blue flash", second),
-    ]
-    assert [(e.time, e.text) for e in merged(notes)] == [
-        (5, "a bell"),
-        (28, "Blue flash."),
-        (29, "blue flash"),
-        (29, "a cat"),
-        (37, "blue flash"),
-    ]
+    assert told(
+        (FIRST, "[5] a bell; [28] Blue flash.; [29] blue flash"),
+        (SECOND, "[0] blue flash; [1] blue flash; [1] a cat; [9] blue flash"),
+    ) == (
+        "[0:00:05] a bell; [0:00:28] Blue flash.; [0:00:29] blue flash\n"
+        "[0:00:29] a cat; [0:00:37] blue flash"
+    )
 
 
-def test_windows_that_are_not_neighbours_keep_what_they_tell():
-    notes = [entries_of("[29] a", Window(0, 0, 0, 30)), entries_of("[0] a", Window(0, 2, 29, 59))]
-    assert len(merged(notes)) == 2
+def test_what_goes_on_when_a_window_begins_is_told_once():
+    assert (
+        told(
+            (FIRST, "[0] green bar still; [20] red circle left"),
+            (SECOND, "[0] red circle left; [3] green bar still"),
+        )
+        == "[0:00:00] green bar still; [0:00:20] red circle left\n[0:00:31] green bar still"
+    )
+
+
+def test_windows_that_do_not_overlap_keep_what_they_tell():
+    assert told((FIRST, "[29] a"), (THIRD, "[0] a")) == "[0:00:29] a\n[0:00:56] a"
+    after = Window(0, 1, 30, 60)
+    assert told((FIRST, "[29] a"), (after, "[0] a")) == "[0:00:29] a\n[0:00:30] a"
 
 
 @given(st.floats(0, 1e6))

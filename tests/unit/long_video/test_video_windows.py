@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from vllm_mm_ext.errors import OptionBoundError
 from vllm_mm_ext.long_video.video_windows import windows_of
 
-DURATIONS = st.floats(0.001, 4000)
+DURATIONS = st.floats(0.001, 2000)
 WINDOW_S = st.floats(4, 600)
 OVERLAPS = st.floats(0, 0.5)  # As a part of the window.
 MANY = 1 << 20
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(DURATIONS, min_size=1, max_size=3), WINDOW_S, OVERLAPS)
 def test_windows_cover_each_video_in_order_and_overlap(durations, window_s, part):
     overlap_s = part * window_s
@@ -34,7 +34,7 @@ def test_windows_cover_each_video_in_order_and_overlap(durations, window_s, part
             assert after.end > before.end
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(DURATIONS, WINDOW_S, OVERLAPS)
 def test_the_last_window_is_never_shorter_than_the_overlap_nor_much_longer_than_a_window(
     duration, window_s, part
@@ -46,7 +46,7 @@ def test_the_last_window_is_never_shorter_than_the_overlap_nor_much_longer_than_
         assert last >= max(part * window_s, 1) - 1e-6
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(DURATIONS, st.floats(0, 10_000), WINDOW_S, OVERLAPS)
 def test_a_video_that_has_grown_keeps_all_windows_but_the_last(duration, more, window_s, part):
     before = windows_of([duration], window_s, part * window_s, MANY)
@@ -54,12 +54,15 @@ def test_a_video_that_has_grown_keeps_all_windows_but_the_last(duration, more, w
     assert after[: len(before) - 1] == before[:-1]
 
 
-@pytest.mark.parametrize("duration", [1e-300, 5e-324, 1e15, 1.7e308])
-def test_absurd_durations_end_in_windows_or_in_a_refusal(duration):
-    try:
-        assert windows_of([duration], 30, 2, 1000)[-1].end == duration
-    except OptionBoundError as error:
-        assert "hours would fit" in error.message
+@pytest.mark.parametrize("duration", [1e-300, 5e-324, 1.0])
+def test_a_video_of_next_to_no_length_is_one_window(duration):
+    assert [w.end for w in windows_of([duration], 30, 2, 1000)] == [duration]
+
+
+@pytest.mark.parametrize("duration", [1e15, 1.7e308])
+def test_an_absurdly_long_video_is_refused_at_once(duration):
+    with pytest.raises(OptionBoundError, match="hours would fit"):
+        windows_of([duration], 30, 2, 1000)
 
 
 def test_too_many_windows_are_refused_with_the_window_that_would_fit():
