@@ -22,6 +22,7 @@ _UNIT = r"\s*(?:s|sec|secs|seconds?)?\s*"
 # [12] [12.5] [12s] [0:12] [1:02:03], and ranges of them, of which the start counts.
 _MARK = re.compile(rf"\[\s*({_CLOCK}){_UNIT}(?:(?:-|\u2013|\u2014|to)\s*{_CLOCK}{_UNIT})?\]")
 _TIME_IN_TEXT = re.compile(r"(?<![\d:.])(?:\d{1,4}:)?[0-5]?\d:[0-5]\d(?![\d:])")
+_NOTHING = frozenset({"", "none", "nothing", "no", "n a", "nothing happens", "nothing matters"})
 # What models write around entries: bullets, separators, emphasis.
 _AROUND = " \t\r\n;,-\u2013\u2014*\u2022#:|"
 
@@ -83,7 +84,7 @@ def entries_of(text: str, window: Window) -> list[Entry]:
     entries = [
         Entry(window.video, _on_clock(time, window), part, window.number)
         for time, part in marked_parts(text)
-        if part
+        if says_something(part)
     ]
     return sorted(entries, key=lambda entry: entry.time)
 
@@ -137,6 +138,11 @@ def _without_told(window: Window, entries: Sequence[Entry], before: Sequence[Ent
 def plain(text: str) -> str:
     """A text without case, punctuation and doubled spaces."""
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def says_something(text: str) -> bool:
+    """Whether a text is more than the word that there is nothing to tell."""
+    return plain(text) not in _NOTHING
 
 
 def _on_clock(time: float | None, window: Window) -> float:

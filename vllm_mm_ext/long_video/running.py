@@ -80,8 +80,8 @@ async def look_through(
         OptionBoundError: The conversation leaves no room for notes.
         AskFailedError: No window could be looked at.
     """
+    await check_room(task, model)
     looks = Looks(task, model, store, progress)
-    await _check_room(looks)
     await _STRATEGIES[task.strategy](looks)
     failed = [seen for seen in looks.seen.values() if seen.failed is not None]
     if failed and len(failed) == len(looks.seen):
@@ -99,9 +99,12 @@ async def look_through(
     )
 
 
-async def _check_room(looks: Looks) -> None:
-    """Check that notes fit the prompts, before anything is looked at."""
-    task = looks.task
+async def check_room(task: Task, model: Model) -> None:
+    """Check that notes fit the prompts, before anything is looked at.
+
+    Raises:
+        OptionBoundError: They do not; the message says what would.
+    """
     least = _least(task) + _GAPS * _GAP_TOKENS
     videos = task.windows[-1].video + 1
     if task.answer_room < least * videos:
@@ -111,10 +114,10 @@ async def _check_room(looks: Looks) -> None:
             f"conversation or a lower max_tokens would fit.",
             parameter="messages",
         )
-    if await prompt_room(looks) < _least(task):
+    if await prompt_room(task, model) < _least(task):
         raise OptionBoundError(
             f"The question is too long to be asked beside notes: a prompt and its reply have "
-            f"{looks.model.context_tokens} tokens at most.",
+            f"{model.context_tokens} tokens at most.",
             parameter="messages",
         )
 
@@ -125,7 +128,7 @@ async def _evidence(looks: Looks) -> tuple[list[Evidence], bool]:
     videos = range(task.windows[-1].video + 1)
     of_video = [[w for w in task.windows if w.video == video] for video in videos]
     told = [merged((w, looks.seen[w].entries) for w in ws if w in looks.seen) for ws in of_video]
-    needs = [sum(await token_counts(looks, entries)) for entries in told]
+    needs = [sum(await token_counts(looks.model, entries)) for entries in told]
     room = min(
         max(task.settings.select_tokens, _least(task) * len(videos)),
         task.answer_room - _GAPS * _GAP_TOKENS * len(videos),

@@ -27,10 +27,10 @@ from vllm_mm_ext.long_video.question_kind import strategy_for
         ("Tell the story of the film.", "rolling"),
     ],
 )
-def test_a_question_gets_the_strategy_of_its_kind(question, strategy):
+def test_a_question_gets_the_strategy_of_its_kind(question: str, strategy: str) -> None:
     assert strategy_for("auto", question, fits=False) == strategy
 
 
-def test_what_fits_is_asked_in_one_prompt_and_a_named_strategy_is_used():
+def test_what_fits_is_asked_in_one_prompt_and_a_named_strategy_is_used() -> None:
     assert strategy_for("auto", "How many?", fits=True) == "single"
     assert strategy_for("rolling", "How many?", fits=True) == "rolling"

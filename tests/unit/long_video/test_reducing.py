@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +39,7 @@ def entries(number: int) -> list[Entry]:
     ]
 
 
-async def test_what_matters_stays_in_order_and_prompts_fit_the_context():
+async def test_what_matters_stays_in_order_and_prompts_fit_the_context() -> None:
     model = SimulatedModel([], context_tokens=1000)
     kept, is_thinned = await reduced(looks(model, 6000), entries(2000), 2000)
     assert [e.text for e in kept] == [e.text for e in entries(2000) if "blue" in e.text]
@@ -46,14 +47,16 @@ async def test_what_matters_stays_in_order_and_prompts_fit_the_context():
     assert len(model.asks) > 30
 
 
-async def test_what_fits_is_not_asked_about():
+async def test_what_fits_is_not_asked_about() -> None:
     model = SimulatedModel([])
     kept, is_thinned = await reduced(looks(model, 6000), entries(20), 1000)
     assert (kept, is_thinned, model.asks) == (entries(20), False, [])
 
 
 @pytest.mark.parametrize("reply", [lambda prompt: prompt, lambda _: "None.", lambda _: ""])
-async def test_where_the_model_does_not_choose_notes_are_thinned_evenly(reply):
+async def test_where_the_model_does_not_choose_notes_are_thinned_evenly(
+    reply: Callable[[str], str],
+) -> None:
     model = SimulatedModel([], select=reply)
     kept, is_thinned = await reduced(looks(model, 1000), entries(1000), 800)
     numbers = [int(e.text.split()[-1]) for e in kept]
@@ -64,7 +67,7 @@ async def test_where_the_model_does_not_choose_notes_are_thinned_evenly(reply):
     assert max(gaps) < 3 * 1000 / len(numbers)
 
 
-async def test_a_group_whose_prompt_fails_is_kept_until_there_is_no_room():
+async def test_a_group_whose_prompt_fails_is_kept_until_there_is_no_room() -> None:
     model = SimulatedModel([], fails_on_text=True)
     kept, is_thinned = await reduced(looks(model, 1000), entries(300), 800)
     assert is_thinned
@@ -73,7 +76,9 @@ async def test_a_group_whose_prompt_fails_is_kept_until_there_is_no_room():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 400), st.integers(96, 900), st.integers(300, 2000), st.integers(0, 1000))
-async def test_whatever_the_model_replies_it_ends_within_the_room(number, room, context, seed):
+async def test_whatever_the_model_replies_it_ends_within_the_room(
+    number: int, room: int, context: int, seed: int
+) -> None:
     chance = random.Random(seed)
 
     def reply(prompt: str) -> str:
@@ -118,11 +123,13 @@ GROUP = [
         ("Nothing", []),
     ],
 )
-def test_a_reply_selects_the_entries_that_it_copies_and_no_others(reply, numbers):
+def test_a_reply_selects_the_entries_that_it_copies_and_no_others(
+    reply: str, numbers: list[int]
+) -> None:
     assert selected(reply, GROUP) == [GROUP[n] for n in numbers]
 
 
-def test_a_reply_that_copies_nothing_is_kept_with_the_time_of_its_group():
+def test_a_reply_that_copies_nothing_is_kept_with_the_time_of_its_group() -> None:
     assert lines_of(selected("Two flashes and a tone.", GROUP)) == (
         "[0:01:40-0:02:31] Two flashes and a tone."
     )

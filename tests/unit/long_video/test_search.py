@@ -27,18 +27,18 @@ def numbers(windows: list[Window]) -> list[int]:
     return [window.number for window in windows]
 
 
-def test_the_most_relevant_windows_get_a_second_look():
+def test_the_most_relevant_windows_get_a_second_look() -> None:
     relevances = [0.01] * 100
     relevances[10], relevances[50], relevances[90] = 0.7, 0.9, 0.8
     assert numbers(choose(seen(relevances), 12)) == [50, 90, 10]
 
 
-def test_of_windows_as_relevant_the_more_active_one_comes_first():
+def test_of_windows_as_relevant_the_more_active_one_comes_first() -> None:
     relevances, activities = [0.501, 0.5] + [0.0] * 8 + [0.502], [0.2, 0.1] + [0.0] * 8 + [0.9]
     assert numbers(choose(seen(relevances, activities), 1)) == [10]
 
 
-def test_a_scene_that_looks_like_what_is_asked_does_not_take_all_second_looks():
+def test_a_scene_that_looks_like_what_is_asked_does_not_take_all_second_looks() -> None:
     """Half of the recording's events lie outside of scenes whose windows are about as relevant."""
     found = {False: 0, True: 0}
     chance = random.Random(0)
@@ -58,7 +58,9 @@ def test_a_scene_that_looks_like_what_is_asked_does_not_take_all_second_looks():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=60), st.integers(1, 20), st.randoms())
-def test_the_choice_is_bounded_and_does_not_depend_on_the_order_of_replies(values, count, order):
+def test_the_choice_is_bounded_and_does_not_depend_on_the_order_of_replies(
+    values: list[float], count: int, order: random.Random
+) -> None:
     windows = seen(values)
     chosen = choose(windows, count)
     order.shuffle(windows)
