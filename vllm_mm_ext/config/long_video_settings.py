@@ -71,6 +71,11 @@ class PromptSettings(Section):
         description="Asks for a note about a window. The note may not depend on the question, as "
         "notes are kept for later questions.",
     )
+    earlier: str = Field(
+        "Before this part: {notes}\n",
+        min_length=1,
+        description="`rolling`: tells the notes of the windows before, `{notes}`; stands before `note`.",
+    )
     relevance: str = Field(
         "{question}\nIs what is asked to be seen or heard in this part of the video? Answer yes or "
         "no.",
@@ -97,7 +102,12 @@ class PromptSettings(Section):
 
     @model_validator(mode="after")
     def _places(self) -> PromptSettings:
-        wanted = {"relevance": ("question",), "select": ("notes", "question"), "answer": ("notes",)}
+        wanted = {
+            "earlier": ("notes",),
+            "relevance": ("question",),
+            "select": ("notes", "question"),
+            "answer": ("notes",),
+        }
         for name, places in wanted.items():
             missing = [p for p in places if "{" + p + "}" not in getattr(self, name)]
             if missing:
