@@ -38,6 +38,7 @@ class SeenWindow:
         is_kept: The note was kept from an earlier question.
         failed: Why it could not be looked at; None where it could.
         cost: What its prompts took.
+        kept_cost: What those of its replies took, when they were made, that were kept.
     """
 
     window: Window
@@ -48,6 +49,7 @@ class SeenWindow:
     is_kept: bool = False
     failed: str | None = None
     cost: Cost = field(default_factory=Cost)
+    kept_cost: Cost = field(default_factory=Cost)
 
     @property
     def note(self) -> str:
@@ -203,7 +205,10 @@ class Looks:
             return reply
 
         key = self._key(await self.model.window_key(window, look), ask)
-        return await self._store.reply(key, send)
+        reply, is_kept = await self._store.reply(key, send)
+        if is_kept:
+            self._know(window, kept_cost=self._seen(window).kept_cost + reply.cost)
+        return reply, is_kept
 
     def _note_ask(self, window: Window, look: Look, earlier: str) -> Ask:
         prompts = self.task.settings.prompts

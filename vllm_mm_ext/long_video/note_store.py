@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from time import monotonic
 
 from cachetools import TTLCache
 
-from vllm_mm_ext.long_video.asking import Cost, Reply
+from vllm_mm_ext.long_video.asking import Reply
 
 # Bytes of a kept reply besides its text: its key, its fields, its place in the store.
 _OVERHEAD = 1024
@@ -40,7 +39,7 @@ class NoteStore:
             ask: Asks the model.
 
         Returns:
-            The reply, and whether it was kept; a kept reply costs nothing.
+            The reply, with what it took when it was made, and whether it was kept.
         """
         while (kept := self._replies.get(key)) is None:
             if (asking := self._asking.get(key)) is not None:
@@ -55,12 +54,11 @@ class NoteStore:
             finally:
                 del self._asking[key]
                 done.set()
-        return replace(kept, cost=Cost()), True
+        return kept, True
 
     def kept(self, key: str) -> Reply | None:
         """The reply that is kept under a key."""
-        found = self._replies.get(key)
-        return found and replace(found, cost=Cost())
+        return self._replies.get(key)
 
     @property
     def num_bytes(self) -> int:

@@ -80,7 +80,7 @@ async def look_through(
         AskFailedError: No window could be looked at.
     """
     looks = Looks(task, model, store, progress)
-    await _check_room(looks)
+    await check_room(looks)
     recalled: dict[Window, tuple[Entry, ...]] = {}
     if task.strategy == "search":
         recalled = await search(looks)
@@ -104,8 +104,12 @@ async def look_through(
     )
 
 
-async def _check_room(looks: Looks) -> None:
-    """Check that notes fit the prompts, before anything is looked at."""
+async def check_room(looks: Looks) -> None:
+    """Check that notes fit the prompts, before anything is looked at.
+
+    Raises:
+        OptionBoundError: They do not; the message says what would.
+    """
     task = looks.task
     least = _least(task) + _GAPS * _GAP_TOKENS
     videos = task.windows[-1].video + 1

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
 
 from vllm_mm_ext.adapters import vllm_compat
@@ -267,5 +268,5 @@ def _shown(frames: SampledFrames) -> str:
     for digest in frames.frame_digests():
         hasher.update(digest)
     if frames.audio is not None:
-        hasher.update(memoryview(frames.audio).cast("B"))
+        hasher.update(np.asarray(frames.audio).tobytes())
     return str(hasher.hexdigest())

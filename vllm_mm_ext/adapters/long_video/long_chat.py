@@ -17,11 +17,10 @@ from vllm_mm_ext.adapters.long_video.survey import Survey, survey
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
-from vllm_mm_ext.long_video.asking import AskFailedError
-from vllm_mm_ext.long_video.looking import Progress
-from vllm_mm_ext.long_video.notes import filled
+from vllm_mm_ext.long_video.asking import AskFailedError, filled
+from vllm_mm_ext.long_video.looking import Looks, Progress
 from vllm_mm_ext.long_video.question_kind import strategy_for
-from vllm_mm_ext.long_video.running import Outcome, look_through
+from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
 from vllm_mm_ext.long_video.task import Task, task_of
 from vllm_mm_ext.request.blocks import KEY
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
@@ -86,6 +85,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
             durations=found.durations,
             answer_room=found.room - sum(await model.count_tokens(texts)),
         )
+        await check_room(Looks(task, model, runtime.long_video.notes, _ignored))
         place = runtime.long_video.enter()
     chat = _LongChat(serving, request, raw_request, create, runtime, model, task, found, report)
     return chat.stream(place) if request.stream else await chat.whole(place)
@@ -141,7 +141,7 @@ def _shows_cache_hits(serving: Any) -> bool:
 
 
 def _priority(serving: Any, request: Any, raw_request: Any, settings: LongVideoSettings) -> int:
-    """Priority of a request's prompts, which come after other requests where there are priorities."""
+    """Priority of a request's prompts: after other requests, where there are priorities."""
     own: int = serving._get_priority(request, raw_request)
     policy = serving.engine_client.vllm_config.scheduler_config.policy
     return own + settings.priority if policy == "priority" else own
@@ -164,6 +164,10 @@ def _text(settings: LongVideoSettings, video: int, videos: int, notes: str) -> s
     """What stands in the conversation where a video stood."""
     what = "the video" if videos == 1 else f"video {video + 1}"
     return filled(settings.prompts.answer, notes=notes, what=what)
+
+
+def _ignored(_: Progress) -> None:
+    """Progress that nobody is told."""
 
 
 class _LongChat:
@@ -202,11 +206,11 @@ class _LongChat:
         self._context = current_request()
 
     async def whole(self, place: Place) -> Any:
-        """The answer of a request that is not streamed: vLLM's response, or its ``ErrorResponse``."""
+        """The answer that is not streamed: vLLM's response, or its ``ErrorResponse``."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
         try:
-            outcome = await self._looked(lambda _: None)
+            outcome = await self._looked(_ignored)
             if not isinstance(outcome, Outcome):
                 return outcome
             response = await self._answered(outcome)

@@ -22,7 +22,7 @@ class LongVideoState:
 
     Attributes:
         notes: Replies about windows.
-        window_keys: For a window of a file, looked at in a certain way, the digest of what it shows.
+        window_keys: For a window of a file, and how it is looked at, the digest of what it shows.
     """
 
     def __init__(self, settings: LongVideoSettings) -> None:

@@ -11,8 +11,8 @@ from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.serving.planning import Conversation
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.request.context import RequestContext
-from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
 from vllm_mm_ext.request.conversation import video_urls, videos_without_url
+from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
 
 # Frames of a video at any rate.
 _ANY_FRAMES = 1 << 30
