@@ -19,7 +19,7 @@ from vllm_mm_ext.adapters.serving.requests import OptionError
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
 from vllm_mm_ext.long_video.asking import AskFailedError, filled
-from vllm_mm_ext.long_video.looking import Looks, Progress
+from vllm_mm_ext.long_video.looking import Progress
 from vllm_mm_ext.long_video.question_kind import strategy_for
 from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
 from vllm_mm_ext.long_video.task import Task, task_of
@@ -86,7 +86,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
             durations=found.durations,
             answer_room=found.room - sum(await model.count_tokens(texts)),
         )
-        await check_room(Looks(task, model, runtime.long_video.notes, _ignored))
+        await check_room(task, model)
         place = runtime.long_video.enter()
     chat = _LongChat(serving, request, raw_request, create, runtime, model, task, found, report)
     return chat.stream(place) if request.stream else await chat.whole(place)
