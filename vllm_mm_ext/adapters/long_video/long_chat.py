@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, aclosing
 from typing import Any
 
@@ -12,6 +12,7 @@ from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.long_video import chat_chunks
 from vllm_mm_ext.adapters.long_video.ask_requests import first_tokens
 from vllm_mm_ext.adapters.long_video.engine_model import EngineModel, rendering_of
+from vllm_mm_ext.adapters.long_video.final_request import final_request_problem
 from vllm_mm_ext.adapters.long_video.state import Place
 from vllm_mm_ext.adapters.long_video.survey import Survey, survey
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
@@ -48,7 +49,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
     asked = _asked(context, settings, request)
     if asked is None:
         return await create(serving, request, raw_request)
-    if (refusal := await serving._check_model(request)) is not None:
+    if (refusal := await final_request_problem(serving, _with_texts(request, {}))) is not None:
         return refusal
     with client_errors():
         found = await _surveyed(context, serving, request, asked)
@@ -167,6 +168,12 @@ def _text(settings: LongVideoSettings, video: int, videos: int, notes: str) -> s
     return filled(settings.prompts.answer, notes=notes, what=what)
 
 
+def _with_texts(request: Any, texts: Mapping[str, str]) -> Any:
+    """The request that is answered in the end, with texts in place of videos."""
+    messages = with_texts_for_videos(request.messages, texts)
+    return request.model_copy(update={"messages": messages})
+
+
 def _ignored(_: Progress) -> None:
     """Progress that nobody is told."""
 
@@ -280,8 +287,7 @@ class _LongChat:
             )
             for evidence in outcome.evidence
         }
-        messages = with_texts_for_videos(self._request.messages, texts)
-        request = self._request.model_copy(update={"messages": messages})
+        request = _with_texts(self._request, texts)
         return await self._create(self._serving, request, self._raw_request)
 
     def _head(self) -> chat_chunks.Head:
