@@ -29,9 +29,9 @@ from vllm_mm_ext.media.types import PacketTable
 # Seconds at the end of a span of which pictures are kept, until it is seen by how much spans
 # overlap, and at most.
 _OVERLAP_S, _MOST_OVERLAP_S = 2.0, 10.0
-# Where at least one of so many pictures at the end of a span is wanted, all of them are decoded, as
-# the next span may want others.
-_DENSE = 8
+# Where at least so many pictures a second are wanted of the end of a span, all of them are decoded,
+# as the next span may want others.
+_DENSE_FPS = 1.0
 # Packets after the last one wanted that a decoder may be given before it returns the picture: it
 # holds back what it decodes at a time, and what it reorders.
 _LOOK_AHEAD = 96
@@ -155,7 +155,7 @@ class KeptReader:
         if not len(rows):
             return []
         tail = np.arange(self._tail, int(rows[-1]) + 1)
-        if len(tail) <= _DENSE * np.count_nonzero(rows >= self._tail):
+        if np.count_nonzero(rows >= self._tail) >= _DENSE_FPS * self._overlap_s:
             past = self._shown if int(rows[0]) > self._shown else -1
             rows = np.union1d(rows, tail[tail > past])
         runs = plan_runs(self._table, rows, self._fed)
