@@ -193,6 +193,12 @@ class ActivityProfile:
     container: npt.NDArray[np.float32]
     confirmed: npt.NDArray[np.float32]
 
+    @property
+    def mean(self) -> float:
+        """Mean activity: what thumbnails show, and where there are none, what packets show."""
+        unseen = np.isnan(self.confirmed)
+        return float(np.where(unseen, self.container, self.confirmed).mean())
+
 
 @dataclass(frozen=True, eq=False)
 class FrameSelection:
