@@ -85,8 +85,8 @@ milliseconds), `outside` (before or after the pictures). |
 its longest item. |
 
 Answers from windows ([long-video.md](long-video.md)) have `long_video` as well. Its windows, notes
-and costs are those of the prompts before the answer; all else in the block is about the answer's own
-prompt, in which notes stand for the videos. `usage` has the sum of both.
+and costs are those of the prompts before the answer; the rest of the block is about the answer's
+own prompt, in which notes stand for the videos. `usage` has the sum of both.
 
 | key | meaning |
 | --- | --- |
