@@ -290,6 +290,7 @@ def test_more_requests_than_allowed_are_told_to_come_later(served: Served) -> No
         ({"window_s": 2}, ["mm_ext.long_video.window_s", "4"]),
         ({"window_s": 10, "overlap_s": 6}, ["mm_ext.long_video.overlap_s", "6", "5"]),
         ({"max_parallel": 9}, ["mm_ext.long_video.max_parallel", "9", "4"]),
+        ({"fps": 20}, ["mm_ext.long_video.fps", "20", "8"]),
         ({"max_windows": 65}, ["mm_ext.long_video.max_windows", "65", "64"]),
         ({"strategy": "search", "max_windows": 4}, ["max_windows = 4", "window_s = "]),
     ],
