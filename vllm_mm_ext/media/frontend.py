@@ -351,7 +351,7 @@ class MediaFrontend:
         if target != rate:
             samples = await asyncio.to_thread(audio_ops.resample, samples, rate, target)
         if digest is None:
-            digest = str(blake3(samples.data.cast("B")).hexdigest())
+            digest = str(blake3(samples.view(np.uint8).data).hexdigest())
         return Waveform(samples, digest=digest, rate=target), time.perf_counter() - started
 
     def stats(self) -> dict[str, Any]:

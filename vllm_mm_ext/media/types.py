@@ -193,11 +193,10 @@ class ActivityProfile:
     container: npt.NDArray[np.float32]
     confirmed: npt.NDArray[np.float32]
 
-    @property
     def mean(self) -> float:
-        """Mean activity: what thumbnails show, and where there are none, what packets show."""
-        unseen = np.isnan(self.confirmed)
-        return float(np.where(unseen, self.container, self.confirmed).mean())
+        """How much happens in the clip as a whole, 0 to 1: where known, by what thumbnails show."""
+        known = self.confirmed[~np.isnan(self.confirmed)]
+        return float(np.clip((known if len(known) else self.container).mean(), 0.0, 1.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +211,7 @@ class FrameSelection:
         profile: Activity profile of the clip for ``adaptive``, else None.
         step: Seconds between the moments 0, ``step``, 2 ``step``... of which the frames are those
             on screen; None where they were not taken on such a grid.
+        activity: How much happens in the clip, 0 to 1, where the policy looked (``adaptive``).
     """
 
     policy: PolicyName
@@ -219,6 +219,7 @@ class FrameSelection:
     times: npt.NDArray[np.float64]
     profile: ActivityProfile | None = None
     step: float | None = None
+    activity: float | None = None
 
 
 @dataclass(frozen=True)

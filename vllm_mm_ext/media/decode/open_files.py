@@ -51,7 +51,7 @@ class OpenFile:
         self._sound: tuple[int, SoundReader] | None = None
 
     def video(self, info: MediaInfo, request: DecodeRequest) -> KeptReader | None:
-        """What reads the pictures of the job's span; None where they are told by counting.
+        """What reads the pictures of the job's span; None where there are none.
 
         Args:
             info: Of the whole file.
@@ -61,7 +61,7 @@ class OpenFile:
             MediaError: As ``check_file``.
         """
         sampling, limits = request.sampling, request.limits
-        if info.video is None or info.packets is None or not info.packets.exact:
+        if info.video is None or info.packets is None:
             return None
         assert sampling is not None
         assert sampling.span is not None

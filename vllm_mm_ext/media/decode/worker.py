@@ -160,10 +160,12 @@ def _answer(
         wire.send(sock, wire.Probed(result.info, result.timings))
         return
     frames, audio, selection = result.frames, result.audio, result.selection
+    if selection is not None and selection.profile is not None:
+        selection = replace(selection, profile=None, activity=selection.profile.mean())
     message = wire.Decoded(
         # What grows with the file and not with the request stays here.
         info=replace(result.info, packets=None),
-        selection=None if selection is None else replace(selection, profile=None),
+        selection=selection,
         frames=None if frames is None else frames.shape,
         samples=None if audio is None else len(audio),
         audio_rate=result.audio_rate,

@@ -35,6 +35,8 @@ _DENSE_FPS = 1.0
 # Packets after the last one wanted that a decoder may be given before it returns the picture: it
 # holds back what it decodes at a time, and what it reorders.
 _LOOK_AHEAD = 96
+# Decode position after that of every packet.
+_END = 1 << 62
 
 
 class KeptReader:
@@ -43,7 +45,8 @@ class KeptReader:
     Args:
         path: The file, which must stay what it is.
         stream: Index of its video stream.
-        table: Its packet table, with exact timestamps.
+        table: Its packet table. Where its timestamps are not exact, rows are counted, and the file is
+            decoded from its start.
         max_pixels: Most pixels of a picture.
         threads: Decoding threads.
     """
@@ -141,10 +144,15 @@ class KeptReader:
         return sum(map(picture_bytes, self._pictures.values()))
 
     def _open(self) -> Reader:
-        reader = Reader(self._path, self._stream, self._max_pixels, self._threads)
+        counting = not self._table.exact
+        reader = Reader(self._path, self._stream, self._max_pixels, self._threads, guess=counting)
         self._reader = reader.__enter__()
         self._used = False
         return self._reader
+
+    def _row_of(self, frame: VideoFrame) -> int:
+        """Row of the next frame that the decoder returned; -1 if the packet table lacks it."""
+        return self._index.place(frame.pts)[0] if self._table.exact else self._shown + 1
 
     def _row_at(self, second: float) -> int:
         """Row of the frame on screen at a moment."""
@@ -158,6 +166,10 @@ class KeptReader:
         if np.count_nonzero(rows >= self._tail) >= _DENSE_FPS * self._overlap_s:
             past = self._shown if int(rows[0]) > self._shown else -1
             rows = np.union1d(rows, tail[tail > past])
+        if not self._table.exact:
+            goes_on = self._fed >= 0 and int(rows[0]) > self._shown
+            start = self._fed + 1 if goes_on else 0
+            return [Run(-1, start, _END, tuple(rows.tolist()), seek=False)]
         runs = plan_runs(self._table, rows, self._fed)
         first = runs[0]
         if self._fed >= 0 and first.start <= self._fed + 1 and int(rows[0]) > self._shown:
@@ -188,12 +200,13 @@ class KeptReader:
         began = goes_on or run.start == 0
         for frames, fed in self._frames(packet, run, is_last):
             for frame in frames:
-                row, _ = self._index.place(frame.pts)
+                row = self._row_of(frame)
                 began = began or (row == run.key and frame.key_frame)
                 if not began or row < 0:
                     continue
                 self._shown = max(self._shown, row)
-                seen.add(row)
+                if row < len(self._table):
+                    seen.add(row)
                 if row in asked and row not in decoded:
                     emit(row, frame, reader.converter)
                     decoded.add(row)
@@ -221,7 +234,9 @@ class KeptReader:
         at, needed, ahead = run.start - 1, True, 0
         while packet is not None:
             row, place = self._index.place(packet.pts)
-            if row >= 0:
+            if not self._table.exact:
+                at += 1
+            elif row >= 0:
                 at = place
                 # What comes after the frames wanted is for the next span.
                 needed = row in wanted or place == run.start or row > last or row >= self._tail
