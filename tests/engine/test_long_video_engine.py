@@ -122,7 +122,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         additional_config={"mm_ext": CONFIG},
     ) as server:
         yield Served(server, server.client(), files)
-        Path("/tmp/wt/serve.log").write_text(server.log.read_text())
 
 
 def texts(answer: dict[str, Any]) -> str:
