@@ -52,7 +52,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
     context = current_request() or enter_request(RequestContext())
     settings = vllm_compat.settings_of(serving.model_config).long_video
     with client_errors():
-        asked = _asked(context, settings, request)
+        asked = asked_of(context, settings, request)
     if asked is None:
         return await create(serving, request, raw_request)
     if (refusal := await final_request_problem(serving, _with_texts(request, {}))) is not None:
@@ -124,10 +124,18 @@ async def _prepared(
     return _LongChat(serving, request, raw_request, create, model, task, found, report, place)
 
 
-def _asked(
+def asked_of(
     context: RequestContext, settings: LongVideoSettings, request: Any
 ) -> LongVideoOptions | None:
     """What is asked of long video; None where it does not come in.
+
+    Args:
+        context: Of the request.
+        settings: The server's.
+        request: vLLM's request.
+
+    Returns:
+        The options with a strategy, and with the frame rate that the request asks for elsewhere.
 
     Raises:
         OptionError: Long video is asked for, and there is no video.
