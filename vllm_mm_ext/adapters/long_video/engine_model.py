@@ -87,7 +87,13 @@ class EngineModel:
     def identity(self) -> str:
         """What replies depend on besides the prompt."""
         client = self._client
-        parts = (client.model, client.cache_salt, client.chat_template, client.chat_template_kwargs)
+        parts = (
+            client.model,
+            client.cache_salt,
+            client.chat_template,
+            client.chat_template_kwargs,
+            client.mm_processor_kwargs,
+        )
         return str(blake3(repr(parts).encode()).hexdigest())
 
     async def count_tokens(self, texts: Sequence[str]) -> list[int]:
@@ -161,6 +167,10 @@ class EngineModel:
         context.trace.asked = True
         return enter_request(context)
 
+    def _request(self, ask: Ask) -> Any:
+        url = None if ask.window is None else self._survey.urls[ask.window.video]
+        return request_for(ask, self._client, url, session=self._session, priority=self._priority)
+
     def _failed(self, answer: Any) -> AskFailedError:
         self.first_error = self.first_error or answer
         return AskFailedError(answer.error.message)
@@ -173,10 +183,7 @@ class EngineModel:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         context = self._enter(ask.window, ask.look)
-        url = None if ask.window is None else self._survey.urls[ask.window.video]
-        request = request_for(
-            ask, self._client, url, session=self._session, priority=self._priority
-        )
+        request = self._request(ask)
         first = first_tokens(self._renderer.get_tokenizer(), ask.choices) if ask.choices else {}
         if first:
             restrict(request, list(first.values()), self._serving.model_config.max_logprobs)
@@ -211,9 +218,10 @@ class EngineModel:
             return create_error_response(error)
 
     async def _digest(self, window: Window, look: Look) -> str:
-        url = self._survey.urls[window.video]
-        messages = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}]
-        await plan(self._renderer, messages, *rendering_of(self._serving, self._client))
+        # Planned as for a note: what else is in the prompt may leave less room for the window.
+        settings = self._settings.long_video
+        request = self._request(Ask(window, look, (settings.prompts.note,), settings.note_tokens))
+        await plan(self._renderer, request.messages, *rendering_of(self._serving, request))
         context = current_request()
         assert context is not None
         (item,) = context.items
