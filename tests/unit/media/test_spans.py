@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.errors import MediaError, MediaTooLongError
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.output_bytes import audio_seconds
 from vllm_mm_ext.media.span import first_row, info_of
+from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
+from vllm_mm_ext.media.video_plan import VideoPlan
+from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
 from vllm_mm_ext.testing.media import Tone, make_clip, read_stamp
 
 SECONDS = 12.0
@@ -47,8 +52,10 @@ def wanting(policy: str, span: tuple[float, float] | None, **more: object) -> De
     return replace(DecodeRequest(spec, size=SIZE, audio="optional"), **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("policy", ["uniform", "adaptive", "keyframe"])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("mp4", "uniform"), ("mp4", "keyframe"), ("mkv", "adaptive"), ("ts", "adaptive")],
+)
 def test_frames_of_a_span_are_those_of_the_file_at_their_times(
     clips: dict[str, Path], name: str, policy: str
 ) -> None:
@@ -127,3 +134,23 @@ def test_without_its_packet_table_a_span_has_about_as_many_frames(clips: dict[st
     assert 0 <= estimate.video.num_frames - exact.video.num_frames <= 1
     assert info.packets is not None
     assert first_row(info.packets, spec) == 50
+
+
+def test_a_plan_with_a_span_costs_what_the_span_costs(clips: dict[str, Path]) -> None:
+    info = replace(probe(str(clips["ts"]), LIMITS), packets=None)
+    plans = [VideoPlan(SamplingSpec(span=span), SIZE, audio=True) for span in (None, (4.0, 9.0))]
+    ref: Any = None  # Costs follow from the probe alone.
+    videos = [PlannedVideo.of("", 1, ref, info, plan) for plan in plans]
+    assert videos[1] is not None
+    assert videos[1].stream.duration == pytest.approx(5.0)
+    known = [video for video in videos if video is not None]
+    costs = FrontendCosts(known, None, ModelTraits(audio_rate=16_000, hears_video=True), LIMITS)
+    assert [costs.frames(index, 2.0, 1, 100) for index in (0, 1)] == [24, 10]
+    heard = info.audio[0]
+    assert audio_seconds(videos[1].info, heard, LIMITS, with_frames=True) == pytest.approx(5.0)
+    long = replace(LIMITS, max_audio_s=6.0)
+    # A limit on sound that the file is past holds for the span.
+    request = wanting("uniform", (4.0, 9.0), audio="required", limits=long)
+    assert run_job(str(clips["mp4"]), request).audio_note == ""
+    with pytest.raises(MediaTooLongError):
+        run_job(str(clips["mp4"]), replace(request, sampling=SamplingSpec()))

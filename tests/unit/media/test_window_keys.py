@@ -60,8 +60,9 @@ def decodes(runtime: Runtime) -> int:
     return count
 
 
-@pytest.mark.parametrize("policy", ["uniform", "adaptive"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "policy"), [("mp4", "uniform"), ("mkv", "uniform"), ("ts", "adaptive")]
+)
 async def test_a_recording_that_has_grown_has_the_same_windows_before(
     runtime: Runtime, clips: Path, name: str, policy: str
 ) -> None:

@@ -91,7 +91,8 @@ def main(sock: socket.socket) -> None:
             os.close(media)
         if _address_space() > _CROWDED * job.request.limits.memory_bytes:
             files.close()
-            trim_when_due()
+        # Probes and decodes leave tens of megabytes behind, more for longer files.
+        trim_when_due()
 
 
 def _waits(sock: socket.socket, seconds: float) -> bool:
