@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -61,6 +63,17 @@ class MediaRef:
         if blob is None:
             blob = self._blob = await self._load()
         return blob
+
+    def claimed_by(self, claim: Claim) -> MediaRef:
+        """The same media for another request, with the bytes that this reference holds now.
+
+        Args:
+            claim: Of the other request.
+        """
+        made = copy(self)
+        made.claim = claim
+        made._users = 0
+        return made
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -147,6 +160,8 @@ class MediaFetcher:
                 self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
             )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
+        # Bytes that somebody still uses, cached or not: none is read twice at a time.
+        self._in_use: WeakValueDictionary[str, Blob] = WeakValueDictionary()
         self._thread = loop
 
     async def resolve(
@@ -243,7 +258,7 @@ class MediaFetcher:
         limit: int | None,
         claim: Claim,
     ) -> Blob:
-        blob = self.encoded_cache.get(digest)
+        blob = self.encoded_cache.get(digest) or self._in_use.get(digest)
         if blob is None:
             fetched = await self._fetch(source, location, timeout_s, limit, claim, load=True)
             assert fetched.blob is not None
@@ -274,6 +289,7 @@ class MediaFetcher:
             claim,
         )
         if fetched.blob is not None and fetched.storable:
+            self._in_use[fetched.digest] = fetched.blob
             self.encoded_cache.put(fetched.digest, fetched.blob)
         return fetched
 

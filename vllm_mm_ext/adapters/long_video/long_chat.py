@@ -1,0 +1,342 @@
+"""Answers a chat completion about long videos: windows first, then one answer from their notes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import ExitStack, aclosing
+from typing import Any
+
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.long_video import chat_chunks
+from vllm_mm_ext.adapters.long_video.ask_requests import first_tokens
+from vllm_mm_ext.adapters.long_video.engine_model import EngineModel, rendering_of
+from vllm_mm_ext.adapters.long_video.final_request import final_request_problem
+from vllm_mm_ext.adapters.long_video.state import Place
+from vllm_mm_ext.adapters.long_video.survey import Survey, survey
+from vllm_mm_ext.adapters.runtime import runtime_of
+from vllm_mm_ext.adapters.serving.requests import OptionError
+from vllm_mm_ext.base.tasks import all_or_none
+from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
+from vllm_mm_ext.config.quality_settings import BoundSettings
+from vllm_mm_ext.errors import OptionBoundError
+from vllm_mm_ext.long_video.asking import AskFailedError, filled
+from vllm_mm_ext.long_video.looking import Progress
+from vllm_mm_ext.long_video.question_kind import strategy_for
+from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
+from vllm_mm_ext.long_video.task import Task, task_of
+from vllm_mm_ext.request.blocks import KEY
+from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
+from vllm_mm_ext.request.conversation import question_of, video_urls, with_texts_for_videos
+from vllm_mm_ext.request.long_report import LongVideoReport
+
+Create = Callable[..., Awaitable[Any]]
+
+# The last of all priorities that vLLM takes.
+_LAST = (1 << 63) - 1
+
+
+async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -> Any:
+    """What ``create_chat_completion`` returns, by way of windows where long video is asked for.
+
+    Args:
+        serving: vLLM's handler of chat completions.
+        request: vLLM's request.
+        raw_request: The HTTP request, or None.
+        create: ``create_chat_completion`` of the handler's class, as it was.
+
+    Raises:
+        VLLMError: The request cannot be answered so; ``error_answers`` says by which class.
+    """
+    context = current_request() or enter_request(RequestContext())
+    settings = vllm_compat.settings_of(serving.model_config).long_video
+    with client_errors():
+        asked = asked_of(context, settings, request)
+    if asked is None:
+        return await create(serving, request, raw_request)
+    if (refusal := await final_request_problem(serving, _with_texts(request, {}))) is not None:
+        return refusal
+    with client_errors():
+        chat = await _prepared(context, serving, request, raw_request, create, asked)
+    if chat is None:
+        return await create(serving, request, raw_request)
+    return chat.stream() if request.stream else await chat.whole()
+
+
+async def _prepared(
+    context: RequestContext,
+    serving: Any,
+    request: Any,
+    raw_request: Any,
+    create: Create,
+    asked: LongVideoOptions,
+) -> _LongChat | None:
+    """A request after all checks, before anything is decoded; None for one in a single pass.
+
+    Args:
+        context: Of the request.
+        serving, request, raw_request, create: As of ``answer``.
+        asked: What is asked of long video.
+
+    Raises:
+        MediaError: The request cannot be answered so.
+    """
+    config = vllm_compat.settings_of(serving.model_config)
+    settings = config.long_video
+    _check_rate(asked, config.quality.bounds)
+    found = await _surveyed(context, serving, request, asked)
+    if found is None:
+        return None
+    question = question_of(request.messages)
+    strategy = strategy_for(asked.strategy or "auto", question, found.fits)
+    report = LongVideoReport(strategy, config.reports.cache_hits)
+    context.trace.long_video = report
+    if strategy == "single":
+        # From here on the request is one that asks for this frame rate and nothing else.
+        context.options = context.options.model_copy(update={"fps": asked.fps, "long_video": None})
+        return None
+    if strategy == "search":
+        _check_choices(settings, serving)
+    runtime = runtime_of(serving.renderer)
+    model = EngineModel(
+        serving,
+        create,
+        request,
+        context,
+        found,
+        window_keys=runtime.long_video.window_keys,
+        session=serving._get_session_id(request, raw_request),
+        priority=_priority(serving, request, raw_request, settings),
+    )
+    videos = len(found.urls)
+    texts = [_text(settings, video, videos, "") for video in range(videos)]
+    task = task_of(
+        settings,
+        asked,
+        strategy=strategy,
+        question=question,
+        durations=found.durations,
+        answer_room=found.room - sum(await model.count_tokens(texts)),
+    )
+    await check_room(task, model)
+    place = runtime.long_video.enter()
+    return _LongChat(serving, request, raw_request, create, model, task, found, report, place)
+
+
+def asked_of(
+    context: RequestContext, settings: LongVideoSettings, request: Any
+) -> LongVideoOptions | None:
+    """What is asked of long video; None where it does not come in.
+
+    Args:
+        context: Of the request.
+        settings: The server's.
+        request: vLLM's request.
+
+    Returns:
+        The options with a strategy, and with the frame rate that the request asks for elsewhere.
+
+    Raises:
+        OptionError: Long video is asked for, and there is no video.
+    """
+    asked = context.options.long_video
+    has_video = bool(video_urls(request.messages))
+    if asked is None:
+        if settings.default == "off" or not has_video:
+            return None
+        asked = LongVideoOptions()
+    elif not has_video:
+        raise OptionError(
+            f"{KEY}.long_video is about videos, and this request has no video_url with a URL",
+            parameter=f"{KEY}.long_video",
+        )
+    default = "auto" if settings.default == "off" else settings.default
+    return asked.model_copy(
+        update={
+            "strategy": asked.strategy or default,
+            "fps": context.options.fps if asked.fps is None else asked.fps,
+        }
+    )
+
+
+def _check_rate(asked: LongVideoOptions, bounds: BoundSettings) -> None:
+    if asked.fps is not None and asked.fps > bounds.max_fps:
+        key = f"{KEY}.long_video.fps"
+        raise OptionBoundError(
+            f"{key} = {asked.fps!r}: this server allows at most {bounds.max_fps}",
+            parameter=key,
+            value=asked.fps,
+        )
+
+
+async def _surveyed(
+    context: RequestContext, serving: Any, request: Any, asked: LongVideoOptions
+) -> Survey | None:
+    """What is known of the request; None where vLLM's own loaders read its videos."""
+    from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
+
+    validate_request_mm_kwargs(
+        mm_processor_kwargs=request.mm_processor_kwargs,
+        media_io_kwargs=request.media_io_kwargs,
+        trust_request_mm_kwargs=serving.online_renderer.trust_request_mm_kwargs,
+    )
+    return await survey(
+        context, serving.renderer, request.messages, *rendering_of(serving, request), asked.fps
+    )
+
+
+def _priority(serving: Any, request: Any, raw_request: Any, settings: LongVideoSettings) -> int:
+    """Priority of a request's prompts: after other requests, where there are priorities."""
+    own: int = serving._get_priority(request, raw_request)
+    policy = serving.engine_client.vllm_config.scheduler_config.policy
+    return min(own + settings.priority, _LAST) if policy == "priority" else own
+
+
+def _check_choices(settings: LongVideoSettings, serving: Any) -> None:
+    prompts = settings.prompts
+    try:
+        first_tokens(serving.renderer.get_tokenizer(), (prompts.yes, prompts.no))
+    except ValueError as error:
+        raise OptionError(
+            f"{KEY}.long_video.strategy = 'search': this server cannot tell yes from no "
+            f"(mm_ext.long_video.prompts): {error}. Other strategies: rolling, map_reduce",
+            parameter=f"{KEY}.long_video.strategy",
+            value="search",
+        ) from None
+
+
+def _text(settings: LongVideoSettings, video: int, videos: int, notes: str) -> str:
+    """What stands in the conversation where a video stood."""
+    what = "the video" if videos == 1 else f"video {video + 1}"
+    return filled(settings.prompts.answer, notes=notes, what=what)
+
+
+def _with_texts(request: Any, texts: Mapping[str, str]) -> Any:
+    """The request that is answered in the end, with texts in place of videos."""
+    messages = with_texts_for_videos(request.messages, texts)
+    return request.model_copy(update={"messages": messages})
+
+
+def _ignored(_: Progress) -> None:
+    """Progress that nobody is told."""
+
+
+class _LongChat:
+    """One request, after all checks.
+
+    Args:
+        serving, request, raw_request, create: As of ``answer``.
+        model: Asks the engine for this request.
+        task: What is asked.
+        found: What is known of the videos.
+        report: Of the answer.
+        place: Among the requests that are answered at once.
+    """
+
+    def __init__(
+        self,
+        serving: Any,
+        request: Any,
+        raw_request: Any,
+        create: Create,
+        model: EngineModel,
+        task: Task,
+        found: Survey,
+        report: LongVideoReport,
+        place: Place,
+    ) -> None:
+        self._serving = serving
+        self._request = request
+        self._raw_request = raw_request
+        self._create = create
+        self._model = model
+        self._task = task
+        self._found = found
+        self._report = report
+        self._place = place
+        self._runtime = runtime_of(serving.renderer)
+        self._context = current_request()
+
+    async def whole(self) -> Any:
+        """The answer that is not streamed: vLLM's response, or its ``ErrorResponse``."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+
+        try:
+            outcome = await self._looked(_ignored)
+            if not isinstance(outcome, Outcome):
+                return outcome
+            response = await self._answered(outcome)
+        finally:
+            self._place.leave()
+        if isinstance(response, ChatCompletionResponse):
+            self._report.hear_all(choice.message.content for choice in response.choices)
+            usage = chat_chunks.with_cost(response.usage.model_dump(), self._report.cost)
+            response.usage = type(response.usage)(**usage)
+        return response
+
+    async def stream(self) -> AsyncGenerator[str, None]:
+        """The server-sent events of a streamed answer, with those about windows before it."""
+        if self._context is not None:
+            # Whoever sends the events may do so in another context.
+            enter_request(self._context)
+        head = self._head()
+        events: asyncio.Queue[Progress | None] = asyncio.Queue()
+        looking = asyncio.create_task(self._looked(events.put_nowait))
+        looking.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (progress := await events.get()) is not None:
+                block = {"progress": self._report.progress(progress)}
+                yield chat_chunks.without_text(head, {KEY: block})
+            outcome = await looking
+            answer = await self._answered(outcome) if isinstance(outcome, Outcome) else outcome
+            if isinstance(answer, AsyncGenerator):
+                async with aclosing(answer):
+                    async for chunk in answer:
+                        yield chat_chunks.joined(chunk, head, self._report.cost)
+            else:
+                yield chat_chunks.event(answer.model_dump())
+                yield chat_chunks.DONE
+        except Exception as error:
+            yield f"data: {self._serving.create_streaming_error_response(error)}\n\n"
+            yield chat_chunks.DONE
+        finally:
+            looking.cancel()
+            await asyncio.wait([looking])
+            self._place.leave()
+
+    async def _looked(self, progress: Callable[[Progress], None]) -> Any:
+        """What looking at the windows gave; vLLM's ``ErrorResponse`` where all failed."""
+        contents = self._found.contents
+        with client_errors(), ExitStack() as held:
+            for content in contents:
+                held.enter_context(content.in_use())
+            # Read now if at all: the file of a recording that goes on will be another one soon.
+            await self._runtime.run(all_or_none(content.open() for content in contents))
+            try:
+                return await look_through(
+                    self._task, self._model, self._runtime.long_video.notes, progress
+                )
+            except AskFailedError as error:
+                failed = self._model.first_error
+                failed.error.message = str(error)
+                return failed
+
+    async def _answered(self, outcome: Outcome) -> Any:
+        """vLLM's answer to the client's request, with notes in place of videos."""
+        self._report.outcome = outcome
+        urls = self._found.urls
+        texts = {
+            urls[evidence.video]: _text(
+                self._task.settings, evidence.video, len(urls), evidence.text
+            )
+            for evidence in outcome.evidence
+        }
+        request = _with_texts(self._request, texts)
+        return await self._create(self._serving, request, self._raw_request)
+
+    def _head(self) -> chat_chunks.Head:
+        serving, request = self._serving, self._request
+        request_id = serving._base_request_id(self._raw_request, request.request_id)
+        name = serving.models.model_name(serving._maybe_get_adapters(request))
+        return chat_chunks.Head(f"chatcmpl-{request_id}", name)
