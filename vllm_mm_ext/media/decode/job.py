@@ -108,6 +108,8 @@ def _decode(
         max_pixels=request.limits.max_pixels,
         picture=request.picture,
         keep_bytes=keep_bytes,
+        gpu=request.gpu,
+        seconds=request.limits.timeout_s / 4,
     )
     if request.sampling is not None:
         if info.video is None:
@@ -236,7 +238,7 @@ def _frames(
             step=selection.step if np.array_equal(rows, chosen[: len(rows)]) else None,
         )
     result.frames, result.selection = out[: len(rows)], selection
-    result.decoder = decoder.name
+    result.decoder, result.decoder_note = decoder.name, decoder.note
 
 
 def _audio(

@@ -11,10 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TypeVar, cast
-
-import numpy as np
-import numpy.typing as npt
 
 from vllm_mm_ext.errors import (
     BusyError,
@@ -23,14 +19,14 @@ from vllm_mm_ext.errors import (
     InternalMediaError,
     MediaError,
 )
-from vllm_mm_ext.media.decode import shared_array, wire
+from vllm_mm_ext.media.decode import wire
+from vllm_mm_ext.media.decode.gpu_seats import GpuSeats, visible_devices
+from vllm_mm_ext.media.decode.results import close_all, unpack
 from vllm_mm_ext.media.decode.wire_checks import MalformedMessageError, check_reservation
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
 logger = logging.getLogger("vllm.mm_ext")
-
-T = TypeVar("T", np.uint8, np.float32)
 
 # Past this, more workers or threads gain little on one request and cost memory.
 _MAX_DEFAULT = 8
@@ -52,6 +48,8 @@ class PoolStats:
         jobs: Jobs that got a worker.
         busy: Jobs that have a worker now.
         waiting: Jobs that wait for a worker now.
+        on_gpu: Jobs whose frames a GPU decoded.
+        gpu_fallbacks: Jobs of the CPU because there was no GPU, or an error of it.
     """
 
     started: int = 0
@@ -61,6 +59,8 @@ class PoolStats:
     jobs: int = 0
     busy: int = 0
     waiting: int = 0
+    on_gpu: int = 0
+    gpu_fallbacks: int = 0
 
 
 class DecodePool:
@@ -72,13 +72,14 @@ class DecodePool:
     loop.
     """
 
-    def __init__(self, workers: int = 0, threads: int = 0) -> None:
+    def __init__(self, workers: int = 0, threads: int = 0, gpu_sessions: int = 0) -> None:
         """Start nothing yet.
 
         Args:
             workers: Most decodes at a time, and most probes beside them; 0 for one per core, at
                 most 8.
             threads: Decoding threads of a job whose request leaves them open; 0 likewise.
+            gpu_sessions: Workers that may use a GPU, for each GPU that the server sees.
         """
         cores = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT)
         self.workers = workers or cores
@@ -86,6 +87,10 @@ class DecodePool:
         # Executors take up what was submitted in that order.
         self._probes = ThreadPoolExecutor(self.workers, thread_name_prefix="probe-pool")
         self._decodes = ThreadPoolExecutor(self.workers, thread_name_prefix="decode-pool")
+        devices = visible_devices(os.environ) if gpu_sessions else ()
+        if gpu_sessions and not devices:
+            logger.warning("mm_ext: CUDA_VISIBLE_DEVICES names no GPU: the CPU decodes all videos.")
+        self._seats = GpuSeats(devices, gpu_sessions)
         self._idle: list[WorkerProcess] = []
         self._live: set[WorkerProcess] = set()
         self._stats = PoolStats()
@@ -178,10 +183,14 @@ class DecodePool:
         job.deadline = time.monotonic() + job.request.limits.timeout_s
         try:
             try:
-                return self._attempt(job, self._idle_worker() or self._new_worker())
+                worker = self._idle_worker(job.request.may_use_gpu) or self._new_worker()
+                return self._attempt(job, worker)
             except _WorkerDiedError:
-                # That may be the machine's doing, or a rare fault: once more, in a fresh process.
+                # That may be the machine's doing, or a rare fault: once more, in a fresh process,
+                # and without a GPU.
                 self._check_wanted(job)
+                if job.request.may_use_gpu:
+                    job.request = replace(job.request, decoder="pyav")
             try:
                 return self._attempt(job, self._new_worker())
             except _WorkerDiedError as error:
@@ -228,7 +237,9 @@ class DecodePool:
                 self._tell_size(job, reply.num_bytes)
                 reply, fds = self._reply(job, worker)
             if isinstance(reply, wire.Probed | wire.Decoded):
-                return _unpack(reply, fds, request)
+                result = unpack(reply, fds, request)
+                self._count_gpu(result)
+                return result
             if isinstance(reply, wire.Reserve):
                 raise MalformedMessageError("a worker reserved room twice")
         except TimeoutError as error:
@@ -253,9 +264,22 @@ class DecodePool:
         most = wire.MAX_BYTES if job.request.probe_only else wire.MAX_RESULT_BYTES
         reply, fds = wire.receive(worker.sock, wire.decode_reply, job.deadline, most)
         if len(fds) != wire.num_arrays(reply):
-            _close(fds)
+            close_all(fds)
             raise MalformedMessageError("a worker sent descriptors that belong to no array")
         return reply, fds
+
+    def _count_gpu(self, result: DecodeResult) -> None:
+        """Count what a GPU did or did not do; the first failure is logged, as for the rest."""
+        with self._lock:
+            self._stats.on_gpu += result.decoder == "nvdec"
+            self._stats.gpu_fallbacks += bool(result.decoder_note)
+            first = bool(result.decoder_note) and self._stats.gpu_fallbacks == 1
+        if first:
+            logger.warning(
+                "mm_ext: a video was decoded on the CPU instead of the GPU: %r. Further ones are "
+                "counted in /mm_ext/stats (gpu_fallbacks); `vllm-mm doctor` says what GPUs can do.",
+                result.decoder_note,
+            )
 
     # --- shared state -----------------------------------------------------------------------------
 
@@ -296,11 +320,20 @@ class DecodePool:
             if job.worker is not None:
                 job.worker.kill()
 
-    def _idle_worker(self) -> WorkerProcess | None:
-        """The worker used last, as its memory is warm; None if there is none."""
+    def _idle_worker(self, with_gpu: bool) -> WorkerProcess | None:
+        """The worker used last, as its memory is warm; None if there is none.
+
+        Args:
+            with_gpu: Whether one with a GPU comes first, or one without.
+        """
         with self._lock:
             while self._idle:
-                worker = self._idle.pop()
+                # The last one of the sort wanted; of two alike, `max` returns the first.
+                last = max(
+                    reversed(range(len(self._idle))),
+                    key=lambda i: (self._idle[i].seat is not None) == with_gpu,
+                )
+                worker = self._idle.pop(last)
                 if worker.alive:
                     return worker
                 self._stats.died += 1
@@ -318,7 +351,9 @@ class DecodePool:
             self._discard(worker)
 
     def _new_worker(self) -> WorkerProcess:
-        worker = WorkerProcess()  # Without the lock: an event loop may wait for that one.
+        worker = WorkerProcess(
+            self._seats.take()
+        )  # Without the lock: an event loop may wait for that one.
         with self._lock:
             self._live.add(worker)
             self._stats.started += 1
@@ -353,44 +388,3 @@ class _Job:
         self.deadline = 0.0
         self.worker: WorkerProcess | None = None
         self.cancelled = False
-
-
-def _unpack(
-    reply: wire.Probed | wire.Decoded, fds: list[int], request: DecodeRequest
-) -> DecodeResult:
-    """The result that a worker sent; closes the descriptors that came with it.
-
-    Raises:
-        MalformedMessageError: It is no answer to the request, or its arrays are not there.
-    """
-    try:
-        wire.check_result(reply, request)
-        if isinstance(reply, wire.Probed):
-            return DecodeResult(info=reply.info, timings=reply.timings)
-        left = iter(fds)
-        frames = None if reply.frames is None else _adopt(next(left), reply.frames, np.uint8)
-        audio = None if reply.samples is None else _adopt(next(left), (reply.samples,), np.float32)
-    finally:
-        _close(fds)
-    return DecodeResult(
-        info=reply.info,
-        selection=reply.selection,
-        frames=frames,
-        audio=audio,
-        audio_rate=reply.audio_rate,
-        decoder=reply.decoder,
-        timings=reply.timings,
-        audio_note=reply.audio_note,
-    )
-
-
-def _adopt(fd: int, shape: tuple[int, ...], dtype: type[T]) -> npt.NDArray[T]:
-    try:
-        return cast("npt.NDArray[T]", shared_array.adopt(fd, shape, dtype))
-    except ValueError as error:
-        raise MalformedMessageError(f"a worker sent memory that is not right: {error}") from error
-
-
-def _close(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)

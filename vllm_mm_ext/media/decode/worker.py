@@ -35,6 +35,7 @@ from vllm_mm_ext.errors import (
 )
 from vllm_mm_ext.media.decode import shared_array, wire
 from vllm_mm_ext.media.decode.container import describe
+from vllm_mm_ext.media.decode.decoders import nvdec_device
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
@@ -85,7 +86,8 @@ def main(sock: socket.socket) -> None:
 def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
     """Do one job and send the answer."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    ceiling = request.limits.memory_bytes
+    limit = request.limits.memory_bytes
+    ceiling = limit + nvdec_device.address_space()
     resource.setrlimit(resource.RLIMIT_AS, (ceiling if hard < 0 else min(ceiling, hard), hard))
     memory = _SharedAllocator()
 
@@ -100,7 +102,7 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
     except MemoryError:
         # Also of FFmpeg, whose MemoryError is an error of both kinds.
         too_large = MediaTooLargeError(
-            f"Decoding the media needs more memory than the limit of {ceiling} bytes."
+            f"Decoding the media needs more memory than the limit of {limit} bytes."
         )
         wire.send(sock, wire.Failed.of(too_large))
     except av.FFmpegError as error:
@@ -139,6 +141,7 @@ def _answer(
         decoder=result.decoder,
         timings=result.timings,
         audio_note=result.audio_note,
+        decoder_note=result.decoder_note,
     )
     arrays = [array for array in (frames, audio) if array is not None]
     wire.send(sock, message, [memory.fd_of(array) for array in arrays])

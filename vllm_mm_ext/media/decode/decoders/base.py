@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +28,13 @@ class Decoder(ABC):
         picture: How pictures are shown.
         keep_bytes: Most bytes of decoded pictures that the decoder may keep from ``thumbnails`` for
             the next ``decode``, which then need not decode them again.
+
+    Attributes:
+        name: The backend; after a ``decode``, the one that decoded.
+        note: Why a GPU that was to decode did not; empty where all went as planned.
     """
 
-    name: ClassVar[str]
+    name: str
 
     def __init__(
         self, max_pixels: int, *, picture: PictureRules = AS_PLAYERS, keep_bytes: int = 0
@@ -39,6 +42,7 @@ class Decoder(ABC):
         self._max_pixels = max_pixels
         self._picture = picture
         self._keep_bytes = keep_bytes
+        self.note = ""
 
     def decode(
         self,
