@@ -64,7 +64,6 @@ KINDS = {
     "vp9": {"name": "a.webm", "codec": "libvpx-vp9"},
     "av1": {"name": "a.mp4", "codec": "libsvtav1"},
 }
-SEATED = {nvdec_device.VISIBLE_DEVICES: os.environ.get(nvdec_device.VISIBLE_DEVICES) or "0"}
 
 
 def gpu_here() -> bool:
@@ -83,6 +82,13 @@ NO_GPU = pytest.mark.skipif(gpu_here(), reason="there is a GPU that decodes vide
 def seated(monkeypatch):
     """This process may use a GPU, as a worker with a seat."""
     monkeypatch.setattr(nvdec_device, "has_seat", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """The description of a video stream, to be altered."""
+    path = make_clip(tmp_path_factory.mktemp("clip") / "a.mp4", duration=0.2).path
+    return replace(probe(str(path), LIMITS).video, width=1000, height=1000)
 
 
 def clip(tmp_path, kind, **options):
@@ -233,18 +239,22 @@ def samples(plane, bits):
     return lines[:, : plane.width]
 
 
+@pytest.mark.parametrize(("here", "there"), [("yuv420p", "nv12"), ("yuv420p10le", "p010le")])
 @pytest.mark.parametrize("matrix", [1, 5, 9])
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("curve", [1, 16, 18])  # BT.709, PQ, HLG
 @pytest.mark.parametrize("size", [(36, 64), (20, 30)])
-def test_colours_follow_the_same_tags_after_the_way_from_gpu_formats(tmp_path, matrix, full, size):
-    info = probe(str(make_clip(tmp_path / "a.mp4", width=64, height=36, duration=0.1).path), LIMITS)
-    picture = noise("yuv420p", 8)
+def test_colours_follow_the_same_tags_after_the_way_from_gpu_formats(
+    video, here, there, matrix, full, curve, size
+):
+    picture = noise(here, 8 if there == "nv12" else 10)
     picture.colorspace, picture.color_range = matrix, 2 if full else 1
+    picture.color_trc = curve
     converter = VideoReformatter()
-    back = same_samples(converter.reformat(picture, format="nv12"), "nv12", "yuv420p", converter)
+    back = same_samples(converter.reformat(picture, format=there), there, here, converter)
     shown = [np.zeros((*size, 3), np.uint8) for _ in range(2)]
     for frame, out in zip((picture, back), shown, strict=True):
-        write_rgb(frame, converter, info.video, AS_PLAYERS, out)
+        write_rgb(frame, converter, video, AS_PLAYERS, out)
     np.testing.assert_array_equal(*shown)
 
 
@@ -346,12 +356,6 @@ def table(packets, gop):
         is_key=np.arange(packets) % gop == 0,
         time_base=1 / 25,
     )
-
-
-@pytest.fixture(scope="module")
-def video(tmp_path_factory):
-    path = make_clip(tmp_path_factory.mktemp("clip") / "a.mp4", duration=0.2).path
-    return replace(probe(str(path), LIMITS).video, width=1000, height=1000)
 
 
 def test_work_counts_the_pictures_that_must_be_decoded_not_those_that_are_wanted(video):

@@ -120,10 +120,12 @@ class NvdecDecoder(PyAVDecoder):
         except NoGpuError as error:
             self.note = str(error)[:_MAX_NOTE]
             return None
-        lanes = lanes_for(ability_for(gpu, video), video, self._rules.memory_bytes)
-        if gpu.resting or not lanes:
+        if gpu.resting:
             return None
         try:
+            lanes = lanes_for(ability_for(gpu, video), video, self._rules.memory_bytes)
+            if not lanes:
+                return None
             read = self._gpu_pass(path, table, video, rows, emit, lanes)
         except RefusedError:
             return None

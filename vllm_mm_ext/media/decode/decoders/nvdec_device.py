@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import av
-from av.codec.hwaccel import HWAccel
+from av.codec.hwaccel import HWAccel, hwdevices_available
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -72,6 +72,8 @@ class Gpu:
     """
 
     def __init__(self) -> None:
+        if "cuda" not in hwdevices_available():
+            raise NoGpuError("PyAV's FFmpeg was built without CUDA")
         before = _address_space()
         try:
             # All decoders share the device's primary context, which lives as long as this object.
