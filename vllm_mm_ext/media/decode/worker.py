@@ -71,6 +71,7 @@ class _SharedAllocator:
 
 def main(sock: socket.socket) -> None:
     """Do jobs until the pool closes its end of the socket."""
+    nvdec_device.expendable = True
     threading.Thread(target=_die_with_parent, args=(sock, os.getppid()), daemon=True).start()
     while True:
         try:

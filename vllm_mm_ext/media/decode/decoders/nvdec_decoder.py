@@ -97,7 +97,8 @@ class NvdecDecoder(PyAVDecoder):
     ) -> set[int]:
         if not len(rows):
             return set()
-        read = self._on_gpu(path, info, rows, emit)
+        with nvdec_device.watched(2 * self._seconds):
+            read = self._on_gpu(path, info, rows, emit)
         if read is None:
             self.name = "pyav"
             return super()._read(path, info, rows, emit, threads, seen)
@@ -184,7 +185,7 @@ class _GpuReader(Reader):
         # PyAV does not open a file for a GPU of which no stream has a GPU decoder by default.
         hardware = None if video.codec == "av1" else nvdec_device.accelerator()
         self._opened = open_container(path, max_pixels=max_pixels, hardware=hardware)
-        self._codec = video.codec
+        self._codec, self._format = video.codec, video.pixel_format
         self._deadline = deadline
 
     def __enter__(self) -> _GpuReader:
@@ -204,6 +205,8 @@ class _GpuReader(Reader):
             context = av.CodecContext.create("av1", "r", nvdec_device.accelerator())
             assert isinstance(context, VideoCodecContext)
             context.extradata = usual.extradata
+            # PyAV has set the GPU's format, which that decoder takes for a GPU that is set up already.
+            context.pix_fmt = "yuv420p"
             context.options = {"max_pixels": str(self._max_pixels)}
             context.thread_count = 1
             self._context = context
@@ -227,8 +230,8 @@ class _GpuReader(Reader):
         Raises:
             RefusedError: That cannot be promised.
         """
-        there, here = frame.sw_format, self._context.sw_format
-        if frame.format.name != "cuda" or there is None or here is None:
+        there = frame.sw_format
+        if frame.format.name != "cuda" or there is None:
             raise RefusedError("the picture is not on the GPU")
         size = (frame.width, frame.height)
         if size != self._size or size[0] % 2 or size[1] % 2:
@@ -238,7 +241,7 @@ class _GpuReader(Reader):
         if self._codec == "av1" and tone.curve_of(frame) is not None:
             # What the container says of an HDR picture does not reach this decoder.
             raise RefusedError("an HDR picture of AV1")
-        return same_samples(frame, there.name, here.name, self.converter)
+        return same_samples(frame, there.name, self._format, self.converter)
 
 
 def same_samples(
@@ -282,12 +285,9 @@ def worth_it(rules: GpuRules, codec: str, megapixels: float) -> bool:
 
 
 def ability_for(gpu: Gpu, video: VideoStream) -> Ability | None:
-    """What the GPU can do with a stream; None: nothing.
-
-    Where the pixel format is not known, 8-bit 4:2:0 is assumed, and FFmpeg finds out.
-    """
+    """What the GPU can do with a stream; None: nothing, as for one without a readable picture."""
     if not video.pixel_format:
-        return gpu.ability(video.codec, "4:2:0", 8)
+        return None
     kind = av.VideoFormat(video.pixel_format, 64, 64)
     if len(kind.components) != 3 or kind.is_rgb:  # Alpha and gray, too.
         return None

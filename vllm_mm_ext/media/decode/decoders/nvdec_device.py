@@ -7,6 +7,7 @@ none. Run as a program, the module prints as JSON what it finds (for ``vllm-mm d
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import resource
@@ -118,6 +119,26 @@ def accelerator() -> HWAccel:
 # The GPU once it was opened, or why there is none.
 _state: Gpu | NoGpuError | None = None
 _state_lock = threading.Lock()
+
+
+# Whether this process may be ended when the driver hangs: a decode worker, which its pool replaces.
+expendable = False
+
+
+@contextmanager
+def watched(seconds: float) -> Iterator[None]:
+    """End this process, where it is expendable, if the body takes longer than ``seconds``.
+
+    A call into a driver that hangs cannot be given up otherwise. It may hold Python's lock, so the
+    watch is one that does not need the lock.
+    """
+    if expendable:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        if expendable:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def has_seat(environ: Mapping[str, str] = os.environ) -> bool:
