@@ -50,6 +50,8 @@ def test_the_findings_are_settings_that_the_configuration_takes() -> None:
     assert settings == "Settings: media.decode.nvdec.from_megapixels: {h264: 100}"
     assert slower.endswith(": vp9.")
     MMExtConfig.model_validate({"media": {"decode": {"nvdec": {"from_megapixels": {"h264": 100}}}}})
+    wrong = [point._replace(same=point.megapixels < 400) for point in measured]
+    assert findings(wrong)[-1] == "So it must not be used on this machine: no settings."
     assert findings([]) == ["The GPU takes none of the clips."]
 
 

@@ -126,6 +126,8 @@ def findings(points: Sequence[Point]) -> list[str]:
         return ["The GPU takes none of the clips."]
     wrong = sum(not point.same for point in points)
     notes = [f"NVDEC's frames differ from PyAV's in {wrong} of {len(points)} measurements."]
+    if wrong:
+        return [*notes, "So it must not be used on this machine: no settings."]
     least = {
         codec: break_even([point for point in points if point.codec == codec])
         for codec in dict.fromkeys(point.codec for point in points)
