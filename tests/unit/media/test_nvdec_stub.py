@@ -11,10 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vllm_mm_ext.adapters.runtime import Runtime
+from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.decode import worker_process
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.pool import DecodePool
-from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, DecodeResult, SamplingSpec
+from vllm_mm_ext.media.traits import ModelTraits
+from vllm_mm_ext.media.types import (
+    DecodeLimits,
+    DecodeRequest,
+    DecodeResult,
+    SamplingSpec,
+    SizeRule,
+)
+from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.testing.media import make_clip
 
 STUB = Path(__file__).parents[2] / "support" / "nvdec_stub.c"
@@ -44,8 +54,8 @@ def driver(tmp_path_factory) -> str:
 
 
 @contextmanager
-def seated_pool(driver: str, failing: str = "") -> Iterator[DecodePool]:
-    """A pool whose workers have the stand-in, which fails at ``failing``."""
+def on_the_stand_in(driver: str, failing: str = "") -> Iterator[None]:
+    """Workers that start now have the stand-in, which fails at ``failing``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LD_LIBRARY_PATH", driver)
         patch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -53,6 +63,13 @@ def seated_pool(driver: str, failing: str = "") -> Iterator[DecodePool]:
         # Workers get nothing of the server's environment but what is listed.
         passed = worker_process._PASSED | {"NVDEC_STUB"}
         patch.setattr(worker_process, "_PASSED", passed)
+        yield
+
+
+@contextmanager
+def seated_pool(driver: str, failing: str = "") -> Iterator[DecodePool]:
+    """A pool of one worker on the stand-in."""
+    with on_the_stand_in(driver, failing):
         pool = DecodePool(workers=1, threads=2, gpu_sessions=1)
         yield pool
         pool.close()
@@ -141,3 +158,19 @@ async def test_a_worker_with_a_gpu_keeps_its_limit_on_memory(tmp_path, pool):
     soft = Path(f"/proc/{worker}/limits").read_text().split("Max address space")[1].split()[0]
     taken = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * 4096
     assert 64 << 30 < taken < int(soft) < taken + LIMITS.memory_bytes + (1 << 30)
+
+
+async def test_auto_sends_to_the_gpu_what_the_configuration_says_was_measured(tmp_path, driver):
+    path = clip(tmp_path, "h264-bframes")
+    measured = {"h264": 2 * 320 * 180 * 15 / 1e6}  # Two GOPs.
+    decode = {"workers": 1, "nvdec": {"from_megapixels": measured}}
+    config = MMExtConfig.from_additional_config({"mm_ext": {"media": {"decode": decode}}})
+    with on_the_stand_in(driver):
+        runtime = Runtime(config, ModelTraits())
+        for frames, on_gpu in (2, 0), (60, 1):
+            ref = await runtime.fetcher(tmp_path, ()).resolve(path.as_uri(), timeout_s=5)
+            plan = VideoPlan(SamplingSpec(fps=30, max_frames=frames, min_frames=1), SizeRule())
+            result = await runtime.frontend.video(ref, plan)
+            assert len(result.frames) == frames
+            assert runtime.stats()["decode"]["on_gpu"] == on_gpu
+        runtime.close()

@@ -14,7 +14,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -141,9 +141,9 @@ def watched(seconds: float) -> Iterator[None]:
             faulthandler.cancel_dump_traceback_later()
 
 
-def has_seat(environ: Mapping[str, str] = os.environ) -> bool:
+def has_seat() -> bool:
     """Whether this process was given a GPU."""
-    return bool(environ.get(VISIBLE_DEVICES))
+    return bool(os.environ.get(VISIBLE_DEVICES))
 
 
 def gpu() -> Gpu:
