@@ -136,6 +136,15 @@ async def test_whatever_fails_on_the_gpu_the_cpu_returns_its_frames(tmp_path, dr
     np.testing.assert_array_equal(result.frames, expected.frames)
 
 
+async def test_a_container_without_the_video_libraries_is_told_what_it_lacks(tmp_path, driver):
+    shutil.copy(Path(driver) / "libcuda.so.1", tmp_path)
+    with seated_pool(str(tmp_path)) as pool:
+        result = await decode(pool, clip(tmp_path, "h264-bframes"), [0, 20])
+    assert (result.decoder, len(result.frames)) == ("pyav", 2)
+    assert "libnvcuvid.so.1" in result.decoder_note
+    assert "NVIDIA_DRIVER_CAPABILITIES" in result.decoder_note
+
+
 async def test_a_crash_in_the_driver_costs_a_worker_and_no_request(tmp_path, driver):
     path = clip(tmp_path, "h264-bframes")
     with seated_pool(driver, "crash") as pool:

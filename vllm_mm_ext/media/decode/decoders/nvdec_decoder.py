@@ -205,7 +205,7 @@ class _GpuReader(Reader):
             context = av.CodecContext.create("av1", "r", nvdec_device.accelerator())
             assert isinstance(context, VideoCodecContext)
             context.extradata = usual.extradata
-            # PyAV has set the GPU's format, which that decoder takes for a GPU that is set up already.
+            # PyAV has set the GPU's format, by which that decoder takes the GPU for set up already.
             context.pix_fmt = "yuv420p"
             context.options = {"max_pixels": str(self._max_pixels)}
             context.thread_count = 1

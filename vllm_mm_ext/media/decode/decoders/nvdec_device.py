@@ -160,6 +160,9 @@ def gpu() -> Gpu:
                     _state = Gpu()
             except NoGpuError as error:
                 _state = error.with_traceback(None)
+            except Exception as error:
+                # An old driver may lack a function, for example.
+                _state = NoGpuError(f"{type(error).__name__}: {error}")
         if isinstance(_state, NoGpuError):
             raise NoGpuError(*_state.args)
         return _state
