@@ -66,7 +66,6 @@ class Gpu:
     Attributes:
         name: What NVIDIA calls it.
         abilities: What its video engines decode.
-        address_space: Bytes of address space that the open context and its decoders take.
 
     Raises:
         NoGpuError: There is no driver, or the driver offers no such GPU.
@@ -75,14 +74,12 @@ class Gpu:
     def __init__(self) -> None:
         if "cuda" not in hwdevices_available():
             raise NoGpuError("PyAV's FFmpeg was built without CUDA")
-        before = _address_space()
         try:
             # All decoders share the device's primary context, which lives as long as this object.
             self._held = accelerator().create(av.Codec("h264", "r"))
         except (av.FFmpegError, ValueError, NotImplementedError) as error:
             raise NoGpuError(_why_not() or f"FFmpeg cannot open it: {error}") from None
         self.name, self.abilities = _query()
-        self.address_space = _address_space() - before + _HEADROOM
         self._lock = threading.Lock()
         self._failures = 0
         self._rest_until = 0.0
@@ -118,6 +115,8 @@ def accelerator() -> HWAccel:
 
 # The GPU once it was opened, or why there is none.
 _state: Gpu | NoGpuError | None = None
+# Address space that the driver has taken, whether there is a GPU or not.
+_taken = 0
 _state_lock = threading.Lock()
 
 
@@ -169,8 +168,8 @@ def gpu() -> Gpu:
 
 
 def address_space() -> int:
-    """Bytes of address space that the GPU takes of this process; 0 while it is not open."""
-    return _state.address_space if isinstance(_state, Gpu) else 0
+    """Bytes of address space that the driver takes of this process; 0 while it is not loaded."""
+    return _taken
 
 
 def _address_space() -> int:
@@ -181,13 +180,17 @@ def _address_space() -> int:
 @contextmanager
 def _unlimited_address_space() -> Iterator[None]:
     """Lift the limit on address space: CUDA reserves far more of it than it ever fills."""
+    global _taken
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = _address_space()
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     try:
         yield
     finally:
+        opened = isinstance(_state, Gpu)
+        _taken = _address_space() - before + (_HEADROOM if opened else 0)
         if soft != resource.RLIM_INFINITY:
-            raised = soft + address_space()
+            raised = soft + _taken
             soft = raised if hard == resource.RLIM_INFINITY else min(raised, hard)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
