@@ -328,6 +328,8 @@ class DecodeRequest:
         picture: How pictures are shown.
         audio_stream: Number of the audio stream among those of the file, from 0; None for the one
             that a player plays.
+        content: Digest of the file. A worker that does a job about a span of a file with a digest
+            keeps the file open for the next one.
     """
 
     sampling: SamplingSpec | None = None
@@ -340,6 +342,7 @@ class DecodeRequest:
     limits: DecodeLimits = DecodeLimits()
     picture: PictureRules = AS_PLAYERS
     audio_stream: int | None = None
+    content: str = ""
     gpu: GpuRules = NO_RULES
 
     @property

@@ -220,12 +220,12 @@ class _Conversation:
         """Fetch and probe all videos at once."""
         probed = await all_or_none(self._probe_one(*planned) for planned in self.plans.items())
         uses = Counter(item.url for item in self.items)
-        return [
-            PlannedVideo(url, uses[url], content, info, info.video, plan)
+        planned = (
+            PlannedVideo.of(url, uses[url], content, info, plan)
             for (url, plan), (content, info) in zip(self.plans.items(), probed, strict=True)
-            # A file without a video stream is left out: the connector raises the error for it.
-            if info.video is not None
-        ]
+        )
+        # A file without a video stream is left out: the connector raises the error for it.
+        return [video for video in planned if video is not None]
 
     async def _probe_one(self, url: str, plan: VideoPlan) -> tuple[MediaRef, MediaInfo]:
         probed = await use_media(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import glob
+import logging
+import os
 import threading
 from collections.abc import Mapping
 
 from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.media.decode.decoders.nvdec_device import VISIBLE_DEVICES
-from vllm_mm_ext.media.types import GpuRules
+from vllm_mm_ext.media.types import DecodeResult, GpuRules
+
+logger = logging.getLogger("vllm.mm_ext")
 
 
 class Seat:
@@ -41,7 +45,16 @@ class GpuSeats:
     def __init__(self, devices: tuple[str, ...], per_device: int) -> None:
         self._taken = dict.fromkeys(devices, 0)
         self._per_device = per_device
+        self._on_gpu = self._fallbacks = 0
         self._lock = threading.Lock()
+
+    @classmethod
+    def of_server(cls, per_device: int) -> GpuSeats:
+        """Seats on the GPUs that this process sees; none where ``per_device`` is 0."""
+        devices = visible_devices(os.environ) if per_device else ()
+        if per_device and not devices:
+            logger.warning("mm_ext: CUDA_VISIBLE_DEVICES names no GPU: the CPU decodes all videos.")
+        return cls(devices, per_device)
 
     def take(self) -> Seat | None:
         """A seat, or None when all are taken."""
@@ -51,6 +64,24 @@ class GpuSeats:
                 return None
             self._taken[device] += 1
         return Seat(device, self)
+
+    def count(self, result: DecodeResult) -> None:
+        """Count what a GPU did for a job, or failed to do; of failures, the first is logged."""
+        with self._lock:
+            self._on_gpu += result.decoder == "nvdec"
+            self._fallbacks += bool(result.decoder_note)
+            first = bool(result.decoder_note) and self._fallbacks == 1
+        if first:
+            logger.warning(
+                "mm_ext: a video was decoded on the CPU instead of the GPU: %r. Further ones are "
+                "counted in /mm_ext/stats (gpu_fallbacks); `vllm-mm doctor` says what GPUs can do.",
+                result.decoder_note,
+            )
+
+    def stats(self) -> dict[str, int]:
+        """``on_gpu``: jobs whose frames a GPU decoded; ``gpu_fallbacks``: jobs that it failed."""
+        with self._lock:
+            return {"on_gpu": self._on_gpu, "gpu_fallbacks": self._fallbacks}
 
     def give_back(self, device: str) -> None:
         """One seat on ``device`` is free again."""

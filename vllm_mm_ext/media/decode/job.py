@@ -23,10 +23,12 @@ from vllm_mm_ext.media.audio.audio_track import Track, check_audio, decode_audio
 from vllm_mm_ext.media.audio.stream_choice import chosen_audio
 from vllm_mm_ext.media.decode.decoders import Decoder, UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+from vllm_mm_ext.media.decode.open_files import OpenFile
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.decode.substitutes import Frames, Rows, decode_chosen
 from vllm_mm_ext.media.output_bytes import audio_bytes
 from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.media.span import first_row, info_of
 from vllm_mm_ext.media.types import (
     AudioStream,
     DecodeRequest,
@@ -52,6 +54,7 @@ def run_job(
     request: DecodeRequest,
     allocate: Allocate = np.empty,
     reserve: Callable[[int], None] | None = None,
+    kept: OpenFile | None = None,
 ) -> DecodeResult:
     """Probe a file, choose frames, and decode the frames and the audio track in parallel.
 
@@ -61,9 +64,11 @@ def run_job(
         allocate: Makes the memory of the result's ``frames`` and ``audio``.
         reserve: The job calls this at most once, before it decodes, with the bytes that frames and
             audio will take.
+        kept: The file that stays open for further jobs about spans of it; ``path`` is its path.
 
     Returns:
-        What was asked for, with the packet table of the file.
+        What was asked for, with the packet table of the file. With a span, ``info`` is that of the
+        span, as is all that a selection says.
 
     Raises:
         MediaError: The file is unreadable, lacks a wanted stream, or is past a limit.
@@ -73,18 +78,24 @@ def run_job(
     try:
         with _timed(timings, "probe"):
             number = request.sampling.video_stream if request.sampling else None
-            info = request.info or probe(path, limits, number, request.picture)
+            info = (None if kept is None else kept.info) or request.info
+            info = info or probe(path, limits, number, request.picture)
+        if kept is not None:
+            kept.info = info
         if request.probe_only:
             return DecodeResult(info=info, timings=timings)
         keep = limits.memory_bytes // _KEPT_SHARE
         try:
-            return _decode(path, info, request, allocate, reserve, timings, keep)
+            return _decode(path, info, request, allocate, reserve, timings, keep, kept)
         except MemoryError:
-            if request.sampling is None or request.sampling.policy != "adaptive":
+            adaptive = request.sampling is not None and request.sampling.policy == "adaptive"
+            if kept is None and not adaptive:
                 raise
+        if kept is not None:
+            kept.close_readers()
         # Kept pictures may have taken the memory that is missing. They are gone outside of the
         # handler, whose error holds them.
-        return _decode(path, info, request, allocate, None, timings, 0)
+        return _decode(path, info, request, allocate, None, timings, 0, None)
     except MemoryError as error:
         raise MediaTooLargeError(
             f"Decoding the media needs more memory than the limit of {limits.memory_bytes} bytes."
@@ -99,7 +110,9 @@ def _decode(
     reserve: Callable[[int], None] | None,
     timings: dict[str, float],
     keep_bytes: int,
+    kept: OpenFile | None,
 ) -> DecodeResult:
+    whole, info = info, info_of(info, request.sampling)
     sound = _wanted_audio(info, request)
     selection: FrameSelection | None = None
     shape: tuple[int, ...] = (0,)
@@ -111,11 +124,13 @@ def _decode(
         gpu=request.gpu,
         seconds=request.limits.timeout_s / 4,
     )
+    if kept is not None:
+        decoder.kept = kept.video(whole, request)
     if request.sampling is not None:
         if info.video is None:
             raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
         with _timed(timings, "profile"):
-            selection = _select(path, info, request.sampling, request, decoder)
+            selection = _select(path, whole, info, request.sampling, request, decoder)
         shape = _output_shape(info, selection, request)
     if reserve is not None:
         reserve(math.prod(shape) + (0 if sound is None else audio_bytes(info, sound, request)))
@@ -124,12 +139,12 @@ def _decode(
     with ThreadPoolExecutor(1) as beside:
         audio: Future[Track] | None = None
         if sound is not None:
-            audio = beside.submit(_audio, path, info, sound, request, allocate, timings)
+            audio = beside.submit(_audio, path, info, sound, request, allocate, timings, kept)
         elif request.audio == "optional" and info.unsupported_audio:
             result.audio_note = "unsupported"
         if selection is not None:
             with _timed(timings, "decode"):
-                _frames(path, info, selection, request, decoder, shape, allocate, result)
+                _frames(path, whole, selection, request, decoder, shape, allocate, result)
         if audio is not None:
             try:
                 track = audio.result()
@@ -155,13 +170,22 @@ def _wanted_audio(info: MediaInfo, request: DecodeRequest) -> AudioStream | None
 
 
 def _select(
-    path: str, info: MediaInfo, spec: SamplingSpec, request: DecodeRequest, decoder: Decoder
+    path: str,
+    whole: MediaInfo,
+    info: MediaInfo,
+    spec: SamplingSpec,
+    request: DecodeRequest,
+    decoder: Decoder,
 ) -> FrameSelection:
+    """Choose frames of the clip ``info``, which is the wanted span of the file ``whole``."""
     from vllm_mm_ext.media.sampling import select
 
+    assert whole.packets is not None
+    first = first_row(whole.packets, spec)
+
     def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
-        rows = np.asarray(indices, np.int64)
-        return decoder.thumbnails(path, info, rows, _THUMBNAIL_EDGE, request.threads)
+        rows = np.asarray(indices, np.int64) + first
+        return decoder.thumbnails(path, whole, rows, _THUMBNAIL_EDGE, request.threads)
 
     return select(info, spec, thumbnails)
 
@@ -194,7 +218,7 @@ def _output_shape(
 
 def _frames(
     path: str,
-    info: MediaInfo,
+    whole: MediaInfo,
     selection: FrameSelection,
     request: DecodeRequest,
     decoder: Decoder,
@@ -207,18 +231,24 @@ def _frames(
     In place of frames that do not decode others are chosen, unless the client named the frames.
     """
     out = np.asarray(allocate(shape, np.uint8), np.uint8)
+    info = result.info
     assert info.video is not None
     assert info.packets is not None
+    assert whole.packets is not None
+    first, count = first_row(whole.packets, request.sampling), len(info.packets)
     own_size = request.size.kind == "native" and shape[1:3] == (info.video.height, info.video.width)
     size = None if own_size else (shape[1], shape[2])
 
     def decode(rows: Rows, into: Frames, seen: set[int]) -> Rows:
         nonlocal decoder
+        shown: set[int] = set()
         try:
-            return decoder.decode(path, info, rows, size, into, request.threads, seen)
+            found = decoder.decode(path, whole, rows + first, size, into, request.threads, shown)
         except UnsuitableFileError:
             decoder = PyAVDecoder(request.limits.max_pixels, picture=request.picture)
-            return decoder.decode(path, info, rows, size, into, request.threads, seen)
+            found = decoder.decode(path, whole, rows + first, size, into, request.threads, shown)
+        seen.update(row - first for row in shown if first <= row < first + count)
+        return found
 
     chosen, named = selection.indices, selection.policy == "explicit"
     # A file that is slow to decode is rather served with fewer frames than stopped for its time.
@@ -248,9 +278,20 @@ def _audio(
     request: DecodeRequest,
     allocate: Allocate,
     timings: dict[str, float],
+    kept: OpenFile | None,
 ) -> Track:
-    """Decode the sound; what is optional and cannot be decoded is left out, with a note."""
+    """Decode the sound; what is optional and cannot be decoded is left out, with a note.
+
+    Args:
+        path, request, timings: As of the job.
+        info: Of the wanted span, or of the whole file.
+        stream: Of the whole file.
+        allocate, kept: As of ``run_job``.
+    """
     video = info.video if request.sampling is not None else None
+    begin: float | None = None
+    if video is not None and request.sampling and request.sampling.span and not video.origins:
+        begin = video.start
     with _timed(timings, "audio"):
         try:
             track = decode_audio(
@@ -259,11 +300,17 @@ def _audio(
                 request.limits,
                 origins=() if video is None else video.origins or (video.start,),
                 end=None if video is None else video.duration,
+                begin=begin,
+                reader=None
+                if kept is None or video is None
+                else kept.sound(stream.number, request.limits.max_pixels),
             )
             if not len(track.samples):
                 return track
             out = np.asarray(allocate(track.samples.shape, np.float32), np.float32)
         except Exception as error:
+            if kept is not None:
+                kept.close_sound()
             # PyAV raises ValueError and the like too. An error of the plugin's own code goes on.
             known = isinstance(error, MediaError | MemoryError)
             if request.audio == "required" or not (known or by_decoder(error)):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -16,24 +15,17 @@ from vllm_mm_ext.errors import (
     BusyError,
     DecodeCrashError,
     DecodeTimeoutError,
-    InternalMediaError,
     MediaError,
 )
-from vllm_mm_ext.media.decode import wire
-from vllm_mm_ext.media.decode.gpu_seats import GpuSeats, visible_devices
-from vllm_mm_ext.media.decode.results import close_all, unpack
-from vllm_mm_ext.media.decode.wire_checks import MalformedMessageError, check_reservation
+from vllm_mm_ext.media.decode.conversation import WorkerDiedError, converse
+from vllm_mm_ext.media.decode.gpu_seats import GpuSeats
+from vllm_mm_ext.media.decode.pool_jobs import Job, Lane
+from vllm_mm_ext.media.decode.pool_queue import next_job
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
-logger = logging.getLogger("vllm.mm_ext")
-
 # Past this, more workers or threads gain little on one request and cost memory.
 _MAX_DEFAULT = 8
-
-
-class _WorkerDiedError(Exception):
-    """The worker ended in the middle of a job, or sent what no sound worker sends."""
 
 
 @dataclass
@@ -48,8 +40,6 @@ class PoolStats:
         jobs: Jobs that got a worker.
         busy: Jobs that have a worker now.
         waiting: Jobs that wait for a worker now.
-        on_gpu: Jobs whose frames a GPU decoded.
-        gpu_fallbacks: Jobs of the CPU because there was no GPU, or an error of it.
     """
 
     started: int = 0
@@ -59,8 +49,6 @@ class PoolStats:
     jobs: int = 0
     busy: int = 0
     waiting: int = 0
-    on_gpu: int = 0
-    gpu_fallbacks: int = 0
 
 
 class DecodePool:
@@ -68,8 +56,8 @@ class DecodePool:
 
     Workers start when first needed (``warm`` starts one) and are replaced when they die. Each job
     has a worker of its own. Jobs start in the order in which they came, in two lanes: decodes, and
-    probes, which are short and so never wait behind decodes. Safe from any thread and any event
-    loop.
+    probes, which are short and so never wait behind decodes. Jobs about spans of one file go to the
+    worker that has the file open (``pool_queue``). Safe from any thread and any event loop.
     """
 
     def __init__(self, workers: int = 0, threads: int = 0, gpu_sessions: int = 0) -> None:
@@ -84,18 +72,15 @@ class DecodePool:
         cores = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT)
         self.workers = workers or cores
         self._threads = threads or cores
-        # Executors take up what was submitted in that order.
-        self._probes = ThreadPoolExecutor(self.workers, thread_name_prefix="probe-pool")
-        self._decodes = ThreadPoolExecutor(self.workers, thread_name_prefix="decode-pool")
-        devices = visible_devices(os.environ) if gpu_sessions else ()
-        if gpu_sessions and not devices:
-            logger.warning("mm_ext: CUDA_VISIBLE_DEVICES names no GPU: the CPU decodes all videos.")
-        self._seats = GpuSeats(devices, gpu_sessions)
+        self._probes = Lane(self.workers, "probe-pool")
+        self._decodes = Lane(self.workers, "decode-pool")
+        self._seats = GpuSeats.of_server(gpu_sessions)
         self._idle: list[WorkerProcess] = []
         self._live: set[WorkerProcess] = set()
         self._stats = PoolStats()
         self._closed = False
         self._lock = threading.Lock()  # Guards all of the above.
+        self._changed = threading.Condition(self._lock)  # Of workers, and of jobs that wait.
 
     def warm(self) -> None:
         """Start one worker in the background, so that the first job need not wait for its start.
@@ -105,7 +90,7 @@ class DecodePool:
         """
         with self._lock:
             if not self._closed and not self._live:
-                self._probes.submit(self._start_idle)
+                self._probes.threads.submit(self._start_idle)
 
     async def run(
         self, fd: int, request: DecodeRequest, sized: Callable[[int], None] | None = None
@@ -138,9 +123,11 @@ class DecodePool:
         lane = self._probes if request.probe_only else self._decodes
         with self._lock:
             self._check_open()
-            job = _Job(os.dup(fd), request, sized)
-            future = lane.submit(self._run, job)
+            job, future = Job(os.dup(fd), request, sized), Future[DecodeResult]()
+            lane.jobs.append((job, future))
+            lane.threads.submit(self._run_next, lane)
             self._stats.waiting += 1
+            self._changed.notify_all()
         future.add_done_callback(partial(self._release, job))
         try:
             return await asyncio.wrap_future(future)
@@ -151,9 +138,9 @@ class DecodePool:
             del future  # It holds the error whose traceback holds this frame.
 
     def stats(self) -> dict[str, int]:
-        """``PoolStats`` as a dictionary."""
+        """``PoolStats`` as a dictionary, with what GPUs did."""
         with self._lock:
-            return asdict(self._stats)
+            return {**asdict(self._stats), **self._seats.stats()}
 
     def worker_pids(self) -> list[int]:
         """Process ids of the live workers, for accounting of their memory."""
@@ -167,25 +154,80 @@ class DecodePool:
             for worker in self._live:
                 worker.kill()
             idle, self._idle = self._idle, []
+            self._changed.notify_all()
         for worker in idle:
             self._discard(worker)
         for lane in (self._probes, self._decodes):
-            lane.shutdown(wait=False)
+            lane.threads.shutdown(wait=False)
 
     # --- one job, on a thread of its lane ---------------------------------------------------------
 
-    def _run(self, job: _Job) -> DecodeResult:
-        with self._lock:
+    def _run_next(self, lane: Lane) -> None:
+        """Do one of the jobs that wait: there is a call of this for each."""
+        taken = self._next(lane)
+        if taken is None:
+            return
+        job, future, worker = taken
+        try:
+            result = self._run(job, worker)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        finally:
+            # The error's traceback holds this frame.
+            del taken, future
+
+    def _next(self, lane: Lane) -> tuple[Job, Future[DecodeResult], WorkerProcess | None] | None:
+        """Wait until a job of the lane can start and take it out of the queue.
+
+        Returns:
+            The job, and the idle worker that has its file open, if there is one; None for a job
+            that was given up.
+        """
+        with self._changed:
+            while True:
+                number, seconds = self._choose(lane)
+                if number >= 0:
+                    break
+                self._changed.wait(seconds)
+            job, future = lane.jobs.pop(number)
+            if not future.set_running_or_notify_cancel():
+                return None
             self._leave_queue(job)
+            return job, future, self._holder(job)
+
+    def _choose(self, lane: Lane) -> tuple[int, float | None]:
+        """As ``next_job``, of the jobs of a lane. Call with the lock held."""
+        for number, (_, future) in enumerate(lane.jobs):
+            if self._closed or future.cancelled():
+                return number, 0.0
+        return next_job(
+            [job.place for job, _ in lane.jobs],
+            [worker.files for worker in self._live],
+            [worker.files for worker in self._idle],
+            time.monotonic(),
+        )
+
+    def _holder(self, job: Job) -> WorkerProcess | None:
+        """The idle worker that has a job's file open. Call with the lock held."""
+        for worker in self._idle:
+            if worker.files.holds(job.place.file, time.monotonic()) and worker.alive:
+                self._idle.remove(worker)
+                return worker
+        return None
+
+    def _run(self, job: Job, holder: WorkerProcess | None) -> DecodeResult:
+        with self._lock:
             self._check_wanted(job)
             self._stats.jobs += 1
             self._stats.busy += 1
         job.deadline = time.monotonic() + job.request.limits.timeout_s
         try:
             try:
-                worker = self._idle_worker(job.request.may_use_gpu) or self._new_worker()
-                return self._attempt(job, worker)
-            except _WorkerDiedError:
+                worker = holder or self._idle_worker(job.request.may_use_gpu)
+                return self._attempt(job, worker or self._new_worker())
+            except WorkerDiedError:
                 # That may be the machine's doing, or a rare fault: once more, in a fresh process,
                 # and without a GPU.
                 self._check_wanted(job)
@@ -193,7 +235,7 @@ class DecodePool:
                     job.request = replace(job.request, decoder="pyav")
             try:
                 return self._attempt(job, self._new_worker())
-            except _WorkerDiedError as error:
+            except WorkerDiedError as error:
                 self._check_wanted(job)
                 raise DecodeCrashError(
                     f"Two decoder processes ended while they worked on the media ({error})."
@@ -202,18 +244,23 @@ class DecodePool:
             with self._lock:
                 self._stats.busy -= 1
 
-    def _attempt(self, job: _Job, worker: WorkerProcess) -> DecodeResult:
+    def _attempt(self, job: Job, worker: WorkerProcess) -> DecodeResult:
         """Have a worker do a job; the worker is idle again afterwards, or gone."""
+        file = job.place.file
         with self._lock:
             job.worker = worker
+            job.known = worker.files.holds(file, time.monotonic())
+            worker.files.use(job.place, time.monotonic())
             if job.cancelled or self._closed:
                 worker.kill()
         reusable = False
         try:
             result = self._converse(job, worker)
             reusable = True
+            worker.files.use(job.place, time.monotonic())
             return result
         except MediaError as error:
+            worker.files.drop(file)
             # A worker that reports an error is in order; one that ran out of time is not.
             reusable = not isinstance(error, DecodeTimeoutError)
             raise
@@ -223,25 +270,21 @@ class DecodePool:
                 reusable = reusable and not job.cancelled and not self._closed
                 if reusable:
                     self._idle.append(worker)
+                    self._changed.notify_all()
             if not reusable:
                 self._discard(worker)
 
-    def _converse(self, job: _Job, worker: WorkerProcess) -> DecodeResult:
+    def _converse(self, job: Job, worker: WorkerProcess) -> DecodeResult:
         """Give a worker its job, hand on what it says of the result's size, take the result."""
         request = replace(job.request, threads=job.request.threads or self._threads)
+        if job.known:
+            # The worker has the packet table: megabytes for hours of video.
+            request = replace(request, info=None)
         try:
-            wire.send(worker.sock, wire.Job(request), [job.fd], job.deadline)
-            reply, fds = self._reply(job, worker)
-            if isinstance(reply, wire.Reserve):
-                check_reservation(reply.num_bytes, request)
-                self._tell_size(job, reply.num_bytes)
-                reply, fds = self._reply(job, worker)
-            if isinstance(reply, wire.Probed | wire.Decoded):
-                result = unpack(reply, fds, request)
-                self._count_gpu(result)
-                return result
-            if isinstance(reply, wire.Reserve):
-                raise MalformedMessageError("a worker reserved room twice")
+            sized = partial(self._tell_size, job)
+            result = converse(worker, request, job.fd, job.deadline, sized)
+            self._seats.count(result)
+            return result
         except TimeoutError as error:
             with self._lock:
                 self._stats.timed_out += 1
@@ -249,41 +292,14 @@ class DecodePool:
                 f"Decoding took longer than the limit of {request.limits.timeout_s:g} s "
                 "and was stopped."
             ) from error
-        except (EOFError, OSError, MalformedMessageError) as error:
+        except WorkerDiedError:
             with self._lock:
                 self._stats.died += not (job.cancelled or self._closed)
-            why = str(error) if isinstance(error, MalformedMessageError) else ""
-            raise _WorkerDiedError(why or f"exit status {worker.wait()}") from error
-        if isinstance(reply, wire.Failed):
-            raise reply.error()
-        logger.error("mm_ext: a decode worker failed: %s", reply.text)
-        raise InternalMediaError
-
-    def _reply(self, job: _Job, worker: WorkerProcess) -> tuple[wire.Reply, list[int]]:
-        """The next message of a worker, with as many descriptors as belong to it."""
-        most = wire.MAX_BYTES if job.request.probe_only else wire.MAX_RESULT_BYTES
-        reply, fds = wire.receive(worker.sock, wire.decode_reply, job.deadline, most)
-        if len(fds) != wire.num_arrays(reply):
-            close_all(fds)
-            raise MalformedMessageError("a worker sent descriptors that belong to no array")
-        return reply, fds
-
-    def _count_gpu(self, result: DecodeResult) -> None:
-        """Count what a GPU did or did not do; the first failure is logged, as for the rest."""
-        with self._lock:
-            self._stats.on_gpu += result.decoder == "nvdec"
-            self._stats.gpu_fallbacks += bool(result.decoder_note)
-            first = bool(result.decoder_note) and self._stats.gpu_fallbacks == 1
-        if first:
-            logger.warning(
-                "mm_ext: a video was decoded on the CPU instead of the GPU: %r. Further ones are "
-                "counted in /mm_ext/stats (gpu_fallbacks); `vllm-mm doctor` says what GPUs can do.",
-                result.decoder_note,
-            )
+            raise
 
     # --- shared state -----------------------------------------------------------------------------
 
-    def _tell_size(self, job: _Job, num_bytes: int) -> None:
+    def _tell_size(self, job: Job, num_bytes: int) -> None:
         """Tell the caller the size of the result, unless the caller has given the job up.
 
         No job waits for the media budget while it has a worker: the caller has the bytes already,
@@ -293,27 +309,28 @@ class DecodePool:
             if job.sized is not None and not job.cancelled:
                 job.sized(num_bytes)
 
-    def _leave_queue(self, job: _Job) -> None:
+    def _leave_queue(self, job: Job) -> None:
         """Call with the lock held."""
         self._stats.waiting -= job.queued
         job.queued = False
 
-    def _release(self, job: _Job, _: Future[DecodeResult]) -> None:
+    def _release(self, job: Job, _: Future[DecodeResult]) -> None:
         """Let go what a job held, when its future is done or cancelled."""
         os.close(job.fd)
         with self._lock:
             self._leave_queue(job)
+            self._changed.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
             raise BusyError("The server stops: it decodes no more media.")
 
-    def _check_wanted(self, job: _Job) -> None:
+    def _check_wanted(self, job: Job) -> None:
         self._check_open()
         if job.cancelled:
             raise CancelledError
 
-    def _cancel(self, job: _Job) -> None:
+    def _cancel(self, job: Job) -> None:
         with self._lock:
             job.cancelled = True
             self._stats.cancelled += 1
@@ -323,17 +340,17 @@ class DecodePool:
     def _idle_worker(self, with_gpu: bool) -> WorkerProcess | None:
         """The worker used last, as its memory is warm; None if there is none.
 
-        Args:
-            with_gpu: Whether one with a GPU comes first, or one without.
+        One that has files open is taken last: it may be wanted for them. Among the others, one with
+        a GPU comes first if ``with_gpu``, else one without.
         """
         with self._lock:
             while self._idle:
-                # The last one of the sort wanted; of two alike, `max` returns the first.
-                last = max(
-                    reversed(range(len(self._idle))),
-                    key=lambda i: (self._idle[i].seat is not None) == with_gpu,
+                # Of workers that are alike, `max` takes the first.
+                worker = max(
+                    reversed(self._idle),
+                    key=lambda one: (not len(one.files), (one.seat is not None) == with_gpu),
                 )
-                worker = self._idle.pop(last)
+                self._idle.remove(worker)
                 if worker.alive:
                     return worker
                 self._stats.died += 1
@@ -361,30 +378,6 @@ class DecodePool:
 
     def _discard(self, worker: WorkerProcess) -> None:
         worker.dispose()
-        with self._lock:
+        with self._changed:
             self._live.discard(worker)
-
-
-class _Job:
-    """One request on its way through the pool.
-
-    Attributes:
-        fd: Descriptor of the encoded media, owned by the job.
-        request: What to do.
-        sized: See ``DecodePool.run``.
-        queued: It waits for a worker.
-        deadline: ``time.monotonic()`` value at which the job is stopped, once it runs.
-        worker: Who works on it.
-        cancelled: Nobody waits for the result any more.
-    """
-
-    def __init__(
-        self, fd: int, request: DecodeRequest, sized: Callable[[int], None] | None
-    ) -> None:
-        self.fd = fd
-        self.request = request
-        self.sized = sized
-        self.queued = True
-        self.deadline = 0.0
-        self.worker: WorkerProcess | None = None
-        self.cancelled = False
+            self._changed.notify_all()

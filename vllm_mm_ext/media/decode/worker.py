@@ -22,11 +22,13 @@ import sys
 import threading
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
 import numpy.typing as npt
 
+from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.errors import (
     MediaError,
     MediaTooLargeError,
@@ -37,8 +39,11 @@ from vllm_mm_ext.media.decode import shared_array, wire
 from vllm_mm_ext.media.decode.container import describe
 from vllm_mm_ext.media.decode.decoders import nvdec_device
 from vllm_mm_ext.media.decode.job import run_job
+from vllm_mm_ext.media.decode.open_files import KEEP_S, OpenFiles
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
+# The share of its memory limit from which on a worker keeps no files open.
+_CROWDED = 0.7
 # How often to look whether the parent still lives, should a fork of it keep the socket open.
 _PARENT_CHECK_MS = 2000
 
@@ -73,18 +78,39 @@ def main(sock: socket.socket) -> None:
     """Do jobs until the pool closes its end of the socket."""
     nvdec_device.expendable = True
     threading.Thread(target=_die_with_parent, args=(sock, os.getppid()), daemon=True).start()
+    files = OpenFiles()
     while True:
+        if len(files) and not _waits(sock, KEEP_S):
+            files.close()
+            trim_when_due()
         try:
             job, (media,) = wire.receive(sock, wire.decode_job)
         except (EOFError, OSError):
             return
         try:
-            _serve(sock, job.request, media)
+            _serve(sock, job.request, media, files)
         finally:
             os.close(media)
+        taken = _address_space() - nvdec_device.address_space()
+        if taken > _CROWDED * job.request.limits.memory_bytes:
+            files.close()
+            trim_when_due()
 
 
-def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
+def _waits(sock: socket.socket, seconds: float) -> bool:
+    """Whether something can be read from a socket within so many seconds."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(1e3 * seconds))
+
+
+def _address_space() -> int:
+    """Bytes of address space of this process, which its memory limit counts."""
+    pages, _, _ = Path("/proc/self/statm").read_text().partition(" ")
+    return int(pages) * resource.getpagesize()
+
+
+def _serve(sock: socket.socket, request: DecodeRequest, media: int, files: OpenFiles) -> None:
     """Do one job and send the answer."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = request.limits.memory_bytes
@@ -96,7 +122,13 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
         wire.send(sock, wire.Reserve(num_bytes))
 
     try:
-        result = run_job(f"/proc/self/fd/{media}", request, memory.allocate, reserve)
+        kept = files.of(request, media)
+        path = f"/proc/self/fd/{media}" if kept is None else kept.path
+        try:
+            result = run_job(path, request, memory.allocate, reserve, kept)
+        except BaseException:
+            files.drop(request)
+            raise
         _answer(sock, request, result, memory)
     except MediaError as error:
         wire.send(sock, wire.Failed.of(error))

@@ -11,6 +11,7 @@ from socket import socketpair
 
 from vllm_mm_ext.media.decode.decoders.nvdec_device import VISIBLE_DEVICES
 from vllm_mm_ext.media.decode.gpu_seats import Seat
+from vllm_mm_ext.media.decode.pool_queue import HeldFiles
 
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
 # What a worker gets of the server's environment: what programs and Python are found by, language,
@@ -33,11 +34,13 @@ class WorkerProcess:
     Attributes:
         sock: The pool's end of the socket, for ``wire``.
         seat: As given; given back when the worker is disposed of.
+        files: The files that the worker keeps open; the pool's lock guards them.
     """
 
     def __init__(self, seat: Seat | None = None) -> None:
         self.seat = seat
         self.sock, theirs = socketpair()
+        self.files = HeldFiles()
         with theirs:
             self._process = subprocess.Popen(
                 # -P: no modules from the directory the server happens to run in.

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from vllm_mm_ext.errors import UnreadableMediaError
 from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.decoders.kept_reader import KeptReader
 from vllm_mm_ext.media.decode.probe import check_pixels
 from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PictureRules
 
@@ -32,9 +33,12 @@ class Decoder(ABC):
     Attributes:
         name: The backend; after a ``decode``, the one that decoded.
         note: Why a GPU that was to decode did not; empty where all went as planned.
+        kept: The file, which this process keeps open between jobs and has checked; a backend may
+            read it instead of opening the file anew.
     """
 
     name: str
+    kept: KeptReader | None = None
 
     def __init__(
         self, max_pixels: int, *, picture: PictureRules = AS_PLAYERS, keep_bytes: int = 0
@@ -76,7 +80,7 @@ class Decoder(ABC):
                 was probed.
             MediaTooLargeError: Its pictures have more than ``max_pixels``.
         """
-        check_file(path, info, self._max_pixels)
+        self._check(path, info)
         return self._decode(
             path, info, indices, size, out, threads, set() if seen is None else seen
         )
@@ -101,8 +105,12 @@ class Decoder(ABC):
         Raises:
             UnreadableMediaError, MediaTooLargeError: As ``decode``.
         """
-        check_file(path, info, self._max_pixels)
+        self._check(path, info)
         return self._thumbnails(path, info, indices, edge, threads)
+
+    def _check(self, path: str, info: MediaInfo) -> None:
+        if self.kept is None:
+            check_file(path, info, self._max_pixels)
 
     @abstractmethod
     def _decode(
