@@ -183,3 +183,18 @@ async def test_auto_sends_to_the_gpu_what_the_configuration_says_was_measured(tm
             assert len(result.frames) == frames
             assert runtime.stats()["decode"]["on_gpu"] == on_gpu
         runtime.close()
+
+
+async def test_spans_of_a_file_that_stays_open_show_the_same_pictures(tmp_path, pool):
+    path = clip(tmp_path, "h264-bframes")
+    whole = await decode(pool, path, range(60))
+    for span in (0.0, 1.0), (0.8, 1.8), (1.6, 2.0):
+        spec = SamplingSpec(fps=10, max_frames=100, min_frames=1, span=span)
+        request = DecodeRequest(sampling=spec, decoder="nvdec", limits=LIMITS, content="a" * 64)
+        with open(path, "rb") as file:
+            part = await pool.run(file.fileno(), request)
+        assert (part.decoder, part.decoder_note) == ("nvdec", "")
+        rows = part.selection.indices + round(
+            30 * span[0]
+        )  # They count from the start of the span.
+        np.testing.assert_array_equal(part.frames, whole.frames[rows])
