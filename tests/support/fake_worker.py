@@ -14,7 +14,8 @@ from vllm_mm_ext.media.types import DecodeRequest
 class FakeWorker:
     """Stands in for ``WorkerProcess``; ``talk`` says what the worker does with a job."""
 
-    def __init__(self) -> None:
+    def __init__(self, seat: object = None) -> None:
+        self.seat = seat
         self.sock, self._theirs = socket.socketpair()
         self.pid = id(self)
         self.files = HeldFiles()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata as md
+import subprocess
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,13 @@ from vllm_mm_ext.adapters.media import request_budgets
 from vllm_mm_ext.adapters.names import encoder_cache_names as vllm_names_encoder_cache
 from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.scheduler import choice
-from vllm_mm_ext.tools.cli.doctor import check_bounds, check_engine_parts, check_features
+from vllm_mm_ext.tools.cli import doctor as doctor_module
+from vllm_mm_ext.tools.cli.doctor import (
+    check_bounds,
+    check_engine_parts,
+    check_features,
+    check_gpu_decoding,
+)
 from vllm_mm_ext.tools.cli.main import app
 
 
@@ -99,3 +107,27 @@ def test_the_changes_to_vllm_can_be_listed() -> None:
     assert "planning (vLLM >=0.32, made)" in done.stdout
     assert "BaseRenderer.render_chat_async" in done.stdout
     assert "until  vLLM's configuration can name the class of the block pool" in done.stdout
+
+
+def test_doctor_says_what_the_gpu_decodes_or_why_none_does() -> None:
+    finding = check_gpu_decoding()
+    assert not finding.fatal
+    if finding.ok:
+        assert "h264" in finding.detail
+    else:
+        assert finding.detail.startswith("the CPU decodes: ")
+        assert "driver" in finding.detail or "GPU" in finding.detail
+
+
+def test_a_probe_of_the_gpu_that_dies_or_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = subprocess.run
+    for command, said in {"exit 139": "status 139", "sleep 9": "within 1 s"}.items():
+
+        def run(_: list[str], command: str = command, **options: Any) -> Any:
+            return program(["sh", "-c", command], **options)
+
+        monkeypatch.setattr(doctor_module, "_GPU_TIMEOUT_S", 1)
+        monkeypatch.setattr(doctor_module.subprocess, "run", run)
+        finding = check_gpu_decoding()
+        monkeypatch.undo()
+        assert said in finding.detail

@@ -53,11 +53,48 @@ class SamplingConfig(Section):
         return self
 
 
+class NvdecThresholds(Section):
+    """What `backend: auto` decodes on a GPU, by codec; nothing by default.
+
+    A number is that of the megapixels that must be decoded at least to get a video's frames: the
+    pictures from each keyframe needed up to the last wanted frame behind it, times their size.
+    `vllm-mm bench decoders` measures on a machine with a GPU from how many on the GPU is the faster
+    one, and prints these settings.
+    """
+
+    h264: float | None = Field(None, gt=0, description="Megapixels of H.264; null: on the CPU.")
+    hevc: float | None = Field(None, gt=0, description="Megapixels of HEVC; null: on the CPU.")
+    vp9: float | None = Field(None, gt=0, description="Megapixels of VP9; null: on the CPU.")
+    av1: float | None = Field(None, gt=0, description="Megapixels of AV1; null: on the CPU.")
+
+
+class NvdecConfig(Section):
+    """Decoding on the video engines of NVIDIA GPUs, those that `CUDA_VISIBLE_DEVICES` names."""
+
+    sessions: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Decode workers per GPU and API server that may use the GPU. Each holds a CUDA "
+        "context there, which takes memory that `--gpu-memory-utilization` must leave free.",
+    )
+    memory_mb: int = Field(
+        512,
+        ge=16,
+        le=1 << 16,
+        description="GPU memory for the pictures of one worker, beside the context, MiB; a video "
+        "that needs more is decoded on the CPU.",
+    )
+    from_megapixels: NvdecThresholds = Field(default_factory=NvdecThresholds)
+
+
 class DecodeConfig(Section):
     """The pool of decode worker processes and its hard limits per job."""
 
-    backend: Literal["auto", "pyav", "decord"] = Field(
-        "auto", description="Decoder; `auto` is the measured best (docs/decoders.md)."
+    backend: Literal["auto", "pyav", "decord", "nvdec"] = Field(
+        "auto",
+        description="Decoder; `auto` is the measured best (docs/decoders.md). `nvdec`: on a GPU "
+        "what the GPU can decode; the rest, and what fails there, on the CPU.",
     )
     workers: int = Field(
         0,
@@ -82,6 +119,7 @@ class DecodeConfig(Section):
     max_output_mb: int = Field(
         1024, ge=16, le=1 << 16, description="Decoded frames of one video, MiB; more is refused."
     )
+    nvdec: NvdecConfig = Field(default_factory=NvdecConfig)
 
 
 class CacheConfig(Section):

@@ -21,6 +21,7 @@ from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.audio import waveforms as audio_ops
 from vllm_mm_ext.media.audio.stream_choice import chosen_audio
 from vllm_mm_ext.media.cache import ByteBudgetCache, SingleFlight
+from vllm_mm_ext.media.decode.gpu_seats import gpu_rules
 from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_lease import Lease
@@ -79,7 +80,8 @@ class MediaFrontend:
         self.config = config
         self.traits = traits
         decode, sound = config.decode, config.audio
-        self.pool = DecodePool(workers=decode.workers, threads=decode.threads)
+        self.gpu, sessions = gpu_rules(decode)
+        self.pool = DecodePool(decode.workers, decode.threads, gpu_sessions=sessions)
         self.cache: ByteBudgetCache[str, VideoResult | AudioResult] = ByteBudgetCache(
             config.cache.decoded_mb * MIB,
             lambda value: value.nbytes,
@@ -258,6 +260,7 @@ class MediaFrontend:
             size=plan.size,
             audio="optional" if plan.audio else "none",
             decoder=self.config.decode.backend,
+            gpu=self.gpu,
             threads=self.config.decode.threads,
             limits=self.limits,
             picture=self.picture,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 PolicyName = Literal["uniform", "keyframe", "adaptive", "explicit"]
-DecoderName = Literal["auto", "pyav", "decord"]
+DecoderName = Literal["auto", "pyav", "decord", "nvdec"]
 # What became of the sound of a video, where not all of it is delivered: it goes on past a limit; no
 # decoder takes it; nothing of it can be decoded; it has an absurd rate or needs too much memory; it
 # is too short for any model; no sample of it belongs to the picture.
@@ -30,7 +30,7 @@ class VideoStream:
         is_vfr: True when the gaps between presentation times are uneven.
         num_frames: Presentable frames (frames that an edit list hides do not count).
         duration: Seconds from the start of the first frame to the end of the last.
-        pixel_format: FFmpeg pixel format name; empty where the headers do not give one.
+        pixel_format: FFmpeg pixel format name, of the first picture; empty if nothing gives one.
         start: Seconds on the container's clock at which the first frame is shown. The times of the
             packet table and of sound count from here.
         mirrored: The picture is mirrored left to right for display, before it is rotated.
@@ -300,6 +300,24 @@ class DecodeLimits:
 
 
 @dataclass(frozen=True)
+class GpuRules:
+    """How a decode worker uses a GPU's video engines.
+
+    Attributes:
+        memory_bytes: Most GPU memory for the pictures of one worker; the CUDA context is beside it.
+        from_megapixels: For each codec of which ``auto`` gives files to the GPU, how many
+            megapixels have to be decoded at least to get the wanted frames.
+    """
+
+    memory_bytes: int = 512 << 20
+    from_megapixels: tuple[tuple[str, float], ...] = ()
+
+
+NO_RULES = GpuRules()
+"""Of itself, no file is worth a GPU."""
+
+
+@dataclass(frozen=True)
 class DecodeRequest:
     """One job for a decode worker over one encoded file.
 
@@ -309,6 +327,7 @@ class DecodeRequest:
         audio: ``required`` (a file without readable sound is an error), ``optional`` (sound that
             cannot be had is left out, and ``DecodeResult.audio_note`` says why) or ``none``.
         decoder: Decoder backend; ``auto`` picks the one that measured best.
+        gpu: How a GPU is used, by ``nvdec`` and ``auto``.
         threads: FFmpeg threads, 0 for one per core.
         probe_only: Return only ``info``, packet table included.
         info: What an earlier probe of the same file returned; the container is not read again.
@@ -331,6 +350,15 @@ class DecodeRequest:
     picture: PictureRules = AS_PLAYERS
     audio_stream: int | None = None
     content: str = ""
+    gpu: GpuRules = NO_RULES
+
+    @property
+    def may_use_gpu(self) -> bool:
+        """Whether a GPU may decode frames for this job."""
+        wanted = self.decoder == "nvdec" or (
+            self.decoder == "auto" and bool(self.gpu.from_megapixels)
+        )
+        return wanted and self.sampling is not None and not self.probe_only
 
 
 @dataclass(eq=False)
@@ -347,6 +375,7 @@ class DecodeResult:
             with the sound itself.
         audio_rate: Sampling rate of ``audio`` in Hz (the stream's own rate).
         decoder: Name of the backend that decoded.
+        decoder_note: Why a GPU that was to decode did not; empty where all went as planned.
         timings: Stage name to seconds: ``probe``, ``profile``, ``decode``, ``audio``.
         audio_note: What became of optional sound that is not there as a whole.
     """
@@ -357,5 +386,6 @@ class DecodeResult:
     audio: npt.NDArray[np.float32] | None = None
     audio_rate: int = 0
     decoder: str = ""
+    decoder_note: str = ""
     timings: dict[str, float] = field(default_factory=dict)
     audio_note: AudioNote = ""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from fake_worker import FakeWorker
@@ -339,6 +340,10 @@ LIES: dict[str, Callable[[], tuple[list[bytes], list[int]]]] = {
     "too long for a result": lambda: ([struct.pack("<I", wire.MAX_RESULT_BYTES + 1)], []),
     "pickle": lambda: ([struct.pack("<I", 5), b"\x80\x04N.."], []),
     "a probe": lambda: ([framed(PROBED)], []),
+    "an endless note": lambda: (
+        [framed(msgspec.structs.replace(DECODED, decoder_note="x" * 5000))],
+        [memory(144), memory(32)],
+    ),
     "no memory": lambda: ([framed(DECODED)], []),
     "half of the memory": lambda: ([framed(DECODED)], [memory(144)]),
     "memory of nothing": lambda: ([framed(wire.Broken("x"))], [memory(144)]),

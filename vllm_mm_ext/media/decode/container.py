@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import av
+from av.codec.hwaccel import HWAccel
 from av.container import InputContainer
 
 from vllm_mm_ext.errors import UnreadableMediaError, UnsupportedFormatError
@@ -21,7 +22,9 @@ _PROTOCOLS = "file"
 
 
 @contextmanager
-def open_container(path: str, *, max_pixels: int, guess: bool = False) -> Iterator[InputContainer]:
+def open_container(
+    path: str, *, max_pixels: int, guess: bool = False, hardware: HWAccel | None = None
+) -> Iterator[InputContainer]:
     """Open ``path`` for reading and close it afterwards.
 
     Args:
@@ -30,6 +33,7 @@ def open_container(path: str, *, max_pixels: int, guess: bool = False) -> Iterat
         guess: Let FFmpeg decode the first frames, to learn the audio parameters and the reordering
             delay of files whose headers leave them out. Opening 720p H.264 then takes some 30 ms
             instead of under 1 ms.
+        hardware: What decodes the file's streams instead of FFmpeg's own decoders, where it can.
 
     Raises:
         UnsupportedFormatError: FFmpeg knows the format, but the format is not on the allow-list.
@@ -45,7 +49,7 @@ def open_container(path: str, *, max_pixels: int, guess: bool = False) -> Iterat
         # No decoder has this name, so avformat_find_stream_info cannot decode.
         options["codec_whitelist"] = "none"
     try:
-        container = av.open(path, options=options, metadata_errors="replace")
+        container = av.open(path, options=options, metadata_errors="replace", hwaccel=hardware)
     except av.error.ArgumentError as error:
         # FFmpeg's error for a format that is not on the whitelist.
         raise UnsupportedFormatError(

@@ -78,6 +78,7 @@ def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) 
         video,
         width=width,
         height=height,
+        pixel_format=video.pixel_format if picture is None else picture.format.name,
         rotation=rotation,
         mirrored=mirrored,
         sample_aspect=shape,

@@ -121,6 +121,8 @@ def _decode(
         max_pixels=request.limits.max_pixels,
         picture=request.picture,
         keep_bytes=keep_bytes,
+        gpu=request.gpu,
+        seconds=request.limits.timeout_s / 4,
     )
     if kept is not None:
         decoder.kept = kept.video(whole, request)
@@ -266,7 +268,7 @@ def _frames(
             step=selection.step if np.array_equal(rows, chosen[: len(rows)]) else None,
         )
     result.frames, result.selection = out[: len(rows)], selection
-    result.decoder = decoder.name
+    result.decoder, result.decoder_note = decoder.name, decoder.note
 
 
 def _audio(

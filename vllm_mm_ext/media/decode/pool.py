@@ -17,6 +17,7 @@ from vllm_mm_ext.errors import (
     DecodeTimeoutError,
     MediaError,
 )
+from vllm_mm_ext.media.decode.gpu_seats import GpuSeats
 from vllm_mm_ext.media.decode.pool_jobs import Job, Lane
 from vllm_mm_ext.media.decode.pool_queue import next_job
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
@@ -59,19 +60,21 @@ class DecodePool:
     worker that has the file open (``pool_queue``). Safe from any thread and any event loop.
     """
 
-    def __init__(self, workers: int = 0, threads: int = 0) -> None:
+    def __init__(self, workers: int = 0, threads: int = 0, gpu_sessions: int = 0) -> None:
         """Start nothing yet.
 
         Args:
             workers: Most decodes at a time, and most probes beside them; 0 for one per core, at
                 most 8.
             threads: Decoding threads of a job whose request leaves them open; 0 likewise.
+            gpu_sessions: Workers that may use a GPU, for each GPU that the server sees.
         """
         cores = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT)
         self.workers = workers or cores
         self._threads = threads or cores
         self._probes = Lane(self.workers, "probe-pool")
         self._decodes = Lane(self.workers, "decode-pool")
+        self._seats = GpuSeats.of_server(gpu_sessions)
         self._idle: list[WorkerProcess] = []
         self._live: set[WorkerProcess] = set()
         self._stats = PoolStats()
@@ -135,9 +138,9 @@ class DecodePool:
             del future  # It holds the error whose traceback holds this frame.
 
     def stats(self) -> dict[str, int]:
-        """``PoolStats`` as a dictionary."""
+        """``PoolStats`` as a dictionary, with what GPUs did."""
         with self._lock:
-            return asdict(self._stats)
+            return {**asdict(self._stats), **self._seats.stats()}
 
     def worker_pids(self) -> list[int]:
         """Process ids of the live workers, for accounting of their memory."""
@@ -222,10 +225,14 @@ class DecodePool:
         job.deadline = time.monotonic() + job.request.limits.timeout_s
         try:
             try:
-                return self._attempt(job, holder or self._idle_worker() or self._new_worker())
+                worker = holder or self._idle_worker(job.request.may_use_gpu)
+                return self._attempt(job, worker or self._new_worker())
             except WorkerDiedError:
-                # That may be the machine's doing, or a rare fault: once more, in a fresh process.
+                # That may be the machine's doing, or a rare fault: once more, in a fresh process,
+                # and without a GPU.
                 self._check_wanted(job)
+                if job.request.may_use_gpu:
+                    job.request = replace(job.request, decoder="pyav")
             try:
                 return self._attempt(job, self._new_worker())
             except WorkerDiedError as error:
@@ -274,7 +281,10 @@ class DecodePool:
             # The worker has the packet table: megabytes for hours of video.
             request = replace(request, info=None)
         try:
-            return converse(worker, request, job.fd, job.deadline, partial(self._tell_size, job))
+            sized = partial(self._tell_size, job)
+            result = converse(worker, request, job.fd, job.deadline, sized)
+            self._seats.count(result)
+            return result
         except TimeoutError as error:
             with self._lock:
                 self._stats.timed_out += 1
@@ -327,15 +337,19 @@ class DecodePool:
             if job.worker is not None:
                 job.worker.kill()
 
-    def _idle_worker(self) -> WorkerProcess | None:
+    def _idle_worker(self, with_gpu: bool) -> WorkerProcess | None:
         """The worker used last, as its memory is warm; None if there is none.
 
-        One that has files open is taken last: it may be wanted for them.
+        One that has files open is taken last: it may be wanted for them. Among the others, one with
+        a GPU comes first if ``with_gpu``, else one without.
         """
         with self._lock:
             while self._idle:
-                free = [worker for worker in self._idle if not len(worker.files)]
-                worker = (free or self._idle)[-1]
+                # Of workers that are alike, `max` takes the first.
+                worker = max(
+                    reversed(self._idle),
+                    key=lambda one: (not len(one.files), (one.seat is not None) == with_gpu),
+                )
                 self._idle.remove(worker)
                 if worker.alive:
                     return worker
@@ -354,7 +368,9 @@ class DecodePool:
             self._discard(worker)
 
     def _new_worker(self) -> WorkerProcess:
-        worker = WorkerProcess()  # Without the lock: an event loop may wait for that one.
+        worker = WorkerProcess(
+            self._seats.take()
+        )  # Without the lock: an event loop may wait for that one.
         with self._lock:
             self._live.add(worker)
             self._stats.started += 1

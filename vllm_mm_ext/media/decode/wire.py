@@ -49,7 +49,7 @@ MAX_RESULT_BYTES = 1 << 20
 _HEADER = struct.Struct("<I")
 _MAX_FDS = 2
 # What can have decoded frames; nothing has where there are none.
-_DECODERS = frozenset({"", "pyav", "decord"})
+_DECODERS = frozenset({"", "pyav", "decord", "nvdec"})
 # Characters of an error message.
 _MAX_TEXT = 4096
 
@@ -100,6 +100,7 @@ class Decoded(_Message):
         decoder: Backend that decoded.
         timings: Stage name to seconds.
         audio_note: What became of optional sound that is not there as a whole.
+        decoder_note: Why a GPU that was to decode did not.
     """
 
     info: MediaInfo
@@ -110,6 +111,7 @@ class Decoded(_Message):
     decoder: str
     timings: dict[str, float]
     audio_note: AudioNote = ""
+    decoder_note: str = ""
 
 
 class Failed(_Message):
@@ -229,6 +231,7 @@ def check_result(result: Probed | Decoded, request: DecodeRequest) -> None:
     if isinstance(result, Decoded):
         require(result.info.packets is None, "packet table of a decoded file")
         require(result.decoder in _DECODERS, "name of a decoder")
+        require(len(result.decoder_note) <= _MAX_TEXT, "length of a note")
         check_frames(result.frames, result.selection, result.info, request)
         check_sound(result.samples, result.audio_rate, request)
 

@@ -37,6 +37,7 @@ from vllm_mm_ext.errors import (
 )
 from vllm_mm_ext.media.decode import shared_array, wire
 from vllm_mm_ext.media.decode.container import describe
+from vllm_mm_ext.media.decode.decoders import nvdec_device
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.open_files import KEEP_S, OpenFiles
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
@@ -75,6 +76,7 @@ class _SharedAllocator:
 
 def main(sock: socket.socket) -> None:
     """Do jobs until the pool closes its end of the socket."""
+    nvdec_device.expendable = True
     threading.Thread(target=_die_with_parent, args=(sock, os.getppid()), daemon=True).start()
     files = OpenFiles()
     while True:
@@ -89,7 +91,8 @@ def main(sock: socket.socket) -> None:
             _serve(sock, job.request, media, files)
         finally:
             os.close(media)
-        if _address_space() > _CROWDED * job.request.limits.memory_bytes:
+        taken = _address_space() - nvdec_device.address_space()
+        if taken > _CROWDED * job.request.limits.memory_bytes:
             files.close()
         # Probes and decodes leave tens of megabytes behind, more for longer files.
         trim_when_due()
@@ -111,7 +114,8 @@ def _address_space() -> int:
 def _serve(sock: socket.socket, request: DecodeRequest, media: int, files: OpenFiles) -> None:
     """Do one job and send the answer."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    ceiling = request.limits.memory_bytes
+    limit = request.limits.memory_bytes
+    ceiling = limit + nvdec_device.address_space()
     resource.setrlimit(resource.RLIMIT_AS, (ceiling if hard < 0 else min(ceiling, hard), hard))
     memory = _SharedAllocator()
 
@@ -132,7 +136,7 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int, files: OpenF
     except MemoryError:
         # Also of FFmpeg, whose MemoryError is an error of both kinds.
         too_large = MediaTooLargeError(
-            f"Decoding the media needs more memory than the limit of {ceiling} bytes."
+            f"Decoding the media needs more memory than the limit of {limit} bytes."
         )
         wire.send(sock, wire.Failed.of(too_large))
     except av.FFmpegError as error:
@@ -173,6 +177,7 @@ def _answer(
         decoder=result.decoder,
         timings=result.timings,
         audio_note=result.audio_note,
+        decoder_note=result.decoder_note,
     )
     arrays = [array for array in (frames, audio) if array is not None]
     wire.send(sock, message, [memory.fd_of(array) for array in arrays])

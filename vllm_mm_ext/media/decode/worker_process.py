@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from socket import socketpair
 
+from vllm_mm_ext.media.decode.decoders.nvdec_device import VISIBLE_DEVICES
+from vllm_mm_ext.media.decode.gpu_seats import Seat
 from vllm_mm_ext.media.decode.pool_queue import HeldFiles
 
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
@@ -18,18 +20,25 @@ _PACKAGE_ROOT = str(Path(__file__).parents[3])
 _PASSED = frozenset(
     {"PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD"}
 )
+# What decides which GPU a number names, and whether processes share it through a daemon.
+_PASSED_WITH_GPU = frozenset({"CUDA_DEVICE_ORDER", "CUDA_MPS_PIPE_DIRECTORY"})
 _PASSED_PREFIXES = ("LC_", "PYTHON", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_")
 
 
 class WorkerProcess:
     """One worker process; making the object starts the process.
 
+    Args:
+        seat: The GPU that the worker may use; None for none.
+
     Attributes:
         sock: The pool's end of the socket, for ``wire``.
+        seat: As given; given back when the worker is disposed of.
         files: The files that the worker keeps open; the pool's lock guards them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seat: Seat | None = None) -> None:
+        self.seat = seat
         self.sock, theirs = socketpair()
         self.files = HeldFiles()
         with theirs:
@@ -44,7 +53,7 @@ class WorkerProcess:
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=worker_environment(os.environ),
+                env=worker_environment(os.environ, None if seat is None else seat.device),
             )
 
     @property
@@ -74,19 +83,25 @@ class WorkerProcess:
         """End the process and close the socket."""
         self.wait()
         self.sock.close()
+        if self.seat is not None:
+            self.seat.release()
 
 
-def worker_environment(server: Mapping[str, str]) -> dict[str, str]:
+def worker_environment(server: Mapping[str, str], gpu: str | None = None) -> dict[str, str]:
     """The environment of a worker.
 
     Args:
         server: The environment of the server.
+        gpu: The GPU that the worker may use, as ``CUDA_VISIBLE_DEVICES`` names it.
     """
     passed = {
         name: value
         for name, value in server.items()
         if name in _PASSED or name.startswith(_PASSED_PREFIXES)
     }
+    if gpu is not None:
+        passed |= {name: server[name] for name in _PASSED_WITH_GPU & server.keys()}
+        passed[VISIBLE_DEVICES] = gpu
     paths = [_PACKAGE_ROOT, *filter(None, [server.get("PYTHONPATH")])]
     # Each malloc arena takes 64 MB of address space, which the memory limit counts.
     return {**passed, "PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2"}

@@ -107,6 +107,7 @@ def _unpack(
         decoder=reply.decoder,
         timings=reply.timings,
         audio_note=reply.audio_note,
+        decoder_note=reply.decoder_note,
     )
 
 

@@ -1,4 +1,7 @@
-"""Time from file to frames: each decoder backend against stock vLLM's OpenCV loader."""
+"""Time from file to frames: each decoder backend against stock vLLM's OpenCV loader.
+
+On a machine with a GPU, NVDEC is measured beside PyAV too.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import numpy.typing as npt
 from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.types import DecodeLimits, DecoderName
+from vllm_mm_ext.tools.bench import gpu_thresholds
 from vllm_mm_ext.tools.bench.bench_clips import cached_clip
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
 
@@ -82,6 +86,18 @@ def run(context: BenchContext) -> BenchResult:
         "the plugin's times include its probe.",
         "A backend that refuses a file because it would return wrong frames has no time.",
     ]
+    why_not = gpu_thresholds.why_no_gpu()
+    if why_not:
+        notes.append(f"NVDEC was not measured: {why_not}.")
+    else:
+        points: list[gpu_thresholds.Point] = []
+        with context.steps("nvdec", len(CASES)) as begin:
+            for case in CASES:
+                begin(case.label)
+                found = list(gpu_thresholds.measure(case.clip(context.work_dir), context.repeats))
+                rows += gpu_thresholds.rows_of(case.label, found)
+                points += found
+        notes += gpu_thresholds.findings(points)
     return BenchResult("decoders", rows, notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata as md
+import json
 import os
 import platform
 import subprocess
@@ -51,6 +52,8 @@ OVERRIDING = (
     "vllm_mm_ext.adapters.encoder_cache.cuda_connector:CostAwareScheduler",
 )
 BOUNDED = ("transformers", "torchcodec")
+# A driver that wakes all GPUs of a large machine takes some seconds.
+_GPU_TIMEOUT_S = 60
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 
@@ -86,6 +89,29 @@ def check_imports() -> list[Finding]:
         ok = done.returncode == 0
         findings.append(Finding(f"import {module}", ok, "" if ok else last, fatal=True))
     return findings
+
+
+def check_gpu_decoding() -> Finding:
+    """What the video engines of the first visible GPU decode, or why there are none.
+
+    In a process of its own, as the driver may kill it, and as a CUDA context takes memory.
+    """
+    command = [sys.executable, "-m", "vllm_mm_ext.media.decode.decoders.nvdec_device"]
+    name = "video decoding on a GPU"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GPU_TIMEOUT_S)
+        said = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return Finding(name, False, f"the driver did not answer within {_GPU_TIMEOUT_S} s")
+    except ValueError:
+        return Finding(name, False, f"the probe of the driver ended with status {done.returncode}")
+    if "problem" in said:
+        return Finding(name, False, f"the CPU decodes: {said['problem']}")
+    kinds = [
+        f"{able['codec']} {able['chroma']} {able['bits']} bit ({able['engines'] or '?'} engines)"
+        for able in said["abilities"]
+    ]
+    return Finding(name, True, f"{said['name']}: {', '.join(kinds)}")
 
 
 def check_bounds() -> list[Finding]:
@@ -240,6 +266,7 @@ def doctor(patches: bool = False) -> None:
         *check_imports(),
         *check_bounds(),
         *check_registration(),
+        check_gpu_decoding(),
     ]
     if not any(f.fatal and not f.ok for f in findings):
         findings += [*check_features(), *check_engine_parts()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +31,13 @@ class Decoder(ABC):
             the next ``decode``, which then need not decode them again.
 
     Attributes:
+        name: The backend; after a ``decode``, the one that decoded.
+        note: Why a GPU that was to decode did not; empty where all went as planned.
         kept: The file, which this process keeps open between jobs and has checked; a backend may
             read it instead of opening the file anew.
     """
 
-    name: ClassVar[str]
+    name: str
     kept: KeptReader | None = None
 
     def __init__(
@@ -45,6 +46,7 @@ class Decoder(ABC):
         self._max_pixels = max_pixels
         self._picture = picture
         self._keep_bytes = keep_bytes
+        self.note = ""
 
     def decode(
         self,

@@ -63,6 +63,9 @@ class Reader:
         guess: See ``open_container``.
     """
 
+    # Whether an error of the decoder is raised; else the packet counts as broken.
+    strict = False
+
     def __init__(
         self, path: str, stream: int, max_pixels: int, threads: int, *, guess: bool = False
     ) -> None:
@@ -129,7 +132,7 @@ class Reader:
         except av.EOFError:
             return []
         except av.FFmpegError as error:
-            if isinstance(error, MemoryError):
+            if self.strict or isinstance(error, MemoryError):
                 raise
             return []
 
