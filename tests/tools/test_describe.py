@@ -161,7 +161,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def describe(replay: Replay, *arguments: object) -> Result:
-    return runner.invoke(app, ["describe", *map(str, arguments), "--url", replay.url])
+    # A URL without a path is that of a server: `/v1` is added.
+    url = replay.url.removesuffix("/v1")
+    return runner.invoke(app, ["describe", *map(str, arguments), "--url", url])
 
 
 def test_a_question_is_answered_on_stdout_and_windows_without_notes_are_named_on_stderr(
@@ -301,7 +303,18 @@ def test_a_server_without_the_plugin_is_told_apart(replay: Replay, clip: Path) -
     replay.block = None
     result = describe(replay, clip, "-q", "What?")
     assert result.exit_code == 0
-    assert "did not report any windows" in result.stderr
+    assert "did not report any windows: it may run without the plugin" in result.stderr
+
+
+def test_an_answer_in_one_pass_is_told_and_makes_a_page_without_a_timeline(
+    replay: Replay, clip: Path, tmp_path: Path
+) -> None:
+    replay.block = {"long_video": {"strategy": "single"}}
+    out = tmp_path / "out.html"
+    result = describe(replay, clip, "-q", "What?", "--page", out)
+    assert result.exit_code == 0
+    assert "did not report any windows: it answered in one pass" in result.stderr
+    assert "Timeline" not in out.read_text()
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from pydantic import ValidationError
@@ -153,6 +154,8 @@ def _client(
     import openai
 
     if url is not None:
+        if not urlsplit(url).path.strip("/"):
+            url = f"{url.rstrip('/')}/v1"
         client = openai.OpenAI(base_url=url, api_key=api_key, max_retries=0, timeout=_SILENCE_S)
         with client:
             yield client, model or served_model(client)
@@ -212,10 +215,11 @@ def _warn(console: Console, description: Description) -> None:
             f"[yellow]{len(lost)} windows have no note:[/] {times}{more}: {escape(reason)}",
             highlight=False,
         )
-    if description.strategy is None:
-        console.print(
-            "[yellow]the server did not report any windows:[/] it may run without the plugin"
-        )
+    if not description.windows:
+        reason = "it may run without the plugin"
+        if description.strategy is not None:
+            reason = "it answered in one pass"
+        console.print(f"[yellow]the server did not report any windows:[/] {reason}")
 
 
 def _write(description: Description, format_: Format, output: Path | None) -> None:

@@ -52,11 +52,13 @@ def render(description: Description, pictures: Mapping[int, str]) -> str:
 
 
 def _facts(description: Description) -> list[tuple[str, str]]:
-    facts = [("Length", hms(description.duration)), ("Model", description.model)]
+    facts = [("Model", description.model)]
     if description.strategy is not None:
         facts.append(("Strategy", description.strategy.replace("_", " ")))
-    noted = sum(window.note is not None for window in description.windows)
-    facts.append(("Windows", f"{len(description.windows)}, {noted} with notes"))
+    if description.windows:
+        noted = sum(window.note is not None for window in description.windows)
+        facts.insert(0, ("Length", hms(description.duration)))
+        facts.append(("Windows", f"{len(description.windows)}, {noted} with notes"))
     cost = description.cost
     if "prompt_tokens" in cost:
         # Not all servers tell what caches held.
