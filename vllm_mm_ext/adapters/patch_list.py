@@ -187,6 +187,12 @@ PATCHES: tuple[Patch, ...] = (
         "vLLM reports the stages of a request's preprocessing",
     ),
     Patch(
+        "long video",
+        (f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",),
+        "A question about hours of video is answered window by window.",
+        "vLLM lets a plugin answer a chat completion by requests of its own",
+    ),
+    Patch(
         "request options",
         (
             f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",

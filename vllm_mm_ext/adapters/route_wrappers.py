@@ -57,6 +57,26 @@ def around_chat(
     wrap(OpenAIServingChat, "chat_completion_stream_generator", make_stream)
 
 
+def instead_of_chat(answer: Callable[[Any, Any, Any, Callable[..., Any]], Any]) -> None:
+    """Let requests of ``/v1/chat/completions`` be answered in another way.
+
+    To be wrapped before ``around_chat`` wraps it, so that requests have been read by then.
+
+    Args:
+        answer: Called with the handler, the request, the HTTP request or None, and the method as it
+            was; returns what the method would.
+    """
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def create_chat_completion(self: Any, request: Any, raw_request: Any = None) -> Any:
+            return await answer(self, request, raw_request, original)
+
+        return create_chat_completion
+
+    wrap(OpenAIServingChat, "create_chat_completion", make)
+
+
 def around_responses(
     begin: Callable[[Any, str | None], None],
     resume: Callable[[], Callable[[], None]],

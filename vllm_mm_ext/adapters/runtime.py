@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_mm_ext.adapters.error_answers import answer_to
+from vllm_mm_ext.adapters.long_video.state import LongVideoState
 from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MIB, MMExtConfig
@@ -51,6 +52,7 @@ class Runtime:
 
         self.config = config
         self.number = number
+        self.long_video = LongVideoState(config.long_video)
         self.loop = LoopThread("mm-ext")
         cache = config.media.cache
         self.budget = MediaBudget(cache.in_flight_mb * MIB, cache.max_wait_s)
@@ -127,6 +129,7 @@ class Runtime:
             "encoded_cache": asdict(self._encoded.stats()),
             "media_budget": self.budget.stats(),
             "fetch": fetch,
+            "long_video": self.long_video.stats(),
         }
 
     def close(self) -> None:

@@ -23,10 +23,10 @@ class LongVideoOptions(BaseModel):
     strategy: Strategy | None = Field(
         None,
         description="`single`: all videos in one prompt, as without this option. `rolling`: "
-        "windows in order, each with the notes of the two before it. `map_reduce`: a note about each "
-        "window, in parallel, then an answer from all notes. `search`: a first look at every "
-        "window, a second, closer one at those that matter to the question. `auto`: `single` where "
-        "the videos fit at the frame rate asked, else by the kind of the question.",
+        "windows in order, each with the notes of the two before it. `map_reduce`: a note about "
+        "each window, in parallel, then an answer from all notes. `search`: a first look at every "
+        "window, a second, closer one at those that matter to the question. `auto`: `single` "
+        "where the videos fit at the frame rate asked, else by the kind of the question.",
     )
     window_s: float | None = Field(None, ge=4, le=600, description="Seconds of a window.")
     overlap_s: float | None = Field(
@@ -71,6 +71,12 @@ class PromptSettings(Section):
         description="Asks for a note about a window. The note may not depend on the question, as "
         "notes are kept for later questions.",
     )
+    earlier: str = Field(
+        "Before this part: {notes}\n",
+        min_length=1,
+        description="`rolling`: tells the notes of the windows before, `{notes}`; stands before "
+        "`note`.",
+    )
     relevance: str = Field(
         "{question}\nIs what is asked to be seen or heard in this part of the video? Answer yes or "
         "no.",
@@ -83,7 +89,8 @@ class PromptSettings(Section):
     no: str = Field("no", min_length=1, description="The answer that says it does not.")
     select: str = Field(
         "These are notes about a video, each with its time. Copy those that matter to the "
-        "question below, word by word, with their times, and nothing else.\n{notes}\nQuestion: {question}",
+        "question below, word by word, with their times, and nothing else.\n{notes}\n"
+        "Question: {question}",
         min_length=1,
         description="Asks which of some notes matter; `{notes}` and `{question}` stand for those.",
     )
@@ -97,7 +104,12 @@ class PromptSettings(Section):
 
     @model_validator(mode="after")
     def _places(self) -> PromptSettings:
-        wanted = {"relevance": ("question",), "select": ("notes", "question"), "answer": ("notes",)}
+        wanted = {
+            "earlier": ("notes",),
+            "relevance": ("question",),
+            "select": ("notes", "question"),
+            "answer": ("notes",),
+        }
         for name, places in wanted.items():
             missing = [p for p in places if "{" + p + "}" not in getattr(self, name)]
             if missing:

@@ -6,6 +6,7 @@ serves is ``adapters/long_video/``; tests have models that answer from a table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -116,6 +117,14 @@ class AskFailedError(Exception):
     """A prompt was tried twice and got no reply; the message says why, in words for the client."""
 
 
+def filled(prompt: str, **values: str) -> str:
+    """A prompt of the settings with values in its places, as in ``{question}``.
+
+    Braces of the prompt that name no value stay, as do those within values.
+    """
+    return re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), prompt)
+
+
 class Model(Protocol):
     """A model that can be asked many things at once, each an ordinary request to the engine."""
 
@@ -123,8 +132,12 @@ class Model(Protocol):
     def context_tokens(self) -> int:
         """Most tokens of a prompt and its reply together."""
 
+    @property
+    def identity(self) -> str:
+        """What replies depend on besides the prompt: the model, its adapter, the cache salt."""
+
     async def ask(self, ask: Ask) -> Reply:
-        """Send one prompt. At most so many are under way as the request may have; others wait.
+        """Send one prompt. Those who ask bound how many are under way.
 
         Raises:
             AskFailedError: The prompt failed twice.
@@ -138,4 +151,10 @@ class Model(Protocol):
 
         It does not depend on the file around the window, so a recording that has grown at its end
         has the same windows before. The window is decoded where it is not known yet.
+
+        Raises:
+            AskFailedError: The window cannot be read.
         """
+
+    def known_window_key(self, window: Window, look: Look) -> str | None:
+        """The same digest where it is known without decoding, else None."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,14 +26,14 @@ from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.output_bytes import audio_bytes, claimed_audio_bytes, frame_bytes
-from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.media.payload import SampledFrames, Waveform, reduced_digest
+from vllm_mm_ext.media.results import AudioResult, VideoResult, window_digest
 from vllm_mm_ext.media.sizing import is_pinned
+from vllm_mm_ext.media.span import info_of
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import (
-    AudioNote,
     DecodeLimits,
     DecodeRequest,
-    FrameSelection,
     MediaInfo,
     PictureRules,
     SamplingSpec,
@@ -48,66 +48,12 @@ _MAX_DECODED = 4096
 
 # What settings and requests are allowed to ask for; the bytes of the result are bounded too.
 _MAX_FRAMES = 4096
-# Of one log-mel frame of a track, which the processor keeps with the frames: float32, the 128 bins
-# of Whisper large-v3's front end, which the omni families share.
-_MEL_FRAME_BYTES = 128 * 4
 # Probes remembered; each is a few hundred bytes.
 _MAX_PROBED = 4096
+# Digests of windows remembered, about 300 bytes each.
+_MAX_WINDOWS = 1 << 14
 # Packet tables of probes remembered: about 30 bytes a frame of the source, 6 MB for two hours.
 _MAX_TABLE_BYTES = 64 * MIB
-
-
-@dataclass(frozen=True, eq=False)
-class VideoResult:
-    """A sampled video.
-
-    Attributes:
-        frames: Pixels with their digest, exact times and sound.
-        info: Probe of the container.
-        selection: The frames delivered.
-        stages: Seconds per stage of the work done for this result.
-        cached: True when nothing was decoded for the caller.
-        lease: Of frames and sound, on the media budget.
-        audio_note: What became of the sound, if it is wanted and not there as a whole.
-    """
-
-    frames: SampledFrames
-    info: MediaInfo
-    selection: FrameSelection
-    stages: dict[str, float]
-    cached: bool
-    lease: Lease | None = None
-    audio_note: AudioNote = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the cache accounts for this entry, with the log-mel frames its track will get."""
-        audio = self.frames.audio
-        if audio is None:
-            return int(self.frames.nbytes)
-        mel = audio_ops.padded_length(len(audio)) // audio_ops.HOP * _MEL_FRAME_BYTES
-        return int(self.frames.nbytes + audio.nbytes + mel)
-
-
-@dataclass(frozen=True, eq=False)
-class AudioResult:
-    """A waveform at the model's rate, with its lease on the media budget.
-
-    Attributes:
-        waveform: The samples with their digest.
-        stages: Seconds per stage of the work done for this result.
-        cached: True when nothing was decoded for the caller.
-    """
-
-    waveform: Waveform
-    stages: dict[str, float]
-    cached: bool
-    lease: Lease | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the cache accounts for this entry."""
-        return int(self.waveform.nbytes)
 
 
 class MediaFrontend:
@@ -149,6 +95,8 @@ class MediaFrontend:
             lambda info: 0 if info.packets is None else info.packets.nbytes,
             max_entries=_MAX_PROBED,
         )
+        # What the spans of videos show, by the key of their decode.
+        self._windows: ByteBudgetCache[str, str] = ByteBudgetCache(_MAX_WINDOWS, lambda _: 1)
         self._probe_flights: SingleFlight[str, MediaInfo] = SingleFlight()
         self.limits = DecodeLimits(
             timeout_s=decode.timeout_s,
@@ -217,10 +165,7 @@ class MediaFrontend:
         Raises:
             MediaError: The media cannot be served; the message names cause and limit.
         """
-        # The limits on a sound track decide how much of it is cut off.
-        sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}"
-        shown, heard = str(self.picture), sound if plan.audio else ""
-        key = _digest("video", ref.digest, plan.decode_key(), shown, heard)
+        key = self._video_key(ref, plan)
         found = self.cache.get(key)
         if isinstance(found, VideoResult):
             result = replace(found, stages={}, cached=True)
@@ -230,10 +175,39 @@ class MediaFrontend:
             )
         return replace(result, frames=result.frames.reduced(plan.reduction))
 
+    async def window_key(self, ref: MediaRef, plan: VideoPlan) -> str:
+        """A digest of what a model is shown of a span: its frames, their times and its sound.
+
+        The digest does not depend on the file around the span: a recording that has grown at its
+        end has the same ones before. It is known without decoding where the span was decoded
+        before, and remembered longer than its frames.
+
+        Args:
+            ref: The media.
+            plan: A plan with ``sampling.span``.
+
+        Raises:
+            MediaError: As ``video``.
+        """
+        known = self._windows.get(self._video_key(ref, plan))
+        if known is None:
+            return str((await self.video(ref, plan)).frames.digest)
+        return reduced_digest(known, plan.reduction)
+
+    def _video_key(self, ref: MediaRef, plan: VideoPlan) -> str:
+        """Key of a decode."""
+        # The limits on a sound track decide how much of it is cut off.
+        sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}"
+        shown, heard = str(self.picture), sound if plan.audio else ""
+        return _digest("video", ref.digest, plan.decode_key(), shown, heard)
+
     async def _new_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
         result = await self._decode_video(ref, plan, key)
         if ref.storable:
-            self._probed.put(_probe_key(ref, plan.sampling.video_stream), result.info)
+            if plan.sampling.span is None:
+                self._probed.put(_probe_key(ref, plan.sampling.video_stream), result.info)
+            else:
+                self._windows.put(key, str(result.frames.digest))
             self.cache.put(key, result)
         return result
 
@@ -294,6 +268,9 @@ class MediaFrontend:
         stages = {"probe": time.perf_counter() - started}
         if info.video is None:
             raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
+        known = self._tables.get(_probe_key(ref, plan.sampling.video_stream))
+        # With the packet table, the frames of a span are counted, and not estimated.
+        info = info_of(known or info, plan.sampling)
         if plan.chooser is not None:
             indices = tuple(int(i) for i in plan.chooser(info))
             # The chooser limits the frames itself; the limits on a decode job hold as well.
@@ -304,7 +281,6 @@ class MediaFrontend:
                 max_frames=self.limits.max_frames,
             )
             request = replace(request, sampling=explicit)
-        known = self._tables.get(_probe_key(ref, plan.sampling.video_stream))
         request = replace(request, info=known)
         lease, sized = await self._room(ref, blob, info, request)
         try:
@@ -316,7 +292,9 @@ class MediaFrontend:
             waveform: Waveform | None = None
             if done.audio is not None:
                 waveform, stages["resample"] = await self._resample(
-                    done.audio, done.audio_rate, _digest("track", key)
+                    done.audio,
+                    done.audio_rate,
+                    _digest("track", key) if plan.sampling.span is None else None,
                 )
             sound = () if waveform is None else (_memory_of(waveform),)
             lease.follow(done.frames, *sound)
@@ -333,6 +311,10 @@ class MediaFrontend:
             step=done.selection.step,
             pinned=is_pinned(plan.size, done.info, done.frames.shape),
         )
+        if plan.sampling.span is not None:
+            frames.digest = await asyncio.to_thread(
+                window_digest, frames, done.info, done.selection
+            )
         return VideoResult(
             frames, done.info, done.selection, stages, False, lease, audio_note=done.audio_note
         )
@@ -358,12 +340,17 @@ class MediaFrontend:
         return lease, lambda num_bytes: lease.resize(num_bytes + resampled)
 
     async def _resample(
-        self, samples: np.ndarray[Any, Any], rate: int, digest: str
+        self, samples: np.ndarray[Any, Any], rate: int, digest: str | None
     ) -> tuple[Waveform, float]:
+        """A waveform at the model's rate, and the seconds this took; without a digest, it gets one
+        of its samples.
+        """
         started = time.perf_counter()
         target = self.traits.audio_rate or rate
         if target != rate:
             samples = await asyncio.to_thread(audio_ops.resample, samples, rate, target)
+        if digest is None:
+            digest = str(blake3(memoryview(samples)).hexdigest())
         return Waveform(samples, digest=digest, rate=target), time.perf_counter() - started
 
     def stats(self) -> dict[str, Any]:
@@ -376,6 +363,7 @@ class MediaFrontend:
         self.cache.clear()
         self._probed.clear()
         self._tables.clear()
+        self._windows.clear()
 
 
 def _probe_key(ref: MediaRef, video_stream: int | None) -> str:

@@ -13,7 +13,8 @@ from vllm_mm_ext.media.types import AudioStream, DecodeLimits, DecodeRequest, Me
 def frame_bytes(info: MediaInfo, request: DecodeRequest) -> int:
     """Bytes of the frames of a job, at most.
 
-    More than ``limits.max_output_bytes`` are never decoded.
+    More than ``limits.max_output_bytes`` are never decoded. Here and below, ``info`` is that of the
+    wanted span (``media.span.info_of``) where the job has one.
 
     Raises:
         MediaError: See ``target_size``.

@@ -165,10 +165,9 @@ class SampledFrames(_Carrier):
         """
         if reduction == self.reduction:
             return self
-        digest = blake3(f"{self.digest}|{reduction.key()}".encode()).hexdigest()
         made = SampledFrames(
             np.asarray(self),
-            digest=str(digest),
+            digest=reduced_digest(str(self.digest), reduction),
             times=self.times,
             audio=self.audio,
             step=self.step,
@@ -177,6 +176,18 @@ class SampledFrames(_Carrier):
         )
         made.memo = self.memo
         return made
+
+
+def reduced_digest(digest: str, reduction: Reduction) -> str:
+    """The digest of frames with a token reduction.
+
+    Args:
+        digest: Of the same frames without one.
+        reduction: The token reduction.
+    """
+    if reduction == NO_REDUCTION:
+        return digest
+    return str(blake3(f"{digest}|{reduction.key()}".encode()).hexdigest())
 
 
 def known_digest(obj: object) -> str | None:

@@ -13,7 +13,10 @@ _DONE = "data: [DONE]"
 
 
 async def with_block(
-    chunks: AsyncGenerator[str, None], choices: int, block: Callable[[], dict[str, Any]]
+    chunks: AsyncGenerator[str, None],
+    choices: int,
+    block: Callable[[], dict[str, Any]],
+    hear: Callable[[str], None] = lambda _: None,
 ) -> AsyncGenerator[str, None]:
     """Pass on a stream of chunks, with the block in the last chunk before ``[DONE]``.
 
@@ -25,11 +28,13 @@ async def with_block(
         chunks: Server-sent events of an OpenAI completion.
         choices: Number of choices of the answer.
         block: Makes the block; called when the stream ends.
+        hear: Called with each chunk, before any block that comes after it is made.
     """
     finished: set[int] = set()
     held: str | None = None
     async with aclosing(chunks):
         async for chunk in chunks:
+            hear(chunk)
             if held is not None:
                 yield _with(held, block()) if chunk.startswith(_DONE) else held
                 held = None

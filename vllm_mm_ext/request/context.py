@@ -35,6 +35,8 @@ class RequestContext:
             engine, and so the front-end that serves the request.
         items: The conversation's videos and audios, in the order of its messages.
         trace: What was done for the request; all conversations of the request share it.
+        span: Start and end in seconds of the part of its videos that the request is about; None for
+            whole videos. Only requests that the plugin makes itself have one.
     """
 
     options: RequestOptions = DEFAULT_OPTIONS
@@ -43,6 +45,7 @@ class RequestContext:
     renderer: object | None = None
     items: list[MediaItem] = field(default_factory=list)
     trace: RequestTrace = field(default_factory=RequestTrace)
+    span: tuple[float, float] | None = None
     _budget_claim: Claim | None = None
 
     def conversation(self, renderer: object, cache_salt: str | None) -> RequestContext:

@@ -80,3 +80,39 @@ def _parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
         content = _content(message)
         if isinstance(content, list):
             yield from (part for part in content if isinstance(part, Mapping))
+
+
+def question_of(messages: Sequence[Any]) -> str:
+    """The text of the last message of a user that has any; empty where none has."""
+    for message in reversed(messages):
+        if isinstance(message, Mapping) and message.get("role") == "user":
+            content = message.get("content")
+            texts = [part.get("text") for part in _parts([message])]
+            text = content if isinstance(content, str) else "\n".join(filter(None, texts))
+            if text.strip():
+                return text.strip()
+    return ""
+
+
+def with_texts_for_videos(messages: Sequence[Any], texts: Mapping[str, str]) -> list[Any]:
+    """A conversation in which texts stand where videos stood.
+
+    Args:
+        messages: OpenAI chat messages; they are not changed.
+        texts: For the URL of each video. Where a video is shown again, nothing stands.
+    """
+    left = dict(texts)
+    made: list[Any] = []
+    for message in messages:
+        content = _content(message)
+        if not isinstance(content, list):
+            made.append(message)
+            continue
+        parts: list[Any] = []
+        for part in content:
+            if not isinstance(part, Mapping) or not any(_video_parts([{"content": [part]}])):
+                parts.append(part)
+            elif text := left.pop(_url(part) or "", ""):
+                parts.append({"type": "text", "text": text})
+        made.append({**message, "content": parts or ""})
+    return made

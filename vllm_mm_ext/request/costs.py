@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.media.audio.stream_choice import chosen_audio
@@ -12,6 +12,7 @@ from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.output_bytes import audio_seconds
 from vllm_mm_ext.media.sampling.timeline import target_count
 from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.media.span import info_of
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import DecodeLimits, MediaInfo, VideoStream
 from vllm_mm_ext.media.video_plan import VideoPlan
@@ -25,8 +26,8 @@ class PlannedVideo:
         url: URL of the video, as the request spells it.
         uses: How often the conversation shows the video.
         ref: The content behind the URL.
-        info: What the container says about the video.
-        stream: The container's video stream.
+        info: What the container says about the video; where the plan has a span, about the span.
+        stream: Its video stream.
         plan: What the server delivers of the video unless the quality controller lowers it.
     """
 
@@ -36,6 +37,22 @@ class PlannedVideo:
     info: MediaInfo
     stream: VideoStream
     plan: VideoPlan
+
+    @classmethod
+    def of(
+        cls, url: str, uses: int, ref: MediaRef, info: MediaInfo, plan: VideoPlan
+    ) -> Self | None:
+        """A probed video; None where the file has no video stream.
+
+        Args:
+            url, uses, ref, plan: See the attributes.
+            info: Of the whole file.
+
+        Raises:
+            MediaError: The plan's span begins after the end of the video.
+        """
+        part = info_of(info, plan.sampling)
+        return None if part.video is None else cls(url, uses, ref, part, part.video, plan)
 
 
 class FrontendCosts:

@@ -13,7 +13,7 @@ _VISUAL = ("video", "image", "vision_chunk")
 
 def has_media(trace: RequestTrace) -> bool:
     """Whether the request carried media of any kind."""
-    return bool(trace.videos or trace.audios or trace.items)
+    return bool(trace.videos or trace.audios or trace.items or trace.long_video)
 
 
 def block(trace: RequestTrace) -> dict[str, Any]:
@@ -28,6 +28,8 @@ def block(trace: RequestTrace) -> dict[str, Any]:
     }
     if trace.shows_cache_hits:
         made["cache"] = _cache(trace)
+    if trace.long_video is not None:
+        made["long_video"] = trace.long_video.block()
     made["stages_ms"] = {name: round(s * 1e3, 2) for name, s in trace.shown_stages.items()}
     return made
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vllm_mm_ext.request.long_report import LongVideoReport
 from vllm_mm_ext.request.media_items import AudioReport, MediaItem, VideoReport
 
 # Many clients and proxies refuse headers of more than 8 KiB. With at most this many frame times and
@@ -54,6 +55,7 @@ class RequestTrace:
             engine reports it.
         shows_cache_hits: The operator lets clients see cache hits. Caches serve all clients, so a
             hit can tell a client that another client sent the same media.
+        long_video: Of a request about long videos: its windows and their notes.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class RequestTrace:
     preprocessed: dict[str, list[bool]] = field(default_factory=dict)
     cached_tokens: int | None = None
     shows_cache_hits: bool = False
+    long_video: LongVideoReport | None = None
 
     def add_stages(self, stages: Mapping[str, float]) -> None:
         """Record seconds per stage, of stages that every item goes through."""

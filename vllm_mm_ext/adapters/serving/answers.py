@@ -6,7 +6,11 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from vllm_mm_ext.adapters.error_answers import client_errors
-from vllm_mm_ext.adapters.serving.requests import read_options, refuse_options
+from vllm_mm_ext.adapters.serving.requests import (
+    read_options,
+    refuse_long_video,
+    refuse_options,
+)
 from vllm_mm_ext.request import report
 from vllm_mm_ext.request.blocks import KEY, with_block
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
@@ -30,6 +34,21 @@ def begin(raw: Any, session: str | None) -> None:
         context.options = read_options(raw)
     context.session = session
     context.trace.asked = raw is not None
+
+
+def begin_response(raw: Any, session: str | None) -> None:
+    """Start a request of ``/v1/responses``, which has all options but `long_video`.
+
+    Args:
+        raw, session: As of ``begin``.
+
+    Raises:
+        VLLMValidationError: An option is wrong (a 400).
+    """
+    begin(raw, session)
+    with client_errors():
+        if isinstance(raw, dict) and raw.get("long_video") is not None:
+            refuse_long_video("/v1/responses")
 
 
 def begin_without_options(raw: Any, route: str) -> None:
@@ -63,6 +82,8 @@ def streamed(chunks: AsyncGenerator[str, None], choices: int) -> AsyncGenerator[
     trace = _reported()
     if trace is None:
         return chunks
+    if trace.long_video is not None:
+        return with_block(chunks, choices, lambda: report.block(trace), trace.long_video.hear)
     return with_block(chunks, choices, lambda: report.block(trace))
 
 

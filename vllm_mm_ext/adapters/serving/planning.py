@@ -72,7 +72,7 @@ async def plan(
     """
     context = _entered(renderer, extras.get("cache_salt"))
     hf_kwargs = extras.get("mm_processor_kwargs")
-    planning = _Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
+    planning = Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
     if planning.nothing_to_plan:
         return
     videos = await planning.runtime.run(planning.probe())
@@ -94,7 +94,7 @@ def plan_blocking(
     """As ``plan``, for ``LLM.chat``, which does all work in the caller's thread."""
     context = _entered(renderer, extras.get("cache_salt"))
     hf_kwargs = extras.get("mm_processor_kwargs")
-    planning = _Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
+    planning = Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
     if planning.nothing_to_plan:
         return
     videos = planning.runtime.run_blocking(planning.probe())
@@ -112,8 +112,11 @@ def _entered(renderer: Any, cache_salt: str | None) -> RequestContext:
     return enter_request(request.conversation(renderer, cache_salt))
 
 
-class _Conversation:
+class Conversation:
     """One conversation while its videos are planned.
+
+    Attributes:
+        plans: For each URL whose frames the plugin chooses, what the server's settings make of it.
 
     Args:
         context: Context of the conversation; the conversation's videos are added to it.
@@ -203,7 +206,7 @@ class _Conversation:
                 self.plans[url] = plan
 
     def _with_streams(self, plan: VideoPlan | None) -> VideoPlan | None:
-        """A plan, for the streams that the request asks for."""
+        """A plan, for the streams and the span that the request asks for."""
         options = self.context.options
         if plan is None:
             return None
@@ -212,6 +215,8 @@ class _Conversation:
         if options.video_stream is not None:
             sampling = replace(plan.sampling, video_stream=options.video_stream)
             plan = replace(plan, sampling=sampling)
+        if self.context.span is not None:
+            plan = replace(plan, sampling=replace(plan.sampling, span=self.context.span))
         return plan
 
     # --- on the front-end's loop ------------------------------------------------------------------
@@ -220,12 +225,12 @@ class _Conversation:
         """Fetch and probe all videos at once."""
         probed = await all_or_none(self._probe_one(*planned) for planned in self.plans.items())
         uses = Counter(item.url for item in self.items)
-        return [
-            PlannedVideo(url, uses[url], content, info, info.video, plan)
+        planned = (
+            PlannedVideo.of(url, uses[url], content, info, plan)
             for (url, plan), (content, info) in zip(self.plans.items(), probed, strict=True)
-            # A file without a video stream is left out: the connector raises the error for it.
-            if info.video is not None
-        ]
+        )
+        # A file without a video stream is left out: the connector raises the error for it.
+        return [video for video in planned if video is not None]
 
     async def _probe_one(self, url: str, plan: VideoPlan) -> tuple[MediaRef, MediaInfo]:
         probed = await use_media(
@@ -322,7 +327,7 @@ class _Conversation:
             family=family,
             options=self.context.options,
             session=self.context.session,
-            context=self._context(controller, text_tokens),
+            context=self.context_use(text_tokens),
         )
 
     def _own(self, video: PlannedVideo) -> str:
@@ -348,9 +353,14 @@ class _Conversation:
         tokens: int = config.scheduler_config.max_num_batched_tokens
         return tokens
 
-    def _context(self, controller: QualityController, text_tokens: int) -> ContextUse:
+    def context_use(self, text_tokens: int) -> ContextUse:
+        """The context of the conversation, and what its text and the answer take of it.
+
+        Args:
+            text_tokens: Tokens of the conversation's text.
+        """
         length: int = self.tok_params.max_total_tokens or self.renderer.model_config.max_model_len
-        share = int(length * controller.settings.budget.answer_share)
+        share = int(length * self.controller.settings.budget.answer_share)
         return ContextUse(
             length=length,
             text=text_tokens + template_tokens(self.messages),

@@ -54,3 +54,18 @@ def refuse_options(raw: Any, route: str) -> None:
     """
     if raw is not None:
         raise OptionError(f"{route} takes no {KEY}; send it to /v1/chat/completions", parameter=KEY)
+
+
+def refuse_long_video(route: str) -> None:
+    """Refuse the option `long_video` on a route that does not answer from windows.
+
+    Args:
+        route: Path of the route, for the message.
+
+    Raises:
+        OptionError: Always.
+    """
+    raise OptionError(
+        f"{route} takes no {KEY}.long_video; send it to /v1/chat/completions",
+        parameter=f"{KEY}.long_video",
+    )

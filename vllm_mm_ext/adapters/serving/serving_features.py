@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.base_names import PROCESSING_INFO
-from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.names.frontend_names import CONNECTOR_NAMES
+from vllm_mm_ext.adapters.names.long_video_names import LONG_VIDEO_NAMES
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 from vllm_mm_ext.adapters.vllm_compat import Feature
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
@@ -23,12 +25,19 @@ def _install_timing() -> None:
     rendering_wrappers.around_preprocessing(started, finished)
 
 
+def _install_long_video() -> None:
+    from vllm_mm_ext.adapters import route_wrappers
+    from vllm_mm_ext.adapters.long_video.long_chat import answer
+
+    route_wrappers.instead_of_chat(answer)
+
+
 def _install_options() -> None:
     from vllm_mm_ext.adapters import route_wrappers
     from vllm_mm_ext.adapters.serving import answers
 
     route_wrappers.around_chat(answers.begin, answers.answered, answers.streamed)
-    route_wrappers.around_responses(answers.begin, answers.resume, answers.answered)
+    route_wrappers.around_responses(answers.begin_response, answers.resume, answers.answered)
     route_wrappers.before_other_routes(answers.begin_without_options)
 
 
@@ -62,6 +71,42 @@ def _install_cache_drift() -> None:
     cache_drift.install()
 
 
+_PLANNING_NAMES: tuple[Checked, ...] = (
+    VllmName(f"{_RENDERER}.render_chat_async", _RENDER),
+    VllmName(f"{_RENDERER}.render_chat", _RENDER),
+    VllmName(f"{_RENDERER}.tokenize_prompt_async", ("prompt", "params")),
+    VllmName(f"{_RENDERER}.tokenize_prompt", ("prompt", "params")),
+    VllmName(f"{_RENDERER}.default_chat_tok_params"),
+    VllmName("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY.load", ("cls_name",)),
+    VllmName("vllm.transformers_utils.processor:get_video_processor_cls_name", ("model_config",)),
+    VllmName(
+        "vllm.multimodal.processing:BaseProcessingInfo.validate_num_items",
+        ("modality", "num_items"),
+    ),
+    VllmName("vllm.exceptions:VLLMError"),
+    VllmAttributes(_RENDERER, ("_mm_executor", "config", "mm_processor", "model_config")),
+    VllmAttributes("vllm.renderers.params:ChatParams", ("chat_template_kwargs", "media_io_kwargs")),
+    VllmAttributes(
+        "vllm.renderers.params:TokenizeParams", ("max_output_tokens", "max_total_tokens")
+    ),
+    VllmAttributes(
+        "vllm.config:VllmConfig", ("model_config", "parallel_config", "scheduler_config")
+    ),
+    VllmAttributes(
+        "vllm.config:ModelConfig",
+        (
+            "allowed_local_media_path",
+            "allowed_media_domains",
+            "max_model_len",
+            "multimodal_config",
+        ),
+    ),
+    VllmAttributes("vllm.config:MultiModalConfig", ("media_io_kwargs",)),
+    VllmAttributes("vllm.config:ParallelConfig", ("_api_process_count", "data_parallel_size")),
+    VllmAttributes("vllm.config:SchedulerConfig", ("max_num_batched_tokens",)),
+    VllmName("vllm.envs:VLLM_VIDEO_FETCH_TIMEOUT"),
+)
+
 _OUTPUTS = "vllm.v1.engine.output_processor"
 
 SERVING_FEATURES: tuple[Feature, ...] = (
@@ -81,6 +126,13 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             ),
         ),
         _install_timing,
+    ),
+    # Before the options, whose wrapper then is around this one's.
+    Feature(
+        "long video",
+        "questions about long videos are answered in one prompt",
+        (*LONG_VIDEO_NAMES, *_PLANNING_NAMES, *CONNECTOR_NAMES),
+        _install_long_video,
     ),
     Feature(
         "request options",
@@ -123,47 +175,7 @@ SERVING_FEATURES: tuple[Feature, ...] = (
     Feature(
         "planning",
         "videos get what the server's settings say, whatever the context, the budget and the load",
-        (
-            VllmName(f"{_RENDERER}.render_chat_async", _RENDER),
-            VllmName(f"{_RENDERER}.render_chat", _RENDER),
-            VllmName(f"{_RENDERER}.tokenize_prompt_async", ("prompt", "params")),
-            VllmName(f"{_RENDERER}.tokenize_prompt", ("prompt", "params")),
-            VllmName(f"{_RENDERER}.default_chat_tok_params"),
-            VllmName("vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY.load", ("cls_name",)),
-            VllmName(
-                "vllm.transformers_utils.processor:get_video_processor_cls_name", ("model_config",)
-            ),
-            VllmName(
-                "vllm.multimodal.processing:BaseProcessingInfo.validate_num_items",
-                ("modality", "num_items"),
-            ),
-            VllmName("vllm.exceptions:VLLMError"),
-            VllmAttributes(_RENDERER, ("_mm_executor", "config", "mm_processor", "model_config")),
-            VllmAttributes(
-                "vllm.renderers.params:ChatParams", ("chat_template_kwargs", "media_io_kwargs")
-            ),
-            VllmAttributes(
-                "vllm.renderers.params:TokenizeParams", ("max_output_tokens", "max_total_tokens")
-            ),
-            VllmAttributes(
-                "vllm.config:VllmConfig", ("model_config", "parallel_config", "scheduler_config")
-            ),
-            VllmAttributes(
-                "vllm.config:ModelConfig",
-                (
-                    "allowed_local_media_path",
-                    "allowed_media_domains",
-                    "max_model_len",
-                    "multimodal_config",
-                ),
-            ),
-            VllmAttributes("vllm.config:MultiModalConfig", ("media_io_kwargs",)),
-            VllmAttributes(
-                "vllm.config:ParallelConfig", ("_api_process_count", "data_parallel_size")
-            ),
-            VllmAttributes("vllm.config:SchedulerConfig", ("max_num_batched_tokens",)),
-            VllmName("vllm.envs:VLLM_VIDEO_FETCH_TIMEOUT"),
-        ),
+        _PLANNING_NAMES,
         _install_planning,
     ),
     Feature(

@@ -12,25 +12,25 @@ from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 from av.packet import Packet
 
-from vllm_mm_ext.media.decode.packets import demux
-
 # Decoders between which a transport stream may change. That of MP3 decodes all MPEG audio.
 _JOINABLE = {"aac": "aac", "aac_latm": "aac_latm", "ac3": "ac3", "eac3": "eac3"}
 _JOINABLE |= dict.fromkeys(("mp1", "mp2", "mp3"), "mp3")
 
 
-def decoded_frames(container: InputContainer, source: AvAudioStream) -> Iterator[AudioFrame]:
+def decoded_frames(
+    container: InputContainer, source: AvAudioStream, packets: Iterator[Packet[Any]]
+) -> Iterator[AudioFrame]:
     """Decode a stream; packets that cannot be decoded are left out.
 
     Args:
         container: An open file.
         source: One of its audio streams.
+        packets: Its packets.
     """
     current = source.codec_context
     name = _JOINABLE.get(current.codec.canonical_name, "")
     may_change = bool(name) and container.format.name == "mpegts"
     decoders: dict[str, AudioCodecContext] = {name: current}
-    packets = demux(container, source)
     draining = False
     while not draining:
         try:

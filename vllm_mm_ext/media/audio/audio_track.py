@@ -13,7 +13,7 @@ from vllm_mm_ext.media.audio.audio_decoder import decoded_frames
 from vllm_mm_ext.media.audio.conversion import Packer
 from vllm_mm_ext.media.audio.downmix import to_mono
 from vllm_mm_ext.media.audio.sound_placement import Clock, Piece, place
-from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.audio.sound_reader import SoundReader
 from vllm_mm_ext.media.types import AudioNote, AudioStream, DecodeLimits
 
 # The highest rate of sampled sound in use (DXD is half of it). A header may claim any.
@@ -74,6 +74,7 @@ def decode_audio(
     *,
     origins: Sequence[float] = (),
     end: float | None = None,
+    begin: float | None = None,
 ) -> Track:
     """Decode one audio stream and place its samples by their timestamps.
 
@@ -91,6 +92,8 @@ def decode_audio(
             sound.
         end: Seconds from there at which the picture ends, for the sound of a video, which is cut
             at each limit instead of being refused.
+        begin: Seconds on the container's clock before which no sound is needed, for a part of a
+            video's sound: the decoder begins a little earlier. None to begin with the stream.
 
     Raises:
         MediaTooLongError, MediaTooLargeError: Past a limit.
@@ -103,17 +106,12 @@ def decode_audio(
     packer = Packer()
     kept_s, kept, decoded_bytes, past, any_sound = 0.0, 0, 0, 0, False
     cut = False
-    with open_container(path, max_pixels=limits.max_pixels) as container:
+    with SoundReader(path, stream.number, limits.max_pixels) as reader:
+        packets = reader.packets(begin)
+        container, source = reader.container, reader.source
         clock = Clock(origins, bool(container.format.flags & _RESTARTS))
-        sources = container.streams.audio
-        if stream.number >= len(sources):
-            # FFmpeg finds the streams of some formats only by decoding.
-            raise UnreadableMediaError(
-                "The audio stream could not be found again.", parameter="input_audio"
-            )
-        source = sources[stream.number]
         time_base = float(source.time_base or 0)
-        for frame in decoded_frames(container, source):
+        for frame in decoded_frames(container, source, packets):
             # Headers of HE-AAC give half the rate that is really played.
             rate = _checked_rate(frame.sample_rate)
             seconds = frame.samples / rate
@@ -143,7 +141,9 @@ def decode_audio(
         raise _too_long(f"The audio lasts more than {limits.max_audio_s:g} s", None, limits)
     note: AudioNote = "cut" if cut or beyond else ""
     if len(samples) < MIN_AUDIO_S * rate or not rate:
-        note = "too_short" if len(samples) else "outside" if any_sound else "unreadable"
+        # Of a part, nothing is decoded where the sound has ended before.
+        none: AudioNote = "outside" if any_sound or begin is not None else "unreadable"
+        note = "too_short" if len(samples) else none
         if not of_video:
             raise UnreadableMediaError(
                 f"The audio lasts {1e3 * len(samples) / rate:.3g} ms, too little to hear anything: "

@@ -27,6 +27,7 @@ from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.decode.substitutes import Frames, Rows, decode_chosen
 from vllm_mm_ext.media.output_bytes import audio_bytes
 from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.media.span import first_row, info_of
 from vllm_mm_ext.media.types import (
     AudioStream,
     DecodeRequest,
@@ -63,7 +64,8 @@ def run_job(
             audio will take.
 
     Returns:
-        What was asked for, with the packet table of the file.
+        What was asked for, with the packet table of the file. With a span, ``info`` is that of the
+        span, as is all that a selection says.
 
     Raises:
         MediaError: The file is unreadable, lacks a wanted stream, or is past a limit.
@@ -100,6 +102,7 @@ def _decode(
     timings: dict[str, float],
     keep_bytes: int,
 ) -> DecodeResult:
+    whole, info = info, info_of(info, request.sampling)
     sound = _wanted_audio(info, request)
     selection: FrameSelection | None = None
     shape: tuple[int, ...] = (0,)
@@ -113,7 +116,7 @@ def _decode(
         if info.video is None:
             raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
         with _timed(timings, "profile"):
-            selection = _select(path, info, request.sampling, request, decoder)
+            selection = _select(path, whole, info, request.sampling, request, decoder)
         shape = _output_shape(info, selection, request)
     if reserve is not None:
         reserve(math.prod(shape) + (0 if sound is None else audio_bytes(info, sound, request)))
@@ -127,7 +130,7 @@ def _decode(
             result.audio_note = "unsupported"
         if selection is not None:
             with _timed(timings, "decode"):
-                _frames(path, info, selection, request, decoder, shape, allocate, result)
+                _frames(path, whole, selection, request, decoder, shape, allocate, result)
         if audio is not None:
             try:
                 track = audio.result()
@@ -153,13 +156,22 @@ def _wanted_audio(info: MediaInfo, request: DecodeRequest) -> AudioStream | None
 
 
 def _select(
-    path: str, info: MediaInfo, spec: SamplingSpec, request: DecodeRequest, decoder: Decoder
+    path: str,
+    whole: MediaInfo,
+    info: MediaInfo,
+    spec: SamplingSpec,
+    request: DecodeRequest,
+    decoder: Decoder,
 ) -> FrameSelection:
+    """Choose frames of the clip ``info``, which is the wanted span of the file ``whole``."""
     from vllm_mm_ext.media.sampling import select
 
+    assert whole.packets is not None
+    first = first_row(whole.packets, spec)
+
     def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
-        rows = np.asarray(indices, np.int64)
-        return decoder.thumbnails(path, info, rows, _THUMBNAIL_EDGE, request.threads)
+        rows = np.asarray(indices, np.int64) + first
+        return decoder.thumbnails(path, whole, rows, _THUMBNAIL_EDGE, request.threads)
 
     return select(info, spec, thumbnails)
 
@@ -192,7 +204,7 @@ def _output_shape(
 
 def _frames(
     path: str,
-    info: MediaInfo,
+    whole: MediaInfo,
     selection: FrameSelection,
     request: DecodeRequest,
     decoder: Decoder,
@@ -205,18 +217,24 @@ def _frames(
     In place of frames that do not decode others are chosen, unless the client named the frames.
     """
     out = np.asarray(allocate(shape, np.uint8), np.uint8)
+    info = result.info
     assert info.video is not None
     assert info.packets is not None
+    assert whole.packets is not None
+    first, count = first_row(whole.packets, request.sampling), len(info.packets)
     own_size = request.size.kind == "native" and shape[1:3] == (info.video.height, info.video.width)
     size = None if own_size else (shape[1], shape[2])
 
     def decode(rows: Rows, into: Frames, seen: set[int]) -> Rows:
         nonlocal decoder
+        shown: set[int] = set()
         try:
-            return decoder.decode(path, info, rows, size, into, request.threads, seen)
+            found = decoder.decode(path, whole, rows + first, size, into, request.threads, shown)
         except UnsuitableFileError:
             decoder = PyAVDecoder(request.limits.max_pixels, picture=request.picture)
-            return decoder.decode(path, info, rows, size, into, request.threads, seen)
+            found = decoder.decode(path, whole, rows + first, size, into, request.threads, shown)
+        seen.update(row - first for row in shown if first <= row < first + count)
+        return found
 
     chosen, named = selection.indices, selection.policy == "explicit"
     # A file that is slow to decode is rather served with fewer frames than stopped for its time.
@@ -247,8 +265,18 @@ def _audio(
     allocate: Allocate,
     timings: dict[str, float],
 ) -> Track:
-    """Decode the sound; what is optional and cannot be decoded is left out, with a note."""
+    """Decode the sound; what is optional and cannot be decoded is left out, with a note.
+
+    Args:
+        path, request, timings: As of the job.
+        info: Of the wanted span, or of the whole file.
+        stream: Of the whole file.
+        allocate: As of ``run_job``.
+    """
     video = info.video if request.sampling is not None else None
+    begin: float | None = None
+    if video is not None and request.sampling and request.sampling.span and not video.origins:
+        begin = video.start
     with _timed(timings, "audio"):
         try:
             track = decode_audio(
@@ -257,6 +285,7 @@ def _audio(
                 request.limits,
                 origins=() if video is None else video.origins or (video.start,),
                 end=None if video is None else video.duration,
+                begin=begin,
             )
             if not len(track.samples):
                 return track

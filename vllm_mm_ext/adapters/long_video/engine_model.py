@@ -1,0 +1,272 @@
+"""The model that a strategy asks: vLLM's engine, by ordinary chat completions of one client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.long_video.ask_requests import (
+    chances,
+    first_tokens,
+    options_for,
+    request_for,
+    restrict,
+)
+from vllm_mm_ext.adapters.long_video.survey import Survey
+from vllm_mm_ext.adapters.serving.planning import plan
+from vllm_mm_ext.long_video.asking import Ask, AskFailedError, Cost, Look, Reply, Window
+from vllm_mm_ext.media.cache import ByteBudgetCache
+from vllm_mm_ext.media.payload import SampledFrames
+from vllm_mm_ext.request.context import (
+    RequestContext,
+    claim_while_rendered,
+    current_request,
+    enter_request,
+)
+
+# Seconds before a prompt is sent again that met a busy server.
+_BUSY_PAUSE_S = 1.0
+
+
+class EngineModel:
+    """Asks the engine on behalf of one request of a client.
+
+    What holds for the client's request holds for each prompt: the model or adapter it names, its
+    cache salt, its session, the limits of the server.
+
+    Args:
+        serving: vLLM's handler of chat completions.
+        create: Its ``create_chat_completion`` without this plugin's part about long videos.
+        client: The client's request.
+        context: Of the client's request.
+        survey: What is known of its videos.
+        window_keys: Digests of windows that are known, kept for later requests.
+        session: Session of the client's request; None without one.
+        priority: Of the prompts.
+    """
+
+    def __init__(
+        self,
+        serving: Any,
+        create: Callable[..., Awaitable[Any]],
+        client: Any,
+        context: RequestContext,
+        survey: Survey,
+        *,
+        window_keys: ByteBudgetCache[str, str],
+        session: str | None,
+        priority: int,
+    ) -> None:
+        self._serving = serving
+        self._create = create
+        self._client = client
+        self._context = context
+        self._survey = survey
+        self._window_keys = window_keys
+        self._session = session
+        self._priority = priority
+        self._renderer = serving.renderer
+        self._settings = vllm_compat.settings_of(serving.model_config)
+        # The first error of the engine or the front-end, as vLLM answers it.
+        self.first_error: Any = None
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of a prompt and its reply together."""
+        length: int = self._serving.model_config.max_model_len
+        return length
+
+    @property
+    def identity(self) -> str:
+        """What replies depend on besides the prompt."""
+        client = self._client
+        parts = (client.model, client.cache_salt, client.chat_template, client.chat_template_kwargs)
+        return str(blake3(repr(parts).encode()).hexdigest())
+
+    async def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, without what a chat template adds."""
+        params = self._renderer.default_chat_tok_params
+        prompts = [{"prompt": text} for text in texts]
+        tokenized = await self._renderer.tokenize_prompts_async(prompts, params)
+        return [len(prompt["prompt_token_ids"]) for prompt in tokenized]
+
+    async def ask(self, ask: Ask) -> Reply:
+        """Send one prompt, and once more where it fails in a way that may pass.
+
+        Raises:
+            AskFailedError: The prompt failed for good; the message is vLLM's.
+        """
+        for last in (False, True):
+            made = await _alone(self._sent(ask))
+            if isinstance(made, Reply):
+                return made
+            if last or not _may_pass(made.error.code):
+                break
+            if made.error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+                await asyncio.sleep(_BUSY_PAUSE_S)
+        raise self._failed(made)
+
+    async def window_key(self, window: Window, look: Look) -> str:
+        """Digest of what the model is shown of a window.
+
+        Raises:
+            AskFailedError: The window cannot be read; the message is vLLM's.
+        """
+        known = self.known_window_key(window, look)
+        if known is not None:
+            return known
+        made = await _alone(self._decoded(window, look))
+        if not isinstance(made, str):
+            raise self._failed(made)
+        return made
+
+    def known_window_key(self, window: Window, look: Look) -> str | None:
+        """The same digest where it is known without decoding, else None."""
+        return self._window_keys.get(self._place(window, look, self._survey.digests[window.video]))
+
+    def _place(self, window: Window, look: Look, digest: str) -> str:
+        """All that decides what is shown, but for the load of the service."""
+        parts = (
+            digest,
+            window.start,
+            window.end,
+            self._options(look).model_dump_json(),
+            self._client.mm_processor_kwargs,
+            self._client.media_io_kwargs,
+        )
+        return str(blake3(repr(parts).encode()).hexdigest())
+
+    def _options(self, look: Look | None) -> Any:
+        bounds = self._settings.quality.bounds
+        return options_for(look, self._context.options, bounds)
+
+    def _enter(self, window: Window | None, look: Look | None) -> RequestContext:
+        """Make a context for one prompt, and make it the current one."""
+        context = RequestContext(
+            options=self._options(look),
+            session=self._session,
+            span=None if window is None else (window.start, window.end),
+        )
+        # Traces are kept for the cached tokens only, which vLLM tells traces that are reported.
+        context.trace.asked = True
+        return enter_request(context)
+
+    def _failed(self, answer: Any) -> AskFailedError:
+        self.first_error = self.first_error or answer
+        return AskFailedError(answer.error.message)
+
+    # --- each in a task of its own, as its context is its own -------------------------------------
+
+    async def _sent(self, ask: Ask) -> Any:
+        """The reply to a prompt, or vLLM's ``ErrorResponse``."""
+        from vllm.entrypoints.serve import create_error_response
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        context = self._enter(ask.window, ask.look)
+        url = None if ask.window is None else self._survey.urls[ask.window.video]
+        request = request_for(
+            ask, self._client, url, session=self._session, priority=self._priority
+        )
+        first = first_tokens(self._renderer.get_tokenizer(), ask.choices) if ask.choices else {}
+        if first:
+            restrict(request, list(first.values()), self._serving.model_config.max_logprobs)
+        started = time.perf_counter()
+        try:
+            answer = await self._create(self._serving, request)
+        except Exception as error:
+            answer = create_error_response(error)
+        if isinstance(answer, ErrorResponse):
+            return answer
+        (choice,) = answer.choices
+        cost = Cost(
+            answer.usage.prompt_tokens,
+            context.trace.cached_tokens or 0,
+            answer.usage.completion_tokens,
+            time.perf_counter() - started,
+        )
+        text = "" if first else choice.message.content or ""
+        found = chances(first, choice.logprobs.content[0]) if first else {}
+        return Reply(text.strip(), found, cost)
+
+    async def _decoded(self, window: Window, look: Look) -> Any:
+        """Digest of what is shown of a window, or vLLM's ``ErrorResponse``."""
+        from vllm.entrypoints.serve import create_error_response
+
+        context = self._enter(window, look)
+        try:
+            with client_errors(), claim_while_rendered():
+                frames = await self._frames(window)
+                context = current_request() or context
+        except Exception as error:
+            return create_error_response(error)
+        digest = await asyncio.to_thread(_shown, frames)
+        (item,) = context.items
+        if item.content is not None and item.content.storable:
+            self._window_keys.put(self._place(window, look, item.content.digest), digest)
+        return digest
+
+    async def _frames(self, window: Window) -> SampledFrames:
+        url = self._survey.urls[window.video]
+        messages = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}]
+        chat_params, tok_params, extras = rendering_of(self._serving, self._client)
+        await plan(self._renderer, messages, chat_params, tok_params, extras)
+        config = self._serving.model_config
+        connector = vllm_compat.media_connector(config, chat_params.media_io_kwargs)
+        video = await connector.fetch_video_async(url)
+        frames = video.media[0]
+        assert isinstance(frames, SampledFrames)
+        return frames
+
+
+def rendering_of(serving: Any, request: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """How vLLM renders a request: its ``ChatParams``, ``TokenizeParams`` and prompt extras."""
+    extras = {
+        name: value
+        for name in ("mm_processor_kwargs", "cache_salt")
+        if (value := getattr(request, name)) is not None
+    }
+    tools = None if request.tools is None else [tool.model_dump() for tool in request.tools]
+    multimodal = serving.model_config.multimodal_config
+    chat_params = request.build_chat_params(
+        serving.chat_template, serving.chat_template_content_format
+    ).with_defaults(
+        {**serving.default_chat_template_kwargs, "tools": tools},
+        default_media_io_kwargs=None if multimodal is None else multimodal.media_io_kwargs,
+    )
+    return chat_params, request.build_tok_params(serving.model_config), extras
+
+
+async def _alone(work: Coroutine[Any, Any, Any]) -> Any:
+    """Result of work in a task of its own, which ends with the caller's.
+
+    Raises:
+        asyncio.CancelledError: The caller is cancelled. vLLM makes an answer of the cancellation of
+            a request, so the task may end with a result all the same.
+    """
+    result = await asyncio.create_task(work)
+    caller = asyncio.current_task()
+    if caller is not None and caller.cancelling():
+        raise asyncio.CancelledError
+    return result
+
+
+def _may_pass(status: int) -> bool:
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def _shown(frames: SampledFrames) -> str:
+    """Digest of all that the model is shown: pixels, times, sound, and how tokens are reduced."""
+    hasher = blake3(repr((frames.shape, frames.times, frames.reduction.key())).encode())
+    for digest in frames.frame_digests():
+        hasher.update(digest)
+    if frames.audio is not None:
+        hasher.update(np.asarray(frames.audio).tobytes())
+    return str(hasher.hexdigest())

@@ -1,0 +1,283 @@
+"""Answers a chat completion about long videos: windows first, then one answer from their notes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.long_video import chat_chunks
+from vllm_mm_ext.adapters.long_video.ask_requests import first_tokens
+from vllm_mm_ext.adapters.long_video.engine_model import EngineModel, rendering_of
+from vllm_mm_ext.adapters.long_video.state import Place
+from vllm_mm_ext.adapters.long_video.survey import Survey, survey
+from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
+from vllm_mm_ext.adapters.serving.requests import OptionError
+from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
+from vllm_mm_ext.long_video.asking import AskFailedError, filled
+from vllm_mm_ext.long_video.looking import Looks, Progress
+from vllm_mm_ext.long_video.question_kind import strategy_for
+from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
+from vllm_mm_ext.long_video.task import Task, task_of
+from vllm_mm_ext.request.blocks import KEY
+from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
+from vllm_mm_ext.request.conversation import question_of, video_urls, with_texts_for_videos
+from vllm_mm_ext.request.long_report import LongVideoReport
+
+Create = Callable[..., Awaitable[Any]]
+
+
+async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -> Any:
+    """What ``create_chat_completion`` returns, by way of windows where long video is asked for.
+
+    Args:
+        serving: vLLM's handler of chat completions.
+        request: vLLM's request.
+        raw_request: The HTTP request, or None.
+        create: ``create_chat_completion`` of the handler's class, as it was.
+
+    Raises:
+        VLLMError: The request cannot be answered so; ``error_answers`` says by which class.
+    """
+    context = current_request() or enter_request(RequestContext())
+    settings = vllm_compat.settings_of(serving.model_config).long_video
+    asked = _asked(context, settings, request)
+    if asked is None:
+        return await create(serving, request, raw_request)
+    if (refusal := await serving._check_model(request)) is not None:
+        return refusal
+    with client_errors():
+        found = await _surveyed(context, serving, request, asked)
+        if found is None:
+            return await create(serving, request, raw_request)
+        question = question_of(request.messages)
+        strategy = strategy_for(asked.strategy or "auto", question, found.fits)
+        report = LongVideoReport(strategy, _shows_cache_hits(serving))
+        context.trace.long_video = report
+        if strategy == "single":
+            # From here on the request is one that asks for this frame rate and nothing else.
+            context.options = context.options.model_copy(
+                update={"fps": asked.fps, "long_video": None}
+            )
+            return await create(serving, request, raw_request)
+        if strategy == "search":
+            _check_choices(settings, serving)
+        runtime = runtime_of(serving.renderer)
+        model = EngineModel(
+            serving,
+            create,
+            request,
+            context,
+            found,
+            window_keys=runtime.long_video.window_keys,
+            session=serving._get_session_id(request, raw_request),
+            priority=_priority(serving, request, raw_request, settings),
+        )
+        texts = [_text(settings, video, len(found.urls), "") for video in range(len(found.urls))]
+        task = task_of(
+            settings,
+            asked,
+            strategy=strategy,
+            question=question,
+            durations=found.durations,
+            answer_room=found.room - sum(await model.count_tokens(texts)),
+        )
+        await check_room(Looks(task, model, runtime.long_video.notes, _ignored))
+        place = runtime.long_video.enter()
+    chat = _LongChat(serving, request, raw_request, create, runtime, model, task, found, report)
+    return chat.stream(place) if request.stream else await chat.whole(place)
+
+
+def _asked(
+    context: RequestContext, settings: LongVideoSettings, request: Any
+) -> LongVideoOptions | None:
+    """What is asked of long video; None where it does not come in.
+
+    Raises:
+        VLLMValidationError: Long video is asked for, and there is no video.
+    """
+    asked = context.options.long_video
+    has_video = bool(video_urls(request.messages))
+    if asked is None:
+        if settings.default == "off" or not has_video:
+            return None
+        asked = LongVideoOptions()
+    elif not has_video:
+        with client_errors():
+            raise OptionError(
+                f"{KEY}.long_video is about videos, and this request has no video_url with a URL",
+                parameter=f"{KEY}.long_video",
+            )
+    default = "auto" if settings.default == "off" else settings.default
+    return asked.model_copy(
+        update={
+            "strategy": asked.strategy or default,
+            "fps": context.options.fps if asked.fps is None else asked.fps,
+        }
+    )
+
+
+async def _surveyed(
+    context: RequestContext, serving: Any, request: Any, asked: LongVideoOptions
+) -> Survey | None:
+    """What is known of the request; None where vLLM's own loaders read its videos."""
+    from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
+
+    validate_request_mm_kwargs(
+        mm_processor_kwargs=request.mm_processor_kwargs,
+        media_io_kwargs=request.media_io_kwargs,
+        trust_request_mm_kwargs=serving.online_renderer.trust_request_mm_kwargs,
+    )
+    return await survey(
+        context, serving.renderer, request.messages, *rendering_of(serving, request), asked.fps
+    )
+
+
+def _shows_cache_hits(serving: Any) -> bool:
+    return vllm_compat.settings_of(serving.model_config).reports.cache_hits
+
+
+def _priority(serving: Any, request: Any, raw_request: Any, settings: LongVideoSettings) -> int:
+    """Priority of a request's prompts: after other requests, where there are priorities."""
+    own: int = serving._get_priority(request, raw_request)
+    policy = serving.engine_client.vllm_config.scheduler_config.policy
+    return own + settings.priority if policy == "priority" else own
+
+
+def _check_choices(settings: LongVideoSettings, serving: Any) -> None:
+    prompts = settings.prompts
+    try:
+        first_tokens(serving.renderer.get_tokenizer(), (prompts.yes, prompts.no))
+    except ValueError as error:
+        raise OptionError(
+            f"{KEY}.long_video.strategy = 'search': this server cannot tell yes from no "
+            f"(mm_ext.long_video.prompts): {error}. Other strategies: rolling, map_reduce",
+            parameter=f"{KEY}.long_video.strategy",
+            value="search",
+        ) from None
+
+
+def _text(settings: LongVideoSettings, video: int, videos: int, notes: str) -> str:
+    """What stands in the conversation where a video stood."""
+    what = "the video" if videos == 1 else f"video {video + 1}"
+    return filled(settings.prompts.answer, notes=notes, what=what)
+
+
+def _ignored(_: Progress) -> None:
+    """Progress that nobody is told."""
+
+
+class _LongChat:
+    """One request, after all checks.
+
+    Args:
+        serving, request, raw_request, create: As of ``answer``.
+        runtime: Of the engine that is asked.
+        model: Asks the engine for this request.
+        task: What is asked.
+        found: What is known of the videos.
+        report: Of the answer.
+    """
+
+    def __init__(
+        self,
+        serving: Any,
+        request: Any,
+        raw_request: Any,
+        create: Create,
+        runtime: Runtime,
+        model: EngineModel,
+        task: Task,
+        found: Survey,
+        report: LongVideoReport,
+    ) -> None:
+        self._serving = serving
+        self._request = request
+        self._raw_request = raw_request
+        self._create = create
+        self._notes = runtime.long_video.notes
+        self._model = model
+        self._task = task
+        self._found = found
+        self._report = report
+        self._context = current_request()
+
+    async def whole(self, place: Place) -> Any:
+        """The answer that is not streamed: vLLM's response, or its ``ErrorResponse``."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+
+        try:
+            outcome = await self._looked(_ignored)
+            if not isinstance(outcome, Outcome):
+                return outcome
+            response = await self._answered(outcome)
+        finally:
+            place.leave()
+        if isinstance(response, ChatCompletionResponse):
+            self._report.hear_all(choice.message.content for choice in response.choices)
+            usage = chat_chunks.with_cost(response.usage.model_dump(), self._report.cost)
+            response.usage = type(response.usage)(**usage)
+        return response
+
+    async def stream(self, place: Place) -> AsyncGenerator[str, None]:
+        """The server-sent events of a streamed answer, with those about windows before it."""
+        if self._context is not None:
+            # Whoever sends the events may do so in another context.
+            enter_request(self._context)
+        head = self._head()
+        events: asyncio.Queue[Progress | None] = asyncio.Queue()
+        looking = asyncio.create_task(self._looked(events.put_nowait))
+        looking.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (progress := await events.get()) is not None:
+                block = {"progress": self._report.progress(progress)}
+                yield chat_chunks.without_text(head, {KEY: block})
+            outcome = await looking
+            answer = await self._answered(outcome) if isinstance(outcome, Outcome) else outcome
+            if isinstance(answer, AsyncGenerator):
+                async with aclosing(answer):
+                    async for chunk in answer:
+                        yield chat_chunks.joined(chunk, head, self._report.cost)
+            else:
+                yield chat_chunks.event(answer.model_dump())
+                yield chat_chunks.DONE
+        except Exception as error:
+            yield f"data: {self._serving.create_streaming_error_response(error)}\n\n"
+            yield chat_chunks.DONE
+        finally:
+            looking.cancel()
+            await asyncio.wait([looking])
+            place.leave()
+
+    async def _looked(self, progress: Callable[[Progress], None]) -> Any:
+        """What looking at the windows gave; vLLM's ``ErrorResponse`` where all failed."""
+        with client_errors():
+            try:
+                return await look_through(self._task, self._model, self._notes, progress)
+            except AskFailedError as error:
+                failed = self._model.first_error
+                failed.error.message = str(error)
+                return failed
+
+    async def _answered(self, outcome: Outcome) -> Any:
+        """vLLM's answer to the client's request, with notes in place of videos."""
+        self._report.outcome = outcome
+        urls = self._found.urls
+        texts = {
+            urls[evidence.video]: _text(
+                self._task.settings, evidence.video, len(urls), evidence.text
+            )
+            for evidence in outcome.evidence
+        }
+        messages = with_texts_for_videos(self._request.messages, texts)
+        request = self._request.model_copy(update={"messages": messages})
+        return await self._create(self._serving, request, self._raw_request)
+
+    def _head(self) -> chat_chunks.Head:
+        serving, request = self._serving, self._request
+        request_id = serving._base_request_id(self._raw_request, request.request_id)
+        name = serving.models.model_name(serving._maybe_get_adapters(request))
+        return chat_chunks.Head(f"chatcmpl-{request_id}", name)

@@ -1,0 +1,109 @@
+"""What is known of a request about long videos before any of it is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
+from vllm_mm_ext.adapters.serving.planning import Conversation
+from vllm_mm_ext.errors import NoSuchStreamError
+from vllm_mm_ext.request.context import RequestContext
+from vllm_mm_ext.request.conversation import video_urls, videos_without_url
+from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
+
+# Frames of a video at any rate.
+_ANY_FRAMES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The videos of a request and the room in its prompt.
+
+    Attributes:
+        urls: URL of each video, as the request spells it; a video that is shown twice counts once.
+        digests: Digest of the content of each.
+        durations: Seconds of each.
+        fits: All of them fit one prompt at the frame rate asked.
+        room: Tokens that the client's own text and the answer leave of the context.
+    """
+
+    urls: tuple[str, ...]
+    digests: tuple[str, ...]
+    durations: tuple[float, ...]
+    fits: bool
+    room: int
+
+
+async def survey(
+    context: RequestContext,
+    renderer: Any,
+    messages: Sequence[Any],
+    chat_params: Any,
+    tok_params: Any,
+    extras: Mapping[str, Any],
+    fps: float | None,
+) -> Survey | None:
+    """Probe the videos of a request and count its text.
+
+    Args:
+        context: The client's; nothing is added to it.
+        renderer: vLLM's renderer.
+        messages: OpenAI chat messages.
+        chat_params: vLLM's ``ChatParams`` of the request.
+        tok_params: vLLM's ``TokenizeParams`` of the request.
+        extras: The request's ``cache_salt`` and ``mm_processor_kwargs``, if it has them.
+        fps: Frames per second asked; None as the server samples.
+
+    Returns:
+        None where some of the videos are not for the front-end to read: they have no URL, or one of
+        vLLM's own loaders is in charge. With options this is an error.
+
+    Raises:
+        MediaError: A video cannot be read, or an option cannot be used for these videos.
+        VLLMValidationError: There are more videos than ``--limit-mm-per-prompt`` allows.
+    """
+    # A context of its own: the client's trace reports what the model got.
+    own = RequestContext(context.options).conversation(renderer, extras.get("cache_salt"))
+    hf_kwargs = extras.get("mm_processor_kwargs")
+    try:
+        planning = Conversation(own, renderer, messages, chat_params, tok_params, hf_kwargs)
+        urls = dict.fromkeys(video_urls(messages))
+        if len(planning.plans) < len(urls) or videos_without_url(messages):
+            return None
+        videos = await planning.runtime.run(planning.probe())
+        prompt = await renderer.tokenize_prompt_async(*planning.text())
+    finally:
+        own.end_claim()
+    if len(videos) < len(urls):
+        raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
+    room = planning.context_use(len(prompt["prompt_token_ids"])).left
+    fits = await on_processor_thread(renderer, partial(_fits, planning, videos, room, fps))
+    return Survey(
+        tuple(video.url for video in videos),
+        tuple(video.ref.digest for video in videos),
+        tuple(video.stream.duration for video in videos),
+        fits,
+        room,
+    )
+
+
+def _fits(
+    planning: Conversation, videos: Sequence[PlannedVideo], room: int, fps: float | None
+) -> bool:
+    """Whether one prompt holds all frames of all videos at the rate asked."""
+    options, frontend = planning.context.options, planning.runtime.frontend
+    costs = FrontendCosts(videos, planning.renderer.mm_processor, frontend.traits, frontend.limits)
+    counted, tokens = costs.knows_tokens, 0
+    for index, video in enumerate(videos):
+        sampling = video.plan.sampling
+        frames = costs.frames(index, fps or sampling.fps, sampling.min_frames, _ANY_FRAMES)
+        if frames > (options.max_frames or sampling.max_frames):
+            return False
+        if counted:
+            cap = (options.resolution or 0) ** 2
+            reduction = options.reduction or video.plan.reduction
+            tokens += video.uses * costs.tokens(index, frames, cap, reduction)
+    return tokens <= min(room, options.total_tokens or room)

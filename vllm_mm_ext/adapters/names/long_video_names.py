@@ -1,0 +1,101 @@
+"""The names inside vLLM that answers about long videos rely on."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
+
+_OPENAI = "vllm.entrypoints.openai"
+_CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
+_REQUEST = f"{_OPENAI}.chat_completion.protocol:ChatCompletionRequest"
+_RENDERER = "vllm.renderers.base:BaseRenderer"
+_PROTOCOL = "vllm.entrypoints.serve.engine.protocol"
+
+# Beside those of planning and of the connector, by which a part of a video is shown.
+LONG_VIDEO_NAMES: tuple[Checked, ...] = (
+    VllmName(f"{_CHAT}.create_chat_completion", ("request", "raw_request")),
+    VllmName(f"{_CHAT}._check_model", ("request",)),
+    VllmName(f"{_CHAT}._get_session_id", ("request", "raw_request")),
+    VllmName(f"{_CHAT}._get_priority", ("request", "raw_request")),
+    VllmName(f"{_CHAT}._base_request_id", ("raw_request", "default")),
+    VllmName(f"{_CHAT}._maybe_get_adapters", ("request",)),
+    VllmName(f"{_CHAT}.create_streaming_error_response", ("message",)),
+    VllmAttributes(
+        _CHAT,
+        (
+            "chat_template",
+            "chat_template_content_format",
+            "default_chat_template_kwargs",
+            "engine_client",
+            "model_config",
+            "models",
+            "online_renderer",
+            "renderer",
+        ),
+    ),
+    VllmName(f"{_OPENAI}.models.serving:OpenAIServingModels.model_name", ("lora_request",)),
+    VllmName(
+        f"{_REQUEST}.build_chat_params", ("default_template", "default_template_content_format")
+    ),
+    VllmName(f"{_REQUEST}.build_tok_params", ("model_config",)),
+    VllmAttributes(
+        _REQUEST,
+        (
+            "allowed_token_ids",
+            "cache_salt",
+            "chat_template",
+            "chat_template_kwargs",
+            "logprobs",
+            "max_completion_tokens",
+            "media_io_kwargs",
+            "messages",
+            "mm_processor_kwargs",
+            "model",
+            "priority",
+            "request_id",
+            "return_tokens_as_token_ids",
+            "session_id",
+            "stream",
+            "temperature",
+            "tools",
+            "top_logprobs",
+        ),
+    ),
+    VllmAttributes(
+        f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponse", ("choices", "usage")
+    ),
+    VllmAttributes(
+        f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponseChoice", ("logprobs", "message")
+    ),
+    VllmAttributes(f"{_OPENAI}.chat_completion.protocol:ChatCompletionLogProbs", ("content",)),
+    VllmAttributes(
+        f"{_OPENAI}.chat_completion.protocol:ChatCompletionLogProbsContent",
+        ("logprob", "token", "top_logprobs"),
+    ),
+    VllmAttributes(
+        f"{_PROTOCOL}:UsageInfo",
+        ("completion_tokens", "prompt_tokens", "prompt_tokens_details", "total_tokens"),
+    ),
+    VllmAttributes(f"{_PROTOCOL}:ErrorResponse", ("error",)),
+    VllmAttributes(f"{_PROTOCOL}:ErrorInfo", ("code", "message")),
+    VllmName("vllm.entrypoints.serve:create_error_response", ("message",)),
+    VllmName(
+        "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs",
+        ("mm_processor_kwargs", "media_io_kwargs", "trust_request_mm_kwargs"),
+    ),
+    VllmAttributes("vllm.renderers.online_renderer:OnlineRenderer", ("trust_request_mm_kwargs",)),
+    VllmName(f"{_RENDERER}.tokenize_prompts_async", ("prompts", "params")),
+    VllmName(f"{_RENDERER}.default_chat_tok_params"),
+    VllmName(f"{_RENDERER}.get_tokenizer"),
+    VllmName(
+        "vllm.renderers.params:ChatParams.with_defaults",
+        ("default_chat_template_kwargs", "default_media_io_kwargs"),
+    ),
+    VllmAttributes("vllm.config:VllmConfig", ("scheduler_config",)),
+    VllmAttributes("vllm.config:SchedulerConfig", ("policy",)),
+    VllmAttributes(
+        "vllm.config:ModelConfig", ("max_logprobs", "max_model_len", "multimodal_config")
+    ),
+    VllmAttributes("vllm.config:MultiModalConfig", ("media_io_kwargs",)),
+    VllmAttributes("vllm.multimodal.media.base:MediaWithBytes", ("media",)),
+)
