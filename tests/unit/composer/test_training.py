@@ -474,11 +474,11 @@ def test_windows_are_asked_for_notes_and_for_what_is_in_them() -> None:
         sample = window_sample(seed, 8 if seed % 2 else 40, 9, 16, sound=seed % 7 > 0)
         assert len(sample.turns) <= 9
         assert (sample.sound is not None) == (seed % 7 > 0)
-        noted = [turn for turn in sample.turns if turn.task == "note"]
+        noted = [turn for turn in sample.turns if turn.task.startswith("note")]
         assert len(noted) == (seed % 2 == 0)
         for turn in sample.turns:
             found.setdefault(turn.task, set()).add(turn.answer)
-            if turn.task == "note":
+            if turn.task.startswith("note"):
                 assert turn.text.endswith(NOTE_PROMPT)
                 assert note_line(read_entries(turn.answer)) == turn.answer
     assert found["relevance"] == {"yes", "no"}
@@ -489,7 +489,7 @@ def test_what_matters_are_entries_of_the_notes_and_they_give_the_same_answers() 
     for seed in range(40):
         sample = notes_sample(seed, 1 + seed % 9, 16, 16)
         noted = read_entries(sample.text)
-        assert (sample.text == f"{NOTHING}\n") == (not noted)
+        assert (sample.text == "\n") == (not noted)
         for turn in sample.turns:
             tasks.add(turn.task)
             if turn.task == "select":

@@ -12,7 +12,6 @@ from vllm_mm_ext.composer.training.clips import COLOURS, GLIDES, PITCHES, SHAPES
 from vllm_mm_ext.composer.training.frame_times import pick_seconds
 from vllm_mm_ext.composer.training.note_language import (
     NOTE_PROMPT,
-    NOTHING,
     RELEVANCE_PROMPT,
     SELECT_PROMPT,
     Asked,
@@ -179,7 +178,7 @@ def notes_sample(seed: int, windows: int, turns: int, size: int) -> Sample:
         told = _selected(seed, kinds, rng)
     else:
         told = _noted(seed, windows, rng)
-    lines = [recording_line(entries) for entries in told if entries] or [NOTHING]
+    lines = [recording_line(entries) for entries in told if entries]
     entries = [entry for line in told for entry in line]
     answerable = [
         one
@@ -224,6 +223,9 @@ def _noted(seed: int, windows: int, rng: np.random.Generator) -> list[list[Entry
     if rng.random() < 0.25:
         # The windows that matter and some beside them.
         told = [entries for entries in told if rng.random() < 0.6]
+    if told and rng.random() < 0.5:
+        # A group of entries begins anywhere in a note.
+        told[0] = told[0][int(rng.integers(len(told[0]) + 1)) :]
     return told
 
 
@@ -244,15 +246,27 @@ def window_entries(recording: Recording, offset: int, *, merged: bool) -> list[l
     Args:
         recording: Of any length.
         offset: Seconds before its start, as of a part of a longer one.
-        merged: An event in two windows is told once.
+        merged: What two windows tell is told once, and a scene that goes on in the next window is
+            not told again.
     """
     found: list[list[Entry]] = []
-    told: set[Entry] = set()
+    before: list[Entry] = []
     for start in range(0, max(1, recording.duration - WINDOW_S + STRIDE_S), STRIDE_S):
         clip = recording.window(start, min(start + WINDOW_S, recording.duration))
         entries = [entry.at(start + offset) for entry in clip_entries(clip)]
-        found.append([entry for entry in entries if not merged or entry not in told])
-        told.update(entries)
+        texts = {entry.text for entry in before}
+        found.append(
+            [
+                entry
+                for entry in entries
+                if not merged
+                or (
+                    entry not in before
+                    and (entry.second > start + offset or entry.text not in texts)
+                )
+            ]
+        )
+        before = entries
     return found
 
 
