@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -89,7 +90,7 @@ class Recording:
                 f"the window is {start} to {end}; it must lie within 0 to {self.duration}"
             )
         first = bisect_left(self.scenes, start + 1e-9, key=lambda scene: scene.end)
-        last = bisect_left(self.scenes, end, key=lambda scene: scene.start)
+        last = bisect_left(self.scenes, float(end), key=lambda scene: scene.start)
         return Clip(
             seed=self.seed,
             duration=end - start,
@@ -217,7 +218,9 @@ def _places(
     found: list[tuple[float, float]] = []
     for earliest, latest, length in wanted:
         for _ in range(80):
-            start = round(int(rng.integers(1, cuts[-1] - 2)) + rng.uniform(earliest, latest), 3)
+            start = round(
+                int(rng.integers(1, int(cuts[-1]) - 2)) + rng.uniform(earliest, latest), 3
+            )
             end = round(start + length, 3)
             near = bisect_left(cuts, start - _MARGIN_S)
             if cuts[near] < end + _MARGIN_S:
@@ -235,7 +238,7 @@ def _scenes(
     rng: np.random.Generator, cuts: Sequence[float], flashes: Sequence[Flash]
 ) -> tuple[Scene, ...]:
     found: list[Scene] = []
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, end in pairwise(cuts):
         near = {
             flash.colour
             for flash in flashes
