@@ -272,7 +272,7 @@ def test_an_error_within_the_stream_is_shown_in_the_servers_words(
     replay.error_in_stream = True
     result = describe(replay, clip, "-q", "What?")
     assert result.exit_code == 1
-    assert "all 3 windows failed" in result.stderr
+    assert "500: all 3 windows failed" in result.stderr
     assert result.stdout == ""
 
 

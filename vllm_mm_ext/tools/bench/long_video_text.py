@@ -53,6 +53,8 @@ def text(study: Study) -> list[Row]:
     beside: list[float] = []
     windows: list[int] = []
     with _server(study, model, target_ms) as server:
+        # The server loads what it needs, and learns what steps cost.
+        Asker(server).ask(study.films.film(759, 1).path, QUESTION, options=MAP_REDUCE)
         for repeat in range(study.context.repeats):
             film = study.films.film(760 + repeat, study.minutes[-1])
             texts = Texts(server, 1 + repeat)

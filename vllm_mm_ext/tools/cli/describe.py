@@ -175,7 +175,13 @@ def _client(
         with serve(
             served, plugin=True, args=args, env=env, timeout_s=1800 if model else 300
         ) as server:
-            yield server.client(timeout=_SILENCE_S), server.model
+            try:
+                yield server.client(timeout=_SILENCE_S), server.model
+            except DescribeError as error:
+                if error.at_server:
+                    # The log goes with the server.
+                    raise DescribeError(f"{error}\nend of its log:\n{server.tail()}") from error
+                raise
     except ServerError as error:
         raise DescribeError(str(error)) from error
 

@@ -25,7 +25,16 @@ _FLAG = "--allowed-local-media-path"
 
 
 class DescribeError(Exception):
-    """The video cannot be sent, or the server refused or failed; the message is for the user."""
+    """The video cannot be sent, or the server refused or failed; the message is for the user.
+
+    Args:
+        message: In one line.
+        at_server: The server failed, so its log tells more.
+    """
+
+    def __init__(self, message: str, *, at_server: bool = False) -> None:
+        super().__init__(message)
+        self.at_server = at_server
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ class Conversation:
             reason = error.__cause__ or error
             raise DescribeError(f"no answer from {self.client.base_url}: {reason}") from error
         except openai.APIError as error:
-            raise DescribeError(_message(error)) from error
+            raise _failed(error) from error
 
     def _take(self, chunk: Any) -> Iterator[Progress | str]:
         block = (chunk.model_extra or {}).get("mm_ext") or {}
@@ -230,20 +239,25 @@ def served_model(client: openai.OpenAI) -> str:
         reason = error.__cause__ or error
         raise DescribeError(f"no answer from {client.base_url}: {reason}") from error
     except openai.APIError as error:
-        raise DescribeError(_message(error)) from error
+        raise _failed(error) from error
     if not models:
         raise DescribeError(f"{client.base_url} lists no model; name one with --model")
     return models[0].id
 
 
-def _message(error: openai.APIError) -> str:
+def _failed(error: openai.APIError) -> DescribeError:
     """The server's own words, with the status before them."""
-    status = getattr(error, "status_code", None)
     body = error.body
     if isinstance(body, Mapping) and isinstance(body.get("error"), Mapping):
         body = body["error"]
-    said = body.get("message") if isinstance(body, Mapping) else None
-    return f"{f'{status}: ' if status else ''}{said or error.message}"
+    told = body if isinstance(body, Mapping) else {}
+    # An error within a stream has its status in the body alone.
+    status = getattr(error, "status_code", None) or told.get("code")
+    words = told.get("message") or error.message
+    return DescribeError(
+        f"{status}: {words}" if status else str(words),
+        at_server=isinstance(status, int) and status >= 500,
+    )
 
 
 def _is_this_machine(url: str) -> bool:
