@@ -27,6 +27,8 @@ class SimulatedModel:
         noise: How far relevances are off, 0 to 1.
         select: Replies to prompts without a window; None copies the entries that hold the word.
         fails: Whether the model fails on a window.
+        fails_on_text: Whether it fails on prompts without a window.
+        delays: Turns of the event loop until a reply; 0 for some turns, other ones for each ask.
         context_tokens: Most tokens of a prompt of text and its reply; more is an AssertionError.
     """
 
@@ -36,9 +38,11 @@ class SimulatedModel:
     noise: float = 0.0
     select: Callable[[str], str] | None = None
     fails: Callable[[Window], bool] = lambda _: False
+    fails_on_text: bool = False
     context_tokens: int = 4096
     identity: str = "simulated"
     seed: int = 0
+    delays: int = 0
     asks: list[Ask] = field(default_factory=list)
     under_way: int = 0
     most_under_way: int = 0
@@ -49,7 +53,7 @@ class SimulatedModel:
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
-            for _ in range(random.Random(f"{self.seed} {ask}").randrange(5)):
+            for _ in range(self.delays or random.Random(f"{self.seed} {ask}").randrange(5)):
                 await asyncio.sleep(0)
             return self._reply(ask)
         finally:
@@ -73,6 +77,8 @@ class SimulatedModel:
         text = sum(count(part) for part in ask.texts)
         if ask.window is None or ask.look is None:
             assert text + ask.max_tokens <= self.context_tokens, f"{text} + {ask.max_tokens} tokens"
+            if self.fails_on_text:
+                raise AskFailedError("the prompt failed")
             reply = (self.select or self._copied)(ask.texts[0])
             reply = " ".join(reply.split(" ")[: ask.max_tokens])
             return Reply(reply, cost=Cost(text, 0, count(reply), 0.1))

@@ -52,6 +52,11 @@ class SeenWindow:
     kept_cost: Cost = field(default_factory=Cost)
 
     @property
+    def is_missing(self) -> bool:
+        """Nothing is known of what the window shows."""
+        return self.failed is not None and not self.entries
+
+    @property
     def note(self) -> str:
         """The note with times on the video's clock."""
         return lines_of(self.entries)
@@ -99,7 +104,7 @@ class Looks:
         self._total = 0
         self._began = asyncio.get_running_loop().time()
         self._spent = 0  # Tokens of all prompts about windows.
-        self._largest_prompt = 0  # Tokens of the largest prompt about a window.
+        self._largest_prompt = 0  # Tokens of the largest one of the looks that `each` is at.
 
     async def each(
         self,
@@ -120,6 +125,7 @@ class Looks:
             share: The part of the request's bounds on tokens and time that these looks may reach.
         """
         self._total += len(windows)
+        self._largest_prompt = 0
         left = list(windows)
         while left and (count := self._affordable(share)):
             count = min(count, at_once or len(left))
@@ -136,22 +142,16 @@ class Looks:
             earlier: Notes of windows before it, which the model is told; may be empty.
         """
         reply, is_kept = await self._reply(window, look, self._note_ask(window, look, earlier))
-        self._know(
-            window,
-            entries=tuple(entries_of(reply.text, window)),
-            is_close=look.kind == "close",
-            is_kept=is_kept,
-        )
+        self._know_note(window, look, reply, is_kept)
 
-    def recall(self, window: Window) -> tuple[Entry, ...]:
-        """The entries of a note that an earlier question left about a window, the closest one."""
+    def recall(self, window: Window) -> None:
+        """Take the closest note that an earlier question left about a window, if there is one."""
         for look in (self.task.close_look, self.task.note_look):
             ask = self._note_ask(window, look, "")
             key = self.model.known_window_key(window, look)
-            reply = key and self._store.kept(self._key(key, ask))
-            if reply:
-                return tuple(entries_of(reply.text, window))
-        return ()
+            if key and (reply := self._store.kept(self._key(key, ask))):
+                self._know_note(window, look, reply, is_kept=True)
+                return
 
     async def relevance(self, window: Window) -> None:
         """Get the chance that a window shows what is asked."""
@@ -226,14 +226,14 @@ class Looks:
         """Windows that can be looked at now without going past the bound on tokens.
 
         What a prompt takes is known when it has ended, so the next prompts are taken to be as large
-        as the largest one so far, and the very first window is looked at alone.
+        as the largest one of these looks so far, and the first window is looked at alone.
         """
         if self.task.total_tokens is None:
             return len(self.task.windows)
         left = self.task.total_tokens * share - self._spent
-        if self._largest_prompt == 0:
-            return 1
-        return min(self.task.max_parallel, max(0, int(left // self._largest_prompt)))
+        if left <= 0 or self._largest_prompt == 0:
+            return int(left > 0)
+        return min(self.task.max_parallel, int(left // self._largest_prompt))
 
     def _is_late(self, share: float) -> bool:
         if self.task.time_s is None:
@@ -242,6 +242,10 @@ class Looks:
 
     def _seen(self, window: Window) -> SeenWindow:
         return self.seen.get(window) or SeenWindow(window)
+
+    def _know_note(self, window: Window, look: Look, reply: Reply, is_kept: bool) -> None:
+        entries = tuple(entries_of(reply.text, window))
+        self._know(window, entries=entries, is_close=look.kind == "close", is_kept=is_kept)
 
     def _know(self, window: Window, **news: Any) -> None:
         self.seen[window] = replace(self._seen(window), **news)

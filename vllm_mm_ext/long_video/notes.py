@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from vllm_mm_ext.long_video.asking import Window
 
@@ -22,6 +22,7 @@ _UNIT = r"\s*(?:s|sec|secs|seconds?)?\s*"
 # [12] [12.5] [12s] [0:12] [1:02:03], and ranges of them, of which the start counts.
 _MARK = re.compile(rf"\[\s*({_CLOCK}){_UNIT}(?:(?:-|\u2013|\u2014|to)\s*{_CLOCK}{_UNIT})?\]")
 _TIME_IN_TEXT = re.compile(r"(?<![\d:.])(?:\d{1,4}:)?[0-5]?\d:[0-5]\d(?![\d:])")
+_NOTHING = frozenset({"", "none", "nothing", "no", "n a", "nothing happens", "nothing matters"})
 # What models write around entries: bullets, separators, emphasis.
 _AROUND = " \t\r\n;,-\u2013\u2014*\u2022#:|"
 
@@ -83,25 +84,26 @@ def entries_of(text: str, window: Window) -> list[Entry]:
     entries = [
         Entry(window.video, _on_clock(time, window), part, window.number)
         for time, part in marked_parts(text)
-        if part
+        if says_something(part)
     ]
     return sorted(entries, key=lambda entry: entry.time)
 
 
-def merged(notes: Iterable[Sequence[Entry]]) -> list[Entry]:
+def merged(notes: Iterable[tuple[Window, Sequence[Entry]]]) -> list[Entry]:
     """The entries of all notes of one video in order of time.
 
-    What two consecutive windows both tell, with the same words at about the same time, is the same
-    thing in their overlap, and kept once.
+    What two windows that overlap both tell is kept once: the same words at about the same time,
+    and what goes on as the second one begins, which is noted there as if it began.
 
     Args:
-        notes: Entries of each window, in the order of the windows.
+        notes: Windows with the entries of each, in the order of the windows.
     """
-    by_window = [list(entries) for entries in notes if entries]
-    kept = [entry for entries in by_window[:1] for entry in entries]
-    for before, after in pairwise(by_window):
-        is_next = after[0].window == before[0].window + 1
-        kept += _without_told(after, before) if is_next else after
+    kept: list[Entry] = []
+    last: tuple[Window, Sequence[Entry]] | None = None
+    for window, entries in notes:
+        overlaps = last is not None and last[0].end - window.start >= SAME_TIME_S
+        kept += _without_told(window, entries, last[1]) if last and overlaps else entries
+        last = window, entries
     return sorted(kept, key=lambda entry: entry.time)
 
 
@@ -113,20 +115,22 @@ def lines_of(entries: Iterable[Entry]) -> str:
     )
 
 
-def _without_told(after: list[Entry], before: list[Entry]) -> list[Entry]:
-    """Entries of a window without those that the window before tells; each tells only one."""
-    told = list(before)
+def _without_told(window: Window, entries: Sequence[Entry], before: Sequence[Entry]) -> list[Entry]:
+    """Entries of a window without those that the window before it tells."""
+    left = list(before)  # Each of those is the same as one entry at most.
+    words = {plain(entry.text) for entry in before}
     new = []
-    for entry in after:
+    for entry in entries:
         same = [
             other
-            for other in told
+            for other in left
             if plain(other.text) == plain(entry.text)
             and abs(other.time - entry.time) <= SAME_TIME_S
         ]
+        goes_on = entry.time - window.start < SAME_TIME_S and plain(entry.text) in words
         if same:
-            told.remove(min(same, key=lambda other: abs(other.time - entry.time)))
-        else:
+            left.remove(min(same, key=lambda other: abs(other.time - entry.time)))
+        elif not goes_on:
             new.append(entry)
     return new
 
@@ -134,6 +138,11 @@ def _without_told(after: list[Entry], before: list[Entry]) -> list[Entry]:
 def plain(text: str) -> str:
     """A text without case, punctuation and doubled spaces."""
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def says_something(text: str) -> bool:
+    """Whether a text is more than the word that there is nothing to tell."""
+    return plain(text) not in _NOTHING
 
 
 def _on_clock(time: float | None, window: Window) -> float:

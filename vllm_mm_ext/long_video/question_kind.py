@@ -23,7 +23,7 @@ _WHOLE_VIDEO = re.compile(
     r"\b(how (many|often|much)|count|number of|total|all|every|each|list|first|last|before|after"
     r"|order|sequence|next|between|most|least|more|fewer|summar\w+|overview|describe|description"
     r"|chapters?|timeline|outline|whole|entire|throughout|overall"
-    r"|what is (this|the video|it) about)\b",
+    r"|what is (this|the) [\w ]{0,16}about)\b",
     re.IGNORECASE,
 )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_mm_ext.long_video.asking import Ask, Reply, filled
+from vllm_mm_ext.long_video.asking import Ask, Model, Reply, filled
 from vllm_mm_ext.long_video.looking import Looks
 from vllm_mm_ext.long_video.notes import Entry, lines_of
 from vllm_mm_ext.long_video.selecting import selected
+from vllm_mm_ext.long_video.task import Task
 
 # Tokens that a chat template adds to a prompt at most, and that joining texts may add.
 _TEMPLATE = 64
@@ -32,9 +33,9 @@ async def reduced(looks: Looks, entries: Sequence[Entry], room: int) -> tuple[li
     Returns:
         The entries, in order of time, and whether some were left out though they may matter.
     """
-    per_prompt = await prompt_room(looks)
-    kept = list(entries)
-    while sum(tokens := await token_counts(looks, kept)) > room:
+    per_prompt = await prompt_room(looks.task, looks.model)
+    kept, tokens = list(entries), await token_counts(looks.model, entries)
+    while (before := sum(tokens)) > room:
         groups = _groups(kept, tokens, per_prompt)
         replies = await looks.ask_texts(_select_ask(looks, group, per_prompt) for group in groups)
         matter = [
@@ -42,26 +43,25 @@ async def reduced(looks: Looks, entries: Sequence[Entry], room: int) -> tuple[li
             for group, reply in zip(groups, replies, strict=True)
             for entry in _what_matters(group, reply)
         ]
-        left = sum(await token_counts(looks, matter))
-        if not matter or left > max(room, _WORTH * sum(tokens)):
+        if not matter:
             return _thinned(kept, tokens, room), True
-        kept = matter
+        kept, tokens = matter, await token_counts(looks.model, matter)
+        if sum(tokens) > max(room, _WORTH * before):
+            return _thinned(kept, tokens, room), True
     return kept, False
 
 
-async def prompt_room(looks: Looks) -> int:
+async def prompt_room(task: Task, model: Model) -> int:
     """Tokens of notes in a prompt that sorts them out; its reply may have as many."""
-    settings = looks.task.settings
-    bare = filled(settings.prompts.select, notes="", question=looks.task.question)
-    of_context = (
-        looks.model.context_tokens - (await looks.model.count_tokens([bare]))[0] - _TEMPLATE
-    )
+    settings = task.settings
+    bare = filled(settings.prompts.select, notes="", question=task.question)
+    of_context = model.context_tokens - (await model.count_tokens([bare]))[0] - _TEMPLATE
     return min(max(settings.select_tokens, settings.note_tokens + TIMES), of_context // 2)
 
 
-async def token_counts(looks: Looks, entries: Sequence[Entry]) -> list[int]:
+async def token_counts(model: Model, entries: Sequence[Entry]) -> list[int]:
     """Tokens of each entry in a prompt, with its times and what separates it from the next one."""
-    return await looks.model.count_tokens([f"{entry};\n" for entry in entries])
+    return await model.count_tokens([f"{entry};\n" for entry in entries])
 
 
 def _groups(entries: Sequence[Entry], tokens: Sequence[int], room: int) -> list[list[Entry]]:

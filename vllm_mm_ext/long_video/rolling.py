@@ -6,7 +6,6 @@ from collections import deque
 
 from vllm_mm_ext.long_video.asking import Window
 from vllm_mm_ext.long_video.looking import Looks
-from vllm_mm_ext.long_video.notes import lines_of, merged
 
 # Windows before a window whose notes the model is told.
 _BEFORE = 2
@@ -17,8 +16,8 @@ async def rolling(looks: Looks) -> None:
     before: deque[Window] = deque(maxlen=_BEFORE)
 
     async def note(window: Window) -> None:
-        told = merged(looks.seen[w].entries for w in before if w.video == window.video)
-        await looks.note(window, looks.task.note_look, lines_of(told))
+        told = "\n".join(looks.seen[w].note for w in before if w.video == window.video)
+        await looks.note(window, looks.task.note_look, told)
         before.append(window)
 
     await looks.each(looks.task.windows, note, at_once=1)

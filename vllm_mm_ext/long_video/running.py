@@ -17,6 +17,7 @@ from vllm_mm_ext.long_video.rolling import rolling
 from vllm_mm_ext.long_video.search import search
 from vllm_mm_ext.long_video.task import Task
 
+_STRATEGIES = {"rolling": rolling, "map_reduce": map_reduce, "search": search}
 # Spans of time that evidence names as not looked at, at most; more are told as one.
 _GAPS = 4
 # Tokens of one such line at most.
@@ -79,20 +80,14 @@ async def look_through(
         OptionBoundError: The conversation leaves no room for notes.
         AskFailedError: No window could be looked at.
     """
+    await check_room(task, model)
     looks = Looks(task, model, store, progress)
-    await check_room(looks)
-    recalled: dict[Window, tuple[Entry, ...]] = {}
-    if task.strategy == "search":
-        recalled = await search(looks)
-    elif task.strategy == "rolling":
-        await rolling(looks)
-    else:
-        await map_reduce(looks)
+    await _STRATEGIES[task.strategy](looks)
     failed = [seen for seen in looks.seen.values() if seen.failed is not None]
     if failed and len(failed) == len(looks.seen):
         first = min(failed, key=lambda seen: (seen.window.video, seen.window.number))
         raise AskFailedError(f"None of {len(failed)} windows could be looked at: {first.failed}")
-    evidence, is_thinned = await _evidence(looks, recalled)
+    evidence, is_thinned = await _evidence(looks)
     windows = tuple(looks.seen[window] for window in task.windows if window in looks.seen)
     return Outcome(
         strategy=task.strategy,
@@ -104,13 +99,12 @@ async def look_through(
     )
 
 
-async def check_room(looks: Looks) -> None:
+async def check_room(task: Task, model: Model) -> None:
     """Check that notes fit the prompts, before anything is looked at.
 
     Raises:
         OptionBoundError: They do not; the message says what would.
     """
-    task = looks.task
     least = _least(task) + _GAPS * _GAP_TOKENS
     videos = task.windows[-1].video + 1
     if task.answer_room < least * videos:
@@ -120,27 +114,21 @@ async def check_room(looks: Looks) -> None:
             f"conversation or a lower max_tokens would fit.",
             parameter="messages",
         )
-    if await prompt_room(looks) < _least(task):
+    if await prompt_room(task, model) < _least(task):
         raise OptionBoundError(
             f"The question is too long to be asked beside notes: a prompt and its reply have "
-            f"{looks.model.context_tokens} tokens at most.",
+            f"{model.context_tokens} tokens at most.",
             parameter="messages",
         )
 
 
-async def _evidence(
-    looks: Looks, recalled: dict[Window, tuple[Entry, ...]]
-) -> tuple[list[Evidence], bool]:
+async def _evidence(looks: Looks) -> tuple[list[Evidence], bool]:
     """What the answer rests on, for each video, and whether some of it was left out."""
     task = looks.task
     videos = range(task.windows[-1].video + 1)
-    notes = recalled | {window: seen.entries for window, seen in looks.seen.items()}
-    told = [
-        merged(notes[w] for w in task.windows if w.video == video and w in notes)
-        for video in videos
-    ]
-    gaps = [_gaps([w for w in task.windows if w.video == video], looks) for video in videos]
-    needs = [sum(await token_counts(looks, entries)) for entries in told]
+    of_video = [[w for w in task.windows if w.video == video] for video in videos]
+    told = [merged((w, looks.seen[w].entries) for w in ws if w in looks.seen) for ws in of_video]
+    needs = [sum(await token_counts(looks.model, entries)) for entries in told]
     room = min(
         max(task.settings.select_tokens, _least(task) * len(videos)),
         task.answer_room - _GAPS * _GAP_TOKENS * len(videos),
@@ -148,7 +136,7 @@ async def _evidence(
     evidence, is_thinned = [], False
     for video, room_of_video in enumerate(_shared(room, needs)):
         entries, left_some_out = await reduced(looks, told[video], room_of_video)
-        by_time = sorted([*entries, *gaps[video]], key=lambda entry: entry.time)
+        by_time = sorted([*entries, *_gaps(of_video[video], looks)], key=lambda entry: entry.time)
         evidence.append(Evidence(video, tuple(by_time)))
         is_thinned |= left_some_out
     return evidence, is_thinned
@@ -171,17 +159,19 @@ def _shared(room: int, needs: Sequence[int]) -> list[int]:
 
 def _gaps(windows: Sequence[Window], looks: Looks) -> list[Entry]:
     """Spans of a video that nobody could look at, or that a bound left out."""
-    missing = [w for w in windows if w not in looks.seen or looks.seen[w].failed is not None]
+    missing = [w for w in windows if w not in looks.seen or looks.seen[w].is_missing]
     spans: list[list[Window]] = []
     for window in missing:
         if not spans or window.number != spans[-1][-1].number + 1:
             spans.append([])
         spans[-1].append(window)
+    text = "not looked at"
     if len(spans) > _GAPS:
         text, spans = f"{len(missing)} of {len(windows)} parts were not looked at", [missing]
-    else:
-        text = "not looked at"
-    return [
-        Entry(span[0].video, span[0].start, text, span[0].number, until=span[-1].end)
-        for span in spans
-    ]
+    gaps = []
+    for first, last in ((span[0], span[-1]) for span in spans):
+        # What the windows beside the span share with it was looked at.
+        start = windows[first.number - 1].end if first.number else first.start
+        until = windows[last.number + 1].start if last is not windows[-1] else last.end
+        gaps.append(Entry(first.video, start, text, first.number, until))
+    return gaps

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_mm_ext.long_video.notes import Entry, marked_parts, plain
+from vllm_mm_ext.long_video.notes import Entry, marked_parts, plain, says_something
 
 # An entry whose text shares at least this part of the words may be up to so many seconds off.
 _SHARED_WORDS = 0.5
 _NEAR_S = 2.0
-_NOTHING = frozenset({"", "none", "nothing", "no", "nothing matters", "none of them", "n a"})
 
 
 def selected(reply: str, group: Sequence[Entry]) -> list[Entry]:
@@ -42,9 +41,7 @@ def _parts(reply: str) -> list[tuple[float | None, str]]:
         # Without marks, what stands between the separators of entries.
         parts = [(None, text) for _, line in parts for text in line.split(";")]
     return [
-        (time, text.strip())
-        for time, text in parts
-        if time is not None or plain(text) not in _NOTHING
+        (time, text.strip()) for time, text in parts if time is not None or says_something(text)
     ]
 
 

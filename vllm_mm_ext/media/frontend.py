@@ -350,7 +350,7 @@ class MediaFrontend:
         if target != rate:
             samples = await asyncio.to_thread(audio_ops.resample, samples, rate, target)
         if digest is None:
-            digest = str(blake3(memoryview(samples)).hexdigest())
+            digest = str(blake3(samples.view(np.uint8)).hexdigest())
         return Waveform(samples, digest=digest, rate=target), time.perf_counter() - started
 
     def stats(self) -> dict[str, Any]:

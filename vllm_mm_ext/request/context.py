@@ -7,13 +7,14 @@ This module has the plugin's only context variable. The plugin reads it where vL
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS, RequestOptions
 from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
+from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.request.media_items import MediaItem, MediaModality
 from vllm_mm_ext.request.trace import RequestTrace
@@ -37,6 +38,7 @@ class RequestContext:
         trace: What was done for the request; all conversations of the request share it.
         span: Start and end in seconds of the part of its videos that the request is about; None for
             whole videos. Only requests that the plugin makes itself have one.
+        contents: The content behind URLs that need not be resolved; as ``span``.
     """
 
     options: RequestOptions = DEFAULT_OPTIONS
@@ -46,6 +48,7 @@ class RequestContext:
     items: list[MediaItem] = field(default_factory=list)
     trace: RequestTrace = field(default_factory=RequestTrace)
     span: tuple[float, float] | None = None
+    contents: Mapping[str, MediaRef] = field(default_factory=dict)
     _budget_claim: Claim | None = None
 
     def conversation(self, renderer: object, cache_salt: str | None) -> RequestContext:

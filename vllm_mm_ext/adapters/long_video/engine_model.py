@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from http import HTTPStatus
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
 
 from vllm_mm_ext.adapters import vllm_compat
@@ -21,10 +20,10 @@ from vllm_mm_ext.adapters.long_video.ask_requests import (
     restrict,
 )
 from vllm_mm_ext.adapters.long_video.survey import Survey
+from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.planning import plan
 from vllm_mm_ext.long_video.asking import Ask, AskFailedError, Cost, Look, Reply, Window
 from vllm_mm_ext.media.cache import ByteBudgetCache
-from vllm_mm_ext.media.payload import SampledFrames
 from vllm_mm_ext.request.context import (
     RequestContext,
     claim_while_rendered,
@@ -130,7 +129,9 @@ class EngineModel:
 
     def known_window_key(self, window: Window, look: Look) -> str | None:
         """The same digest where it is known without decoding, else None."""
-        return self._window_keys.get(self._place(window, look, self._survey.digests[window.video]))
+        return self._window_keys.get(
+            self._place(window, look, self._survey.contents[window.video].digest)
+        )
 
     def _place(self, window: Window, look: Look, digest: str) -> str:
         """All that decides what is shown, but for the load of the service."""
@@ -154,6 +155,7 @@ class EngineModel:
             options=self._options(look),
             session=self._session,
             span=None if window is None else (window.start, window.end),
+            contents=dict(zip(self._survey.urls, self._survey.contents, strict=True)),
         )
         # Traces are kept for the cached tokens only, which vLLM tells traces that are reported.
         context.trace.asked = True
@@ -200,30 +202,29 @@ class EngineModel:
         """Digest of what is shown of a window, or vLLM's ``ErrorResponse``."""
         from vllm.entrypoints.serve import create_error_response
 
-        context = self._enter(window, look)
+        self._enter(window, look)
         try:
             with client_errors(), claim_while_rendered():
-                frames = await self._frames(window)
-                context = current_request() or context
+                return await self._digest(window, look)
         except Exception as error:
             return create_error_response(error)
-        digest = await asyncio.to_thread(_shown, frames)
-        (item,) = context.items
-        if item.content is not None and item.content.storable:
-            self._window_keys.put(self._place(window, look, item.content.digest), digest)
-        return digest
 
-    async def _frames(self, window: Window) -> SampledFrames:
+    async def _digest(self, window: Window, look: Look) -> str:
         url = self._survey.urls[window.video]
         messages = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}]
-        chat_params, tok_params, extras = rendering_of(self._serving, self._client)
-        await plan(self._renderer, messages, chat_params, tok_params, extras)
-        config = self._serving.model_config
-        connector = vllm_compat.media_connector(config, chat_params.media_io_kwargs)
-        video = await connector.fetch_video_async(url)
-        frames = video.media[0]
-        assert isinstance(frames, SampledFrames)
-        return frames
+        await plan(self._renderer, messages, *rendering_of(self._serving, self._client))
+        context = current_request()
+        assert context is not None
+        (item,) = context.items
+        content, video_plan = item.content, item.plan
+        assert content is not None
+        assert video_plan is not None
+        runtime = runtime_of(self._renderer)
+        with content.in_use():
+            digest = await runtime.run(runtime.frontend.window_key(content, video_plan))
+        if content.storable:
+            self._window_keys.put(self._place(window, look, content.digest), digest)
+        return digest
 
 
 def rendering_of(serving: Any, request: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -260,13 +261,3 @@ async def _alone(work: Coroutine[Any, Any, Any]) -> Any:
 
 def _may_pass(status: int) -> bool:
     return status >= HTTPStatus.INTERNAL_SERVER_ERROR
-
-
-def _shown(frames: SampledFrames) -> str:
-    """Digest of all that the model is shown: pixels, times, sound, and how tokens are reduced."""
-    hasher = blake3(repr((frames.shape, frames.times, frames.reduction.key())).encode())
-    for digest in frames.frame_digests():
-        hasher.update(digest)
-    if frames.audio is not None:
-        hasher.update(np.asarray(frames.audio).tobytes())
-    return str(hasher.hexdigest())

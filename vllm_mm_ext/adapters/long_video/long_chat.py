@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 from vllm_mm_ext.adapters import vllm_compat
@@ -16,9 +16,10 @@ from vllm_mm_ext.adapters.long_video.state import Place
 from vllm_mm_ext.adapters.long_video.survey import Survey, survey
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
+from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
 from vllm_mm_ext.long_video.asking import AskFailedError, filled
-from vllm_mm_ext.long_video.looking import Looks, Progress
+from vllm_mm_ext.long_video.looking import Progress
 from vllm_mm_ext.long_video.question_kind import strategy_for
 from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
 from vllm_mm_ext.long_video.task import Task, task_of
@@ -85,7 +86,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
             durations=found.durations,
             answer_room=found.room - sum(await model.count_tokens(texts)),
         )
-        await check_room(Looks(task, model, runtime.long_video.notes, _ignored))
+        await check_room(task, model)
         place = runtime.long_video.enter()
     chat = _LongChat(serving, request, raw_request, create, runtime, model, task, found, report)
     return chat.stream(place) if request.stream else await chat.whole(place)
@@ -198,7 +199,7 @@ class _LongChat:
         self._request = request
         self._raw_request = raw_request
         self._create = create
-        self._notes = runtime.long_video.notes
+        self._runtime = runtime
         self._model = model
         self._task = task
         self._found = found
@@ -254,9 +255,16 @@ class _LongChat:
 
     async def _looked(self, progress: Callable[[Progress], None]) -> Any:
         """What looking at the windows gave; vLLM's ``ErrorResponse`` where all failed."""
-        with client_errors():
+        contents = self._found.contents
+        with client_errors(), ExitStack() as held:
+            for content in contents:
+                held.enter_context(content.in_use())
+            # Read now if at all: the file of a recording that goes on will be another one soon.
+            await self._runtime.run(all_or_none(content.open() for content in contents))
             try:
-                return await look_through(self._task, self._model, self._notes, progress)
+                return await look_through(
+                    self._task, self._model, self._runtime.long_video.notes, progress
+                )
             except AskFailedError as error:
                 failed = self._model.first_error
                 failed.error.message = str(error)

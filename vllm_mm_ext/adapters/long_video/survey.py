@@ -10,6 +10,7 @@ from typing import Any
 from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.serving.planning import Conversation
 from vllm_mm_ext.errors import NoSuchStreamError
+from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.request.context import RequestContext
 from vllm_mm_ext.request.conversation import video_urls, videos_without_url
 from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
@@ -24,14 +25,14 @@ class Survey:
 
     Attributes:
         urls: URL of each video, as the request spells it; a video that is shown twice counts once.
-        digests: Digest of the content of each.
+        contents: The content of each.
         durations: Seconds of each.
         fits: All of them fit one prompt at the frame rate asked.
         room: Tokens that the client's own text and the answer leave of the context.
     """
 
     urls: tuple[str, ...]
-    digests: tuple[str, ...]
+    contents: tuple[MediaRef, ...]
     durations: tuple[float, ...]
     fits: bool
     room: int
@@ -83,7 +84,7 @@ async def survey(
     fits = await on_processor_thread(renderer, partial(_fits, planning, videos, room, fps))
     return Survey(
         tuple(video.url for video in videos),
-        tuple(video.ref.digest for video in videos),
+        tuple(video.ref for video in videos),
         tuple(video.stream.duration for video in videos),
         fits,
         room,

@@ -97,5 +97,4 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
         "vllm.config:ModelConfig", ("max_logprobs", "max_model_len", "multimodal_config")
     ),
     VllmAttributes("vllm.config:MultiModalConfig", ("media_io_kwargs",)),
-    VllmAttributes("vllm.multimodal.media.base:MediaWithBytes", ("media",)),
 )

@@ -233,11 +233,14 @@ class Conversation:
         return [video for video in planned if video is not None]
 
     async def _probe_one(self, url: str, plan: VideoPlan) -> tuple[MediaRef, MediaInfo]:
+        claim = self.context.budget_claim(self.runtime.budget)
+        known = self.context.contents.get(url)
         probed = await use_media(
             self.connector.fetcher(self.runtime),
             url,
             lambda content: self.runtime.frontend.probe(content, plan.sampling.video_stream),
-            claim=self.context.budget_claim(self.runtime.budget),
+            claim=claim,
+            content=None if known is None else known.claimed_by(claim),
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
         )
         self.stages.append({"fetch": probed.fetch_s, "probe": probed.use_s})

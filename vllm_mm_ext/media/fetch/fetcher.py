@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ class MediaRef:
         if blob is None:
             blob = self._blob = await self._load()
         return blob
+
+    def claimed_by(self, claim: Claim) -> MediaRef:
+        """The same media for another request, with the bytes that this reference holds now.
+
+        Args:
+            claim: Of the other request.
+        """
+        made = copy(self)
+        made.claim = claim
+        made._users = 0
+        return made
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
