@@ -27,6 +27,7 @@ RENAMED = (
     "_resolve_mm_embedding_inputs",
     "process_for_engine_async",
     "_get_session_id",
+    "_get_priority",
     "default_chat_tok_params",
     "_get_cache_missing_items",
     "get_core_engine_for_request",

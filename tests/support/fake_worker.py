@@ -7,6 +7,7 @@ import socket
 import threading
 
 from vllm_mm_ext.media.decode import wire
+from vllm_mm_ext.media.decode.pool_queue import HeldFiles
 from vllm_mm_ext.media.types import DecodeRequest
 
 
@@ -16,6 +17,7 @@ class FakeWorker:
     def __init__(self) -> None:
         self.sock, self._theirs = socket.socketpair()
         self.pid = id(self)
+        self.files = HeldFiles()
         self.alive = True
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()

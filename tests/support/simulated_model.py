@@ -7,13 +7,16 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from vllm_mm_ext.long_video.asking import Ask, AskFailedError, Cost, Look, Reply, Window
+
+_TOKEN = re.compile(r"[A-Za-z]+|\d|[^\w\s]")
 
 
 def count(text: str) -> int:
     """Tokens of a text: words, digits and signs. Joined texts never have more than the parts."""
-    return len(re.findall(r"[A-Za-z]+|\d|[^\w\s]", text))
+    return len(_TOKEN.findall(text))
 
 
 @dataclass
@@ -80,7 +83,9 @@ class SimulatedModel:
             if self.fails_on_text:
                 raise AskFailedError("the prompt failed")
             reply = (self.select or self._copied)(ask.texts[0])
-            reply = " ".join(reply.split(" ")[: ask.max_tokens])
+            if count(reply) > ask.max_tokens:
+                cut = next(islice(_TOKEN.finditer(reply), ask.max_tokens, None))
+                reply = reply[: cut.start()]
             return Reply(reply, cost=Cost(text, 0, count(reply), 0.1))
         if self.fails(ask.window):
             raise AskFailedError(f"window {ask.window.number} cannot be read")

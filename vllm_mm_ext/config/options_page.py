@@ -41,7 +41,7 @@ that lists them.
 | route | media vLLM takes there | the block |
 | --- | --- | --- |
 | `/v1/chat/completions` | `video_url`, `audio_url`, `input_audio`, `image_url` | all options |
-| `/v1/responses` | `input_image` | checked; there is no video for it to change |
+| `/v1/responses` | `input_image` | checked, without effect; `long_video` is a 400 |
 | `/v1/completions` | none | a 400 |
 | `/v1/chat/completions/batch` | as chat | a 400; the server's settings apply |
 | `/tokenize`, `/v1/chat/completions/render` | as chat | a 400; the server's settings apply |
@@ -84,6 +84,29 @@ milliseconds), `outside` (before or after the pictures). |
 | `stages_ms` | Milliseconds per stage of the front-end; items run in parallel, so a stage holds \
 its longest item. |
 
+Answers from windows ([long-video.md](long-video.md)) have `long_video` as well. Its windows, notes
+and costs are those of the prompts before the answer; the rest of the block is about the answer's
+own prompt, in which notes stand for the videos. `usage` has the sum of both.
+
+| key | meaning |
+| --- | --- |
+| `long_video.strategy` | How the videos were looked at. With `single` there are no further keys. |
+| `long_video.windows[]` | Each window that was looked at, in order. |
+| `long_video.windows[].video`, `window` | Numbers of its video and of the window, from 0. |
+| `long_video.windows[].start`, `end` | Seconds of the video. |
+| `long_video.windows[].note` | What was noted, with times of the video, if anything was. |
+| `long_video.windows[].relevance` | `search`: chance, 0 to 1, that it shows what is asked. |
+| `long_video.windows[].close` | `search`: true if it was looked at a second time. |
+| `long_video.windows[].failed` | Why it could not be looked at; only if it could not. |
+| `long_video.windows[].cost` | `prompt_tokens` and `completion_tokens` of its prompts. |
+| `long_video.failed[]`, `left_out[]` | Windows that failed, and those past a limit on tokens or \
+time. |
+| `long_video.cited[]` | Times that the answer names, in seconds. |
+| `long_video.cost` | Of all prompts before the answer. |
+
+A stream first has a chunk for each look at a window, with an empty `delta` and the block's key
+`progress`: `done` and `total` (looks), and the keys of the window.
+
 Caches serve all clients, so what they held can tell a client that another one has sent the same
 video. Answers say it where the operator sets `mm_ext.reports.cache_hits`:
 
@@ -93,6 +116,11 @@ video. Answers say it where the operator sets `mm_ext.reports.cache_hits`:
 | `cache.prompt_tokens` | Leading prompt tokens that the prefix cache held; null if unknown. |
 | `cache.<modality>` | `items` (a video has one per segment), and how many of them had their model \
 inputs in the processor cache (`processor`) and lie wholly in the cached prefix (`prefix`). |
+| `long_video.windows[].kept` | The note was kept from an earlier question, and cost nothing. |
+| `long_video...cost.cached_tokens`, `seconds` | Prompt tokens that the prefix cache held; from \
+sending the prompts to their replies, added up. |
+
+Without that setting, a kept note is told with what it cost when it was made, in `usage` too.
 
 `stages_ms` and `Server-Timing` then also have the stages that only media go through which no cache
 held (`decode`, `resample`...). How long an answer takes, and the stages that are always there, tell

@@ -100,8 +100,7 @@ class Looks:
         self._store = store
         self._progress = progress
         self._slots = asyncio.Semaphore(task.max_parallel)
-        self._done = 0
-        self._total = 0
+        self._done = self._total = 0
         self._began = asyncio.get_running_loop().time()
         self._spent = 0  # Tokens of all prompts about windows.
         self._largest_prompt = 0  # Tokens of the largest one of the looks that `each` is at.
@@ -236,9 +235,8 @@ class Looks:
         return min(self.task.max_parallel, int(left // self._largest_prompt))
 
     def _is_late(self, share: float) -> bool:
-        if self.task.time_s is None:
-            return False
-        return asyncio.get_running_loop().time() - self._began > self.task.time_s * share
+        passed = asyncio.get_running_loop().time() - self._began
+        return self.task.time_s is not None and passed > self.task.time_s * share
 
     def _seen(self, window: Window) -> SeenWindow:
         return self.seen.get(window) or SeenWindow(window)

@@ -20,9 +20,10 @@ _STEP_BY_STEP = re.compile(
     re.IGNORECASE,
 )
 _WHOLE_VIDEO = re.compile(
-    r"\b(how (many|often|much)|count|number of|total|all|every|each|list|first|last|before|after"
-    r"|order|sequence|next|between|most|least|more|fewer|summar\w+|overview|describe|description"
-    r"|chapters?|timeline|outline|whole|entire|throughout|overall"
+    r"\b(how (many|often|much)|count|number of|total|all|every|each|list|most|least|more|fewer"
+    r"|first|second|third|last|before|after|earlier|later|again|twice|next|between|follow\w*|order"
+    r"|sequence|summar\w+|overview|describe|description|chapters?|timeline|outline|whole|entire"
+    r"|throughout|overall"
     r"|what is (this|the) [\w ]{0,16}about)\b",
     re.IGNORECASE,
 )

@@ -6,7 +6,9 @@ models round times, drop marks and shorten texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from vllm_mm_ext.long_video.notes import Entry, marked_parts, plain, says_something
 
@@ -20,16 +22,17 @@ def selected(reply: str, group: Sequence[Entry]) -> list[Entry]:
 
     A reply that copies none of them but says something is kept as it is, as entries about the time
     of the whole group: such a model summarises where it should copy.
+
+    Args:
+        reply: What the model wrote.
+        group: What it was given, in order of time.
     """
     parts = _parts(reply)
-    left = {number: plain(entry.text) for number, entry in enumerate(group)}
-    found = []
+    choice = _Choice(group)
     for time, text in parts:
-        if (number := _match(time, plain(text), group, left)) is not None:
-            del left[number]
-            found.append(number)
-    if found or not parts:
-        return [group[number] for number in sorted(found)]
+        choice.add(time, plain(text))
+    if choice.taken or not parts:
+        return [group[number] for number in sorted(choice.taken)]
     first, last = group[0], group[-1]
     until = last.until if last.until is not None else last.time
     return [Entry(first.video, first.time, text, first.window, until) for _, text in parts]
@@ -45,26 +48,36 @@ def _parts(reply: str) -> list[tuple[float | None, str]]:
     ]
 
 
-def _match(
-    time: float | None, text: str, group: Sequence[Entry], left: dict[int, str]
-) -> int | None:
-    """The entry that a part of a reply copies: the same words, or some of them at its time."""
-    words = set(text.split())
+class _Choice:
+    """Numbers of the entries that parts of a reply copy, each part another one."""
 
-    def off(number: int) -> float:
-        return 0.0 if time is None else abs(group[number].time - time)
+    def __init__(self, group: Sequence[Entry]) -> None:
+        self.taken: set[int] = set()
+        self._times = [entry.time for entry in group]
+        self._texts = [plain(entry.text) for entry in group]
+        self._numbers: dict[str, list[int]] = defaultdict(list)
+        for number, text in enumerate(self._texts):
+            self._numbers[text].append(number)
 
-    same = [number for number in left if left[number] == text]
-    if same:
-        return min(same, key=off)
-    if time is None:
-        return None
-    near = [
-        number
-        for number in left
-        if off(number) <= _NEAR_S and _alike(words, set(left[number].split()))
-    ]
-    return min(near, key=off) if near else None
+    def add(self, time: float | None, text: str) -> None:
+        """Take the entry that a part copies: the same words, or some of them at its time."""
+        same = [number for number in self._numbers.get(text, ()) if number not in self.taken]
+        if found := same or self._near(time, set(text.split())):
+            self.taken.add(found[0] if time is None else min(found, key=self._off(time)))
+
+    def _near(self, time: float | None, words: set[str]) -> list[int]:
+        if time is None:
+            return []
+        low = bisect_left(self._times, time - _NEAR_S)
+        high = bisect_right(self._times, time + _NEAR_S)
+        return [
+            number
+            for number in range(low, high)
+            if number not in self.taken and _alike(words, set(self._texts[number].split()))
+        ]
+
+    def _off(self, time: float) -> Callable[[int], float]:
+        return lambda number: abs(self._times[number] - time)
 
 
 def _alike(one: set[str], other: set[str]) -> bool:

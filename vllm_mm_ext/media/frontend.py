@@ -262,6 +262,7 @@ class MediaFrontend:
             limits=self.limits,
             picture=self.picture,
             audio_stream=plan.audio_stream,
+            content=ref.digest if plan.sampling.span and ref.storable else "",
         )
         started = time.perf_counter()
         info = await self.probe(ref, plan.sampling.video_stream)
@@ -350,7 +351,7 @@ class MediaFrontend:
         if target != rate:
             samples = await asyncio.to_thread(audio_ops.resample, samples, rate, target)
         if digest is None:
-            digest = str(blake3(samples.view(np.uint8)).hexdigest())
+            digest = str(blake3(samples.view(np.uint8).data).hexdigest())
         return Waveform(samples, digest=digest, rate=target), time.perf_counter() - started
 
     def stats(self) -> dict[str, Any]:

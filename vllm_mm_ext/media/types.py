@@ -193,6 +193,11 @@ class ActivityProfile:
     container: npt.NDArray[np.float32]
     confirmed: npt.NDArray[np.float32]
 
+    def mean(self) -> float:
+        """How much happens in the clip as a whole, 0 to 1: where known, by what thumbnails show."""
+        known = self.confirmed[~np.isnan(self.confirmed)]
+        return float(np.clip((known if len(known) else self.container).mean(), 0.0, 1.0))
+
 
 @dataclass(frozen=True, eq=False)
 class FrameSelection:
@@ -206,6 +211,7 @@ class FrameSelection:
         profile: Activity profile of the clip for ``adaptive``, else None.
         step: Seconds between the moments 0, ``step``, 2 ``step``... of which the frames are those
             on screen; None where they were not taken on such a grid.
+        activity: How much happens in the clip, 0 to 1, where the policy looked (``adaptive``).
     """
 
     policy: PolicyName
@@ -213,6 +219,7 @@ class FrameSelection:
     times: npt.NDArray[np.float64]
     profile: ActivityProfile | None = None
     step: float | None = None
+    activity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -309,6 +316,8 @@ class DecodeRequest:
         picture: How pictures are shown.
         audio_stream: Number of the audio stream among those of the file, from 0; None for the one
             that a player plays.
+        content: Digest of the file. A worker that does a job about a span of a file with a digest
+            keeps the file open for the next one.
     """
 
     sampling: SamplingSpec | None = None
@@ -321,6 +330,7 @@ class DecodeRequest:
     limits: DecodeLimits = DecodeLimits()
     picture: PictureRules = AS_PLAYERS
     audio_stream: int | None = None
+    content: str = ""
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +24,13 @@ class LongVideoReport:
         strategy: How the question is answered.
         shows_cache_hits: As in ``RequestTrace``. Kept notes and cached tokens are cache hits.
         outcome: What the windows gave; None with the strategy ``single``.
-        answer: The texts of the answer, in pieces.
+        answer: The text of each choice of the answer, in pieces.
     """
 
     strategy: str
     shows_cache_hits: bool
     outcome: Outcome | None = None
-    answer: list[str] = field(default_factory=list)
+    answer: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def cost(self) -> Cost:
@@ -52,7 +53,7 @@ class LongVideoReport:
             "windows": [self._window(seen) for seen in outcome.windows],
             "failed": [_place(seen.window) for seen in outcome.windows if seen.failed],
             "left_out": [_place(window) for window in outcome.left_out],
-            "cited": times_in("\n".join(self.answer)),
+            "cited": times_in("\n".join(map("".join, self.answer.values()))),
             "cost": self._cost(self.cost),
         }
 
@@ -71,11 +72,11 @@ class LongVideoReport:
         if '"content":' not in chunk or not chunk.startswith(_DATA):
             return
         for choice in json.loads(chunk[len(_DATA) :]).get("choices", ()):
-            self.answer.append(choice["delta"].get("content") or "")
+            self.answer[choice["index"]].append(choice["delta"].get("content") or "")
 
     def hear_all(self, texts: Iterable[str | None]) -> None:
         """Note the texts of an answer that is not streamed."""
-        self.answer += [text or "" for text in texts]
+        self.answer |= {number: [text or ""] for number, text in enumerate(texts)}
 
     def _window(self, seen: SeenWindow) -> dict[str, Any]:
         kept = {"kept": seen.is_kept} if self.shows_cache_hits else {}

@@ -28,6 +28,7 @@ class VideoReport:
         duration_s: Duration of the source in seconds; None where it is not known.
         reduction: The token reduction.
         audio_note: What became of the sound, if the model does not hear all of it; else empty.
+        activity: How much happens in the video, 0 to 1; None where the policy does not look.
     """
 
     policy: str
@@ -40,6 +41,7 @@ class VideoReport:
     duration_s: float | None = None
     reduction: Reduction = NO_REDUCTION
     audio_note: AudioNote = ""
+    activity: float | None = None
 
 
 @dataclass(frozen=True)

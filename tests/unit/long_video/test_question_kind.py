@@ -19,6 +19,8 @@ from vllm_mm_ext.long_video.question_kind import strategy_for
         ("How often does the bell ring?", "map_reduce"),
         ("What comes after the green bar?", "map_reduce"),
         ("Is the red circle before the blue flash?", "map_reduce"),
+        ("What is the pitch of the second tone?", "map_reduce"),
+        ("Does the dog come back later?", "map_reduce"),
         ("Summarise the video.", "map_reduce"),
         ("What is this video about?", "map_reduce"),
         ("Write chapters with times.", "map_reduce"),

@@ -953,3 +953,21 @@ async def test_a_server_without_descriptors_is_busy_and_the_file_is_not_at_fault
             source._open(path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.usefixtures("settled")
+async def test_bytes_that_a_request_uses_serve_others_though_no_cache_holds_them(
+    make_fetcher: MakeFetcher, tmp_path: Path
+) -> None:
+    fetcher, path = make_fetcher(cache_bytes=0), tmp_path / "long.mp4"
+    path.write_bytes(BODY)
+    whole = await get(fetcher, path.as_uri())
+    with whole.in_use():
+        held = await whole.open()
+        for _ in range(3):
+            part = await get(fetcher, path.as_uri())
+            assert await part.open() is held
+        assert fetcher.stats()["file_reads"] == 1
+        del held, part
+    assert (await (await get(fetcher, path.as_uri())).open()).read() == BODY
+    assert fetcher.stats()["file_reads"] == 2

@@ -8,10 +8,12 @@ import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from vllm_mm_ext.request.conversation import (
+    question_of,
     template_tokens,
     text_of,
     video_urls,
     videos_without_url,
+    with_texts_for_videos,
 )
 
 CLIP = "https://host/clip.mp4"
@@ -90,3 +92,41 @@ def test_all_text_is_counted_and_urls_are_not() -> None:
 def test_longer_conversations_reserve_more_for_the_template() -> None:
     one = messages({"type": "text", "text": "hi"})
     assert template_tokens([]) < template_tokens(one) < template_tokens(one * 2)
+
+
+def test_the_question_is_the_text_of_the_last_user_who_wrote_any() -> None:
+    video = {"type": "video_url", "video_url": {"url": "a"}}
+    messages = [
+        {"role": "user", "content": "What is this?"},
+        {"role": "assistant", "content": "A clip."},
+        {"role": "user", "content": [video, {"type": "text", "text": "When?"}]},
+        {"role": "user", "content": [video]},
+    ]
+    assert question_of(messages) == "When?"
+    assert question_of(messages[:2]) == "What is this?"
+    assert question_of([]) == ""
+
+
+def test_a_text_stands_where_a_video_stood_and_nothing_where_it_is_shown_again() -> None:
+    first = {"type": "video_url", "video_url": {"url": "a"}}
+    other = {"video_url": "b"}
+    text = {"type": "text", "text": "When?"}
+    messages = [
+        {"role": "user", "content": [first, text, other]},
+        {"role": "assistant", "content": "Now."},
+        {"role": "user", "content": [first]},
+    ]
+    made = with_texts_for_videos(messages, {"a": "notes of a", "b": "notes of b"})
+    assert made == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "notes of a"},
+                text,
+                {"type": "text", "text": "notes of b"},
+            ],
+        },
+        messages[1],
+        {"role": "user", "content": ""},
+    ]
+    assert messages[0]["content"] == [first, text, other]

@@ -196,7 +196,8 @@ class EngineModel:
         )
         text = "" if first else choice.message.content or ""
         found = chances(first, choice.logprobs.content[0]) if first else {}
-        return Reply(text.strip(), found, cost)
+        activity = next((video.activity for _, video in context.trace.videos), None)
+        return Reply(text.strip(), found, cost, activity)
 
     async def _decoded(self, window: Window, look: Look) -> Any:
         """Digest of what is shown of a window, or vLLM's ``ErrorResponse``."""

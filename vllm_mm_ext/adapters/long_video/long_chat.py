@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, aclosing
 from typing import Any
 
@@ -12,12 +12,15 @@ from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.long_video import chat_chunks
 from vllm_mm_ext.adapters.long_video.ask_requests import first_tokens
 from vllm_mm_ext.adapters.long_video.engine_model import EngineModel, rendering_of
+from vllm_mm_ext.adapters.long_video.final_request import final_request_problem
 from vllm_mm_ext.adapters.long_video.state import Place
 from vllm_mm_ext.adapters.long_video.survey import Survey, survey
-from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
+from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
+from vllm_mm_ext.config.quality_settings import BoundSettings
+from vllm_mm_ext.errors import OptionBoundError
 from vllm_mm_ext.long_video.asking import AskFailedError, filled
 from vllm_mm_ext.long_video.looking import Progress
 from vllm_mm_ext.long_video.question_kind import strategy_for
@@ -29,6 +32,9 @@ from vllm_mm_ext.request.conversation import question_of, video_urls, with_texts
 from vllm_mm_ext.request.long_report import LongVideoReport
 
 Create = Callable[..., Awaitable[Any]]
+
+# The last of all priorities that vLLM takes.
+_LAST = (1 << 63) - 1
 
 
 async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -> Any:
@@ -45,51 +51,77 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
     """
     context = current_request() or enter_request(RequestContext())
     settings = vllm_compat.settings_of(serving.model_config).long_video
-    asked = _asked(context, settings, request)
+    with client_errors():
+        asked = _asked(context, settings, request)
     if asked is None:
         return await create(serving, request, raw_request)
-    if (refusal := await serving._check_model(request)) is not None:
+    if (refusal := await final_request_problem(serving, _with_texts(request, {}))) is not None:
         return refusal
     with client_errors():
-        found = await _surveyed(context, serving, request, asked)
-        if found is None:
-            return await create(serving, request, raw_request)
-        question = question_of(request.messages)
-        strategy = strategy_for(asked.strategy or "auto", question, found.fits)
-        report = LongVideoReport(strategy, _shows_cache_hits(serving))
-        context.trace.long_video = report
-        if strategy == "single":
-            # From here on the request is one that asks for this frame rate and nothing else.
-            context.options = context.options.model_copy(
-                update={"fps": asked.fps, "long_video": None}
-            )
-            return await create(serving, request, raw_request)
-        if strategy == "search":
-            _check_choices(settings, serving)
-        runtime = runtime_of(serving.renderer)
-        model = EngineModel(
-            serving,
-            create,
-            request,
-            context,
-            found,
-            window_keys=runtime.long_video.window_keys,
-            session=serving._get_session_id(request, raw_request),
-            priority=_priority(serving, request, raw_request, settings),
-        )
-        texts = [_text(settings, video, len(found.urls), "") for video in range(len(found.urls))]
-        task = task_of(
-            settings,
-            asked,
-            strategy=strategy,
-            question=question,
-            durations=found.durations,
-            answer_room=found.room - sum(await model.count_tokens(texts)),
-        )
-        await check_room(task, model)
-        place = runtime.long_video.enter()
-    chat = _LongChat(serving, request, raw_request, create, runtime, model, task, found, report)
-    return chat.stream(place) if request.stream else await chat.whole(place)
+        chat = await _prepared(context, serving, request, raw_request, create, asked)
+    if chat is None:
+        return await create(serving, request, raw_request)
+    return chat.stream() if request.stream else await chat.whole()
+
+
+async def _prepared(
+    context: RequestContext,
+    serving: Any,
+    request: Any,
+    raw_request: Any,
+    create: Create,
+    asked: LongVideoOptions,
+) -> _LongChat | None:
+    """A request after all checks, before anything is decoded; None for one in a single pass.
+
+    Args:
+        context: Of the request.
+        serving, request, raw_request, create: As of ``answer``.
+        asked: What is asked of long video.
+
+    Raises:
+        MediaError: The request cannot be answered so.
+    """
+    config = vllm_compat.settings_of(serving.model_config)
+    settings = config.long_video
+    _check_rate(asked, config.quality.bounds)
+    found = await _surveyed(context, serving, request, asked)
+    if found is None:
+        return None
+    question = question_of(request.messages)
+    strategy = strategy_for(asked.strategy or "auto", question, found.fits)
+    report = LongVideoReport(strategy, config.reports.cache_hits)
+    context.trace.long_video = report
+    if strategy == "single":
+        # From here on the request is one that asks for this frame rate and nothing else.
+        context.options = context.options.model_copy(update={"fps": asked.fps, "long_video": None})
+        return None
+    if strategy == "search":
+        _check_choices(settings, serving)
+    runtime = runtime_of(serving.renderer)
+    model = EngineModel(
+        serving,
+        create,
+        request,
+        context,
+        found,
+        window_keys=runtime.long_video.window_keys,
+        session=serving._get_session_id(request, raw_request),
+        priority=_priority(serving, request, raw_request, settings),
+    )
+    videos = len(found.urls)
+    texts = [_text(settings, video, videos, "") for video in range(videos)]
+    task = task_of(
+        settings,
+        asked,
+        strategy=strategy,
+        question=question,
+        durations=found.durations,
+        answer_room=found.room - sum(await model.count_tokens(texts)),
+    )
+    await check_room(task, model)
+    place = runtime.long_video.enter()
+    return _LongChat(serving, request, raw_request, create, model, task, found, report, place)
 
 
 def _asked(
@@ -98,7 +130,7 @@ def _asked(
     """What is asked of long video; None where it does not come in.
 
     Raises:
-        VLLMValidationError: Long video is asked for, and there is no video.
+        OptionError: Long video is asked for, and there is no video.
     """
     asked = context.options.long_video
     has_video = bool(video_urls(request.messages))
@@ -107,11 +139,10 @@ def _asked(
             return None
         asked = LongVideoOptions()
     elif not has_video:
-        with client_errors():
-            raise OptionError(
-                f"{KEY}.long_video is about videos, and this request has no video_url with a URL",
-                parameter=f"{KEY}.long_video",
-            )
+        raise OptionError(
+            f"{KEY}.long_video is about videos, and this request has no video_url with a URL",
+            parameter=f"{KEY}.long_video",
+        )
     default = "auto" if settings.default == "off" else settings.default
     return asked.model_copy(
         update={
@@ -119,6 +150,16 @@ def _asked(
             "fps": context.options.fps if asked.fps is None else asked.fps,
         }
     )
+
+
+def _check_rate(asked: LongVideoOptions, bounds: BoundSettings) -> None:
+    if asked.fps is not None and asked.fps > bounds.max_fps:
+        key = f"{KEY}.long_video.fps"
+        raise OptionBoundError(
+            f"{key} = {asked.fps!r}: this server allows at most {bounds.max_fps}",
+            parameter=key,
+            value=asked.fps,
+        )
 
 
 async def _surveyed(
@@ -137,15 +178,11 @@ async def _surveyed(
     )
 
 
-def _shows_cache_hits(serving: Any) -> bool:
-    return vllm_compat.settings_of(serving.model_config).reports.cache_hits
-
-
 def _priority(serving: Any, request: Any, raw_request: Any, settings: LongVideoSettings) -> int:
     """Priority of a request's prompts: after other requests, where there are priorities."""
     own: int = serving._get_priority(request, raw_request)
     policy = serving.engine_client.vllm_config.scheduler_config.policy
-    return own + settings.priority if policy == "priority" else own
+    return min(own + settings.priority, _LAST) if policy == "priority" else own
 
 
 def _check_choices(settings: LongVideoSettings, serving: Any) -> None:
@@ -167,6 +204,12 @@ def _text(settings: LongVideoSettings, video: int, videos: int, notes: str) -> s
     return filled(settings.prompts.answer, notes=notes, what=what)
 
 
+def _with_texts(request: Any, texts: Mapping[str, str]) -> Any:
+    """The request that is answered in the end, with texts in place of videos."""
+    messages = with_texts_for_videos(request.messages, texts)
+    return request.model_copy(update={"messages": messages})
+
+
 def _ignored(_: Progress) -> None:
     """Progress that nobody is told."""
 
@@ -176,11 +219,11 @@ class _LongChat:
 
     Args:
         serving, request, raw_request, create: As of ``answer``.
-        runtime: Of the engine that is asked.
         model: Asks the engine for this request.
         task: What is asked.
         found: What is known of the videos.
         report: Of the answer.
+        place: Among the requests that are answered at once.
     """
 
     def __init__(
@@ -189,24 +232,25 @@ class _LongChat:
         request: Any,
         raw_request: Any,
         create: Create,
-        runtime: Runtime,
         model: EngineModel,
         task: Task,
         found: Survey,
         report: LongVideoReport,
+        place: Place,
     ) -> None:
         self._serving = serving
         self._request = request
         self._raw_request = raw_request
         self._create = create
-        self._runtime = runtime
         self._model = model
         self._task = task
         self._found = found
         self._report = report
+        self._place = place
+        self._runtime = runtime_of(serving.renderer)
         self._context = current_request()
 
-    async def whole(self, place: Place) -> Any:
+    async def whole(self) -> Any:
         """The answer that is not streamed: vLLM's response, or its ``ErrorResponse``."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
@@ -216,14 +260,14 @@ class _LongChat:
                 return outcome
             response = await self._answered(outcome)
         finally:
-            place.leave()
+            self._place.leave()
         if isinstance(response, ChatCompletionResponse):
             self._report.hear_all(choice.message.content for choice in response.choices)
             usage = chat_chunks.with_cost(response.usage.model_dump(), self._report.cost)
             response.usage = type(response.usage)(**usage)
         return response
 
-    async def stream(self, place: Place) -> AsyncGenerator[str, None]:
+    async def stream(self) -> AsyncGenerator[str, None]:
         """The server-sent events of a streamed answer, with those about windows before it."""
         if self._context is not None:
             # Whoever sends the events may do so in another context.
@@ -251,7 +295,7 @@ class _LongChat:
         finally:
             looking.cancel()
             await asyncio.wait([looking])
-            place.leave()
+            self._place.leave()
 
     async def _looked(self, progress: Callable[[Progress], None]) -> Any:
         """What looking at the windows gave; vLLM's ``ErrorResponse`` where all failed."""
@@ -280,8 +324,7 @@ class _LongChat:
             )
             for evidence in outcome.evidence
         }
-        messages = with_texts_for_videos(self._request.messages, texts)
-        request = self._request.model_copy(update={"messages": messages})
+        request = _with_texts(self._request, texts)
         return await self._create(self._serving, request, self._raw_request)
 
     def _head(self) -> chat_chunks.Head:

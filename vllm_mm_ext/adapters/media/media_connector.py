@@ -287,6 +287,7 @@ def _deliver_video(
         duration_s=result.info.duration,
         reduction=frames.reduction,
         audio_note=result.audio_note,
+        activity=selection.activity,
     )
     return MediaWithBytes((frames, metadata), (frames.digest or "").encode())
 

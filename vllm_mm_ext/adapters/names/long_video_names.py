@@ -26,6 +26,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
             "chat_template",
             "chat_template_content_format",
             "default_chat_template_kwargs",
+            "default_sampling_params",
             "engine_client",
             "model_config",
             "models",
@@ -47,6 +48,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
             "chat_template_kwargs",
             "logprobs",
             "max_completion_tokens",
+            "max_tokens",
             "media_io_kwargs",
             "messages",
             "mm_processor_kwargs",
@@ -59,6 +61,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
             "temperature",
             "tools",
             "top_logprobs",
+            "use_beam_search",
         ),
     ),
     VllmAttributes(
@@ -84,6 +87,17 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
         ("mm_processor_kwargs", "media_io_kwargs", "trust_request_mm_kwargs"),
     ),
     VllmAttributes("vllm.renderers.online_renderer:OnlineRenderer", ("trust_request_mm_kwargs",)),
+    VllmName(
+        "vllm.renderers.online_renderer:OnlineRenderer.render_chat", ("request", "skip_mm_cache")
+    ),
+    *(
+        VllmName(f"{_REQUEST}.{method}", ("max_tokens", "default_sampling_params"))
+        for method in ("to_beam_search_params", "to_sampling_params")
+    ),
+    VllmName(
+        "vllm.sampling_params:SamplingParams.verify",
+        ("model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
+    ),
     VllmName(f"{_RENDERER}.tokenize_prompts_async", ("prompts", "params")),
     VllmName(f"{_RENDERER}.default_chat_tok_params"),
     VllmName(f"{_RENDERER}.get_tokenizer"),
@@ -91,7 +105,10 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
         "vllm.renderers.params:ChatParams.with_defaults",
         ("default_chat_template_kwargs", "default_media_io_kwargs"),
     ),
-    VllmAttributes("vllm.config:VllmConfig", ("scheduler_config",)),
+    VllmAttributes(
+        "vllm.config:VllmConfig",
+        ("scheduler_config", "speculative_config", "structured_outputs_config"),
+    ),
     VllmAttributes("vllm.config:SchedulerConfig", ("policy",)),
     VllmAttributes(
         "vllm.config:ModelConfig", ("max_logprobs", "max_model_len", "multimodal_config")

@@ -8,7 +8,6 @@ from typing import Any
 import av
 from av.audio.codeccontext import AudioCodecContext
 from av.audio.frame import AudioFrame
-from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 from av.packet import Packet
 
@@ -18,16 +17,15 @@ _JOINABLE |= dict.fromkeys(("mp1", "mp2", "mp3"), "mp3")
 
 
 def decoded_frames(
-    container: InputContainer, source: AvAudioStream, packets: Iterator[Packet[Any]]
+    container: InputContainer, current: AudioCodecContext, packets: Iterator[Packet[Any]]
 ) -> Iterator[AudioFrame]:
     """Decode a stream; packets that cannot be decoded are left out.
 
     Args:
         container: An open file.
-        source: One of its audio streams.
-        packets: Its packets.
+        current: Decoder of one of its audio streams, at its start.
+        packets: Packets of the stream.
     """
-    current = source.codec_context
     name = _JOINABLE.get(current.codec.canonical_name, "")
     may_change = bool(name) and container.format.name == "mpegts"
     decoders: dict[str, AudioCodecContext] = {name: current}

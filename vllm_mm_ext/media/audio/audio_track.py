@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,7 @@ def decode_audio(
     origins: Sequence[float] = (),
     end: float | None = None,
     begin: float | None = None,
+    reader: SoundReader | None = None,
 ) -> Track:
     """Decode one audio stream and place its samples by their timestamps.
 
@@ -94,6 +96,7 @@ def decode_audio(
             at each limit instead of being refused.
         begin: Seconds on the container's clock before which no sound is needed, for a part of a
             video's sound: the decoder begins a little earlier. None to begin with the stream.
+        reader: The stream in a file that stays open; None to open ``path``.
 
     Raises:
         MediaTooLongError, MediaTooLargeError: Past a limit.
@@ -106,12 +109,13 @@ def decode_audio(
     packer = Packer()
     kept_s, kept, decoded_bytes, past, any_sound = 0.0, 0, 0, 0, False
     cut = False
-    with SoundReader(path, stream.number, limits.max_pixels) as reader:
-        packets = reader.packets(begin)
-        container, source = reader.container, reader.source
+    opened = reader or SoundReader(path, stream.number, limits.max_pixels)
+    with opened if reader is None else nullcontext():
+        packets = opened.packets(begin)
+        container, source = opened.container, opened.source
         clock = Clock(origins, bool(container.format.flags & _RESTARTS))
         time_base = float(source.time_base or 0)
-        for frame in decoded_frames(container, source, packets):
+        for frame in decoded_frames(container, opened.decoder, packets):
             # Headers of HE-AAC give half the rate that is really played.
             rate = _checked_rate(frame.sample_rate)
             seconds = frame.samples / rate

@@ -7,9 +7,11 @@ from itertools import chain
 from typing import Any, Self
 
 import av
+from av.audio.codeccontext import AudioCodecContext
 from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Discard
 
 from vllm_mm_ext.errors import UnreadableMediaError
 from vllm_mm_ext.media.decode.container import open_container
@@ -21,6 +23,10 @@ PRE_ROLL_S = 1.0
 # A seek in a container without an index may land behind its aim: seconds by which further tries aim
 # earlier.
 _EARLIER_S = (0.0, 2.0, 10.0, 60.0)
+# Codecs whose decoders need to know nothing but what ``_new_decoder`` tells them.
+_SIMPLE = frozenset(
+    ("aac", "aac_latm", "ac3", "alac", "eac3", "flac", "mp1", "mp2", "mp3", "opus", "vorbis")
+)
 
 
 class SoundReader:
@@ -39,7 +45,6 @@ class SoundReader:
         self._path = path
         self._number = number
         self._max_pixels = max_pixels
-        self._moved = False
         self._open()
 
     def _open(self) -> None:
@@ -53,6 +58,8 @@ class SoundReader:
                 "The audio stream could not be found again.", parameter="input_audio"
             )
         self.source: AvAudioStream = sources[self._number]
+        self.decoder = self.source.codec_context
+        self._moved = False
 
     def close(self) -> None:
         """Close the file."""
@@ -65,9 +72,11 @@ class SoundReader:
         self.close()
 
     def packets(self, begin: float | None) -> Iterator[Packet[Any]]:
-        """Packets in decoding order; which ones does not depend on what was read before.
+        """Packets in decoding order, for ``decoder``, which is at its start.
 
-        ``container`` and ``source`` may be others afterwards.
+        Neither depends on what was read before: decoders carry something over (the noise with
+        which AAC fills bands) even where they are flushed. ``container``, ``source`` and
+        ``decoder`` may be others afterwards.
 
         Args:
             begin: Seconds on the container's clock from which on sound is wanted: the packets
@@ -77,6 +86,7 @@ class SoundReader:
         if begin is not None and base:
             begin -= PRE_ROLL_S
             if start is None or begin > start * base:
+                self._renew()
                 for earlier in _EARLIER_S:
                     found = self._sought(begin, begin - earlier, base)
                     if found is not None:
@@ -88,6 +98,23 @@ class SoundReader:
         self._moved = True
         wanted = demux(self.container, self.source)
         return wanted if begin is None or not base else _from(wanted, begin, base)
+
+    def _renew(self) -> None:
+        """Make a new decoder, and leave the other streams unread."""
+        codec = self.source.codec_context
+        if codec.codec.canonical_name in _SIMPLE:
+            made = av.CodecContext.create(codec.codec.name, "r")
+            assert isinstance(made, AudioCodecContext)
+            made.extradata = codec.extradata
+            if codec.sample_rate > 0:
+                made.sample_rate, made.layout = codec.sample_rate, codec.layout
+            self.decoder = made
+        elif self._moved:
+            self.close()
+            self._open()
+        for stream in self.container.streams:
+            if stream.index != self.source.index:
+                stream.discard = Discard.all
 
     def _sought(self, begin: float, aim: float, base: float) -> Iterator[Packet[Any]] | None:
         """The packets from ``begin`` on; None where a seek to ``aim`` lands behind it."""

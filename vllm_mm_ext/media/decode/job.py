@@ -23,6 +23,7 @@ from vllm_mm_ext.media.audio.audio_track import Track, check_audio, decode_audio
 from vllm_mm_ext.media.audio.stream_choice import chosen_audio
 from vllm_mm_ext.media.decode.decoders import Decoder, UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+from vllm_mm_ext.media.decode.open_files import OpenFile
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.decode.substitutes import Frames, Rows, decode_chosen
 from vllm_mm_ext.media.output_bytes import audio_bytes
@@ -53,6 +54,7 @@ def run_job(
     request: DecodeRequest,
     allocate: Allocate = np.empty,
     reserve: Callable[[int], None] | None = None,
+    kept: OpenFile | None = None,
 ) -> DecodeResult:
     """Probe a file, choose frames, and decode the frames and the audio track in parallel.
 
@@ -62,6 +64,7 @@ def run_job(
         allocate: Makes the memory of the result's ``frames`` and ``audio``.
         reserve: The job calls this at most once, before it decodes, with the bytes that frames and
             audio will take.
+        kept: The file that stays open for further jobs about spans of it; ``path`` is its path.
 
     Returns:
         What was asked for, with the packet table of the file. With a span, ``info`` is that of the
@@ -75,18 +78,24 @@ def run_job(
     try:
         with _timed(timings, "probe"):
             number = request.sampling.video_stream if request.sampling else None
-            info = request.info or probe(path, limits, number, request.picture)
+            info = (None if kept is None else kept.info) or request.info
+            info = info or probe(path, limits, number, request.picture)
+        if kept is not None:
+            kept.info = info
         if request.probe_only:
             return DecodeResult(info=info, timings=timings)
         keep = limits.memory_bytes // _KEPT_SHARE
         try:
-            return _decode(path, info, request, allocate, reserve, timings, keep)
+            return _decode(path, info, request, allocate, reserve, timings, keep, kept)
         except MemoryError:
-            if request.sampling is None or request.sampling.policy != "adaptive":
+            adaptive = request.sampling is not None and request.sampling.policy == "adaptive"
+            if kept is None and not adaptive:
                 raise
+        if kept is not None:
+            kept.close_readers()
         # Kept pictures may have taken the memory that is missing. They are gone outside of the
         # handler, whose error holds them.
-        return _decode(path, info, request, allocate, None, timings, 0)
+        return _decode(path, info, request, allocate, None, timings, 0, None)
     except MemoryError as error:
         raise MediaTooLargeError(
             f"Decoding the media needs more memory than the limit of {limits.memory_bytes} bytes."
@@ -101,6 +110,7 @@ def _decode(
     reserve: Callable[[int], None] | None,
     timings: dict[str, float],
     keep_bytes: int,
+    kept: OpenFile | None,
 ) -> DecodeResult:
     whole, info = info, info_of(info, request.sampling)
     sound = _wanted_audio(info, request)
@@ -112,6 +122,8 @@ def _decode(
         picture=request.picture,
         keep_bytes=keep_bytes,
     )
+    if kept is not None:
+        decoder.kept = kept.video(whole, request)
     if request.sampling is not None:
         if info.video is None:
             raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
@@ -125,7 +137,7 @@ def _decode(
     with ThreadPoolExecutor(1) as beside:
         audio: Future[Track] | None = None
         if sound is not None:
-            audio = beside.submit(_audio, path, info, sound, request, allocate, timings)
+            audio = beside.submit(_audio, path, info, sound, request, allocate, timings, kept)
         elif request.audio == "optional" and info.unsupported_audio:
             result.audio_note = "unsupported"
         if selection is not None:
@@ -264,6 +276,7 @@ def _audio(
     request: DecodeRequest,
     allocate: Allocate,
     timings: dict[str, float],
+    kept: OpenFile | None,
 ) -> Track:
     """Decode the sound; what is optional and cannot be decoded is left out, with a note.
 
@@ -271,7 +284,7 @@ def _audio(
         path, request, timings: As of the job.
         info: Of the wanted span, or of the whole file.
         stream: Of the whole file.
-        allocate: As of ``run_job``.
+        allocate, kept: As of ``run_job``.
     """
     video = info.video if request.sampling is not None else None
     begin: float | None = None
@@ -286,11 +299,16 @@ def _audio(
                 origins=() if video is None else video.origins or (video.start,),
                 end=None if video is None else video.duration,
                 begin=begin,
+                reader=None
+                if kept is None or video is None
+                else kept.sound(stream.number, request.limits.max_pixels),
             )
             if not len(track.samples):
                 return track
             out = np.asarray(allocate(track.samples.shape, np.float32), np.float32)
         except Exception as error:
+            if kept is not None:
+                kept.close_sound()
             # PyAV raises ValueError and the like too. An error of the plugin's own code goes on.
             known = isinstance(error, MediaError | MemoryError)
             if request.audio == "required" or not (known or by_decoder(error)):

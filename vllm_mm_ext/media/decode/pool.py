@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TypeVar, cast
-
-import numpy as np
-import numpy.typing as npt
 
 from vllm_mm_ext.errors import (
     BusyError,
     DecodeCrashError,
     DecodeTimeoutError,
-    InternalMediaError,
     MediaError,
 )
-from vllm_mm_ext.media.decode import shared_array, wire
-from vllm_mm_ext.media.decode.wire_checks import MalformedMessageError, check_reservation
+from vllm_mm_ext.media.decode.conversation import WorkerDiedError, converse
+from vllm_mm_ext.media.decode.pool_jobs import Job, Lane
+from vllm_mm_ext.media.decode.pool_queue import next_job
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
-logger = logging.getLogger("vllm.mm_ext")
-
-T = TypeVar("T", np.uint8, np.float32)
-
 # Past this, more workers or threads gain little on one request and cost memory.
 _MAX_DEFAULT = 8
-
-
-class _WorkerDiedError(Exception):
-    """The worker ended in the middle of a job, or sent what no sound worker sends."""
 
 
 @dataclass
@@ -68,8 +55,8 @@ class DecodePool:
 
     Workers start when first needed (``warm`` starts one) and are replaced when they die. Each job
     has a worker of its own. Jobs start in the order in which they came, in two lanes: decodes, and
-    probes, which are short and so never wait behind decodes. Safe from any thread and any event
-    loop.
+    probes, which are short and so never wait behind decodes. Jobs about spans of one file go to the
+    worker that has the file open (``pool_queue``). Safe from any thread and any event loop.
     """
 
     def __init__(self, workers: int = 0, threads: int = 0) -> None:
@@ -83,14 +70,14 @@ class DecodePool:
         cores = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT)
         self.workers = workers or cores
         self._threads = threads or cores
-        # Executors take up what was submitted in that order.
-        self._probes = ThreadPoolExecutor(self.workers, thread_name_prefix="probe-pool")
-        self._decodes = ThreadPoolExecutor(self.workers, thread_name_prefix="decode-pool")
+        self._probes = Lane(self.workers, "probe-pool")
+        self._decodes = Lane(self.workers, "decode-pool")
         self._idle: list[WorkerProcess] = []
         self._live: set[WorkerProcess] = set()
         self._stats = PoolStats()
         self._closed = False
         self._lock = threading.Lock()  # Guards all of the above.
+        self._changed = threading.Condition(self._lock)  # Of workers, and of jobs that wait.
 
     def warm(self) -> None:
         """Start one worker in the background, so that the first job need not wait for its start.
@@ -100,7 +87,7 @@ class DecodePool:
         """
         with self._lock:
             if not self._closed and not self._live:
-                self._probes.submit(self._start_idle)
+                self._probes.threads.submit(self._start_idle)
 
     async def run(
         self, fd: int, request: DecodeRequest, sized: Callable[[int], None] | None = None
@@ -133,9 +120,11 @@ class DecodePool:
         lane = self._probes if request.probe_only else self._decodes
         with self._lock:
             self._check_open()
-            job = _Job(os.dup(fd), request, sized)
-            future = lane.submit(self._run, job)
+            job, future = Job(os.dup(fd), request, sized), Future[DecodeResult]()
+            lane.jobs.append((job, future))
+            lane.threads.submit(self._run_next, lane)
             self._stats.waiting += 1
+            self._changed.notify_all()
         future.add_done_callback(partial(self._release, job))
         try:
             return await asyncio.wrap_future(future)
@@ -162,29 +151,84 @@ class DecodePool:
             for worker in self._live:
                 worker.kill()
             idle, self._idle = self._idle, []
+            self._changed.notify_all()
         for worker in idle:
             self._discard(worker)
         for lane in (self._probes, self._decodes):
-            lane.shutdown(wait=False)
+            lane.threads.shutdown(wait=False)
 
     # --- one job, on a thread of its lane ---------------------------------------------------------
 
-    def _run(self, job: _Job) -> DecodeResult:
-        with self._lock:
+    def _run_next(self, lane: Lane) -> None:
+        """Do one of the jobs that wait: there is a call of this for each."""
+        taken = self._next(lane)
+        if taken is None:
+            return
+        job, future, worker = taken
+        try:
+            result = self._run(job, worker)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        finally:
+            # The error's traceback holds this frame.
+            del taken, future
+
+    def _next(self, lane: Lane) -> tuple[Job, Future[DecodeResult], WorkerProcess | None] | None:
+        """Wait until a job of the lane can start and take it out of the queue.
+
+        Returns:
+            The job, and the idle worker that has its file open, if there is one; None for a job
+            that was given up.
+        """
+        with self._changed:
+            while True:
+                number, seconds = self._choose(lane)
+                if number >= 0:
+                    break
+                self._changed.wait(seconds)
+            job, future = lane.jobs.pop(number)
+            if not future.set_running_or_notify_cancel():
+                return None
             self._leave_queue(job)
+            return job, future, self._holder(job)
+
+    def _choose(self, lane: Lane) -> tuple[int, float | None]:
+        """As ``next_job``, of the jobs of a lane. Call with the lock held."""
+        for number, (_, future) in enumerate(lane.jobs):
+            if self._closed or future.cancelled():
+                return number, 0.0
+        return next_job(
+            [job.place for job, _ in lane.jobs],
+            [worker.files for worker in self._live],
+            [worker.files for worker in self._idle],
+            time.monotonic(),
+        )
+
+    def _holder(self, job: Job) -> WorkerProcess | None:
+        """The idle worker that has a job's file open. Call with the lock held."""
+        for worker in self._idle:
+            if worker.files.holds(job.place.file, time.monotonic()) and worker.alive:
+                self._idle.remove(worker)
+                return worker
+        return None
+
+    def _run(self, job: Job, holder: WorkerProcess | None) -> DecodeResult:
+        with self._lock:
             self._check_wanted(job)
             self._stats.jobs += 1
             self._stats.busy += 1
         job.deadline = time.monotonic() + job.request.limits.timeout_s
         try:
             try:
-                return self._attempt(job, self._idle_worker() or self._new_worker())
-            except _WorkerDiedError:
+                return self._attempt(job, holder or self._idle_worker() or self._new_worker())
+            except WorkerDiedError:
                 # That may be the machine's doing, or a rare fault: once more, in a fresh process.
                 self._check_wanted(job)
             try:
                 return self._attempt(job, self._new_worker())
-            except _WorkerDiedError as error:
+            except WorkerDiedError as error:
                 self._check_wanted(job)
                 raise DecodeCrashError(
                     f"Two decoder processes ended while they worked on the media ({error})."
@@ -193,18 +237,23 @@ class DecodePool:
             with self._lock:
                 self._stats.busy -= 1
 
-    def _attempt(self, job: _Job, worker: WorkerProcess) -> DecodeResult:
+    def _attempt(self, job: Job, worker: WorkerProcess) -> DecodeResult:
         """Have a worker do a job; the worker is idle again afterwards, or gone."""
+        file = job.place.file
         with self._lock:
             job.worker = worker
+            job.known = worker.files.holds(file, time.monotonic())
+            worker.files.use(job.place, time.monotonic())
             if job.cancelled or self._closed:
                 worker.kill()
         reusable = False
         try:
             result = self._converse(job, worker)
             reusable = True
+            worker.files.use(job.place, time.monotonic())
             return result
         except MediaError as error:
+            worker.files.drop(file)
             # A worker that reports an error is in order; one that ran out of time is not.
             reusable = not isinstance(error, DecodeTimeoutError)
             raise
@@ -214,23 +263,18 @@ class DecodePool:
                 reusable = reusable and not job.cancelled and not self._closed
                 if reusable:
                     self._idle.append(worker)
+                    self._changed.notify_all()
             if not reusable:
                 self._discard(worker)
 
-    def _converse(self, job: _Job, worker: WorkerProcess) -> DecodeResult:
+    def _converse(self, job: Job, worker: WorkerProcess) -> DecodeResult:
         """Give a worker its job, hand on what it says of the result's size, take the result."""
         request = replace(job.request, threads=job.request.threads or self._threads)
+        if job.known:
+            # The worker has the packet table: megabytes for hours of video.
+            request = replace(request, info=None)
         try:
-            wire.send(worker.sock, wire.Job(request), [job.fd], job.deadline)
-            reply, fds = self._reply(job, worker)
-            if isinstance(reply, wire.Reserve):
-                check_reservation(reply.num_bytes, request)
-                self._tell_size(job, reply.num_bytes)
-                reply, fds = self._reply(job, worker)
-            if isinstance(reply, wire.Probed | wire.Decoded):
-                return _unpack(reply, fds, request)
-            if isinstance(reply, wire.Reserve):
-                raise MalformedMessageError("a worker reserved room twice")
+            return converse(worker, request, job.fd, job.deadline, partial(self._tell_size, job))
         except TimeoutError as error:
             with self._lock:
                 self._stats.timed_out += 1
@@ -238,28 +282,14 @@ class DecodePool:
                 f"Decoding took longer than the limit of {request.limits.timeout_s:g} s "
                 "and was stopped."
             ) from error
-        except (EOFError, OSError, MalformedMessageError) as error:
+        except WorkerDiedError:
             with self._lock:
                 self._stats.died += not (job.cancelled or self._closed)
-            why = str(error) if isinstance(error, MalformedMessageError) else ""
-            raise _WorkerDiedError(why or f"exit status {worker.wait()}") from error
-        if isinstance(reply, wire.Failed):
-            raise reply.error()
-        logger.error("mm_ext: a decode worker failed: %s", reply.text)
-        raise InternalMediaError
-
-    def _reply(self, job: _Job, worker: WorkerProcess) -> tuple[wire.Reply, list[int]]:
-        """The next message of a worker, with as many descriptors as belong to it."""
-        most = wire.MAX_BYTES if job.request.probe_only else wire.MAX_RESULT_BYTES
-        reply, fds = wire.receive(worker.sock, wire.decode_reply, job.deadline, most)
-        if len(fds) != wire.num_arrays(reply):
-            _close(fds)
-            raise MalformedMessageError("a worker sent descriptors that belong to no array")
-        return reply, fds
+            raise
 
     # --- shared state -----------------------------------------------------------------------------
 
-    def _tell_size(self, job: _Job, num_bytes: int) -> None:
+    def _tell_size(self, job: Job, num_bytes: int) -> None:
         """Tell the caller the size of the result, unless the caller has given the job up.
 
         No job waits for the media budget while it has a worker: the caller has the bytes already,
@@ -269,27 +299,28 @@ class DecodePool:
             if job.sized is not None and not job.cancelled:
                 job.sized(num_bytes)
 
-    def _leave_queue(self, job: _Job) -> None:
+    def _leave_queue(self, job: Job) -> None:
         """Call with the lock held."""
         self._stats.waiting -= job.queued
         job.queued = False
 
-    def _release(self, job: _Job, _: Future[DecodeResult]) -> None:
+    def _release(self, job: Job, _: Future[DecodeResult]) -> None:
         """Let go what a job held, when its future is done or cancelled."""
         os.close(job.fd)
         with self._lock:
             self._leave_queue(job)
+            self._changed.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
             raise BusyError("The server stops: it decodes no more media.")
 
-    def _check_wanted(self, job: _Job) -> None:
+    def _check_wanted(self, job: Job) -> None:
         self._check_open()
         if job.cancelled:
             raise CancelledError
 
-    def _cancel(self, job: _Job) -> None:
+    def _cancel(self, job: Job) -> None:
         with self._lock:
             job.cancelled = True
             self._stats.cancelled += 1
@@ -297,10 +328,15 @@ class DecodePool:
                 job.worker.kill()
 
     def _idle_worker(self) -> WorkerProcess | None:
-        """The worker used last, as its memory is warm; None if there is none."""
+        """The worker used last, as its memory is warm; None if there is none.
+
+        One that has files open is taken last: it may be wanted for them.
+        """
         with self._lock:
             while self._idle:
-                worker = self._idle.pop()
+                free = [worker for worker in self._idle if not len(worker.files)]
+                worker = (free or self._idle)[-1]
+                self._idle.remove(worker)
                 if worker.alive:
                     return worker
                 self._stats.died += 1
@@ -326,71 +362,6 @@ class DecodePool:
 
     def _discard(self, worker: WorkerProcess) -> None:
         worker.dispose()
-        with self._lock:
+        with self._changed:
             self._live.discard(worker)
-
-
-class _Job:
-    """One request on its way through the pool.
-
-    Attributes:
-        fd: Descriptor of the encoded media, owned by the job.
-        request: What to do.
-        sized: See ``DecodePool.run``.
-        queued: It waits for a worker.
-        deadline: ``time.monotonic()`` value at which the job is stopped, once it runs.
-        worker: Who works on it.
-        cancelled: Nobody waits for the result any more.
-    """
-
-    def __init__(
-        self, fd: int, request: DecodeRequest, sized: Callable[[int], None] | None
-    ) -> None:
-        self.fd = fd
-        self.request = request
-        self.sized = sized
-        self.queued = True
-        self.deadline = 0.0
-        self.worker: WorkerProcess | None = None
-        self.cancelled = False
-
-
-def _unpack(
-    reply: wire.Probed | wire.Decoded, fds: list[int], request: DecodeRequest
-) -> DecodeResult:
-    """The result that a worker sent; closes the descriptors that came with it.
-
-    Raises:
-        MalformedMessageError: It is no answer to the request, or its arrays are not there.
-    """
-    try:
-        wire.check_result(reply, request)
-        if isinstance(reply, wire.Probed):
-            return DecodeResult(info=reply.info, timings=reply.timings)
-        left = iter(fds)
-        frames = None if reply.frames is None else _adopt(next(left), reply.frames, np.uint8)
-        audio = None if reply.samples is None else _adopt(next(left), (reply.samples,), np.float32)
-    finally:
-        _close(fds)
-    return DecodeResult(
-        info=reply.info,
-        selection=reply.selection,
-        frames=frames,
-        audio=audio,
-        audio_rate=reply.audio_rate,
-        decoder=reply.decoder,
-        timings=reply.timings,
-        audio_note=reply.audio_note,
-    )
-
-
-def _adopt(fd: int, shape: tuple[int, ...], dtype: type[T]) -> npt.NDArray[T]:
-    try:
-        return cast("npt.NDArray[T]", shared_array.adopt(fd, shape, dtype))
-    except ValueError as error:
-        raise MalformedMessageError(f"a worker sent memory that is not right: {error}") from error
-
-
-def _close(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+            self._changed.notify_all()

@@ -91,6 +91,7 @@ def check_frames(
     require(inside and bool((np.diff(indices) >= 0).all()), "frame index")
     require(bool(np.isfinite(times).all()), "frame time")
     require(step is None or (math.isfinite(step) and step > 0), "step between frames")
+    require(selection.activity is None or 0 <= selection.activity <= 1, "activity")
 
 
 def check_sound(samples: int | None, rate: int, request: DecodeRequest) -> None:

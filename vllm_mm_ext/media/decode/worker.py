@@ -22,11 +22,13 @@ import sys
 import threading
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
 import numpy.typing as npt
 
+from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.errors import (
     MediaError,
     MediaTooLargeError,
@@ -36,8 +38,11 @@ from vllm_mm_ext.errors import (
 from vllm_mm_ext.media.decode import shared_array, wire
 from vllm_mm_ext.media.decode.container import describe
 from vllm_mm_ext.media.decode.job import run_job
+from vllm_mm_ext.media.decode.open_files import KEEP_S, OpenFiles
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
+# The share of its memory limit from which on a worker keeps no files open.
+_CROWDED = 0.7
 # How often to look whether the parent still lives, should a fork of it keep the socket open.
 _PARENT_CHECK_MS = 2000
 
@@ -71,18 +76,38 @@ class _SharedAllocator:
 def main(sock: socket.socket) -> None:
     """Do jobs until the pool closes its end of the socket."""
     threading.Thread(target=_die_with_parent, args=(sock, os.getppid()), daemon=True).start()
+    files = OpenFiles()
     while True:
+        if len(files) and not _waits(sock, KEEP_S):
+            files.close()
+            trim_when_due()
         try:
             job, (media,) = wire.receive(sock, wire.decode_job)
         except (EOFError, OSError):
             return
         try:
-            _serve(sock, job.request, media)
+            _serve(sock, job.request, media, files)
         finally:
             os.close(media)
+        if _address_space() > _CROWDED * job.request.limits.memory_bytes:
+            files.close()
+            trim_when_due()
 
 
-def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
+def _waits(sock: socket.socket, seconds: float) -> bool:
+    """Whether something can be read from a socket within so many seconds."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(1e3 * seconds))
+
+
+def _address_space() -> int:
+    """Bytes of address space of this process, which its memory limit counts."""
+    pages, _, _ = Path("/proc/self/statm").read_text().partition(" ")
+    return int(pages) * resource.getpagesize()
+
+
+def _serve(sock: socket.socket, request: DecodeRequest, media: int, files: OpenFiles) -> None:
     """Do one job and send the answer."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     ceiling = request.limits.memory_bytes
@@ -93,7 +118,13 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int) -> None:
         wire.send(sock, wire.Reserve(num_bytes))
 
     try:
-        result = run_job(f"/proc/self/fd/{media}", request, memory.allocate, reserve)
+        kept = files.of(request, media)
+        path = f"/proc/self/fd/{media}" if kept is None else kept.path
+        try:
+            result = run_job(path, request, memory.allocate, reserve, kept)
+        except BaseException:
+            files.drop(request)
+            raise
         _answer(sock, request, result, memory)
     except MediaError as error:
         wire.send(sock, wire.Failed.of(error))
@@ -129,10 +160,12 @@ def _answer(
         wire.send(sock, wire.Probed(result.info, result.timings))
         return
     frames, audio, selection = result.frames, result.audio, result.selection
+    if selection is not None and selection.profile is not None:
+        selection = replace(selection, profile=None, activity=selection.profile.mean())
     message = wire.Decoded(
         # What grows with the file and not with the request stays here.
         info=replace(result.info, packets=None),
-        selection=None if selection is None else replace(selection, profile=None),
+        selection=selection,
         frames=None if frames is None else frames.shape,
         samples=None if audio is None else len(audio),
         audio_rate=result.audio_rate,

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from socket import socketpair
 
+from vllm_mm_ext.media.decode.pool_queue import HeldFiles
+
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
 # What a worker gets of the server's environment: what programs and Python are found by, language,
 # place of temporary files, and what sets the number of threads and the use of memory. Nothing else:
@@ -24,10 +26,12 @@ class WorkerProcess:
 
     Attributes:
         sock: The pool's end of the socket, for ``wire``.
+        files: The files that the worker keeps open; the pool's lock guards them.
     """
 
     def __init__(self) -> None:
         self.sock, theirs = socketpair()
+        self.files = HeldFiles()
         with theirs:
             self._process = subprocess.Popen(
                 # -P: no modules from the directory the server happens to run in.

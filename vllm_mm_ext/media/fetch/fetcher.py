@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -159,6 +160,8 @@ class MediaFetcher:
                 self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
             )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
+        # Bytes that somebody still uses, cached or not: none is read twice at a time.
+        self._in_use: WeakValueDictionary[str, Blob] = WeakValueDictionary()
         self._thread = loop
 
     async def resolve(
@@ -255,7 +258,7 @@ class MediaFetcher:
         limit: int | None,
         claim: Claim,
     ) -> Blob:
-        blob = self.encoded_cache.get(digest)
+        blob = self.encoded_cache.get(digest) or self._in_use.get(digest)
         if blob is None:
             fetched = await self._fetch(source, location, timeout_s, limit, claim, load=True)
             assert fetched.blob is not None
@@ -286,6 +289,7 @@ class MediaFetcher:
             claim,
         )
         if fetched.blob is not None and fetched.storable:
+            self._in_use[fetched.digest] = fetched.blob
             self.encoded_cache.put(fetched.digest, fetched.blob)
         return fetched
 

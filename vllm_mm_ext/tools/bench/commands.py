@@ -178,6 +178,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",
             ),
+            Benchmark(
+                "window-decode",
+                "10 min to 2 h in windows: CPU against one sequential decode, memory of workers.",
+                "window_decode:run",
+                repeats=1,
+            ),
         )
     }
 )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from vllm_mm_ext.errors import UnreadableMediaError
 from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.decoders.kept_reader import KeptReader
 from vllm_mm_ext.media.decode.probe import check_pixels
 from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PictureRules
 
@@ -29,9 +30,14 @@ class Decoder(ABC):
         picture: How pictures are shown.
         keep_bytes: Most bytes of decoded pictures that the decoder may keep from ``thumbnails`` for
             the next ``decode``, which then need not decode them again.
+
+    Attributes:
+        kept: The file, which this process keeps open between jobs and has checked; a backend may
+            read it instead of opening the file anew.
     """
 
     name: ClassVar[str]
+    kept: KeptReader | None = None
 
     def __init__(
         self, max_pixels: int, *, picture: PictureRules = AS_PLAYERS, keep_bytes: int = 0
@@ -72,7 +78,7 @@ class Decoder(ABC):
                 was probed.
             MediaTooLargeError: Its pictures have more than ``max_pixels``.
         """
-        check_file(path, info, self._max_pixels)
+        self._check(path, info)
         return self._decode(
             path, info, indices, size, out, threads, set() if seen is None else seen
         )
@@ -97,8 +103,12 @@ class Decoder(ABC):
         Raises:
             UnreadableMediaError, MediaTooLargeError: As ``decode``.
         """
-        check_file(path, info, self._max_pixels)
+        self._check(path, info)
         return self._thumbnails(path, info, indices, edge, threads)
+
+    def _check(self, path: str, info: MediaInfo) -> None:
+        if self.kept is None:
+            check_file(path, info, self._max_pixels)
 
     @abstractmethod
     def _decode(

@@ -20,6 +20,7 @@ from vllm_mm_ext.media.decode.decoders.reader import (
     Read,
     Reader,
     SeekMissError,
+    picture_bytes,
     read_in_order,
     read_planned,
 )
@@ -118,7 +119,7 @@ class PyAVDecoder(Decoder):
         return set(at_hand)
 
     def _keep(self, row: int, frame: VideoFrame) -> None:
-        num_bytes = sum(plane.buffer_size for plane in frame.planes)
+        num_bytes = picture_bytes(frame)
         with self._lock:
             # A later pass over the file may bring the right picture after a wrong one.
             known = self._kept.pop(row, None) is not None
@@ -145,6 +146,11 @@ class PyAVDecoder(Decoder):
         assert video is not None
         threads = threads or os.cpu_count() or 1
         decoded: set[int] = set()
+        if self.kept is not None and self.kept.take_turn():
+            decoded = self.kept.read(rows, emit, seen)
+            rows = rows[~np.isin(rows, list(decoded))]
+        if not len(rows):
+            return decoded
         true_keys: set[int] = set()
         false_keys: set[int] = set()
         key_of = dict(zip(rows.tolist(), keys_of(table, rows).tolist(), strict=True))

@@ -51,12 +51,13 @@ class Run(NamedTuple):
         return self.stop - self.start + 1
 
 
-def plan_runs(table: PacketTable, rows: npt.NDArray[np.int64]) -> list[Run]:
+def plan_runs(table: PacketTable, rows: npt.NDArray[np.int64], position: int = -1) -> list[Run]:
     """Find the cheapest set of runs that covers the wanted frames.
 
     Args:
         table: Packet table with exact timestamps.
         rows: int64 ``[n]`` wanted rows of ``table``, strictly increasing.
+        position: Decode position of the last packet that was read.
 
     Returns:
         Runs in file order that do not overlap: together they never hold more packets than
@@ -75,7 +76,7 @@ def plan_runs(table: PacketTable, rows: npt.NDArray[np.int64]) -> list[Run]:
             last = runs[-1]
             runs[-1] = last._replace(stop=max(last.stop, stop), wanted=last.wanted + wanted)
         else:
-            previous = runs[-1].stop if runs else -1
+            previous = runs[-1].stop if runs else position
             runs.append(Run(key, start, stop, wanted, _seek_wins(table, previous, start)))
     return runs
 

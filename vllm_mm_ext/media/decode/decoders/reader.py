@@ -14,6 +14,7 @@ from av.video.stream import VideoStream
 
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.read_plan import Run
+from vllm_mm_ext.media.decode.decoders.row_index import RowIndex
 from vllm_mm_ext.media.decode.geometry import decoder_of
 from vllm_mm_ext.media.decode.packets import demux
 from vllm_mm_ext.media.types import PacketTable
@@ -186,27 +187,19 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
     Raises:
         SeekMissError: The place of a run was not found.
     """
-    pts = table.pts.tolist()
-    row_of = {p: row for row, p in enumerate(pts)}
-    order = table.order.tolist()
+    index = RowIndex(table)
     read = Read(set(), set(), set(), set())
-
-    def place_of(timestamp: int | None) -> tuple[int, int]:
-        """Row and decode position; -1 each for a timestamp that is not in the table."""
-        row = -1 if timestamp is None else row_of.get(timestamp, -1)
-        return row, order[row] if row >= 0 else -1
-
     for number, run in enumerate(runs):
         if number:
             reader.flush()
         if run.seek:
-            reader.seek(pts, run.key)
+            reader.seek(index.pts, run.key)
         wanted = set(run.wanted)
         decoded: set[int] = set()
         shown: set[int] = set()
         began = run.start == 0
-        for frame in _frames_of(reader, run, pts, place_of, wanted):
-            row, _ = place_of(frame.pts)
+        for frame in _frames_of(reader, run, index, wanted):
+            row, _ = index.place(frame.pts)
             began = began or (row == run.key and frame.key_frame)
             if row in wanted and row not in decoded:
                 emit(row, frame, reader.converter)
@@ -222,18 +215,12 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
     return read
 
 
-def _frames_of(
-    reader: Reader,
-    run: Run,
-    pts: Sequence[int],
-    place_of: Callable[[int | None], tuple[int, int]],
-    wanted: set[int],
-) -> Iterator[VideoFrame]:
+def _frames_of(reader: Reader, run: Run, index: RowIndex, wanted: set[int]) -> Iterator[VideoFrame]:
     """All frames that the decoder returns for the packets of a run."""
     at, needed = -1, False
-    packet = _first_packet(reader, run, pts, lambda p: place_of(p.pts)[1])
+    packet = first_packet(reader, run, index)
     while packet is not None:
-        row, place = place_of(packet.pts)
+        row, place = index.place(packet.pts)
         if row >= 0:
             at, needed = place, row in wanted or place == run.start
         if at > run.stop:
@@ -247,20 +234,33 @@ def _frames_of(
     yield from reader.decode(None)
 
 
-def _first_packet(
-    reader: Reader, run: Run, pts: Sequence[int], place: Callable[[Packet[Any]], int]
-) -> Packet[Any] | None:
-    """Read up to the first packet of a run; None if the file has no packets."""
+def first_packet(reader: Reader, run: Run, index: RowIndex) -> Packet[Any] | None:
+    """Read up to the first packet of a run; None if the file has no packets.
+
+    Args:
+        reader: The file, where the run's ``seek`` or the run before left it.
+        run: The run.
+        index: Of the file's packet table.
+
+    Raises:
+        SeekMissError: The packet is not found.
+    """
     while (packet := reader.read()) is not None:
-        if run.start == 0 or place(packet) == run.start:
+        _, place = index.place(packet.pts)
+        if run.start == 0 or place == run.start:
             return packet
-        if place(packet) > run.start:
+        if place > run.start:
             if not run.seek:
                 raise SeekMissError
-            reader.seek_again(pts, run.key)
+            reader.seek_again(index.pts, run.key)
     if run.start:
         raise SeekMissError
     return None
+
+
+def picture_bytes(picture: VideoFrame) -> int:
+    """Bytes of a decoded picture."""
+    return sum(plane.buffer_size for plane in picture.planes)
 
 
 def read_in_order(

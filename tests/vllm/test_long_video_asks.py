@@ -1,0 +1,120 @@
+"""Prompts about windows as vLLM's requests, and what its answers to them say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionLogProb,
+    ChatCompletionLogProbsContent,
+    ChatCompletionRequest,
+)
+
+from vllm_mm_ext.adapters.long_video.ask_requests import (
+    chances,
+    first_tokens,
+    options_for,
+    request_for,
+    restrict,
+)
+from vllm_mm_ext.adapters.long_video.chat_chunks import Head, joined, with_cost, without_text
+from vllm_mm_ext.config.options import RequestOptions
+from vllm_mm_ext.config.quality_settings import BoundSettings
+from vllm_mm_ext.long_video.asking import Ask, Cost, Look, Window
+from vllm_mm_ext.testing.checkpoints.tiny_tokenizer import chatml_template, make_tokenizer
+
+WINDOW = Window(0, 3, 84.0, 114.0)
+CLIENT = ChatCompletionRequest(
+    model="adapter",
+    messages=[{"role": "user", "content": "When?"}],
+    temperature=0.9,
+    n=3,
+    seed=7,
+    max_tokens=50,
+    stop=["."],
+    cache_salt="salt",
+    chat_template_kwargs={"enable_thinking": False},
+)
+CHOICES = {"yes": [1, 2], "no": [3]}
+
+
+def logprobs(written: int, others: dict[int, float]) -> ChatCompletionLogProbsContent:
+    return ChatCompletionLogProbsContent(
+        token=f"token_id:{written}",
+        logprob=others[written],
+        top_logprobs=[
+            ChatCompletionLogProb(token=f"token_id:{token}", logprob=value)
+            for token, value in others.items()
+        ],
+    )
+
+
+def test_a_prompt_is_sent_for_the_clients_model_and_salt_but_greedily() -> None:
+    ask = Ask(WINDOW, Look("note"), ("Before.", "Note."), max_tokens=20)
+    made = request_for(ask, CLIENT, "file:///a.mp4", session="s", priority=10)
+    assert (made.model, made.cache_salt, made.session_id) == ("adapter", "salt", "s")
+    assert made.chat_template_kwargs == {"enable_thinking": False}
+    assert (made.n, made.temperature, made.stop, made.max_completion_tokens) == (1, 0.0, [], 20)
+    assert made.priority == 10
+    (message,) = made.messages
+    kinds = [part["type"] for part in message["content"]]
+    assert kinds == ["video_url", "text", "text"]
+
+
+def test_a_choice_is_one_token_among_those_allowed() -> None:
+    ask = Ask(WINDOW, Look("coarse"), ("Is it?",), max_tokens=1, choices=("yes", "no"))
+    made = request_for(ask, CLIENT, "file:///a.mp4", session=None, priority=0)
+    restrict(made, list(CHOICES.values()), max_logprobs=5)
+    params = made.to_sampling_params(1, {})
+    assert (params.allowed_token_ids, params.max_tokens, params.logprobs) == ([1, 2, 3], 1, 5)
+
+
+def test_the_chance_of_a_choice_is_that_of_all_tokens_it_may_begin_with() -> None:
+    found = chances(CHOICES, logprobs(1, {1: math.log(0.4), 2: math.log(0.2), 3: math.log(0.2)}))
+    assert found == pytest.approx({"yes": 0.75, "no": 0.25})
+
+
+def test_a_token_that_is_not_reported_is_no_likelier_than_those_that_are() -> None:
+    found = chances({"yes": [1], "no": [3]}, logprobs(3, {3: -0.01, 8: -5.0}))
+    assert found["yes"] == pytest.approx(math.exp(-4.99) / (1 + math.exp(-4.99)))
+
+
+@given(st.dictionaries(st.integers(0, 9), st.floats(-9999, 0), min_size=1))
+def test_chances_are_of_one_together_whatever_is_reported(others: dict[int, float]) -> None:
+    found = chances(CHOICES, logprobs(next(iter(others)), others))
+    assert sum(found.values()) == pytest.approx(1)
+    assert all(0 <= chance <= 1 for chance in found.values())
+
+
+def test_choices_that_begin_alike_cannot_be_told_apart() -> None:
+    tokenizer = make_tokenizer([], vocab_size=300, named={}, chat_template=chatml_template())
+    found = first_tokens(tokenizer, ("yes", "no"))
+    assert len({token for ids in found.values() for token in ids}) == 4, "Yes and No as well"
+    with pytest.raises(ValueError, match="same token"):
+        first_tokens(tokenizer, ("yes", "yet"))
+
+
+def test_what_a_client_asks_of_whole_videos_does_not_hold_for_windows() -> None:
+    client = RequestOptions(min_frames=9, max_frames=10, total_tokens=99, resolution=64, fps=1)
+    found = options_for(Look("close", fps=60.0), client, BoundSettings(max_fps=8.0))
+    assert found == RequestOptions(resolution=64, fps=8.0)
+
+
+def test_chunks_of_an_answer_get_the_time_and_the_usage_of_the_whole_stream() -> None:
+    head = Head("chatcmpl-1", "model", created=5)
+    text = 'data: {"id":"chatcmpl-1","created":9,"choices":[{"delta":{"content":"x"}}]}\n\n'
+    assert joined(text, head, Cost(10, 4, 1)) == text.replace(":9,", ":5,")
+    usage = 'data: {"created":9,"choices":[],"usage":{"prompt_tokens":7,"total_tokens":9,'
+    usage += '"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":1}}}\n\n'
+    made = joined(usage, head, Cost(10, 4, 1))
+    assert '"prompt_tokens":17,"total_tokens":20,"completion_tokens":3' in made
+    assert '"cached_tokens":5' in made
+    assert '"delta":{}' in without_text(head, {})
+
+
+def test_cached_tokens_are_told_only_where_vllm_tells_them() -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    assert "prompt_tokens_details" not in with_cost(usage, Cost(10, 4, 1))
