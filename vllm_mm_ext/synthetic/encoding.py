@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import av
 import numpy as np
@@ -65,6 +66,14 @@ class Painter:
             target.reshape(h // s, half, w // s, half)[:] = plane[:, None, :, None]
 
 
+class Track(Protocol):
+    """Mono samples in -1..1, as an array of them or made as they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> npt.NDArray[np.float32]: ...
+
+
 class AudioWriter:
     """Encodes a mono waveform to one stream, keeping step with the video."""
 
@@ -76,7 +85,7 @@ class AudioWriter:
         codec: str,
         rate: int,
         channels: int,
-        samples: npt.NDArray[np.float32],
+        samples: Track,
     ) -> None:
         stream = container.add_stream(codec, rate=rate)
         assert isinstance(stream, AudioStream)

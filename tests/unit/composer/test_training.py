@@ -31,11 +31,26 @@ from vllm_mm_ext.composer.training.batches import (
 from vllm_mm_ext.composer.training.clips import COLOURS, GLIDES, MOTIONS, PITCHES, SHAPES, draw_clip
 from vllm_mm_ext.composer.training.compose import app as compose_app
 from vllm_mm_ext.composer.training.compose import compose
+from vllm_mm_ext.composer.training.curriculum import plan_step
 from vllm_mm_ext.composer.training.data import folder_batches, generated_batches
-from vllm_mm_ext.composer.training.evaluate import accuracy, held_out_samples
+from vllm_mm_ext.composer.training.evaluate import (
+    accuracy,
+    held_out_notes,
+    held_out_samples,
+    held_out_windows,
+    note_scores,
+)
 from vllm_mm_ext.composer.training.folder import read_folder
 from vllm_mm_ext.composer.training.model import fresh_model, tiny_config
 from vllm_mm_ext.composer.training.muon import orthogonal
+from vllm_mm_ext.composer.training.note_language import (
+    NOTE_PROMPT,
+    NOTHING,
+    RECORDING_TASKS,
+    note_line,
+    read_entries,
+)
+from vllm_mm_ext.composer.training.note_samples import notes_sample, window_sample
 from vllm_mm_ext.composer.training.render import encode_clip
 from vllm_mm_ext.composer.training.samples import HELD_OUT, Sample, generated_sample
 from vllm_mm_ext.composer.training.things import heard_so_far, seen_so_far, thing_labels
@@ -434,3 +449,74 @@ def test_the_command_trains_saves_and_resumes(folder: Path, tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     exported = ComposerForConditionalGeneration.from_pretrained(export)
     assert exported.dtype == torch.bfloat16
+
+
+def test_answers_from_notes_are_asked_as_the_chat_template_lays_texts_out() -> None:
+    sample = notes_sample(3, 4, 6, 64)
+    batch = make_batch(CONFIG, TOKENIZER, [sample], 1, 1)
+    ids = batch.input_ids[0].tolist()
+    for span, turn in zip(batch.spans, sample.turns, strict=True):
+        parts = [{"type": "text", "text": text} for text in (sample.text, turn.text)]
+        prompt = TOKENIZER.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        )
+        visible = batch.visible[0, 0, span.start]
+        assert [token for token, seen in zip(ids, visible, strict=True) if seen] == (
+            TOKENIZER.encode(prompt)
+        )
+        told = batch.labels[0, span.start : span.end].tolist()
+        assert TOKENIZER.decode(told) == turn.answer + "<|end|>"
+
+
+def test_windows_are_asked_for_notes_and_for_what_is_in_them() -> None:
+    found: dict[str, set[str]] = {}
+    for seed in range(30):
+        sample = window_sample(seed, 8 if seed % 2 else 40, 9, 16, sound=seed % 7 > 0)
+        assert len(sample.turns) <= 9
+        assert (sample.sound is not None) == (seed % 7 > 0)
+        noted = [turn for turn in sample.turns if turn.task.startswith("note")]
+        assert len(noted) == (seed % 2 == 0)
+        for turn in sample.turns:
+            found.setdefault(turn.task, set()).add(turn.answer)
+            if turn.task.startswith("note"):
+                assert turn.text.endswith(NOTE_PROMPT)
+                assert note_line(read_entries(turn.answer)) == turn.answer
+    assert found["relevance"] == {"yes", "no"}
+
+
+def test_what_matters_are_entries_of_the_notes_and_they_give_the_same_answers() -> None:
+    tasks: set[str] = set()
+    for seed in range(40):
+        sample = notes_sample(seed, 1 + seed % 9, 16, 16)
+        noted = read_entries(sample.text)
+        assert (sample.text == "\n") == (not noted)
+        for turn in sample.turns:
+            tasks.add(turn.task)
+            if turn.task == "select":
+                chosen = read_entries(turn.answer)
+                assert (turn.answer == NOTHING) == (not chosen)
+                assert set(chosen) <= set(noted)
+                assert chosen == [entry for entry in dict.fromkeys(noted) if entry in chosen]
+            if turn.task == "told_when":
+                assert f"[{turn.answer}]" in sample.text
+    assert tasks == {"select", *(f"told_{task}" for task in RECORDING_TASKS)}
+
+
+def test_steps_with_notes_train_on_text_and_windows_alike() -> None:
+    plans = {plan.kind: step for step in range(40) if (plan := plan_step(CONFIG, 1, step, 0))}
+    assert set(plans) == {"clips", "windows", "notes"}
+    batches = generated_batches(CONFIG, TOKENIZER, 1, 0)
+    one = Trainer(fresh_model(CONFIG, 1), TOKENIZER, Recipe(steps=9), batches)
+    for step in plans.values():
+        one.step = step
+        loss, answers = one.train_step()
+        assert loss > 0
+        assert answers
+
+
+def test_notes_that_a_model_writes_are_scored_by_kind_of_entry() -> None:
+    samples = held_out_windows(2, 64, (16,))
+    scores = note_scores(fresh_model(CONFIG, 0), TOKENIZER, samples)
+    assert set(scores) == {"scene", "flash", "tone"}
+    found = accuracy(fresh_model(CONFIG, 0), TOKENIZER, held_out_notes(2, 64, (2,)), [(1, 1)])
+    assert "select" in found["pool 1, temporal 1"]

@@ -124,7 +124,7 @@ def make_batch(
         mentions=mentions,
         pixel_values=pixel_values(np.concatenate([sample.frames for sample in samples])),
         seconds=torch.tensor([s for sample in samples for s in sample.seconds]),
-        frames_per_item=[len(sample.seconds) for sample in samples],
+        frames_per_item=[len(sample.seconds) for sample in samples if sample.seconds],
         features=[window for features, _, _ in sounds for window in features],
         start_seconds=[start for _, starts, _ in sounds for start in starts],
         lengths=[length for _, _, lengths in sounds for length in lengths],
@@ -162,7 +162,7 @@ def _row(
         audio_samples=0 if sample.sound is None else len(sample.sound),
         timestamp_tokens=lambda second: text(f"{second:.1f}s"),
     )
-    ids = [*pieces.opening, *layout]
+    ids = [*pieces.opening, *(layout if sample.seconds else text(sample.text))]
     shared = len(ids)
     positions, owners = list(range(shared)), [0] * shared
     spans, mentions = [], []
@@ -212,18 +212,20 @@ class Media(NamedTuple):
     """What the model makes of the media of a batch, row by row.
 
     Attributes:
-        video: ``[tokens, text]`` embeddings of all videos.
+        video: ``[tokens, text]`` embeddings of all videos; None without.
         audio: ``[tokens, text]`` embeddings of all sound; None without.
-        patches: ``[frames, patches, vision]`` outputs of the vision tower.
+        patches: ``[frames, patches, vision]`` outputs of the vision tower; None without frames.
     """
 
-    video: torch.Tensor
+    video: torch.Tensor | None
     audio: torch.Tensor | None
-    patches: torch.Tensor
+    patches: torch.Tensor | None
 
 
 def encode_media(model: ComposerForConditionalGeneration, batch: Batch) -> Media:
     """Encode the videos and the sound of a batch."""
+    if not batch.frames_per_item:
+        return Media(None, None, None)
     patches = model.vision_tower(batch.pixel_values).last_hidden_state
     video = model.video_projector(
         patches, batch.seconds, batch.frames_per_item, batch.pool, batch.temporal

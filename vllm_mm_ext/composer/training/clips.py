@@ -169,32 +169,37 @@ def _cuts(rng: np.random.Generator, duration: int, scenes: int) -> list[float]:
 
 def _scenes(rng: np.random.Generator, cuts: list[float], colours: list[str]) -> tuple[Scene, ...]:
     shapes = rng.permutation(len(SHAPES))
-    found = []
-    for index, (start, end, colour) in enumerate(zip(cuts[:-1], cuts[1:], colours, strict=True)):
-        level = rng.uniform(15, 115)
-        radius = float(rng.uniform(0.19, 0.27))
-        found.append(
-            Scene(
-                shape=SHAPES[shapes[index]],
-                colour=colour,
-                motion=MOTIONS[int(rng.integers(len(MOTIONS)))],
-                start=start,
-                end=end,
-                rgb=_jittered(rng, COLOURS[colour], 14),
-                radius=radius,
-                across=float(rng.uniform(radius + 0.03, 0.97 - radius)),
-                along=float(rng.uniform(radius + 0.03, 0.97 - radius)),
-                background=_jittered(rng, (level, level, level), 8),
-            )
-        )
-    return tuple(found)
+    return tuple(
+        draw_scene(rng, SHAPES[shapes[index]], colour, start, end)
+        for index, (start, end, colour) in enumerate(zip(cuts[:-1], cuts[1:], colours, strict=True))
+    )
+
+
+def draw_scene(
+    rng: np.random.Generator, shape: Shape, colour: str, start: float, end: float
+) -> Scene:
+    """A scene of some shape and colour, with all else drawn."""
+    level = rng.uniform(15, 115)
+    radius = float(rng.uniform(0.19, 0.27))
+    return Scene(
+        shape=shape,
+        colour=colour,
+        motion=MOTIONS[int(rng.integers(len(MOTIONS)))],
+        start=start,
+        end=end,
+        rgb=jittered(rng, COLOURS[colour], 14),
+        radius=radius,
+        across=float(rng.uniform(radius + 0.03, 0.97 - radius)),
+        along=float(rng.uniform(radius + 0.03, 0.97 - radius)),
+        background=jittered(rng, (level, level, level), 8),
+    )
 
 
 def _flashes(rng: np.random.Generator, cuts: list[float], colours: list[str]) -> tuple[Flash, ...]:
     lengths = [float(rng.uniform(*FLASH_S)) for _ in colours]
     spans = _spans(rng, cuts, lengths, _FLASH_APART_S, within_second=True)
     return tuple(
-        Flash(colour, _jittered(rng, COLOURS[colour], 14), start, end)
+        Flash(colour, jittered(rng, COLOURS[colour], 14), start, end)
         for colour, (start, end) in zip(colours, spans, strict=False)
     )
 
@@ -204,24 +209,25 @@ def _tones(rng: np.random.Generator, cuts: list[float]) -> tuple[ToneEvent, ...]
     weights = np.array((0.12, 0.28, 0.25, 0.2, 0.15))[: most + 1]
     count = int(rng.choice(most + 1, p=weights / weights.sum()))
     lengths = [float(rng.uniform(*TONE_S)) for _ in range(count)]
-    found = []
-    for start, end in _spans(rng, cuts, lengths, _TONE_APART_S, within_second=False):
-        pitch = PITCHES[int(rng.integers(2))]
-        glide = GLIDES[int(rng.integers(3))]
-        middle = float(np.exp(rng.uniform(*np.log(_HZ[pitch]))))
-        half = _GLIDE_RATIO**0.5 if glide != "level" else 1.0
-        hz = (middle / half, middle * half)
-        found.append(
-            ToneEvent(
-                pitch=pitch,
-                glide=glide,
-                start=start,
-                end=end,
-                hz=hz if glide != "fall" else hz[::-1],
-                amplitude=float(rng.uniform(0.15, 0.5)),
-            )
-        )
-    return tuple(found)
+    spans = _spans(rng, cuts, lengths, _TONE_APART_S, within_second=False)
+    return tuple(draw_tone(rng, start, end) for start, end in spans)
+
+
+def draw_tone(rng: np.random.Generator, start: float, end: float) -> ToneEvent:
+    """A tone of some span, with all else drawn."""
+    pitch = PITCHES[int(rng.integers(2))]
+    glide = GLIDES[int(rng.integers(3))]
+    middle = float(np.exp(rng.uniform(*np.log(_HZ[pitch]))))
+    half = _GLIDE_RATIO**0.5 if glide != "level" else 1.0
+    hz = (middle / half, middle * half)
+    return ToneEvent(
+        pitch=pitch,
+        glide=glide,
+        start=start,
+        end=end,
+        hz=hz if glide != "fall" else hz[::-1],
+        amplitude=float(rng.uniform(0.15, 0.5)),
+    )
 
 
 def _spans(
@@ -251,8 +257,9 @@ def _spans(
     return sorted(found)
 
 
-def _jittered(
+def jittered(
     rng: np.random.Generator, rgb: tuple[float, float, float], by: float
 ) -> tuple[int, int, int]:
+    """A colour near another: each part moved by at most ``by``."""
     red, green, blue = (int(np.clip(round(c + rng.uniform(-by, by)), 0, 255)) for c in rgb)
     return red, green, blue

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from vllm_mm_ext.composer.configuration import ComposerConfig
+from vllm_mm_ext.composer.training.note_samples import (
+    WINDOW_S,
+    notes_sample,
+    window_sample,
+    with_note,
+)
 from vllm_mm_ext.composer.training.samples import Sample, generated_sample
+
+Kind = Literal["clips", "windows", "notes"]
 
 # Tokens of a batch, about: many short clips or few long ones.
 _BATCH_TOKENS = 2600
@@ -16,15 +25,35 @@ _QUESTIONS = 12
 _TOKENS_PER_QUESTION = 13
 # Shares of batches whose clips have no sound track, and whose questions form a conversation.
 _SILENT, _CONVERSATIONS = 0.08, 0.2
+# What steps are about, once clips have full length: clips, windows of recordings, lines of notes.
+_KINDS: tuple[Kind, ...] = ("clips", "windows", "notes")
+_KIND_SHARES = (0.35, 0.25, 0.4)
+# Questions about notes and windows, more of which are asked of a clip as well; tokens of the notes
+# of a window, of a question about them with its answer, and of a note about a clip.
+_NOTE_QUESTIONS, _WINDOW_QUESTIONS, _CLIP_NOTES = 16, 9, 4
+_TOKENS_PER_WINDOW, _TOKENS_PER_SELECTION, _TOKENS_PER_NOTE = 40, 32, 60
+_MOST_WINDOWS = 22
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all samples of a batch have in common."""
+    """What all samples of a batch have in common.
 
+    Attributes:
+        kind: What the samples are.
+        clips: How many.
+        duration, frames: Of a clip; of a window its frames.
+        windows: Whose notes text is made of.
+        sound: Clips have a sound track.
+        independent: See `Sample`.
+        pool, temporal: The reduction.
+    """
+
+    kind: Kind
     clips: int
     duration: int
     frames: int
+    windows: int
     sound: bool
     independent: bool
     pool: int
@@ -49,15 +78,27 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
     frames = min(int(rng.integers(8, most + 1)), 10 * duration)
     pool, temporal = draw_reduction(config, rng)
     sound = bool(rng.random() >= _SILENT)
-    tokens = -(-frames // temporal) * (config.frame_tokens(pool) + 1)
-    tokens += sum(config.audio_tokens(duration * 16_000)) if sound else 0
-    tokens += _QUESTIONS * _TOKENS_PER_QUESTION
+    kind = _KINDS[int(rng.choice(len(_KINDS), p=_KIND_SHARES))] if done == 1 else "clips"
+    independent = bool(rng.random() >= _CONVERSATIONS) or kind != "clips"
+    windows = int(rng.integers(1, _MOST_WINDOWS + 1))
+    if kind == "notes":
+        tokens = windows * _TOKENS_PER_WINDOW + _NOTE_QUESTIONS * _TOKENS_PER_SELECTION
+    else:
+        if kind == "windows":
+            duration = WINDOW_S
+            # A first look, or a note.
+            frames = int(rng.integers(8, 17) if rng.random() < 0.5 else rng.integers(16, 65))
+        tokens = -(-frames // temporal) * (config.frame_tokens(pool) + 1)
+        tokens += sum(config.audio_tokens(duration * 16_000)) if sound else 0
+        tokens += _QUESTIONS * _TOKENS_PER_QUESTION + _TOKENS_PER_NOTE
     return Plan(
+        kind=kind,
         clips=int(np.clip(_BATCH_TOKENS // tokens, 2, _MOST_CLIPS)),
         duration=duration,
         frames=frames,
+        windows=windows,
         sound=sound,
-        independent=bool(rng.random() >= _CONVERSATIONS),
+        independent=independent,
         pool=pool,
         temporal=temporal,
     )
@@ -84,15 +125,23 @@ def plan_samples(
     """
     first = (seed % 1000) * 1_000_000_000 + step * _SEEDS_PER_STEP + rank * _MOST_CLIPS
     size = int(config.vision_config.image_size)
-    return [
-        generated_sample(
-            first + index,
-            plan.duration,
-            plan.frames,
-            _QUESTIONS if plan.independent else 8,
-            size,
-            sound=plan.sound,
-            independent=plan.independent,
-        )
-        for index in range(plan.clips)
-    ]
+    return [_sample(plan, first + index, size) for index in range(plan.clips)]
+
+
+def _sample(plan: Plan, seed: int, size: int) -> Sample:
+    if plan.kind == "notes":
+        return notes_sample(seed, plan.windows, _NOTE_QUESTIONS, size)
+    if plan.kind == "windows":
+        return window_sample(seed, plan.frames, _WINDOW_QUESTIONS, size, sound=plan.sound)
+    sample = generated_sample(
+        seed,
+        plan.duration,
+        plan.frames,
+        _QUESTIONS if plan.independent else 8,
+        size,
+        sound=plan.sound,
+        independent=plan.independent,
+    )
+    if not plan.independent:
+        return sample
+    return with_note(sample, np.random.default_rng((seed, 17)), _CLIP_NOTES)

@@ -1,9 +1,10 @@
-"""Held-out accuracy by task and reduction, on clips that training never sees."""
+"""Held-out accuracy by task and reduction, on clips and recordings that training never sees."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from vllm_mm_ext.composer.training.batches import (
     right_answers,
     text_states,
 )
+from vllm_mm_ext.composer.training.note_language import Entry, read_entries
+from vllm_mm_ext.composer.training.note_samples import notes_sample, window_sample
 from vllm_mm_ext.composer.training.questions import TASKS
 from vllm_mm_ext.composer.training.samples import HELD_OUT, Sample, generated_sample
 
@@ -25,6 +28,8 @@ Accuracy = dict[str, dict[str, float]]
 
 # Seconds and frames of the clips, in turn.
 _SHAPES = ((6, 12), (10, 20), (16, 32), (20, 40), (24, 48), (30, 60))
+
+_NOTE_TOKENS = 128
 
 
 def held_out_samples(clips: int, size: int) -> list[Sample]:
@@ -42,9 +47,28 @@ def held_out_samples(clips: int, size: int) -> list[Sample]:
     ]
 
 
+def held_out_windows(count: int, size: int, frames: Sequence[int]) -> list[Sample]:
+    """Windows of held-out recordings, with so many frames in turn."""
+    return [
+        window_sample(HELD_OUT + index, frames[index % len(frames)], 9, size, augment=False)
+        for index in range(count)
+    ]
+
+
+def held_out_notes(count: int, size: int, windows: Sequence[int]) -> list[Sample]:
+    """Right notes about held-out recordings, of so many windows in turn."""
+    return [
+        notes_sample(HELD_OUT + index, windows[index % len(windows)], 16, size)
+        for index in range(count)
+    ]
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def accuracy(
-    model: ComposerForConditionalGeneration, tokenizer: Any, samples: Sequence[Sample]
+    model: ComposerForConditionalGeneration,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    pairs: Sequence[tuple[int, int]] = (),
 ) -> Accuracy:
     """Share of questions answered right, every token of the answer, with each reduction.
 
@@ -52,11 +76,12 @@ def accuracy(
         model: On any device.
         tokenizer: Its tokenizer.
         samples: What is asked about.
+        pairs: Reductions as (pool, temporal); none given: all that the model declares.
     """
     device = next(model.parameters()).device
     found: Accuracy = {}
     model.eval()
-    for pool, temporal in [(1, 1), *(one[:2] for one in model.config.declared)]:
+    for pool, temporal in pairs or [(1, 1), *(one[:2] for one in model.config.declared)]:
         right: dict[str, list[bool]] = defaultdict(list)
         for start in range(0, len(samples), 6):
             part = samples[start : start + 6]
@@ -70,6 +95,59 @@ def accuracy(
         found[f"pool {pool}, temporal {temporal}"] = shares
     model.train()
     return found
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def note_scores(
+    model: ComposerForConditionalGeneration,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    pool: int = 1,
+    temporal: int = 1,
+) -> dict[str, tuple[float, float]]:
+    """Precision and recall of what the model writes as notes about windows, by kind of entry.
+
+    An entry is right if its text is, and its second is at most one off.
+
+    Args:
+        model: On any device.
+        tokenizer: Its tokenizer.
+        samples: As from `held_out_windows`; those that ask for no note are passed over.
+        pool, temporal: The reduction.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    pairs: list[tuple[list[Entry], list[Entry]]] = []
+    for sample in samples:
+        turns = [turn for turn in sample.turns if turn.task == "note"][:1]
+        if not turns:
+            continue
+        alone = replace(sample, turns=turns)
+        batch = make_batch(model.config, tokenizer, [alone], pool, temporal).to(device)
+        media = encode_media(model, batch)
+        embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
+        prompt = embeds[0, : batch.spans[0].start + 1]
+        told = tokenizer.decode(model.greedy(prompt, _NOTE_TOKENS, tokenizer.eos_token_id))
+        pairs.append((read_entries(told), read_entries(turns[0].answer)))
+    model.train()
+    return {
+        kind: (
+            _share_found([(told, right) for told, right in pairs], kind),
+            _share_found([(right, told) for told, right in pairs], kind),
+        )
+        for kind in ("scene", "flash", "tone")
+    }
+
+
+def _share_found(pairs: Sequence[tuple[list[Entry], list[Entry]]], kind: str) -> float:
+    """Share of the entries of a kind in the first of each pair that the second has as well."""
+    found = [
+        any(one.text == other.text and abs(one.second - other.second) <= 1 for other in others)
+        for entries, others in pairs
+        for one in entries
+        if one.kind == kind
+    ]
+    return sum(found) / max(1, len(found))
 
 
 def accuracy_table(found: Accuracy) -> Table:

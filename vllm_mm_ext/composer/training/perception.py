@@ -59,6 +59,8 @@ class PerceptionHeads(nn.Module):  # type: ignore[misc]
 
     def _media_loss(self, batch: Batch, media: Media) -> torch.Tensor:
         samples, video, audio = batch.samples, media.video, media.audio
+        assert video is not None
+        assert media.patches is not None
         covers = torch.tensor(_covers(samples, media.patches.shape[1]), device=video.device)
         cover = self.cover(media.patches)[..., 0]
         cover_loss = F.binary_cross_entropy_with_logits(cover, covers) * 3

@@ -79,6 +79,12 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Between which tens of seconds is the {0}?",
         "Which ten seconds of the video have the {0}?",
     ),
+    "when": (
+        "When is the {0}?",
+        "At what time is the {0}?",
+        "When does the {0} come?",
+        "Tell me the time of the {0}.",
+    ),
     "only_flash": (
         "What colour is the flash?",
         "Which colour does the screen flash?",
@@ -213,7 +219,7 @@ def _worded(
 
 def _about_scenes(clip: Clip, times: _Times) -> _Asked:
     for scene in clip.scenes:
-        if not _seen(scene, times):
+        if not seen(scene, times):
             continue
         names = [scene.shape, f"{scene.colour} object"]
         if len(clip.scenes) == 1:
@@ -228,36 +234,36 @@ def _about_scenes(clip: Clip, times: _Times) -> _Asked:
 
 
 def _about_flashes(clip: Clip, times: _Times) -> _Asked:
-    seen = [flash for flash in clip.flashes if _seen(flash, times)]
-    for flash in seen:
+    shown = [flash for flash in clip.flashes if seen(flash, times)]
+    for flash in shown:
         name = (f"{flash.colour} flash", flash)
         if clip.duration <= WHOLE_SECONDS_UP_TO:
             yield "flash_time", "flash_second", (name,), str(int(flash.start))
         else:
             tens = int(flash.start // 10) * 10
             yield "flash_time", "flash_tens", (name,), f"{tens} to {tens + 10}"
-    if len(seen) < len(clip.flashes):
+    if len(shown) < len(clip.flashes):
         return
-    yield "flash_count", "flash_count", (), str(len(seen))
-    if len(seen) == 1:
-        yield "flash_colour", "only_flash", (), seen[0].colour
-    for ordinal, index in _ordinals(len(seen)):
-        flash = seen[index]
+    yield "flash_count", "flash_count", (), str(len(shown))
+    if len(shown) == 1:
+        yield "flash_colour", "only_flash", (), shown[0].colour
+    for ordinal, index in ordinals(len(shown)):
+        flash = shown[index]
         yield "flash_colour", "flash_colour", ((f"{ordinal} flash", flash),), flash.colour
 
 
 def _about_order(clip: Clip, times: _Times) -> _Asked:
     scenes = clip.scenes
-    if len(scenes) > 1 and all(_seen(scene, times) for scene in scenes):
+    if len(scenes) > 1 and all(seen(scene, times) for scene in scenes):
         yield "order", "end_shape", (("first", scenes[0]),), scenes[0].shape
         yield "order", "end_shape", (("last", scenes[-1]),), scenes[-1].shape
         yield "order", "all_shapes", (), ", ".join(scene.shape for scene in scenes)
         for scene, following in pairwise(scenes):
             yield "order", "next_shape", ((scene.shape, scene),), following.shape
-    shown: list[_Name] = [(scene.shape, scene) for scene in scenes if _seen(scene, times)]
-    flashes: list[_Name] = [(f"{f.colour} flash", f) for f in clip.flashes if _seen(f, times)]
+    shown: list[_Name] = [(scene.shape, scene) for scene in scenes if seen(scene, times)]
+    flashes: list[_Name] = [(f"{f.colour} flash", f) for f in clip.flashes if seen(f, times)]
     tones = clip.tones or ()
-    sounds: list[_Name] = [(_tone_name(n), tones[index]) for n, index in _names(len(tones))]
+    sounds: list[_Name] = [(tone_name(n), tones[index]) for n, index in tone_names(len(tones))]
     pairs = [*combinations(shown, 2), *combinations(flashes, 2)]
     # A tone and a flash far enough apart to be told apart from a token of sound.
     pairs += [(s, f) for s in sounds for f in flashes if abs(s[1].start - f[1].start) > 1.5]
@@ -270,9 +276,9 @@ def _about_order(clip: Clip, times: _Times) -> _Asked:
 def _about_tones(clip: Clip, times: _Times) -> _Asked:
     tones = clip.tones or ()
     yield "tone_count", "tone_count", (), str(len(tones))
-    for ordinal, index in _names(len(tones)):
+    for ordinal, index in tone_names(len(tones)):
         tone = tones[index]
-        name = (_tone_name(ordinal), tone)
+        name = (tone_name(ordinal), tone)
         yield "pitch", "pitch", (name,), tone.pitch
         yield "glide", "glide", (name,), tone.glide
         scene = clip.scene_at(tone.start)
@@ -281,23 +287,31 @@ def _about_tones(clip: Clip, times: _Times) -> _Asked:
             yield "on_screen", "colour_heard", (name,), scene.colour
 
 
-def _names(count: int) -> list[tuple[str, int]]:
-    """How to call each of several things, with its index; the only one needs no ordinal."""
-    return [("", 0)] if count == 1 else _ordinals(count)
+def tone_names(count: int) -> list[tuple[str, int]]:
+    """Ordinals for `tone_name`, with indices; the only tone needs none."""
+    return [("", 0)] if count == 1 else ordinals(count)
 
 
-def _ordinals(count: int) -> list[tuple[str, int]]:
+def ordinals(count: int) -> list[tuple[str, int]]:
+    """Words for some of several things in order, with their indices; none for a single one."""
     if count < 2:
         return []
     middle = ("second", "third")[: count - 2]
     return [("first", 0), *((name, i + 1) for i, name in enumerate(middle)), ("last", count - 1)]
 
 
-def _tone_name(ordinal: str) -> str:
+def tone_name(ordinal: str) -> str:
+    """What a tone is called: ``first tone``, or ``tone`` where there is only one."""
     return f"{ordinal} tone".strip()
 
 
-def _seen(span: Scene | Flash, times: _Times) -> bool:
+def seen(span: Scene | Flash, times: _Times) -> bool:
+    """A frame shows a scene or a flash.
+
+    Args:
+        span: Of the clip.
+        times: Of the frames seen; None: all of them.
+    """
     # Half a frame of a 20 fps clip from both edges.
     return times is None or bool(((times > span.start) & (times < span.end - 0.02)).any())
 
@@ -313,7 +327,7 @@ def known_at(scene: Scene, second: float, times: _Times) -> bool:
     if times is None:
         return True
     around = [*times[times <= second][-1:], *times[times >= second][:1]]
-    return _seen(scene, times) and all(scene.start <= time < scene.end for time in around)
+    return seen(scene, times) and all(scene.start <= time < scene.end for time in around)
 
 
 def path_seen(scene: Scene, times: _Times) -> bool:

@@ -17,7 +17,7 @@ from vllm_mm_ext.synthetic.encoding import AudioWriter
 
 Frames = npt.NDArray[np.uint8]
 Samples = npt.NDArray[np.float32]
-_Plane = npt.NDArray[Any]
+Plane = npt.NDArray[Any]
 
 # Part of a tone over which it swells and dies away.
 _FADE_S = 0.02
@@ -33,7 +33,7 @@ def render_frames(clip: Clip, seconds: Sequence[float], size: int) -> Frames:
         scene = clip.scene_at(second)
         flash = clip.flash_at(second)
         behind = np.array(scene.background if flash is None else flash.rgb, np.float32)
-        cover = _cover(scene, second, grid)[..., None]
+        cover = object_cover(scene, second, grid)[..., None]
         front = np.array(scene.rgb, np.float32)
         out[index] = np.rint(behind + cover * (front - behind))
     return out
@@ -42,13 +42,19 @@ def render_frames(clip: Clip, seconds: Sequence[float], size: int) -> Frames:
 def coverage(clip: Clip, second: float, cells: int) -> npt.NDArray[np.float32]:
     """Share of each of ``[cells, cells]`` parts of the picture that the object takes."""
     grid = (np.arange(4 * cells, dtype=np.float32) + 0.5) / (4 * cells)
-    fine = _cover(clip.scene_at(second), second, grid)
+    fine = object_cover(clip.scene_at(second), second, grid)
     out: npt.NDArray[np.float32] = fine.reshape(cells, 4, cells, 4).mean(axis=(1, 3))
     return out
 
 
-def _cover(scene: Scene, second: float, grid: _Plane) -> _Plane:
-    """How much of each pixel the object takes, for pixels centred at ``grid`` both ways."""
+def object_cover(scene: Scene, second: float, grid: Plane) -> Plane:
+    """Share of each pixel that the object takes, ``[len(grid), len(grid)]``.
+
+    Args:
+        scene: On screen.
+        second: Within the scene.
+        grid: Centres of the pixels both ways, as shares of the picture.
+    """
     x, y = position(scene, second)
     distance = _distance(scene, grid[None, :] - x, grid[:, None] - y)
     return np.clip(0.5 - len(grid) * distance, 0, 1).astype(np.float32)
@@ -71,10 +77,10 @@ def position(scene: Scene, second: float) -> tuple[float, float]:
             return scene.along, scene.across
 
 
-def _distance(scene: Scene, x: _Plane, y: _Plane) -> _Plane:
+def _distance(scene: Scene, x: Plane, y: Plane) -> Plane:
     """Signed distance to the outline, negative inside (exact enough for smooth edges)."""
     r = np.float32(scene.radius)
-    out: _Plane
+    out: Plane
     match scene.shape:
         case "circle":
             out = np.hypot(x, y) - r

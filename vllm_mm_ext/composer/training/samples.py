@@ -37,15 +37,16 @@ _WEIGHTS = {
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A clip as the model gets it, with a conversation about it.
+    """A clip, or text, as the model gets it, with a conversation about it.
 
     Attributes:
-        frames: uint8 ``[n, size, size, 3]``.
+        frames: uint8 ``[n, size, size, 3]``; none where there is text instead.
         seconds: Time of each frame.
         sound: float32 mono at 16 kHz; None without a sound track.
         turns: Questions with answers, in order.
         independent: Each question is asked as the first one; they do not see each other.
-        clip: What was generated; None for a file.
+        clip: What was generated; None for a file, a window and text.
+        text: What is asked about instead of a clip, with the newline after it.
     """
 
     frames: Frames
@@ -54,6 +55,7 @@ class Sample:
     turns: list[Question]
     independent: bool
     clip: Clip | None = None
+    text: str = ""
 
 
 def generated_sample(
@@ -86,9 +88,9 @@ def generated_sample(
     seconds = pick_seconds(clip, frames, rng)
     asked = balanced(questions(clip, rng, seconds if decided else None), turns, rng)
     return Sample(
-        frames=_frames(clip, seconds, size, rng if augment else None),
+        frames=seen_frames(clip, seconds, size, rng if augment else None),
         seconds=seconds,
-        sound=_sound(clip, rng if augment else None),
+        sound=heard_sound(clip, rng if augment else None),
         turns=asked,
         independent=independent,
         clip=clip,
@@ -117,12 +119,16 @@ def balanced(
     return [found[int(index)] for index in drawn]
 
 
-def _frames(clip: Clip, seconds: list[float], size: int, rng: np.random.Generator | None) -> Frames:
+def seen_frames(
+    clip: Clip, seconds: list[float], size: int, rng: np.random.Generator | None
+) -> Frames:
+    """Frames of a clip, as a codec might leave them if ``rng`` is given."""
     frames = render_frames(clip, seconds, size)
     return frames if rng is None else augmented_frames(frames, rng)
 
 
-def _sound(clip: Clip, rng: np.random.Generator | None) -> Samples | None:
+def heard_sound(clip: Clip, rng: np.random.Generator | None) -> Samples | None:
+    """Sound of a clip at 16 kHz, disturbed if ``rng`` is given; None without a sound track."""
     if not clip.has_sound:
         return None
     samples = render_sound(clip, 0, clip.duration, SAMPLE_RATE)

@@ -10,7 +10,16 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm_mm_ext.composer.configuration import SPECIAL_TOKENS
 from vllm_mm_ext.composer.training.clips import draw_clip
+from vllm_mm_ext.composer.training.note_language import (
+    NOTE_PROMPT,
+    NOTHING,
+    RELEVANCE_PROMPT,
+    SELECT_PROMPT,
+    clip_entries,
+    recording_line,
+)
 from vllm_mm_ext.composer.training.questions import questions
+from vllm_mm_ext.composer.training.recordings import draw_recording
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 
@@ -23,15 +32,15 @@ _PARTS = (
     "{%- elif part['type'] in ('audio', 'audio_url', 'input_audio') -%}{{ '<|audio_pad|>' }}"
     "{%- endif -%}"
     "{%- endfor -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'text' -%}{{ part['text'] | trim }}{%- endif -%}"
-    "{%- endfor -%}"
+    "{{ message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text')"
+    " | map('trim') | join('\n') }}"
     "{%- endif -%}"
 )
 
 
 def chat_template(opening: str, end: str, ends_all: bool) -> str:
-    """Jinja chat template. Media of a turn stand before its text, as in training.
+    """Jinja chat template. Media of a turn stand before its text, as in training, and several
+    texts on lines of their own.
 
     Args:
         opening: Jinja expression of what a turn begins with; ``role`` is its role.
@@ -99,7 +108,7 @@ def chat_pieces(tokenizer: Any) -> ChatPieces:
     return ChatPieces(*(tokenizer.encode(piece, add_special_tokens=False) for piece in pieces))
 
 
-_CORPUS_CLIPS = 400
+_CORPUS_CLIPS, _CORPUS_RECORDINGS = 400, 200
 _GENERAL = (
     "What happens in this video? Describe what you see and hear. "
     "The quick brown fox jumps over the lazy dog. Please answer with one word. "
@@ -140,6 +149,14 @@ def _corpus() -> list[str]:
     for seed in range(_CORPUS_CLIPS):
         for question in questions(draw_clip(seed, 4 + seed % 57), rng):
             texts += [question.text, question.answer]
-    # Every answer of a time of its own is one token.
+    for seed in range(_CORPUS_RECORDINGS):
+        recording = draw_recording(seed, 120)
+        texts += [recording_line(clip_entries(recording.window(0, 120))), NOTHING]
+        for question in recording.questions(rng)[:4]:
+            texts.append(RELEVANCE_PROMPT.format(question=question.text))
+            texts.append(SELECT_PROMPT.format(question=question.text))
+    texts += [NOTE_PROMPT] * 3
+    # Every answer of a time of its own is one token, and so is each part of a time.
     texts += [str(number) for number in range(121)] * 3
+    texts += [f"{number:02}" for number in range(60)] * 3
     return texts

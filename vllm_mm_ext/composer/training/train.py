@@ -17,7 +17,14 @@ from transformers import AutoTokenizer
 from vllm_mm_ext.composer.configuration import ComposerConfig
 from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.composer.training.data import Ahead, folder_batches, generated_batches
-from vllm_mm_ext.composer.training.evaluate import accuracy, accuracy_table, held_out_samples
+from vllm_mm_ext.composer.training.evaluate import (
+    accuracy,
+    accuracy_table,
+    held_out_notes,
+    held_out_samples,
+    held_out_windows,
+    note_scores,
+)
 from vllm_mm_ext.composer.training.folder import read_folder
 from vllm_mm_ext.composer.training.model import fresh_model, tiny_config
 from vllm_mm_ext.composer.training.processes import joined, launch, launched, rank
@@ -198,7 +205,6 @@ def _resume(trainer: Trainer, output: Path) -> None:
 def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> None:
     steps = trainer.recipe.steps
     size = int(trainer.model.config.vision_config.image_size)
-    samples = held_out_samples(_EVAL_CLIPS, size) if eval_every else []
     progress = Progress(
         TextColumn("training"),
         BarColumn(),
@@ -234,10 +240,22 @@ def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> Non
                 trainer.save(output)
                 saved = time.monotonic()
             if first and eval_every and trainer.step % eval_every == 0:
-                found = accuracy(trainer.model, trainer.tokenizer, samples)
-                progress.console.print(accuracy_table(found))
+                _evaluate(trainer, size, progress.console)
     if first:
         trainer.save(output)
+
+
+def _evaluate(trainer: Trainer, size: int, console: Console) -> None:
+    """Print held-out accuracy: of clips, of windows and notes about them, and from notes alone."""
+    model, tokenizer = trainer.model, trainer.tokenizer
+    clips = accuracy(model, tokenizer, held_out_samples(_EVAL_CLIPS, size))
+    console.print("clips", accuracy_table(clips))
+    windows = held_out_windows(_EVAL_CLIPS, size, (8, 16, 64))
+    console.print("windows", accuracy_table(accuracy(model, tokenizer, windows)))
+    for kind, (precision, recall) in note_scores(model, tokenizer, windows).items():
+        console.print(f"{kind}s in notes: precision {precision:.1%}, recall {recall:.1%}")
+    notes = held_out_notes(_EVAL_CLIPS, size, (2, 6, 10, 15, 20))
+    console.print("notes", accuracy_table(accuracy(model, tokenizer, notes, [(1, 1)])))
 
 
 def _towers(model: ComposerForConditionalGeneration, steps: int, seed: int) -> None:

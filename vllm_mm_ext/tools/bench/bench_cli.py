@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_mm_ext.testing.checkpoints import cache_root
-from vllm_mm_ext.tools.bench.commands import BENCHMARKS, Benchmark
+from vllm_mm_ext.tools.bench.commands import BENCHMARKS, Benchmark, LongVideoPart
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult
 
 app = typer.Typer(
@@ -142,6 +142,37 @@ def sampling(
         _show(BENCHMARKS["sampling"].load()(context), json)
 
 
+@app.command("long-video", help=BENCHMARKS["long-video"].shows)
+def long_video(
+    minutes: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=240, help="Length of the recordings; may be given several times."),
+    ] = None,
+    part: Annotated[
+        list[LongVideoPart] | None,
+        typer.Option(help="What to measure, all by default; may be given several times."),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="About each recording, at most.")] = 16,
+    rolling: Annotated[
+        bool, typer.Option("--rolling", help="Right answers of the strategy `rolling` too.")
+    ] = False,
+    json: _Json = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Recordings of each measurement.")] = 1,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench.long_video_bench import PARTS, run
+
+    result = run(
+        _context(repeats, work_dir),
+        minutes=minutes or [10],
+        parts=part or list(PARTS),
+        questions=questions,
+        rolling=rolling,
+    )
+    _show(result, json)
+
+
 for _benchmark in BENCHMARKS.values():
-    if _benchmark.name not in ("sampling", "soak", "waiting"):
+    if _benchmark.name not in ("long-video", "sampling", "soak", "waiting"):
         _add(_benchmark)

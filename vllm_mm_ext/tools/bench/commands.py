@@ -5,9 +5,24 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
 
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult
+
+
+class LongVideoPart(StrEnum):
+    """What `long-video` measures, each part by itself."""
+
+    accuracy = "accuracy"
+    tokens = "tokens"
+    second = "second"
+    repeated = "repeated"
+    disconnect = "disconnect"
+    sequential = "sequential"
+    memory = "memory"
+    decode = "decode"
+    text = "text"
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "accuracy",
                 "Right answers about known clips: by sampling, frames and token reduction.",
                 "accuracy:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "long-video",
+                "Minutes to hours of video by windows: answers, tokens, time, memory, second look.",
+                "long_video_bench:run",
                 repeats=1,
             ),
             Benchmark(

@@ -8,13 +8,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from vllm_mm_ext.media.types import ActivityProfile, FrameSelection, MediaInfo
 from vllm_mm_ext.tools.cli.common import clock
+from vllm_mm_ext.tools.cli.page import axis, environment, percent, round_step
 from vllm_mm_ext.tools.cli.token_count import Family, TokenCount
 
 # Points of a curve: more than a wide screen has pixels for gains nothing.
@@ -69,20 +69,15 @@ class Inspection:
 
 def render(inspection: Inspection) -> str:
     """The page as one HTML document."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vllm_mm_ext.tools.cli", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     video = inspection.info.video
     duration = max(inspection.info.duration, video.duration if video else 0.0, 1e-3)
     profile = next((c.selection.profile for c in inspection.choices if c.selection.profile), None)
-    return environment.get_template("inspect.html.j2").render(
+    step = round_step(duration, 8)
+    template = environment().get_template("inspect.html.j2")
+    return template.render(
         name=inspection.name,
         facts=_facts(inspection),
-        axis=_axis(duration),
+        axis=axis(duration, lambda seconds: _tick_text(seconds, step)),
         activity=None if profile is None else _activity(profile, duration),
         keyframes=_keyframes(inspection.info, duration),
         policies=[
@@ -141,26 +136,8 @@ def _bytes(count: int) -> str:
     return f"{count} B"
 
 
-def _step(duration: float, most: int) -> float:
-    """The smallest round step that cuts ``duration`` into at most ``most`` parts."""
-    for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600):
-        if duration / step <= most:
-            return float(step)
-    return math.ceil(duration / most / 3600) * 3600.0
-
-
-def _axis(duration: float) -> list[dict[str, Any]]:
-    step = _step(duration, 8)
-    ticks = np.arange(0, duration + 1e-9, step).tolist()
-    return [{"left": _percent(t, duration), "text": _tick_text(t, step)} for t in ticks]
-
-
 def _tick_text(seconds: float, step: float) -> str:
     return clock(seconds, 0 if step >= 1 else 1)
-
-
-def _percent(seconds: float, duration: float) -> str:
-    return f"{min(max(seconds / duration, 0.0), 1.0) * 100:.3f}"
 
 
 def _activity(profile: ActivityProfile, duration: float) -> dict[str, Any]:
@@ -217,7 +194,7 @@ def _spans(choices: tuple[Choice, ...], duration: float) -> list[dict[str, Any]]
     """Rows of equal time, each with every policy's frames in it."""
     if not choices:
         return []
-    step = _step(duration, 12)
+    step = round_step(duration, 12)
     spans = []
     for start in np.arange(0, duration - 1e-6, step).tolist():
         end = min(start + step, duration)
@@ -252,7 +229,7 @@ def _audio(inspection: Inspection, duration: float) -> dict[str, Any] | None:
     spectrogram = log_mel(resample(audio, rate))
     return {
         "path": _envelope(audio),
-        "width": _percent(seconds, duration),
+        "width": percent(seconds, duration),
         "mel": _spectrogram(spectrogram),
         "bins": spectrogram.shape[0],
         "seconds": seconds,

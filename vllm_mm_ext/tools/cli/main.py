@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from vllm_mm_ext.tools.cli.demo import demo
+from vllm_mm_ext.tools.cli.describe import describe
 from vllm_mm_ext.tools.cli.inspect import inspect
 from vllm_mm_ext.tools.cli.sample import sample
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command()(sample)
 app.command()(inspect)
 app.command()(demo)
+app.command()(describe)
 
 
 @app.command()
