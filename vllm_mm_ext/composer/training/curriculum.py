@@ -27,12 +27,13 @@ _TOKENS_PER_QUESTION = 13
 _SILENT, _CONVERSATIONS = 0.08, 0.2
 # What steps are about, once clips have full length: clips, windows of recordings, lines of notes.
 _KINDS: tuple[Kind, ...] = ("clips", "windows", "notes")
-_KIND_SHARES = (0.35, 0.25, 0.4)
+_KIND_SHARES = (0.25, 0.25, 0.5)
 # Questions about notes and windows, more of which are asked of a clip as well; tokens of the notes
 # of a window, of a question about them with its answer, and of a note about a clip.
 _NOTE_QUESTIONS, _WINDOW_QUESTIONS, _CLIP_NOTES = 16, 9, 4
 _TOKENS_PER_WINDOW, _TOKENS_PER_SELECTION, _TOKENS_PER_NOTE = 40, 32, 60
-_MOST_WINDOWS = 22
+# Lines of notes grow from few to many: copying is learnt from short texts first.
+_FEW_WINDOWS, _MOST_WINDOWS, _WINDOW_STEPS = 2, 21, 1500
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
     sound = bool(rng.random() >= _SILENT)
     kind = _KINDS[int(rng.choice(len(_KINDS), p=_KIND_SHARES))] if done == 1 else "clips"
     independent = bool(rng.random() >= _CONVERSATIONS) or kind != "clips"
-    windows = int(rng.integers(1, _MOST_WINDOWS + 1))
+    grown = min(1.0, max(0, step - ramp) / _WINDOW_STEPS)
+    longest_text = _FEW_WINDOWS + round((_MOST_WINDOWS - _FEW_WINDOWS) * grown)
+    # Short ones are more, as they are cheap.
+    windows = 1 + int(longest_text * rng.random() ** 1.7)
     if kind == "notes":
         tokens = windows * _TOKENS_PER_WINDOW + _NOTE_QUESTIONS * _TOKENS_PER_SELECTION
     else:

@@ -21,7 +21,7 @@ from vllm_mm_ext.composer.training.note_language import (
     note_questions,
     recording_line,
 )
-from vllm_mm_ext.composer.training.questions import Question
+from vllm_mm_ext.composer.training.questions import WORDINGS, Question
 from vllm_mm_ext.composer.training.recordings import (
     MAX_FLASHES,
     MAX_RECORDING_S,
@@ -41,7 +41,17 @@ WINDOW_S, STRIDE_S = 30, 28
 _LEAST_NOTED = 16
 # Share of notes that were sorted out before.
 _SELECTED = 0.25
-_WEIGHTS = {"when": 2.0, "flash_count": 2.0, "tone_count": 2.0, "before": 2.0, "on_screen": 2.0}
+# Questions about all that happens or is shown, the share of notes of which they are asked, and how
+# many entries these may have.
+_WHOLE = (
+    *((text, frozenset({"scene"})) for text in WORDINGS["all_shapes"]),
+    *(
+        (text, frozenset({"scene", "flash", "tone"}))
+        for text in ("What happens?", "Describe the video.", "What is seen and heard?")
+    ),
+)
+_ABOUT_ALL, _MOST_COPIED = 0.6, 20
+_WEIGHTS = {"when": 3.0, "flash_count": 2.0, "tone_count": 2.0, "before": 2.0, "on_screen": 2.0}
 
 
 def window_sample(
@@ -233,8 +243,13 @@ def _select_turns(entries: Sequence[Entry], turns: int, rng: np.random.Generator
     """What matters of entries for questions about them and about more than them."""
     pool = note_questions([*entries, *invented_events(rng)], rng)
     distinct = list(dict.fromkeys(entries))
+    asked = balanced_asked(pool, turns, rng)
+    if len(distinct) <= _MOST_COPIED and rng.random() < _ABOUT_ALL:
+        # Copying is learnt from much that is copied.
+        text, about = _WHOLE[int(rng.integers(len(_WHOLE)))]
+        asked = [Asked(Question("select", text, ""), about), *asked[1:]]
     found = []
-    for one in balanced_asked(pool, turns, rng):
+    for one in asked:
         text = SELECT_PROMPT.format(question=one.question.text)
         found.append(Question("select", text, recording_line(filter(one.needs, distinct))))
     return found
