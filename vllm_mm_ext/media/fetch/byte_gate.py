@@ -10,7 +10,7 @@ What counts, from when to when:
   again if the cache evicts it while somebody still uses it.
 
 So all media together take at most the media budget plus the budgets of the caches, plus what the
-oldest request may take beyond that (below).
+oldest request may take beyond that (below), plus media that older requests shared with later ones.
 
 Why nobody waits for ever:
 
