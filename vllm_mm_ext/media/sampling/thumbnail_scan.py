@@ -9,13 +9,23 @@ import numpy.typing as npt
 
 from vllm_mm_ext.media.sampling.container_profile import Scores, baseline
 from vllm_mm_ext.media.sampling.coverage import Event
-from vllm_mm_ext.media.sampling.timeline import Indices, Times, gop_starts, is_leaf, shown_at
+from vllm_mm_ext.media.sampling.timeline import (
+    Indices,
+    Times,
+    gop_starts,
+    is_leaf,
+    is_reordered,
+    shown_at,
+)
 from vllm_mm_ext.media.types import PacketTable
 
 # Seconds between thumbnails. An event of 0.2 s holds at least one thumbnail, even where a cheaper
 # frame up to _EARLIER_S before the intended one is taken.
 STRIDE_S = 0.13
 _EARLIER_S = 0.07
+# The same for P frames and keyframes, which save all B frames: they lie at multiples of the time
+# between them, so that three in four moments still have a frame as near as that.
+_ANCHOR_S = 0.1
 # Thumbnails for each frame to choose, so that there is something to choose from: where the clip is
 # short, and where it is so long that not all of it is looked at every STRIDE_S.
 _CLOSE, _SPARSE = 8, 4
@@ -112,11 +122,18 @@ def _dense(packets: PacketTable, score: Scores, spread: Indices, capacity: int) 
 
 
 def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
-    """``indices``, but for a leaf the frame before it if that is no leaf and hardly earlier."""
-    leaf, time = is_leaf(packets), packets.time
+    """``indices``, but for a B frame a frame that is hardly earlier and costs less to decode.
+
+    That is the P frame or keyframe before it, as B frames need not be decoded for those. Where
+    that is too early, it is the frame before it, if that one is referred to and this one is not.
+    """
+    time, leaf = packets.time, is_leaf(packets)
+    anchor = np.maximum.accumulate(np.where(is_reordered(packets), -1, np.arange(len(time))))
+    earlier = np.maximum(anchor[indices], 0)
     before = np.maximum(indices - 1, 0)
     better = leaf[indices] & ~leaf[before] & (time[indices] - time[before] <= _EARLIER_S)
-    return np.where(better, before, indices)
+    found = np.where(better, before, indices)
+    return np.where(time[indices] - time[earlier] <= _ANCHOR_S, earlier, found)
 
 
 def events(transient: Scores, count: int) -> list[Event]:

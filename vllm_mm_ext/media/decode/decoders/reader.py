@@ -16,6 +16,8 @@ from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.read_plan import Run
 from vllm_mm_ext.media.decode.geometry import decoder_of
 from vllm_mm_ext.media.decode.packets import demux
+from vllm_mm_ext.media.decode.references import References, needed_pictures
+from vllm_mm_ext.media.sampling.timeline import is_leaf, is_reordered
 from vllm_mm_ext.media.types import PacketTable
 
 # Receives a decoded frame: row of the packet table, picture, converter of the calling thread.
@@ -28,6 +30,11 @@ _PATIENCE = 32
 # The reader asks for a frame this many rows before the keyframe after the first miss, more than
 # codecs reorder, and twice as many after each further one.
 _FIRST_STEP_BACK = 8
+# Packets that are read before the first of them is decoded, to know which ones others refer to;
+# fewer where they are large.
+_LOOK_AHEAD, _LOOK_AHEAD_BYTES = 128, 8 << 20
+
+_Skip = Literal["DEFAULT", "NONREF", "BIDIR"]
 
 
 class SeekMissError(Exception):
@@ -83,7 +90,7 @@ class Reader:
         self._context.thread_count = self._threads
         self._context.thread_type = "AUTO"
         self._packets = self._demux()
-        self._skip: Literal["DEFAULT", "NONREF"] = "DEFAULT"
+        self._skip: _Skip = "DEFAULT"
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -109,17 +116,26 @@ class Reader:
         """Have the next ``read`` return this packet again."""
         self._unread = packet
 
-    def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
+    def references(self) -> References | None:
+        """A reader of references for the stream's packets, where the codec has one."""
+        codec = self._stream.codec_context
+        known = codec.codec.canonical_name == "h264"
+        return References(codec.extradata or b"") if known else None
+
+    def decode(
+        self, packet: Packet[Any] | None, *, needed: bool = True, referred_to: bool = True
+    ) -> list[VideoFrame]:
         """Give the decoder a packet.
 
         Args:
             packet: The packet; None asks for all frames that the decoder still holds.
             needed: If false, the decoder may drop the packet when no other frame refers to it.
+            referred_to: If false, the decoder may drop the packet of a B picture in any case.
 
         Returns:
             The frames that are ready; none for a broken packet.
         """
-        skip: Literal["DEFAULT", "NONREF"] = "DEFAULT" if needed else "NONREF"
+        skip: _Skip = "DEFAULT" if needed else "NONREF" if referred_to else "BIDIR"
         if skip != self._skip:
             self._context.skip_frame = skip
             self._skip = skip
@@ -190,6 +206,9 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
     row_of = {p: row for row, p in enumerate(pts)}
     order = table.order.tolist()
     read = Read(set(), set(), set(), set())
+    # B pictures that others refer to: most are decoded for nothing.
+    in_pyramids = is_reordered(table) & ~is_leaf(table)
+    references = reader.references() if in_pyramids.any() else None
 
     def place_of(timestamp: int | None) -> tuple[int, int]:
         """Row and decode position; -1 each for a timestamp that is not in the table."""
@@ -205,7 +224,8 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
         decoded: set[int] = set()
         shown: set[int] = set()
         began = run.start == 0
-        for frame in _frames_of(reader, run, pts, place_of, wanted):
+        packets = _packets_of(reader, run, pts, place_of, wanted)
+        for frame in _frames_of(reader, packets, references):
             row, _ = place_of(frame.pts)
             began = began or (row == run.key and frame.key_frame)
             if row in wanted and row not in decoded:
@@ -222,14 +242,14 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
     return read
 
 
-def _frames_of(
+def _packets_of(
     reader: Reader,
     run: Run,
     pts: Sequence[int],
     place_of: Callable[[int | None], tuple[int, int]],
     wanted: set[int],
-) -> Iterator[VideoFrame]:
-    """All frames that the decoder returns for the packets of a run."""
+) -> Iterator[tuple[Packet[Any], bool]]:
+    """All packets of a run, and whether each is needed for itself."""
     at, needed = -1, False
     packet = _first_packet(reader, run, pts, lambda p: place_of(p.pts)[1])
     while packet is not None:
@@ -238,13 +258,51 @@ def _frames_of(
             at, needed = place, row in wanted or place == run.start
         if at > run.stop:
             reader.unread(packet)
-            break
+            return
         # A packet that has no row belongs to the picture before it: the second of two fields.
-        yield from reader.decode(packet, needed=needed)
+        yield packet, needed
         if row < 0 and at == run.stop:
-            break
+            return
         packet = reader.read()
+
+
+def _frames_of(
+    reader: Reader, packets: Iterator[tuple[Packet[Any], bool]], references: References | None
+) -> Iterator[VideoFrame]:
+    """All frames that the decoder returns for the packets of a run.
+
+    Args:
+        reader: The decoder.
+        packets: From ``_packets_of``.
+        references: Tells which pictures others refer to; None: that is left to the decoder.
+    """
+    first = 0
+    if references is None:
+        for packet, needed in packets:
+            yield from reader.decode(packet, needed=needed)
+    else:
+        references.restart()
+        while batch := _batch(packets):
+            wanted = [needed for _, needed in batch]
+            pictures = [references.read(memoryview(p), wanted=needed) for p, needed in batch]
+            marks = needed_pictures(pictures, first, wanted, references.held)
+            for (packet, needed), mark in zip(batch, marks, strict=True):
+                yield from reader.decode(packet, needed=needed, referred_to=mark)
+            first += len(batch)
     yield from reader.decode(None)
+
+
+def _batch(packets: Iterator[tuple[Packet[Any], bool]]) -> list[tuple[Packet[Any], bool]]:
+    """The next packets, as far as may be looked ahead."""
+    batch: list[tuple[Packet[Any], bool]] = []
+    num_bytes = 0
+    while len(batch) < _LOOK_AHEAD and num_bytes < _LOOK_AHEAD_BYTES:
+        item = next(packets, None)
+        if item is None:
+            break
+        batch.append(item)
+        num_bytes += item[0].size
+    return batch
 
 
 def _first_packet(
