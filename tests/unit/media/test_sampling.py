@@ -57,7 +57,7 @@ def even(count: int, fps: float = 30.0, gop: int = 30) -> MediaInfo:
 
 
 def noise_thumbnails(seed: int = 0) -> object:
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         rng = np.random.default_rng([seed, *indices[:1]])
         return rng.integers(0, 256, (len(indices), 9, 16), dtype=np.uint8)
 
@@ -179,7 +179,7 @@ def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, cou
     assert packets is not None
     calls: list[list[int]] = []
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         calls.append(list(indices))
         return np.zeros((len(indices), 9, 16), np.uint8)
 
@@ -212,7 +212,7 @@ def test_a_long_clip_is_looked_at_at_keyframes_and_where_packets_are_large() -> 
     info = media(np.arange(count) / 30, size=size, key=np.arange(count) % 60 == 0)
     calls: list[list[int]] = []
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         calls.append(list(indices))
         return np.zeros((len(indices), 9, 16), np.uint8)
 
@@ -319,9 +319,9 @@ def look(path: Path, **options: object) -> tuple[FrameSelection, MediaInfo]:
     info = probe(str(path), DecodeLimits())
     decoder = PyAVDecoder(10**7)
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         rows = np.array(indices, np.int64)
-        small = decoder.thumbnails(str(path), info, rows, 64, 1)
+        small = decoder.thumbnails(str(path), info, rows, 64, 1, _likely)
         assert small.shape == (len(indices), *thumbnail_size(info, 64))
         return small
 

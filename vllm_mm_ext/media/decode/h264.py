@@ -36,25 +36,33 @@ class Sps(NamedTuple):
 
 
 class Bits:
-    """Reads bits, the highest of each byte first; raises IndexError past the end."""
+    """Reads bits, the highest of each byte first; raises IndexError past the end.
+
+    Attributes:
+        text: All bits, as characters "0" and "1".
+        at: Position of the next bit.
+    """
 
     def __init__(self, data: bytes) -> None:
-        self._text, self._at = f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}", 0
+        self.text, self.at = f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}", 0
+        self._size = len(self.text)
 
     def u(self, count: int) -> int:
         """The next ``count`` bits as an unsigned number."""
-        begin, self._at = self._at, self._at + count
-        if self._at > len(self._text):
+        begin = self.at
+        self.at = end = begin + count
+        if end > self._size:
             raise IndexError
-        return int(self._text[begin : self._at], 2) if count else 0
+        return int(self.text[begin:end], 2) if count else 0
 
     def ue(self) -> int:
         """An Exp-Golomb code (9.1)."""
-        zeros = self._text.find("1", self._at) - self._at
-        if zeros < 0:
+        begin = self.text.find("1", self.at)
+        end = 2 * begin - self.at + 1
+        if begin < 0 or end > self._size:
             raise IndexError
-        self._at += zeros
-        return self.u(zeros + 1) - 1
+        self.at = end
+        return int(self.text[begin:end], 2) - 1
 
     def se(self) -> int:
         """A signed Exp-Golomb code (9.1.1)."""

@@ -157,9 +157,9 @@ def _select(
 ) -> FrameSelection:
     from vllm_mm_ext.media.sampling import select
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         rows = np.asarray(indices, np.int64)
-        return decoder.thumbnails(path, info, rows, _THUMBNAIL_EDGE, request.threads)
+        return decoder.thumbnails(path, info, rows, _THUMBNAIL_EDGE, request.threads, likely)
 
     return select(info, spec, thumbnails)
 

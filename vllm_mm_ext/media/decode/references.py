@@ -107,7 +107,7 @@ class References:
 
     def restart(self) -> None:
         """Begin anew: the next packet is the first that the decoder gets."""
-        self._held: list[_Held] = []
+        self._held: list[_Held] = []  # in decoding order, by which frame numbers rise
         self._known = False  # whether all references are, since an IDR picture
         self._number = -1
         self._frame_num = 0
@@ -133,7 +133,7 @@ class References:
             slices = self._slices(packet)
             if not wanted and not slices[0][0] & 0x60:
                 return Picture(frozenset(), frozenset(), True)
-            return self._picture([self._header(unit) for unit in slices])
+            return self._picture(self._headers(slices))
         except (IndexError, KeyError, ValueError, _UnusualError):
             self._known, self._held = False, []
             return None
@@ -167,11 +167,22 @@ class References:
             self._sps.clear()
             self._pps.clear()
 
-    def _header(self, unit: bytes) -> _Header:
-        """Slice header (7.3.3)."""
-        bits = Bits(payload(unit[1:_LONGEST_HEADER]))
-        is_ref, is_idr = bool(unit[0] & 0x60), unit[0] & 31 == 5
-        bits.ue()
+    def _headers(self, slices: Sequence[bytes]) -> list[_Header]:
+        """The slice headers of a picture that differ in more than the slice's place."""
+        headers: list[_Header] = []
+        first = ""
+        for unit in slices:
+            bits = Bits(payload(unit[1:_LONGEST_HEADER]))
+            bits.ue()
+            begin = bits.at
+            if not first or not bits.text.startswith(first, begin):
+                headers.append(self._header(unit[0], bits))
+                first = first or bits.text[begin : bits.at]
+        return headers
+
+    def _header(self, unit_type: int, bits: Bits) -> _Header:
+        """Slice header after the slice's place (7.3.3)."""
+        is_ref, is_idr = bool(unit_type & 0x60), unit_type & 31 == 5
         kind = bits.ue() % 5
         pps = self._pps[bits.ue()]
         sps = self._sps[pps.sps]
@@ -266,8 +277,8 @@ class References:
         if header.kind == _I:
             return []
         if header.kind == _P:
-            # Sorted by frame number, which wraps around: the number of the current one is highest.
-            return [sorted(self._held, key=lambda held: self._age(held, header))]
+            # The one decoded last comes first.
+            return [self._held[::-1]]
         earlier = sorted((h for h in self._held if h.order < order), key=lambda h: -h.order)
         later = sorted((h for h in self._held if h.order > order), key=lambda h: h.order)
         forward, backward = earlier + later, later + earlier
@@ -284,17 +295,13 @@ class References:
                 at = (header.frame_num - distance) % (1 << header.sps.frame_num_bits)
                 self._held.remove(self._by_number(at))
         elif len(self._held) >= max(1, header.sps.num_refs):
-            self._held.remove(max(self._held, key=lambda held: self._age(held, header)))
+            del self._held[0]
 
     def _by_number(self, frame_num: int) -> _Held:
         for held in self._held:
             if held.frame_num == frame_num:
                 return held
         raise _UnusualError
-
-    @staticmethod
-    def _age(held: _Held, header: _Header) -> int:
-        return (header.frame_num - held.frame_num) % (1 << header.sps.frame_num_bits)
 
 
 def needed_pictures(

@@ -27,7 +27,8 @@ _EARLIER_S = 0.07
 # between them, so that three in four moments still have a frame as near as that.
 _ANCHOR_S = 0.1
 # Thumbnails for each frame to choose, so that there is something to choose from: where the clip is
-# short, and where it is so long that not all of it is looked at every STRIDE_S.
+# short, and where it is so long that not all of it is looked at every STRIDE_S. The latter is also
+# the number of frames that can be chosen.
 _CLOSE, _SPARSE = 8, 4
 # Most thumbnails of one window, or _SPARSE for each frame if these are more; each costs scaling and
 # a copy besides its decoding.
@@ -77,6 +78,27 @@ def plan(packets: PacketTable, score: Scores, count: int) -> Indices:
         # Many frames in little time: evenly spaced moments show few of them.
         found = np.union1d(found, np.linspace(0, size - 1, capacity - len(found), dtype=np.int64))
     return found
+
+
+def eligible(time: Times, count: int) -> npt.NDArray[np.bool_]:
+    """Which of the frames looked at can be chosen, if they show no event.
+
+    Pictures of these are kept until the choice is made, and fresh memory costs about as much as the
+    decoding. So there are ``_SPARSE`` for each frame to choose, evenly spread.
+
+    Args:
+        time: float64 ``[k]`` times of the frames looked at in seconds, increasing.
+        count: How many frames will be chosen.
+
+    Returns:
+        bool ``[k]``, true for ``count`` frames at least.
+    """
+    slots = _SPARSE * max(1, count)
+    if len(time) <= slots or time[-1] <= time[0]:
+        return np.ones(len(time), np.bool_)
+    slot = np.floor((time - time[0]) / (time[-1] - time[0]) * slots)
+    first = np.diff(slot, prepend=-1.0) > 0
+    return first if first.sum() >= count else np.ones(len(time), np.bool_)
 
 
 def _shown_evenly(time: Times, count: int) -> Indices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import ClassVar
 
 import numpy as np
@@ -84,12 +85,14 @@ class Decoder(ABC):
         indices: npt.NDArray[np.int64],
         edge: int,
         threads: int,
+        keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
         """Make small gray pictures of frames, for motion scores.
 
         Args:
             path, info, indices, threads: As for ``decode``.
             edge: Longest edge in pixels (smaller sources are not enlarged).
+            keep: Those of the indices that are likely to be decoded next: see ``keep_bytes``.
 
         Returns:
             uint8 ``[n, h, w]``; a frame that could not be decoded repeats the one before it.
@@ -98,7 +101,7 @@ class Decoder(ABC):
             UnreadableMediaError, MediaTooLargeError: As ``decode``.
         """
         check_file(path, info, self._max_pixels)
-        return self._thumbnails(path, info, indices, edge, threads)
+        return self._thumbnails(path, info, indices, edge, threads, keep)
 
     @abstractmethod
     def _decode(
@@ -121,6 +124,7 @@ class Decoder(ABC):
         indices: npt.NDArray[np.int64],
         edge: int,
         threads: int,
+        keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
         """As ``thumbnails``, of a file that was checked."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -90,6 +90,7 @@ class PyAVDecoder(Decoder):
         indices: npt.NDArray[np.int64],
         edge: int,
         threads: int,
+        keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
         video = info.video
         assert video is not None
@@ -97,10 +98,12 @@ class PyAVDecoder(Decoder):
         rows, where = np.unique(indices, return_inverse=True)
         small = np.zeros((len(rows), height, width), np.uint8)
         position = {row: i for i, row in enumerate(rows.tolist())}
+        kept = set(keep)
 
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
             write_gray(frame, converter, video, small[position[row]])
-            self._keep(row, frame)
+            if row in kept:
+                self._keep(row, frame)
 
         decoded = self._read(path, info, rows, emit, threads, set())
         self._kept = {row: frame for row, frame in self._kept.items() if row in decoded}
