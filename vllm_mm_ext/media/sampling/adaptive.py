@@ -101,8 +101,7 @@ class _Part:
         nearest = np.searchsorted((here[1:] + here[:-1]) / 2, time, side="right")
         events, eligible = thumbnail_scan.events(self.transient, count), self.eligible.copy()
         for event in events:
-            if event.strength >= 1:
-                eligible[event.first : event.last + 1] = True
+            eligible[event.first : event.last + 1] = True
         looked = coverage.Looked(
             here,
             np.bincount(nearest, minlength=size).astype(np.float64),
