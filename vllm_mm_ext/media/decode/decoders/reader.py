@@ -34,8 +34,6 @@ _FIRST_STEP_BACK = 8
 # fewer where they are large.
 _LOOK_AHEAD, _LOOK_AHEAD_BYTES = 128, 8 << 20
 
-_Skip = Literal["DEFAULT", "NONREF", "BIDIR"]
-
 
 class SeekMissError(Exception):
     """No seek lands at or before a keyframe, or the file cannot be read up to it."""
@@ -90,7 +88,7 @@ class Reader:
         self._context.thread_count = self._threads
         self._context.thread_type = "AUTO"
         self._packets = self._demux()
-        self._skip: _Skip = "DEFAULT"
+        self._skip: Literal["DEFAULT", "NONREF"] = "DEFAULT"
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -122,20 +120,17 @@ class Reader:
         known = codec.codec.canonical_name == "h264"
         return References(codec.extradata or b"") if known else None
 
-    def decode(
-        self, packet: Packet[Any] | None, *, needed: bool = True, referred_to: bool = True
-    ) -> list[VideoFrame]:
+    def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
         """Give the decoder a packet.
 
         Args:
             packet: The packet; None asks for all frames that the decoder still holds.
             needed: If false, the decoder may drop the packet when no other frame refers to it.
-            referred_to: If false, the decoder may drop the packet of a B picture in any case.
 
         Returns:
             The frames that are ready; none for a broken packet.
         """
-        skip: _Skip = "DEFAULT" if needed else "NONREF" if referred_to else "BIDIR"
+        skip: Literal["DEFAULT", "NONREF"] = "DEFAULT" if needed else "NONREF"
         if skip != self._skip:
             self._context.skip_frame = skip
             self._skip = skip
@@ -287,7 +282,8 @@ def _frames_of(
             pictures = [references.read(memoryview(p), wanted=needed) for p, needed in batch]
             marks = needed_pictures(pictures, first, wanted, references.held)
             for (packet, needed), mark in zip(batch, marks, strict=True):
-                yield from reader.decode(packet, needed=needed, referred_to=mark)
+                if mark:
+                    yield from reader.decode(packet, needed=needed)
             first += len(batch)
     yield from reader.decode(None)
 
