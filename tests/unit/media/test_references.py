@@ -14,8 +14,13 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from vllm_mm_ext.media.decode.decoders import get_decoder
+from vllm_mm_ext.media.decode.left_out import (
+    FFmpegReferences,
+    LostReferencesError,
+    needed_pictures,
+)
 from vllm_mm_ext.media.decode.probe import probe
-from vllm_mm_ext.media.decode.references import Picture, References, needed_pictures
+from vllm_mm_ext.media.decode.references import Picture, References
 from vllm_mm_ext.media.types import DecodeLimits
 
 WIDTH, HEIGHT, COUNT = 128, 96, 70
@@ -55,7 +60,7 @@ def marks_of(path: Path, wanted: Sequence[bool]) -> list[bool]:
         references.read(memoryview(packet), wanted=mark)
         for packet, mark in zip(packets, wanted, strict=True)
     ]
-    return needed_pictures(pictures, 0, wanted, references.held)
+    return [given for given, _ in needed_pictures(pictures, wanted, references.held)]
 
 
 def decode(path: Path, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
@@ -101,11 +106,24 @@ def test_b_pictures_that_nothing_wanted_refers_to_are_left_out(tmp_path: Path) -
     assert all(mark for mark, want in zip(marks, wanted, strict=True) if want)
 
 
+def test_a_picture_whose_references_would_change_is_noticed(tmp_path: Path) -> None:
+    packets, extradata = packets_of(encode(tmp_path / "a.mp4", ENCODINGS[1]))
+    references, decoder = References(extradata), FFmpegReferences()
+    pictures = [references.read(memoryview(packet), wanted=True) for packet in packets]
+    known = [picture for picture in pictures if picture is not None]
+    assert len(known) == len(pictures)
+    with pytest.raises(LostReferencesError):
+        for picture in known:
+            decoder.follow(picture, given=not picture.is_b, right=True)
+    for picture in known:
+        decoder = FFmpegReferences() if picture.number == 0 else decoder
+        decoder.follow(picture, given=True, right=True)
+
+
 def test_what_is_not_understood_needs_everything_before_it() -> None:
-    known = Picture(frozenset(), frozenset(), True)
-    pictures = [known, known, None, known]
-    marks = needed_pictures(pictures, 0, [False] * 4, frozenset())
-    assert marks == [True, True, True, False]
+    pictures = [Picture(0, True), Picture(1, True), None, Picture(3, True)]
+    marks = needed_pictures(pictures, [False] * 4, frozenset())
+    assert [given for given, _ in marks] == [True, True, True, False]
 
 
 def test_damaged_packets_are_left_to_the_decoder(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class Sps(NamedTuple):
             as ``order_bits`` says; 1 and 2 in other ways.
         order_bits: See ``order_type``; 0 for types 1 and 2.
         num_refs: Most pictures that are kept for reference.
+        may_have_gaps: Frame numbers may be left out.
     """
 
     frames_only: bool
@@ -33,6 +34,7 @@ class Sps(NamedTuple):
     order_type: int
     order_bits: int
     num_refs: int
+    may_have_gaps: bool
 
 
 class Bits:
@@ -101,14 +103,13 @@ def read_sps(unit: bytes) -> tuple[int, Sps]:
         bits.se()
         for _ in range(min(bits.ue(), 255)):
             bits.se()
-    num_refs = bits.ue()
-    bits.u(1)
+    num_refs, gaps = bits.ue(), bool(bits.u(1))
     bits.ue()
     bits.ue()
     frames_only = bool(bits.u(1))
     has_chroma = chroma > 0 and not colour_planes
     return number, Sps(
-        frames_only, frame_num_bits, colour_planes, has_chroma, order, order_bits, num_refs
+        frames_only, frame_num_bits, colour_planes, has_chroma, order, order_bits, num_refs, gaps
     )
 
 

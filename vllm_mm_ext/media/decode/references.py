@@ -7,6 +7,7 @@ the slice headers (ITU-T H.264, 8.2.4 and 8.2.5) tell which ones can be left out
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,20 +30,6 @@ _BACK, _AHEAD, _END_OF_LIST = 0, 1, 3
 _UNUSED, _END_OF_MARKING = 1, 0
 
 
-class Picture(NamedTuple):
-    """What a packet holds.
-
-    Attributes:
-        refers_to: Numbers of pictures that it may refer to.
-        held: Numbers of all pictures that are kept for reference when it is decoded.
-        is_b: It is a B picture, which the decoder can leave out.
-    """
-
-    refers_to: frozenset[int]
-    held: frozenset[int]
-    is_b: bool
-
-
 class _Pps(NamedTuple):
     """What slice headers need of a picture parameter set (7.3.2.2)."""
 
@@ -54,7 +41,7 @@ class _Pps(NamedTuple):
     redundant: bool
 
 
-class _Held(NamedTuple):
+class Held(NamedTuple):
     """A picture that is kept for reference."""
 
     number: int
@@ -76,7 +63,27 @@ class _Header(NamedTuple):
     sps: Sps
 
 
-class _UnusualError(Exception):
+class Picture(NamedTuple):
+    """What a packet holds.
+
+    Attributes:
+        number: Its number.
+        is_b: It is a B picture, which need not be decoded for itself.
+        order: Its place in presentation order.
+        slices: Its slice headers; none of one that is not wanted and that no other refers to.
+        lists: Numbers of the pictures in each list of references of each of ``slices``.
+        held: Numbers of all pictures that are kept for reference when it is decoded.
+    """
+
+    number: int
+    is_b: bool
+    order: int = 0
+    slices: tuple[_Header, ...] = ()
+    lists: tuple[tuple[int, ...], ...] = ()
+    held: frozenset[int] = frozenset()
+
+
+class UnusualError(Exception):
     """Something that is left to the decoder."""
 
 
@@ -107,7 +114,7 @@ class References:
 
     def restart(self) -> None:
         """Begin anew: the next packet is the first that the decoder gets."""
-        self._held: list[_Held] = []  # in decoding order, by which frame numbers rise
+        self._held: list[Held] = []  # in decoding order, by which frame numbers rise
         self._known = False  # whether all references are, since an IDR picture
         self._number = -1
         self._frame_num = 0
@@ -132,9 +139,9 @@ class References:
         try:
             slices = self._slices(packet)
             if not wanted and not slices[0][0] & 0x60:
-                return Picture(frozenset(), frozenset(), True)
+                return Picture(self._number, True)
             return self._picture(self._headers(slices))
-        except (IndexError, KeyError, ValueError, _UnusualError):
+        except (IndexError, KeyError, ValueError, UnusualError):
             self._known, self._held = False, []
             return None
 
@@ -151,7 +158,7 @@ class References:
             elif kind in (7, 8):
                 self._parameters(unit)
             elif 2 <= kind <= 4:
-                raise _UnusualError
+                raise UnusualError
         return slices
 
     def _parameters(self, unit: bytes) -> None:
@@ -162,7 +169,7 @@ class References:
             elif unit[0] & 31 == 8:
                 number, pps = _read_pps(unit)
                 self._pps[number] = pps
-        except (IndexError, ValueError, _UnusualError):
+        except (IndexError, ValueError, UnusualError):
             # What refers to these parameters is not known then.
             self._sps.clear()
             self._pps.clear()
@@ -187,14 +194,16 @@ class References:
         pps = self._pps[bits.ue()]
         sps = self._sps[pps.sps]
         if kind > _I or not sps.frames_only or sps.colour_planes or sps.order_type:
-            raise _UnusualError
+            raise UnusualError
+        if sps.may_have_gaps:
+            raise UnusualError
         frame_num = bits.u(sps.frame_num_bits)
         if is_idr:
             bits.ue()
         low = bits.u(sps.order_bits)
         order = (low, bits.se() if pps.order_present else 0)
         if pps.redundant and bits.ue():
-            raise _UnusualError
+            raise UnusualError
         active, lists = pps.num_refs, (1 if kind == _P else 2 if kind == _B else 0)
         if kind == _B:
             bits.u(1)
@@ -206,7 +215,7 @@ class References:
             if bits.u(1):
                 while (command := bits.ue()) != _END_OF_LIST:
                     if command not in (_BACK, _AHEAD):
-                        raise _UnusualError
+                        raise UnusualError
                     changes[number].append((command, bits.ue() + 1))
         unused: list[int] | None = None
         if is_ref:
@@ -215,12 +224,12 @@ class References:
             if is_idr:
                 bits.u(1)
                 if bits.u(1):
-                    raise _UnusualError
+                    raise UnusualError
             elif bits.u(1):
                 unused = []
                 while (command := bits.ue()) != _END_OF_MARKING:
                     if command != _UNUSED:
-                        raise _UnusualError
+                        raise UnusualError
                     unused.append(bits.ue() + 1)
         return _Header(kind, is_idr, is_ref, frame_num, order, active, changes, unused, sps)
 
@@ -232,35 +241,20 @@ class References:
             self._held, self._known = [], True
             self._frame_num, self._order = header.frame_num, (0, 0)
         if not self._known or (header.frame_num - self._frame_num) % modulus > 1:
-            raise _UnusualError
+            raise UnusualError
         high, order = self._place(header)
         held = self.held
-        refers_to: set[int] = set()
+        lists: list[tuple[int, ...]] = []
         for each in slices:
             if each.frame_num != header.frame_num or each.order != header.order:
-                raise _UnusualError
-            refers_to |= self._references(each, order)
+                raise UnusualError
+            lists += lists_of(self._held, each, order)
         if header.is_ref:
-            self._mark(header)
-            self._held.append(_Held(self._number, header.frame_num, order))
+            mark(self._held, header)
+            self._held.append(Held(self._number, header.frame_num, order))
             self._frame_num, self._order = header.frame_num, (high, header.order[0])
-        return Picture(frozenset(refers_to), held, all(each.kind == _B for each in slices))
-
-    def _references(self, header: _Header, order: int) -> set[int]:
-        """Numbers of the pictures in a slice's lists."""
-        found: set[int] = set()
-        for number, initial in enumerate(self._lists(header, order)):
-            active = header.active[number]
-            first: list[_Held] = []
-            rest = initial[:active]
-            at = header.frame_num
-            for command, distance in header.changes[number]:
-                at += distance if command == _AHEAD else -distance
-                moved = self._by_number(at % (1 << header.sps.frame_num_bits))
-                first.append(moved)
-                rest = [held for held in rest if held is not moved]
-            found.update(held.number for held in (first + rest)[:active])
-        return found
+        is_b = all(each.kind == _B for each in slices)
+        return Picture(self._number, is_b, order, tuple(slices), tuple(lists), held)
 
     def _place(self, header: _Header) -> tuple[int, int]:
         """High part of the place in presentation order, and the place (8.2.1.1)."""
@@ -272,69 +266,51 @@ class References:
             high -= size
         return high, high + low + min(0, delta)
 
-    def _lists(self, header: _Header, order: int) -> list[list[_Held]]:
-        """The lists of references before they are changed (8.2.4.2)."""
-        if header.kind == _I:
-            return []
-        if header.kind == _P:
-            # The one decoded last comes first.
-            return [self._held[::-1]]
-        earlier = sorted((h for h in self._held if h.order < order), key=lambda h: -h.order)
-        later = sorted((h for h in self._held if h.order > order), key=lambda h: h.order)
+
+def lists_of(held: list[Held], header: _Header, order: int) -> list[tuple[int, ...]]:
+    """Numbers of the pictures in a slice's lists of references (8.2.4)."""
+    if header.kind == _I:
+        return []
+    if header.kind == _P:
+        # The one decoded last comes first.
+        initial = [held[::-1]]
+    else:
+        earlier = sorted((h for h in held if h.order < order), key=lambda h: -h.order)
+        later = sorted((h for h in held if h.order > order), key=lambda h: h.order)
         forward, backward = earlier + later, later + earlier
         if len(backward) > 1 and backward == forward:
             backward = [backward[1], backward[0], *backward[2:]]
-        return [forward, backward]
-
-    def _mark(self, header: _Header) -> None:
-        """Let go of references (8.2.5); the picture itself is no part of them yet."""
-        if header.is_idr:
-            return
-        if header.unused is not None:
-            for distance in header.unused:
-                at = (header.frame_num - distance) % (1 << header.sps.frame_num_bits)
-                self._held.remove(self._by_number(at))
-        elif len(self._held) >= max(1, header.sps.num_refs):
-            del self._held[0]
-
-    def _by_number(self, frame_num: int) -> _Held:
-        for held in self._held:
-            if held.frame_num == frame_num:
-                return held
-        raise _UnusualError
+        initial = [forward, backward]
+    lists: list[tuple[int, ...]] = []
+    for rest, active, changes in zip(initial, header.active, header.changes, strict=False):
+        first: list[Held] = []
+        rest, at = rest[:active], header.frame_num
+        for command, distance in changes:
+            at += distance if command == _AHEAD else -distance
+            first.append(_by_number(held, at % (1 << header.sps.frame_num_bits)))
+            rest = [other for other in rest if other is not first[-1]]
+        lists.append(tuple(each.number for each in (first + rest)[:active]))
+    return lists
 
 
-def needed_pictures(
-    pictures: Sequence[Picture | None], first: int, wanted: Sequence[bool], held: frozenset[int]
-) -> list[bool]:
-    """Which pictures in a row must be decoded, so that the wanted ones are right.
+def mark(held: list[Held], header: _Header) -> None:
+    """Let go of references (8.2.5); the picture itself is no part of them yet."""
+    if header.is_idr:
+        held.clear()
+    elif header.unused is not None:
+        for distance in header.unused:
+            at = (header.frame_num - distance) % (1 << header.sps.frame_num_bits)
+            with contextlib.suppress(UnusualError):
+                held.remove(_by_number(held, at))
+    elif len(held) >= max(1, header.sps.num_refs):
+        del held[0]
 
-    In place of a picture that FFmpeg's decoder does not get, the decoder puts a copy of the one
-    decoded before it, with another place in presentation order. That changes the lists of B
-    pictures, which are sorted by these places, but not those of P pictures. So a B picture also
-    needs that all pictures are there that are kept for reference, right or not.
 
-    Args:
-        pictures: What ``References.read`` said of each.
-        first: Number of the first one.
-        wanted: Whether each is wanted for itself.
-        held: Numbers of pictures to which pictures after these may refer.
-    """
-    marks = [False] * len(pictures)
-    right, there = set(held), set[int]()
-    everything = False
-    for at in reversed(range(len(pictures))):
-        picture, number = pictures[at], first + at
-        if picture is None:
-            everything = True
-        elif everything or wanted[at] or number in right or not picture.is_b:
-            right |= picture.refers_to
-            if picture.is_b:
-                there |= picture.held
-        elif number not in there:
-            continue
-        marks[at] = True
-    return marks
+def _by_number(held: list[Held], frame_num: int) -> Held:
+    for each in held:
+        if each.frame_num == frame_num:
+            return each
+    raise UnusualError
 
 
 def _read_pps(unit: bytes) -> tuple[int, _Pps]:
@@ -344,7 +320,7 @@ def _read_pps(unit: bytes) -> tuple[int, _Pps]:
     bits.u(1)
     order_present = bool(bits.u(1))
     if bits.ue():
-        raise _UnusualError
+        raise UnusualError
     num_refs = (bits.ue() + 1, bits.ue() + 1)
     weighted, weighted_b = bool(bits.u(1)), bits.u(2)
     for _ in range(3):

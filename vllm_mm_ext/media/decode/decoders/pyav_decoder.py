@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from vllm_mm_ext.media.decode.decoders.base import Decoder, thumbnail_size
-from vllm_mm_ext.media.decode.decoders.read_plan import keys_of, plan_runs, split_lanes
+from vllm_mm_ext.media.decode.decoders.read_plan import Run, keys_of, plan_runs, split_lanes
 from vllm_mm_ext.media.decode.decoders.reader import (
     Emit,
     Read,
@@ -23,6 +23,7 @@ from vllm_mm_ext.media.decode.decoders.reader import (
     read_in_order,
     read_planned,
 )
+from vllm_mm_ext.media.decode.left_out import LostReferencesError
 from vllm_mm_ext.media.decode.picture import write_gray, write_rgb
 from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PacketTable, PictureRules
 
@@ -232,14 +233,18 @@ class _Pass:
             # To read past packets takes longer than a seek, but it cannot miss.
             plans.append([run._replace(seek=False) for run in runs])
         for plan in plans:
-            with Reader(
-                self.path, self.stream, self.max_pixels, threads, guess=self.guess
-            ) as reader:
+            try:
                 try:
-                    return read_planned(reader, self.table, plan, emit)
-                except SeekMissError:
-                    pass
+                    return self._planned(plan, emit, threads, leave_out=True)
+                except LostReferencesError:
+                    return self._planned(plan, emit, threads, leave_out=False)
+            except SeekMissError:
+                pass
         return Read(set(), set(), {run.key for run in runs}, set())
+
+    def _planned(self, plan: Sequence[Run], emit: Emit, threads: int, *, leave_out: bool) -> Read:
+        with Reader(self.path, self.stream, self.max_pixels, threads, guess=self.guess) as reader:
+            return read_planned(reader, self.table, plan, emit, leave_out=leave_out)
 
 
 def _only(is_key: npt.NDArray[np.bool_], rows: set[int]) -> npt.NDArray[np.bool_]:

@@ -15,8 +15,9 @@ from av.video.stream import VideoStream
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.read_plan import Run
 from vllm_mm_ext.media.decode.geometry import decoder_of
+from vllm_mm_ext.media.decode.left_out import FFmpegReferences, needed_pictures
 from vllm_mm_ext.media.decode.packets import demux
-from vllm_mm_ext.media.decode.references import References, needed_pictures
+from vllm_mm_ext.media.decode.references import References
 from vllm_mm_ext.media.sampling.timeline import is_leaf, is_reordered
 from vllm_mm_ext.media.types import PacketTable
 
@@ -185,7 +186,9 @@ class Reader:
         self.seek(pts, key)
 
 
-def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: Emit) -> Read:
+def read_planned(
+    reader: Reader, table: PacketTable, runs: Sequence[Run], emit: Emit, *, leave_out: bool
+) -> Read:
     """Decode runs of packets and check that the decoder returns what the packet table says.
 
     Args:
@@ -193,9 +196,11 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
         table: Its packet table, with exact timestamps.
         runs: What to decode, in file order.
         emit: Receives the wanted frames, and perhaps wrong ones for rows that are not returned.
+        leave_out: Leave out B pictures that no wanted one refers to, though others do.
 
     Raises:
         SeekMissError: The place of a run was not found.
+        LostReferencesError: What was left out would make pictures wrong.
     """
     pts = table.pts.tolist()
     row_of = {p: row for row, p in enumerate(pts)}
@@ -203,7 +208,7 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
     read = Read(set(), set(), set(), set())
     # B pictures that others refer to: most are decoded for nothing.
     in_pyramids = is_reordered(table) & ~is_leaf(table)
-    references = reader.references() if in_pyramids.any() else None
+    references = reader.references() if leave_out and in_pyramids.any() else None
 
     def place_of(timestamp: int | None) -> tuple[int, int]:
         """Row and decode position; -1 each for a timestamp that is not in the table."""
@@ -271,20 +276,22 @@ def _frames_of(
         packets: From ``_packets_of``.
         references: Tells which pictures others refer to; None: that is left to the decoder.
     """
-    first = 0
     if references is None:
         for packet, needed in packets:
             yield from reader.decode(packet, needed=needed)
     else:
         references.restart()
+        decoder = FFmpegReferences()
         while batch := _batch(packets):
             wanted = [needed for _, needed in batch]
             pictures = [references.read(memoryview(p), wanted=needed) for p, needed in batch]
-            marks = needed_pictures(pictures, first, wanted, references.held)
-            for (packet, needed), mark in zip(batch, marks, strict=True):
-                if mark:
+            marks = needed_pictures(pictures, wanted, references.held)
+            for (packet, needed), picture, mark in zip(batch, pictures, marks, strict=True):
+                given, right = mark
+                if picture is not None:
+                    decoder.follow(picture, given=given, right=right)
+                if given:
                     yield from reader.decode(packet, needed=needed)
-            first += len(batch)
     yield from reader.decode(None)
 
 
