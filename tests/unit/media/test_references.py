@@ -108,16 +108,19 @@ def test_b_pictures_that_nothing_wanted_refers_to_are_left_out(tmp_path: Path) -
 
 def test_a_picture_whose_references_would_change_is_noticed(tmp_path: Path) -> None:
     packets, extradata = packets_of(encode(tmp_path / "a.mp4", ENCODINGS[1]))
-    references, decoder = References(extradata), FFmpegReferences()
+    references = References(extradata)
     pictures = [references.read(memoryview(packet), wanted=True) for packet in packets]
     known = [picture for picture in pictures if picture is not None]
     assert len(known) == len(pictures)
-    with pytest.raises(LostReferencesError):
+
+    def follow(*, every_b: bool) -> None:
+        decoder = FFmpegReferences()
         for picture in known:
-            decoder.follow(picture, given=not picture.is_b, right=True)
-    for picture in known:
-        decoder = FFmpegReferences() if picture.number == 0 else decoder
-        decoder.follow(picture, given=True, right=True)
+            decoder.follow(picture, given=every_b or not picture.is_b, right=True)
+
+    follow(every_b=True)
+    with pytest.raises(LostReferencesError):
+        follow(every_b=False)
 
 
 def test_what_is_not_understood_needs_everything_before_it() -> None:
