@@ -305,6 +305,21 @@ def test_hours_of_video_are_chosen_from_like_seconds() -> None:
     assert len(selection.indices) == 256
 
 
+def test_b_frames_are_looked_at_only_where_no_other_frame_is_near() -> None:
+    count = 30 * 60 + 1
+    number = np.arange(count)
+    # Two B frames before each P frame in presentation order, after it in decoding order.
+    order = np.where(number % 3 == 0, number - 2, number + 1)
+    order[0] = 0
+    for fps, near in ((30.0, True), (10.0, False)):
+        info = media(number / fps, key=number == 0, order=order)
+        assert info.packets is not None
+        looked = thumbnail_scan.plan(info.packets, np.zeros(count), 32)
+        assert (looked % 3 == 0).all() == near
+        # An event of 0.2 s is seen.
+        assert np.diff(info.packets.time[looked]).max() <= 0.2 + 1e-6 or not near
+
+
 def test_motion_score_is_the_mean_difference_and_blind_to_fades() -> None:
     rng = np.random.default_rng(0)
     still = rng.integers(60, 160, (18, 32)).astype(np.uint8)
