@@ -195,7 +195,7 @@ def test_thumbnails_are_gray_small_and_the_right_frames(tmp_path):
     ).path
     info = probe(str(path), LIMITS)
     decoder = get_decoder("auto", max_pixels=LIMITS.max_pixels)
-    small = decoder.thumbnails(str(path), info, np.array([0, 7, 7, 50]), 256, 2)
+    small = decoder.thumbnails(str(path), info, np.array([0, 7, 7, 50]), 256, 2, ())
     assert small.shape == (4, 144, 256)
     assert [read_stamp(picture) for picture in small] == [0, 7, 7, 50]
 
@@ -379,7 +379,7 @@ def test_frames_at_hand_from_thumbnails_are_those_of_a_decode(tmp_path, keep_byt
     wanted, _ = decode(path, rows)
     out = np.zeros_like(wanted)
     decoder = get_decoder("pyav", max_pixels=LIMITS.max_pixels, keep_bytes=keep_bytes)
-    decoder.thumbnails(str(path), info, np.arange(0, 90, 2), 64, threads)
+    decoder.thumbnails(str(path), info, np.arange(0, 90, 2), 64, threads, range(90))
     assert decoder.decode(str(path), info, rows, None, out, threads).tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(out, wanted)
 
@@ -388,7 +388,7 @@ def test_frames_that_were_all_looked_at_are_not_decoded_again(tmp_path, monkeypa
     path = make_clip(tmp_path / "a.mp4", duration=1).path
     info = probe(str(path), LIMITS)
     decoder = get_decoder("pyav", max_pixels=LIMITS.max_pixels, keep_bytes=1 << 30)
-    decoder.thumbnails(str(path), info, np.arange(30), 64, 1)
+    decoder.thumbnails(str(path), info, np.arange(30), 64, 1, range(30))
     monkeypatch.setattr(pyav_module, "Reader", lambda *_, **__: pytest.fail("decoded again"))
     out = np.zeros((2, 180, 320, 3), np.uint8)
     done = decoder.decode(str(path), info, np.array([3, 29]), None, out, 1)

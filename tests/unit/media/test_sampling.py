@@ -57,7 +57,7 @@ def even(count: int, fps: float = 30.0, gop: int = 30) -> MediaInfo:
 
 
 def noise_thumbnails(seed: int = 0) -> object:
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         rng = np.random.default_rng([seed, *indices[:1]])
         return rng.integers(0, 256, (len(indices), 9, 16), dtype=np.uint8)
 
@@ -177,20 +177,22 @@ def test_adaptive_keeps_the_floor_and_the_ceiling(
 def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, count: int) -> None:
     packets = info.packets
     assert packets is not None
-    calls: list[list[int]] = []
+    calls: list[tuple[list[int], list[int]]] = []
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
-        calls.append(list(indices))
+    def thumbnails(indices: Sequence[int], likely: Sequence[int]) -> npt.NDArray[np.uint8]:
+        calls.append((list(indices), list(likely)))
         return np.zeros((len(indices), 9, 16), np.uint8)
 
-    spec = SamplingSpec(policy="adaptive", max_frames=count, min_frames=count)
+    # The budget binds, so that there is one window.
+    spec = SamplingSpec(policy="adaptive", fps=1000.0, max_frames=count, min_frames=count)
     selection = select(info, spec, thumbnails)
     assert len(calls) <= 1
-    for indices in calls:
+    for indices, likely in calls:
         assert (np.diff(indices) > 0).all()
         assert len(indices) <= thumbnail_scan.MAX_THUMBNAILS
-        # So the pictures that were decoded for the look are those that are wanted.
-        assert np.isin(selection.indices, indices).all()
+        assert np.isin(likely, indices).all()
+        # So the pictures that were kept of the look are those that are wanted: there is no event.
+        assert np.isin(selection.indices, likely).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -212,7 +214,7 @@ def test_a_long_clip_is_looked_at_at_keyframes_and_where_packets_are_large() -> 
     info = media(np.arange(count) / 30, size=size, key=np.arange(count) % 60 == 0)
     calls: list[list[int]] = []
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         calls.append(list(indices))
         return np.zeros((len(indices), 9, 16), np.uint8)
 
@@ -303,6 +305,21 @@ def test_hours_of_video_are_chosen_from_like_seconds() -> None:
     assert len(selection.indices) == 256
 
 
+def test_b_frames_are_looked_at_only_where_no_other_frame_is_near() -> None:
+    count = 30 * 60 + 1
+    number = np.arange(count)
+    # Two B frames before each P frame in presentation order, after it in decoding order.
+    order = np.where(number % 3 == 0, number - 2, number + 1)
+    order[0] = 0
+    for fps, near in ((30.0, True), (10.0, False)):
+        info = media(number / fps, key=number == 0, order=order)
+        assert info.packets is not None
+        looked = thumbnail_scan.plan(info.packets, np.zeros(count), 32)
+        assert (looked % 3 == 0).all() == near
+        # An event of 0.2 s is seen.
+        assert np.diff(info.packets.time[looked]).max() <= 0.2 + 1e-6 or not near
+
+
 def test_motion_score_is_the_mean_difference_and_blind_to_fades() -> None:
     rng = np.random.default_rng(0)
     still = rng.integers(60, 160, (18, 32)).astype(np.uint8)
@@ -319,9 +336,9 @@ def look(path: Path, **options: object) -> tuple[FrameSelection, MediaInfo]:
     info = probe(str(path), DecodeLimits())
     decoder = PyAVDecoder(10**7)
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         rows = np.array(indices, np.int64)
-        small = decoder.thumbnails(str(path), info, rows, 64, 1)
+        small = decoder.thumbnails(str(path), info, rows, 64, 1, _likely)
         assert small.shape == (len(indices), *thumbnail_size(info, 64))
         return small
 

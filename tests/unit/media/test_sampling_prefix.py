@@ -134,7 +134,7 @@ def shortened(info: MediaInfo, count: int) -> MediaInfo:
     return MediaInfo("mp4", 1, duration, stream, (), table)
 
 
-def noise(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+def noise(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
     pictures = [np.random.default_rng(i).integers(0, 256, (9, 16), np.uint8) for i in indices]
     return np.stack(pictures)
 

@@ -183,9 +183,10 @@ def _select(
     assert whole.packets is not None
     first = first_row(whole.packets, spec)
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         rows = np.asarray(indices, np.int64) + first
-        return decoder.thumbnails(path, whole, rows, _THUMBNAIL_EDGE, request.threads)
+        keep = (np.asarray(likely, np.int64) + first).tolist()
+        return decoder.thumbnails(path, whole, rows, _THUMBNAIL_EDGE, request.threads, keep)
 
     return select(info, spec, thumbnails)
 

@@ -63,7 +63,7 @@ def write_rgb(
         frame = _over(frame, converter, rules.background)
     curve = tone.curve_of(frame)
     if curve is None:
-        out[...] = _packed(_scaled(frame, converter, out, "rgb24"), np.uint8)
+        _copy(_scaled(frame, converter, out, "gbrp"), out)
     else:
         codes = _packed(_scaled(frame, converter, out, "rgb48le"), np.uint16)
         shown = np.empty(out.shape, np.uint8)
@@ -131,12 +131,14 @@ def _scaled(
     frame: VideoFrame,
     converter: VideoReformatter,
     out: npt.NDArray[np.uint8],
-    pixel_format: Literal["rgb24", "rgb48le"],
+    pixel_format: Literal["gbrp", "rgb48le"],
 ) -> VideoFrame:
+    """The picture at the size of ``out``; by the fast path, "rgb24" instead of "gbrp"."""
     height, width = out.shape[:2]
     same_size = (width, height) == (frame.width, frame.height)
-    if same_size and frame.format.name in _FAST_FORMATS and pixel_format == "rgb24":
-        interpolation = _SAME_SIZE
+    as_format: Literal["rgb24", "gbrp", "rgb48le"] = pixel_format
+    if same_size and frame.format.name in _FAST_FORMATS and pixel_format == "gbrp":
+        interpolation, as_format = _SAME_SIZE, "rgb24"
     elif width * height < frame.width * frame.height:
         interpolation = _SHRINK
     else:
@@ -145,11 +147,25 @@ def _scaled(
         frame,
         width=width,
         height=height,
-        format=pixel_format,
+        format=as_format,
         src_colorspace=matrix_of(frame),
         interpolation=interpolation,
         threads=1,
     )
+
+
+def _copy(frame: VideoFrame, out: npt.NDArray[np.uint8]) -> None:
+    """Copy an RGB picture, packed or planar, to ``[height, width, 3]``.
+
+    With chroma at full width, swscale makes planes with SIMD and packed pixels without: to 1036x588
+    the same bytes take 1.3 ms as planes and 5 ms packed.
+    """
+    if len(frame.planes) == 1:
+        out[...] = _packed(frame, np.uint8)
+        return
+    for plane, channel in zip(frame.planes, (1, 2, 0), strict=True):
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, -1)
+        out[..., channel] = rows[:, : frame.width]
 
 
 def _packed(frame: VideoFrame, dtype: type[T]) -> npt.NDArray[T]:

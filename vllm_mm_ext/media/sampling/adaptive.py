@@ -32,7 +32,7 @@ from vllm_mm_ext.media.types import (
     SamplingSpec,
 )
 
-Thumbnails = Callable[[Sequence[int]], npt.NDArray[np.uint8]]
+Thumbnails = Callable[[Sequence[int], Sequence[int]], npt.NDArray[np.uint8]]
 
 # No gap between chosen frames is wider than this many mean gaps.
 _WIDEST = 7.0
@@ -52,7 +52,8 @@ class _Part:
         window: The window's place in the clip.
         packets: The rows of the packet table that lie in the window, ``n`` of them.
         score: float64 ``[n]`` stage-1 score of each frame.
-        looked_at: int64 ``[k]`` frames that can be chosen, counted from the window's first frame.
+        looked_at: int64 ``[k]`` frames to look at, counted from the window's first frame.
+        eligible: bool ``[k]`` which of them can be chosen if they show no event.
         pixels: float32 ``[k, p]`` their thumbnails, or ``p = 0`` where none are decoded.
         motion, transient: float64 ``[k]`` stage-2 scores (see ``thumbnail_scan.motion_score``).
     """
@@ -61,6 +62,7 @@ class _Part:
     packets: PacketTable
     score: Scores
     looked_at: Indices
+    eligible: npt.NDArray[np.bool_]
     pixels: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     motion: Scores = field(default_factory=lambda: np.zeros(0))
     transient: Scores = field(default_factory=lambda: np.zeros(0))
@@ -71,7 +73,8 @@ class _Part:
         score = container_profile.innovation(known)[window.low - window.back :]
         own = rows(packets, window.low, window.high)
         looked_at = thumbnail_scan.plan(own, score, max(1, window.count))
-        return cls(window, own, score, looked_at)
+        eligible = thumbnail_scan.eligible(own.time[looked_at], window.count)
+        return cls(window, own, score, looked_at, eligible)
 
     @property
     def has_choice(self) -> bool:
@@ -96,11 +99,15 @@ class _Part:
         here = time[self.looked_at]
         # Each frame of the clip counts for the frame looked at that is nearest in time.
         nearest = np.searchsorted((here[1:] + here[:-1]) / 2, time, side="right")
+        events, eligible = thumbnail_scan.events(self.transient, count), self.eligible.copy()
+        for event in events:
+            eligible[event.first : event.last + 1] = True
         looked = coverage.Looked(
             here,
             np.bincount(nearest, minlength=size).astype(np.float64),
             self.pixels if len(self.pixels) else np.zeros((size, 0), np.float32),
-            thumbnail_scan.events(self.transient, count),
+            events,
+            eligible,
         )
         spacing = float(time[-1] - time[0]) / count
         floor = 1.0 / spec.min_fps if spec.min_fps > 0 else math.inf
@@ -122,7 +129,8 @@ def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails)
 
     ``thumbnails`` is called at most once, with at most as many indices of each window as
     ``thumbnail_scan.plan`` says. All frames chosen are among them, if it is called for their
-    window: a decoder that keeps pictures need not decode the chosen frames again.
+    window. But for those that show an event, they are also among its second argument: a decoder
+    that keeps the pictures of these need not decode them again.
     """
     packets = info.packets
     assert packets is not None
@@ -144,7 +152,8 @@ def _look(parts: Sequence[_Part], packets: PacketTable, thumbnails: Thumbnails) 
     """Decode the thumbnails and score them; a window is compared with itself and the one before."""
     parts = [part for part in parts if part.has_choice]
     indices = [part.window.low + part.looked_at for part in parts]
-    small = thumbnails(np.concatenate(indices).tolist())
+    eligible = [found[part.eligible] for found, part in zip(indices, parts, strict=True)]
+    small = thumbnails(np.concatenate(indices).tolist(), np.concatenate(eligible).tolist())
     bounds = np.cumsum([0, *(len(part) for part in indices)]).tolist()
     for number, part in enumerate(parts):
         first = max(0, number - 1)

@@ -20,7 +20,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.sampling.timeline import gop_starts
+from vllm_mm_ext.media.sampling.timeline import gop_starts, is_reordered
 from vllm_mm_ext.media.types import PacketTable
 
 Scores = npt.NDArray[np.float64]
@@ -66,7 +66,7 @@ def innovation(packets: PacketTable) -> Scores:
     half = max(4, round(BASELINE_S * rate))
     size = _without_keyframes(packets)
     score, normal = np.zeros(count), np.zeros(count)
-    late = _is_reordered(packets)
+    late = is_reordered(packets)
     for rows in (np.flatnonzero(late), np.flatnonzero(~late)):
         if len(rows) >= 8:
             part = max(4, half * len(rows) // count)
@@ -90,12 +90,6 @@ def _without_keyframes(packets: PacketTable) -> Scores:
         right = inter[np.clip(np.searchsorted(inter, keys), 0, len(inter) - 1)]
         size[keys] = np.minimum(size[left], size[right])
     return size
-
-
-def _is_reordered(packets: PacketTable) -> npt.NDArray[np.bool_]:
-    """bool ``[n]``: B frames, decoded after a frame that is shown later."""
-    later = np.minimum.accumulate(packets.order[::-1])[::-1]
-    return np.asarray(packets.order > later)
 
 
 def baseline(values: Scores, half: int, quantiles: tuple[float, ...]) -> list[Scores]:

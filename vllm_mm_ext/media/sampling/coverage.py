@@ -52,19 +52,21 @@ class Event:
 
 @dataclass(frozen=True, eq=False)
 class Looked:
-    """The frames looked at, ``m`` of them in a row: those that can be taken.
+    """The frames looked at, ``m`` of them in a row.
 
     Attributes:
         time: float64 ``[m]`` seconds, non-decreasing.
         weight: float64 ``[m]`` how many frames of the clip each one stands for.
         pixels: float32 ``[m, p]`` thumbnails in grey levels; ``p`` may be 0 where nothing is known.
         events: What should not be missed.
+        eligible: bool ``[m]`` which ones can be taken; None for all.
     """
 
     time: Times
     weight: Floats
     pixels: npt.NDArray[np.float32]
     events: Sequence[Event] = ()
+    eligible: Mask | None = None
 
 
 def choose(
@@ -96,14 +98,16 @@ def choose(
     second = second_of(looked.time)
     seconds, where = np.unique(second, return_inverse=True)
     room = np.array([max(0, ceiling - taken.get(int(s), 0)) for s in seconds])
-    count = min(count, int(np.minimum(room, np.bincount(where)).sum()))
+    eligible = np.ones(len(where), np.bool_) if looked.eligible is None else looked.eligible
+    there = np.bincount(where[eligible], minlength=len(room))
+    count = min(count, int(np.minimum(room, there).sum()))
     count = count - count % multiple_of or count
     if not count:
         return np.zeros(0, np.int64)
     # Where seconds are full or hold no frames, no choice may be within `widest`.
     for bridged in (None, second):
         gaps = _Gaps(looked, count, widest, min(ends, widest / 2), bridged)
-        allowed = room[where] > 0
+        allowed = eligible & (room[where] > 0)
         for _ in range(_MOST_ROUNDS):
             chosen = gaps.best(count, allowed)
             if chosen is None:

@@ -9,19 +9,32 @@ import numpy.typing as npt
 
 from vllm_mm_ext.media.sampling.container_profile import Scores, baseline
 from vllm_mm_ext.media.sampling.coverage import Event
-from vllm_mm_ext.media.sampling.timeline import Indices, Times, gop_starts, is_leaf, shown_at
+from vllm_mm_ext.media.sampling.timeline import (
+    Indices,
+    Times,
+    gop_starts,
+    is_leaf,
+    is_reordered,
+    shown_at,
+)
 from vllm_mm_ext.media.types import PacketTable
 
 # Seconds between thumbnails. An event of 0.2 s holds at least one thumbnail, even where a cheaper
 # frame up to _EARLIER_S before the intended one is taken.
 STRIDE_S = 0.13
 _EARLIER_S = 0.07
+# The same for P frames and keyframes, which save all B frames: they lie at multiples of the time
+# between them, so that three in four moments still have a frame as near as that.
+_ANCHOR_S = 0.1
 # Thumbnails for each frame to choose, so that there is something to choose from: where the clip is
 # short, and where it is so long that not all of it is looked at every STRIDE_S.
 _CLOSE, _SPARSE = 8, 4
 # Most thumbnails of one window, or _SPARSE for each frame if these are more; each costs scaling and
 # a copy besides its decoding.
 MAX_THUMBNAILS = 960
+# Of the thumbnails, those whose frames can be chosen are _SPARSE for each frame to choose, but so
+# many at least, evenly spread. With all of them, footage is represented 1 % better.
+_FEWEST_ELIGIBLE = 128
 # A thumbnail is compared with thumbnails this many seconds before and after it, beyond the ends of
 # the events looked for (under a second).
 _REACH_S = 0.9
@@ -69,6 +82,27 @@ def plan(packets: PacketTable, score: Scores, count: int) -> Indices:
     return found
 
 
+def eligible(time: Times, count: int) -> npt.NDArray[np.bool_]:
+    """Which of the frames looked at can be chosen, if they show no event.
+
+    The pictures of these are kept until the choice is made, and memory for all pictures would cost
+    about as much as decoding them.
+
+    Args:
+        time: float64 ``[k]`` times of the frames looked at in seconds, increasing.
+        count: How many frames will be chosen.
+
+    Returns:
+        bool ``[k]``, true for ``count`` frames at least.
+    """
+    slots = max(_FEWEST_ELIGIBLE, _SPARSE * count)
+    if len(time) <= slots or time[-1] <= time[0]:
+        return np.ones(len(time), np.bool_)
+    slot = np.floor((time - time[0]) / (time[-1] - time[0]) * slots)
+    first = np.diff(slot, prepend=-1.0) > 0
+    return first if first.sum() >= count else np.ones(len(time), np.bool_)
+
+
 def _shown_evenly(time: Times, count: int) -> Indices:
     return shown_at(time, np.linspace(time[0], time[-1], count))
 
@@ -112,11 +146,18 @@ def _dense(packets: PacketTable, score: Scores, spread: Indices, capacity: int) 
 
 
 def _cheaper(packets: PacketTable, indices: Indices) -> Indices:
-    """``indices``, but for a leaf the frame before it if that is no leaf and hardly earlier."""
-    leaf, time = is_leaf(packets), packets.time
+    """``indices``, but for a B frame a frame that is hardly earlier and costs less to decode.
+
+    That is the P frame or keyframe before it, as B frames need not be decoded for those. Where
+    that is too early, it is the frame before it, if that one is referred to and this one is not.
+    """
+    time, leaf = packets.time, is_leaf(packets)
+    anchor = np.maximum.accumulate(np.where(is_reordered(packets), -1, np.arange(len(time))))
+    earlier = np.maximum(anchor[indices], 0)
     before = np.maximum(indices - 1, 0)
     better = leaf[indices] & ~leaf[before] & (time[indices] - time[before] <= _EARLIER_S)
-    return np.where(better, before, indices)
+    found = np.where(better, before, indices)
+    return np.where(time[indices] - time[earlier] <= _ANCHOR_S, earlier, found)
 
 
 def events(transient: Scores, count: int) -> list[Event]:

@@ -130,6 +130,12 @@ def is_leaf(packets: PacketTable) -> npt.NDArray[np.bool_]:
     return leaf
 
 
+def is_reordered(packets: PacketTable) -> npt.NDArray[np.bool_]:
+    """bool ``[n]``: B frames, decoded after a frame that is shown later."""
+    later = np.minimum.accumulate(packets.order[::-1])[::-1]
+    return np.asarray(packets.order > later)
+
+
 def gop_starts(packets: PacketTable) -> Indices:
     """int64 ``[g]`` index of the first frame of each GOP; the first is always 0."""
     starts = np.flatnonzero(packets.is_key).astype(np.int64)

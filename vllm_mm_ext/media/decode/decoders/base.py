@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -92,12 +93,14 @@ class Decoder(ABC):
         indices: npt.NDArray[np.int64],
         edge: int,
         threads: int,
+        keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
         """Make small gray pictures of frames, for motion scores.
 
         Args:
             path, info, indices, threads: As for ``decode``.
             edge: Longest edge in pixels (smaller sources are not enlarged).
+            keep: Those of the indices that are likely to be decoded next: see ``keep_bytes``.
 
         Returns:
             uint8 ``[n, h, w]``; a frame that could not be decoded repeats the one before it.
@@ -106,7 +109,7 @@ class Decoder(ABC):
             UnreadableMediaError, MediaTooLargeError: As ``decode``.
         """
         self._check(path, info)
-        return self._thumbnails(path, info, indices, edge, threads)
+        return self._thumbnails(path, info, indices, edge, threads, keep)
 
     def _check(self, path: str, info: MediaInfo) -> None:
         if self.kept is None:
@@ -133,6 +136,7 @@ class Decoder(ABC):
         indices: npt.NDArray[np.int64],
         edge: int,
         threads: int,
+        keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
         """As ``thumbnails``, of a file that was checked."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import av
@@ -64,9 +65,10 @@ class DecordDecoder(Decoder):
         indices: npt.NDArray[np.int64],
         edge: int,
         threads: int,
+        keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
         # decord always converts to RGB; PyAV reads the luma plane alone.
-        return PyAVDecoder(self._max_pixels).thumbnails(path, info, indices, edge, threads)
+        return PyAVDecoder(self._max_pixels).thumbnails(path, info, indices, edge, threads, keep)
 
 
 def check_suitable(info: MediaInfo) -> None:

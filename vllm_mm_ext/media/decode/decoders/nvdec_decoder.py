@@ -158,7 +158,8 @@ class NvdecDecoder(PyAVDecoder):
                 def fetched(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
                     emit(row, reader.fetch(frame), converter)
 
-                return read_planned(reader, table, plan_runs(table, part), fetched)
+                runs = plan_runs(table, part)
+                return read_planned(reader, table, runs, fetched, leave_out=False)
 
         parts = split_lanes(table, rows, lanes)
         if len(parts) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from vllm_mm_ext.media.decode.decoders.base import Decoder, thumbnail_size
-from vllm_mm_ext.media.decode.decoders.read_plan import keys_of, plan_runs, split_lanes
+from vllm_mm_ext.media.decode.decoders.read_plan import Run, keys_of, plan_runs, split_lanes
 from vllm_mm_ext.media.decode.decoders.reader import (
     Emit,
     Read,
@@ -24,6 +24,7 @@ from vllm_mm_ext.media.decode.decoders.reader import (
     read_in_order,
     read_planned,
 )
+from vllm_mm_ext.media.decode.left_out import LostReferencesError
 from vllm_mm_ext.media.decode.picture import write_gray, write_rgb
 from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PacketTable, PictureRules
 
@@ -91,6 +92,7 @@ class PyAVDecoder(Decoder):
         indices: npt.NDArray[np.int64],
         edge: int,
         threads: int,
+        keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
         video = info.video
         assert video is not None
@@ -98,10 +100,12 @@ class PyAVDecoder(Decoder):
         rows, where = np.unique(indices, return_inverse=True)
         small = np.zeros((len(rows), height, width), np.uint8)
         position = {row: i for i, row in enumerate(rows.tolist())}
+        kept = set(keep)
 
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
             write_gray(frame, converter, video, small[position[row]])
-            self._keep(row, frame)
+            if row in kept:
+                self._keep(row, frame)
 
         decoded = self._read(path, info, rows, emit, threads, set())
         self._kept = {row: frame for row, frame in self._kept.items() if row in decoded}
@@ -235,14 +239,18 @@ class _Pass:
             # To read past packets takes longer than a seek, but it cannot miss.
             plans.append([run._replace(seek=False) for run in runs])
         for plan in plans:
-            with Reader(
-                self.path, self.stream, self.max_pixels, threads, guess=self.guess
-            ) as reader:
+            try:
                 try:
-                    return read_planned(reader, self.table, plan, emit)
-                except SeekMissError:
-                    pass
+                    return self._planned(plan, emit, threads, leave_out=True)
+                except LostReferencesError:
+                    return self._planned(plan, emit, threads, leave_out=False)
+            except SeekMissError:
+                pass
         return Read(set(), set(), {run.key for run in runs}, set())
+
+    def _planned(self, plan: Sequence[Run], emit: Emit, threads: int, *, leave_out: bool) -> Read:
+        with Reader(self.path, self.stream, self.max_pixels, threads, guess=self.guess) as reader:
+            return read_planned(reader, self.table, plan, emit, leave_out=leave_out)
 
 
 def _only(is_key: npt.NDArray[np.bool_], rows: set[int]) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,10 @@ from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.read_plan import Run
 from vllm_mm_ext.media.decode.decoders.row_index import RowIndex
 from vllm_mm_ext.media.decode.geometry import decoder_of
+from vllm_mm_ext.media.decode.left_out import FFmpegReferences, needed_pictures
 from vllm_mm_ext.media.decode.packets import demux
+from vllm_mm_ext.media.decode.references import References
+from vllm_mm_ext.media.sampling.timeline import is_leaf, is_reordered
 from vllm_mm_ext.media.types import PacketTable
 
 # Receives a decoded frame: row of the packet table, picture, converter of the calling thread.
@@ -29,6 +32,9 @@ _PATIENCE = 32
 # The reader asks for a frame this many rows before the keyframe after the first miss, more than
 # codecs reorder, and twice as many after each further one.
 _FIRST_STEP_BACK = 8
+# Packets that are read before the first of them is decoded, to know which ones others refer to;
+# fewer where they are large.
+_LOOK_AHEAD, _LOOK_AHEAD_BYTES = 128, 8 << 20
 
 
 class SeekMissError(Exception):
@@ -113,6 +119,12 @@ class Reader:
         """Have the next ``read`` return this packet again."""
         self._unread = packet
 
+    def references(self) -> References | None:
+        """A reader of references for the stream's packets, where the codec has one."""
+        codec = self._stream.codec_context
+        known = codec.codec.canonical_name == "h264"
+        return References(codec.extradata or b"") if known else None
+
     def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
         """Give the decoder a packet.
 
@@ -178,7 +190,9 @@ class Reader:
         self.seek(pts, key)
 
 
-def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: Emit) -> Read:
+def read_planned(
+    reader: Reader, table: PacketTable, runs: Sequence[Run], emit: Emit, *, leave_out: bool
+) -> Read:
     """Decode runs of packets and check that the decoder returns what the packet table says.
 
     Args:
@@ -186,12 +200,17 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
         table: Its packet table, with exact timestamps.
         runs: What to decode, in file order.
         emit: Receives the wanted frames, and perhaps wrong ones for rows that are not returned.
+        leave_out: Leave out B pictures that no wanted one refers to, though others do.
 
     Raises:
         SeekMissError: The place of a run was not found.
+        LostReferencesError: What was left out would make pictures wrong.
     """
     index = RowIndex(table)
     read = Read(set(), set(), set(), set())
+    # B pictures that others refer to: most are decoded for nothing.
+    in_pyramids = is_reordered(table) & ~is_leaf(table)
+    references = reader.references() if leave_out and in_pyramids.any() else None
     for number, run in enumerate(runs):
         if number:
             reader.flush()
@@ -201,7 +220,8 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
         decoded: set[int] = set()
         shown: set[int] = set()
         began = run.start == 0
-        for frame in _frames_of(reader, run, index, wanted):
+        packets = _packets_of(reader, run, index, wanted)
+        for frame in _frames_of(reader, packets, references):
             row, _ = index.place(frame.pts)
             began = began or (row == run.key and frame.key_frame)
             if row in wanted and row not in decoded:
@@ -218,8 +238,10 @@ def read_planned(reader: Reader, table: PacketTable, runs: Sequence[Run], emit: 
     return read
 
 
-def _frames_of(reader: Reader, run: Run, index: RowIndex, wanted: set[int]) -> Iterator[VideoFrame]:
-    """All frames that the decoder returns for the packets of a run."""
+def _packets_of(
+    reader: Reader, run: Run, index: RowIndex, wanted: set[int]
+) -> Iterator[tuple[Packet[Any], bool]]:
+    """All packets of a run, and whether each is needed for itself."""
     at, needed = -1, False
     packet = first_packet(reader, run, index)
     while packet is not None:
@@ -228,13 +250,54 @@ def _frames_of(reader: Reader, run: Run, index: RowIndex, wanted: set[int]) -> I
             at, needed = place, row in wanted or place == run.start
         if at > run.stop:
             reader.unread(packet)
-            break
+            return
         # A packet that has no row belongs to the picture before it: the second of two fields.
-        yield from reader.decode(packet, needed=needed)
+        yield packet, needed
         if row < 0 and at == run.stop:
-            break
+            return
         packet = reader.read()
+
+
+def _frames_of(
+    reader: Reader, packets: Iterator[tuple[Packet[Any], bool]], references: References | None
+) -> Iterator[VideoFrame]:
+    """All frames that the decoder returns for the packets of a run.
+
+    Args:
+        reader: The decoder.
+        packets: From ``_packets_of``.
+        references: Tells which pictures others refer to; None: that is left to the decoder.
+    """
+    if references is None:
+        for packet, needed in packets:
+            yield from reader.decode(packet, needed=needed)
+    else:
+        references.restart()
+        decoder = FFmpegReferences()
+        while batch := _batch(packets):
+            wanted = [needed for _, needed in batch]
+            pictures = [references.read(memoryview(p), wanted=needed) for p, needed in batch]
+            marks = needed_pictures(pictures, wanted, references.held)
+            for (packet, needed), picture, mark in zip(batch, pictures, marks, strict=True):
+                given, right = mark
+                if picture is not None:
+                    decoder.follow(picture, given=given, right=right)
+                if given:
+                    yield from reader.decode(packet, needed=needed)
     yield from reader.decode(None)
+
+
+def _batch(packets: Iterator[tuple[Packet[Any], bool]]) -> list[tuple[Packet[Any], bool]]:
+    """The next packets, as far as may be looked ahead."""
+    batch: list[tuple[Packet[Any], bool]] = []
+    num_bytes = 0
+    while len(batch) < _LOOK_AHEAD and num_bytes < _LOOK_AHEAD_BYTES:
+        item = next(packets, None)
+        if item is None:
+            break
+        batch.append(item)
+        num_bytes += item[0].size
+    return batch
 
 
 def first_packet(reader: Reader, run: Run, index: RowIndex) -> Packet[Any] | None:
