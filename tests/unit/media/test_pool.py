@@ -29,8 +29,8 @@ from vllm_mm_ext.errors import (
     MediaTooLongError,
     NoSuchStreamError,
 )
-from vllm_mm_ext.media.decode import conversation, wire
 from vllm_mm_ext.media.decode import pool as pool_module
+from vllm_mm_ext.media.decode import wire, worker_talk
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.decode.worker import _SharedAllocator
@@ -334,7 +334,7 @@ async def test_nobody_hears_the_size_of_a_job_that_was_given_up(fd, monkeypatch)
         assert go_on.wait(60)
 
     monkeypatch.setattr(pool_module, "WorkerProcess", SizingWorker)
-    monkeypatch.setattr(conversation, "check_reservation", late)
+    monkeypatch.setattr(worker_talk, "check_reservation", late)
     pool = DecodePool(workers=1, threads=1)
     try:
         job = asyncio.create_task(pool.run(fd, wanting(0), sized.append))

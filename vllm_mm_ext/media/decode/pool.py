@@ -17,10 +17,10 @@ from vllm_mm_ext.errors import (
     DecodeTimeoutError,
     MediaError,
 )
-from vllm_mm_ext.media.decode.conversation import WorkerDiedError, converse
 from vllm_mm_ext.media.decode.pool_jobs import Job, Lane
 from vllm_mm_ext.media.decode.pool_queue import next_job
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
+from vllm_mm_ext.media.decode.worker_talk import WorkerDiedError, converse
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
 # Past this, more workers or threads gain little on one request and cost memory.

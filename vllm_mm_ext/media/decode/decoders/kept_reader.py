@@ -45,7 +45,7 @@ class KeptReader:
     Args:
         path: The file, which must stay what it is.
         stream: Index of its video stream.
-        table: Its packet table. Where its timestamps are not exact, rows are counted, and the file is
+        table: Its packet table. Where timestamps are not exact, rows are counted, and the file is
             decoded from its start.
         max_pixels: Most pixels of a picture.
         threads: Decoding threads.
