@@ -202,7 +202,7 @@ def test_frames_at_hand_from_thumbnails_are_not_decoded_again(tmp_path, request,
     path = clip(tmp_path, "h264-bframes")
     info = probe(path, LIMITS)
     decoder = nvdec(keep_bytes=1 << 30)
-    small = decoder.thumbnails(path, info, np.array([2, 30, 60]), 160, 2)
+    small = decoder.thumbnails(path, info, np.array([2, 30, 60]), 160, 2, [2, 30, 60])
     assert [read_stamp(picture) for picture in small] == [2, 30, 60]
     ours, _ = decode(decoder, path, [2, 60])
     assert decoder.name == "nvdec"
