@@ -47,7 +47,7 @@ def sequential(study: Study) -> list[Row]:
     ]
     rows = []
     with serve_both(
-        checkpoint("qwen2_5_vl"), args=args, additional_config={"mm_ext": settings}
+        checkpoint("qwen2_5_vl"), args=args, additional_config={"mm_ext": settings}, timeout_s=900
     ) as (stock, plugin):
         # The first video request of a server pays for lazy imports and worker starts.
         for server in (stock, plugin):
