@@ -25,10 +25,15 @@ def ten_minutes_720p(work_dir: Path) -> Path:
 
     One minute, repeated by copying its packets: what a decoder has to do is the same.
     """
-    minute = cached_clip(work_dir, width=1280, height=720, duration=60.0, gop=60)
-    target = work_dir / "media" / f"{minute.stem}-x10.mp4"
+    return minutes_720p(work_dir, 10, gop=60)
+
+
+def minutes_720p(work_dir: Path, minutes: int, *, gop: int = 250) -> Path:
+    """The same, of any length, a keyframe every ``gop`` frames."""
+    minute = cached_clip(work_dir, width=1280, height=720, duration=60.0, gop=gop)
+    target = work_dir / "media" / f"{minute.stem}-x{minutes}.mp4"
     if not target.exists():
-        _repeat(minute, target, 10)
+        _repeat(minute, target, minutes)
     return target
 
 
