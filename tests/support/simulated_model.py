@@ -73,6 +73,7 @@ class SimulatedModel:
         return key
 
     def may_keep(self, window: Window) -> bool:
+        del window
         return self.may_be_kept
 
     def known_window_key(self, window: Window, look: Look) -> str | None:
