@@ -32,6 +32,7 @@ class SimulatedModel:
         fails: Whether the model fails on a window.
         fails_on_text: Whether it fails on prompts without a window.
         delays: Turns of the event loop until a reply; 0 for some turns, other ones for each ask.
+        may_be_kept: Replies may be kept for later requests.
         context_tokens: Most tokens of a prompt of text and its reply; more is an AssertionError.
     """
 
@@ -42,6 +43,7 @@ class SimulatedModel:
     select: Callable[[str], str] | None = None
     fails: Callable[[Window], bool] = lambda _: False
     fails_on_text: bool = False
+    may_be_kept: bool = True
     context_tokens: int = 4096
     identity: str = "simulated"
     seed: int = 0
@@ -69,6 +71,10 @@ class SimulatedModel:
         shown = [(time - window.start, text) for time, text in self._shown(window)]
         key = self.known[window, look] = repr((window.end - window.start, look, shown))
         return key
+
+    def may_keep(self, window: Window) -> bool:
+        del window
+        return self.may_be_kept
 
     def known_window_key(self, window: Window, look: Look) -> str | None:
         return self.known.get((window, look))

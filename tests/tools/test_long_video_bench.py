@@ -24,6 +24,7 @@ from vllm_mm_ext.tools.bench.long_video_client import (
 from vllm_mm_ext.tools.bench.long_video_files import TASKS, Films
 from vllm_mm_ext.tools.bench.long_video_parts import (
     Study,
+    accuracy,
     accuracy_rows,
     is_right,
     repeat_rows,
@@ -137,6 +138,24 @@ def test_an_answer_is_right_when_it_says_exactly_what_is_true() -> None:
     question = Question("when", "When is the blue flash?", "0:28:52")
     assert is_right(question, " 0:28:52.\n")
     assert not is_right(question, "at 0:28:52")
+
+
+def test_search_is_asked_apart_so_that_it_reads_no_notes_of_other_strategies(
+    tmp_path: Path,
+) -> None:
+    salts: dict[str, set[str | None]] = {}
+
+    class Noted:
+        def ask(self, *_: Any, salt: str | None, options: Any) -> LongAnswer:
+            salts.setdefault(options["long_video"]["strategy"], set()).add(salt)
+            return answer("red")
+
+    asker: Any = Noted()
+    accuracy(Study(BenchContext(1, tmp_path), Films(tmp_path), [1], 2, True, asker))
+    (of_search,) = salts.pop("search")
+    assert of_search is not None
+    assert len(salts) == 4
+    assert not any(of_search in others for others in salts.values())
 
 
 def test_accuracy_has_a_row_per_strategy_and_task_beside_the_single_pass() -> None:

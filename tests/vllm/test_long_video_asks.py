@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from hypothesis import given
@@ -21,9 +24,15 @@ from vllm_mm_ext.adapters.long_video.ask_requests import (
     restrict,
 )
 from vllm_mm_ext.adapters.long_video.chat_chunks import Head, joined, with_cost, without_text
+from vllm_mm_ext.adapters.long_video.engine_model import EngineModel
+from vllm_mm_ext.adapters.long_video.survey import Survey
 from vllm_mm_ext.config.options import RequestOptions
 from vllm_mm_ext.config.quality_settings import BoundSettings
+from vllm_mm_ext.config.report_settings import ReportsConfig
+from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.long_video.asking import Ask, Cost, Look, Window
+from vllm_mm_ext.media.cache import ByteBudgetCache
+from vllm_mm_ext.request.context import RequestContext
 from vllm_mm_ext.testing.checkpoints.tiny_tokenizer import chatml_template, make_tokenizer
 
 WINDOW = Window(0, 3, 84.0, 114.0)
@@ -36,7 +45,8 @@ CLIENT = ChatCompletionRequest(
     max_tokens=50,
     stop=["."],
     cache_salt="salt",
-    chat_template_kwargs={"enable_thinking": False},
+    chat_template_kwargs={"language": "de"},
+    reasoning_effort="none",
 )
 CHOICES = {"yes": [1, 2], "no": [3]}
 
@@ -56,12 +66,53 @@ def test_a_prompt_is_sent_for_the_clients_model_and_salt_but_greedily() -> None:
     ask = Ask(WINDOW, Look("note"), ("Before.", "Note."), max_tokens=20)
     made = request_for(ask, CLIENT, "file:///a.mp4", session="s", priority=10)
     assert (made.model, made.cache_salt, made.session_id) == ("adapter", "salt", "s")
-    assert made.chat_template_kwargs == {"enable_thinking": False}
+    assert made.chat_template_kwargs == {"language": "de"}
+    assert made.reasoning_effort == "none", "else a model thinks where it was told not to"
     assert (made.n, made.temperature, made.stop, made.max_completion_tokens) == (1, 0.0, [], 20)
     assert made.priority == 10
     (message,) = made.messages
     kinds = [part["type"] for part in message["content"]]
     assert kinds == ["video_url", "text", "text"]
+
+
+def model_of(salt: str | None, reports: ReportsConfig, *, storable: bool = True) -> EngineModel:
+    """A model that knows the digest of ``WINDOW``."""
+    config = MMExtConfig(reports=reports)
+    keys: ByteBudgetCache[str, str] = ByteBudgetCache(9, lambda _: 1)
+    content: Any = SimpleNamespace(digest="file", storable=storable)
+    serving = SimpleNamespace(
+        renderer=None, model_config=SimpleNamespace(mm_ext_settings=config, max_model_len=9)
+    )
+    model = EngineModel(
+        serving,
+        AsyncMock(),
+        CLIENT.model_copy(update={"cache_salt": salt}),
+        RequestContext(),
+        Survey(("file:///a.mp4",) * 4, (content,) * 4, (200.0,) * 4, False, 99),
+        window_keys=keys,
+        session=None,
+        priority=0,
+    )
+    keys.put(model._place(WINDOW, Look("note"), "file"), "digest")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("salt", "cache_hits", "expected"),
+    [(None, False, None), ("salt", False, "digest"), (None, True, "digest")],
+)
+async def test_notes_that_others_may_have_asked_for_change_no_answer_unless_hits_are_told(
+    salt: str | None, cache_hits: bool, expected: str | None
+) -> None:
+    model = model_of(salt, ReportsConfig(cache_hits=cache_hits))
+    assert model.known_window_key(WINDOW, Look("note")) == expected
+    assert await model.window_key(WINDOW, Look("note")) == "digest", "not decoded again"
+
+
+@pytest.mark.parametrize("storable", [True, False])
+def test_nothing_is_kept_of_a_video_whose_origin_forbids_it(storable: bool) -> None:
+    model = model_of("salt", ReportsConfig(), storable=storable)
+    assert model.may_keep(WINDOW) is storable
 
 
 def test_a_choice_is_one_token_among_those_allowed() -> None:

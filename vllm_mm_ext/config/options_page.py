@@ -101,6 +101,8 @@ own prompt, in which notes stand for the videos. `usage` has the sum of both.
 | `long_video.windows[].cost` | `prompt_tokens` and `completion_tokens` of its prompts. |
 | `long_video.failed[]`, `left_out[]` | Windows that failed, and those past a limit on tokens or \
 time. |
+| `long_video.thinned` | There was no room for all notes that may matter: some, evenly over the \
+video, were left out of the answer's prompt. |
 | `long_video.cited[]` | Times that the answer names, in seconds. |
 | `long_video.cost` | Of all prompts before the answer. |
 

@@ -156,5 +156,11 @@ class Model(Protocol):
             AskFailedError: The window cannot be read.
         """
 
+    def may_keep(self, window: Window) -> bool:
+        """Whether replies about a window may be kept for later requests."""
+
     def known_window_key(self, window: Window, look: Look) -> str | None:
-        """The same digest where it is known without decoding, else None."""
+        """The same digest where it is known without decoding, else None.
+
+        None also where this request may not be told what earlier requests asked.
+        """

@@ -203,6 +203,8 @@ class Looks:
             self._largest_prompt = max(self._largest_prompt, reply.cost.prompt_tokens)
             return reply
 
+        if not self.model.may_keep(window):
+            return await send(), False
         key = self._key(await self.model.window_key(window, look), ask)
         reply, is_kept = await self._store.reply(key, send)
         if is_kept:

@@ -114,8 +114,8 @@ def _refused(name: str, value: float, valid: str) -> OptionBoundError:
 def _checked(number: int, duration: float | None) -> float:
     if duration is None or not math.isfinite(duration) or duration <= 0:
         raise MediaError(
-            f"Video {number + 1} does not tell how long it is, so it has no windows. Without "
-            f"mm_ext.long_video it can be asked about in one prompt.",
+            f"Video {number + 1} does not tell how long it is, so it has no windows. With "
+            f"{_PATH}strategy = 'single' it can be asked about in one prompt.",
             parameter="video_url",
         )
     return duration

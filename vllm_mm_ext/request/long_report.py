@@ -53,6 +53,7 @@ class LongVideoReport:
             "windows": [self._window(seen) for seen in outcome.windows],
             "failed": [_place(seen.window) for seen in outcome.windows if seen.failed],
             "left_out": [_place(window) for window in outcome.left_out],
+            "thinned": outcome.is_thinned,
             "cited": times_in("\n".join(map("".join, self.answer.values()))),
             "cost": self._cost(self.cost),
         }

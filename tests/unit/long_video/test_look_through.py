@@ -167,6 +167,15 @@ async def test_search_uses_the_notes_that_an_earlier_question_left_beside_its_wi
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_replies_that_may_not_be_kept_are_not(strategy: UsedStrategy) -> None:
+    model, store = SimulatedModel([planted(600, 7)], may_be_kept=False), NoteStore(1 << 24, 3600)
+    first = await look(task(strategy, 600.0), model, store)
+    assert len(store) == 0
+    second = await look(task(strategy, 600.0), model, store)
+    assert (second.evidence, second.cost) == (first.evidence, first.cost)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_a_window_that_fails_is_named_and_the_others_answer(strategy: UsedStrategy) -> None:
     model = SimulatedModel([planted(600, 7)], fails=lambda window: window.number in (3, 4))
     outcome = await look(task(strategy, 600.0), model)

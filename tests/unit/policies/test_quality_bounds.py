@@ -27,6 +27,7 @@ BOUNDS = BoundSettings(max_total_tokens=4000, min_resolution=112)
         ({"min_frames": 800}, "mm_ext.min_frames"),
         ({"floor": {"frames": 800}}, "mm_ext.floor.frames"),
         ({"floor": {"fps": 9.0}}, "mm_ext.floor.fps"),
+        ({"long_video": {"fps": 9.0}}, "mm_ext.long_video.fps = 9.0: .* at most 8.0"),
         ({"resolution": 4096}, "mm_ext.resolution = 4096: .* at most 2048"),
         ({"resolution": 100}, "mm_ext.resolution = 100: .* at least 112"),
         ({"total_tokens": 5000}, "mm_ext.total_tokens = 5000: .* at most 4000"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,12 @@ def test_a_window_is_told_with_what_is_known_of_it() -> None:
     assert "note" not in second
     assert (second["relevance"], second["close"]) == (0.25, True)
     assert [place["window"] for place in block(True)["left_out"]] == [2]
+
+
+@pytest.mark.parametrize("is_thinned", [True, False])
+def test_notes_for_which_there_was_no_room_are_told(is_thinned: bool) -> None:
+    report = LongVideoReport("search", False, replace(OUTCOME, is_thinned=is_thinned))
+    assert report.block()["thinned"] is is_thinned
 
 
 def test_where_cache_hits_are_told_a_kept_note_costs_nothing() -> None:

@@ -21,6 +21,7 @@ _KEPT = (
     "media_io_kwargs",
     "chat_template",
     "chat_template_kwargs",
+    "reasoning_effort",
 )
 
 

@@ -92,6 +92,7 @@ class EngineModel:
             client.cache_salt,
             client.chat_template,
             client.chat_template_kwargs,
+            client.reasoning_effort,
             client.mm_processor_kwargs,
         )
         return str(blake3(repr(parts).encode()).hexdigest())
@@ -125,8 +126,7 @@ class EngineModel:
         Raises:
             AskFailedError: The window cannot be read; the message is vLLM's.
         """
-        known = self.known_window_key(window, look)
-        if known is not None:
+        if (known := self._known(window, look)) is not None:
             return known
         made = await _alone(self._decoded(window, look))
         if not isinstance(made, str):
@@ -134,7 +134,20 @@ class EngineModel:
         return made
 
     def known_window_key(self, window: Window, look: Look) -> str | None:
-        """The same digest where it is known without decoding, else None."""
+        """The same digest where it is known without decoding, else None.
+
+        Without a cache salt the notes may be those that another client asked for. That there are
+        any is a cache hit, which clients are told only where the operator lets them.
+        """
+        told = self._client.cache_salt or self._settings.reports.cache_hits
+        return self._known(window, look) if told else None
+
+    def may_keep(self, window: Window) -> bool:
+        """Whether the origin of the video allows to keep what comes of it."""
+        storable: bool = self._survey.contents[window.video].storable
+        return storable
+
+    def _known(self, window: Window, look: Look) -> str | None:
         return self._window_keys.get(
             self._place(window, look, self._survey.contents[window.video].digest)
         )
@@ -231,8 +244,7 @@ class EngineModel:
         runtime = runtime_of(self._renderer)
         with content.in_use():
             digest = await runtime.run(runtime.frontend.window_key(content, video_plan))
-        if content.storable:
-            self._window_keys.put(self._place(window, look, content.digest), digest)
+        self._window_keys.put(self._place(window, look, content.digest), digest)
         return digest
 
 

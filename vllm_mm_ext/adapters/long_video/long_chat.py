@@ -19,8 +19,6 @@ from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
-from vllm_mm_ext.config.quality_settings import BoundSettings
-from vllm_mm_ext.errors import OptionBoundError
 from vllm_mm_ext.long_video.asking import AskFailedError, filled
 from vllm_mm_ext.long_video.looking import Progress
 from vllm_mm_ext.long_video.question_kind import strategy_for
@@ -84,7 +82,6 @@ async def _prepared(
     """
     config = vllm_compat.settings_of(serving.model_config)
     settings = config.long_video
-    _check_rate(asked, config.quality.bounds)
     found = await _surveyed(context, serving, request, asked)
     if found is None:
         return None
@@ -158,16 +155,6 @@ def asked_of(
             "fps": context.options.fps if asked.fps is None else asked.fps,
         }
     )
-
-
-def _check_rate(asked: LongVideoOptions, bounds: BoundSettings) -> None:
-    if asked.fps is not None and asked.fps > bounds.max_fps:
-        key = f"{KEY}.long_video.fps"
-        raise OptionBoundError(
-            f"{key} = {asked.fps!r}: this server allows at most {bounds.max_fps}",
-            parameter=key,
-            value=asked.fps,
-        )
 
 
 async def _surveyed(
@@ -302,8 +289,11 @@ class _LongChat:
             yield chat_chunks.DONE
         finally:
             looking.cancel()
-            await asyncio.wait([looking])
-            self._place.leave()
+            try:
+                await asyncio.wait([looking])
+            finally:
+                # Starlette may cancel a stream more than once.
+                self._place.leave()
 
     async def _looked(self, progress: Callable[[Progress], None]) -> Any:
         """What looking at the windows gave; vLLM's ``ErrorResponse`` where all failed."""

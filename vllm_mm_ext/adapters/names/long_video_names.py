@@ -54,6 +54,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
             "mm_processor_kwargs",
             "model",
             "priority",
+            "reasoning_effort",
             "request_id",
             "return_tokens_as_token_ids",
             "session_id",

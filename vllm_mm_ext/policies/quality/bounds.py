@@ -20,10 +20,11 @@ def check_bounds(options: RequestOptions, bounds: BoundSettings) -> None:
     Raises:
         OptionBoundError: An option is past its bound; the message names option, value and bound.
     """
-    floor = options.floor
+    floor, windows = options.floor, options.long_video
     at_most: list[tuple[str, float | None, float]] = [
         ("fps", options.fps, bounds.max_fps),
         ("floor.fps", floor.fps, bounds.max_fps),
+        ("long_video.fps", None if windows is None else windows.fps, bounds.max_fps),
         ("min_frames", options.min_frames, bounds.max_frames),
         ("max_frames", options.max_frames, bounds.max_frames),
         ("floor.frames", floor.frames, bounds.max_frames),
