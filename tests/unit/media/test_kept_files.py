@@ -261,7 +261,7 @@ def test_a_gpu_is_for_the_jobs_that_may_use_one_and_open_files_are_spared() -> N
 
     def best(with_gpu: bool, now: float) -> tuple[HeldFiles, bool]:
         workers = [(free, False), (reading, False), (reading, True)]
-        return max(workers, key=lambda one: fitness(*one, with_gpu, now))
+        return max(workers, key=lambda one: fitness(one[0], one[1], with_gpu, now))
 
     assert best(True, 101.0) == (reading, True)
     assert best(False, 101.0) == (free, False)

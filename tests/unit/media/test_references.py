@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -47,7 +48,7 @@ def encode(path: Path, parameters: str) -> Path:
     return path
 
 
-def packets_of(path: Path) -> tuple[list[Packet], bytes]:
+def packets_of(path: Path) -> tuple[list[Packet[Any]], bytes]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -185,16 +186,16 @@ def test_headers_are_read_with_the_parameter_sets_that_hold_from_a_packet_on(
     (tmp_path / "joined.flv").write_bytes(one.read_bytes() + other.read_bytes()[13:])
     joined, extradata = packets_of(tmp_path / "joined.flv")
     assert len(joined) == 2 * COUNT
-    given: list[Packet] = []
+    given: list[Packet[Any]] = []
 
     class Counter(Reader):
         def __init__(self) -> None: ...
 
-        def decode(self, packet: Packet | None, *, needed: bool = True) -> list[av.VideoFrame]:
+        def decode(self, packet: Packet[Any] | None, **_: bool) -> list[av.VideoFrame]:
             given.extend([] if packet is None else [packet])
             return []
 
-    def count(packets: Sequence[Packet], extradata: bytes) -> int:
+    def count(packets: Sequence[Packet[Any]], extradata: bytes) -> int:
         given.clear()
         marked = ((packet, number == 0) for number, packet in enumerate(packets))
         list(_frames_of(Counter(), marked, References(extradata)))
