@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.decode.decoders import get_decoder
 from vllm_mm_ext.media.decode.decoders.kept_reader import KeptReader
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import _Pass
 from vllm_mm_ext.media.decode.decoders.reader import Reader
@@ -23,6 +24,7 @@ from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.open_files import KEEP_S, MOST_FILES, OpenFile, OpenFiles
 from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.decode.pool_queue import PATIENCE_S, HeldFiles, Place, fitness, next_job
+from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.types import (
     DecodeLimits,
     DecodeRequest,
@@ -136,6 +138,24 @@ def test_pictures_that_do_not_fit_are_decoded_again(
         for start in (0.0, 3.0, 6.0):
             request = job(start, "adaptive")
             assert_same(run_job(kept.path, request, kept=kept), run_job(str(path), request))
+
+
+@pytest.mark.parametrize(("name", "stays_open"), [("long.mp4", True), ("raw.h264", False)])
+def test_no_second_pass_is_needed_for_unlikely_frames_where_it_would_be_dear(
+    clips: dict[str, Path], name: str, stays_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows = str(clips[name]), np.arange(30, 60, 5)
+    info, decoder = (
+        probe(path, DecodeLimits()),
+        get_decoder("pyav", max_pixels=10**7, keep_bytes=10**8),
+    )
+    with clips[name].open("rb") as file, contextlib.closing(OpenFile(file.fileno())) as kept:
+        if stays_open:
+            decoder.kept = kept.video(info, job(1.0))
+        decoder.thumbnails(path, info, rows, 64, 1, keep=())
+        monkeypatch.setattr(Reader, "decode", lambda *_, **__: pytest.fail("a second pass"))
+        out = np.empty((len(rows), 90, 160, 3), np.uint8)
+        assert len(decoder.decode(path, info, rows, (90, 160), out, 1)) == len(rows)
 
 
 # --- in a pool ------------------------------------------------------------------------------------
