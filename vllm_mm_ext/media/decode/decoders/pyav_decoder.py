@@ -101,8 +101,8 @@ class PyAVDecoder(Decoder):
         rows, where = np.unique(indices, return_inverse=True)
         small = np.zeros((len(rows), height, width), np.uint8)
         position = {row: i for i, row in enumerate(rows.tolist())}
-        # A second pass over a file that stays open would be a seek; over one that has to be read from
-        # its start, it would be all that comes before.
+        # A second pass over a file that stays open would be a seek; over one that has to be read
+        # from its start, it would be all that comes before.
         kept = set(keep) if table.exact and self.kept is None else set(position)
 
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
