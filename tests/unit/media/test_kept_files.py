@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from hypothesis import strategies as st
 
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.decode import pool_queue
+from vllm_mm_ext.media.decode.decoders import get_decoder
 from vllm_mm_ext.media.decode.decoders.kept_reader import KeptReader
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import _Pass
 from vllm_mm_ext.media.decode.decoders.reader import Reader
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.open_files import KEEP_S, MOST_FILES, OpenFile, OpenFiles
 from vllm_mm_ext.media.decode.pool import DecodePool
-from vllm_mm_ext.media.decode.pool_queue import PATIENCE_S, HeldFiles, Place, next_job
+from vllm_mm_ext.media.decode.pool_queue import PATIENCE_S, HeldFiles, Place, fitness, next_job
+from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.types import (
     DecodeLimits,
     DecodeRequest,
@@ -138,6 +141,24 @@ def test_pictures_that_do_not_fit_are_decoded_again(
             assert_same(run_job(kept.path, request, kept=kept), run_job(str(path), request))
 
 
+@pytest.mark.parametrize(("name", "stays_open"), [("long.mp4", True), ("raw.h264", False)])
+def test_no_second_pass_is_needed_for_unlikely_frames_where_it_would_be_dear(
+    clips: dict[str, Path], name: str, stays_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rows = str(clips[name]), np.arange(30, 60, 5)
+    info, decoder = (
+        probe(path, DecodeLimits()),
+        get_decoder("pyav", max_pixels=10**7, keep_bytes=10**8),
+    )
+    with clips[name].open("rb") as file, contextlib.closing(OpenFile(file.fileno())) as kept:
+        if stays_open:
+            decoder.kept = kept.video(info, job(1.0))
+        decoder.thumbnails(path, info, rows, 64, 1, keep=())
+        monkeypatch.setattr(Reader, "decode", lambda *_, **__: pytest.fail("a second pass"))
+        out = np.empty((len(rows), 90, 160, 3), np.uint8)
+        assert len(decoder.decode(path, info, rows, (90, 160), out, 1)) == len(rows)
+
+
 # --- in a pool ------------------------------------------------------------------------------------
 
 
@@ -213,6 +234,22 @@ def test_a_worker_keeps_a_few_files_open_and_no_more(clips: dict[str, Path]) -> 
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_busy_worker_lets_go_of_a_file_that_no_job_is_about(clips: dict[str, Path]) -> None:
+    before, files = len(os.listdir("/proc/self/fd")), OpenFiles()
+    now = time.monotonic()
+    with clips["long.mp4"].open("rb") as file:
+        for content in ("x", "y"):
+            assert files.of(job(0.0, content=content), file.fileno()) is not None
+    files.close_unused(job(0.0, content="y"), now + KEEP_S / 2)
+    assert len(files) == 2
+    files.close_unused(DecodeRequest(probe_only=True), now + KEEP_S + 1.0)
+    assert len(files) == 1
+    files.close_unused(job(0.0, content="y"), now + 2 * KEEP_S)
+    assert len(files) == 1
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 # --- the queue ------------------------------------------------------------------------------------
 
 
@@ -239,3 +276,17 @@ def test_spans_of_one_file_are_read_forwards(starts: list[float], at: float) -> 
         read.append(place.start)
     ahead = sorted(start for start in starts if start >= at)
     assert read == ahead + sorted(start for start in starts if start < at)
+
+
+def test_a_gpu_is_for_the_jobs_that_may_use_one_and_open_files_are_spared() -> None:
+    reading, free = HeldFiles(), HeldFiles()
+    reading.use(Place("a"), 100.0)
+
+    def best(with_gpu: bool, now: float) -> tuple[HeldFiles, bool]:
+        workers = [(free, False), (reading, False), (reading, True)]
+        return max(workers, key=lambda one: fitness(one[0], one[1], with_gpu, now))
+
+    assert best(True, 101.0) == (reading, True)
+    assert best(False, 101.0) == (free, False)
+    # Files that a worker has closed by itself count no more.
+    assert fitness(reading, False, False, 100.0 + KEEP_S) == fitness(free, False, False, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,6 +15,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from vllm_mm_ext.media.decode.decoders import get_decoder
+from vllm_mm_ext.media.decode.decoders.reader import Reader, _frames_of
 from vllm_mm_ext.media.decode.left_out import (
     FFmpegReferences,
     LostReferencesError,
@@ -46,7 +48,7 @@ def encode(path: Path, parameters: str) -> Path:
     return path
 
 
-def packets_of(path: Path) -> tuple[list[Packet], bytes]:
+def packets_of(path: Path) -> tuple[list[Packet[Any]], bytes]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -140,3 +142,63 @@ def test_damaged_packets_are_left_to_the_decoder(tmp_path: Path) -> None:
         references.read(memoryview(bytes(broken)), wanted=True)
     for headers in (b"", b"\1\2\3", extradata[:20], b"\0\0\1\x67"):
         assert References(headers).read(memoryview(b"\0\0\0\1\x65"), wanted=True) is None
+
+
+def bits_of(*codes: int | str) -> bytes:
+    """A unit: Exp-Golomb codes of the numbers, and the bits of the texts, after its first byte."""
+    text = "".join(
+        code if isinstance(code, str) else f"{code + 1:0{2 * (code + 1).bit_length() - 1}b}"
+        for code in codes
+    )
+    text += "1" + "0" * (-(len(text) + 1) % 8)
+    return int(text, 2).to_bytes(len(text) // 8, "big")
+
+
+def parameter_sets(num_refs: int) -> bytes:
+    """Of the baseline profile, with frame numbers and places of four bits."""
+    sps = bits_of("01000010" + "0" * 16, 0, 0, 0, 0, num_refs, "0", 0, 0, "1")
+    pps = bits_of(0, 0, "00", 0, 0, 0, "000", 0, 0, 0, "000")
+    return b"\0\0\1\x67" + sps + b"\0\0\1\x68" + pps
+
+
+@pytest.mark.parametrize("num_refs", [1, 4, 1 << 31])
+@pytest.mark.parametrize("marking", ["0", "11"])
+def test_no_stream_makes_more_references_than_the_standard_allows(
+    num_refs: int, marking: str
+) -> None:
+    references = References(parameter_sets(num_refs))
+    idr = b"\0\0\1\x65" + bits_of(0, 7, 0, "0000", 0, "0000", "00")
+    known = references.read(memoryview(idr), wanted=True) is not None
+    assert known == (num_refs <= 16)
+    for number in range(1, 40):
+        # A P picture that others refer to; with "11" it tells to let go of none.
+        header = bits_of(0, 5, 0, f"{number % 16:04b}", f"{number % 8 * 2:04b}", "00", marking)
+        picture = references.read(memoryview(b"\0\0\1\x41" + header + b"\x80" * 8), wanted=True)
+        assert len(references.held) <= 16
+        assert (picture is not None) == (known and (marking == "0" or number < num_refs))
+
+
+def test_headers_are_read_with_the_parameter_sets_that_hold_from_a_packet_on(
+    tmp_path: Path,
+) -> None:
+    # A live recording that was taken up again, with other settings.
+    one, other = (encode(tmp_path / f"{k}.flv", ENCODINGS[k]) for k in (0, 1))
+    (tmp_path / "joined.flv").write_bytes(one.read_bytes() + other.read_bytes()[13:])
+    joined, extradata = packets_of(tmp_path / "joined.flv")
+    assert len(joined) == 2 * COUNT
+    given: list[Packet[Any]] = []
+
+    class Counter(Reader):
+        def __init__(self) -> None: ...
+
+        def decode(self, packet: Packet[Any] | None, **_: bool) -> list[av.VideoFrame]:
+            given.extend([] if packet is None else [packet])
+            return []
+
+    def count(packets: Sequence[Packet[Any]], extradata: bytes) -> int:
+        given.clear()
+        marked = ((packet, number == 0) for number, packet in enumerate(packets))
+        list(_frames_of(Counter(), marked, References(extradata)))
+        return len(given)
+
+    assert count(joined[COUNT:], extradata) == count(*packets_of(other)) < COUNT

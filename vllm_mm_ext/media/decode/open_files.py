@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 
 from vllm_mm_ext.media.audio.sound_reader import SoundReader
@@ -12,7 +13,7 @@ from vllm_mm_ext.media.types import DecodeRequest, MediaInfo
 
 # Files that a worker keeps open.
 MOST_FILES = 2
-# Seconds without a job after which a worker lets go of its files.
+# Seconds without a job about it after which a worker lets go of a file: media are memory.
 KEEP_S = 60.0
 # The share of a worker's memory that the pictures kept of one file may take. With the default limit
 # on memory that is 180 pictures of 720p, or 80 of 1080p.
@@ -41,12 +42,14 @@ class OpenFile:
     Attributes:
         path: The file, as long as it is open.
         info: Its probe, with the packet table; None until it was probed.
+        used: ``time.monotonic()`` value at which the last job about it ended.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = os.dup(fd)
         self.path = f"/proc/self/fd/{self._fd}"
         self.info: MediaInfo | None = None
+        self.used = time.monotonic()
         self._video: KeptReader | None = None
         self._sound: tuple[int, SoundReader] | None = None
 
@@ -138,6 +141,19 @@ class OpenFiles:
         file = self._files.pop(file_key(request), None)
         if file is not None:
             file.close()
+
+    def close_unused(self, request: DecodeRequest, now: float) -> None:
+        """Close the files that no job was about for ``KEEP_S``.
+
+        Args:
+            request: A job that has ended now.
+            now: ``time.monotonic()``.
+        """
+        used = self._files.get(file_key(request))
+        if used is not None:
+            used.used = now
+        for key in [key for key, file in self._files.items() if now - file.used >= KEEP_S]:
+            self._files.pop(key).close()
 
     def close(self) -> None:
         """Close all files."""

@@ -19,7 +19,7 @@ from vllm_mm_ext.errors import (
 )
 from vllm_mm_ext.media.decode.gpu_seats import GpuSeats
 from vllm_mm_ext.media.decode.pool_jobs import Job, Lane
-from vllm_mm_ext.media.decode.pool_queue import next_job
+from vllm_mm_ext.media.decode.pool_queue import fitness, next_job
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
 from vllm_mm_ext.media.decode.worker_talk import WorkerDiedError, converse
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
@@ -257,10 +257,12 @@ class DecodePool:
         try:
             result = self._converse(job, worker)
             reusable = True
-            worker.files.use(job.place, time.monotonic())
+            with self._lock:
+                worker.files.use(job.place, time.monotonic())
             return result
         except MediaError as error:
-            worker.files.drop(file)
+            with self._lock:
+                worker.files.drop(file)
             # A worker that reports an error is in order; one that ran out of time is not.
             reusable = not isinstance(error, DecodeTimeoutError)
             raise
@@ -340,15 +342,15 @@ class DecodePool:
     def _idle_worker(self, with_gpu: bool) -> WorkerProcess | None:
         """The worker used last, as its memory is warm; None if there is none.
 
-        One that has files open is taken last: it may be wanted for them. Among the others, one with
-        a GPU comes first if ``with_gpu``, else one without.
+        See ``pool_queue.fitness`` for those that come first whenever they were used.
         """
         with self._lock:
+            now = time.monotonic()
             while self._idle:
                 # Of workers that are alike, `max` takes the first.
                 worker = max(
                     reversed(self._idle),
-                    key=lambda one: (not len(one.files), (one.seat is not None) == with_gpu),
+                    key=lambda one: fitness(one.files, one.seat is not None, with_gpu, now),
                 )
                 self._idle.remove(worker)
                 if worker.alive:
@@ -368,9 +370,8 @@ class DecodePool:
             self._discard(worker)
 
     def _new_worker(self) -> WorkerProcess:
-        worker = WorkerProcess(
-            self._seats.take()
-        )  # Without the lock: an event loop may wait for that one.
+        # Without the lock: an event loop may wait for that one.
+        worker = WorkerProcess(self._seats.take())
         with self._lock:
             self._live.add(worker)
             self._stats.started += 1

@@ -46,8 +46,9 @@ class HeldFiles:
     def __init__(self) -> None:
         self._used: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._used)
+    def any(self, now: float) -> bool:
+        """Whether the worker has some file open at ``now``, a ``time.monotonic()`` value."""
+        return any(self.holds(file, now) for file in self._used)
 
     def holds(self, file: str, now: float) -> bool:
         """Whether the worker has a file open at ``now``, a ``time.monotonic()`` value."""
@@ -99,6 +100,21 @@ def next_job(
                 return _in_order(queue, place.file, held.position(place.file)), 0.0
         first = place.until if first is None else min(first, place.until)
     return -1, None if first is None else first - now
+
+
+def fitness(held: HeldFiles, has_gpu: bool, with_gpu: bool, now: float) -> tuple[bool, bool, bool]:
+    """How well an idle worker fits a job whose file no worker has open; the greatest is the best.
+
+    A worker with a GPU fits best the jobs that may use one, and others worst. Apart from that, one
+    that has files open is spared: it may be wanted for them.
+
+    Args:
+        held: What the worker has open.
+        has_gpu: The worker may use a GPU.
+        with_gpu: The job may.
+        now: ``time.monotonic()``.
+    """
+    return has_gpu and with_gpu, not held.any(now), not has_gpu
 
 
 def _in_order(queue: Sequence[Place], file: str, position: float) -> int:

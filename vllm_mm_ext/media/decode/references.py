@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vllm_mm_ext.media.decode.h264 import (
+    HEAD,
     Bits,
     Sps,
     avcc_units,
@@ -23,6 +24,9 @@ from vllm_mm_ext.media.decode.h264 import (
 
 # Bytes of a slice that hold its header, unless that has many weights.
 _LONGEST_HEADER = 160
+# Most references that the standard allows (A.3.1), parameter sets of each kind (7.4.2), and slices
+# of a picture that are looked at: a hostile stream may claim any number.
+_MOST_REFS, _MOST_SPS, _MOST_PPS, _MOST_SLICES = 16, 32, 256, 1024
 # Types of slices, modulo 5.
 _P, _B, _I = 0, 1, 2
 # Commands that change a list of references (7.4.3.1) and the marking of references (7.4.3.3).
@@ -102,6 +106,11 @@ class References:
     def __init__(self, extradata: bytes) -> None:
         self._sps: dict[int, Sps] = {}
         self._pps: dict[int, _Pps] = {}
+        self.learn(extradata)
+        self.restart()
+
+    def learn(self, extradata: bytes) -> None:
+        """Read what the container has for the decoder, before the first packet or later."""
         self._length = 0  # bytes of the length before each unit; 0: start codes
         if extradata[:1] == b"\1" and len(extradata) > 6:
             self._length = (extradata[4] & 3) + 1
@@ -110,7 +119,6 @@ class References:
             units = start_code_units(extradata)
         for unit in units:
             self._parameters(unit)
-        self.restart()
 
     def restart(self) -> None:
         """Begin anew: the next packet is the first that the decoder gets."""
@@ -155,6 +163,8 @@ class References:
             kind = unit[0] & 31
             if kind in (1, 5):
                 slices.append(unit)
+                if len(slices) > _MOST_SLICES:
+                    raise UnusualError
             elif kind in (7, 8):
                 self._parameters(unit)
             elif 2 <= kind <= 4:
@@ -165,6 +175,8 @@ class References:
         try:
             if unit[0] & 31 == 7:
                 number, sps = read_sps(unit)
+                if number >= _MOST_SPS or sps.num_refs > _MOST_REFS:
+                    raise UnusualError
                 self._sps[number] = sps
             elif unit[0] & 31 == 8:
                 number, pps = _read_pps(unit)
@@ -252,6 +264,8 @@ class References:
         if header.is_ref:
             mark(self._held, header)
             self._held.append(Held(self._number, header.frame_num, order))
+            if len(self._held) > max(1, header.sps.num_refs):
+                raise UnusualError
             self._frame_num, self._order = header.frame_num, (high, header.order[0])
         is_b = all(each.kind == _B for each in slices)
         return Picture(self._number, is_b, order, tuple(slices), tuple(lists), held)
@@ -315,8 +329,10 @@ def _by_number(held: list[Held], frame_num: int) -> Held:
 
 def _read_pps(unit: bytes) -> tuple[int, _Pps]:
     """Number and contents of a picture parameter set (7.3.2.2)."""
-    bits = Bits(payload(unit[1:]))
+    bits = Bits(payload(unit[1:HEAD]))
     number, sps = bits.ue(), bits.ue()
+    if number >= _MOST_PPS:
+        raise UnusualError
     bits.u(1)
     order_present = bool(bits.u(1))
     if bits.ue():

@@ -20,6 +20,7 @@ import select
 import socket
 import sys
 import threading
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,7 @@ def main(sock: socket.socket) -> None:
         taken = _address_space() - nvdec_device.address_space()
         if taken > _CROWDED * job.request.limits.memory_bytes:
             files.close()
+        files.close_unused(job.request, time.monotonic())
         # Probes and decodes leave tens of megabytes behind, more for longer files.
         trim_when_due()
 

@@ -156,7 +156,7 @@ def _looked_at(info: MediaInfo, sampling: SamplingSpec) -> npt.NDArray[np.int64]
     """Frames of a window that are decoded, counted from its first."""
     looked: list[int] = []
 
-    def thumbnails(indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def thumbnails(indices: Sequence[int], _: Sequence[int]) -> npt.NDArray[np.uint8]:
         looked.extend(indices)
         return np.zeros((len(indices), 36, 64), np.uint8)
 

@@ -100,7 +100,8 @@ class Decoder(ABC):
         Args:
             path, info, indices, threads: As for ``decode``.
             edge: Longest edge in pixels (smaller sources are not enlarged).
-            keep: Those of the indices that are likely to be decoded next: see ``keep_bytes``.
+            keep: Those of the indices that are likely to be decoded next: see ``keep_bytes``. A
+                backend may keep others too.
 
         Returns:
             uint8 ``[n, h, w]``; a frame that could not be decoded repeats the one before it.

@@ -134,10 +134,6 @@ class KeptReader:
         if reader is not None:
             reader.__exit__(None, None, None)
 
-    def forget_pictures(self) -> None:
-        """Free the pictures that are kept."""
-        self._pictures = {}
-
     @property
     def num_bytes(self) -> int:
         """Bytes of the pictures that are kept."""

@@ -94,13 +94,16 @@ class PyAVDecoder(Decoder):
         threads: int,
         keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
-        video = info.video
+        video, table = info.video, info.packets
         assert video is not None
+        assert table is not None
         height, width = thumbnail_size(info, edge)
         rows, where = np.unique(indices, return_inverse=True)
         small = np.zeros((len(rows), height, width), np.uint8)
         position = {row: i for i, row in enumerate(rows.tolist())}
-        kept = set(keep)
+        # A second pass over a file that stays open would be a seek; over one that has to be read
+        # from its start, it would be all that comes before.
+        kept = set(keep) if table.exact and self.kept is None else set(position)
 
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
             write_gray(frame, converter, video, small[position[row]])

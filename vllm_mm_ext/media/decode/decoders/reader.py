@@ -18,7 +18,7 @@ from vllm_mm_ext.media.decode.decoders.row_index import RowIndex
 from vllm_mm_ext.media.decode.geometry import decoder_of
 from vllm_mm_ext.media.decode.left_out import FFmpegReferences, needed_pictures
 from vllm_mm_ext.media.decode.packets import demux
-from vllm_mm_ext.media.decode.references import References
+from vllm_mm_ext.media.decode.references import Picture, References
 from vllm_mm_ext.media.sampling.timeline import is_leaf, is_reordered
 from vllm_mm_ext.media.types import PacketTable
 
@@ -276,7 +276,7 @@ def _frames_of(
         decoder = FFmpegReferences()
         while batch := _batch(packets):
             wanted = [needed for _, needed in batch]
-            pictures = [references.read(memoryview(p), wanted=needed) for p, needed in batch]
+            pictures = [_picture_of(references, p, needed) for p, needed in batch]
             marks = needed_pictures(pictures, wanted, references.held)
             for (packet, needed), picture, mark in zip(batch, pictures, marks, strict=True):
                 given, right = mark
@@ -285,6 +285,13 @@ def _frames_of(
                 if given:
                     yield from reader.decode(packet, needed=needed)
     yield from reader.decode(None)
+
+
+def _picture_of(references: References, packet: Packet[Any], needed: bool) -> Picture | None:
+    # Where recordings were joined, the container has other parameter sets from a packet on.
+    if packet.has_sidedata("new_extradata"):
+        references.learn(bytes(packet.get_sidedata("new_extradata")))
+    return references.read(memoryview(packet), wanted=needed)
 
 
 def _batch(packets: Iterator[tuple[Packet[Any], bool]]) -> list[tuple[Packet[Any], bool]]:
