@@ -196,14 +196,18 @@ def test_as_many_decoders_work_on_a_file_as_there_are_engines(tmp_path, emulated
 
 
 @pytest.mark.parametrize("where", ["emulated", pytest.param("gpu", marks=NEEDS_GPU)])
-def test_frames_at_hand_from_thumbnails_are_not_decoded_again(tmp_path, request, where):
+def test_frames_at_hand_from_thumbnails_are_not_decoded_again(
+    tmp_path, request, where, monkeypatch
+):
     if where == "emulated":
         request.getfixturevalue("emulated")
     path = clip(tmp_path, "h264-bframes")
     info = probe(path, LIMITS)
     decoder = nvdec(keep_bytes=1 << 30)
-    small = decoder.thumbnails(path, info, np.array([2, 30, 60]), 160, 2, [2, 30, 60])
+    small = decoder.thumbnails(path, info, np.array([2, 30, 60]), 160, 2, keep=[2, 60])
     assert [read_stamp(picture) for picture in small] == [2, 30, 60]
+    assert decoder.name == "nvdec"
+    monkeypatch.setattr(decoder, "_on_gpu", lambda *_: pytest.fail("decoded again"))
     ours, _ = decode(decoder, path, [2, 60])
     assert decoder.name == "nvdec"
     np.testing.assert_array_equal(ours, on_cpu(path, [2, 60])[0])
