@@ -27,13 +27,13 @@ _TOKENS_PER_QUESTION = 13
 _SILENT, _CONVERSATIONS = 0.08, 0.2
 # What steps are about, once clips have full length: clips, windows of recordings, lines of notes.
 _KINDS: tuple[Kind, ...] = ("clips", "windows", "notes")
-_KIND_SHARES = (0.25, 0.3, 0.45)
+_KIND_SHARES = (0.33, 0.27, 0.4)
 # Questions about notes and windows, more of which are asked of a clip as well; tokens of the notes
 # of a window, of a question about them with its answer, and of a note about a clip.
 _NOTE_QUESTIONS, _WINDOW_QUESTIONS, _CLIP_NOTES = 16, 5, 4
 _TOKENS_PER_WINDOW, _TOKENS_PER_SELECTION, _TOKENS_PER_NOTE = 40, 32, 60
 # Lines of notes grow from few to many: copying is learnt from short texts first.
-_FEW_WINDOWS, _MOST_WINDOWS, _WINDOW_STEPS = 2, 21, 1500
+_FEW_WINDOWS, _MOST_WINDOWS, _WINDOW_STEPS = 2, 7, 1000
 
 
 @dataclass(frozen=True)

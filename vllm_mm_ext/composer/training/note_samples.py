@@ -40,7 +40,7 @@ WINDOW_S, STRIDE_S = 30, 28
 # With fewer frames a note would be a guess.
 _LEAST_NOTED = 16
 # Share of notes that were sorted out before.
-_SELECTED = 0.25
+_SELECTED = 0.45
 # Questions about all that happens or is shown, the share of notes of which they are asked, and how
 # many entries these may have.
 _WHOLE = (
