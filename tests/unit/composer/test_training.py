@@ -47,6 +47,7 @@ from vllm_mm_ext.composer.training.note_language import (
     NOTE_PROMPT,
     NOTHING,
     RECORDING_TASKS,
+    clock,
     note_line,
     read_entries,
 )
@@ -496,7 +497,7 @@ def test_what_matters_are_entries_of_the_notes_and_they_give_the_same_answers() 
                 chosen = read_entries(turn.answer)
                 assert (turn.answer == NOTHING) == (not chosen)
                 assert set(chosen) <= set(noted)
-                assert chosen == [entry for entry in dict.fromkeys(noted) if entry in chosen]
+                assert chosen == [entry for entry in noted if entry in chosen]
             if turn.task == "told_when":
                 assert f"[{turn.answer}]" in sample.text
     assert tasks == {"select", *(f"told_{task}" for task in RECORDING_TASKS)}
@@ -520,3 +521,18 @@ def test_notes_that_a_model_writes_are_scored_by_kind_of_entry() -> None:
     assert set(scores) == {"scene", "flash", "tone"}
     found = accuracy(fresh_model(CONFIG, 0), TOKENIZER, held_out_notes(2, 64, (2,)), [(1, 1)])
     assert "select" in found["pool 1, temporal 1"]
+
+
+def test_marks_are_the_tokens_that_end_an_entry_and_count_what_came_before() -> None:
+    sample = notes_sample(1, 6, 4, 64)
+    batch = make_batch(CONFIG, TOKENIZER, [sample], 1, 1)
+    entries = read_entries(sample.text)
+    assert len(batch.marks) == len(entries) > 3
+    flashes = 0
+    for mark, entry in zip(batch.marks, entries, strict=True):
+        told = TOKENIZER.decode(batch.input_ids[mark.row, : mark.position + 1])
+        assert told.endswith(f"[{clock(entry.second)}] {entry.text}")
+        hour, minute, second, counted, _ = mark.labels
+        assert hour * 3600 + minute * 60 + second == entry.second
+        flashes += entry.kind == "flash"
+        assert counted == flashes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from vllm_mm_ext.composer.configuration import ComposerConfig
 from vllm_mm_ext.composer.features import mel_windows, pixel_values
 from vllm_mm_ext.composer.layout import video_layout
 from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
+from vllm_mm_ext.composer.training.note_language import entry_ends
 from vllm_mm_ext.composer.training.questions import Question, Thing
 from vllm_mm_ext.composer.training.samples import Sample
 from vllm_mm_ext.composer.training.tokenizer import ChatPieces, chat_pieces
@@ -38,6 +40,17 @@ class Mention(NamedTuple):
     thing: Thing
 
 
+class Mark(NamedTuple):
+    """An entry of notes ends with the token at ``[row, position]``.
+
+    ``labels`` are its hour, minute and second, and how many flashes and tones there were up to it.
+    """
+
+    row: int
+    position: int
+    labels: tuple[int, int, int, int, int]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Samples as tensors. ``rows`` is their number, ``length`` that of the longest prompt.
@@ -49,6 +62,7 @@ class Batch:
         labels: int64 ``[rows, length]``: the token to predict there; only in answers.
         spans: Where the answers are.
         mentions: Where questions name things of generated clips.
+        marks: Where entries of notes end.
         pixel_values, seconds, frames_per_item: As `video_embeddings` takes them.
         features, start_seconds, lengths: As `audio_embeddings` takes them; empty when silent.
         pool, temporal: The reduction.
@@ -61,6 +75,7 @@ class Batch:
     labels: torch.Tensor
     spans: list[Span]
     mentions: list[Mention]
+    marks: list[Mark]
     pixel_values: torch.Tensor
     seconds: torch.Tensor
     frames_per_item: list[int]
@@ -102,7 +117,7 @@ def make_batch(
     labels = torch.full(shape, IGNORED)
     # Question that a token belongs to: 0 for what all see, -1 for padding.
     owners = torch.full(shape, -1)
-    spans, mentions = [], []
+    spans, mentions, marks = [], [], []
     for index, row in enumerate(rows):
         size = len(row.ids)
         ids[index, :size] = torch.tensor(row.ids)
@@ -111,6 +126,7 @@ def make_batch(
         for task, start, end in row.spans:
             labels[index, start:end] = ids[index, start + 1 : end + 1]
             spans.append(Span(task, index, start, end))
+        marks += [Mark(index, position, labels) for position, labels in row.marks]
         mentions += [Mention(index, position, thing) for position, thing in row.mentions]
     same = owners[:, :, None] == owners[:, None, :]
     visible = (same | (owners[:, None, :] == 0)) & torch.ones(length, length).tril().bool()
@@ -122,6 +138,7 @@ def make_batch(
         labels=labels,
         spans=spans,
         mentions=mentions,
+        marks=marks,
         pixel_values=pixel_values(np.concatenate([sample.frames for sample in samples])),
         seconds=torch.tensor([s for sample in samples for s in sample.seconds]),
         frames_per_item=[len(sample.seconds) for sample in samples if sample.seconds],
@@ -140,6 +157,7 @@ class _Row(NamedTuple):
     owners: list[int]
     spans: list[tuple[str, int, int]]
     mentions: list[tuple[int, Thing]]
+    marks: list[tuple[int, tuple[int, int, int, int, int]]]
 
 
 def _row(
@@ -181,21 +199,36 @@ def _row(
         positions += range(start, start + len(asked) + len(told))
         owners += [number if sample.independent else 0] * (len(asked) + len(told))
         ids += asked + told
-    return _Row(ids, positions, owners, spans, mentions)
+    marks = [
+        (len(pieces.opening) + place, labels) for place, labels in _marked(tokenizer, sample.text)
+    ]
+    return _Row(ids, positions, owners, spans, mentions, marks)
+
+
+def _marked(tokenizer: Any, notes: str) -> Iterator[tuple[int, tuple[int, int, int, int, int]]]:
+    """Last token of each entry of notes, and the labels of its `Mark`."""
+    ends = _token_ends(tokenizer, notes)
+    counted: Counter[str] = Counter()
+    for entry, end in entry_ends(notes):
+        counted[entry.kind] += 1
+        hour, rest = divmod(entry.second, 3600)
+        labels = (hour, *divmod(rest, 60), counted["flash"], counted["tone"])
+        yield bisect_left(ends, end), labels
 
 
 def _mentioned(tokenizer: Any, turn: Question) -> Iterator[tuple[int, Thing]]:
     """Last token of each name in a question, and what it names."""
     if not turn.references:
         return
-    ends = [
-        end
-        for _, end in tokenizer(
-            turn.text, add_special_tokens=False, return_offsets_mapping=True
-        ).offset_mapping
-    ]
+    ends = _token_ends(tokenizer, turn.text)
     for reference in turn.references:
         yield bisect_left(ends, reference.end), reference.thing
+
+
+def _token_ends(tokenizer: Any, text: str) -> list[int]:
+    """Where in a text each of its tokens ends."""
+    told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [end for _, end in told.offset_mapping]
 
 
 def _windows(

@@ -27,13 +27,13 @@ _TOKENS_PER_QUESTION = 13
 _SILENT, _CONVERSATIONS = 0.08, 0.2
 # What steps are about, once clips have full length: clips, windows of recordings, lines of notes.
 _KINDS: tuple[Kind, ...] = ("clips", "windows", "notes")
-_KIND_SHARES = (0.25, 0.25, 0.5)
+_KIND_SHARES = (0.33, 0.27, 0.4)
 # Questions about notes and windows, more of which are asked of a clip as well; tokens of the notes
 # of a window, of a question about them with its answer, and of a note about a clip.
-_NOTE_QUESTIONS, _WINDOW_QUESTIONS, _CLIP_NOTES = 16, 9, 4
+_NOTE_QUESTIONS, _WINDOW_QUESTIONS, _CLIP_NOTES = 16, 5, 4
 _TOKENS_PER_WINDOW, _TOKENS_PER_SELECTION, _TOKENS_PER_NOTE = 40, 32, 60
 # Lines of notes grow from few to many: copying is learnt from short texts first.
-_FEW_WINDOWS, _MOST_WINDOWS, _WINDOW_STEPS = 2, 21, 1500
+_FEW_WINDOWS, _MOST_WINDOWS, _WINDOW_STEPS = 2, 7, 1000
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
         if kind == "windows":
             duration = WINDOW_S
             # A first look, or a note.
-            frames = int(rng.integers(8, 17) if rng.random() < 0.5 else rng.integers(16, 65))
+            frames = int(rng.integers(8, 17) if rng.random() < 0.3 else rng.integers(16, 65))
         tokens = -(-frames // temporal) * (config.frame_tokens(pool) + 1)
         tokens += sum(config.audio_tokens(duration * 16_000)) if sound else 0
-        tokens += _QUESTIONS * _TOKENS_PER_QUESTION + _TOKENS_PER_NOTE
+        turns = _WINDOW_QUESTIONS if kind == "windows" else _QUESTIONS
+        tokens += turns * _TOKENS_PER_QUESTION + _TOKENS_PER_NOTE
     return Plan(
         kind=kind,
         clips=int(np.clip(_BATCH_TOKENS // tokens, 2, _MOST_CLIPS)),

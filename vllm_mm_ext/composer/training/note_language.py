@@ -145,10 +145,18 @@ def recording_line(entries: Iterable[Entry]) -> str:
 
 def read_entries(text: str) -> list[Entry]:
     """The entries of notes of either kind; what has another form is left out."""
-    return [
-        Entry(int(hour or 0) * 3600 + int(minute or 0) * 60 + int(second), what.strip())
-        for hour, minute, second, what in _ENTRY.findall(text)
-    ]
+    return [entry for entry, _ in entry_ends(text)]
+
+
+def entry_ends(text: str) -> list[tuple[Entry, int]]:
+    """The entries of notes, and where in the text each ends."""
+    found = []
+    for match in _ENTRY.finditer(text):
+        hour, minute, second = (int(part or 0) for part in match.groups()[:3])
+        told = match[4].rstrip()
+        entry = Entry(hour * 3600 + minute * 60 + second, told.strip())
+        found.append((entry, match.start(4) + len(told)))
+    return found
 
 
 def clock(second: int) -> str:

@@ -40,7 +40,7 @@ WINDOW_S, STRIDE_S = 30, 28
 # With fewer frames a note would be a guess.
 _LEAST_NOTED = 16
 # Share of notes that were sorted out before.
-_SELECTED = 0.25
+_SELECTED = 0.45
 # Questions about all that happens or is shown, the share of notes of which they are asked, and how
 # many entries these may have.
 _WHOLE = (
@@ -116,7 +116,8 @@ def _note_turn(clip: Clip, seconds: Sequence[float], rng: np.random.Generator) -
         return Question("note", NOTE_PROMPT, note)
     first = STRIDE_S * int(rng.integers(2, MAX_RECORDING_S // STRIDE_S))
     before = draw_recording(int(rng.integers(1 << 40)), STRIDE_S + WINDOW_S)
-    lines = note_lines(before, first - 2 * STRIDE_S)[: int(rng.integers(1, 3))]
+    told = window_entries(before, first - 2 * STRIDE_S)[: int(rng.integers(1, 3))]
+    lines = [recording_line(entries) for entries in told if entries]
     return Question("note_after", "\n".join([*lines, NOTE_PROMPT]), note)
 
 
@@ -229,7 +230,7 @@ def _noted(seed: int, windows: int, rng: np.random.Generator) -> list[list[Entry
         tones=int(rng.integers(min(MAX_TONES, most) + 1)),
     )
     offset = STRIDE_S * int(rng.integers((MAX_RECORDING_S - duration) // STRIDE_S))
-    told = window_entries(recording, offset, merged=bool(rng.random() < 0.8))
+    told = window_entries(recording, offset)
     if rng.random() < 0.25:
         # The windows that matter and some beside them.
         told = [entries for entries in told if rng.random() < 0.6]
@@ -242,27 +243,27 @@ def _noted(seed: int, windows: int, rng: np.random.Generator) -> list[list[Entry
 def _select_turns(entries: Sequence[Entry], turns: int, rng: np.random.Generator) -> list[Question]:
     """What matters of entries for questions about them and about more than them."""
     pool = note_questions([*entries, *invented_events(rng)], rng)
-    distinct = list(dict.fromkeys(entries))
     asked = balanced_asked(pool, turns, rng)
-    if len(distinct) <= _MOST_COPIED and rng.random() < _ABOUT_ALL:
+    if len(entries) <= _MOST_COPIED and rng.random() < _ABOUT_ALL:
         # Copying is learnt from much that is copied.
         text, about = _WHOLE[int(rng.integers(len(_WHOLE)))]
         asked = [Asked(Question("select", text, ""), about), *asked[1:]]
     found = []
     for one in asked:
         text = SELECT_PROMPT.format(question=one.question.text)
-        found.append(Question("select", text, recording_line(filter(one.needs, distinct))))
+        found.append(Question("select", text, recording_line(filter(one.needs, entries))))
     return found
 
 
-def window_entries(recording: Recording, offset: int, *, merged: bool) -> list[list[Entry]]:
+def window_entries(recording: Recording, offset: int) -> list[list[Entry]]:
     """What notes about the windows of a recording tell, with times in the recording.
+
+    What two windows tell is told once, and a scene that goes on in the next window is not told
+    again.
 
     Args:
         recording: Of any length.
         offset: Seconds before its start, as of a part of a longer one.
-        merged: What two windows tell is told once, and a scene that goes on in the next window is
-            not told again.
     """
     found: list[list[Entry]] = []
     before: list[Entry] = []
@@ -274,17 +275,9 @@ def window_entries(recording: Recording, offset: int, *, merged: bool) -> list[l
             [
                 entry
                 for entry in entries
-                if not merged
-                or (
-                    entry not in before
-                    and (entry.second > start + offset or entry.text not in texts)
-                )
+                if entry not in before
+                and (entry.second > start + offset or entry.text not in texts)
             ]
         )
         before = entries
     return found
-
-
-def note_lines(recording: Recording, offset: int) -> list[str]:
-    """The right note about each window of a recording, as `window_entries`."""
-    return [recording_line(entries) for entries in window_entries(recording, offset, merged=False)]

@@ -20,6 +20,7 @@ from vllm_mm_ext.composer.configuration import STATES_PER_SECOND, ComposerConfig
 from vllm_mm_ext.composer.projector import text_width
 from vllm_mm_ext.composer.training.batches import Batch, Media
 from vllm_mm_ext.composer.training.clips import COLOURS, GLIDES, PITCHES, SHAPES, Clip
+from vllm_mm_ext.composer.training.note_heads import NoteHeads
 from vllm_mm_ext.composer.training.render import coverage, position
 from vllm_mm_ext.composer.training.samples import Sample
 from vllm_mm_ext.composer.training.things import SECONDS, UNKNOWN, ThingHeads, classified
@@ -46,6 +47,7 @@ class PerceptionHeads(nn.Module):  # type: ignore[misc]
         self.flash_second = nn.Linear(text, SECONDS)
         self.cover = nn.Linear(int(config.vision_config.hidden_size), 1)
         self.things = ThingHeads(config)
+        self.notes = NoteHeads(config)
 
     def forward(self, batch: Batch, media: Media, states: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss for a batch of generated samples.

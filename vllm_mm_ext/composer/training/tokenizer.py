@@ -33,7 +33,7 @@ _PARTS = (
     "{%- endif -%}"
     "{%- endfor -%}"
     "{{ message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text')"
-    " | map('trim') | join('\n') }}"
+    " | map('trim') | join('\\n') }}"
     "{%- endif -%}"
 )
 

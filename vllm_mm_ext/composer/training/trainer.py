@@ -28,6 +28,8 @@ from vllm_mm_ext.composer.training.perception import PerceptionHeads
 from vllm_mm_ext.composer.training.processes import average_gradients, world
 
 _STATE = "training_state.pt"
+# Of the loss on what is known of notes; it stays, as right answers need it to the end.
+_NOTES_WEIGHT = 0.4
 Batches = Callable[[int], Batch]
 """Batch of a step."""
 
@@ -130,6 +132,8 @@ class Trainer:
         weight = self.recipe.perception_weight(self.step)
         if weight and all(sample.clip is not None for sample in batch.samples):
             loss = loss + weight * self.heads(batch, media, states)
+        if batch.marks:
+            loss = loss + _NOTES_WEIGHT * self.heads.notes(batch, states)
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"the loss of step {self.step} is not finite")
         self.model.zero_grad(set_to_none=True)
