@@ -19,7 +19,7 @@ from vllm_mm_ext.errors import (
 )
 from vllm_mm_ext.media.decode.gpu_seats import GpuSeats
 from vllm_mm_ext.media.decode.pool_jobs import Job, Lane
-from vllm_mm_ext.media.decode.pool_queue import fitness, next_job
+from vllm_mm_ext.media.decode.pool_queue import HeldFiles, fitness, next_job
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
 from vllm_mm_ext.media.decode.worker_talk import WorkerDiedError, converse
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
@@ -77,6 +77,8 @@ class DecodePool:
         self._seats = GpuSeats.of_server(gpu_sessions)
         self._idle: list[WorkerProcess] = []
         self._live: set[WorkerProcess] = set()
+        # What the workers will have open that the jobs taken out of the queue are about to get.
+        self._opening: dict[Job, HeldFiles] = {}
         self._stats = PoolStats()
         self._closed = False
         self._lock = threading.Lock()  # Guards all of the above.
@@ -175,6 +177,9 @@ class DecodePool:
         else:
             future.set_result(result)
         finally:
+            with self._changed:
+                if self._opening.pop(job, None) is not None:
+                    self._changed.notify_all()
             # The error's traceback holds this frame.
             del taken, future
 
@@ -195,6 +200,8 @@ class DecodePool:
             if not future.set_running_or_notify_cancel():
                 return None
             self._leave_queue(job)
+            self._opening[job] = files = HeldFiles()
+            files.use(job.place, time.monotonic())
             return job, future, self._holder(job)
 
     def _choose(self, lane: Lane) -> tuple[int, float | None]:
@@ -204,7 +211,7 @@ class DecodePool:
                 return number, 0.0
         return next_job(
             [job.place for job, _ in lane.jobs],
-            [worker.files for worker in self._live],
+            [*(worker.files for worker in self._live), *self._opening.values()],
             [worker.files for worker in self._idle],
             time.monotonic(),
         )
@@ -248,6 +255,7 @@ class DecodePool:
         """Have a worker do a job; the worker is idle again afterwards, or gone."""
         file = job.place.file
         with self._lock:
+            self._opening.pop(job, None)
             job.worker = worker
             job.known = worker.files.holds(file, time.monotonic())
             worker.files.use(job.place, time.monotonic())
