@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packet_tables import regular_table
 
 from vllm_mm_ext.errors import MediaTooLargeError, UnreadableMediaError
 from vllm_mm_ext.media.decode.decoders import UnsuitableFileError, get_decoder
@@ -353,21 +354,11 @@ def test_keyframes_alone_are_decoded_alone():
     assert [run.num_packets for run in runs] == [1] * 10
 
 
-def long_table(packets: int, gop: int) -> PacketTable:
-    return PacketTable(
-        pts=np.arange(packets, dtype=np.int64),
-        time=np.arange(packets) / 25,
-        size=np.full(packets, 1000, np.int32),
-        is_key=np.arange(packets) % gop == 0,
-        time_base=1 / 25,
-    )
-
-
 def test_decord_is_not_given_files_in_which_it_loses_its_way(tmp_path):
     info = probe(str(make_clip(tmp_path / "a.mp4", duration=1).path), LIMITS)
-    check_suitable(replace(info, packets=long_table(10_000, 250)))
+    check_suitable(replace(info, packets=regular_table(10_000, 250)))
     with pytest.raises(UnsuitableFileError, match="packets"):
-        check_suitable(replace(info, packets=long_table(10_001, 250)))
+        check_suitable(replace(info, packets=regular_table(10_001, 250)))
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 3 * 640 * 360, 1 << 30])

@@ -20,6 +20,7 @@ from av.video.reformatter import VideoReformatter
 from fake_worker import FakeWorker
 from hypothesis import given
 from hypothesis import strategies as st
+from packet_tables import regular_table
 
 from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.errors import InternalMediaError
@@ -47,7 +48,6 @@ from vllm_mm_ext.media.types import (
     DecodeLimits,
     DecodeRequest,
     GpuRules,
-    PacketTable,
     SamplingSpec,
 )
 from vllm_mm_ext.testing.media import make_clip, read_stamp
@@ -366,20 +366,10 @@ def test_each_failure_lets_the_gpu_rest_for_longer_and_a_success_counts_again(mo
 # --- what goes to the GPU -------------------------------------------------------------------------
 
 
-def table(packets, gop):
-    return PacketTable(
-        pts=np.arange(packets, dtype=np.int64),
-        time=np.arange(packets) / 25,
-        size=np.full(packets, 1000, np.int32),
-        is_key=np.arange(packets) % gop == 0,
-        time_base=1 / 25,
-    )
-
-
 def test_work_counts_the_pictures_that_must_be_decoded_not_those_that_are_wanted(video):
-    assert work(table(100, 10), np.array([9, 19]), video) == 20.0
-    assert work(table(100, 10), np.arange(0, 100, 10), video) == 10.0
-    assert work(table(100, 100), np.array([99]), video) == 100.0
+    assert work(regular_table(100, 10), np.array([9, 19]), video) == 20.0
+    assert work(regular_table(100, 10), np.arange(0, 100, 10), video) == 10.0
+    assert work(regular_table(100, 100), np.array([99]), video) == 100.0
 
 
 @given(st.sampled_from(["h264", "hevc", "vp9", "av1", "mpeg4"]), st.floats(0, 1e9))

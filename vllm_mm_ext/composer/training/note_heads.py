@@ -15,7 +15,7 @@ from torch import nn
 from vllm_mm_ext.composer.configuration import ComposerConfig
 from vllm_mm_ext.composer.projector import text_width
 from vllm_mm_ext.composer.training.batches import Batch
-from vllm_mm_ext.composer.training.things import classified
+from vllm_mm_ext.composer.training.things import classified, layers_read
 
 # Hour, minute and second of an entry, and how many flashes and tones there were up to it.
 _CLASSES = (4, 60, 60, 10, 10)
@@ -25,14 +25,12 @@ class NoteHeads(nn.Module):  # type: ignore[misc]
     """When each entry is and how many of its kind there were, from states of the text model.
 
     Args:
-        config: Of the model. States half-way and before the last layer are read.
+        config: Of the model.
     """
 
     def __init__(self, config: ComposerConfig) -> None:
         super().__init__()
-        text = config.text_config
-        layers = int(getattr(text, "get_text_config", lambda: text)().num_hidden_layers)
-        self._layers = sorted({max(1, layers // 2), max(1, layers - 1)})
+        self._layers = layers_read(config)
         self.heads = nn.ModuleList(
             nn.Linear(text_width(config), sum(_CLASSES)) for _ in self._layers
         )

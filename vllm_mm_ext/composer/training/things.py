@@ -56,18 +56,27 @@ _MOST = 4
 _SEEN_SO_FAR = (len(SHAPES), _MOST + 1, _MOST + 1, len(MOTIONS))
 
 
+def layers_read(config: ComposerConfig) -> list[int]:
+    """Layers of the text model after which heads read its states: half-way and before the last.
+
+    Args:
+        config: Of the model.
+    """
+    text = config.text_config
+    layers = int(getattr(text, "get_text_config", lambda: text)().num_hidden_layers)
+    return sorted({max(1, layers // 2), max(1, layers - 1)})
+
+
 class ThingHeads(nn.Module):  # type: ignore[misc]
     """What a named thing is like, and what has begun so far, read from states of the text model.
 
     Args:
-        config: Of the model. States half-way and before the last layer are read.
+        config: Of the model.
     """
 
     def __init__(self, config: ComposerConfig) -> None:
         super().__init__()
-        text = config.text_config
-        layers = int(getattr(text, "get_text_config", lambda: text)().num_hidden_layers)
-        self._layers = sorted({max(1, layers // 2), max(1, layers - 1)})
+        self._layers = layers_read(config)
         self._video_pad = int(config.video_pad_token_id)
         self._audio_pad = int(config.audio_pad_token_id)
         self._token_s = config.audio_stack / STATES_PER_SECOND
