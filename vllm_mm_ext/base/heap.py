@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 
-_PERIOD_S = 5.0
+PERIOD_S = 5.0
+"""Least seconds between two trims of a process."""
 
 
 class HeapTrim:
@@ -27,7 +28,7 @@ class HeapTrim:
     """
 
     def __init__(
-        self, period_s: float = _PERIOD_S, clock: Callable[[], float] = time.monotonic
+        self, period_s: float = PERIOD_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         # A function of glibc; other C libraries have none, and nothing is trimmed.
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -103,7 +103,9 @@ class DecodeConfig(Section):
         description="Decodes at a time per API server, and probes of containers beside them, each "
         "in a worker process; 0: one per core, at most 8.",
     )
-    threads: int = Field(0, ge=0, le=64, description="FFmpeg threads per job; 0: one per core.")
+    threads: int = Field(
+        0, ge=0, le=64, description="FFmpeg threads per job; 0: one per core, shared by the jobs."
+    )
     timeout_s: float = Field(
         60.0, gt=0, le=3600, description="Seconds a job may run before its worker is killed."
     )

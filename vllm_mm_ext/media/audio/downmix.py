@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,8 @@ from av.audio.frame import AudioFrame
 
 # Beyond any headroom: 120 dB above full scale.
 _MAX_AMPLITUDE = 1e6
-# Full scale of FFmpeg's integer sample formats (planar ones end in "p").
+# NumPy's names of FFmpeg's sample formats, and full scale of the signed integer ones.
+_DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 _FULL_SCALE = {"s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63}
 # Share of a speaker in the mix (ITU-R BS.775: what is heard from the side or behind is 3 dB below
 # the fronts, which are 3 dB below the centre; the effects channel is left out).
@@ -21,18 +23,21 @@ _SURROUND = 0.5
 _UNNAMED = frozenset({"NONE", "UNSD", "UNK", ""})
 
 
-def to_mono(frame: AudioFrame) -> npt.NDArray[np.float32]:
-    """The samples of a frame as float32 in -1..1, mixed to one channel.
+def to_mono(frames: Sequence[AudioFrame]) -> list[npt.NDArray[np.float32]]:
+    """The samples of frames as float32 in -1..1, mixed to one channel.
 
     One and two channels, and channels whose speakers are not known, are averaged; others are
     weighted by speaker, with weights that add up to 1.
+
+    Args:
+        frames: Frames of one format and layout, one at least. To mix many of them costs little more
+            than to mix one.
+
+    Returns:
+        The samples of each frame.
     """
-    name = frame.format.name
-    data = _stored(frame)
-    if not frame.format.is_planar:
-        data = data.reshape(-1, frame.layout.nb_channels).T
-    else:
-        name = name[:-1]
+    layout, name = frames[0].layout, frames[0].format.packed.name
+    data = _stored(frames)
     if name == "u8":
         scaled = (data.astype(np.float32) - 128.0) / 128.0
     elif name in _FULL_SCALE:
@@ -42,22 +47,33 @@ def to_mono(frame: AudioFrame) -> npt.NDArray[np.float32]:
         # be, makes the model's features NaN, and attention kernels can carry NaN to others.
         scaled = np.nan_to_num(data.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
         scaled = np.clip(scaled, -_MAX_AMPLITUDE, _MAX_AMPLITUDE, out=scaled)
-    if len(scaled) == 1:
-        return np.asarray(scaled[0], np.float32)
     weights = None
     if len(scaled) > 2:
-        weights = speaker_weights(tuple(channel.name for channel in frame.layout.channels))
-    mixed = scaled.mean(axis=0) if weights is None else weights @ scaled
-    return np.asarray(mixed, np.float32)
+        weights = speaker_weights(tuple(channel.name for channel in layout.channels))
+    if len(scaled) == 1:
+        mixed = scaled[0]
+    else:
+        mixed = scaled.mean(axis=0) if weights is None else weights @ scaled
+    ends = np.cumsum([frame.samples for frame in frames])
+    return np.split(np.asarray(mixed, np.float32), ends[:-1])
 
 
-def _stored(frame: AudioFrame) -> npt.NDArray[Any]:
-    """The samples as they are stored, ``[planes, samples]``."""
-    if not frame.format.name.startswith("s64"):
-        return frame.to_ndarray()
-    # PyAV does not convert this format.
-    count = frame.samples * (1 if frame.format.is_planar else frame.layout.nb_channels)
-    return np.stack([np.frombuffer(memoryview(plane), np.int64)[:count] for plane in frame.planes])
+def _stored(frames: Sequence[AudioFrame]) -> npt.NDArray[Any]:
+    """The samples of frames as they are stored, ``[channels, samples]``."""
+    kind, channels = frames[0].format, frames[0].layout.nb_channels
+    dtype = np.dtype(_DTYPES[kind.packed.name])
+    if kind.is_planar:
+        planes = [
+            [np.frombuffer(memoryview(plane), dtype, frame.samples) for plane in frame.planes]
+            for frame in frames
+        ]
+        return np.stack([np.concatenate(channel) for channel in zip(*planes, strict=True)])
+    packed = [
+        np.frombuffer(memoryview(frame.planes[0]), dtype, frame.samples * channels)
+        for frame in frames
+    ]
+    joined: npt.NDArray[Any] = np.concatenate(packed)
+    return joined.reshape(-1, channels).T
 
 
 @lru_cache(maxsize=64)

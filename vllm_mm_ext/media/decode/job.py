@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -231,7 +232,7 @@ def _frames(
 
     In place of frames that do not decode others are chosen, unless the client named the frames.
     """
-    out = np.asarray(allocate(shape, np.uint8), np.uint8)
+    out = cast("npt.NDArray[np.uint8]", allocate(shape, np.uint8))
     info = result.info
     assert info.video is not None
     assert info.packets is not None

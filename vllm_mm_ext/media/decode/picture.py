@@ -14,6 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from vllm_mm_ext.media.decode import tone
+from vllm_mm_ext.media.decode.shared_array import put
 from vllm_mm_ext.media.types import PictureRules, VideoStream
 
 T = TypeVar("T", bound=np.generic)
@@ -34,6 +35,11 @@ _FULL_RANGE = 2
 # At the source's own size, swscale converts 8-bit 4:2:0 by a fast path, which OpenCV uses as well.
 _SAME_SIZE = Interpolation.BICUBIC
 _FAST_FORMATS = ("yuv420p", "yuvj420p")
+# Formats whose first plane is luma of 8 bits.
+_LUMA_FIRST = ("yuv420p", "yuvj420p", "nv12")
+# Lines of a picture that make a line of its thumbnail.
+_LINES = 4
+_TO_FULL_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
 # Without FULL_CHR_H_INT, swscale makes RGB of chroma at half the width of the result: 28 to 43 dB
 # against an antialiased resize of the full picture, with it 43 to 53 dB. For shrinking, AREA is as
 # good as bicubic to the eye (44 to 53 dB) in half the time; for enlarging, bicubic is better.
@@ -68,7 +74,7 @@ def write_rgb(
         codes = _packed(_scaled(frame, converter, out, "rgb48le"), np.uint16)
         shown = np.empty(out.shape, np.uint8)
         tone.write_sdr(codes, curve, shown)
-        out[...] = shown
+        put(out, shown)
 
 
 def write_gray(
@@ -85,8 +91,9 @@ def write_gray(
     """
     out = _as_decoded(target, video)
     height, width = out.shape
+    luma = _some_luma(frame, height)
     small = converter.reformat(
-        frame,
+        frame if luma is None else luma,
         width=width,
         height=height,
         format="gray",
@@ -94,7 +101,23 @@ def write_gray(
         interpolation=_SHRINK,
         threads=1,
     )
-    out[...] = _packed(small, np.uint8)[..., 0]
+    pixels = _packed(small, np.uint8)[..., 0]
+    limited = luma is not None and frame.color_range != _FULL_RANGE
+    out[...] = _TO_FULL_RANGE[pixels] if limited else pixels
+
+
+def _some_luma(frame: VideoFrame, height: int) -> VideoFrame | None:
+    """Every n-th line of the luma plane, at least ``_LINES`` for each of ``height``, uncopied.
+
+    swscale takes as long for a line to be shrunk as for a line that it makes: of 720 lines, 36 are
+    made of 144 in 0.09 ms and of all in 0.23 ms.
+    """
+    step = frame.height // (_LINES * height)
+    if step < 2 or frame.format.name not in _LUMA_FIRST:
+        return None
+    plane = frame.planes[0]
+    lines = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+    return VideoFrame.from_numpy_buffer(lines[::step, : frame.width], format="gray")
 
 
 def is_plain(frame: VideoFrame) -> bool:
@@ -161,11 +184,13 @@ def _copy(frame: VideoFrame, out: npt.NDArray[np.uint8]) -> None:
     the same bytes take 1.3 ms as planes and 5 ms packed.
     """
     if len(frame.planes) == 1:
-        out[...] = _packed(frame, np.uint8)
+        put(out, _packed(frame, np.uint8))
         return
+    pixels = np.empty(out.shape, np.uint8)
     for plane, channel in zip(frame.planes, (1, 2, 0), strict=True):
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, -1)
-        out[..., channel] = rows[:, : frame.width]
+        pixels[..., channel] = rows[:, : frame.width]
+    put(out, pixels)
 
 
 def _packed(frame: VideoFrame, dtype: type[T]) -> npt.NDArray[T]:

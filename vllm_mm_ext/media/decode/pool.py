@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -66,12 +67,13 @@ class DecodePool:
         Args:
             workers: Most decodes at a time, and most probes beside them; 0 for one per core, at
                 most 8.
-            threads: Decoding threads of a job whose request leaves them open; 0 likewise.
+            threads: Decoding threads of a job whose request leaves them open; 0: one per core, at
+                most 8, shared by the jobs that there are when it begins, as more take more CPU.
             gpu_sessions: Workers that may use a GPU, for each GPU that the server sees.
         """
         cores = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT)
         self.workers = workers or cores
-        self._threads = threads or cores
+        self._threads, self._shared_threads = threads, cores
         self._probes = Lane(self.workers, "probe-pool")
         self._decodes = Lane(self.workers, "decode-pool")
         self._seats = GpuSeats.of_server(gpu_sessions)
@@ -259,6 +261,10 @@ class DecodePool:
             job.worker = worker
             job.known = worker.files.holds(file, time.monotonic())
             worker.files.use(job.place, time.monotonic())
+            # The spans of a file are read by one worker, which the others wait for.
+            jobs = 1 if file else self._stats.busy + self._stats.waiting
+            share = math.ceil(self._shared_threads / jobs)
+            job.threads = job.request.threads or self._threads or share
             if job.cancelled or self._closed:
                 worker.kill()
         reusable = False
@@ -286,7 +292,7 @@ class DecodePool:
 
     def _converse(self, job: Job, worker: WorkerProcess) -> DecodeResult:
         """Give a worker its job, hand on what it says of the result's size, take the result."""
-        request = replace(job.request, threads=job.request.threads or self._threads)
+        request = replace(job.request, threads=job.threads)
         if job.known:
             # The worker has the packet table: megabytes for hours of video.
             request = replace(request, info=None)

@@ -24,6 +24,7 @@ class Job:
         cancelled: Nobody waits for the result any more.
         place: Its place in the queue.
         known: The worker has the file open, with its packet table.
+        threads: Decoding threads.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Job:
         span = request.sampling.span if request.sampling else None
         self.place = Place(file_key(request), span[0] if span else 0.0)
         self.known = False
+        self.threads = 0
 
 
 class Lane:

@@ -7,7 +7,6 @@ the slice headers (ITU-T H.264, 8.2.4 and 8.2.5) tell which ones can be left out
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,7 +75,8 @@ class Picture(NamedTuple):
         order: Its place in presentation order.
         slices: Its slice headers; none of one that is not wanted and that no other refers to.
         lists: Numbers of the pictures in each list of references of each of ``slices``.
-        held: Numbers of all pictures that are kept for reference when it is decoded.
+        held: Numbers of all pictures that are kept for reference when it is decoded; of a B picture
+            alone.
     """
 
     number: int
@@ -255,7 +255,8 @@ class References:
         if not self._known or (header.frame_num - self._frame_num) % modulus > 1:
             raise UnusualError
         high, order = self._place(header)
-        held = self.held
+        is_b = all(each.kind == _B for each in slices)
+        held = self.held if is_b else frozenset()
         lists: list[tuple[int, ...]] = []
         for each in slices:
             if each.frame_num != header.frame_num or each.order != header.order:
@@ -267,7 +268,6 @@ class References:
             if len(self._held) > max(1, header.sps.num_refs):
                 raise UnusualError
             self._frame_num, self._order = header.frame_num, (high, header.order[0])
-        is_b = all(each.kind == _B for each in slices)
         return Picture(self._number, is_b, order, tuple(slices), tuple(lists), held)
 
     def _place(self, header: _Header) -> tuple[int, int]:
@@ -287,7 +287,9 @@ def lists_of(held: list[Held], header: _Header, order: int) -> list[tuple[int, .
         return []
     if header.kind == _P:
         # The one decoded last comes first.
-        initial = [held[::-1]]
+        initial = [held[: -header.active[0] - 1 : -1]]
+        if not header.changes[0]:
+            return [tuple([each.number for each in initial[0]])]
     else:
         earlier = sorted((h for h in held if h.order < order), key=lambda h: -h.order)
         later = sorted((h for h in held if h.order > order), key=lambda h: h.order)
@@ -314,8 +316,10 @@ def mark(held: list[Held], header: _Header) -> None:
     elif header.unused is not None:
         for distance in header.unused:
             at = (header.frame_num - distance) % (1 << header.sps.frame_num_bits)
-            with contextlib.suppress(UnusualError):
-                held.remove(_by_number(held, at))
+            for place, each in enumerate(held):
+                if each.frame_num == at:
+                    del held[place]
+                    break
     elif len(held) >= max(1, header.sps.num_refs):
         del held[0]
 

@@ -29,7 +29,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.base.heap import trim_when_due
+from vllm_mm_ext.base.heap import PERIOD_S, trim_when_due
 from vllm_mm_ext.errors import (
     MediaError,
     MediaTooLargeError,
@@ -81,9 +81,11 @@ def main(sock: socket.socket) -> None:
     threading.Thread(target=_die_with_parent, args=(sock, os.getppid()), daemon=True).start()
     files = OpenFiles()
     while True:
-        if len(files) and not _waits(sock, KEEP_S):
-            files.close()
+        if not _waits(sock, PERIOD_S):
             trim_when_due()
+            if len(files) and not _waits(sock, KEEP_S - PERIOD_S):
+                files.close()
+                trim_when_due()
         try:
             job, (media,) = wire.receive(sock, wire.decode_job)
         except (EOFError, OSError):

@@ -23,6 +23,14 @@ _PASSED = frozenset(
 # What decides which GPU a number names, and whether processes share it through a daemon.
 _PASSED_WITH_GPU = frozenset({"CUDA_DEVICE_ORDER", "CUDA_MPS_PIPE_DIRECTORY"})
 _PASSED_PREFIXES = ("LC_", "PYTHON", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_")
+# Each malloc arena takes 64 MB of address space, which the memory limit counts. Freed pictures stay
+# in the heap, until the worker trims it: the first touch of a new page costs some 2 us, 60 ms for
+# the pictures of one job.
+_MALLOC = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
 
 
 class WorkerProcess:
@@ -103,5 +111,4 @@ def worker_environment(server: Mapping[str, str], gpu: str | None = None) -> dic
         passed |= {name: server[name] for name in _PASSED_WITH_GPU & server.keys()}
         passed[VISIBLE_DEVICES] = gpu
     paths = [_PACKAGE_ROOT, *filter(None, [server.get("PYTHONPATH")])]
-    # Each malloc arena takes 64 MB of address space, which the memory limit counts.
-    return {**passed, "PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2"}
+    return {**passed, **_MALLOC, "PYTHONPATH": os.pathsep.join(paths)}

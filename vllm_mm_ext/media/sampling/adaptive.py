@@ -53,7 +53,7 @@ class _Part:
         packets: The rows of the packet table that lie in the window, ``n`` of them.
         score: float64 ``[n]`` stage-1 score of each frame.
         looked_at: int64 ``[k]`` frames to look at, counted from the window's first frame.
-        eligible: bool ``[k]`` which of them can be chosen if they show no event.
+        eligible: bool ``[k]`` which of them can be chosen if there is no event.
         pixels: float32 ``[k, p]`` their thumbnails, or ``p = 0`` where none are decoded.
         motion, transient: float64 ``[k]`` stage-2 scores (see ``thumbnail_scan.motion_score``).
     """
@@ -101,7 +101,8 @@ class _Part:
         nearest = np.searchsorted((here[1:] + here[:-1]) / 2, time, side="right")
         events, eligible = thumbnail_scan.events(self.transient, count), self.eligible.copy()
         for event in events:
-            eligible[event.first : event.last + 1] = True
+            # With its neighbours: else a frame of the event would stand for what is around it.
+            eligible[max(0, event.first - 1) : event.last + 2] = True
         looked = coverage.Looked(
             here,
             np.bincount(nearest, minlength=size).astype(np.float64),
@@ -129,8 +130,8 @@ def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails)
 
     ``thumbnails`` is called at most once, with at most as many indices of each window as
     ``thumbnail_scan.plan`` says. All frames chosen are among them, if it is called for their
-    window. But for those that show an event, they are also among its second argument: a decoder
-    that keeps the pictures of these need not decode them again.
+    window. But for those at an event, they are also among its second argument: a decoder that keeps
+    the pictures of these need not decode them again.
     """
     packets = info.packets
     assert packets is not None

@@ -47,6 +47,8 @@ _AROUND = 128
 # of a whole frame's mean.
 _LOCAL_FLOOR = 2.0
 _GLOBAL_FLOOR = 1.0
+# What counts of a pixel's change as usual there, at most: what an event shows is not usual.
+_MOST_USUAL = 16.0
 
 
 def plan(packets: PacketTable, score: Scores, count: int) -> Indices:
@@ -229,15 +231,18 @@ def motion_score(
     if len(rows) < FEWEST:
         return motion, transient
     local, brightness = np.zeros(len(rows)), np.zeros(len(rows))
-    for at in range(0, len(rows), 256):
-        part = rows[at : at + 256]
+    # Equal parts: of a few thumbnails at the end, nothing would be usual.
+    for at in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / 256)):
+        part = rows[at]
         here, back, ahead = flat[part], flat[before[part]], flat[after[part]]
         new = np.minimum(np.abs(_unexplained(here, back)), np.abs(_unexplained(here, ahead)))
+        # Where something moves all the time, a change says less than where nothing does.
+        new /= 1.0 + np.minimum(new, _MOST_USUAL).mean(axis=0) / _LOCAL_FLOOR
         most = min(4, new.shape[1])
-        local[at : at + 256] = np.partition(new, -most, axis=1)[:, -most:].mean(axis=1)
+        local[at] = np.partition(new, -most, axis=1)[:, -most:].mean(axis=1)
         rise, fall = (here - back).mean(axis=1), (here - ahead).mean(axis=1)
         agree = rise * fall > 0
-        brightness[at : at + 256] = np.where(agree, np.minimum(np.abs(rise), np.abs(fall)), 0.0)
+        brightness[at] = np.where(agree, np.minimum(np.abs(rise), np.abs(fall)), 0.0)
     transient[rows] = np.maximum(
         _deviations(local, _LOCAL_FLOOR), _deviations(brightness, _GLOBAL_FLOOR)
     )

@@ -1,16 +1,17 @@
-"""Time from a URL to sampled frames on first sight, through the media connectors."""
+"""Time and CPU from a URL to sampled frames on first sight, through the media connectors."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 from vllm.multimodal.media import MediaConnector
 
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
@@ -60,13 +61,14 @@ def run(context: BenchContext) -> BenchResult:
     Every measurement has a file nobody saw before (same frames, other bytes). Frames are at
     native size on both sides unless a row says otherwise.
     """
-    runs: dict[int, dict[str, list[float]]] = {}
+    rows: list[Row] = []
     with context.scratch() as media:
         for number, case in enumerate(_CASES):
             source = case.clip(context.work_dir)
-            measured: dict[str, list[float]] = defaultdict(list)
+            wall: dict[str, list[float]] = defaultdict(list)
+            cpu: dict[str, list[float]] = defaultdict(list)
             with (
-                _plugin_runtime(case, context.work_dir, media),
+                _plugin_runtime(case, context.work_dir, media) as workers,
                 context.steps(f"frontend, {_label(case)}", 2 * context.repeats) as begin,
             ):
                 for repeat in range(context.repeats):
@@ -74,15 +76,15 @@ def run(context: BenchContext) -> BenchResult:
                     for side in sides:
                         begin(side)
                         file = variant(source, media / f"{side}-{number}-{repeat}.mp4", repeat)
-                        measured[side].append(_frames_ready(side, file, media))
+                        before = _cpu_s(workers())
+                        wall[side].append(_frames_ready(side, file, media))
+                        cpu[side].append(1e3 * (_cpu_s(workers()) - before))
                         file.unlink()
-            runs[number] = measured
-    rows = [
-        Row.of(f"frames ready, {_label(case)}", "ms", **runs[number])
-        for number, case in enumerate(_CASES)
-    ]
+            rows.append(Row.of(f"frames ready, {_label(case)}", "ms", **wall))
+            rows.append(Row.of(f"CPU of it, {_label(case)}", "ms", **cpu))
     notes = [
         f"{FRAMES} frames; stock samples uniformly in every row",
+        "CPU: of this process and its decode workers",
         "'at model size': the plugin's decoder delivers what the model's processor would resize "
         "to (Qwen2.5 rule); stock's frames are at native size and still have to be resized",
     ]
@@ -94,7 +96,8 @@ def _label(case: _Case) -> str:
 
 
 @contextmanager
-def _plugin_runtime(case: _Case, work_dir: Path, media: Path) -> Iterator[None]:
+def _plugin_runtime(case: _Case, work_dir: Path, media: Path) -> Iterator[Callable[[], list[int]]]:
+    """The plugin's front-end; yields what tells the ids of its decode workers."""
     config = MMExtConfig.model_validate(
         {
             "media": {
@@ -108,15 +111,21 @@ def _plugin_runtime(case: _Case, work_dir: Path, media: Path) -> Iterator[None]:
             }
         }
     )
-    attach_runtime(config, ModelTraits(size_rule=_QWEN_SIZE))
+    runtime = attach_runtime(config, ModelTraits(size_rule=_QWEN_SIZE))
     # Decode workers start on first use; serving pays for that once.
     tiny = cached_clip(work_dir, width=320, height=180, duration=2.0, gop=30)
     for number in range(4):
         _frames_ready("plugin", variant(tiny, media / f"tiny-{number}.mp4", number), media)
     try:
-        yield
+        yield runtime.frontend.pool.worker_pids
     finally:
         detach_runtime()
+
+
+def _cpu_s(workers: Sequence[int]) -> float:
+    """CPU seconds used so far by this process and by decode workers."""
+    times = [psutil.Process(pid).cpu_times() for pid in workers]
+    return time.process_time() + float(sum(each.user + each.system for each in times))
 
 
 def _frames_ready(side: str, file: Path, media: Path) -> float:

@@ -1,0 +1,51 @@
+"""Short events that thumbnails show, beside pictures that stand still or move all the time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.unit.media.test_sampling import even
+from vllm_mm_ext.media.sampling import select
+from vllm_mm_ext.media.sampling.thumbnail_scan import motion_score
+from vllm_mm_ext.media.types import SamplingSpec
+
+
+@pytest.mark.parametrize("start", [27.1, 51.63, 67.0])
+def test_a_flash_in_a_still_picture_is_shown(start: float) -> None:
+    info = even(2790, gop=500)
+    assert info.packets is not None
+    time = info.packets.time
+
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
+        small = np.full((len(indices), 36, 64), 100, np.uint8)
+        here = time[np.asarray(indices)]
+        small[(here >= start) & (here < start + 0.21)] = 180
+        return small
+
+    chosen = select(info, SamplingSpec("adaptive", max_frames=32), thumbnails).times
+    assert ((chosen >= start) & (chosen < start + 0.21)).any()
+
+
+def test_a_faint_box_counts_for_more_than_what_moves_all_the_time() -> None:
+    rng = np.random.default_rng(3)
+    time = np.linspace(0.0, 38.9, 300)
+    small = np.full((300, 36, 64), 100, np.uint8)
+    small[:, 5:20, 5:20] += rng.integers(0, 60, (300, 15, 15), np.uint8)
+    event = (time >= 20) & (time < 20.6)
+    small[event, 25:30, 45:55] += 12
+    _, transient = motion_score(small, time)
+    inside, around = transient[event], np.nan_to_num(transient[~event])
+    assert inside.min() > around.max()
+
+
+def test_the_last_thumbnails_count_like_the_others() -> None:
+    time = np.linspace(0.0, 37.6, 290)
+    small = np.random.default_rng(4).integers(98, 103, (290, 36, 64)).astype(np.uint8)
+    for first in (100, 276):
+        small[first : first + 4, 10:16, 10:20] += 60
+    _, transient = motion_score(small, time)
+    assert transient[276:280].min() > transient[100:104].min() / 2
