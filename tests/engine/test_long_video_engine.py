@@ -156,8 +156,9 @@ def test_a_second_question_about_the_same_video_takes_the_notes_that_are_there(
     served: Served,
 ) -> None:
     first = served.ask("long.mp4", long_video={"strategy": "map_reduce"})
-    second = served.ask("long.mp4", text="How many?", long_video={"strategy": "map_reduce"})
+    second = served.ask("long.mp4", text="How many?", long_video={"strategy": "auto"})
     block = second["mm_ext"]["long_video"]
+    assert block["strategy"] == "map_reduce", "all windows are noted"
     assert all(window["kept"] for window in block["windows"])
     assert sum(window["cost"]["prompt_tokens"] for window in block["windows"]) == 0
     notes = [[w["note"] for w in a["mm_ext"]["long_video"]["windows"]] for a in (first, second)]
@@ -207,7 +208,7 @@ def test_a_video_that_fits_is_answered_in_one_pass_as_without_the_option(served:
 
 
 def test_a_stream_tells_its_progress_and_then_the_answer(served: Served) -> None:
-    asked: dict[str, Any] = {"text": "How often?", "long_video": {"window_s": 40}}
+    asked: dict[str, Any] = {"long_video": {"strategy": "map_reduce", "window_s": 40}}
     chunks = served.chunks("long.mp4", stream_options={"include_usage": True}, **asked)
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
     told = [chunk for chunk in chunks if "progress" in chunk.get("mm_ext", {})]

@@ -26,7 +26,7 @@ from vllm_mm_ext.adapters.long_video.ask_requests import (
 from vllm_mm_ext.adapters.long_video.chat_chunks import Head, joined, with_cost, without_text
 from vllm_mm_ext.adapters.long_video.engine_model import EngineModel
 from vllm_mm_ext.adapters.long_video.survey import Survey
-from vllm_mm_ext.config.options import RequestOptions
+from vllm_mm_ext.config.options import Reduction, RequestOptions, TrainedReductions
 from vllm_mm_ext.config.quality_settings import BoundSettings
 from vllm_mm_ext.config.report_settings import ReportsConfig
 from vllm_mm_ext.config.root import MMExtConfig
@@ -150,8 +150,16 @@ def test_choices_that_begin_alike_cannot_be_told_apart() -> None:
 
 def test_what_a_client_asks_of_whole_videos_does_not_hold_for_windows() -> None:
     client = RequestOptions(min_frames=9, max_frames=10, total_tokens=99, resolution=64, fps=1)
-    found = options_for(Look("close", fps=60.0), client, BoundSettings(max_fps=8.0))
+    found = options_for(Look("close", fps=60.0), client, BoundSettings(max_fps=8.0), None)
     assert found == RequestOptions(resolution=64, fps=8.0)
+
+
+def test_a_coarse_look_has_as_few_tokens_as_the_model_learned() -> None:
+    client, bounds = RequestOptions(reduction=Reduction(pool=2)), BoundSettings()
+    trained = TrainedReductions(((1, 1), (2, 1), (1, 4), (2, 4)))
+    for kind, expected in (("coarse", Reduction(pool=2, temporal=4)), ("note", client.reduction)):
+        assert options_for(Look(kind), client, bounds, trained).reduction == expected
+        assert options_for(Look(kind), client, bounds, None).reduction == client.reduction
 
 
 def test_chunks_of_an_answer_get_the_time_and_the_usage_of_the_whole_stream() -> None:

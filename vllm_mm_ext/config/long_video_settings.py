@@ -26,7 +26,8 @@ class LongVideoOptions(BaseModel):
         "windows in order, each with the notes of the two before it. `map_reduce`: a note about "
         "each window, in parallel, then an answer from all notes. `search`: a first look at every "
         "window, a second, closer one at those that matter to the question. `auto`: `single` "
-        "where the videos fit at the frame rate asked, else by the kind of the question.",
+        "where the videos fit at the frame rate asked; `map_reduce` where at most `close_windows` "
+        "windows have no note yet, or more than that or none seem to matter; else `search`.",
     )
     window_s: float | None = Field(None, ge=4, le=600, description="Seconds of a window.")
     overlap_s: float | None = Field(
@@ -155,13 +156,21 @@ class LongVideoSettings(Section):
         "context bounds them as well.",
     )
     coarse_frames: int = Field(
-        8, ge=1, le=512, description="`search`: frames of a window in the first look."
+        8,
+        ge=1,
+        le=512,
+        description="`search`: frames of a window in the first look. A model that learned token "
+        "reductions gets the strongest of them there.",
     )
     close_fps: float = Field(
         4.0, gt=0, le=60, description="`search`: frames per second in the second look."
     )
     close_windows: int = Field(
-        12, ge=1, le=1024, description="`search`: windows that get a second look."
+        12,
+        ge=1,
+        le=1024,
+        description="`search`: windows that get a second look. Where more matter, or none "
+        "seems to, `auto` notes all.",
     )
     notes_mb: int = Field(64, ge=1, le=65536, description="MiB of notes that are kept.")
     notes_ttl_s: float = Field(

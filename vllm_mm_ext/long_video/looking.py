@@ -112,6 +112,7 @@ class Looks:
         *,
         at_once: int | None = None,
         share: float = 1.0,
+        until: Callable[[], bool] = lambda: False,
     ) -> None:
         """Look at windows, many at once, until all are looked at or a bound is met.
 
@@ -122,15 +123,19 @@ class Looks:
             look_at: Looks at a window, by ``note`` or ``relevance``.
             at_once: Windows that are looked at before the next ones begin; None for no such limit.
             share: The part of the request's bounds on tokens and time that these looks may reach.
+            until: Asked before windows begin; once it holds, none does, and they are not left out.
         """
         self._total += len(windows)
         self._largest_prompt = 0
         left = list(windows)
-        while left and (count := self._affordable(share)):
+        while left and not until() and (count := self._affordable(share)):
             count = min(count, at_once or len(left))
             await all_or_none(self._one(window, look_at, share) for window in left[:count])
             del left[:count]
-        self.left_out.update(left)
+        if until():
+            self._total -= len(left)
+        else:
+            self.left_out.update(left)
 
     async def note(self, window: Window, look: Look, earlier: str = "") -> None:
         """Get a note about a window.
@@ -146,11 +151,21 @@ class Looks:
     def recall(self, window: Window) -> None:
         """Take the closest note that an earlier question left about a window, if there is one."""
         for look in (self.task.close_look, self.task.note_look):
-            ask = self._note_ask(window, look, "")
-            key = self.model.known_window_key(window, look)
-            if key and (reply := self._store.kept(self._key(key, ask))):
+            if (reply := self._kept_note(window, look)) is not None:
                 self._know_note(window, look, reply, is_kept=True)
                 return
+
+    def is_noted(self, window: Window) -> bool:
+        """Whether an earlier question left the note about a window that serves any question.
+
+        False also where this request may not be told.
+        """
+        return self._kept_note(window, self.task.note_look) is not None
+
+    def _kept_note(self, window: Window, look: Look) -> Reply | None:
+        key = self.model.known_window_key(window, look)
+        ask = self._note_ask(window, look, "")
+        return None if key is None else self._store.kept(self._key(key, ask))
 
     async def relevance(self, window: Window) -> None:
         """Get the chance that a window shows what is asked."""
@@ -245,7 +260,8 @@ class Looks:
 
     def _know_note(self, window: Window, look: Look, reply: Reply, is_kept: bool) -> None:
         entries = tuple(entries_of(reply.text, window))
-        self._know(window, entries=entries, is_close=look.kind == "close", is_kept=is_kept)
+        is_close = look.kind == "close"
+        self._know(window, entries=entries, is_close=is_close, is_kept=is_kept, failed=None)
 
     def _know(self, window: Window, **news: Any) -> None:
         self.seen[window] = replace(self._seen(window), **news)

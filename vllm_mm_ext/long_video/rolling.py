@@ -6,12 +6,13 @@ from collections import deque
 
 from vllm_mm_ext.long_video.asking import Window
 from vllm_mm_ext.long_video.looking import Looks
+from vllm_mm_ext.long_video.task import UsedStrategy
 
 # Windows before a window whose notes the model is told.
 _BEFORE = 2
 
 
-async def rolling(looks: Looks) -> None:
+async def rolling(looks: Looks) -> UsedStrategy:
     """Get a note about every window, in order, with what the model noted just before."""
     before: deque[Window] = deque(maxlen=_BEFORE)
 
@@ -21,3 +22,4 @@ async def rolling(looks: Looks) -> None:
         before.append(window)
 
     await looks.each(looks.task.windows, note, at_once=1)
+    return "rolling"

@@ -11,13 +11,12 @@ from vllm_mm_ext.long_video.looking import Looks, Progress, SeenWindow
 from vllm_mm_ext.long_video.map_reduce import map_reduce
 from vllm_mm_ext.long_video.note_store import NoteStore
 from vllm_mm_ext.long_video.notes import Entry, lines_of, merged
-from vllm_mm_ext.long_video.question_kind import UsedStrategy
 from vllm_mm_ext.long_video.reducing import TIMES, prompt_room, reduced, token_counts
 from vllm_mm_ext.long_video.rolling import rolling
-from vllm_mm_ext.long_video.search import search
-from vllm_mm_ext.long_video.task import Task
+from vllm_mm_ext.long_video.search import auto, search
+from vllm_mm_ext.long_video.task import Task, UsedStrategy
 
-_STRATEGIES = {"rolling": rolling, "map_reduce": map_reduce, "search": search}
+_STRATEGIES = {"auto": auto, "rolling": rolling, "map_reduce": map_reduce, "search": search}
 # Spans of time that evidence names as not looked at, at most; more are told as one.
 _GAPS = 4
 # Tokens of one such line at most.
@@ -82,7 +81,7 @@ async def look_through(
     """
     await check_room(task, model)
     looks = Looks(task, model, store, progress)
-    await _STRATEGIES[task.strategy](looks)
+    used = await _STRATEGIES[task.strategy](looks)
     failed = [seen for seen in looks.seen.values() if seen.failed is not None]
     if failed and len(failed) == len(looks.seen):
         first = min(failed, key=lambda seen: (seen.window.video, seen.window.number))
@@ -90,7 +89,7 @@ async def look_through(
     evidence, is_thinned = await _evidence(looks)
     windows = tuple(looks.seen[window] for window in task.windows if window in looks.seen)
     return Outcome(
-        strategy=task.strategy,
+        strategy=used,
         evidence=tuple(evidence),
         windows=windows,
         left_out=tuple(window for window in task.windows if window in looks.left_out),

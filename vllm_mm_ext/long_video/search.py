@@ -1,35 +1,68 @@
-"""A first look at every window, with few frames, and a second, closer one where it matters."""
+"""A first look at every window, with few frames, and a second, closer one where it matters.
+
+``auto`` goes on with notes about all windows where too many of them matter for that, or none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import heapify, heappop, heapreplace
 from itertools import pairwise
 
 from vllm_mm_ext.long_video.asking import Window
 from vllm_mm_ext.long_video.looking import Looks, SeenWindow
+from vllm_mm_ext.long_video.map_reduce import map_reduce
+from vllm_mm_ext.long_video.task import UsedStrategy
 
 # Part of the request's bounds that the first look may take; the rest is for the second one.
 _FIRST_SHARE = 0.5
 # A window whose relevance is below this part of the best one gets no second look.
 _LEAST_OF_BEST = 0.2
-# What a window beside a chosen one loses, as a part of the best relevance, and how many windows
-# away it loses nothing. Simulated, over two hours: where scenes look like what is asked, this finds
-# 6 to 10 of a hundred events more, elsewhere one less.
-_DIVERSITY = 0.2
-_NEAR = 6
+# From this relevance on the model says yes rather than no.
+_YES = 0.5
+# First looks between which `auto` counts the windows that matter.
+_AT_ONCE = 32
 
 
-async def search(looks: Looks) -> None:
-    """Get a close note about the windows that matter most to the question.
+async def search(looks: Looks) -> UsedStrategy:
+    """Get a close note about the windows that matter most to the question."""
+    await looks.each(looks.task.windows, looks.relevance, share=_FIRST_SHARE)
+    await _look_closely(looks)
+    return "search"
 
-    What earlier questions noted about the windows beside those counts, too.
+
+async def auto(looks: Looks) -> UsedStrategy:
+    """Search, or get a note about every window where that is cheaper or the question needs it.
+
+    It is cheaper where an earlier question left notes about all windows, or about all but as many
+    as a search looks at closely. The question needs it where it matters to more windows than that,
+    as it is about the whole video then, and where it seems to matter to none: what is asked may be
+    too small for first looks, or nothing that the model sees at one place.
     """
-    windows = looks.task.windows
-    await looks.each(windows, looks.relevance, share=_FIRST_SHARE)
+    windows, most = looks.task.windows, looks.task.settings.close_windows
+
+    def matters() -> int:
+        return sum((one.relevance or 0.0) > _YES for one in looks.seen.values())
+
+    if sum(not looks.is_noted(window) for window in windows) > most:
+        await looks.each(
+            windows,
+            looks.relevance,
+            share=_FIRST_SHARE,
+            at_once=_AT_ONCE,
+            until=lambda: matters() > most,
+        )
+        if 0 < matters() <= most:
+            await _look_closely(looks)
+            return "search"
+        looks.left_out.clear()
+    return await map_reduce(looks)
+
+
+async def _look_closely(looks: Looks) -> None:
+    """Get the close notes, and what earlier questions noted about the windows beside them."""
     chosen = choose(looks.seen.values(), looks.task.settings.close_windows)
     await looks.each(chosen, lambda window: looks.note(window, looks.task.close_look))
-    for before, after in pairwise(windows):
+    for before, after in pairwise(looks.task.windows):
         if before.video == after.video and (before in chosen) != (after in chosen):
             looks.recall(after if before in chosen else before)
 
@@ -37,31 +70,18 @@ async def search(looks: Looks) -> None:
 def choose(seen: Iterable[SeenWindow], count: int) -> list[Window]:
     """The windows that are worth a second look, the best one first.
 
-    Maximal marginal relevance: a window near one that was chosen counts less, so that one scene
-    which looks like what is asked does not take all second looks. Of windows that are as relevant,
-    to one percent, the one in which more happens comes first.
+    Of windows that are as relevant, to one percent, the one in which more happens comes first.
 
     Args:
         seen: What the first look found.
         count: Windows at most.
     """
-    asked = [(one, one.relevance) for one in seen if one.relevance is not None]
-    best = max((relevance for _, relevance in asked), default=0.0)
-    chosen: list[Window] = []
+    asked = [(one.relevance, one) for one in seen if one.relevance is not None]
+    least = _LEAST_OF_BEST * max((relevance for relevance, _ in asked), default=0.0)
 
-    def rank(one: SeenWindow, relevance: float) -> tuple[float, float, int, int]:
-        window = one.window
-        away = [abs(window.number - w.number) for w in chosen if w.video == window.video]
-        nearness = max(0.0, 1 - min(away, default=_NEAR) / _NEAR)
-        worth = relevance - _DIVERSITY * best * nearness
-        return -round(worth, 2), -(one.activity or 0.0), window.video, window.number
+    def rank(found: tuple[float, SeenWindow]) -> tuple[float, float, int, int]:
+        relevance, one = found
+        return -round(relevance, 2), -(one.activity or 0.0), one.window.video, one.window.number
 
-    heap = [(rank(*pair), pair) for pair in asked if pair[1] >= _LEAST_OF_BEST * best]
-    heapify(heap)
-    while heap and len(chosen) < count:
-        ranked, pair = heap[0]
-        if ranked == (now := rank(*pair)):
-            chosen.append(heappop(heap)[1][0].window)
-        else:
-            heapreplace(heap, (now, pair))
-    return chosen
+    worth = sorted((found for found in asked if found[0] >= least), key=rank)
+    return [one.window for _, one in worth[:count]]

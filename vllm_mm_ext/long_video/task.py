@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
+from vllm_mm_ext.config.long_video_settings import (
+    LongVideoOptions,
+    LongVideoSettings,
+    Strategy,
+)
 from vllm_mm_ext.errors import MediaError, OptionBoundError
 from vllm_mm_ext.long_video.asking import Look, Window
-from vllm_mm_ext.long_video.question_kind import UsedStrategy
 from vllm_mm_ext.long_video.video_windows import windows_of
 
 _PATH = "mm_ext.long_video."
+
+# English questions that plainly need a note about every window get no first looks. With other
+# words `auto` finds out by those looks.
+_WHOLE_VIDEO = re.compile(
+    r"\b(summar\w+|overview|describe|description|chapters?|timeline|outline|whole|entire"
+    r"|throughout|overall|everything|list|all|in (which|what) order|sequence|what happens"
+    r"|what is (this|the) [\w ]{0,16}about)\b",
+    re.IGNORECASE,
+)
+
+UsedStrategy = Literal["rolling", "map_reduce", "search"]
+WindowStrategy = Literal["auto", UsedStrategy]
 
 
 @dataclass(frozen=True)
@@ -20,7 +37,7 @@ class Task:
     """A question about videos, and how it is answered.
 
     Attributes:
-        strategy: How the windows are looked at; not ``single``.
+        strategy: How the windows are looked at.
         question: The client's question.
         windows: All windows of all videos, in the order of the videos and of time.
         fps: Frames per second of a window; None as the server samples.
@@ -31,7 +48,7 @@ class Task:
         settings: The server's settings.
     """
 
-    strategy: UsedStrategy
+    strategy: WindowStrategy
     question: str
     windows: tuple[Window, ...]
     fps: float | None
@@ -57,11 +74,26 @@ class Task:
         return Look("close", fps=max(self.settings.close_fps, self.fps or 0))
 
 
+def strategy_for(asked: Strategy, question: str, fits: bool) -> Strategy:
+    """How a question is answered, as far as it is known before anything is looked at.
+
+    Args:
+        asked: The strategy that the request or the server's default names.
+        question: The client's question.
+        fits: All videos fit one prompt at the frame rate asked.
+    """
+    if asked != "auto":
+        return asked
+    if fits:
+        return "single"
+    return "auto" if question.strip() and not _WHOLE_VIDEO.search(question) else "map_reduce"
+
+
 def task_of(
     settings: LongVideoSettings,
     options: LongVideoOptions,
     *,
-    strategy: UsedStrategy,
+    strategy: WindowStrategy,
     question: str,
     durations: Sequence[float | None],
     answer_room: int,

@@ -21,7 +21,7 @@ class LongVideoReport:
     """Filled while a request about long videos is answered.
 
     Attributes:
-        strategy: How the question is answered.
+        strategy: How the question is answered, as far as it is known before the windows are seen.
         shows_cache_hits: As in ``RequestTrace``. Kept notes and cached tokens are cache hits.
         outcome: What the windows gave; None with the strategy ``single``.
         answer: The text of each choice of the answer, in pieces.
@@ -49,7 +49,7 @@ class LongVideoReport:
             return {"strategy": self.strategy}
         outcome = self.outcome
         return {
-            "strategy": self.strategy,
+            "strategy": outcome.strategy,
             "windows": [self._window(seen) for seen in outcome.windows],
             "failed": [_place(seen.window) for seen in outcome.windows if seen.failed],
             "left_out": [_place(window) for window in outcome.left_out],

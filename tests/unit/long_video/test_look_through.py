@@ -17,16 +17,15 @@ from vllm_mm_ext.errors import OptionBoundError
 from vllm_mm_ext.long_video.asking import AskFailedError, Cost
 from vllm_mm_ext.long_video.looking import Progress
 from vllm_mm_ext.long_video.note_store import NoteStore
-from vllm_mm_ext.long_video.question_kind import UsedStrategy
 from vllm_mm_ext.long_video.running import Outcome, look_through
-from vllm_mm_ext.long_video.task import Task, task_of
+from vllm_mm_ext.long_video.task import Task, WindowStrategy, task_of
 
 HOURS = 2 * 3600.0
 QUESTION = "How many blue flashes are there?"
-STRATEGIES: list[UsedStrategy] = ["rolling", "map_reduce", "search"]
+STRATEGIES: list[WindowStrategy] = ["auto", "rolling", "map_reduce", "search"]
 
 
-def task(strategy: UsedStrategy, *durations: float, **changes: Any) -> Task:
+def task(strategy: WindowStrategy, *durations: float, **changes: Any) -> Task:
     """A task; ``changes`` are the request's options, or else the server's settings."""
     options = {k: v for k, v in changes.items() if k in LongVideoOptions.model_fields}
     rest = {k: v for k, v in changes.items() if k not in options}
@@ -58,7 +57,7 @@ def true_flashes(model: SimulatedModel, word: str = "blue flash") -> list[int]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-async def test_no_event_of_two_hours_is_lost_or_told_twice(strategy: UsedStrategy) -> None:
+async def test_no_event_of_two_hours_is_lost_or_told_twice(strategy: WindowStrategy) -> None:
     model = SimulatedModel([planted(HOURS, 7)])
     outcome = await look(task(strategy, HOURS), model)
     assert flashes(outcome) == true_flashes(model)
@@ -79,7 +78,7 @@ async def test_whatever_the_windows_no_event_is_lost(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-async def test_evidence_is_in_order_and_fits_the_answer(strategy: UsedStrategy) -> None:
+async def test_evidence_is_in_order_and_fits_the_answer(strategy: WindowStrategy) -> None:
     model = SimulatedModel([planted(HOURS, 7)], select=lambda prompt: prompt)
     outcome = await look(task(strategy, HOURS, answer_room=600), model)
     times = [entry.time for entry in outcome.evidence[0].entries]
@@ -101,7 +100,7 @@ async def test_two_runs_make_the_same_asks_whatever_the_order_of_their_replies()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-async def test_at_most_max_parallel_prompts_are_under_way(strategy: UsedStrategy) -> None:
+async def test_at_most_max_parallel_prompts_are_under_way(strategy: WindowStrategy) -> None:
     model = SimulatedModel([planted(600, 7)] * 2)
     await look(task(strategy, 600.0, 500.0, max_parallel=3), model)
     assert model.most_under_way <= 3
@@ -121,7 +120,7 @@ async def test_a_second_question_asks_about_no_window_again_and_costs_little() -
 
 
 @pytest.mark.parametrize("strategy", ["map_reduce", "rolling"])
-async def test_a_recording_that_has_grown_only_adds_windows(strategy: UsedStrategy) -> None:
+async def test_a_recording_that_has_grown_only_adds_windows(strategy: WindowStrategy) -> None:
     events, store = planted(1000, 7), NoteStore(1 << 24, 3600)
     await look(task(strategy, 300.0), SimulatedModel([events]), store)
     model = SimulatedModel([events])
@@ -166,8 +165,37 @@ async def test_search_uses_the_notes_that_an_earlier_question_left_beside_its_wi
     assert again.evidence[0].entries[-1].time > last + 20
 
 
+async def test_auto_searches_where_few_windows_matter_and_else_notes_all() -> None:
+    model = SimulatedModel([planted(HOURS, 7)])
+    found = await look(task("auto", HOURS), model)
+    assert found.strategy == "search"
+    assert flashes(found) == true_flashes(model)
+    whole, told = SimulatedModel([planted(HOURS, 7)], word="circle"), list[Progress]()
+    everything = await look(task("auto", HOURS, answer_room=9999), whole, progress=told.append)
+    assert everything.strategy == "map_reduce"
+    assert len(everything.windows) == 258
+    assert all(seen.entries for seen in everything.windows)
+    assert not everything.left_out
+    coarse = [ask for ask in whole.asks if ask.choices]
+    assert len(coarse) < 40, "as soon as too many windows matter, all are noted"
+    assert [told[0].total, told[-1].total] == [258, len(coarse) + 258]
+    absent = SimulatedModel([planted(HOURS, 7)], word="green flash")
+    assert (await look(task("auto", HOURS), absent)).strategy == "map_reduce"
+
+
+async def test_auto_takes_kept_notes_where_all_but_few_windows_have_them() -> None:
+    model, store = SimulatedModel([planted(HOURS, 7)]), NoteStore(1 << 24, 3600)
+    await look(task("map_reduce", HOURS - 120), model, store)
+    asked = len(model.asks)
+    second = await look(task("auto", HOURS, question="Why?"), model, store)
+    assert second.strategy == "map_reduce"
+    assert 0 < sum(ask.window is not None for ask in model.asks[asked:]) <= 6
+    unknown = await look(task("auto", HOURS, window_s=20), model, store)
+    assert unknown.strategy == "search"
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-async def test_replies_that_may_not_be_kept_are_not(strategy: UsedStrategy) -> None:
+async def test_replies_that_may_not_be_kept_are_not(strategy: WindowStrategy) -> None:
     model, store = SimulatedModel([planted(600, 7)], may_be_kept=False), NoteStore(1 << 24, 3600)
     first = await look(task(strategy, 600.0), model, store)
     assert len(store) == 0
@@ -176,7 +204,7 @@ async def test_replies_that_may_not_be_kept_are_not(strategy: UsedStrategy) -> N
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-async def test_a_window_that_fails_is_named_and_the_others_answer(strategy: UsedStrategy) -> None:
+async def test_a_window_that_fails_is_named_and_the_others_answer(strategy: WindowStrategy) -> None:
     model = SimulatedModel([planted(600, 7)], fails=lambda window: window.number in (3, 4))
     outcome = await look(task(strategy, 600.0), model)
     assert [seen.window.number for seen in outcome.windows if seen.failed] == [3, 4]
@@ -193,7 +221,7 @@ async def test_many_failed_windows_are_named_in_one_line() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 async def test_when_all_windows_fail_the_request_fails_with_the_first_cause(
-    strategy: UsedStrategy,
+    strategy: WindowStrategy,
 ) -> None:
     model = SimulatedModel([planted(600, 7)], fails=lambda _: True)
     with pytest.raises(AskFailedError, match=r"None of 22 windows .*: window 0 cannot be read"):
@@ -203,7 +231,7 @@ async def test_when_all_windows_fail_the_request_fails_with_the_first_cause(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("total_tokens", [1, 5_000, 20_000])
 async def test_a_bound_on_tokens_holds_but_for_one_look(
-    strategy: UsedStrategy, total_tokens: int
+    strategy: WindowStrategy, total_tokens: int
 ) -> None:
     model = SimulatedModel([planted(HOURS, 7)])
     outcome = await look(task(strategy, HOURS, total_tokens=total_tokens), model)
@@ -215,7 +243,7 @@ async def test_a_bound_on_tokens_holds_but_for_one_look(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-async def test_past_the_bound_on_time_no_window_is_looked_at(strategy: UsedStrategy) -> None:
+async def test_past_the_bound_on_time_no_window_is_looked_at(strategy: WindowStrategy) -> None:
     model = SimulatedModel([planted(600, 7)])
     outcome = await look(task(strategy, 600.0, time_s=1e-9), model)
     assert not model.asks
@@ -224,7 +252,9 @@ async def test_past_the_bound_on_time_no_window_is_looked_at(strategy: UsedStrat
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-async def test_cancelling_the_request_ends_all_its_prompts_at_once(strategy: UsedStrategy) -> None:
+async def test_cancelling_the_request_ends_all_its_prompts_at_once(
+    strategy: WindowStrategy,
+) -> None:
     model = SimulatedModel([planted(HOURS, 7)], delays=10**9)
     before = asyncio.all_tasks()
     request = asyncio.create_task(look(task(strategy, HOURS), model))

@@ -38,24 +38,6 @@ def test_of_windows_as_relevant_the_more_active_one_comes_first() -> None:
     assert numbers(choose(seen(relevances, activities), 1)) == [10]
 
 
-def test_a_scene_that_looks_like_what_is_asked_does_not_take_all_second_looks() -> None:
-    """Half of the recording's events lie outside of scenes whose windows are about as relevant."""
-    found = {False: 0, True: 0}
-    chance = random.Random(0)
-    for _ in range(50):
-        relevances = [chance.betavariate(0.6, 6) for _ in range(257)]
-        for start in (chance.randrange(237) for _ in range(3)):
-            relevances[start : start + 20] = [chance.betavariate(2.5, 2.5) for _ in range(20)]
-        events = chance.sample(range(257), 3)
-        for event in events:
-            relevances[event] = chance.betavariate(4, 2)
-        best = sorted(range(257), key=lambda i: -relevances[i])[:12]
-        found[False] += sum(event in best for event in events)
-        chosen = numbers(choose(seen(relevances), 12))
-        found[True] += sum(event in chosen for event in events)
-    assert found[True] > 1.1 * found[False]
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=60), st.integers(1, 20), st.randoms())
 def test_the_choice_is_bounded_and_does_not_depend_on_the_order_of_replies(

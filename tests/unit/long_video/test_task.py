@@ -9,7 +9,7 @@ import pytest
 
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
 from vllm_mm_ext.errors import MediaError, OptionBoundError
-from vllm_mm_ext.long_video.task import Task, task_of
+from vllm_mm_ext.long_video.task import Task, strategy_for, task_of
 
 
 def task(settings: LongVideoSettings, *durations: float | None, **options: Any) -> Task:
@@ -55,3 +55,11 @@ def test_an_option_past_a_bound_is_refused_with_the_bound(
 def test_a_video_without_a_duration_is_refused(duration: float) -> None:
     with pytest.raises(MediaError, match="Video 2 does not tell how long it is"):
         task(LongVideoSettings(), 100.0, duration)
+
+
+def test_auto_is_one_prompt_where_all_fits_and_a_named_strategy_is_used() -> None:
+    assert strategy_for("auto", "How many?", fits=True) == "single"
+    assert strategy_for("auto", "How many?", fits=False) == "auto"
+    for whole in (" ", "Describe the video.", "In which order do the shapes appear?"):
+        assert strategy_for("auto", whole, fits=False) == "map_reduce"
+    assert strategy_for("rolling", "How many?", fits=True) == "rolling"

@@ -6,10 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_mm_ext.config.options import Floor, RequestOptions
+from vllm_mm_ext.config.options import (
+    NO_REDUCTION,
+    Floor,
+    Reduction,
+    RequestOptions,
+    TrainedReductions,
+)
 from vllm_mm_ext.config.quality_settings import BoundSettings
 from vllm_mm_ext.long_video.asking import Ask, Look
 
+# Past every reduction that a model learns.
+_ANY_REDUCTION = Reduction(pool=8, temporal=8)
 # Alternatives of a token whose probability vLLM reports by default.
 _MOST_LOGPROBS = 20
 # What of a client's request holds for each prompt made for it. The other fields are about the
@@ -120,7 +128,12 @@ def first_tokens(tokenizer: Any, choices: Sequence[str]) -> dict[str, list[int]]
     return found
 
 
-def options_for(look: Look | None, client: RequestOptions, bounds: BoundSettings) -> RequestOptions:
+def options_for(
+    look: Look | None,
+    client: RequestOptions,
+    bounds: BoundSettings,
+    trained: TrainedReductions | None,
+) -> RequestOptions:
     """The options of a prompt about a window.
 
     Args:
@@ -128,9 +141,13 @@ def options_for(look: Look | None, client: RequestOptions, bounds: BoundSettings
         client: Options of the client's request. Those about the number of frames and tokens of a
             whole video do not hold for a window.
         bounds: The server's bounds; a look that the server's settings ask for stays within them.
+        trained: Reductions that the model learned, if it did; a coarse look takes the strongest.
     """
     if look is None:
         return RequestOptions()
+    reduction = client.reduction
+    if look.kind == "coarse" and trained is not None:
+        reduction = trained.towards(NO_REDUCTION, _ANY_REDUCTION)
     return client.model_copy(
         update={
             "fps": None if look.fps is None else min(look.fps, bounds.max_fps),
@@ -139,6 +156,7 @@ def options_for(look: Look | None, client: RequestOptions, bounds: BoundSettings
             if look.max_frames is None
             else min(look.max_frames, bounds.max_frames),
             "total_tokens": None,
+            "reduction": reduction,
             "floor": Floor(),
             "long_video": None,
         }

@@ -166,7 +166,8 @@ class EngineModel:
 
     def _options(self, look: Look | None) -> Any:
         bounds = self._settings.quality.bounds
-        return options_for(look, self._context.options, bounds)
+        trained = runtime_of(self._renderer).frontend.traits.trained
+        return options_for(look, self._context.options, bounds, trained)
 
     def _enter(self, window: Window | None, look: Look | None) -> RequestContext:
         """Make a context for one prompt, and make it the current one."""

@@ -21,9 +21,8 @@ async def final_request_problem(serving: Any, request: Any) -> Any:
     Raises:
         VLLMError: As vLLM raises it.
     """
-    problem = await serving._check_model(request)
     # In a task of its own: what is noted about this rendering is not what the client gets.
-    return problem or await asyncio.create_task(_render_problem(serving, request))
+    return await asyncio.create_task(_render_problem(serving, request))
 
 
 async def _render_problem(serving: Any, request: Any) -> Any:

@@ -21,9 +21,8 @@ from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
 from vllm_mm_ext.long_video.asking import AskFailedError, filled
 from vllm_mm_ext.long_video.looking import Progress
-from vllm_mm_ext.long_video.question_kind import strategy_for
 from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
-from vllm_mm_ext.long_video.task import Task, task_of
+from vllm_mm_ext.long_video.task import Task, WindowStrategy, strategy_for, task_of
 from vllm_mm_ext.request.blocks import KEY
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.request.conversation import question_of, video_urls, with_texts_for_videos
@@ -48,43 +47,17 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
         VLLMError: The request cannot be answered so; ``error_answers`` says by which class.
     """
     context = current_request() or enter_request(RequestContext())
-    settings = vllm_compat.settings_of(serving.model_config).long_video
+    config = vllm_compat.settings_of(serving.model_config)
     with client_errors():
-        asked = asked_of(context, settings, request)
+        asked = asked_of(context, config.long_video, request)
     if asked is None:
         return await create(serving, request, raw_request)
-    if (refusal := await final_request_problem(serving, _with_texts(request, {}))) is not None:
+    if (refusal := await serving._check_model(request)) is not None:
         return refusal
     with client_errors():
-        chat = await _prepared(context, serving, request, raw_request, create, asked)
-    if chat is None:
-        return await create(serving, request, raw_request)
-    return chat.stream() if request.stream else await chat.whole()
-
-
-async def _prepared(
-    context: RequestContext,
-    serving: Any,
-    request: Any,
-    raw_request: Any,
-    create: Create,
-    asked: LongVideoOptions,
-) -> _LongChat | None:
-    """A request after all checks, before anything is decoded; None for one in a single pass.
-
-    Args:
-        context: Of the request.
-        serving, request, raw_request, create: As of ``answer``.
-        asked: What is asked of long video.
-
-    Raises:
-        MediaError: The request cannot be answered so.
-    """
-    config = vllm_compat.settings_of(serving.model_config)
-    settings = config.long_video
-    found = await _surveyed(context, serving, request, asked)
+        found = await _surveyed(context, serving, request, asked)
     if found is None:
-        return None
+        return await create(serving, request, raw_request)
     question = question_of(request.messages)
     strategy = strategy_for(asked.strategy or "auto", question, found.fits)
     report = LongVideoReport(strategy, config.reports.cache_hits)
@@ -92,20 +65,52 @@ async def _prepared(
     if strategy == "single":
         # From here on the request is one that asks for this frame rate and nothing else.
         context.options = context.options.model_copy(update={"fps": asked.fps, "long_video": None})
-        return None
-    if strategy == "search":
-        _check_choices(settings, serving)
+        return await create(serving, request, raw_request)
+    if (refusal := await final_request_problem(serving, _with_texts(request, {}))) is not None:
+        return refusal
     runtime = runtime_of(serving.renderer)
-    model = EngineModel(
-        serving,
-        create,
-        request,
-        context,
-        found,
-        window_keys=runtime.long_video.window_keys,
-        session=serving._get_session_id(request, raw_request),
-        priority=_priority(serving, request, raw_request, settings),
-    )
+    with client_errors():
+        model = EngineModel(
+            serving,
+            create,
+            request,
+            context,
+            found,
+            window_keys=runtime.long_video.window_keys,
+            session=serving._get_session_id(request, raw_request),
+            priority=_priority(serving, request, raw_request, config.long_video),
+        )
+        task = await _task(serving, config.long_video, asked, strategy, question, found, model)
+        place = runtime.long_video.enter()
+    chat = _LongChat(serving, request, raw_request, create, model, task, found, report, place)
+    return chat.stream() if request.stream else await chat.whole()
+
+
+async def _task(
+    serving: Any,
+    settings: LongVideoSettings,
+    asked: LongVideoOptions,
+    strategy: WindowStrategy,
+    question: str,
+    found: Survey,
+    model: EngineModel,
+) -> Task:
+    """What is done for a request, after all checks, before anything is decoded.
+
+    Args:
+        serving: As of ``answer``.
+        settings: The server's.
+        asked: What is asked of long video.
+        strategy: How the windows are looked at.
+        question: The client's question.
+        found: What is known of the videos.
+        model: Asks the engine for this request.
+
+    Raises:
+        MediaError: The request cannot be answered so.
+    """
+    if strategy in ("auto", "search"):
+        strategy = _with_choices(strategy, settings, serving)
     videos = len(found.urls)
     texts = [_text(settings, video, videos, "") for video in range(videos)]
     task = task_of(
@@ -117,8 +122,7 @@ async def _prepared(
         answer_room=found.room - sum(await model.count_tokens(texts)),
     )
     await check_room(task, model)
-    place = runtime.long_video.enter()
-    return _LongChat(serving, request, raw_request, create, model, task, found, report, place)
+    return task
 
 
 def asked_of(
@@ -180,17 +184,27 @@ def _priority(serving: Any, request: Any, raw_request: Any, settings: LongVideoS
     return min(own + settings.priority, _LAST) if policy == "priority" else own
 
 
-def _check_choices(settings: LongVideoSettings, serving: Any) -> None:
+def _with_choices(
+    strategy: WindowStrategy, settings: LongVideoSettings, serving: Any
+) -> WindowStrategy:
+    """A strategy that compares yes with no; `auto` does without where they begin alike.
+
+    Raises:
+        OptionError: It is `search`, and they do.
+    """
     prompts = settings.prompts
     try:
         first_tokens(serving.renderer.get_tokenizer(), (prompts.yes, prompts.no))
     except ValueError as error:
+        if strategy == "auto":
+            return "map_reduce"
         raise OptionError(
             f"{KEY}.long_video.strategy = 'search': this server cannot tell yes from no "
             f"(mm_ext.long_video.prompts): {error}. Other strategies: rolling, map_reduce",
             parameter=f"{KEY}.long_video.strategy",
             value="search",
         ) from None
+    return strategy
 
 
 def _text(settings: LongVideoSettings, video: int, videos: int, notes: str) -> str:

@@ -69,9 +69,8 @@ def accuracy(study: Study) -> list[Row]:
             film = study.films.film(repeat, minutes)
             for question in film.questions(study.questions):
                 for strategy in ("single", *strategies):
-                    # Apart, else search reads what the others noted beside the windows it chose.
-                    salt = strategy if strategy == "search" else None
-                    answer = study.ask(film, question.text, strategy, salt=salt)
+                    # Apart, else one takes what the others noted.
+                    answer = study.ask(film, question.text, strategy, salt=strategy)
                     right[strategy][question.task].append(is_right(question, answer.text))
                     if strategy == "auto":
                         used[answer.report.get("strategy", "single")] += 1
