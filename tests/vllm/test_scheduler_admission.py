@@ -118,7 +118,7 @@ def test_text_without_an_adapter_passes_a_video_that_waits_for_one() -> None:
 
 def test_the_credit_is_for_the_item_that_is_encoded_first() -> None:
     """A small item of a request without a slot comes before it by rank."""
-    settings = {"encoder_tokens_decoding": 100, "text_slots": 0}
+    settings = {"target_itl_ms": 20.0, "text_slots": 0}
     play = Play(make_scheduler(slots=2, settings=settings))
     play.add(request("decodes", answer=400))
     play.step()

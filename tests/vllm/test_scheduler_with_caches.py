@@ -111,7 +111,7 @@ class Traffic:
     def _nothing_is_left(self) -> None:
         engine, scheduler, pool = self.engine, self.engine.scheduler, self.engine.pool
         assert not scheduler.requests
-        assert not scheduler._reader.arrivals
+        assert not scheduler._candidates.arrivals
         assert not engine.manager._inputs
         # All of the pool can be had, whatever is kept.
         taken = pool.get_new_blocks(pool.num_gpu_blocks - 1)

@@ -45,8 +45,8 @@ def test_other_plugins_settings_are_not_ours_to_judge() -> None:
             ["mm_ext.media.sampling", "min_frames (64)", "max_frames (32)"],
         ),
         (
-            {"scheduler": {"encoder_tokens_idle": 100, "encoder_tokens_decoding": 200}},
-            ["mm_ext.scheduler", "encoder_tokens_idle", "encoder_tokens_decoding (200)", "100"],
+            {"scheduler": {"target_itl_ms": 0}},
+            ["mm_ext.scheduler.target_itl_ms", "0", "> 0", "<= 60000"],
         ),
         (
             {"kv": {"max_visual_cache_gb": 2, "max_visual_cache_share": 0.5}},

@@ -13,6 +13,8 @@ from vllm_mm_ext.policies.scheduler.order import Order
 
 # Steps for which a request is left alone after vLLM found no room for it against the plan.
 BACK_OFF = 8
+# Of the first to come among those that wait, so many may have blocks kept.
+_LINE = 64
 
 
 class Scarce(Enum):
@@ -51,7 +53,7 @@ class Admission:
     def __init__(
         self,
         scheduler: Any,
-        order: Callable[[str], Order],
+        order: Callable[[Any], Order],
         in_transit: Callable[[Any], bool],
     ) -> None:
         self._scheduler = scheduler
@@ -90,7 +92,8 @@ class Admission:
             tried: Of the waiting ones those that vLLM tried, by id.
             scheduled: Ids of what it scheduled.
         """
-        for key in (self._failed | self._refusals.keys()) & scheduled.keys():
+        known = self._failed | self._refusals.keys()
+        for key in [key for key in known if key in scheduled]:
             refusal, request = self._refusals.get(key), self._scheduler.requests[key]
             self.forget(key)
             # What it still lacks is kept for it until its prompt is computed.
@@ -127,7 +130,9 @@ class Admission:
         self._keeps = {}
         running = self._scheduler.running
         adapters, found = self._adapters(), []
-        for key in sorted(self._refusals, key=self._order):
+        for key in sorted(
+            self._refusals, key=lambda key: self._order(self._scheduler.requests[key])
+        ):
             request, (until, scarce) = self._scheduler.requests[key], self._refusals[key]
             there = self._is_there(request, scarce, adapters)
             if there and until > self._scheduler.current_step:
@@ -145,13 +150,14 @@ class Admission:
         That is the first that was refused, and the aged ones after it: each may be refused as
         well once it is tried, and what is let in until then would have its blocks.
         """
-        order = self._order(first.request_id)
-        waiting = {self._order(one.request_id): one for one in self._scheduler.waiting.candidates()}
-        later = sorted(n for n, one in waiting.items() if n > order and is_aged(one))
-        line, lacking = [], 0
-        for place, one in ((order, first), *((n, waiting[n]) for n in later)):
-            lacking += int(self._scheduler._request_remaining_blocks(one))
-            line.append((place, lacking))
+        order = self._order(first)
+        line: list[tuple[Order, int]] = []
+        lacking = 0
+        for one in (first, *sorted(self._scheduler.waiting.came(_LINE), key=self._order)):
+            place = self._order(one)
+            if one is first or (place > order and is_aged(one)):
+                lacking += int(self._scheduler._request_remaining_blocks(one))
+                line.append((place, lacking))
         return line
 
     def _is_there(self, request: Any, scarce: Scarce, adapters: set[int]) -> bool:
@@ -179,11 +185,11 @@ class Admission:
                 return True
         if self._before(Scarce.BLOCKS, request) is None:
             return False
-        place = bisect_left(self._line, (self._order(request.request_id),))
+        place = bisect_left(self._line, (self._order(request),))
         return not self._have_blocks(request, kept=self._line[place - 1][1])
 
     def _before(self, scarce: Scarce, request: Any) -> Any:
         kept = self._keeps.get(scarce)
-        if kept is None or self._order(request.request_id) <= self._order(kept.request_id):
+        if kept is None or self._order(request) <= self._order(kept):
             return None
         return kept

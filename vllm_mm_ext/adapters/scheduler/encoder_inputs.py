@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_mm_ext.adapters.scheduler.media_work import MediaWork
-from vllm_mm_ext.policies.scheduler.encoder_plan import Item
+from vllm_mm_ext.policies.scheduler.step_plan import Item
 
 # What vLLM's ``_try_schedule_encoder_inputs`` returns: indices of the items to encode, prompt
 # tokens to compute, encoder budget, items that a connector loads, and items that occur repeatedly.

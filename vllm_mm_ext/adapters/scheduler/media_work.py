@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.policies.scheduler.encoder_plan import Item
+from vllm_mm_ext.policies.scheduler.step_plan import Item
 
 # Seconds for which a look at a waiting request's caches stands: it takes time in proportion to the
 # length of the prompt.

@@ -5,31 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 
-from vllm_mm_ext.policies.scheduler.order import Order, Rank
-from vllm_mm_ext.policies.scheduler.ranking import Ranking
+from vllm_mm_ext.policies.scheduler.order import Order, Rank, Ranking
 
-# Of a longer queue than twice this, so many of the best and of the first to come are looked at in
-# each step.
-LOOKED_AT = 64
-# And so many of those never looked at, or not for longest.
-LOOKED_AROUND = 32
-
-
-class SortKeys(NamedTuple):
-    """By what a waiting request is sorted; the lowest goes first.
-
-    Attributes:
-        rank: Among all waiting requests, as far as it was last looked at.
-        order: Among all waiting requests by their coming.
-    """
-
-    rank: Rank
-    order: Order
+# Waiting requests that every step looks at: of the best and of the first to come. And so many of
+# those that were not looked at for longest: they may rank better by now.
+LOOKED_AT = 8
+LOOKED_AROUND = 4
 
 
 class ArrangedQueue(RequestQueue):  # type: ignore[misc]
@@ -38,39 +24,43 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
     So a step costs the same however many wait. Outside a step all are seen, the best first.
 
     Args:
-        sort_keys: Tells the keys of a request that nobody has looked at yet.
+        order: Tells the place of a request in the order of coming.
+        rank: Tells its rank, as far as it is known when it begins to wait.
     """
 
-    def __init__(self, sort_keys: Callable[[Any], SortKeys]) -> None:
-        self._sort_keys = sort_keys
+    def __init__(self, order: Callable[[Any], Order], rank: Callable[[Any], Rank]) -> None:
+        self._order, self._rank = order, rank
         self._ranks: Ranking[Any] = Ranking()
-        self._came: Ranking[Any] = Ranking()
-        self._new: dict[Any, None] = {}
-        # Those that were looked at, the last one last.
+        # Text and media apart: they may pass one another.
+        self._came: tuple[Ranking[Any], Ranking[Any]] = (Ranking(), Ranking())
+        # In the order in which they were looked at.
         self._seen: dict[Any, None] = {}
         self._shown: deque[Any] | None = None
         self._hidden = 0
 
     # --- what the scheduler asks ------------------------------------------------------------------
 
-    def candidates(self) -> list[Any]:
-        """Requests to look at now: all of a short queue.
+    def first(self, count: int) -> tuple[dict[Any, None], tuple[Any, ...]]:
+        """So many of the best, and of the first to come of each kind, text and media.
 
-        Of a long one the best so far, as their turn may come; the first to come, as none may pass
-        those that wait for too long; new ones, or others that may rank better than when they were
-        looked at.
+        Returns:
+            These, and of each kind the next to come, if there is one.
         """
-        if len(self) <= 2 * LOOKED_AT:
-            return list(self._ranks)
-        first = (*self._ranks.first(LOOKED_AT), *self._came.first(LOOKED_AT))
-        around = islice(chain(self._new, self._seen), LOOKED_AROUND)
-        return list(dict.fromkeys((*first, *around)))
+        came = [list(ranking.first(count + 1)) for ranking in self._came]
+        found = (*self._ranks.first(count), *(one for kind in came for one in kind[:count]))
+        return dict.fromkeys(found), tuple(kind[count] for kind in came if len(kind) > count)
 
-    def looked_at(self, request: Any, sort_keys: SortKeys) -> None:
-        """Note the sort keys that a waiting request has now."""
-        self._ranks.place(request, sort_keys.rank)
-        self._came.place(request, sort_keys.order)
-        self._new.pop(request, None)
+    def came(self, count: int) -> list[Any]:
+        """So many of the first to come of each kind."""
+        return [one for ranking in self._came for one in ranking.first(count)]
+
+    def around(self) -> list[Any]:
+        """Those that were not looked at for longest."""
+        return list(islice(self._seen, LOOKED_AROUND))
+
+    def looked_at(self, request: Any, rank: Rank) -> None:
+        """Note the rank that a waiting request has now."""
+        self._ranks.place(request, rank)
         self._seen.pop(request, None)
         self._seen[request] = None
 
@@ -96,17 +86,14 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
         return request in self._ranks
 
     def _enter(self, request: Any) -> None:
-        rank, order = self._sort_keys(request)
-        self._ranks.place(request, rank)
-        self._came.place(request, order)
-        self._new[request] = None
+        self._came[bool(request.mm_features)].place(request, self._order(request))
+        self.looked_at(request, self._rank(request))
 
     def _leave(self, request: Any) -> None:
         if request in self._ranks:
             self._ranks.drop(request)
-            self._came.drop(request)
-            self._new.pop(request, None)
-            self._seen.pop(request, None)
+            self._came[bool(request.mm_features)].drop(request)
+            del self._seen[request]
 
     # --- what vLLM asks ---------------------------------------------------------------------------
 

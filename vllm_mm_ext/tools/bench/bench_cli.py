@@ -10,7 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_mm_ext.testing.checkpoints import cache_root
-from vllm_mm_ext.tools.bench.commands import BENCHMARKS, Benchmark, LongVideoPart
+from vllm_mm_ext.tools.bench.commands import (
+    BENCHMARKS,
+    Benchmark,
+    LongVideoPart,
+    TrafficKind,
+)
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult
 
 app = typer.Typer(
@@ -173,6 +178,52 @@ def long_video(
     _show(result, json)
 
 
+@app.command("scheduler", help=BENCHMARKS["scheduler"].shows)
+def scheduler(
+    seeds: Annotated[int, typer.Option(min=1, help="Traces of each kind of traffic.")] = 20,
+    kind: Annotated[
+        list[TrafficKind] | None,
+        typer.Option(help="Traffic, all kinds by default; may be given several times."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Serve this trace instead."),
+    ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Switch each rule off: what it gains.")
+    ] = False,
+    costs: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="What steps cost, from --measure."),
+    ] = None,
+    measure: Annotated[
+        Path | None,
+        typer.Option(help="Measure what steps cost on a real engine, write it here, and end."),
+    ] = None,
+    json: _Json = None,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench import scheduler_bench, scheduler_costs
+
+    context = _context(1, work_dir)
+    if measure is not None:
+        scheduler_costs.measure(context.work_dir, measure)
+        return
+    try:
+        result = scheduler_bench.run(
+            context,
+            seeds=seeds,
+            kinds=kind or list(TrafficKind),
+            trace=trace,
+            costs=costs or scheduler_costs.MEASURED,
+            ablate=ablate,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _show(result, json)
+
+
 for _benchmark in BENCHMARKS.values():
-    if _benchmark.name not in ("long-video", "sampling", "soak", "waiting"):
+    if _benchmark.name not in ("long-video", "sampling", "scheduler", "soak", "waiting"):
         _add(_benchmark)

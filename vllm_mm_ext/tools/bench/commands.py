@@ -25,6 +25,16 @@ class LongVideoPart(StrEnum):
     text = "text"
 
 
+class TrafficKind(StrEnum):
+    """What traffic `scheduler` serves."""
+
+    mixed = "mixed"
+    steady = "steady"
+    videos = "videos"
+    six_on_four = "six-on-four"
+    aging = "aging"
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark.
@@ -154,6 +164,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "mixed-traffic",
                 "Text beside a new video every 2 s: ITL, TTFT and videos per minute; full slots.",
                 "mixed_traffic:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "scheduler",
+                "Traffic on a simulated clock through both schedulers; what each rule gains.",
+                "scheduler_bench:run",
                 repeats=1,
             ),
             Benchmark(

@@ -1,0 +1,290 @@
+"""What each prompt gets of a step: tokens to compute, items to encode. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm_mm_ext.policies.scheduler.order import Order, Rank
+from vllm_mm_ext.policies.scheduler.step_times import StepTimes
+
+# Share of a step that prompts get where decoding takes all of the target, and where one of them
+# has waited for so long that the target gives way.
+LEAST_SHARE = 0.2
+LEAST_SHARE_AGED = 0.75
+# Share of a step that text may have before aged requests with media, which may be so many under an
+# overload of encoder work that text would not be answered any more.
+TEXT_SHARE = 0.5
+# Prompt tokens of a request that gets any: two of vLLM's usual KV blocks.
+LEAST_PREFILL_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An mm item whose encoder output is missing.
+
+    Attributes:
+        index: Its place among the items of the request.
+        tokens: Encoder outputs it makes.
+        digest: Items of equal digest are encoded once.
+        start: Where its placeholder begins in the prompt.
+        end: Where it ends.
+    """
+
+    index: int
+    tokens: int
+    digest: str
+    start: int
+    end: int
+
+
+class Candidate(NamedTuple):
+    """A request without its first token, as one step sees it.
+
+    Attributes:
+        key: Its id.
+        order: Its place in the order of coming.
+        priority: Lower goes first.
+        computed: Prompt tokens that need not be computed.
+        left: Those that must be.
+        items: Items whose encoder output is missing, in the order of the prompt.
+        encoder_tokens: Encoder outputs of these.
+        media: Its prompt has mm items, encoded or not.
+        running: It holds a slot.
+        aged: No later request may pass it.
+        failed: It was granted something, and vLLM could not do it.
+    """
+
+    key: str
+    order: Order
+    priority: int
+    computed: int
+    left: int
+    items: tuple[Item, ...]
+    encoder_tokens: int
+    media: bool
+    running: bool
+    aged: bool
+    failed: bool = False
+
+    @property
+    def rank(self) -> Rank:
+        """Sort key in one step; the lowest goes first.
+
+        Aged requests come first, in the order of their coming, so nobody joins those before one but
+        by preemption. The others follow by priority and by what is left to do. A waiting request
+        with encoder work passes one that holds a slot only if half as much is left of it: so at
+        most log2 of the longest video over the shortest hold slots without being served.
+        """
+        if self.aged:
+            return (0, 0, 0, self.order)
+        work = self.encoder_tokens + self.left
+        if self.items and not self.running:
+            work *= 2
+        return (1, self.priority, work, self.order)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a step has for prompts.
+
+    Attributes:
+        seconds: Its time.
+        media_s: The end of it from which on it holds no more of prompts with mm items.
+        tokens: Prompt tokens it may compute.
+        encoder_tokens: Encoder outputs it may compute, for which the encoder cache has space.
+        items: Items it may encode.
+        slots: Free slots.
+        reserved: Of these, slots that only aged requests and those without encoder work get.
+        most_kept: Slots that are kept at most for aged requests whose turn has not come.
+        shift: Tokens that a drafter reads ahead of those computed.
+        late_s: Seconds by which earlier steps took longer than theirs, for items too large for any.
+        prefill_counts: Whether prompt tokens are limited.
+    """
+
+    seconds: float
+    media_s: float
+    tokens: int
+    encoder_tokens: int
+    items: int
+    slots: int
+    reserved: int = 0
+    most_kept: int = 1
+    shift: int = 0
+    late_s: float = 0.0
+    prefill_counts: bool = True
+
+
+@dataclass(slots=True)
+class Grant:
+    """What a request may do in a step: compute so many prompt tokens, have items encoded."""
+
+    tokens: int = 0
+    items: tuple[Item, ...] = ()
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What a step holds beside decodes.
+
+    Attributes:
+        grants: By request; the others wait.
+        tokens: Prompt tokens in all.
+        encoder_tokens: Encoder outputs in all.
+        seconds: What all of it takes.
+    """
+
+    grants: dict[str, Grant] = field(default_factory=dict)
+    tokens: int = 0
+    encoder_tokens: int = 0
+    seconds: float = 0.0
+
+
+def groups(items: Iterable[Item]) -> Iterator[tuple[Item, ...]]:
+    """Items that share a placeholder, together: none of its tokens can do without any of them."""
+    group: list[Item] = []
+    for item in items:
+        if group and item.start >= max(one.end for one in group):
+            yield tuple(group)
+            group = []
+        group.append(item)
+    if group:
+        yield tuple(group)
+
+
+def step_seconds(target_s: float, base_s: float, *, aged: bool) -> float:
+    """Time of a step for prompts, while something decodes.
+
+    Args:
+        target_s: What a step should take.
+        base_s: What it takes without prompts.
+        aged: An aged request waits.
+    """
+    share = LEAST_SHARE_AGED if aged else LEAST_SHARE
+    return max(target_s - base_s, share / (1 - share) * base_s)
+
+
+def plan(candidates: Sequence[Candidate], room: Room, times: StepTimes) -> StepPlan:
+    """Give the step out by rank: each gets what it can use before the next one gets any.
+
+    Text has a part of the step even behind aged requests with media.
+
+    Args:
+        candidates: By rank.
+        room: What there is.
+        times: What it costs.
+    """
+    aged = sum(one.aged and not one.running for one in candidates)
+    giver = _Giver(room, times, aged)
+    if any(one.aged and one.media for one in candidates):
+        for one in candidates:
+            if not one.media:
+                giver.give(one, TEXT_SHARE * room.seconds)
+    for one in _behind_running(candidates):
+        giver.give(one, room.media_s if one.media else room.seconds)
+    return giver.plan
+
+
+def _behind_running(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with those that hold slots before any that was granted something in vain.
+
+    What these lack may be in the hands of the others. No waiting request passes them for that.
+    """
+    first = next((n for n, one in enumerate(candidates) if one.failed), len(candidates))
+    behind = candidates[first:]
+    running = sorted((one for one in behind if one.running), key=lambda one: one.failed)
+    return [*candidates[:first], *running, *(one for one in behind if not one.running)]
+
+
+class _Giver:
+    def __init__(self, room: Room, times: StepTimes, aged: int) -> None:
+        self.plan = StepPlan()
+        self._room = room
+        self._times = times
+        self._slots = room.slots
+        # Slots for aged requests that have none yet.
+        self._kept = aged
+        self._digests: set[str] = set()
+        # An item found no room: smaller ones behind it do not slip past.
+        self._closed = False
+
+    def give(self, one: Candidate, most_s: float) -> None:
+        """Grant a request what fits, until the step is as long as this."""
+        known = one.key in self.plan.grants
+        if self._closed and one.items and not (one.running or known):
+            return
+        if not one.running and not known:
+            kept = 0 if one.aged else min(self._kept, self._room.most_kept)
+            kept = max(kept, self._room.reserved if one.items and not one.aged else 0)
+            if self._slots <= kept:
+                return
+        grant = self._fitting(one, most_s - self.plan.seconds)
+        if grant is None:
+            return
+        if not known and not one.running:
+            self._slots -= 1
+            self._kept -= one.aged
+        self.plan.grants[one.key] = grant
+
+    def _fitting(self, one: Candidate, seconds: float) -> Grant | None:
+        """What of a request fits into the time; None: nothing."""
+        before = self.plan.grants.get(one.key, Grant())
+        times, room, plan = self._times, self._room, self.plan
+        start = one.computed + before.tokens
+        end = one.computed + one.left
+        most = min(room.tokens - plan.tokens, one.left - before.tokens)
+        if most <= 0 or seconds <= 0.0:
+            return None
+        chosen: list[Item] = []
+        encoding, reach = 0, end
+        for group in groups(one.items):
+            reach = max(start, group[0].start - room.shift)
+            ready = min(reach - start, most)
+            # What is there already fills the step.
+            needs = times.seconds(encoding, ready if room.prefill_counts else 0, start)
+            if ready >= most or needs >= seconds:
+                break
+            fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
+            tokens = encoding + sum(fresh.values())
+            if fresh and not self._encodes(tokens, len(fresh) + len(chosen), seconds, not chosen):
+                self._closed = True
+                break
+            encoding = tokens
+            chosen += group
+            self._digests |= fresh.keys()
+            reach = end
+        left = seconds - times.seconds(encoding, 0)
+        tokens = min(reach - start, most)
+        if room.prefill_counts:
+            tokens = times.tokens(left, start, tokens, encoded=False)
+        if encoding or not plan.grants:
+            tokens = max(tokens, min(LEAST_PREFILL_TOKENS, reach - start, most))
+        # A slot just to wait for the encoder is worth nothing.
+        waits = one.items and not (one.running or before.items or chosen)
+        if tokens <= 0 or (waits and not self._is_far(reach - start, start)):
+            return None
+        plan.tokens += tokens
+        plan.encoder_tokens += encoding
+        plan.seconds += times.seconds(encoding, tokens, start)
+        return Grant(before.tokens + tokens, (*before.items, *chosen))
+
+    def _is_far(self, tokens: int, start: int) -> bool:
+        """Whether so many tokens before an item take more than a step."""
+        seconds = self._times.seconds(0, tokens, start)
+        return tokens > self._room.tokens or seconds > self._room.media_s
+
+    def _encodes(self, tokens: int, items: int, seconds: float, first: bool) -> bool:
+        """Whether items of a request, those that it was given in this step included, fit."""
+        room, plan = self._room, self.plan
+        others = sum(len(grant.items) for grant in plan.grants.values())
+        if self._closed or plan.encoder_tokens + tokens > room.encoder_tokens:
+            return False
+        first = first and not others
+        if others + items > room.items and not first:
+            return False
+        encoding = self._times.seconds(tokens, 0)
+        if encoding <= seconds - room.late_s:
+            return True
+        # What fits no step, or none that holds text, is encoded; later steps make up for it.
+        return first and room.late_s <= 0.0 and 2 * encoding > room.media_s
