@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from vllm_mm_ext.config import schema
 from vllm_mm_ext.config.encoder_cache_settings import EncoderCacheSettings
 from vllm_mm_ext.config.kv_settings import KVSettings
+from vllm_mm_ext.config.live_settings import LiveSettings
 from vllm_mm_ext.config.long_video_settings import LongVideoSettings
 from vllm_mm_ext.config.media_settings import MediaConfig
 from vllm_mm_ext.config.quality_settings import QualitySettings
@@ -42,6 +43,7 @@ class MMExtConfig(Section):
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings)
     kv: KVSettings = Field(default_factory=KVSettings)
     long_video: LongVideoSettings = Field(default_factory=LongVideoSettings)
+    live: LiveSettings = Field(default_factory=LiveSettings)
     reports: ReportsConfig = Field(default_factory=ReportsConfig)
 
     @classmethod

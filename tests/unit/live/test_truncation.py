@@ -1,0 +1,99 @@
+"""What goes of a conversation that takes more than it may."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_mm_ext.live.prompt import Frame, Part, Stretch, Text, Unit
+from vllm_mm_ext.live.session_items import Item, Weighed
+from vllm_mm_ext.live.truncation import Removal, removals
+
+
+def stretch(frames: int) -> Stretch:
+    seen = tuple(Frame(np.zeros((1, 1, 3), np.uint8), i / 10) for i in range(frames))
+    return Stretch("s", (Unit(np.zeros(0, np.float32), seen, 0.0, 2.0),))
+
+
+def weighed(part: Part, tokens: int) -> Weighed:
+    frames = len(part.units[0].frames) if isinstance(part, Stretch) else 0
+    return Weighed(part, tokens, 10 * tokens, frames)
+
+
+def tokens(removal: Removal) -> int:
+    return removal.tokens
+
+
+parts = st.one_of(
+    st.builds(weighed, st.just(Text("word")), st.integers(1, 50)),
+    st.builds(weighed, st.integers(1, 4).map(stretch), st.integers(1, 50)),
+)
+items = st.builds(
+    Item,
+    st.just("item"),
+    st.sampled_from(["system", "user", "user", "assistant"]),
+    st.lists(parts, min_size=1, max_size=4).map(tuple),
+    status=st.sampled_from(["completed", "completed", "incomplete", "in_progress"]),
+)
+open_stretches = st.lists(
+    st.builds(weighed, st.integers(1, 4).map(stretch), st.integers(1, 50)), max_size=4
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(items, max_size=8), open_stretches, st.integers(1, 400), st.integers(0, 6))
+def test_what_goes_is_enough_or_all_that_can_go(
+    held: list[Item], open_parts: list[Weighed], excess: int, keep_frames: int
+) -> None:
+    gone = removals(held, open_parts, excess, tokens, keep_frames)
+    taken = sum(removal.tokens for removal in gone)
+    if taken >= excess:
+        # Nothing goes that need not, but answers go with what they answer.
+        while gone and gone[-1].item and gone[-1].item.role == "assistant":
+            gone.pop()
+        assert sum(removal.tokens for removal in gone[:-1]) < excess
+    else:
+        # The latest frames too.
+        all_that_can = removals(held, open_parts, 1 << 30, tokens, 0)
+        assert [(r.item, r.part) for r in gone] == [(r.item, r.part) for r in all_that_can]
+    assert not any(r.item and r.item.role == "system" for r in gone)
+    assert not any(r.item and r.item.status == "in_progress" for r in gone)
+    # Of the open message the first stretches go, never the last one.
+    of_open = [r.part for r in gone if r.item is None]
+    assert of_open == open_parts[: len(of_open)]
+    assert len(of_open) < max(1, len(open_parts))
+    order = {id(item): index for index, item in enumerate(held)}
+    places = [order.get(id(r.item), len(held)) for r in gone]
+    assert places == sorted(places)
+
+
+def test_the_last_turn_stays_and_what_is_before_it_goes_first() -> None:
+    old = Item("a", "user", (weighed(Text("old"), 50),))
+    said = Item("b", "assistant", (weighed(Text("said"), 50),))
+    last = Item("c", "user", (weighed(stretch(1), 50), weighed(stretch(1), 50)))
+    answer = Item("d", "assistant", (weighed(Text("answer"), 50),))
+    gone = removals([old, said, last, answer], [], 1000, tokens, 0)
+    assert [(r.item and r.item.item_id, r.part) for r in gone] == [
+        ("a", None),
+        ("b", None),
+        ("c", last.parts[0]),
+    ]
+
+
+def test_the_latest_frames_stay_while_anything_else_can_go() -> None:
+    seen = Item("a", "user", (weighed(stretch(2), 50), weighed(Text("Look"), 20)))
+    asked = Item("b", "user", (weighed(Text("old"), 50),))
+    last = Item("c", "user", (weighed(Text("new"), 50),))
+    held = [seen, asked, last]
+    gone = removals(held, [], 70, tokens, 2)
+    assert [(r.item and r.item.item_id, r.part) for r in gone] == [
+        ("a", seen.parts[1]),
+        ("b", None),
+    ]
+    answer = Item("d", "assistant", (weighed(Text("answer"), 50),))
+    gone = removals([held[1], answer, last], [], 10, tokens, 0)
+    assert [r.item and r.item.item_id for r in gone] == ["b", "d"]
+    gone = removals(held, [], 100, tokens, 2)
+    assert [r.item and r.item.item_id for r in gone] == ["a", "b"]
+    assert gone[0].part is None

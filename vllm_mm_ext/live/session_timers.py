@@ -1,0 +1,72 @@
+"""When a session ends by itself, and when the model is to speak to a silent user."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.live.session_options import ServerVad, SessionLimits, TurnDetection
+
+
+class SessionTimers:
+    """The times of one session, in monotonic seconds.
+
+    Args:
+        limits: What the session may use.
+        now: When it begins.
+    """
+
+    def __init__(self, limits: SessionLimits, now: float) -> None:
+        self._limits = limits
+        self._ends_at = now + limits.max_session_s
+        self._last_event = now
+        # When the last response ended and how long the session's sound was then, in milliseconds;
+        # None: somebody has spoken since, or there was none.
+        self._silent_since: tuple[float, int] | None = None
+
+    def event(self, now: float) -> None:
+        """Something came from the client or the engine."""
+        self._last_event = now
+
+    def response_ended(self, now: float, sound_ms: int) -> None:
+        """A response ended while nobody spoke; the session's sound was so long."""
+        self._silent_since = now, sound_ms
+
+    def spoken(self) -> None:
+        """The user speaks, or the model."""
+        self._silent_since = None
+
+    def over(self, now: float, *, responding: bool) -> tuple[str, str] | None:
+        """Why the session is over, as a code and a message; None: it is not."""
+        if now >= self._ends_at:
+            seconds = self._limits.max_session_s
+            return "session_expired", f"The session has lasted {seconds:g} s, its limit."
+        if not responding and now >= self._last_event + self._limits.idle_timeout_s:
+            seconds = self._limits.idle_timeout_s
+            return "session_idle", f"Nothing has come from the client for {seconds:g} s."
+        return None
+
+    def silent_from(self, now: float, detection: TurnDetection | None) -> int | None:
+        """Where in the session's sound a silence began that was too long, in milliseconds.
+
+        It is told once. None: there is no such silence.
+        """
+        ends = self._silence_ends(detection)
+        if ends is None or now < ends or self._silent_since is None:
+            return None
+        sound_ms = self._silent_since[1]
+        self._silent_since = None
+        return sound_ms
+
+    def next(self, detection: TurnDetection | None, *, responding: bool) -> float:
+        """When ``over`` or ``silent_from`` has something to tell."""
+        times = [self._ends_at]
+        if not responding:
+            times.append(self._last_event + self._limits.idle_timeout_s)
+        if (silence_ends := self._silence_ends(detection)) is not None:
+            times.append(silence_ends)
+        return min(times)
+
+    def _silence_ends(self, detection: TurnDetection | None) -> float | None:
+        if self._silent_since is None or not isinstance(detection, ServerVad):
+            return None
+        if detection.idle_timeout_ms is None:
+            return None
+        return self._silent_since[0] + detection.idle_timeout_ms / 1000
