@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.client_id_wrappers import CLIENT_ID_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
+from vllm_mm_ext.adapters.live.live_feature import LIVE_FEATURE
 from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.base_names import FAMILY_NAMES
@@ -227,6 +228,7 @@ FEATURES: tuple[Feature, ...] = (
     *SERVING_FEATURES,
     CLIENT_ID_FEATURE,
     ROUTING_FEATURE,
+    LIVE_FEATURE,
 )
 
 

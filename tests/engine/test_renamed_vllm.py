@@ -36,6 +36,7 @@ RENAMED = (
     "_try_schedule_encoder_inputs",
     "get_freed_mm_hashes",
     "_tokenize_prompt",
+    "verify_token",
 )
 
 

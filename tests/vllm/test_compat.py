@@ -37,7 +37,8 @@ def test_registering_twice_installs_once() -> None:
 def test_what_is_changed_in_vllm_is_on_record() -> None:
     register()
     places = ledger()
-    assert set(places) == {feature.name for feature in FEATURES}
+    # Live sessions add routes, by vLLM's own interface for them.
+    assert set(places) == {feature.name for feature in FEATURES} - {"live sessions"}
     assert "vllm.renderers.base:BaseRenderer.render_chat_async" in places["planning"]
 
 

@@ -60,7 +60,7 @@ COMMON = (
     *(str, bytes, dict, list, set, tuple, int, type, OSError, Path, memoryview, types.CodeType),
     *(types.FunctionType, collections, collections.deque, dataclasses, functools, inspect),
     *(inspect.Signature, inspect.Parameter, logging, logging.Logger, threading, time, weakref),
-    *(asyncio, asyncio.AbstractEventLoop, asyncio.Task, importlib.util),
+    *(asyncio, asyncio.AbstractEventLoop, asyncio.Event, asyncio.Task, importlib.util),
     *(np, np.ndarray, torch, torch.Tensor, torch.nn, torch.nn.Module, torch.nn.functional),
 )
 # Of configurations and processors of transformers, and of requests of Starlette and pydantic.
@@ -69,7 +69,7 @@ ELSEWHERE = frozenset(
         *("downsample_ratio", "image_size", "image_token_id", "json", "model_dump", "n_window"),
         *("n_window_infer", "out_hidden_size", "patch_size", "spatial_merge_size"),
         *("temporal_patch_size", "tokens_per_second", "video_token_index", "vision_config"),
-        *("vocab_size",),
+        *("state", "vocab_size"),
     }
 )
 # Of one version alone; used where it is there.

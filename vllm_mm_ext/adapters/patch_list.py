@@ -286,6 +286,14 @@ PATCHES: tuple[Patch, ...] = (
         "Requests about the same media go to the same data-parallel rank.",
         "vLLM routes by content, or lets a plugin choose the rank",
     ),
+    Patch(
+        "live sessions",
+        ("uvicorn.config:Config.ws_per_message_deflate",),
+        "A few compressed bytes of a client could halt the event loop and fill the memory.",
+        "vLLM has a flag for the compression of WebSocket messages, or uvicorn bounds what it "
+        "inflates ahead of the application",
+        later=True,
+    ),
 )
 
 

@@ -68,6 +68,8 @@ class ComposerConfig(PreTrainedConfig):  # type: ignore[misc]
         audio_pad_windows: The encoder sees silence up to the end of the window, as Whisper's
             released weights were trained; what it makes of the silence is dropped.
         hidden: Width of the projectors; None: that of the vision tower.
+        turn_end_token_id: Token that the model was trained to write right after what it hears of a
+            user whose turn has ended; None: it was not trained to tell.
         heads: Attention heads of the projectors; None: those of the vision tower.
         video_start_token_id, frame_token_id, video_end_token_id, audio_start_token_id,
             audio_end_token_id, video_pad_token_id, audio_pad_token_id: Ids of `SPECIAL_TOKENS`.
@@ -98,6 +100,7 @@ class ComposerConfig(PreTrainedConfig):  # type: ignore[misc]
     audio_pad_windows: bool = True
     hidden: int | None = None
     heads: int | None = None
+    turn_end_token_id: int | None = None
     video_start_token_id: int = -1
     frame_token_id: int = -1
     video_end_token_id: int = -1
@@ -126,6 +129,12 @@ class ComposerConfig(PreTrainedConfig):  # type: ignore[misc]
             for index, given in enumerate(self.reductions or [])
         ]
         self._check_reductions()
+        end = self.turn_end_token_id
+        if end is not None and not (_is_int(end) and 0 <= end < self.text_config.vocab_size):
+            raise ValueError(
+                f"turn_end_token_id is {end!r}; it must be the id of a token, from 0 to "
+                f"{self.text_config.vocab_size - 1}, or null"
+            )
         for key, token in SPECIAL_TOKENS.items():
             value = getattr(self, key)
             if not _is_int(value) or value < 0:

@@ -91,10 +91,12 @@ class SampledFrames(_Carrier):
             where the frames were not sampled at such moments.
         reduction: How the number of the model's tokens for these frames is reduced.
         pinned: The frames have their final size: the model's processor must not resize them.
+        unit_s: Seconds of a unit of a video that is still growing: no segment goes beyond the end
+            of a unit. Needs ``times``; every unit has a frame. None for a whole video.
 
     Attributes:
-        digest, times, audio, step, reduction, pinned: As given; None, None, None, None, no
-            reduction and False on an array derived from sampled frames.
+        digest, times, audio, step, reduction, pinned, unit_s: As given; None, None, None, None, no
+            reduction, False and None on an array derived from sampled frames.
         memo: Values that were computed from the frames, kept for later requests: all reductions of
             the frames share one dictionary; a derived or unpickled array has an empty one. No value
             may hold the frames or a view of them: Python's garbage collector does not look into
@@ -109,6 +111,7 @@ class SampledFrames(_Carrier):
     step: float | None
     reduction: Reduction
     pinned: bool
+    unit_s: float | None
     memo: dict[Any, Any]
 
     def __new__(
@@ -121,6 +124,7 @@ class SampledFrames(_Carrier):
         step: float | None = None,
         reduction: Reduction = NO_REDUCTION,
         pinned: bool = False,
+        unit_s: float | None = None,
     ) -> Self:
         if frames.ndim != 4:
             raise ValueError(f"frames have four dimensions, got shape {frames.shape}")
@@ -133,6 +137,7 @@ class SampledFrames(_Carrier):
         self.step = step
         self.reduction = reduction
         self.pinned = pinned
+        self.unit_s = unit_s
         return self
 
     def __array_finalize__(self, obj: object) -> None:
@@ -142,6 +147,7 @@ class SampledFrames(_Carrier):
         self.step = None
         self.reduction = NO_REDUCTION
         self.pinned = False
+        self.unit_s = None
         self.memo = {}
 
     def __setstate__(self, state: Any) -> None:
@@ -173,6 +179,7 @@ class SampledFrames(_Carrier):
             step=self.step,
             reduction=reduction,
             pinned=self.pinned,
+            unit_s=self.unit_s,
         )
         made.memo = self.memo
         return made

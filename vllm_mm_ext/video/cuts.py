@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+# Times are compared in whole microseconds.
+_TICKS = 1_000_000
 
 Run = tuple[int, int]
 """Numbers of visual tokens and of the audio tokens that follow them in the prompt."""
@@ -145,6 +149,82 @@ def cut_between(
         own.append((visual, audio))
         end = then
     return [*cuts, _cut(begin, end, own, tokens_per_grid)]
+
+
+def unit_ends(
+    seconds: Sequence[float], unit_s: float, *, audio: int = 0, audio_per_unit: int = 0
+) -> list[tuple[int, int]]:
+    """Where the units of a growing video end.
+
+    Args:
+        seconds: Time of each temporal grid, ascending.
+        unit_s: Seconds of a unit.
+        audio: Audio tokens of the sound so far.
+        audio_per_unit: Audio tokens of a whole unit.
+
+    Returns:
+        Grids and audio tokens up to the end of each unit that has a grid. Sound that goes on after
+        the last grid belongs to the last unit.
+    """
+    unit_of = [round(at * _TICKS) // round(unit_s * _TICKS) for at in seconds]
+    ends = [
+        (grid, min(audio, (unit + 1) * audio_per_unit))
+        for grid, (unit, following) in enumerate(pairwise(unit_of), 1)
+        if following != unit
+    ]
+    return [*ends, (len(seconds), audio)]
+
+
+def cut_units(
+    runs: Sequence[Run],
+    tokens_per_grid: int,
+    ends: Sequence[tuple[int, int]],
+    inside: Callable[[Sequence[Run]], list[Cut]] | None = None,
+) -> list[Cut]:
+    """Cut a growing video where its units end.
+
+    Args:
+        runs: ``(visual, audio)`` tokens before reduction in prompt order; what ends at a place
+            stands before what begins there.
+        tokens_per_grid: Visual tokens of a temporal grid before reduction.
+        ends: Grids and audio tokens up to the end of each unit, as `unit_ends` returns them.
+        inside: Cuts the runs of one unit further, as if they were a video; None: no further cuts.
+
+    Returns:
+        The segments in order. Those of a unit do not depend on the units after it.
+    """
+    cuts: list[Cut] = []
+    own: list[Run] = []
+    begin = here = (0, 0)  # Visual and audio tokens before the open unit, and so far.
+    closed = 0
+    for visual, audio in runs:
+        rest = visual, audio
+        here = here[0] + visual, here[1] + audio
+        while closed < len(ends):
+            end = ends[closed][0] * tokens_per_grid, ends[closed][1]
+            if here[0] < end[0] or here[1] < end[1]:
+                break
+            left = here[1] - end[1]
+            own.append((rest[0], rest[1] - left))
+            if inside is None:
+                cuts.append(_cut(begin, end, own, tokens_per_grid))
+            else:
+                cuts += [_moved(cut, begin, tokens_per_grid) for cut in inside(own)]
+            begin, own, rest = end, [], (0, left)
+            closed += 1
+        if rest != (0, 0):
+            own.append(rest)
+    return cuts
+
+
+def _moved(cut: Cut, by: tuple[int, int], tokens_per_grid: int) -> Cut:
+    """A cut of a part of a video, as one of the whole video."""
+    grids, audio = by[0] // tokens_per_grid, by[1]
+    return Cut(
+        (cut.grids[0] + grids, cut.grids[1] + grids),
+        (cut.audio[0] + audio, cut.audio[1] + audio),
+        cut.runs,
+    )
 
 
 def _cut(

@@ -22,6 +22,7 @@ from vllm_mm_ext.video.cuts import (
     cut_between,
     cut_silent,
     cut_sounding,
+    cut_units,
     reduced_runs,
 )
 from vllm_mm_ext.video.scores import static_scores
@@ -43,6 +44,7 @@ class VideoShape:
         reduction: The token reduction.
         metadata: vLLM's metadata of the video; None if there is none.
         final: The frames have the size at which the model takes them.
+        unit_s: Seconds of a unit of a video that is still growing; None: it is whole.
     """
 
     frames: int
@@ -54,6 +56,7 @@ class VideoShape:
     reduction: Reduction = NO_REDUCTION
     metadata: dict[str, Any] | None = field(default=None, compare=False)
     final: bool = True
+    unit_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class VideoLayout:
             written times.
         sound: The sound track; None if the model does not hear the video.
         tail: Tokens that the model adds after the last grid (a newline).
+        ends: Grids and audio tokens at the end of each unit of a growing video; None: it is whole.
     """
 
     size: tuple[int, int]
@@ -100,6 +104,7 @@ class VideoLayout:
     timestamps: tuple[float, ...] | None = None
     sound: Sound | None = None
     tail: int = 0
+    ends: tuple[tuple[int, int], ...] | None = None
 
     @property
     def tokens_per_grid(self) -> int:
@@ -220,13 +225,21 @@ def cut_video(layout: VideoLayout, reduction: Reduction, target: int) -> list[Cu
         reduction: The token reduction; grids that it merges stay in one segment.
         target: Most tokens of a segment after reduction, as these are the tokens that the prompt
             and the encoder cache hold. A segment has more where the video cannot be cut. 0: no
-            cuts.
+            cuts. A growing video is also cut where its units end.
     """
     per_grid, sound = layout.tokens_per_grid, layout.sound
 
     def reduced(grids: int) -> int:
         return reduction.count(grids, layout.height, layout.width)
 
+    if layout.ends is not None:
+        runs = ((per_grid, 0),) * layout.grids if sound is None else sound.runs
+
+        def inside(own: Sequence[Run]) -> list[Cut]:
+            return cut_between(own, per_grid, target, reduced)
+
+        whole = sound is not None and bool(sound.unit)
+        return cut_units(runs, per_grid, layout.ends, None if whole else inside)
     if sound is None:
         return cut_silent(layout.grids, per_grid, target, reduced, reduction.temporal)
     if not sound.unit:

@@ -71,6 +71,9 @@ SEGMENT_NAMES: tuple[Checked, ...] = (
     VllmAttributes(
         "vllm.multimodal.processing:InputProcessingContext", ("get_mm_config", "model_config")
     ),
+    VllmName(
+        "vllm.multimodal.processing:BaseProcessingInfo.parse_mm_data", ("mm_data", "validate")
+    ),
     VllmName("vllm.config:MultiModalConfig.get_limit_per_prompt", ("modality",)),
     VllmName("vllm.config:MultiModalConfig.is_multimodal_pruning_enabled"),
     VllmAttributes("vllm.config:MultiModalConfig", ("mm_processor_cache_gb",)),

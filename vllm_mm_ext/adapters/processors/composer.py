@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ from vllm_mm_ext.adapters.processors.composer_info import (
     default_reduction_of,
 )
 from vllm_mm_ext.adapters.processors.fields import KINDS, token_kinds
-from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor, part_of
+from vllm_mm_ext.adapters.processors.segment_items import part_of
+from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor
 from vllm_mm_ext.adapters.processors.sound_tracks import DigestAudioItems
 from vllm_mm_ext.composer.configuration import SAMPLE_RATE, SPECIAL_TOKENS, ComposerConfig
 from vllm_mm_ext.composer.features import pixel_values
@@ -46,6 +48,7 @@ from vllm_mm_ext.composer.sound import AUDIO_FIELDS, SoundPiece, fields_of
 from vllm_mm_ext.config.options import Reduction, TrainedReductions
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.video.cuts import unit_ends
 from vllm_mm_ext.video.segments import (
     Segment,
     Sound,
@@ -170,15 +173,19 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         side = int(config.vision_config.image_size)
         sound = None
         if shape.audio_samples and self.hears_video:
-            per_frame, unit = config.side**2, reduction.temporal
-            groups = [min(unit, shape.frames - at) for at in range(0, shape.frames, unit)]
+            audio = config.audio_tokens(shape.audio_samples)
+            ends = self._unit_ends(shape, seconds, audio)
+            borders = [shape.frames] if ends is None else [frames for frames, _ in ends]
+            groups = _groups(borders, reduction)
             runs = interleaved(
-                group_starts(seconds, unit),
-                [frames * per_frame for frames in groups],
-                config.audio_tokens(shape.audio_samples),
+                [seconds[begin] for begin, _ in groups],
+                [(end - begin) * config.side**2 for begin, end in groups],
+                audio,
                 config.audio_window_s,
             )
             sound = Sound(tuple(runs), unit=0)
+        else:
+            ends = self._unit_ends(shape, seconds, [])
         return VideoLayout(
             size=(side, side),
             grids=shape.frames,
@@ -188,7 +195,18 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
             positions=micro,
             timestamps=seconds if config.timestamps else None,
             sound=sound,
+            ends=ends,
         )
+
+    def _unit_ends(
+        self, shape: VideoShape, seconds: Sequence[float], audio: Sequence[int]
+    ) -> tuple[tuple[int, int], ...] | None:
+        """Frames and audio tokens at the end of each unit of a growing video; None of another."""
+        if shape.unit_s is None:
+            return None
+        per_unit = sum(self.config.audio_tokens(round(shape.unit_s * SAMPLE_RATE))) if audio else 0
+        ends = unit_ends(seconds, shape.unit_s, audio=sum(audio), audio_per_unit=per_unit)
+        return tuple(ends)
 
     def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids of ``<video>`` and ``</video>``."""
@@ -207,21 +225,10 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         embedded = [self.config.video_pad_token_id, self.config.audio_pad_token_id]
         return PromptUpdateDetails.select_token_ids(self.segment_tokens_of(part), embedded)
 
-    def video_tokens(
-        self,
-        frames: int,
-        height: int,
-        width: int,
-        *,
-        times: Sequence[float] | None,
-        audio_samples: int,
-        reduction: Reduction,
-    ) -> TokenCount:
-        """Prompt tokens that a video becomes; see `SegmentProcessor.video_tokens`."""
-        count = super().video_tokens(
-            frames, height, width, times=times, audio_samples=audio_samples, reduction=reduction
-        )
-        windows = len(self.config.audio_tokens(audio_samples)) if count.audio else 0
+    def tokens_of(self, shape: VideoShape) -> TokenCount:
+        """Prompt tokens that a video becomes; see `SegmentProcessor.tokens_of`."""
+        count = super().tokens_of(shape)
+        windows = len(self.config.audio_tokens(shape.audio_samples)) if count.audio else 0
         return count._replace(text=count.text + 2 * windows)
 
     def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
@@ -346,6 +353,20 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         named = [f"{name}#{window.digest}" for window in windows]
         self._named_sounds[name] = named
         return [*windows], [*named]
+
+
+def _groups(ends: Sequence[int], reduction: Reduction) -> list[tuple[int, int]]:
+    """First frame of each group that a reduction merges, and the frame after its last.
+
+    Args:
+        ends: Frames up to each place that no group goes beyond, ascending; the last: all frames.
+        reduction: The token reduction.
+    """
+    return [
+        (at, min(at + reduction.temporal, end))
+        for begin, end in pairwise([0, *ends])
+        for at in range(begin, end, reduction.temporal)
+    ]
 
 
 def _seconds(shape: VideoShape, fps: float) -> npt.NDArray[np.float64]:

@@ -10,6 +10,7 @@ from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseProcessingInfo
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.processors.session_media import SessionInfo
 from vllm_mm_ext.composer.configuration import SAMPLE_RATE, SPECIAL_TOKENS, ComposerConfig
 from vllm_mm_ext.composer.hf_processor import ComposerProcessor
 from vllm_mm_ext.config.options import Reduction
@@ -20,7 +21,7 @@ def default_reduction_of(config: ComposerConfig) -> Reduction:
     return Reduction(**(config.default_reduction or {}))
 
 
-class ComposerProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
+class ComposerProcessingInfo(SessionInfo, BaseProcessingInfo):  # type: ignore[misc]
     """vLLM's processing info of a composer: configuration, processor, limits and sizes."""
 
     def get_hf_config(self) -> ComposerConfig:

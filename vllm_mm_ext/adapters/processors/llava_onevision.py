@@ -16,7 +16,7 @@ from vllm.model_executor.models.llava_onevision import (
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from vllm_mm_ext.adapters.processors.per_frame import PerFrameInfo, PerFrameProcessor
-from vllm_mm_ext.adapters.processors.segment_processor import part_of
+from vllm_mm_ext.adapters.processors.segment_items import part_of
 from vllm_mm_ext.video.segments import Segment, VideoSegment
 
 ENDS = "video_ends"

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from vllm_mm_ext.adapters.processors.model_traits import size_rule_for
-from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor, part_of
+from vllm_mm_ext.adapters.processors.segment_items import part_of
+from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor
 from vllm_mm_ext.media.sizing import target_size
+from vllm_mm_ext.video.cuts import unit_ends
 from vllm_mm_ext.video.grid_times import GridTimes, even_grid, grid_times
 from vllm_mm_ext.video.segments import (
     Sound,
@@ -56,6 +58,10 @@ class PatchSegmentProcessor(SegmentProcessor):
         """
         return None
 
+    def unit_tokens(self, seconds: float) -> int:
+        """Audio tokens of a unit of a growing video; 0 for a family that hears nothing."""
+        return 0
+
     def timestamps(self, shape: VideoShape) -> tuple[float, ...] | None:
         """Seconds written into the prompt before each grid; None if the family writes none."""
         return None
@@ -84,6 +90,11 @@ class PatchSegmentProcessor(SegmentProcessor):
             # and with it the identity of every segment.
             seconds_per_grid = grids.step or 1.0
         sound = self.sound(shape, grids, per_grid) if shape.audio_samples > 0 else None
+        ends = None
+        if shape.unit_s is not None:
+            per_unit = 0 if sound is None else self.unit_tokens(shape.unit_s)
+            total = 0 if sound is None else sum(audio for _, audio in sound.runs)
+            ends = unit_ends(grids.seconds, shape.unit_s, audio=total, audio_per_unit=per_unit)
         return VideoLayout(
             size=size,
             grids=num_grids,
@@ -94,6 +105,7 @@ class PatchSegmentProcessor(SegmentProcessor):
             seconds_per_grid=seconds_per_grid,
             timestamps=self.timestamps(shape),
             sound=sound,
+            ends=None if ends is None else tuple(ends),
         )
 
     def _size_of_processor(

@@ -16,7 +16,7 @@ from vllm_mm_ext.media.payload import Waveform
 from vllm_mm_ext.video.cuts import Run
 from vllm_mm_ext.video.grid_times import GridTimes, interleave_chunks
 from vllm_mm_ext.video.token_counts import omni_audio_tokens
-from vllm_mm_ext.video.track_pieces import AudioWindow
+from vllm_mm_ext.video.track_pieces import MEL_RATE, AudioWindow
 
 # A convolution and a pooling layer of stride 2 each (transformers, ``Qwen2_5OmniAudioEncoder``).
 _MEL_FRAMES_PER_TOKEN = 4
@@ -40,6 +40,13 @@ class Qwen2_5OmniMultiModalProcessor(SoundTrackProcessor, Qwen2_5OmniThinkerMult
     def audio_window(self) -> AudioWindow:
         """Windows of two seconds, with the released checkpoints."""
         return audio_window(self.info.get_hf_config().audio_config)
+
+    @property
+    def unit_s(self) -> float:
+        """A whole number of windows and of chunks; two seconds with the released checkpoints."""
+        window = self.audio_window().mel_frames
+        chunk = MEL_RATE * int(self.info.get_hf_config().seconds_per_chunk)
+        return math.lcm(window, chunk) / MEL_RATE
 
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int

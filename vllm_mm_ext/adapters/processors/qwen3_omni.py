@@ -46,6 +46,16 @@ class Qwen3OmniMoeMultiModalProcessor(SoundTrackProcessor, Qwen3OmniMoeThinkerMu
         """Windows of ``n_window_infer`` mel frames."""
         return audio_window(self.info.get_hf_config().audio_config)
 
+    @property
+    def unit_s(self) -> float:
+        """Two chunks, two seconds with the released checkpoints.
+
+        The encoder then attends within two seconds instead of a whole window (eight seconds); it
+        was trained with attention over one to eight seconds (Qwen3-Omni's technical report).
+        """
+        window = self.audio_window()
+        return 2 * window.seconds * window.least / window.tokens
+
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int
     ) -> list[Run]:

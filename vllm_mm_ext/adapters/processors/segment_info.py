@@ -8,10 +8,11 @@ from typing import Any
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.processors.model_traits import size_rule_for
+from vllm_mm_ext.adapters.processors.session_media import SessionInfo
 from vllm_mm_ext.video.track_pieces import AudioWindow
 
 
-class SegmentInfo:
+class SegmentInfo(SessionInfo):
     """Mixin in front of the processing info of a family with a pixel budget per frame."""
 
     ctx: Any
@@ -21,14 +22,15 @@ class SegmentInfo:
 
         A segment has at most the configured number of tokens, or more where it cannot be cut: one
         grid of the largest frames or, for a family that hears videos, all grids within one window
-        of the audio encoder at the configured frame rate, with their sound.
+        of the audio encoder at the configured frame rates, with their sound.
         """
         settings = vllm_compat.settings_of(self.ctx.model_config)
         target, grid = settings.segments.tokens, self._largest_grid()
         if not target:
             return None
         window = self.audio_window()
-        frames = settings.media.sampling.fps * (window.seconds if window else 0.0)
+        fps = max(settings.media.sampling.fps, settings.live.fps if settings.live.enabled else 0.0)
+        frames = fps * (window.seconds if window else 0.0)
         grids = max(1, math.ceil(frames / self._temporal_patch()))
         return max(target, grids * grid + (window.tokens if window else 0))
 

@@ -21,6 +21,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.processors import fields
+from vllm_mm_ext.adapters.processors.segment_items import SegmentItems, part_of, segment_at
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
@@ -41,24 +42,6 @@ from vllm_mm_ext.video.token_counts import TokenCount
 _CACHE_SHARE = 0.5
 # Videos with a ``uuid`` whose split is remembered, for requests that send the ``uuid`` alone.
 _MAX_NAMES = 4096
-
-
-class SegmentItems(VideoProcessorItems):  # type: ignore[misc]
-    """Video items that are segments, hashed by their digest."""
-
-    def get_item_for_hash(self, index: int) -> object:
-        """What vLLM hashes to identify the item in its caches."""
-        segment = segment_at(self, index)
-        return self.data[index] if segment is None else f"mm_ext:{segment.digest}"
-
-
-def segment_at(items: Any, index: int) -> VideoSegment | None:
-    """The segment at an index of a request's video items; None if that item is no segment."""
-    if not isinstance(items, VideoProcessorItems):
-        return None
-    item = items.get(index)
-    frames = item[0] if isinstance(item, tuple) else item
-    return frames if isinstance(frames, VideoSegment) else None
 
 
 class SegmentProcessor:
@@ -149,18 +132,28 @@ class SegmentProcessor:
         Raises:
             ValueError: The family leaves such a video to stock vLLM.
         """
-        shape = VideoShape(
-            frames,
-            height,
-            width,
-            times=None if times is None else tuple(times),
-            audio_samples=audio_samples,
-            reduction=reduction,
-            final=self._frames_are_final,
+        return self.tokens_of(
+            VideoShape(
+                frames,
+                height,
+                width,
+                times=None if times is None else tuple(times),
+                audio_samples=audio_samples,
+                reduction=reduction,
+                final=self._frames_are_final,
+            )
         )
+
+    def tokens_of(self, shape: VideoShape) -> TokenCount:
+        """Prompt tokens that a video becomes.
+
+        Raises:
+            ValueError: The family leaves such a video to stock vLLM.
+        """
         layout = self.layout(shape, {}) if self.splits({}) else None
         if layout is None:
             raise ValueError("stock vLLM lays this video out")
+        reduction = shape.reduction
         visual = text = audio = 0
         for cut in cut_video(layout, reduction, self.segment_tokens):
             grids = cut.grids[1] - cut.grids[0]
@@ -330,6 +323,7 @@ class SegmentProcessor:
             reduction=frames.reduction,
             metadata=metadata,
             final=frames.pinned,
+            unit_s=frames.unit_s,
         )
 
     def at_size(
@@ -384,12 +378,6 @@ class SegmentProcessor:
         return PromptReplacement(
             modality="video", target=[self.video_token_id], replacement=of_segment
         )
-
-
-def part_of(segment: VideoSegment) -> Segment:
-    """The place of a segment in its video."""
-    assert segment.part is not None  # Only arrays derived from a segment have none.
-    return segment.part
 
 
 def _wrapped(frames: npt.NDArray[np.uint8], reduction: Reduction) -> SampledFrames:

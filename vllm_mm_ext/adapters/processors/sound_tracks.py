@@ -26,13 +26,13 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
 from vllm_mm_ext.adapters.processors.patch_segments import PatchSegmentProcessor
-from vllm_mm_ext.adapters.processors.segment_processor import segment_at
+from vllm_mm_ext.adapters.processors.segment_items import segment_at
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform, known_digest
 from vllm_mm_ext.video.cuts import Run
 from vllm_mm_ext.video.grid_times import GridTimes
 from vllm_mm_ext.video.segments import Segment, Sound, VideoLayout, VideoShape
-from vllm_mm_ext.video.track_pieces import AudioWindow, TrackPiece, piece_of
+from vllm_mm_ext.video.track_pieces import MEL_RATE, AudioWindow, TrackPiece, piece_of
 
 # Segments with a ``uuid`` of which it is remembered whether they have sound, for requests that send
 # the ``uuid`` alone.
@@ -86,6 +86,11 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         """The audio encoder's window; sound is cut between windows."""
         raise NotImplementedError
 
+    @property
+    def unit_s(self) -> float:
+        """Seconds of sound and frames that the model can take in before it knows what follows."""
+        raise NotImplementedError
+
     def interleave(
         self, grids: GridTimes, tokens_per_grid: int, num_audio_tokens: int
     ) -> list[Run]:
@@ -137,6 +142,10 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         runs = tuple(self.interleave(grids, per_grid, num_tokens))
         return Sound(runs, window.tokens, window.least)
 
+    def unit_tokens(self, seconds: float) -> int:
+        """Audio tokens of a unit of a growing video."""
+        return self.audio_tokens(round(seconds * MEL_RATE))
+
     def around(self, layout: VideoLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Start and end token of audio around a video with sound; nothing around one without."""
         if layout.sound is None:
@@ -148,17 +157,18 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         """A segment's piece of the sound, cut from the spectrogram of the whole track."""
         if part.layout.sound is None or part.audio[0] == part.audio[1]:
             return None
-        assert frames.audio is not None
-        if "mel" not in frames.memo:
+        track = frames.audio
+        assert track is not None
+        mel = track.mel if isinstance(track, TrackPiece) else frames.memo.get("mel")
+        if mel is None:
             # The transform clamps to the maximum of its input, so pieces transformed one by one
             # would differ from the whole.
-            frames.memo["mel"] = self.track_features(frames.audio)
+            mel = frames.memo["mel"] = self.track_features(track)
         window = self.audio_window()
-        begin = part.audio[0] // window.tokens * window.mel_frames
-        total = part.layout.sound.runs
-        to_the_end = part.audio[1] == sum(audio for _, audio in total)
-        end = None if to_the_end else part.audio[1] // window.tokens * window.mel_frames
-        return piece_of(frames.audio, frames.memo["mel"][:, begin:end])
+        # Units of a growing video may end within a window, at a whole chunk of the encoder.
+        begin, end = (at * window.mel_frames // window.tokens for at in part.audio)
+        to_the_end = part.audio[1] == sum(audio for _, audio in part.layout.sound.runs)
+        return piece_of(track, mel[:, begin : None if to_the_end else end])
 
     def placeholder(self, part: Segment) -> list[int] | PromptUpdateDetails:
         """Tokens of a segment; of a segment with sound, only the visual tokens are the video's."""

@@ -1,15 +1,18 @@
-"""The plugin's part of vLLM's HTTP server: headers on vLLM's routes and a statistics route."""
+"""The plugin's part of vLLM's HTTP server: headers on vLLM's routes, and routes of its own."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters import error_answers
 from vllm_mm_ext.adapters.quality.service import state_for
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
+
+if TYPE_CHECKING:
+    from vllm_mm_ext.adapters.live.live_routes import LiveRoutes
 
 
 class MMExtEndpointPlugin:
@@ -17,10 +20,13 @@ class MMExtEndpointPlugin:
 
     name = "mm_ext"
     required_tasks = None
+    #: Set where the feature of that name is active.
+    live_sessions = False
 
     def __init__(self) -> None:
         self._config: Any = None
         self._renderer: Any = None
+        self._live: LiveRoutes | None = None
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this API server, and the load of each engine (see ``EngineLoad``)."""
@@ -29,20 +35,32 @@ class MMExtEndpointPlugin:
             count = self._config.parallel_config.data_parallel_size
             loads = state_for(self._config).loads(count)
             engines = {engine: asdict(load) for engine, load in loads.items()}
-        return {**runtime_of(self._renderer).stats(), "engines": engines}
+        live = {} if self._live is None else self._live.stats()
+        return {**runtime_of(self._renderer).stats(), "engines": engines, "live": live}
 
     def attach_router(self, app: Any) -> None:
-        """Add the middleware, error answers and ``GET /mm_ext/stats`` to vLLM's application."""
+        """Add the middleware, error answers and the plugin's routes to vLLM's application."""
         app.add_middleware(TraceMiddleware)
         error_answers.attach_to(app)
         app.add_api_route("/mm_ext/stats", self.stats, methods=["GET"])
+        if self.live_sessions:
+            # Imported here: other processes of vLLM have no web framework.
+            from vllm_mm_ext.adapters.live.live_routes import LiveRoutes
+
+            self._live = LiveRoutes()
+            self._live.attach_to(app)
 
     async def init_state(
         self,
         engine_client: Any,
-        state: Any,  # noqa: ARG002 - vLLM's interface
-        args: Namespace,  # noqa: ARG002
+        state: Any,
+        args: Namespace,
     ) -> None:
-        """Keep vLLM's configuration and renderer, which identify the front-end of this server."""
+        """Keep vLLM's configuration and renderer, which identify the front-end of this server.
+
+        Live sessions begin to be taken.
+        """
         self._config = getattr(engine_client, "vllm_config", None)
         self._renderer = getattr(engine_client, "renderer", None)
+        if self._live is not None:
+            await self._live.start(engine_client, state, args)

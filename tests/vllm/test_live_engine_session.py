@@ -1,0 +1,124 @@
+"""What a session tells of its prompts; the engine is a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+from vllm_mm_ext.adapters.live.engine_session import Engine, EngineSession, new_salt
+from vllm_mm_ext.live.effects import Append, TurnEnd
+from vllm_mm_ext.live.prompt import Message, Prompt, Text
+
+END = 7
+PROMPT = Prompt((Message("user", (Text("one two three"),)),), open=True)
+
+
+class Client:
+    """Answers each prompt with one token, whose chance is a quarter."""
+
+    model_config = SimpleNamespace(max_model_len=100)
+
+    def __init__(self) -> None:
+        self.renderer = self
+        self.ended = 0
+        self.salts: set[str] = set()
+        # Prompts are answered as long as this is set.
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def render_cmpl_async(
+        self, prompts: list[Any], *, prompt_extras: dict[str, str]
+    ) -> list[Any]:
+        self.salts.add(prompt_extras["cache_salt"])
+        return prompts
+
+    async def generate(self, prompt: Any, params: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        await self.answers.wait()
+        logprobs = None
+        if params.allowed_token_ids is not None:
+            logprobs = [{END: SimpleNamespace(logprob=math.log(0.25))}]
+        yield SimpleNamespace(
+            prompt_token_ids=prompt["prompt_token_ids"],
+            num_cached_tokens=2,
+            outputs=[SimpleNamespace(logprobs=logprobs)],
+        )
+        self.ended += 1
+
+
+class Maker:
+    """Makes a prompt of five tokens."""
+
+    family = SimpleNamespace(turn_end=END)
+
+    def make(self, _: Prompt, __: Any) -> dict[str, Any]:
+        return {"prompt_token_ids": [1, 2, 3, 4, 5]}
+
+
+class Listener:
+    """Keeps what it is told of appends."""
+
+    def __init__(self) -> None:
+        self.told: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+
+    def appended(self, *told: Any) -> None:
+        self.told.put_nowait(told)
+
+
+async def _leave() -> None:
+    pass
+
+
+def _session(client: Client, listener: Listener, threads: ThreadPoolExecutor) -> EngineSession:
+    engine: Any = Engine(client, Maker(), threads)  # type: ignore[arg-type]
+    return EngineSession(engine, "one", listener, None, None, new_salt(), _leave)  # type: ignore[arg-type]
+
+
+async def test_an_append_tells_what_was_computed_and_what_the_model_says_of_the_pause() -> None:
+    client, listener = Client(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        session.append(Append(PROMPT))
+        assert await listener.told.get() == (5, 3, None)
+        session.append(Append(PROMPT, pause=4))
+        tokens, computed, turn_end = await listener.told.get()
+        assert (tokens, computed, turn_end.pause) == (5, 3, 4)
+        assert isinstance(turn_end, TurnEnd)
+        assert math.isclose(turn_end.chance, 0.25)
+        # The engine's outputs were read to their end, so nothing is left to be aborted.
+        assert client.ended == 2
+        await session.close()
+
+
+async def test_an_append_waits_for_the_one_before_it_and_takes_the_place_of_one_that_waits() -> (
+    None
+):
+    client, listener = Client(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        client.answers.clear()
+        for _ in range(5):
+            session.append(Append(PROMPT))
+            await asyncio.sleep(0)
+        client.answers.set()
+        await listener.told.get()
+        await listener.told.get()
+        session.append(Append(PROMPT))
+        await listener.told.get()
+        assert client.ended == 3
+        assert listener.told.empty()
+        await session.close()
+
+
+async def test_no_two_sessions_have_kv_in_common() -> None:
+    client, listener = Client(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(2):
+            session = _session(client, listener, threads)
+            session.append(Append(PROMPT))
+            await listener.told.get()
+            await session.close()
+    assert len(client.salts) == 2

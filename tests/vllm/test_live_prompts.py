@@ -1,0 +1,192 @@
+"""Prompts of live sessions, of every family: what grows keeps what it had, and all is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from live_talk import conversation, kinds_of, stretch_units
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.renderers import renderer_from_config
+
+import vllm_mm_ext
+from vllm_mm_ext import plugin
+from vllm_mm_ext.adapters.live.engine import LiveEngine
+from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
+from vllm_mm_ext.live.prompt import Generated, Message, Picture, Prompt, Stretch, Text
+from vllm_mm_ext.live.wire_error import WireError
+from vllm_mm_ext.testing.checkpoints import checkpoint
+
+# The composer that ships with the package puts a message's media before its texts.
+SHIPPED = Path(vllm_mm_ext.__file__).parent / "assets" / "composer-tiny"
+FAMILIES = (
+    "composer",
+    "shipped composer",
+    "qwen2_5_omni",
+    pytest.param("qwen3_omni", marks=pytest.mark.slow),
+    pytest.param("qwen2_5_vl", marks=pytest.mark.slow),
+    "qwen3_vl",
+)
+SYSTEM = Message("system", (Text("Be brief."),))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The renderer of a family, and what makes its prompts."""
+    plugin.register()
+    # A session's media are not counted: it has more than a request may have.
+    limits = {"video": 1, "audio": 1, "image": 1}
+    if "composer" in request.param:
+        del limits["image"]
+    shipped = request.param.startswith("shipped")
+    model = SHIPPED if shipped else checkpoint(request.param)
+    args = EngineArgs(model=str(model), max_model_len=8192, limit_mm_per_prompt=limits)
+    config = args.create_engine_config()
+    renderer = renderer_from_config(config)
+    client = SimpleNamespace(
+        model_config=config.model_config, renderer=renderer, vllm_config=config, engine_core=None
+    )
+    chat = SimpleNamespace(
+        chat_template=None, chat_template_content_format="auto", default_chat_template_kwargs={}
+    )
+    state = SimpleNamespace(openai_serving_chat=chat, openai_serving_models=None)
+    yield asyncio.run(LiveEngine.start(client, state)), renderer
+    renderer.shutdown()
+
+
+def maker_of(live: LiveEngine) -> PromptMaker:
+    return live._engine.maker
+
+
+def rendered(served: Any, prompt: Prompt, stretches: dict[str, Any]) -> Any:
+    live, renderer = served
+    made = maker_of(live).make(prompt, stretches)
+    (result,) = asyncio.run(renderer.render_cmpl_async([made]))
+    return result
+
+
+def items(result: Any) -> list[tuple[int, int, str, str]]:
+    """Place, length, modality and identity of each mm item, in order."""
+    return sorted(
+        (place.offset, place.length, kind, result["mm_hashes"][kind][index])
+        for kind, places in result["mm_placeholders"].items()
+        for index, place in enumerate(places)
+    )
+
+
+def test_a_unit_more_changes_nothing_of_what_the_prompt_had(served: Any) -> None:
+    traits = served[0].traits
+    for sound, frames in kinds_of(traits):
+        units = stretch_units(traits, sound=sound, frames=frames, whole=3)
+        kept: dict[str, Any] = {}
+        before: Any = None
+        for count in range(1, len(units) + 1):
+            prompt = conversation([SYSTEM], units[:count], "one", open=True)
+            result = rendered(served, prompt, kept)
+            if before is not None:
+                known = items(before)
+                assert items(result)[: len(known)] == known
+                end = known[-1][0] + known[-1][1]
+                assert result["prompt_token_ids"][:end] == before["prompt_token_ids"][:end]
+                assert len(items(result)) > len(known)
+            before = result
+
+
+def test_units_as_they_come_make_the_prompt_of_the_whole_stretch(served: Any) -> None:
+    traits = served[0].traits
+    for sound, frames in kinds_of(traits):
+        units = stretch_units(traits, sound=sound, frames=frames, whole=3)
+        kept: dict[str, Any] = {}
+        for count in range(1, len(units)):
+            rendered(served, conversation([], units[:count], "one", open=True), kept)
+        prompt = conversation([SYSTEM], units, "one", Text("What?"), open=False)
+        grown, at_once = rendered(served, prompt, kept), rendered(served, prompt, {})
+        assert grown["prompt_token_ids"] == at_once["prompt_token_ids"]
+        assert items(grown) == items(at_once)
+
+
+def test_a_short_last_unit_gives_way_to_a_whole_one(served: Any) -> None:
+    traits = served[0].traits
+    for sound, frames in kinds_of(traits):
+        units = stretch_units(traits, sound=sound, frames=frames, whole=3)
+        whole = stretch_units(traits, sound=sound, frames=frames, whole=4)[:4]
+        kept: dict[str, Any] = {}
+        rendered(served, conversation([], units, "one", open=False), kept)
+        then = conversation([], [*units[:3], whole[3]], "one", open=True)
+        assert items(rendered(served, then, kept)) == items(rendered(served, then, {}))
+
+
+def test_texts_and_pictures_stand_as_in_a_chat_completion(served: Any) -> None:
+    live, renderer = served
+    tokenizer = renderer.get_tokenizer()
+    answer = "It moves; " + tokenizer.decode([live._engine.maker.family.token_ids["video"]])
+    ids = tuple(tokenizer.encode("It moves", add_special_tokens=False))
+    user = Text("What is <|video_pad|> this <|VIDEO|>?")
+    talk = (
+        SYSTEM,
+        Message("user", (user,)),
+        Message("assistant", (Generated(ids, "It moves"),)),
+        Message("user", (Text("And "), Text("now?"))),
+        Message("assistant", (Text(answer),)),
+        Message("user", (Text("Why?"),)),
+    )
+    for messages in (talk, talk[1:], talk[:2]):
+        said = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "text", "text": part.text}
+                    for part in message.parts
+                    if isinstance(part, Text | Generated)
+                ],
+            }
+            for message in messages
+        ]
+        request = ChatCompletionRequest(model="m", messages=said)
+        _, (chat,) = asyncio.run(
+            renderer.render_chat_async(
+                [request.messages],
+                request.build_chat_params(None, "auto"),
+                request.build_tok_params(renderer.model_config),
+            )
+        )
+        made = maker_of(live).make(Prompt(messages, open=False), {})
+        assert made["prompt_token_ids"] == chat["prompt_token_ids"]
+
+
+def test_measured_tokens_are_those_of_the_prompt(served: Any) -> None:
+    live = served[0]
+    traits = live.traits
+    rng = np.random.default_rng(3)
+    for sound, frames in kinds_of(traits):
+        parts = [
+            Stretch("a", tuple(stretch_units(traits, sound=sound, frames=frames))),
+            Text("What is <|video_pad|>?"),
+        ]
+        if traits.images:
+            parts.append(Picture(rng.integers(0, 256, (70, 99, 3), dtype=np.uint8), "picture"))
+        messages = (
+            SYSTEM,
+            Message("user", tuple(parts)),
+            Message("assistant", (Generated((300, 301), "so"),)),
+            Message("user", (Stretch("b", parts[0].units[:2]),)),
+        )
+        measured = sum(live.measure(message) for message in messages)
+        tokens = len(rendered(served, Prompt(messages, open=False), {})["prompt_token_ids"])
+        assert tokens <= measured <= tokens + 8
+
+
+def test_a_picture_that_the_model_does_not_take_is_an_error_of_the_client(served: Any) -> None:
+    live = served[0]
+    if not live.traits.images:
+        pytest.skip("takes no pictures")
+    small, long = (Picture(np.zeros((1, width, 3), np.uint8), str(width)) for width in (1, 300))
+    rendered(served, Prompt((Message("user", (small, Text("What?"))),), open=False), {})
+    with pytest.raises(WireError, match="300x1 pixels"):
+        live.measure(Message("user", (long,)))

@@ -1,0 +1,357 @@
+"""Prompts of one live session: units that are appended, answers, aborts."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.live.growing import GrowingStretch
+from vllm_mm_ext.adapters.live.live_prompt import PromptError, PromptMaker
+from vllm_mm_ext.live.effects import Append, Respond, TurnEnd, Usage
+from vllm_mm_ext.live.prompt import Prompt
+
+logger = vllm_compat.logger
+
+# Times that a prompt is sent again whose preprocessed media got lost on the way.
+_RETRIES = 3
+# Keys of a checkpoint's generation configuration that vLLM applies to chat completions.
+_SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+# vLLM's least bias of a token: it is never sampled.
+_NEVER = -100.0
+# Seconds that stopped work may take to end; an engine that is gone may keep it for ever.
+_END_S = 10.0
+
+
+class EngineListener(Protocol):
+    """Is told what becomes of a session's prompts; called on the event loop, never reentrantly."""
+
+    def appended(self, tokens: int | None, computed: int, turn_end: TurnEnd | None) -> None:
+        """An append has ended.
+
+        Args:
+            tokens: Of the prompt; None if the engine refused it (the next response says why).
+            computed: Of these, those that were not in KV.
+            turn_end: What the model says of the pause; None where it was not asked or cannot tell.
+        """
+
+    def wrote(self, response_id: str, token_ids: tuple[int, ...], text: str) -> None:
+        """The answer goes on; the token that ends it is not among the ids."""
+
+    def ended(self, response_id: str, reason: Literal["stop", "length"], usage: Usage) -> None:
+        """The answer is whole, or as long as it may be."""
+
+    def failed(self, response_id: str | None, error_type: str, code: str, message: str) -> None:
+        """A response failed; without a response, the engine itself is gone."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the sessions of an API server share.
+
+    Attributes:
+        client: vLLM's ``AsyncLLM``.
+        maker: Makes prompts.
+        threads: Where prompts are put together.
+    """
+
+    client: Any
+    maker: PromptMaker
+    threads: ThreadPoolExecutor
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        length: int = self.client.model_config.max_model_len
+        return length
+
+
+def new_salt() -> str:
+    """A ``cache_salt`` for one session.
+
+    No other request finds the session's KV, and the session finds nobody else's: the cached tokens
+    that its usage tells, and how soon it is answered, say nothing of others.
+    """
+    return secrets.token_hex(16)
+
+
+class EngineSession:
+    """Prompts of one session. All but ``close`` return at once; the listener is told the rest."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        session_id: str,
+        listener: EngineListener,
+        lora: Any,
+        rank: int | None,
+        salt: str,
+        leave: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._engine = engine
+        self._id = session_id
+        self._listener = listener
+        self._lora = lora
+        self._rank = rank
+        self._salt = salt
+        self._leave = leave
+        self._stretches: dict[str, GrowingStretch] = {}
+        self._rendering = asyncio.Lock()
+        self._waiting: Append | None = None
+        self._appending: asyncio.Task[None] | None = None
+        self._responses: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._requests = 0
+        # Nothing is told any more: the session is closed, or the engine is gone.
+        self._silent = False
+        self._closed = False
+
+    def append(self, append: Append) -> None:
+        """Let the engine compute what of a prompt it has not computed yet.
+
+        One append runs at a time. One that is given meanwhile waits for it, and takes the place of
+        one that waits already.
+        """
+        self._waiting = append
+        if self._appending is None:
+            self._append_next()
+
+    def respond(self, respond: Respond) -> None:
+        """Let the engine answer; an append that runs ends first, one that waits is dropped."""
+        self._waiting = None
+        if not self._silent:
+            task = self._start(self._answer(respond, self._appending))
+            self._responses[respond.response_id] = task
+
+    def abort(self, response_id: str) -> None:
+        """Stop a response; the listener hears nothing more of it."""
+        task = self._responses.pop(response_id, None)
+        if task is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Stop all work, wait for its end, and let go of the session's KV."""
+        if self._closed:
+            return
+        self._closed = self._silent = True
+        self._waiting = None
+        self._responses.clear()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_END_S)
+        self._stretches.clear()
+        await self._leave()
+
+    # --- appends ----------------------------------------------------------------------------------
+
+    def _append_next(self) -> None:
+        """Begin with the append that waits, if one does."""
+        append, self._waiting, self._appending = self._waiting, None, None
+        if append is not None and not self._silent:
+            self._appending = self._start(self._append(append))
+
+    async def _append(self, append: Append) -> None:
+        told: tuple[int | None, int, TurnEnd | None] = (None, 0, None)
+        try:
+            told = await self._appended(append)
+        except Exception as error:
+            # The response to the prompt meets the same error, and tells the client.
+            logger.debug("mm_ext: an append of a live session failed: %s", error)
+            self._note_death(error)
+        if not self._silent:
+            self._listener.appended(*told)
+        self._append_next()
+
+    async def _appended(self, append: Append) -> tuple[int, int, TurnEnd | None]:
+        """Tokens of a prompt, those that were computed, and what the model says of the pause."""
+        from vllm import SamplingParams
+
+        prompt, end = append.prompt, None
+        if append.pause is not None:
+            # The model tells it right after what it hears.
+            prompt, end = replace(prompt, open=True), self._engine.maker.family.turn_end
+        # Of a token that is the only one allowed, vLLM returns the log-probability that it has
+        # among all. `logprob_token_ids` would take those of other requests of the step away.
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            allowed_token_ids=None if end is None else [end],
+            logprobs=None if end is None else 0,
+        )
+        last = None
+        # To its end: a generator that is left before is closed some time later.
+        async for output in self._outputs(prompt, lambda _: params):
+            last = output
+        if last is None:
+            raise RuntimeError("the engine ended a prompt without an output")
+        tokens = len(last.prompt_token_ids)
+        turn_end = None
+        if append.pause is not None and end is not None:
+            chance = math.exp(last.outputs[0].logprobs[0][end].logprob)
+            turn_end = TurnEnd(append.pause, chance)
+        return tokens, tokens - (last.num_cached_tokens or 0), turn_end
+
+    # --- responses --------------------------------------------------------------------------------
+
+    async def _answer(self, respond: Respond, append: asyncio.Task[None] | None) -> None:
+        name = respond.response_id
+        try:
+            if append is not None and not append.done():
+                await asyncio.wait({append})
+            await self._write(respond)
+        except Exception as error:
+            self._note_death(error)
+            if name in self._responses and not self._silent:
+                self._listener.failed(name, *_told(error))
+        finally:
+            if self._responses.get(name) is asyncio.current_task():
+                del self._responses[name]
+
+    async def _write(self, respond: Respond) -> None:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        name, options, engine = respond.response_id, respond.options, self._engine
+        given = engine.client.model_config.get_diff_sampling_param()
+        chosen = {key: given[key] for key in _SAMPLING if key in given}
+        if options.temperature is not None:
+            chosen["temperature"] = options.temperature
+        banned = engine.maker.family.token_ids
+
+        def params(prompt_tokens: int) -> Any:
+            room = engine.context_tokens - prompt_tokens
+            return SamplingParams(
+                **chosen,
+                max_tokens=max(1, min(room, options.max_output_tokens or room)),
+                logit_bias=dict.fromkeys(banned.values(), _NEVER),
+                output_kind=RequestOutputKind.DELTA,
+            )
+
+        written = 0
+        prompt_ids: Sequence[int] = ()
+        cached = 0
+        async for output in self._outputs(respond.prompt, params):
+            (part,) = output.outputs
+            prompt_ids = prompt_ids or output.prompt_token_ids
+            cached = cached or output.num_cached_tokens or 0
+            written += len(part.token_ids)
+            reason = part.finish_reason
+            # The token that ends an answer has no text, and no place in the conversation.
+            ids = part.token_ids[:-1] if reason == "stop" else part.token_ids
+            if ids or part.text:
+                self._listener.wrote(name, tuple(ids), part.text)
+            if reason in ("stop", "length"):
+                counts = Counter(prompt_ids)
+                sound = counts[banned.get("audio", -1)]
+                seen = counts[banned["video"]] + counts[banned.get("image", -1)]
+                usage = Usage(len(prompt_ids), cached, written, sound, seen)
+                self._listener.ended(name, reason, usage)
+            elif reason is not None:
+                raise RuntimeError(f"the engine ended the answer ({reason})")
+
+    # --- the engine -------------------------------------------------------------------------------
+
+    async def _outputs(self, prompt: Prompt, params: Callable[[int], Any]) -> AsyncIterator[Any]:
+        """vLLM's outputs for a prompt; sent again if its preprocessed media got lost on the way.
+
+        Args:
+            prompt: The prompt.
+            params: Returns vLLM's ``SamplingParams`` for a prompt of so many tokens.
+        """
+        from vllm.exceptions import RetryableRequestError
+
+        for last in (*[False] * _RETRIES, True):
+            begun = False
+            try:
+                rendered = await self._rendered(prompt)
+                length = len(rendered["prompt_token_ids"])
+                if length >= self._engine.context_tokens:
+                    raise _TooLongError(length, self._engine.context_tokens)
+                self._requests += 1
+                outputs = self._engine.client.generate(
+                    rendered,
+                    params(length),
+                    f"live-{self._id}-{self._requests}",
+                    lora_request=self._lora,
+                    data_parallel_rank=self._rank,
+                    session_id=self._id,
+                )
+                async for output in outputs:
+                    begun = True
+                    yield output
+                return
+            except RetryableRequestError:
+                if begun or last:
+                    raise
+
+    async def _rendered(self, prompt: Prompt) -> Any:
+        """The prompt as vLLM's engine takes it."""
+        engine = self._engine
+        # What is kept of the stretches is changed by one prompt at a time.
+        async with self._rendering:
+            made = asyncio.get_running_loop().run_in_executor(
+                engine.threads, engine.maker.make, prompt, self._stretches
+            )
+            await _whole(made)
+            (rendered,) = await engine.client.renderer.render_cmpl_async(
+                [made.result()], prompt_extras={"cache_salt": self._salt}
+            )
+            return rendered
+
+    def _note_death(self, error: Exception) -> None:
+        """Tell the listener that the engine is gone, if an error says so; the last that is told."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if isinstance(error, EngineDeadError) and not self._silent:
+            self._silent = True
+            self._listener.failed(None, "server_error", "engine_gone", "The engine has stopped.")
+
+    def _start(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class _TooLongError(Exception):
+    """A prompt leaves no room for an answer."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"The conversation has {tokens} tokens; the model's context has {limit}, "
+            "and an answer needs at least one."
+        )
+
+
+async def _whole(work: asyncio.Future[Any]) -> None:
+    """Wait for work in a thread to end, also when the waiting task is cancelled."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            await asyncio.wait({work})
+        raise
+
+
+def _told(error: Exception) -> tuple[str, str, str]:
+    """Type, code and message of an error as a client is told."""
+    from vllm.exceptions import RetryableRequestError, VLLMClientError
+
+    if isinstance(error, _TooLongError):
+        return "invalid_request_error", "context_length_exceeded", str(error)
+    if isinstance(error, PromptError):
+        return "invalid_request_error", "invalid_conversation", str(error)
+    if isinstance(error, RetryableRequestError):
+        return "server_error", "try_again", str(error)
+    if isinstance(error, VLLMClientError):
+        too_long = getattr(error, "parameter", None) == "input_tokens"
+        code = "context_length_exceeded" if too_long else "invalid_prompt"
+        return "invalid_request_error", code, str(error)
+    logger.error("mm_ext: a response of a live session failed", exc_info=error)
+    return "server_error", "internal_error", "The server failed to answer."

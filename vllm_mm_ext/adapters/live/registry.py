@@ -1,0 +1,145 @@
+"""The live sessions of one API server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
+
+from vllm_mm_ext.adapters.live.connection import OUR_FAULT, POLICY, TRY_LATER, Connection
+from vllm_mm_ext.adapters.live.engine import LiveEngine, UnknownModelError
+from vllm_mm_ext.adapters.live.lane import Lane
+from vllm_mm_ext.adapters.live.punctuality import AppendClock, Punctuality
+from vllm_mm_ext.adapters.live.senses import Senses
+from vllm_mm_ext.config.live_settings import LiveSettings
+from vllm_mm_ext.config.root import MIB
+from vllm_mm_ext.live.event_codec import write_event
+from vllm_mm_ext.live.machine import SessionMachine
+from vllm_mm_ext.live.server_events import error_event
+from vllm_mm_ext.live.session_options import SessionLimits
+from vllm_mm_ext.live.voice import VoicePool, unavailable
+
+logger = logging.getLogger("vllm.mm_ext")
+
+# Threads for decoding, resampling and detection; 64 sessions need about one core.
+_MOST_THREADS = 4
+# What a pixel takes while an image is read: 10 to 14 bytes, 22 of a WebP file. So reading one takes
+# little more memory than its session may hold.
+_BYTES_OF_PIXEL = 12
+
+
+class LiveSessions:
+    """Opens sessions for clients, within the server's bounds, and counts them.
+
+    Args:
+        engine: The engine's side.
+        settings: The section ``live``.
+        model: Name of the served model.
+        max_pixels: Pixels of an image file at most; 0: only the size of a session bounds them.
+    """
+
+    def __init__(
+        self, engine: LiveEngine, settings: LiveSettings, model: str, max_pixels: int
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._model = model
+        self._max_pixels = max_pixels
+        self._no_voice = unavailable()
+        self._voices = VoicePool(settings.max_sessions)
+        self._threads = ThreadPoolExecutor(
+            min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="mm-ext-live"
+        )
+        self._punctuality = Punctuality()
+        self._sessions = self._opened = self._refused = 0
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters for ``GET /mm_ext/stats``."""
+        return {
+            "sessions": self._sessions,
+            "opened": self._opened,
+            "closed": self._opened - self._sessions,
+            "refused": self._refused,
+            "units": self._punctuality.appends,
+            "late_units": self._punctuality.late,
+            "worst_late_s": round(self._punctuality.worst_s, 3),
+            "computed_tokens": self._punctuality.computed,
+            "pinned": self._engine.pinned,
+        }
+
+    async def serve(self, websocket: Any, model: str | None) -> None:
+        """Hold one session, to its end.
+
+        Args:
+            websocket: Starlette's, accepted.
+            model: As the client names it; None: the served model.
+        """
+        if self._sessions >= self._settings.max_sessions:
+            self._refused += 1
+            message = (
+                f"This server holds {self._sessions} live sessions already "
+                "(mm_ext.live.max_sessions). Try again later."
+            )
+            await _refuse(websocket, TRY_LATER, "too_many_sessions", message)
+            return
+        self._sessions += 1
+        self._opened += 1
+        try:
+            await self._serve(websocket, model)
+        finally:
+            self._sessions -= 1
+
+    async def _serve(self, websocket: Any, model: str | None) -> None:
+        session_id = f"sess_{uuid4().hex}"
+        connection = self._connection(websocket, session_id, model or self._model)
+        try:
+            session = await self._engine.open(session_id, connection, model=model)
+        except UnknownModelError as error:
+            await _refuse(websocket, POLICY, "model_not_found", str(error))
+        except Exception:
+            logger.exception("A live session could not be opened")
+            await _refuse(websocket, OUR_FAULT, "internal_error", "The server failed.")
+        else:
+            await connection.run(session)
+
+    def _connection(self, websocket: Any, session_id: str, model: str) -> Connection:
+        settings, traits = self._settings, self._engine.traits
+        context = self._engine.context_tokens
+        fits = max(1, context - settings.answer_tokens)
+        limits = SessionLimits(
+            prompt_tokens=min(settings.max_tokens or fits, fits),
+            context_tokens=context,
+            answer_tokens=settings.answer_tokens,
+            keep_frames=settings.keep_frames,
+            max_bytes=settings.session_mb * MIB,
+            idle_timeout_s=settings.idle_timeout_s,
+            max_session_s=settings.max_session_s,
+            no_voice=self._no_voice,
+        )
+        machine = SessionMachine(
+            session_id,
+            model,
+            traits,
+            limits,
+            self._engine.measure,
+            asyncio.get_running_loop().time(),
+            int(time.time() + settings.max_session_s),
+        )
+        most = limits.max_bytes // _BYTES_OF_PIXEL
+        pixels = min(self._max_pixels, most) if self._max_pixels else most
+        lane = Lane(self._threads)
+        senses = Senses(traits, machine.options, self._voices, lane, pixels, limits.max_bytes)
+        return Connection(websocket, machine, senses, AppendClock(self._punctuality, traits.unit_s))
+
+
+async def _refuse(websocket: Any, close_code: int, code: str, message: str) -> None:
+    """Tell a client why it gets no session, and close its socket."""
+    with suppress(Exception):  # The client may have gone.
+        kind = "invalid_request_error" if close_code == POLICY else "server_error"
+        await websocket.send_text(write_event(error_event(message, error_type=kind, code=code)))
+        await websocket.close(close_code, message[:120])
