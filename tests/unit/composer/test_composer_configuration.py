@@ -38,6 +38,7 @@ def right() -> ComposerConfig:
         ({"audio_window_s": 30.0}, ["audio_window_s", "30.0", "at most 2.0 s"]),
         ({"audio_pad_windows": True, "audio_window_s": 1.0}, ["exactly 2.0 s"]),
         ({"hidden": 30, "heads": 4}, ["hidden", "30", "heads (4)"]),
+        ({"turn_end_token_id": 10**6}, ["turn_end_token_id", "1000000", "from 0 to"]),
         ({"frame_token_id": None}, ["frame_token_id", "<frame>"]),
     ],
 )

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_mm_ext.video.cuts import Cut, cut_between, cut_silent, cut_sounding, reduced_runs
+from vllm_mm_ext.video.cuts import (
+    Cut,
+    cut_between,
+    cut_silent,
+    cut_sounding,
+    cut_units,
+    reduced_runs,
+    unit_ends,
+)
 from vllm_mm_ext.video.grid_times import (
     GridTimes,
     even_grid,
@@ -172,3 +180,49 @@ def test_cuts_between_runs_are_all_runs_within_the_target_and_the_same_for_a_lon
         assert (cut.grids[1] - cut.grids[0]) % unit == 0
     shorter = cut_between(runs[:-1] or runs, per_grid, target, tokens(per_grid, unit))
     assert cuts[: len(shorter) - 1] == shorter[:-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "per_second", "unit_s"), [("chunks", 25, 2.0), ("tokens", 13, 2.0)]
+)
+@given(data=st.data(), per_grid=st.integers(1, 60), units=st.integers(1, 8))
+def test_units_of_a_growing_video_keep_their_segments_whatever_follows(
+    family, per_second, unit_s, data, per_grid, units
+):
+    places = st.lists(st.floats(0, 0.999), min_size=1, max_size=4).map(sorted)
+    times = [round((unit + at) * unit_s, 6) for unit in range(units) for at in data.draw(places)]
+    last = data.draw(st.integers(0, round(per_second * unit_s)))
+    per_unit = round(per_second * unit_s)
+
+    def cuts(until: int, audio: int) -> list[Cut]:
+        grids = GridTimes(tuple(at for at in times if at < until * unit_s), None)
+        runs = runs_of(family, grids, per_grid, audio)
+        ends = unit_ends(grids.seconds, unit_s, audio=audio, audio_per_unit=per_unit)
+        made = cut_units(runs, per_grid, ends)
+        check(made, runs, per_grid, 1)
+        return made
+
+    whole = cuts(units, (units - 1) * per_unit + last)
+    assert len(whole) == units
+    for until in range(1, units):
+        assert cuts(until, until * per_unit) == whole[:until]
+
+
+def test_sound_after_the_last_grid_belongs_to_the_last_unit():
+    assert unit_ends([0.0, 1.0, 4.5], 2.0, audio=500, audio_per_unit=50) == [(2, 50), (3, 500)]
+    assert unit_ends([0.0, 1.0, 4.5], 2.0) == [(2, 0), (3, 0)]
+
+
+@given(units=st.lists(st.integers(1, 9), min_size=1, max_size=5), target=st.integers(1, 90))
+def test_a_large_unit_is_cut_further_and_no_segment_goes_beyond_its_end(units, target):
+    per_grid, borders = 10, [sum(units[: n + 1]) for n in range(len(units))]
+    runs = [(per_grid, 0)] * borders[-1]
+    cuts = cut_units(
+        runs,
+        per_grid,
+        [(border, 0) for border in borders],
+        lambda own: cut_between(own, per_grid, target, tokens(per_grid)),
+    )
+    check(cuts, runs, per_grid, 1)
+    assert set(borders) <= {cut.grids[1] for cut in cuts}
+    assert all((cut.grids[1] - cut.grids[0]) * per_grid <= max(target, per_grid) for cut in cuts)

@@ -13,6 +13,7 @@ from vllm_mm_ext.testing.checkpoints import cache_root
 from vllm_mm_ext.tools.bench.commands import (
     BENCHMARKS,
     Benchmark,
+    LivePart,
     LongVideoPart,
     TrafficKind,
 )
@@ -178,6 +179,25 @@ def long_video(
     _show(result, json)
 
 
+@app.command("live", help=BENCHMARKS["live"].shows)
+def live(
+    part: Annotated[
+        list[LivePart] | None,
+        typer.Option(
+            help="What to measure, by default all but `hour`; may be given several times."
+        ),
+    ] = None,
+    json: _Json = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 1,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench.live_bench import run
+
+    parts = part or [one for one in LivePart if one is not LivePart.hour]
+    _show(run(_context(repeats, work_dir), parts=parts), json)
+
+
 @app.command("scheduler", help=BENCHMARKS["scheduler"].shows)
 def scheduler(
     seeds: Annotated[int, typer.Option(min=1, help="Traces of each kind of traffic.")] = 20,
@@ -225,5 +245,5 @@ def scheduler(
 
 
 for _benchmark in BENCHMARKS.values():
-    if _benchmark.name not in ("long-video", "sampling", "scheduler", "soak", "waiting"):
+    if _benchmark.name not in ("live", "long-video", "sampling", "scheduler", "soak", "waiting"):
         _add(_benchmark)

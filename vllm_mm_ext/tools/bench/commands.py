@@ -25,6 +25,19 @@ class LongVideoPart(StrEnum):
     text = "text"
 
 
+class LivePart(StrEnum):
+    """What `live` measures, each part by itself."""
+
+    first_token = "first-token"
+    units = "units"
+    sessions = "sessions"
+    dropped = "dropped"
+    answers = "answers"
+    fuzz = "fuzz"
+    senses = "senses"
+    hour = "hour"
+
+
 class TrafficKind(StrEnum):
     """What traffic `scheduler` serves."""
 
@@ -187,6 +200,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "long-video",
                 "Minutes to hours of video by windows: answers, tokens, time, memory, second look.",
                 "long_video_bench:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "live",
+                "Live sessions: first token, cost of a unit, many at once, dropped ones, answers.",
+                "live_bench:run",
                 repeats=1,
             ),
             Benchmark(

@@ -9,6 +9,7 @@ import typer
 from vllm_mm_ext.tools.cli.demo import demo
 from vllm_mm_ext.tools.cli.describe import describe
 from vllm_mm_ext.tools.cli.inspect import inspect
+from vllm_mm_ext.tools.cli.live_session import live
 from vllm_mm_ext.tools.cli.sample import sample
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app.command()(sample)
 app.command()(inspect)
 app.command()(demo)
 app.command()(describe)
+app.command()(live)
 
 
 @app.command()

@@ -1,0 +1,332 @@
+"""Parts of ``bench live`` with many sessions: in time beside text, dropped, and fed nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+
+from vllm_mm_ext.testing.server import Server
+from vllm_mm_ext.tools.bench.harness import Row
+from vllm_mm_ext.tools.bench.live_feed import Feed, made_feed, play
+from vllm_mm_ext.tools.bench.live_nonsense import messages
+from vllm_mm_ext.tools.bench.live_sides import Study
+from vllm_mm_ext.tools.bench.live_timing import options
+from vllm_mm_ext.tools.bench.long_video_client import requests_in_engine
+from vllm_mm_ext.tools.bench.long_video_text import Texts
+from vllm_mm_ext.tools.bench.mixed_engine import TEXT_EVERY_TOKENS
+from vllm_mm_ext.tools.cli.live_client import LiveError, LiveSession, live_session, socket_url
+
+MIB = 1 << 20
+SESSIONS = 32
+_FEEDS = 8
+_TALK_S = 60.0
+_TURN_S = 6.0
+_DROPPED, _WARM, _AT_ONCE = 1000, 100, 16
+_BACK_S = 60.0
+_CONNECTIONS, _MESSAGES = 100, 100
+_REFUSING = frozenset({1000, 1003, 1007, 1008, 1009})
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a server holds.
+
+    Attributes:
+        memory: Bytes of all its processes, each shared page counted once.
+        files: Open file descriptors of all its processes.
+        sessions: Live sessions, as it counts them.
+        pinned: Of these, those whose KV is pinned.
+        requests: Requests in the engine.
+    """
+
+    memory: int
+    files: int
+    sessions: int
+    pinned: int
+    requests: int
+
+    @classmethod
+    def by(cls, server: Server) -> Held:
+        """What a server holds now."""
+        live = live_stats(server)
+        return cls(
+            sum(process.pss for process in server.memory()),
+            _files(server.pid),
+            int(live["sessions"]),
+            int(live["pinned"]),
+            requests_in_engine(server.get("/metrics")),
+        )
+
+
+def live_stats(server: Server) -> Mapping[str, Any]:
+    """The server's own counters of live sessions."""
+    found: Mapping[str, Any] = json.loads(server.get("/mm_ext/stats"))["live"]
+    return found
+
+
+def _files(pid: int) -> int:
+    root = psutil.Process(pid)
+    count = 0
+    for process in [root, *root.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            count += process.num_fds()
+    return count
+
+
+def sessions(study: Study) -> list[Row]:
+    """Sessions at real-time speed: units that are late, and the text of another client."""
+    alone: list[float] = []
+    beside: list[float] = []
+    worst: list[float] = []
+    late: list[float] = []
+    total: list[float] = []
+    firsts: list[float] = []
+    server = study.omni
+    with _talking(server, 4):
+        # The scheduler learns what steps cost.
+        time.sleep(10)
+    for repeat in range(study.context.repeats):
+        texts = Texts(server, 1 + repeat)
+        every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
+        alone.append(1e3 * _p99(texts.stream(every_s)))
+        before = live_stats(server)
+        with _talking(server, SESSIONS) as talked:
+            # Until all have begun.
+            time.sleep(_TURN_S)
+            beside.append(1e3 * _p99(texts.stream(every_s)))
+        after = live_stats(server)
+        total.append(after["units"] - before["units"])
+        late.append(after["late_units"] - before["late_units"])
+        worst.append(after["worst_late_s"])
+        firsts += talked
+    study.notes.append(
+        f"sessions: {SESSIONS} of a tiny Omni, each with sound and 1 picture a second in real "
+        f"time, a turn of {_TURN_S:g} s after another; late: a unit that was in KV later than one "
+        "unit's time (2 s) after it was complete, as the server counts"
+    )
+    name = f"{SESSIONS} sessions"
+    return [
+        Row.of(f"{name}: units appended, late", "count", stock=total, plugin=late),
+        Row.of(f"{name}: the latest unit, behind its end", "s", plugin=[max(worst)]),
+        Row.of(f"{name}: commit to first token, median", "ms", plugin=[float(np.median(firsts))]),
+        Row.of(f"{name}: commit to first token, p99", "ms", plugin=[_p99(firsts)]),
+        Row.of("text ITL p99: alone, beside them", "ms", stock=alone, plugin=beside),
+    ]
+
+
+@contextmanager
+def _talking(server: Server, count: int) -> Iterator[list[float]]:
+    """So many sessions while the block runs; milliseconds from a commit to the first token."""
+    firsts: list[float] = []
+    feeds = [made_feed(_TALK_S, 1.0, 200 + seed) for seed in range(_FEEDS)]
+    over: list[bool] = []
+
+    async def one(number: int) -> None:
+        await asyncio.sleep(_TURN_S * number / count)
+        async with live_session(server.url, None) as session:
+            await session.update(**options())
+            feed, turn = feeds[number % len(feeds)], 0
+            while not over:
+                start = turn * _TURN_S % _TALK_S
+                # Sessions that share a feed are a few seconds of it apart.
+                await play(session, feed, start, start + _TURN_S, offset=turn * _TURN_S - start)
+                turn += 1
+                await session.commit()
+                answer = await session.respond()
+                firsts.append(1e3 * (answer.first_token_s or 0.0))
+
+    async def everyone() -> None:
+        await asyncio.gather(*(one(number) for number in range(count)))
+
+    with ThreadPoolExecutor(1) as pool:
+        talk = pool.submit(asyncio.run, everyone())
+        try:
+            yield firsts
+        finally:
+            over.append(True)
+            talk.result()
+
+
+def dropped(study: Study) -> list[Row]:
+    """Sessions whose connections break: what the server holds before and after."""
+    server = study.omni
+    feed = made_feed(4.0, 1.0, 5)
+    asyncio.run(_drop(server, feed, _WARM))
+    _settled(server)
+    before = Held.by(server)
+    began = time.perf_counter()
+    answered = asyncio.run(_drop(server, feed, _DROPPED))
+    took = time.perf_counter() - began
+    back = _settled(server)
+    after = Held.by(server)
+    study.notes.append(
+        f"dropped: each of {_DROPPED} sessions sends 2 s of sound and pictures or more, every "
+        f"third one commits and asks, {answered} began to answer; then its connection is cut "
+        f"without a close; {took:.0f} s in all, {_AT_ONCE} at a time, after {_WARM} others of the "
+        "same kind; stock column: before, plugin column: after"
+    )
+    name = f"{_DROPPED} dropped sessions"
+    return [
+        Row.of(
+            f"{name}: memory of all processes",
+            "MiB",
+            stock=[before.memory / MIB],
+            plugin=[after.memory / MIB],
+        ),
+        Row.of(f"{name}: file descriptors", "count", stock=[before.files], plugin=[after.files]),
+        Row.of(f"{name}: sessions left", "count", stock=[before.sessions], plugin=[after.sessions]),
+        Row.of(
+            f"{name}: sessions with pinned KV",
+            "count",
+            stock=[before.pinned],
+            plugin=[after.pinned],
+        ),
+        Row.of(
+            f"{name}: requests in the engine",
+            "count",
+            stock=[before.requests],
+            plugin=[after.requests],
+        ),
+        Row.of(f"{name}: back to none after", "s", plugin=[back]),
+    ]
+
+
+def _settled(server: Server) -> float:
+    """Wait until no session and no request is left, for a while at most; how long that took."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < _BACK_S:
+        if not live_stats(server)["sessions"] and not requests_in_engine(server.get("/metrics")):
+            break
+        time.sleep(0.1)
+    took = time.perf_counter() - began
+    # Memory is given back behind the last session.
+    time.sleep(3)
+    return took
+
+
+async def _drop(server: Server, feed: Feed, count: int) -> int:
+    """Open so many sessions, use them, cut their connections; how many began to answer."""
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(number: int) -> bool:
+        async with gate, aiohttp.ClientSession() as client:
+            socket = await client.ws_connect(socket_url(server.url, None), max_msg_size=0)
+            session = LiveSession(socket)
+            await session.until(lambda: bool(session.session), _BACK_S)
+            await session.update(**options(answer=64))
+            await play(session, feed, 0.0, 2.0 + 2.0 * (number % 5) / 4, speed=40.0)
+            if number % 3 == 0:
+                await session.send("input_audio_buffer.commit")
+                await session.send("response.create")
+                await session.until(lambda: bool(session.answers), _BACK_S)
+            begun = bool(session.answers)
+            assert socket._response.connection is not None
+            # Without WebSocket's own goodbye, as when a phone loses its network.
+            transport = socket._response.connection.transport
+            assert isinstance(transport, asyncio.Transport)
+            transport.abort()
+            with suppress(LiveError):
+                await session.until(lambda: False, 5.0)
+            return begun
+
+    return sum(await asyncio.gather(*(one(number) for number in range(count))))
+
+
+def fuzz(study: Study) -> list[Row]:
+    """Random events and malformed messages: answered by errors or closes, nothing breaks."""
+    server = study.omni
+    _settled(server)
+    before, logged = Held.by(server), server.log.stat().st_size
+    tally: Counter[str] = Counter()
+    for start in range(0, _CONNECTIONS, _AT_ONCE):
+        seeds = range(start, min(start + _AT_ONCE, _CONNECTIONS))
+        for found in asyncio.run(_all_nonsense(server, seeds)):
+            tally.update(found)
+    _settled(server)
+    after = Held.by(server)
+    broken = server.log.read_text(errors="replace")[logged:].count("Traceback")
+    alive = server.alive() and asyncio.run(_still_works(server))
+    sent, malformed, refused = (tally[key] for key in ("sent", "malformed", "errors"))
+    closes = ", ".join(f"{key} {n}" for key, n in sorted(tally.items()) if key.startswith("close"))
+    study.notes.append(
+        f"fuzz: {_CONNECTIONS} connections, {sent:,} messages of which {malformed:,} are no valid "
+        f"events; {refused:,} error events; {closes or 'no closes'}; memory "
+        f"{before.memory / MIB:.0f} -> {after.memory / MIB:.0f} MiB, descriptors {before.files} -> "
+        f"{after.files}"
+    )
+    return [
+        Row.of(
+            "fuzz: malformed messages, error events", "count", stock=[malformed], plugin=[refused]
+        ),
+        Row.of("fuzz: messages of the server that are no JSON", "count", plugin=[tally["bad"]]),
+        Row.of(
+            "fuzz: closes that blame the server, or without a code",
+            "count",
+            plugin=[sum(n for key, n in tally.items() if key.startswith("close!"))],
+        ),
+        Row.of("fuzz: tracebacks in the server's log", "count", plugin=[broken]),
+        Row.of(
+            "fuzz: sessions and requests left", "count", plugin=[after.sessions + after.requests]
+        ),
+        Row.of("fuzz: a session works afterwards", "count", plugin=[float(alive)]),
+    ]
+
+
+async def _all_nonsense(server: Server, seeds: range) -> list[dict[str, int]]:
+    return list(await asyncio.gather(*(_nonsense(server, seed) for seed in seeds)))
+
+
+async def _nonsense(server: Server, seed: int) -> dict[str, int]:
+    """One connection; counts of what was sent and of what came back."""
+    tally = {"sent": 0, "malformed": 0, "errors": 0, "bad": 0}
+    async with aiohttp.ClientSession() as client:
+        socket = await client.ws_connect(socket_url(server.url, None), max_msg_size=0)
+
+        async def read() -> None:
+            async for message in socket:
+                try:
+                    tally["errors"] += json.loads(message.data)["type"] == "error"
+                except (ValueError, TypeError, KeyError):
+                    tally["bad"] += 1
+
+        reader = asyncio.create_task(read())
+        for data, valid in messages(random.Random(seed), _MESSAGES):
+            if socket.closed:
+                break
+            with suppress(aiohttp.ClientError, ConnectionError):
+                await (socket.send_str(data) if isinstance(data, str) else socket.send_bytes(data))
+                tally["sent"] += 1
+                tally["malformed"] += not valid
+            await asyncio.sleep(0)
+        # An answer to the last message, before this side closes.
+        await asyncio.wait({reader}, timeout=3.0)
+        if not socket.closed:
+            await socket.close()
+        else:
+            code = socket.close_code
+            tally[f"close{'' if code in _REFUSING else '!'} {code}"] = 1
+        await reader
+    return tally
+
+
+async def _still_works(server: Server) -> bool:
+    async with live_session(server.url, None) as session:
+        await session.update(**options())
+        await session.say("what")
+        return (await session.respond()).status in ("completed", "incomplete")
+
+
+def _p99(values: list[float]) -> float:
+    return float(np.percentile(values, 99))
