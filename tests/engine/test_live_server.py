@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.server import Server, serve
+from vllm_mm_ext.tools.bench.live_load import live_stats
 
 pytestmark = pytest.mark.engine
 
@@ -73,12 +74,6 @@ async def answered(connection: Any, **response: Any) -> tuple[str, Any]:
     return text, done.usage
 
 
-def live(server: Server) -> dict[str, Any]:
-    """The server's counters of live sessions."""
-    counters: dict[str, Any] = json.loads(server.get("/mm_ext/stats"))["live"]
-    return counters
-
-
 def tone(seconds: float) -> bytes:
     """PCM16 of a rising tone at 24 kHz."""
     at = np.arange(round(24_000 * seconds)) / 24_000
@@ -121,10 +116,10 @@ async def test_what_was_heard_and_seen_is_in_kv_when_the_response_begins(server:
         )
         _, usage = await answered(connection)
         assert usage.output_tokens > 0
-        before = live(server)["units"]
+        before = live_stats(server)["units"]
         await stream(connection, tone(10), frames=10)
         # All whole units of 2 s but the last, of which the resampler may hold the end.
-        while live(server)["units"] < before + 4:
+        while live_stats(server)["units"] < before + 4:
             await asyncio.sleep(0.1)
         await connection.input_audio_buffer.commit()
         await told(connection, "input_audio_buffer.committed")
@@ -165,7 +160,7 @@ async def test_sessions_that_are_dropped_leave_nothing_in_the_engine(server: Ser
         socket.transport.abort()
 
     await asyncio.gather(*(used() for _ in range(16)))
-    while (now := live(server))["sessions"] or now["pinned"]:
+    while (now := live_stats(server))["sessions"] or now["pinned"]:
         await asyncio.sleep(0.1)
     metrics = server.get("/metrics")
     running = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_")]

@@ -25,7 +25,7 @@ def unit(
         )
         for at in range(frames)
     )
-    return Unit(samples, shown, begin, length)
+    return Unit(samples, shown)
 
 
 def stretch_units(traits: FamilyTraits, *, sound: bool, frames: int, whole: int = 5) -> list[Unit]:

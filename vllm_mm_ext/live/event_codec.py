@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn, cast
 
 import pybase64
 
+from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.live.client_events import (
     AudioAppend,
     AudioClear,
@@ -38,6 +40,7 @@ from vllm_mm_ext.live.session_options import (
     refuse_unsupported,
 )
 from vllm_mm_ext.live.wire_error import WireError
+from vllm_mm_ext.media.fetch.data_url import is_data_url, split_data_url
 
 LONGEST_ID = 128
 LONGEST_EVENT_ID = 512
@@ -284,13 +287,13 @@ def _content(fields: EventFields, role: Role) -> Content:
 def _image(fields: EventFields) -> bytes:
     name = fields.name("image_url")
     url = fields.required("image_url", fields.text("image_url"))
-    head, comma, data = url.partition(",")
-    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise WireError(
-            f"'{name}' must be a data URL of an image in base64 (data:image/jpeg;base64,...).",
-            param=name,
-        )
-    return _base64(data, name)
+    with suppress(MediaError):
+        if is_data_url(url) and (found := split_data_url(url)).media_type.startswith("image/"):
+            return _base64(url[found.start :], name)
+    raise WireError(
+        f"'{name}' must be a data URL of an image in base64 (data:image/jpeg;base64,...).",
+        param=name,
+    )
 
 
 def _required_bytes(fields: EventFields, field: str) -> bytes:

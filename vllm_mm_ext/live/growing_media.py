@@ -287,7 +287,7 @@ class GrowingMedia:
             sight.frame(min(max(sight.time_s - stretch_start, start_s), last_s)) for sight in sights
         ]
         frames += frames[-1:] * (-len(frames) % family.frame_multiple)
-        unit = Unit(samples, tuple(frames), start_s, duration_s)
+        unit = Unit(samples, tuple(frames))
         return _NewUnit(unit, shape, begins, sights)
 
 

@@ -35,14 +35,10 @@ class Unit:
     Attributes:
         samples: float32 mono at the model's rate; empty where there is no sound.
         frames: In order of their times, at most ``fps`` a second; may be empty beside sound.
-        start_s: When the unit begins, in seconds from the start of its stretch.
-        duration_s: Seconds; those of a full unit but for the last one of a closed stretch.
     """
 
     samples: npt.NDArray[np.float32]
     frames: tuple[Frame, ...]
-    start_s: float
-    duration_s: float
 
 
 @dataclass(frozen=True, slots=True)

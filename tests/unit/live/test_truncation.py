@@ -13,7 +13,7 @@ from vllm_mm_ext.live.truncation import Removal, removals
 
 def stretch(frames: int) -> Stretch:
     seen = tuple(Frame(np.zeros((1, 1, 3), np.uint8), i / 10) for i in range(frames))
-    return Stretch("s", (Unit(np.zeros(0, np.float32), seen, 0.0, 2.0),))
+    return Stretch("s", (Unit(np.zeros(0, np.float32), seen),))
 
 
 def weighed(part: Part, tokens: int) -> Weighed:

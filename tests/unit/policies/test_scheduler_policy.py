@@ -176,7 +176,9 @@ def test_prices_are_recovered_where_prefill_and_encoder_work_come_together(
     times = learned(base, prefill, encoder, attention)
     assert times.base_s(3) == pytest.approx(base)
     step = prefill * 400 + encoder * 512 + attention * attended(300, 3000)
-    assert times.prefill_s == pytest.approx(prefill, abs=1e-4 * step / 400, rel=1e-3)
+    assert times.seconds(0, 400) == pytest.approx(
+        400 * prefill + attended(400, 0) * attention, abs=1e-4 * step, rel=1e-3
+    )
     assert times.encoder_s == pytest.approx(encoder, abs=1e-4 * step / 512, rel=1e-3)
     assert times.seconds(512, 300, 3000) == pytest.approx(
         300 * prefill + 512 * encoder + attended(300, 3000) * attention, rel=1e-3
@@ -280,12 +282,7 @@ def test_the_spread_is_that_of_steps_that_mostly_encode(varies: float) -> None:
 
 def test_prices_are_unknown_before_there_was_a_step() -> None:
     times = StepTimes()
-    assert (times.base_s(1), times.itl_s, times.prefill_s, times.encoder_s) == (
-        0.0,
-        0.0,
-        None,
-        None,
-    )
+    assert (times.base_s(1), times.itl_s, times.encoder_s) == (0.0, 0.0, None)
 
 
 # --- a step ---------------------------------------------------------------------------------------

@@ -154,11 +154,6 @@ class StepTimes:
         return self._itl or 0.0
 
     @property
-    def prefill_s(self) -> float | None:
-        """Seconds per prompt token without attention, None before there was any."""
-        return self._solved()[0] if self._works[0][0] else None
-
-    @property
     def encoder_s(self) -> float | None:
         """Seconds per encoder token, None before there was any."""
         return self._solved()[2] if self._works[2][2] else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -166,6 +167,11 @@ class BenchContext:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which so many percent of them lie, interpolated."""
+    return float(np.percentile(values, percent))
 
 
 def format_number(value: float | None) -> str:

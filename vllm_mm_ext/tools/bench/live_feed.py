@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from PIL import Image
 
 from vllm_mm_ext.testing.voices import made_speech
 from vllm_mm_ext.tools.cli.live_client import RATE, LiveSession
-from vllm_mm_ext.tools.cli.live_media import jpeg, pcm16, pictures_of, sound_of
+from vllm_mm_ext.tools.cli.live_media import jpeg, pictures_of, sound_of
+from vllm_mm_ext.tools.cli.pcm import pcm16, write_wav
 
 CHUNK_S = 0.1
 _EDGE = 224
@@ -58,11 +58,7 @@ class Feed:
     def wav(self) -> bytes:
         """The sound as a WAV file."""
         buffer = io.BytesIO()
-        with wave.open(buffer, "wb") as out:
-            out.setnchannels(1)
-            out.setsampwidth(2)
-            out.setframerate(RATE)
-            out.writeframes(self.sound)
+        write_wav(buffer, self.sound, RATE)
         return buffer.getvalue()
 
 

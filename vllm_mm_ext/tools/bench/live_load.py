@@ -18,7 +18,7 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from vllm_mm_ext.testing.server import Server
-from vllm_mm_ext.tools.bench.harness import Row
+from vllm_mm_ext.tools.bench.harness import Row, percentile
 from vllm_mm_ext.tools.bench.live_feed import Feed, made_feed, play
 from vllm_mm_ext.tools.bench.live_nonsense import messages
 from vllm_mm_ext.tools.bench.live_sides import Study
@@ -100,12 +100,12 @@ def sessions(study: Study) -> list[Row]:
     for repeat in range(study.context.repeats):
         texts = Texts(server, 1 + repeat)
         every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
-        alone.append(1e3 * _p99(texts.stream(every_s)))
+        alone.append(1e3 * percentile(texts.stream(every_s), 99))
         before = live_stats(server)
         with _talking(server, SESSIONS) as talked:
             # Until all have begun.
             time.sleep(_TURN_S)
-            beside.append(1e3 * _p99(texts.stream(every_s)))
+            beside.append(1e3 * percentile(texts.stream(every_s), 99))
         after = live_stats(server)
         total.append(after["units"] - before["units"])
         late.append(after["late_units"] - before["late_units"])
@@ -121,7 +121,7 @@ def sessions(study: Study) -> list[Row]:
         Row.of(f"{name}: units appended, late", "count", stock=total, plugin=late),
         Row.of(f"{name}: the latest unit, behind its end", "s", plugin=[max(worst)]),
         Row.of(f"{name}: commit to first token, median", "ms", plugin=[float(np.median(firsts))]),
-        Row.of(f"{name}: commit to first token, p99", "ms", plugin=[_p99(firsts)]),
+        Row.of(f"{name}: commit to first token, p99", "ms", plugin=[percentile(firsts, 99)]),
         Row.of("text ITL p99: alone, beside them", "ms", stock=alone, plugin=beside),
     ]
 
@@ -326,7 +326,3 @@ async def _still_works(server: Server) -> bool:
         await session.update(**options())
         await session.say("what")
         return (await session.respond()).status in ("completed", "incomplete")
-
-
-def _p99(values: list[float]) -> float:
-    return float(np.percentile(values, 99))

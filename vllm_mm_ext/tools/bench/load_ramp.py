@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 
 from vllm_mm_ext.testing.checkpoints import build
 from vllm_mm_ext.testing.server import Server, serve
 from vllm_mm_ext.tools.bench.bench_clips import other_pictures
 from vllm_mm_ext.tools.bench.chat import Answer, ask, conversation
-from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
+from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row, percentile
 
 # Arrivals as a share of what the server manages with tiers off, and for how many seconds.
 PHASES = ((0.5, 6.0), (1.0, 6.0), (2.0, 60.0), (1.0, 6.0), (0.5, 10.0))
@@ -49,7 +48,7 @@ class _Side:
 
     def p95_s(self) -> float:
         """95th percentile of the time to first token of first turns."""
-        return float(np.percentile([answer.ttft_s for answer in self.first], 95))
+        return percentile([answer.ttft_s for answer in self.first], 95)
 
     def cached_share(self) -> float:
         """Share of the prompts of second turns that came from the prefix cache."""

@@ -16,7 +16,7 @@ import numpy as np
 from vllm_mm_ext.testing.checkpoints import build
 from vllm_mm_ext.testing.engine_arguments import SCHEDULER, as_flags
 from vllm_mm_ext.testing.server import Server, serve
-from vllm_mm_ext.tools.bench.harness import Row
+from vllm_mm_ext.tools.bench.harness import Row, percentile
 from vllm_mm_ext.tools.bench.long_video_client import Asker
 from vllm_mm_ext.tools.bench.long_video_parts import Study
 from vllm_mm_ext.tools.bench.long_video_sides import MAP_REDUCE, QUESTION
@@ -59,9 +59,9 @@ def text(study: Study) -> list[Row]:
             film = study.films.film(760 + repeat, study.minutes[-1])
             texts = Texts(server, 1 + repeat)
             every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
-            alone.append(1e3 * _p99(texts.stream(every_s)))
+            alone.append(1e3 * percentile(texts.stream(every_s), 99))
             with _looked_through(server, film.path) as seen:
-                beside.append(1e3 * _p99(texts.stream(every_s)))
+                beside.append(1e3 * percentile(texts.stream(every_s), 99))
                 windows.append(seen())
     study.notes.append(
         f"texts: {TEXT_PROMPT} tokens in, {TEXT_ANSWER} out, {_SECONDS:g} s of arrivals; "
@@ -173,7 +173,3 @@ class Texts:
         )
         with stream:
             return [time.perf_counter() for chunk in stream if chunk.choices]
-
-
-def _p99(values: list[float]) -> float:
-    return float(np.percentile(values, 99))

@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm_mm_ext.testing.checkpoints import build
 from vllm_mm_ext.tools.bench import mixed_engine
-from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
+from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row, percentile
 from vllm_mm_ext.tools.bench.inprocess import Measurer
 
 _SIDES = ("stock", "plugin")
@@ -79,15 +79,25 @@ def _rows(found: dict[str, list[Any]], queued: dict[str, list[Any]]) -> list[Row
         return Row.of(name, unit, **runs)
 
     return [
-        row("text alone: ITL p99", "ms", lambda one: 1e3 * _p(one["alone"]["itl_s"], 99)),
-        row("with videos: text ITL p99", "ms", lambda one: 1e3 * _p(one["text"]["itl_s"], 99)),
+        row("text alone: ITL p99", "ms", lambda one: 1e3 * percentile(one["alone"]["itl_s"], 99)),
+        row(
+            "with videos: text ITL p99",
+            "ms",
+            lambda one: 1e3 * percentile(one["text"]["itl_s"], 99),
+        ),
         row(
             "text ITL p99, with videos / alone",
             "ratio",
-            lambda one: _p(one["text"]["itl_s"], 99) / _p(one["alone"]["itl_s"], 99),
+            lambda one: (
+                percentile(one["text"]["itl_s"], 99) / percentile(one["alone"]["itl_s"], 99)
+            ),
         ),
-        row("text alone: TTFT p95", "ms", lambda one: 1e3 * _p(one["alone"]["ttft_s"], 95)),
-        row("with videos: text TTFT p95", "ms", lambda one: 1e3 * _p(one["text"]["ttft_s"], 95)),
+        row("text alone: TTFT p95", "ms", lambda one: 1e3 * percentile(one["alone"]["ttft_s"], 95)),
+        row(
+            "with videos: text TTFT p95",
+            "ms",
+            lambda one: 1e3 * percentile(one["text"]["ttft_s"], 95),
+        ),
         row("with videos: videos finished per minute", "1/min", _per_minute),
         row(
             "with videos: mean video TTFT", "ms", lambda one: 1e3 * np.mean(one["videos"]["ttft_s"])
@@ -108,10 +118,6 @@ def _per_minute(one: dict[str, Any]) -> float:
     """Over the time from the first video's arrival to the last one's end."""
     ends = one["videos"]["ends_s"]
     return float(60 * len(ends) / (max(ends) - mixed_engine.FIRST_VIDEO_S))
-
-
-def _p(values: list[float], percentile: float) -> float:
-    return float(np.percentile(values, percentile))
 
 
 def _notes(settings: list[tuple[mixed_engine.Load, float, list[float]]]) -> list[str]:

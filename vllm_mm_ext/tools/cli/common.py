@@ -1,7 +1,8 @@
-"""Options and error output shared by the commands that read a media file."""
+"""Options and error output shared by the commands."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -52,3 +53,8 @@ def clock(seconds: float, digits: int = 1) -> str:
     hours, minutes = divmod(minutes, 60)
     text = f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
     return f"{text}.{fraction:0{digits}d}" if digits else text
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model may have read them in what it was shown."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

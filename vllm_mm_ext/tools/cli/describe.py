@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, Strategy
+from vllm_mm_ext.tools.cli.common import printable
 from vllm_mm_ext.tools.cli.demo import config_for, shipped_model
 from vllm_mm_ext.tools.cli.describe_formats import FORMATS, Format
 from vllm_mm_ext.tools.cli.describe_request import (
@@ -120,11 +120,11 @@ def describe(
         if format_ is not None:
             _write(description, format_, output)
             if output is not None and question is not None:
-                typer.echo(_printable(description.answer))
+                typer.echo(printable(description.answer))
         if page is not None:
             _write_page(console, video, description, page)
     except DescribeError as error:
-        console.print(f"[red]error:[/] {escape(_printable(str(error)))}", highlight=False)
+        console.print(f"[red]error:[/] {escape(printable(str(error)))}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("[yellow]cancelled[/]")
@@ -203,7 +203,7 @@ def _followed(asking: Conversation, console: Console, *, echo: bool) -> Descript
             else:
                 bar.stop()
                 if echo:
-                    sys.stdout.write(_printable(event))
+                    sys.stdout.write(printable(event))
                     sys.stdout.flush()
     if echo:
         typer.echo()
@@ -216,7 +216,7 @@ def _warn(console: Console, description: Description) -> None:
     if lost:
         times = ", ".join(hms(window.start) for window in lost[:_NAMED])
         more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
-        reason = _printable(lost[0].problem or "")
+        reason = printable(lost[0].problem or "")
         console.print(
             f"[yellow]{len(lost)} windows have no note:[/] {times}{more}: {escape(reason)}",
             highlight=False,
@@ -231,7 +231,7 @@ def _warn(console: Console, description: Description) -> None:
 def _write(description: Description, format_: Format, output: Path | None) -> None:
     text = FORMATS[format_](description)
     if output is None:
-        typer.echo(_printable(text), nl=False)
+        typer.echo(printable(text), nl=False)
     else:
         output.write_text(text, encoding="utf-8")
 
@@ -247,11 +247,6 @@ def _write_page(console: Console, video: Source, description: Description, page:
                 pictures = window_pictures(video, description.windows)
         except DescribeError as error:
             # The page is worth having without.
-            console.print(f"[yellow]{escape(_printable(str(error)))}[/]", highlight=False)
+            console.print(f"[yellow]{escape(printable(str(error)))}[/]", highlight=False)
     page.write_text(render(description, pictures), encoding="utf-8")
     console.print(f"{page}: {page.stat().st_size / 1024:.0f} KiB", highlight=False)
-
-
-def _printable(text: str) -> str:
-    """Without control characters: a model may have read them in the video."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from vllm_mm_ext.tools.cli.common import clock
+from vllm_mm_ext.tools.cli.common import clock, printable
 from vllm_mm_ext.tools.cli.live_client import LiveAnswer, LiveSession
 
 
@@ -124,8 +123,3 @@ def _spread(seconds: Sequence[float]) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def printable(text: str) -> str:
-    """Without control characters: a model may have read them in a picture."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

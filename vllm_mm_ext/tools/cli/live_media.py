@@ -14,6 +14,7 @@ from vllm_mm_ext.media.audio.conversion import convert_rate
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 from vllm_mm_ext.tools.cli.live_client import RATE
+from vllm_mm_ext.tools.cli.pcm import pcm16
 
 _LONGEST_S = 4 * 3600.0
 # Pictures of so many seconds are decoded at a time.
@@ -34,11 +35,6 @@ def sound_of(path: Path) -> bytes:
     result = run_job(str(path), DecodeRequest(audio="required", limits=_LIMITS))
     assert result.audio is not None
     return pcm16(convert_rate(result.audio, result.audio_rate, RATE))
-
-
-def pcm16(samples: np.ndarray[tuple[int], np.dtype[np.float32]]) -> bytes:
-    """Samples in -1..1 as PCM of 16 bits."""
-    return np.clip(np.round(samples * 32767.0), -32768, 32767).astype("<i2").tobytes()
 
 
 def pictures_of(path: Path, fps: float, edge: int) -> Iterator[tuple[float, bytes]]:

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vllm_mm_ext.tools.cli.common import media_errors
+from vllm_mm_ext.tools.cli.common import media_errors, printable
 from vllm_mm_ext.tools.cli.demo import config_for, shipped_model
-from vllm_mm_ext.tools.cli.live_captions import Captions, printable, summary
+from vllm_mm_ext.tools.cli.live_captions import Captions, summary
 from vllm_mm_ext.tools.cli.live_client import RATE, LiveError, LiveSession, live_session
 from vllm_mm_ext.tools.cli.live_media import pictures_of, sound_of
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import wave
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +24,7 @@ from vllm_mm_ext.tools.cli.common import (
     clock,
     media_errors,
 )
+from vllm_mm_ext.tools.cli.pcm import pcm16, write_wav
 from vllm_mm_ext.tools.cli.token_count import FAMILIES, FamilyName
 
 # Where the pixels are not written, decoding small is enough to know which frames can be decoded.
@@ -131,16 +130,8 @@ def _write_sound(result: DecodeResult, path: Path) -> int:
     if result.audio is None:
         return 0
     samples = resample(result.audio, result.audio_rate, _RATE)
-    with wave.open(str(path), "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(_RATE)
-        out.writeframes(_pcm16(samples).tobytes())
+    write_wav(str(path), pcm16(samples), _RATE)
     return len(samples)
-
-
-def _pcm16(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    return np.clip(np.round(samples * 32768.0), -32768, 32767).astype("<i2")
 
 
 def as_dict(result: DecodeResult, samples: int | None = None) -> dict[str, Any]:
