@@ -41,8 +41,8 @@ def server() -> Iterator[Server]:
 
 
 @asynccontextmanager
-async def connected(server: Server, path: str = "v1") -> AsyncIterator[Any]:
-    client = openai.AsyncOpenAI(base_url=f"{server.url}/{path}", api_key=KEY)
+async def connected(server: Server) -> AsyncIterator[Any]:
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY)
     async with client.realtime.connect(model=server.model) as connection:
         await told(connection, "session.created")
         await connection.session.update(session=MANUAL)

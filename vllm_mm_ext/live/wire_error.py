@@ -10,7 +10,9 @@ class WireError(ValueError):
         message: What is wrong, naming the limit or the values that would do.
         code: A word that programs can act on, OpenAI's own where it has one.
         param: Path of the field at fault within the event (``session.tools``), if one is.
-        event_id: As the client named the event, if it did.
+
+    Attributes:
+        event_id: As the client named the event, if it did; set by what knows the event.
     """
 
     def __init__(
@@ -19,10 +21,9 @@ class WireError(ValueError):
         *,
         code: str = "invalid_value",
         param: str | None = None,
-        event_id: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code
         self.param = param
-        self.event_id = event_id
+        self.event_id: str | None = None

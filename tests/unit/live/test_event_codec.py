@@ -203,8 +203,11 @@ def test_a_frame_comes_with_its_time_on_the_clients_clock() -> None:
     assert read_event(json.dumps(event)) == VideoAppend(None, b"\x01\x02\x03", 2.5)
 
 
-def test_media_of_items_are_listed_in_their_order() -> None:
-    content = [{"type": "input_image", "image_url": IMAGE}, {"type": "input_audio", "audio": SOUND}]
+@pytest.mark.parametrize(
+    "url", [IMAGE, IMAGE.replace(";", ';name="a,b";'), IMAGE.upper()[:22] + IMAGE[22:]]
+)
+def test_media_of_items_are_listed_in_their_order(url: str) -> None:
+    content = [{"type": "input_image", "image_url": url}, {"type": "input_audio", "audio": SOUND}]
     item = {"type": "message", "role": "user", "content": content}
     create = read_event(json.dumps({"type": "conversation.item.create", "item": item}))
     assert media_contents(create) == (ImageContent(b"PNG"), AudioContent(b"\x01\x02\x03", None))

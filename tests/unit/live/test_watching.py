@@ -41,8 +41,8 @@ def family(rule: SizeRule) -> FamilyTraits:
     )
 
 
-def see(image: bytes, rule: SizeRule | None = None, time_s: float | None = None) -> Sight:
-    return Watcher(family(rule or SizeRule()), MAX_PIXELS).see(VideoAppend(None, image, time_s))
+def see(image: bytes, rule: SizeRule | None = None) -> Sight:
+    return Watcher(family(rule or SizeRule()), MAX_PIXELS).see(VideoAppend(None, image, None))
 
 
 def picture(width: int = 96, height: int = 64) -> Image.Image:

@@ -20,6 +20,8 @@ from vllm_mm_ext.long_video.asking import Ask, Look
 _ANY_REDUCTION = Reduction(pool=8, temporal=8)
 # Alternatives of a token whose probability vLLM reports by default.
 _MOST_LOGPROBS = 20
+# What stands before a token's id in vLLM's answer.
+_TOKEN_ID = "token_id:"
 # What of a client's request holds for each prompt made for it. The other fields are about the
 # answer.
 _KEPT = (
@@ -76,9 +78,7 @@ def restrict(request: Any, choices: Sequence[Sequence[int]], max_logprobs: int) 
     request.return_tokens_as_token_ids = True
 
 
-def chances(
-    choices: Mapping[str, Sequence[int]], logprobs: Any, prefix: str = "token_id:"
-) -> dict[str, float]:
+def chances(choices: Mapping[str, Sequence[int]], logprobs: Any) -> dict[str, float]:
     """Probability of each choice, of 1 for all of them together.
 
     vLLM reports the probabilities of the tokens that the model finds likely, and of the one that
@@ -88,15 +88,14 @@ def chances(
     Args:
         choices: Ids of the first tokens of each choice.
         logprobs: vLLM's log-probabilities of the one token that was written.
-        prefix: What stands before a token's id in vLLM's answer.
     """
     reported = {logprobs.token: logprobs.logprob}
     reported |= {top.token: top.logprob for top in logprobs.top_logprobs}
     least = min(reported.values())
     # Relative to the largest, so that the sum is not zero.
-    most = max(reported.get(f"{prefix}{i}", least) for ids in choices.values() for i in ids)
+    most = max(reported.get(f"{_TOKEN_ID}{i}", least) for ids in choices.values() for i in ids)
     weights = {
-        choice: sum(math.exp(reported.get(f"{prefix}{i}", least) - most) for i in ids)
+        choice: sum(math.exp(reported.get(f"{_TOKEN_ID}{i}", least) - most) for i in ids)
         for choice, ids in choices.items()
     }
     whole = sum(weights.values())
