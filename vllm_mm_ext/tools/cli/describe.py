@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, Strategy
 from vllm_mm_ext.tools.cli.common import printable
-from vllm_mm_ext.tools.cli.demo import config_for, shipped_model
 from vllm_mm_ext.tools.cli.describe_formats import FORMATS, Format
 from vllm_mm_ext.tools.cli.describe_request import (
     Conversation,
@@ -27,6 +26,7 @@ from vllm_mm_ext.tools.cli.describe_request import (
 )
 from vllm_mm_ext.tools.cli.describe_request import Progress as Seen
 from vllm_mm_ext.tools.cli.description import Description, hms
+from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, own_server
 
 if TYPE_CHECKING:
     import openai
@@ -61,13 +61,8 @@ def describe(
             "default the small one that ships with the package."
         ),
     ] = None,
-    api_key: Annotated[
-        str,
-        typer.Option(envvar="VLLM_API_KEY", help="Key of the server at --url.", show_default=False),
-    ] = "none",
-    configs: Annotated[
-        Path, typer.Option(help="Directory of --config files, for a server started here.")
-    ] = Path("configs"),
+    api_key: ApiKey = "none",
+    configs: Configs = Path("configs"),
     strategy: Annotated[
         Strategy | None,
         typer.Option(help="How windows are read; by default auto, without a question map_reduce."),
@@ -160,21 +155,11 @@ def _client(
         with client:
             yield client, model or served_model(client)
         return
-    from vllm_mm_ext.testing.server import ServerError, serve
+    from vllm_mm_ext.testing.server import ServerError
 
-    served = model or shipped_model()
-    if served is None:
-        raise DescribeError("the package has no model of its own; name one with --model")
-    config = config_for(model, configs)
-    args = ["--config", str(config)] if config is not None else []
-    if video.path is not None:
-        args += ["--allowed-local-media-path", str(video.path.parent)]
-    # A model that is named may have to be downloaded first.
-    env = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"} if model else {}
+    local = [] if video.path is None else ["--allowed-local-media-path", str(video.path.parent)]
     try:
-        with serve(
-            served, plugin=True, args=args, env=env, timeout_s=1800 if model else 300
-        ) as server:
+        with own_server(model, configs, local) as server:
             try:
                 yield server.client(timeout=_SILENCE_S), server.model
             except DescribeError as error:

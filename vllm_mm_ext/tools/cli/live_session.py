@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from vllm_mm_ext.tools.cli.common import media_errors, printable
-from vllm_mm_ext.tools.cli.demo import config_for, shipped_model
 from vllm_mm_ext.tools.cli.live_captions import Captions, summary
 from vllm_mm_ext.tools.cli.live_client import RATE, LiveError, LiveSession, live_session
 from vllm_mm_ext.tools.cli.live_media import pictures_of, sound_of
+from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, own_server
 
 _INTERRUPTED = 130
 # What a microphone delivers at a time.
@@ -84,13 +84,8 @@ def live(
             "that ships with the package."
         ),
     ] = None,
-    api_key: Annotated[
-        str,
-        typer.Option(envvar="VLLM_API_KEY", help="Key of the server at --url.", show_default=False),
-    ] = "none",
-    configs: Annotated[
-        Path, typer.Option(help="Directory of --config files, for a server started here.")
-    ] = Path("configs"),
+    api_key: ApiKey = "none",
+    configs: Configs = Path("configs"),
 ) -> None:
     """Show files to a server as a microphone and a camera would, and print what it answers.
 
@@ -142,18 +137,10 @@ def _server(url: str | None, model: str | None, configs: Path) -> Iterator[tuple
     if url is not None:
         yield url, model
         return
-    from vllm_mm_ext.testing.server import ServerError, serve
+    from vllm_mm_ext.testing.server import ServerError
 
-    served = model or shipped_model()
-    if served is None:
-        raise LiveError("the package has no model of its own; name one with --model")
-    config = config_for(model, configs)
-    args = ["--config", str(config)] if config is not None else []
-    env = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"} if model else {}
     try:
-        with serve(
-            served, plugin=True, args=args, env=env, timeout_s=1800 if model else 300
-        ) as server:
+        with own_server(model, configs) as server:
             yield server.url, server.model
     except ServerError as error:
         raise LiveError(str(error)) from error

@@ -1,0 +1,50 @@
+"""The server that a command starts for itself where no ``--url`` names one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vllm_mm_ext.tools.cli.demo import config_for, shipped_model
+
+if TYPE_CHECKING:
+    from vllm_mm_ext.testing.server import Server
+
+ApiKey = Annotated[
+    str,
+    typer.Option(envvar="VLLM_API_KEY", help="Key of the server at --url.", show_default=False),
+]
+Configs = Annotated[
+    Path, typer.Option(help="Directory of --config files, for a server started here.")
+]
+
+
+@contextmanager
+def own_server(model: str | None, configs: Path, args: Sequence[str] = ()) -> Iterator[Server]:
+    """Start a server with the plugin; it ends with the block.
+
+    Args:
+        model: Model to serve; None for the one that ships with the package.
+        configs: Directory of ``--config`` files.
+        args: More arguments of ``vllm serve``.
+
+    Raises:
+        ServerError: It does not start, or there is no model to serve.
+    """
+    from vllm_mm_ext.testing.server import ServerError, serve
+
+    served = model or shipped_model()
+    if served is None:
+        raise ServerError("the package has no model of its own; name one with --model")
+    config = config_for(model, configs)
+    given = ["--config", str(config)] if config is not None else []
+    # A model that is named may have to be downloaded first.
+    env = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"} if model else {}
+    with serve(
+        served, plugin=True, args=[*given, *args], env=env, timeout_s=1800 if model else 300
+    ) as server:
+        yield server
