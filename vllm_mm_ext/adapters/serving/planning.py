@@ -25,6 +25,7 @@ from vllm_mm_ext.adapters.quality.service import controller_for
 from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
+from vllm_mm_ext.adapters.sight.stage_notes import note_plan, note_probe
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
@@ -244,6 +245,7 @@ class Conversation:
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
         )
         self.stages.append({"fetch": probed.fetch_s, "probe": probed.use_s})
+        note_probe(self.context.trace, self.runtime.recorder, url, probed)
         return probed.content, probed.result
 
     # --- deciding ---------------------------------------------------------------------------------
@@ -276,6 +278,7 @@ class Conversation:
         for stages in self.stages:
             trace.add_stages(stages)
         trace.add_stages({"plan": seconds})
+        note_plan(trace, self.runtime.recorder, seconds)
 
     def decisions(
         self, videos: Sequence[PlannedVideo], text_tokens: int
@@ -310,7 +313,11 @@ class Conversation:
             # The server's number of frames (``media_io_kwargs``) gives way to a request's rate.
             floor = min(floor, self.runtime.config.media.sampling.min_frames)
         defaults = SamplingDefaults(
-            plan.sampling.fps, floor, plan.sampling.max_frames, plan.reduction
+            plan.sampling.fps,
+            floor,
+            plan.sampling.max_frames,
+            plan.reduction,
+            plan.size.max_frame_pixels,
         )
         sources = [
             VideoSource(

@@ -1,0 +1,227 @@
+"""Plans and the changes that make them fit, for a model of plain numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from planner_facts import LLAMA_70B
+
+from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.config.quality_settings import BudgetSettings
+from vllm_mm_ext.config.root import MMExtConfig
+from vllm_mm_ext.planner.delivery import Delivery, frame_times
+from vllm_mm_ext.planner.gpu_facts import GIB, gpu_of
+from vllm_mm_ext.planner.levers import levers
+from vllm_mm_ext.planner.plan import Plan, Server, Site, asked_delivery, make_plan
+from vllm_mm_ext.planner.plan_yaml import plan_yaml
+from vllm_mm_ext.planner.request_tokens import MediumTokens, RequestTokens
+from vllm_mm_ext.planner.video_tokens import EncoderShape, video_tokens
+from vllm_mm_ext.planner.workload import Video, Workload
+from vllm_mm_ext.video.segments import VideoLayout
+
+FACTS = replace(
+    LLAMA_70B,
+    weight_bytes=2 * GIB,
+    text=replace(LLAMA_70B.text, layers=16, hidden=2048, intermediate=8192),
+)
+SERVER = Server(
+    1024,
+    16_384,
+    resizable=True,
+    told_times=True,
+    frame_multiple=2,
+    hears_video=False,
+    largest_item=1024,
+)
+# No control characters, which YAML does not take, but line breaks.
+TEXT = st.characters(exclude_categories=["C"]) | st.sampled_from("\n\t\x85")
+REDUCTIONS = BudgetSettings().reductions
+
+
+def count(workload: Workload, delivery: Delivery) -> RequestTokens:
+    """Frames of 448 x 448 pixels, or as few as the delivery allows, in patches of 28 x 28."""
+    media = []
+    for video in workload.videos:
+        times = frame_times(video, delivery, 2)
+        side = min(448, int((delivery.frame_pixels or 448**2) ** 0.5)) // 28
+        layout = VideoLayout((28 * side, 28 * side), len(times) // 2 or 1, side, side, 2)
+        stages, items = video_tokens(
+            layout, delivery.reduction, 1024, EncoderShape(14), frames=len(times), text=0
+        )
+        size = (28 * side, 28 * side)
+        media.append(MediumTokens("video", video.seconds, (1280, 720), size, 0.0, stages, items))
+    return RequestTokens(workload.text, workload.output, tuple(media))
+
+
+def planned(
+    site: Site, workload: Workload, context: int | None = None, reduction: Reduction | None = None
+) -> Plan:
+    delivery = asked_delivery(workload, Delivery(1, reduction=reduction or Reduction()), 2)
+    return make_plan(FACTS, site, SERVER, workload, delivery, count, context=context)
+
+
+def levers_of(plan: Plan):
+    def replan(site: Site, delivery: Delivery, context: int | None, *, concurrency: int) -> Plan:
+        workload = replace(plan.workload, concurrency=concurrency)
+        return make_plan(FACTS, site, SERVER, workload, delivery, count, context=context)
+
+    return {lever.name: lever for lever in levers(plan, replan, REDUCTIONS)}
+
+
+def site(gpu: str = "24gb") -> Site:
+    return Site(gpu_of(gpu, 16 * GIB), 1, 1, 16 * GIB if gpu == "cpu" else None, 16, GIB)
+
+
+@settings(max_examples=20, deadline=None)
+@example(seconds=256.0, fps=0.5, concurrency=44, context=None)
+@example(seconds=20.0, fps=1.0, concurrency=2, context=131_072)
+@given(
+    seconds=st.floats(2, 400),
+    fps=st.sampled_from([0.5, 1.0, 2.0]),
+    concurrency=st.integers(1, 60),
+    context=st.sampled_from([None, 4096, 16_384, 131_072]),
+)
+def test_every_change_that_is_offered_makes_the_plan_fit_and_no_smaller_one_does(
+    seconds, fps, concurrency, context
+):
+    workload = Workload((Video(seconds, fps=fps),), concurrency=concurrency)
+    plan = planned(site(), workload, context)
+    if plan.fits:
+        assert plan.concurrency_that_fits >= concurrency
+        return
+    assert plan.problems()
+    found = levers_of(plan)
+    assert all(lever.plan.fits for lever in found.values())
+    if frames := found.get("frames"):
+        more = replace(frames.plan.delivery, max_frames=frames.plan.delivery.max_frames + 2)
+        larger = make_plan(FACTS, plan.site, SERVER, workload, more, count, context=context)
+        assert not larger.fits
+    if fewer := found.get("concurrency"):
+        one_more = replace(workload, concurrency=fewer.plan.workload.concurrency + 1)
+        assert not make_plan(
+            FACTS, plan.site, SERVER, one_more, plan.delivery, count, context=context
+        ).fits
+
+
+def test_a_context_that_is_too_short_names_the_one_that_is_needed():
+    workload = Workload((Video(60, fps=2),), concurrency=1)
+    plan = planned(site("h100-80gb"), workload, context=8192)
+    (problem,) = plan.problems()
+    assert f"{plan.context_needed:,}" in problem
+    assert "8,192" in problem
+    lever = levers_of(plan)["context"]
+    assert lever.plan.context >= plan.context_needed
+    assert lever.setting == f"--context {lever.plan.context}"
+
+
+def test_a_context_that_the_kv_cache_cannot_hold_names_the_longest_that_it_holds():
+    large = Site(gpu_of("8gb", 0), 1, 1, None, 16, GIB)
+    plan = planned(large, Workload((Video(20),), concurrency=1), context=131_072)
+    (problem,) = plan.problems()
+    assert "131,072" in problem
+    assert plan.concurrency_that_fits >= 1
+    lever = levers_of(plan)["context"]
+    assert lever.plan.fits
+    assert plan.context_needed <= lever.plan.context < 131_072
+    assert lever.plan.context + 1024 > plan.kv_blocks * plan.block_size
+
+
+def test_on_a_cpu_the_kv_cache_holds_exactly_the_requests_that_are_planned():
+    plan = planned(site("cpu"), Workload((Video(20),), concurrency=7))
+    assert plan.concurrency_that_fits == 7
+    assert plan.kv_blocks == 7 * plan.blocks
+
+
+@settings(max_examples=30, deadline=None)
+@given(name=st.text(TEXT, min_size=1, max_size=12), value=st.text(TEXT, max_size=12))
+@example(name="a: b #c", value="it's\n- a: 'line'")
+@example(name="no", value="1e3")
+def test_names_and_values_of_any_characters_are_read_as_they_are(name, value):
+    plan = planned(site("cpu"), Workload(concurrency=1))
+    plan = replace(plan, facts=replace(FACTS, name=name))
+    kwargs = {"key": value}
+    text = plan_yaml(
+        plan, command=f"plan '{value}'", file_name="a.yaml", mm_processor_kwargs=kwargs
+    )
+    read = yaml.safe_load(text)
+    assert read["model"] == name
+    assert json.loads(read["mm-processor-kwargs"]) == kwargs
+
+
+@given(concurrency=st.integers(1, 300))
+@settings(max_examples=20, deadline=None)
+def test_quality_is_full_while_one_request_more_than_planned_waits(concurrency):
+    plan = planned(site("cpu"), Workload(concurrency=concurrency))
+    text = plan_yaml(plan, command="plan", file_name="a.yaml", mm_processor_kwargs={})
+    read = yaml.safe_load(text)
+    tiers = MMExtConfig.from_additional_config(read["additional-config"]).quality.tiers
+    assert tiers.batch[0] > concurrency + 1
+    assert tiers.load[0] > (concurrency + 1) / concurrency
+
+
+def test_the_kv_cache_holds_a_request_as_long_as_the_context():
+    plan = planned(site("cpu"), Workload((Video(2),), concurrency=1), context=65_536)
+    assert plan.fits
+    assert plan.kv_blocks * plan.block_size >= plan.context
+
+
+def test_on_gpus_the_memory_of_the_machine_has_every_process_and_cache_of_each_replica():
+    workload = Workload((Video(20),), concurrency=8)
+    one = planned(site("h100-80gb"), replace(workload, concurrency=4))
+    two = planned(replace(site("h100-80gb"), dp=2, cores=32), workload)
+    assert two.front == one.front
+    machine = sum(part.num_bytes for part in one.host)
+    assert sum(part.num_bytes for part in two.host) == 2 * machine
+    assert machine >= (
+        2 * GIB
+        + one.host_tier_bytes
+        + (one.front.encoded_mb - 1 + one.front.decoded_mb - 1 + one.front.in_flight_mb << 20)
+    )
+    enough, short = (replace(two.site, host_memory=2 * machine - less) for less in (0, 1))
+    assert planned(enough, workload).fits
+    (problem,) = planned(short, workload).problems()
+    assert "memory of the machine" in problem
+
+
+def test_replicas_share_the_requests():
+    workload = Workload((Video(20),), concurrency=9)
+    plan = planned(replace(site("h100-80gb"), dp=2), workload)
+    assert plan.per_engine == plan.step.sequences == 5
+
+
+@pytest.mark.parametrize("gpu", ["cpu", "h100-80gb"])
+def test_every_value_of_the_written_file_has_a_reason_and_the_plugin_takes_its_settings(gpu):
+    workload = Workload((Video(20, fps=2.0),), concurrency=3)
+    plan = planned(site(gpu), workload, reduction=Reduction(temporal=2))
+    text = plan_yaml(plan, command="vllm-mm plan", file_name="a.yaml", mm_processor_kwargs={})
+    settings_read = yaml.safe_load(text)
+    config = MMExtConfig.from_additional_config(settings_read["additional-config"])
+    assert config.media.sampling.max_frames == plan.delivery.max_frames
+    assert config.compression.reduction == plan.delivery.reduction
+    assert settings_read["max-num-seqs"] == 3
+    lines = text.splitlines()
+    sections = ("additional-config:", "mm_ext:", "quality:", "media:")
+    for before, line in pairwise(lines):
+        said = before.lstrip().startswith("#")
+        follows = line.split(":")[0] in ("enable-prompt-tokens-details", "ec-transfer-config")
+        heads = any(before.strip().startswith(word) for word in sections)
+        inside = line.strip().startswith(("#", *sections)) or heads
+        assert said or follows or inside, line
+
+
+def test_gpus_share_a_model_only_if_all_its_heads_divide():
+    # Qwen2.5-VL-7B: 28 heads, 4 KV heads, 16 heads of the vision encoder.
+    text, vision = replace(FACTS.text, heads=28, kv_heads=4), replace(FACTS.vision, heads=16)
+    model = replace(FACTS, text=text, vision=vision)
+    assert [tp for tp in range(1, 29) if not model.undivided(tp)] == [1, 2, 4]
+    assert "28 attention heads" in model.undivided(8)
+    assert "4 KV heads" in model.undivided(14)
+    assert "vision encoder has 16" in replace(
+        model, text=replace(text, heads=32, kv_heads=32)
+    ).undivided(32)

@@ -1,0 +1,98 @@
+"""The API server of a plan: its caches, its memory, and the cores that decoding media takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vllm_mm_ext.media.decode.pool import MAX_DEFAULT_WORKERS
+from vllm_mm_ext.planner.memory_parts import Part, request_bytes
+from vllm_mm_ext.planner.model_facts import ModelFacts
+from vllm_mm_ext.planner.request_tokens import RequestTokens
+from vllm_mm_ext.planner.workload import Workload
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """Settings and memory of the API server.
+
+    Attributes:
+        encoded_mb, decoded_mb, in_flight_mb: As in ``media.cache``, MiB.
+        processor_cache_gb: ``--mm-processor-cache-gb``.
+        workers: Decode workers.
+        threads: Threads of each.
+        memory: Memory of the API server.
+    """
+
+    encoded_mb: int
+    decoded_mb: int
+    in_flight_mb: int
+    processor_cache_gb: float
+    workers: int
+    threads: int
+    memory: tuple[Part, ...]
+
+
+def front_end(
+    facts: ModelFacts,
+    workload: Workload,
+    request: RequestTokens,
+    process_bytes: int,
+    cores: int,
+) -> FrontEnd:
+    """Plan the API server.
+
+    Every cache holds the media of all requests that run, so that the next turn of each finds them.
+
+    Args:
+        facts: The model.
+        workload: What is asked of this API server.
+        request: Tokens of one request.
+        process_bytes: Memory of the process before it serves.
+        cores: CPU cores that it may take.
+    """
+    count = workload.concurrency
+    each = request_bytes(facts, workload, request)
+    encoded = _mib(each.files * count)
+    decoded = _mib(each.decoded * count)
+    in_flight = max(_LEAST_IN_FLIGHT, _mib((each.files + each.decoded) * count))
+    media = len(workload.videos) + len(workload.audios)
+    workers = max(1, min(MAX_DEFAULT_WORKERS, cores, media * count))
+    # vLLM takes a request's items from the cache only if they leave as much again free.
+    cache = max(2 * each.inputs, each.inputs * count)
+    return FrontEnd(
+        encoded_mb=encoded,
+        decoded_mb=decoded,
+        in_flight_mb=in_flight,
+        processor_cache_gb=math.ceil(cache / (1 << 30) * 100) / 100,
+        workers=workers,
+        threads=max(1, min(4, cores // workers)),
+        memory=(
+            Part(
+                "Python, vLLM and the processor",
+                process_bytes + _GROWTH,
+                "as this process has loaded, and the server's routes",
+            ),
+            Part("encoded files", each.files * count, "media.cache.encoded_mb"),
+            Part("frames and sound", each.decoded * count, "media.cache.decoded_mb"),
+            Part(
+                "a request in preprocessing",
+                _PREPROCESSING_COPIES * each.inputs,
+                "the encoder's inputs of one request, as they are made and as they are sent",
+            ),
+        ),
+    )
+
+
+# The media budget has room for a few ordinary files whatever the workload is.
+_LEAST_IN_FLIGHT = 256
+# What an API server loads beside the processor (``vllm-mm bench plan-memory``).
+_GROWTH = 60 << 20
+# Float32, as the processor makes them, has twice the bytes of what is sent.
+_PREPROCESSING_COPIES = 3
+
+
+def _mib(num_bytes: int) -> int:
+    return max(16, math.ceil(num_bytes / MIB))

@@ -1,0 +1,173 @@
+"""Memory of an engine and of an API server: each part with what it follows from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm_mm_ext.planner.model_facts import EncoderFacts, ModelFacts
+from vllm_mm_ext.planner.request_tokens import RequestTokens
+from vllm_mm_ext.planner.workload import Workload
+
+# What the sampler makes of a row of logits: as they come, as float32, and a sorted or masked copy.
+_LOGIT_BYTES = 2 + 4 + 4
+_AUDIO_SAMPLE_BYTES = 4
+_AUDIO_RATE = 16_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the memory of a process or a GPU.
+
+    Attributes:
+        name: What holds it.
+        num_bytes: How much.
+        why: What it follows from.
+    """
+
+    name: str
+    num_bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What bounds one step of an engine.
+
+    Attributes:
+        tokens: ``--max-num-batched-tokens``.
+        sequences: ``--max-num-seqs``.
+        encoder_tokens: Embeddings that one step encodes at most, and that the device tier of the
+            encoder cache holds.
+        encoder_inputs: Patches of one forward of the vision encoder
+            (``compression.encoder_max_patches``), or 0 for no bound.
+    """
+
+    tokens: int
+    sequences: int
+    encoder_tokens: int
+    encoder_inputs: int
+
+
+def total(parts: Iterable[Part]) -> int:
+    """Bytes of all parts."""
+    return sum(part.num_bytes for part in parts)
+
+
+def encoder_peak(
+    encoder: EncoderFacts, inputs: int, dtype_bytes: int, *, layers_kept: int = 1
+) -> int:
+    """Bytes that a forward of an encoder holds at most beside weights, inputs and outputs.
+
+    One layer makes of each position: two norms, queries, keys and values, what attention and its
+    projection leave, the MLP's inner and outer values; 12 times the width with an MLP of 4 times
+    the width. vLLM's inference frees a layer's before the next layer's.
+
+    Args:
+        encoder: The encoder.
+        inputs: Positions in the forward.
+        dtype_bytes: Bytes of a value.
+        layers_kept: Layers whose values are held at a time; all of them where autograd keeps them.
+    """
+    inner = (3 if encoder.gated else 1) * encoder.intermediate
+    return inputs * layers_kept * (8 * encoder.hidden + inner) * dtype_bytes
+
+
+def text_peak(facts: ModelFacts, step: Step, tp: int) -> int:
+    """Bytes that a forward of the text model over a full step holds beside weights and KV.
+
+    Args:
+        facts: The model.
+        step: The largest step.
+        tp: GPUs that share the model.
+    """
+    text = facts.text
+    heads = (text.heads + 2 * text.kv_heads) * text.head_dim // tp
+    inner = 3 * text.intermediate // tp
+    if text.experts_per_token:
+        inner = text.experts_per_token * (inner + text.hidden)
+    # The residual, its norm, the embeddings of the step, and the wider one of attention and MLP.
+    per_token = 3 * text.hidden + max(heads + text.hidden, inner + text.hidden)
+    logits = step.sequences * text.vocabulary * _LOGIT_BYTES
+    return step.tokens * per_token * facts.dtype_bytes + logits
+
+
+def encoder_step_peak(facts: ModelFacts, request: RequestTokens, step: Step) -> int:
+    """Bytes of the encoders' inputs and values in the largest step.
+
+    Args:
+        facts: The model.
+        request: One request, whose items tell how many inputs are behind an embedding.
+        step: The largest step.
+    """
+    most = 0
+    for encoder in (facts.vision, facts.audio):
+        if encoder is None:
+            continue
+        inputs = _step_inputs(encoder, request, step)
+        at_once = inputs
+        if encoder.modality == "vision" and step.encoder_inputs:
+            at_once = min(inputs, step.encoder_inputs)
+        held = inputs * encoder.input_values * facts.dtype_bytes
+        most = max(most, held + encoder_peak(encoder, at_once, facts.dtype_bytes))
+    return most
+
+
+def _step_inputs(encoder: EncoderFacts, request: RequestTokens, step: Step) -> int:
+    """Inputs of an encoder in a step that encodes as many embeddings as it may."""
+    is_audio = encoder.modality == "audio"
+    ratios = []
+    for item in request.items:
+        joint = item.modality != "audio"
+        heard, made = (item.audio_inputs, item.audio_outputs) if joint else (0, 0)
+        if is_audio and not joint:
+            heard, made = item.encoder_inputs, item.embeddings
+        seen = 0 if item.modality == "audio" else item.encoder_inputs - item.audio_inputs
+        left = item.embeddings - (item.audio_outputs if joint else item.embeddings)
+        inputs, outputs = (heard, made) if is_audio else (seen, left)
+        if outputs:
+            ratios.append(inputs / outputs)
+    return round(step.encoder_tokens * max(ratios, default=0.0))
+
+
+def encoder_cache_bytes(facts: ModelFacts, embeddings: int) -> int:
+    """Bytes of so many embeddings in a tier of the encoder cache."""
+    widths = [one.output_width for one in (facts.vision, facts.audio) if one is not None]
+    return embeddings * max(widths, default=facts.text.hidden) * facts.dtype_bytes
+
+
+@dataclass(frozen=True)
+class RequestBytes:
+    """Bytes of one request in an API server.
+
+    Attributes:
+        files: The encoded files.
+        decoded: Frames and sound as they leave the decoder.
+        inputs: Inputs of the encoders, which vLLM's processor cache keeps.
+    """
+
+    files: int
+    decoded: int
+    inputs: int
+
+
+def request_bytes(facts: ModelFacts, workload: Workload, request: RequestTokens) -> RequestBytes:
+    """Bytes of one request in an API server."""
+    files = sum(video.file_bytes for video in workload.videos)
+    decoded = 0
+    for medium in request.media:
+        width, height = medium.size
+        sound = round(medium.audio_seconds * _AUDIO_RATE) * _AUDIO_SAMPLE_BYTES
+        files += sound if medium.kind == "audio" else 0
+        decoded += medium.stages.sampled * width * height * 3 if medium.kind == "video" else 0
+        decoded += sound
+    inputs = 0
+    for item in request.items:
+        heard = item.encoder_inputs if item.modality == "audio" else item.audio_inputs
+        seen = item.encoder_inputs - heard
+        inputs += _values(facts.vision, seen) + _values(facts.audio, heard)
+    return RequestBytes(files, decoded, inputs * facts.dtype_bytes)
+
+
+def _values(encoder: EncoderFacts | None, inputs: int) -> int:
+    return 0 if encoder is None else inputs * encoder.input_values

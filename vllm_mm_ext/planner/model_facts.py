@@ -1,0 +1,121 @@
+"""What the planner knows of a model: sizes read from its configuration, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The text model.
+
+    Attributes:
+        layers: Transformer layers, each with a KV cache.
+        hidden: Width of the residual stream, also of the embeddings that encoders deliver.
+        intermediate: Width of an MLP; of one expert in a mixture of experts.
+        heads, kv_heads: Attention heads of queries, and of keys and values.
+        head_dim: Width of a head.
+        vocabulary: Number of logits.
+        experts, experts_per_token: Of a mixture of experts; 0 otherwise.
+        parameters: All parameters of the text model, with embedding and output head.
+        active_parameters: Parameters that one token is multiplied with: without the embedding
+            table, with the output head, of experts only those chosen.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    experts: int
+    experts_per_token: int
+    parameters: int
+    active_parameters: int
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """A vision or an audio encoder, with what projects its outputs.
+
+    Attributes:
+        modality: What the encoder takes.
+        layers, hidden, intermediate, heads: Of its transformer.
+        parameters: All its parameters.
+        input_values: Values of one input: of a patch of pixels (with its frames), or of the mel
+            frames behind one position of the audio transformer.
+        inputs_per_output: Transformer positions that become one output (merged patches).
+        output_width: Values of one output as the encoder cache keeps it; more than ``hidden`` of
+            the text model where features of several layers go along (Qwen3-VL).
+        attention_span: Positions that attend to each other; 0: all of an image, a temporal patch
+            or a window.
+        gated: Its MLPs have a gate beside the two usual matrices.
+    """
+
+    modality: Literal["vision", "audio"]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    parameters: int
+    input_values: int
+    inputs_per_output: int
+    output_width: int
+    attention_span: int = 0
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as the planner sees it.
+
+    Attributes:
+        name: Model or path as the user gave it.
+        architecture: vLLM's name of the architecture.
+        family: The module of its processor (``qwen2_5_vl``, ``composer``); ``stock`` for others.
+        dtype_bytes: Bytes of a weight and of an activation.
+        weight_bytes: Bytes of all weights that one replica loads, before division by tp.
+        text: The text model.
+        vision, audio: The encoders; None where the model has none.
+        max_context: Most tokens of a request that the model supports.
+        kv_dtype_bytes: Bytes of one value in the KV cache.
+        dtype: Name of the type of weights and activations.
+    """
+
+    name: str
+    architecture: str
+    family: str
+    dtype_bytes: int
+    weight_bytes: int
+    text: TextFacts
+    vision: EncoderFacts | None
+    audio: EncoderFacts | None
+    max_context: int
+    kv_dtype_bytes: int
+    dtype: str = "bfloat16"
+
+    def undivided(self, tp: int) -> str:
+        """Why ``tp`` GPUs cannot share the model: heads that do not divide; empty if they can."""
+        text, vision = self.text, self.vision
+        if text.heads % tp:
+            return f"the model has {text.heads} attention heads, which must be divisible by it"
+        if text.kv_heads % tp and tp % text.kv_heads:
+            return f"the model has {text.kv_heads} KV heads, of which one must divide the other"
+        if vision is not None and vision.heads % tp:
+            return (
+                f"the vision encoder has {vision.heads} attention heads, which must be divisible "
+                "by it"
+            )
+        return ""
+
+    def kv_heads_per_gpu(self, tp: int) -> int:
+        """KV heads that each of ``tp`` GPUs holds; below one per GPU they are repeated."""
+        return max(1, self.text.kv_heads // tp)
+
+    def kv_bytes_per_token(self, tp: int = 1) -> int:
+        """Bytes of keys and values of one token on each of ``tp`` GPUs, over all layers."""
+        text = self.text
+        per_layer = 2 * self.kv_heads_per_gpu(tp) * text.head_dim * self.kv_dtype_bytes
+        return per_layer * text.layers

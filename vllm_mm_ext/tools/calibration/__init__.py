@@ -1,0 +1,1 @@
+"""Measures what work costs on this machine, through a real server: for ``vllm-mm calibrate``."""

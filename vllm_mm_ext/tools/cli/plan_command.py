@@ -1,0 +1,316 @@
+"""``vllm-mm plan``: what a model and a workload need on a GPU, and the ``--config`` file for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.planner.workload import (
+    AUDIO_FORM,
+    IMAGE_FORM,
+    VIDEO_FORM,
+    Workload,
+    read_audios,
+    read_images,
+    read_videos,
+)
+
+if TYPE_CHECKING:
+    from vllm_mm_ext.adapters.planning.planner import Planner
+    from vllm_mm_ext.planner.calibration_file import Calibration
+    from vllm_mm_ext.planner.plan import Plan
+    from vllm_mm_ext.tools.cli.plan_tables import Expected
+
+# Of a machine with GPUs, where the user says nothing.
+_SERVER_CORES = 16
+# Options with a value that change nothing in the written file.
+_NOT_OF_THE_FILE = ("--name", "--calibration", "--price-per-hour")
+_SIZES = "240p ... 2160p or WIDTHxHEIGHT"
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder with a model's files (no weights needed), its config.json, or a name on "
+            "the Hugging Face hub.",
+        ),
+    ],
+    gpu: Annotated[
+        str,
+        typer.Option(help="GPU by name (`h100-80gb`), memory (`24gb`), or `cpu`."),
+    ],
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that share a replica.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Replicas.")] = 1,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=VIDEO_FORM,
+            help=f"A video of each request, `60s@2fps:720p`: its length, the frames a second that "
+            f"the model sees (else 1), its size ({_SIZES}; else 720p), frame rate (else 30fps), "
+            "bit rate, codec, and `silent`. Give it again for more.",
+        ),
+    ] = None,
+    audio: Annotated[
+        list[str] | None,
+        typer.Option(metavar=AUDIO_FORM, help="A sound of each request, `30s`."),
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar=IMAGE_FORM, help=f"Images of each request, `2:720p` ({_SIZES})."),
+    ] = None,
+    text: Annotated[int, typer.Option(min=0, help="Tokens of the question.")] = 128,
+    out: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 256,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests at a time, on all replicas together.")
+    ] = 1,
+    reduction: Annotated[
+        str | None,
+        typer.Option(
+            help="Token reduction of videos, `pool=2,temporal=2` or `static=merge,keep=0.5`; else "
+            "the checkpoint's own."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="`--max-model-len`; else what is needed.")
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Most frames of a video.")
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=28, max=8192, help="A frame has at most this many pixels squared."),
+    ] = None,
+    mm_processor_kwargs: Annotated[
+        str | None, typer.Option(help="vLLM's flag of that name, JSON.")
+    ] = None,
+    cores: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU cores of the server; else 16, with `cpu` this machine's."),
+    ] = None,
+    host_gib: Annotated[
+        int | None,
+        typer.Option(min=1, help="GiB of its memory; else not checked, with `cpu` this machine's."),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name under which the model is served, if MODEL is a copy of its files."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="What `vllm-mm calibrate` wrote there."),
+    ] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option(help="Estimate first tokens and throughput, which takes some seconds."),
+    ] = True,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price of a GPU for an hour, in any currency.")
+    ] = None,
+    yaml: Annotated[
+        Path | None, typer.Option(help="Write the `--config` file of `vllm serve` here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Plan a server: tokens, KV blocks, memory and settings of MODEL under a workload.
+
+    Exits with 1 if the workload does not fit, after saying which changes make it fit.
+    """
+    from vllm_mm_ext.planner.gpu_facts import GIB, UnknownGpuError, gpu_of
+    from vllm_mm_ext.planner.plan import Site
+    from vllm_mm_ext.planner.workload import WorkloadError
+
+    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        chosen = gpu_of(gpu, host_memory)
+        workload = Workload(
+            videos=read_videos(video or ()),
+            audios=read_audios(audio or ()),
+            images=read_images(image or ()),
+            text=text,
+            output=out,
+            concurrency=concurrency,
+        )
+        reduce = None if reduction is None else _reduction(reduction)
+        kwargs = _mapping(mm_processor_kwargs)
+    except (WorkloadError, UnknownGpuError) as error:
+        _fail(str(error))
+    if yaml is not None and not yaml.absolute().parent.is_dir():
+        _fail(f"--yaml {yaml}: there is no folder {yaml.parent}")
+    host = host_gib * GIB if host_gib else host_memory if chosen.is_cpu else None
+    if chosen.is_cpu and (tp > 1 or dp > 1):
+        _fail(f"--tp {tp} --dp {dp}: on a CPU both must be 1")
+    # What vLLM and transformers log while they read the model is no part of the plan.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from vllm_mm_ext.adapters.planning.loading import CannotPlanError
+    from vllm_mm_ext.adapters.planning.planner import Planner, Wishes
+    from vllm_mm_ext.planner.model_folder import ModelFilesError
+    from vllm_mm_ext.plugin import register
+
+    register()
+    try:
+        planner = Planner(model, name=name, mm_processor_kwargs=kwargs)
+        site = Site(
+            gpu=chosen,
+            tp=tp,
+            dp=dp,
+            host_memory=host,
+            cores=cores or (os.cpu_count() if chosen.is_cpu else None) or _SERVER_CORES,
+            process_bytes=planner.process_bytes,
+        )
+        made = planner.plan(workload, site, Wishes(context, max_frames, resolution, reduce))
+        expected = (
+            _expected(planner, model, made, calibration, price_per_hour) if estimate else None
+        )
+    except (CannotPlanError, ModelFilesError, MediaError) as error:
+        _fail(str(error))
+    _show(planner, made, expected, _command(model, name), yaml, as_json=as_json)
+
+
+def _expected(
+    planner: Planner, model: str, made: Plan, calibration: Path | None, price: float | None
+) -> Expected | None:
+    """What clients see, and where that is from; None where nothing tells what work costs."""
+    from vllm_mm_ext.adapters.planning.estimates import estimate_plan
+    from vllm_mm_ext.planner.calibration_file import read
+    from vllm_mm_ext.planner.host_work import host_work
+    from vllm_mm_ext.planner.roofline import roofline
+    from vllm_mm_ext.tools.cli.plan_tables import Expected
+
+    if calibration is not None:
+        try:
+            measured = read(calibration)
+        except (OSError, ValueError) as error:
+            _fail(f"--calibration {calibration}: {error}")
+        _check_calibration(measured, model, made)
+        rates = measured.rates
+        by = f"{measured.model} on {measured.machine}, {measured.date}"
+        source = f"by `vllm-mm calibrate` with {by}"
+    else:
+        bound = roofline(planner.facts, made.site.gpu, made.site.tp)
+        if bound is None:
+            return None
+        rates, source = bound, "from the GPU's data sheet; `vllm-mm calibrate` measures"
+    if not made.fits:
+        return None
+    found = estimate_plan(planner.loaded.config, made, rates)
+    per_hour = None if price is None else price * made.site.tp * made.site.dp
+    work = host_work(made.workload, made.request)
+    decode = [
+        sum(one.decode_s(each.host) for one in work)
+        for each in (rates.low, rates.middle, rates.high)
+    ]
+    return Expected(found, source, per_hour, (decode[0], decode[1], decode[2]))
+
+
+def _check_calibration(measured: Calibration, model: str, made: Plan) -> None:
+    """Refuse rates of other hardware; tell of those of another model."""
+    gpu, tp = made.site.gpu, made.site.tp
+    was = f"--calibration: it is of {measured.model} on {measured.device} with tp {measured.tp}"
+    if (measured.device.lower() == "cpu") != gpu.is_cpu or measured.tp != tp:
+        _fail(f"{was}, the plan is for {gpu.title} with tp {tp}")
+    known = gpu.bf16_flops is not None
+    other_gpu = known and gpu.name.partition("-")[0] not in measured.device.lower()
+    if other_gpu or measured.model not in (model, made.facts.name):
+        console = Console(stderr=True)
+        other = f"{was}, the plan is for {made.facts.name} on {gpu.title}: estimates may be far off"
+        console.print(f"[yellow]{escape(other)}[/]", highlight=False, soft_wrap=True)
+
+
+def _command(model: str, name: str | None) -> str:
+    """The command line, as it is for who has the model under its name."""
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        option, equals, _ = word.partition("=")
+        if option in _NOT_OF_THE_FILE:
+            if not equals:
+                next(given, None)
+        elif word not in ("--estimate", "--no-estimate", "--json"):
+            words.append(name if name is not None and word == model else word)
+    return f"vllm-mm {shlex.join(words)}"
+
+
+def _show(
+    planner: Planner,
+    made: Plan,
+    expected: Expected | None,
+    command: str,
+    yaml: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from vllm_mm_ext.planner.plan_yaml import plan_yaml
+    from vllm_mm_ext.tools.cli.plan_tables import as_dict, show_plan
+
+    found = () if made.fits else planner.levers(made)
+    if as_json:
+        typer.echo(json.dumps(as_dict(made, found, expected), indent=1))
+    else:
+        show_plan(Console(), made, found, expected)
+    if yaml is not None and made.fits:
+        yaml.write_text(
+            plan_yaml(
+                made,
+                command=command,
+                file_name=str(yaml),
+                mm_processor_kwargs=planner.mm_processor_kwargs,
+            ),
+            encoding="utf-8",
+        )
+        typer.echo(f"{yaml}: start it with", err=True)
+        typer.echo(f"  VLLM_PLUGINS=mm_ext vllm serve {made.facts.name} --config {yaml}", err=True)
+    if not made.fits:
+        if yaml is not None:
+            typer.echo(f"{yaml} was not written: the workload does not fit", err=True)
+        raise typer.Exit(1)
+
+
+def _reduction(text: str) -> Reduction:
+    """The reduction that ``--reduction`` names."""
+    from pydantic import ValidationError
+
+    given: dict[str, Any] = {}
+    for part in () if text in ("", "none") else text.split(","):
+        key, equals, value = part.partition("=")
+        if key not in Reduction.model_fields or not equals:
+            names = ", ".join(Reduction.model_fields)
+            _fail(f"--reduction {text}: {part!r} is not KEY=VALUE with one of the keys {names}")
+        given[key] = value
+    try:
+        return Reduction(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "reduction"
+        _fail(f"--reduction {text}: {key}: {first['msg']}")
+
+
+def _mapping(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        _fail(f"--mm-processor-kwargs {text}: not JSON: {error}")
+    if not isinstance(found, dict):
+        _fail(f"--mm-processor-kwargs {text}: a JSON object such as '{{\"max_pixels\": 200704}}'")
+    return found
+
+
+def _fail(message: str) -> NoReturn:
+    console = Console(stderr=True)
+    console.print(f"[red]cannot plan:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
