@@ -28,14 +28,12 @@ def test_media_found_after_churn_give_the_answers_of_an_empty_cache(tmp_path: Pa
     assert [turn["answer"] for turn in turns if turn["cached"]] == found["cold"]
 
 
-def test_a_sessions_media_outlive_others_until_it_is_released(tmp_path: Path) -> None:
+def test_a_pinned_sessions_media_outlive_others_until_it_is_released(tmp_path: Path) -> None:
     model = build("qwen2_5_vl", tmp_path / "model", video_max_pixels=448 * 448)
     env = {"VLLM_PLUGINS": "mm_ext", "DO_NOT_TRACK": "1"}
     found = run_script("kv_sessions_engine.py", model, timeout_s=400, env=env)
     # Blocks are found whole, and the prompt's last token is always computed.
     whole = found["tokens"] - 32
-    assert found["without"] < 32
-    assert found["session"] >= whole
     assert found["pinned"] >= whole
     assert found["released"] < 32
     sessions = {media["identifier"]: media["sessions"] for media in found["listed"]}

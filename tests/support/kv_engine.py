@@ -21,7 +21,7 @@ def main(model: Path, media: Path) -> None:
     assert isinstance(pool, MMExtBlockPool)
     turns = play(llm, videos, turns=3)
     pool.check_integrity()
-    kept = len(pool.registry)
+    kept = len(pool.tree)
     # First turns had nothing cached but text.
     answers = cold(llm, videos, [turn for turn in turns if turn.cached])
     pool.check_integrity()

@@ -35,16 +35,6 @@ with all_or_none("KV blocks"):
     adapter.install()
 
 
-class Clock:
-    """Seconds that pass only when told to."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @dataclass(frozen=True)
 class Text:
     """Tokens of text; the same name is the same text."""

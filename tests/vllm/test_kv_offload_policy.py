@@ -125,7 +125,7 @@ def test_random_operations_keep_the_manager_and_the_policy_in_step(seed: int) ->
         assert len(policy._evictable) == len(idle) == host._num_evictable_cache_chunks
         assert chunks.keys() == policy._last_uses.keys()
         policy._evictable.check_integrity()
-        policy._scores.check_integrity()
+        policy._history.check_integrity()
 
 
 def test_an_eviction_that_cannot_be_satisfied_changes_nothing() -> None:

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from itertools import count, islice
 
 import pytest
-from kv_harness import BLOCK, BLOCK_BYTES, Clock, Engine, Media, Part, Text, request
+from kv_harness import BLOCK, BLOCK_BYTES, Engine, Media, Part, Text, request
 from vllm.v1.core.block_pool import BlockPool
 
 from vllm_mm_ext.adapters.kv import install as adapter
 from vllm_mm_ext.config.kv_settings import KVSettings
 from vllm_mm_ext.policies.kv.control import KVControl
-from vllm_mm_ext.policies.kv.sessions import session_key
+from vllm_mm_ext.policies.kv.sessions import MAX_ENDS, session_key
 from vllm_mm_ext.tools.bench.traces import FAMILIES
 
-ALL = KVSettings(max_visual_cache_share=1, pressure_limit=1, min_items=0)
 PROMPT = Text(0, 8)
 # With two segments of five blocks each after two blocks of text.
 VIDEO = (PROMPT, Media("a.0", 20), Media("a.1", 20), Text(1, 6))
@@ -37,21 +36,39 @@ def served(engine: Engine, name: str, parts: Sequence[Part], session: str | None
     return found
 
 
-def test_a_video_and_the_text_before_it_outlive_any_amount_of_text() -> None:
+def items(engine: Engine) -> list[str]:
+    """The mm items that are kept, in prompt order."""
+    pieces = sorted(engine.pool.tree, key=lambda piece: piece.start)
+    return [piece.content.identifier for piece in pieces if piece.content.identifier]
+
+
+def test_a_video_outlives_any_amount_of_text_that_nobody_asks_for_again() -> None:
     engine, stock = Engine(64), Engine(64, settings=None)
     for each in (engine, stock):
         each.serve(request("first", VIDEO))
         for number in range(20):
             each.serve(request(f"text {number}", [Text(10 + number, 40)]))
     assert stock.serve(request("second", VIDEO)) == 0
-    assert served(engine, "second", VIDEO) == MEDIA_TOKENS
+    assert served(engine, "second", VIDEO) >= MEDIA_TOKENS
 
 
-def test_text_after_a_video_is_text() -> None:
+def test_text_that_is_asked_for_again_and_again_outlives_videos_seen_once() -> None:
     engine = Engine(64)
-    served(engine, "first", [*VIDEO, Text(3, 20)])
-    churn(engine, 20)
-    assert served(engine, "second", [*VIDEO, Text(3, 20)]) == MEDIA_TOKENS
+    for number in range(12):
+        served(engine, f"text {number}", [Text(3, 80)])
+        served(engine, f"video {number}", [Media(f"v{number}", 120), Text(4, 6)])
+    assert served(engine, "text", [Text(3, 80)]) == 76
+
+
+def test_a_conversation_that_goes_on_outlives_those_that_ended() -> None:
+    engine = Engine(90)
+    talk: tuple[Part, ...] = (Media("talk", 40),)
+    for turn in range(8):
+        talk = (*talk, Text(100 + turn, 8))
+        served(engine, f"turn {turn}", talk)
+        for other in range(2):
+            served(engine, f"other {turn} {other}", [Media(f"{turn}.{other}", 100), Text(1, 6)])
+    assert served(engine, "next", (*talk, Text(99, 8))) >= 40 + 8 * 7
 
 
 def test_blocks_tell_the_item_they_hold() -> None:
@@ -60,31 +77,44 @@ def test_blocks_tell_the_item_they_hold() -> None:
     blocks = engine.manager.get_block_ids("first")[0]
     engine.finish("first")
     holds = [engine.pool.holds(block_id) for block_id in blocks]
-    assert [item.identifier if item else None for item in holds] == (
-        [None] * 2 + ["a.0"] * 5 + ["a.1"] * 5 + [None] * 2
-    )
-    assert {item.modality for item in holds if item} == {"video"}
-    engine.pool.release([item.number for item in engine.pool.registry])
-    assert not any(engine.pool.holds(block_id) for block_id in blocks)
+    found = [piece.content.identifier if piece else "none" for piece in holds]
+    assert found == [None] * 2 + ["a.0"] * 5 + ["a.1"] * 5 + [None] + ["none"]
+    assert {p.content.modality for p in holds if p} == {"text", "video"}
+    assert len(engine.pool.take_down(lambda one: one == "a.0")) == 11
+    assert [engine.pool.holds(block_id) is None for block_id in blocks] == [False] * 2 + [True] * 12
+    engine.pool.check_integrity()
+    assert served(engine, "again", VIDEO) == 8
 
 
 def test_a_request_that_needs_everything_gets_everything() -> None:
-    engine = Engine(40, ALL)
+    engine = Engine(40)
     served(engine, "a", VIDEO)
     assert served(engine, "all", [Text(5, 39 * BLOCK - 3)]) == 0
-    assert not len(engine.pool.registry)
+    assert items(engine) == []
 
 
-def test_items_go_whole_and_the_last_segment_first() -> None:
-    engine = Engine(16, ALL)
+def test_the_end_goes_first_and_no_more_than_is_needed() -> None:
+    engine = Engine(16)
     served(engine, "a", VIDEO)
-    # Two blocks of text, ten of video; two unhashed ones and one more are free.
-    assert engine.pool.free_block_queue.listed == 3
+    # One block of 15 never got a hash, and one more is free.
+    assert engine.pool.free_block_queue.listed == 2
     served(engine, "text", [Text(5, 16)])
-    assert [item.identifier for item in engine.pool.registry] == ["a.0"]
-    assert engine.pool.free_block_queue.kept == 7
-    # What was given up, and was not needed, is still found.
-    assert served(engine, "again", VIDEO) == MEDIA_TOKENS - BLOCK
+    # Before the last two of four blocks, the text after the video went.
+    kept = {p.content.identifier: len(p.blocks) for p in engine.pool.tree if p.content.identifier}
+    assert kept == {"a.0": 5, "a.1": 4}
+    assert served(engine, "again", VIDEO) == 8 + 20 + 16
+
+
+def test_requests_that_go_on_in_other_ways_share_what_is_before() -> None:
+    engine = Engine(100)
+    served(engine, "a", [Text(1, 40), Text(2, 20)])
+    served(engine, "b", [Text(1, 40), Text(3, 20)])
+    sizes = sorted((piece.start, len(piece.blocks)) for piece in engine.pool.tree)
+    # The prompts end inside a block, which the answer does not fill.
+    assert sizes == [(0, 10), (10, 5), (10, 5)]
+    (shared,) = (piece for piece in engine.pool.tree if piece.parent is None)
+    assert shared.hits == 1
+    assert len(shared.children) == 2
 
 
 def test_of_two_videos_after_the_same_text_one_can_go_without_the_other() -> None:
@@ -92,48 +122,35 @@ def test_of_two_videos_after_the_same_text_one_can_go_without_the_other() -> Non
     other = (PROMPT, Media("b.0", 20), Text(1, 6))
     served(engine, "a", VIDEO)
     served(engine, "b", other)
-    (first, _, second) = engine.pool.registry
-    assert first.before == second.before
-    engine.pool.release([first.number])
+    engine.pool.take_down(lambda one: one == "a.0")
     engine.pool.check_integrity()
-    assert [item.identifier for item in engine.pool.registry] == ["b.0"]
-    churn(engine, 20)
-    assert served(engine, "b again", other) == 28
+    assert items(engine) == ["b.0"]
+    assert served(engine, "b again", other) == 32
     assert served(engine, "a again", VIDEO) == 8
-
-
-def test_what_follows_a_given_up_item_is_given_up() -> None:
-    engine = Engine(64)
-    served(engine, "a", VIDEO)
-    (first, second) = engine.pool.registry
-    assert second.parent is first
-    engine.pool.release([first.number])
-    assert not len(engine.pool.registry)
-    engine.pool.check_integrity()
 
 
 def test_evicting_one_block_gives_up_all_that_is_not_found_any_more() -> None:
     engine = Engine(64)
     served(engine, "a", VIDEO)
-    (_, second) = engine.pool.registry
-    engine.manager.evict_blocks({second.blocks[0]})
+    first, second = (p for p in engine.pool.tree if p.content.identifier)
+    engine.manager.evict_blocks({second.blocks[2]})
     engine.pool.check_integrity()
-    assert [item.identifier for item in engine.pool.registry] == ["a.0"]
-    (first,) = engine.pool.registry
-    engine.manager.evict_blocks({first.before[0]})
+    assert (len(first.blocks), len(second.blocks)) == (5, 2)
+    assert first.parent is not None
+    engine.manager.evict_blocks({first.parent.blocks[0]})
     engine.pool.check_integrity()
-    assert not len(engine.pool.registry)
+    assert not len(engine.pool.tree)
 
 
-def test_items_that_were_given_up_but_are_still_there_are_kept_again_when_found() -> None:
+def test_what_was_given_up_but_is_still_there_is_kept_again_when_found() -> None:
     engine = Engine(64)
-    served(engine, "a", VIDEO)
-    engine.pool.release([item.number for item in engine.pool.registry])
+    control = KVControl(engine.pool)
+    served(engine, "a", VIDEO, "s")
+    assert control.release("s") == 2
+    assert not len(engine.pool.tree)
     longer = (*VIDEO[:3], Media("a.2", 12), Text(1, 6))
     assert served(engine, "again", longer) == MEDIA_TOKENS
-    assert [item.identifier for item in engine.pool.registry] == ["a.0", "a.1", "a.2"]
-    churn(engine, 20)
-    assert served(engine, "once more", longer) == MEDIA_TOKENS + 12
+    assert items(engine) == ["a.0", "a.1", "a.2"]
 
 
 def test_requests_that_share_blocks_may_end_at_once() -> None:
@@ -146,10 +163,10 @@ def test_requests_that_share_blocks_may_end_at_once() -> None:
         blocks += reversed(engine.manager.pop_blocks_for_free(each))
     engine.pool.free_blocks(blocks)
     engine.pool.check_integrity()
-    assert engine.pool.free_block_queue.kept == 12
+    assert engine.pool.free_block_queue.kept == 13
 
 
-def test_a_session_protects_an_item_whose_equal_it_computed() -> None:
+def test_a_session_knows_an_item_whose_equal_it_computed() -> None:
     engine = Engine(64)
     engine.admit(request("first", VIDEO), chunk=3)
     engine.admit(request("second", VIDEO, session="s"), chunk=3)
@@ -162,66 +179,91 @@ def test_a_session_protects_an_item_whose_equal_it_computed() -> None:
     assert KVControl(engine.pool).media()[0].sessions == ("s",)
 
 
-def test_the_quota_bounds_what_is_kept() -> None:
+def test_the_quota_bounds_what_media_keep() -> None:
     settings = KVSettings(max_visual_cache_gb=12 * BLOCK_BYTES / 2**30, min_items=0)
     engine = Engine(200, settings)
     for number in range(8):
         served(engine, f"v{number}", [Media(f"{number}", 20), Text(number, 3)])
-        assert engine.pool.free_block_queue.kept <= 12
+        assert engine.pool.retention.idle.blocks <= 12
     assert engine.pool.limits.block_bytes == BLOCK_BYTES
 
 
 def test_pressure_gives_media_up_but_for_the_minimum() -> None:
-    engine = Engine(101, KVSettings(max_visual_cache_share=0.6, min_items=2))
+    engine = Engine(101, KVSettings(pressure_limit=0.8, min_items=2))
     for number in range(8):
         served(engine, f"v{number}", [Media(f"{number}", 20), Text(number, 3)])
-    assert len(engine.pool.registry) == 8
+    assert len(items(engine)) == 8
     assert engine.pool.true_pressure() == pytest.approx(0.4)
     engine.admit(request("large", [Text(1, 70 * BLOCK)]))
     engine.pool.check_integrity()
     assert engine.pool.true_pressure() == pytest.approx(0.8)
-    assert len(engine.pool.registry) == 2
+    assert len(items(engine)) == 2
     engine.admit(request("more", [Text(2, 25 * BLOCK)]))
     assert engine.pool.true_pressure() > 0.9
 
 
-def test_media_of_a_live_session_go_after_others_and_pinned_ones_last() -> None:
-    engine, clock = Engine(42, ALL), Clock()
-    engine.pool.sessions._clock = clock
+def test_pinned_media_go_last() -> None:
+    engine = Engine(42)
     control = KVControl(engine.pool)
     assert control.pin("p") == 0
-    for name, session in (("pinned", "p"), ("live", "s"), ("other", None)):
+    for name, session in (("pinned", "p"), ("other", None), ("again", None), ("again", None)):
         served(engine, name, [Media(name, 40), Text(1, 3)], session)
-    for blocks, left in ((15, ["pinned", "live"]), (25, ["pinned"])):
-        served(engine, f"text {blocks}", [Text(blocks, blocks * BLOCK)])
-        assert [item.identifier for item in engine.pool.registry] == left
+    served(engine, "text", [Text(30, 31 * BLOCK)])
+    assert items(engine) == ["pinned"]
     assert control.unpin("p") == 1
     assert control.release("p") == 1
-    assert not len(engine.pool.registry)
+    assert items(engine) == []
     engine.pool.check_integrity()
+
+
+def test_blocks_that_a_window_left_behind_are_taken_and_those_in_use_stay_known() -> None:
+    engine = Engine(64, window=12)
+    engine.admit(request("long", [Text(1, 100)]), chunk=8)
+    while engine.running["long"].num_computed_tokens < 100:
+        assert engine.extend("long", 8)
+    full = engine.manager.get_block_ids("long")[0]
+    left = engine.pool.free_block_queue.kept
+    assert left > 10
+    free = engine.pool.get_num_free_blocks()
+    taken = engine.pool.get_new_blocks(free)
+    engine.pool.check_integrity()
+    assert engine.pool.free_block_queue.kept == 0
+    assert all(engine.pool.holds(block_id) is not None for block_id in full)
+    engine.pool.free_blocks(taken)
+
+
+def test_a_pinned_session_may_have_more_prompts_than_are_remembered() -> None:
+    engine = Engine(200)
+    KVControl(engine.pool).pin("a")
+    for number in range(MAX_ENDS + 4):
+        engine.serve(request(f"r{number}", [Text(number, 2 * BLOCK)], session="a"))
+        engine.pool.check_integrity()
+    pinned = [piece for piece in engine.pool.tree if engine.pool.sessions.pinned(piece)]
+    assert len(pinned) == MAX_ENDS
+
+
+def test_releasing_a_session_spares_what_others_go_on_from() -> None:
+    engine = Engine(100)
+    control = KVControl(engine.pool)
+    for name, session in (("a", "s"), ("b", "t"), ("c", None)):
+        served(engine, name, [Media("v", 40), Text(len(name), 3), Text(ord(name), 9)], session)
+    assert control.release("s") == 1
+    assert items(engine) == ["v"]
+    assert control.media()[0].sessions == ("t",)
+    assert control.release("t") == 1
+    assert items(engine) == ["v"]
 
 
 def test_sessions_of_two_cache_salts_never_meet() -> None:
-    engine = Engine(100, ALL)
+    engine = Engine(100)
     control = KVControl(engine.pool)
     for salt in (None, "a", "b"):
         engine.serve(request(f"salt {salt}", [Media("v", 40), Text(1, 3)], session="s", salt=salt))
-    assert len(engine.pool.registry) == 3
+    assert len(items(engine)) == 3
     for salt in (None, "a", "b"):
         assert control.release(session_key("s", salt)) == 1
-    assert not len(engine.pool.registry)
+    assert items(engine) == []
     engine.pool.check_integrity()
-
-
-def test_a_session_ends_with_its_ttl() -> None:
-    engine, clock = Engine(32, ALL.model_copy(update={"session_ttl_s": 60})), Clock()
-    engine.pool.sessions._clock = clock
-    served(engine, "a", [Media("a", 40), Text(1, 3)], "s")
-    served(engine, "b", [Media("b", 40), Text(1, 3)])
-    clock.now_s = 61
-    served(engine, "b again", [Media("b", 40), Text(1, 3)])
-    served(engine, "text", [Text(5, 15 * BLOCK)])
-    assert [item.identifier for item in engine.pool.registry] == ["b"]
 
 
 def test_what_is_cached_is_told_by_content() -> None:
@@ -234,9 +276,22 @@ def test_what_is_cached_is_told_by_content() -> None:
     assert found["a.0"].sessions == ("s",)
     assert found["a.0"].hits == 1
     assert found["a.1"].tokens == 20
+    assert found["a.1"].modalities == {"video": 20}
     assert found["a.1"].bytes == 5 * BLOCK_BYTES
     # Later in the prompt, more to attend to; encoding comes on top.
     assert found["a.1"].cost > 20 * 1.5
+
+
+def test_kv_of_media_whose_encoder_outputs_are_held_is_worth_less() -> None:
+    engine = Engine(48)
+    engine.pool.retention.encoded = lambda identifier: identifier == "held"
+    for name in ("held", "not held"):
+        served(engine, name, [Media(name, 60), Text(1, 3)])
+    churn(engine, 6, tokens=8)
+    churn(engine, 1, tokens=80)
+    sizes = {p.content.identifier: len(p.blocks) for p in engine.pool.tree if p.content.identifier}
+    assert sizes["not held"] == 15
+    assert sizes.get("held", 0) < 15
 
 
 def test_reset_empties_everything_but_pins() -> None:
@@ -260,12 +315,17 @@ def test_a_running_request_keeps_reset_from_happening() -> None:
     assert served(engine, "again", VIDEO) >= MEDIA_TOKENS
 
 
-def test_small_items_inside_a_block_are_part_of_what_follows() -> None:
+def test_small_items_inside_a_block_are_part_of_the_text() -> None:
     engine = Engine(64)
-    parts = [Text(0, 5), Media("dot", 2, "image"), Text(1, 6), Media("a", 20), Text(2, 3)]
+    parts: list[Part] = [
+        Text(0, 5),
+        Media("dot", 2, "image"),
+        Text(1, 6),
+        Media("a", 20),
+        Text(2, 3),
+    ]
     served(engine, "a", parts)
-    assert [item.identifier for item in engine.pool.registry] == ["a"]
-    churn(engine, 20)
+    assert items(engine) == ["a"]
     assert served(engine, "again", parts) == 32
 
 
@@ -289,10 +349,14 @@ def test_stock_pools_are_back_after_the_block() -> None:
 def test_no_kind_of_traffic_finds_less_than_with_stock_lru(family: str) -> None:
     share, items = {"zipf": (0.25, 400), "sessions": (1.0, 60), "scans": (1.0, 100)}[family]
     found = []
-    for settings in (ALL, None):
+    for settings in (KVSettings(), None):
         engine = Engine(int(share * items * 8) + 2, settings)
         for number, each in enumerate(FAMILIES[family](0, length=4000, equal=True)):
-            parts = [Media(f"{each.key}.0", 16), Media(f"{each.key}.1", 16), Text(number % 9, 3)]
+            parts: list[Part] = [
+                Media(f"{each.key}.0", 16),
+                Media(f"{each.key}.1", 16),
+                Text(number % 9, 3),
+            ]
             engine.serve(request(f"r{number}", parts))
         found.append(engine.hit_tokens)
     assert found[0] >= 0.98 * found[1]

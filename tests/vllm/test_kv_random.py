@@ -7,7 +7,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kv_harness import BLOCK, Clock, Engine, Media, Part, Text, request
+from kv_harness import BLOCK, Engine, Media, Part, Text, request
 from vllm.v1.request import Request
 
 from vllm_mm_ext.config.kv_settings import KVSettings
@@ -27,6 +27,9 @@ class Model:
     def check(self) -> None:
         engine, pool = self.engine, self.engine.pool
         pool.check_integrity()
+        for piece in pool.tree:
+            media = piece.content.identifier is not None
+            assert sum(piece.modalities.values()) == media * piece.tokens
         uses: dict[int, int] = {}
         for group, manager in enumerate(engine.manager.coordinator.single_type_managers):
             for name, blocks in manager.req_to_blocks.items():
@@ -37,11 +40,12 @@ class Model:
         assert all(block.ref_cnt == uses.get(block.block_id, 0) for block in pool.blocks[1:])
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 - len(uses)
         limits = pool.limits
-        over = pool.free_block_queue.kept > limits.quota
-        short = pool.free_block_queue.kept and pool.free_block_queue.listed < limits.floor
-        # In use in part, an item can be neither idle nor given up.
-        part = any(0 < item.free < len(item.blocks) for item in pool.registry)
-        assert not (over or short) or pool.retention.idle <= limits.min_items or part
+        idle = pool.retention.idle
+        over = idle.blocks > limits.quota
+        short = idle.blocks and pool.get_num_free_blocks() - idle.blocks < limits.floor
+        # Idle media that requests are after cannot be given up.
+        stuck = any(piece.idle and piece.with_media and piece.children for piece in pool.tree)
+        assert not (over or short) or idle.items <= limits.min_items or stuck
 
     def _write(self, owner: Request, group: int, index: int, block_id: int) -> None:
         """A block that was found must hold what the request would have computed."""
@@ -76,12 +80,9 @@ def run(seed: int, steps: int, settings: KVSettings, *, blocks: int, window: int
     """Random operations; everything is checked after each of them."""
     rng = random.Random(seed)
     engine = Engine(blocks, settings, window)
-    clock = Clock()
-    engine.pool.sessions._clock = clock
     control, model = KVControl(engine.pool), Model(engine)
     waiting: list[Request] = []
     for step in range(steps):
-        clock.now_s += rng.random()
         names = sorted(engine.running)
         session = rng.choice((None, None, "a", "b", "c"))
         action = rng.random()
@@ -114,7 +115,7 @@ def run(seed: int, steps: int, settings: KVSettings, *, blocks: int, window: int
         else:
             done = engine.manager.reset_prefix_cache()
             assert done == (not engine.running)
-            assert not done or (not len(engine.pool.registry) and not engine.pool.media())
+            assert not done or (not len(engine.pool.tree) and not engine.pool.media())
         model.check()
     for name in sorted(engine.running):
         engine.finish(name)
@@ -123,7 +124,7 @@ def run(seed: int, steps: int, settings: KVSettings, *, blocks: int, window: int
     taken = engine.pool.get_new_blocks(blocks - 1)
     assert len(taken) == blocks - 1
     engine.pool.free_blocks(taken)
-    assert not len(engine.pool.registry)
+    assert not len(engine.pool.tree)
     engine.pool.check_integrity()
     return engine
 
@@ -139,11 +140,9 @@ def _kept(engine: Engine) -> dict[int, object]:
 
 CASES = {
     "default": KVSettings(),
-    "all may be kept": KVSettings(max_visual_cache_share=1, pressure_limit=1, min_items=0),
     "small quota": KVSettings(max_visual_cache_share=0.2, min_items=1),
     "nothing but the minimum": KVSettings(max_visual_cache_share=0, min_items=2),
-    "no sessions": KVSettings(session_ttl_s=0, min_items=0),
-    "short sessions": KVSettings(session_ttl_s=5, min_items=0),
+    "pressure": KVSettings(pressure_limit=0.7, min_items=0),
 }
 
 

@@ -12,8 +12,9 @@ from vllm_mm_ext.config.section import Section
 class KVSettings(Section):
     """What stays in the KV cache when nobody uses it at the moment.
 
-    Media and the text before them are kept longer than other text, up to a quota. Kept blocks stay
-    available: a request that needs them takes them.
+    What is least likely to save work goes first. The settings bound what media may keep of the
+    cache, whatever they save; by default nothing does. Kept blocks stay available: a request that
+    needs them takes them.
     """
 
     enabled: bool = Field(True, description="False: stock vLLM's block pool.")
@@ -25,27 +26,21 @@ class KVSettings(Section):
         "running request may keep; null: `max_visual_cache_share`.",
     )
     max_visual_cache_share: float = Field(
-        0.6, ge=0, le=1, description="The same as a share of the KV cache."
+        1.0, ge=0, le=1, description="The same as a share of the KV cache."
     )
     pressure_limit: float = Field(
-        0.8,
+        1.0,
         gt=0,
         le=1,
-        description="Share of the KV cache, in use or kept, above which media are given up even "
-        "within the quota.",
+        description="Share of the KV cache, in use or kept by media, above which media are given "
+        "up even within the quota.",
     )
     min_items: int = Field(
         4,
         ge=0,
         le=1 << 20,
-        description="Mm items (a segment of a video is one) that quota and pressure leave kept.",
-    )
-    session_ttl_s: float = Field(
-        600.0,
-        ge=0,
-        le=7 * 86400,
-        description="Seconds after its last request for which media of a `session_id` are given "
-        "up after all others. 0: sessions do not matter.",
+        description="Mm items (a segment of a video is one), and texts after them, that quota and "
+        "pressure leave kept.",
     )
 
     @model_validator(mode="after")

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_mm_ext.policies.eviction import reuse_history
 from vllm_mm_ext.policies.eviction.cost_aware import CostAware
 from vllm_mm_ext.policies.eviction.reuse import ReuseModel, age_bucket, use_class
+from vllm_mm_ext.policies.eviction.reuse_history import ReuseHistory
 
 OPS = st.lists(
     st.tuples(st.sampled_from(["admit", "hit", "evict", "forget", "clear"]), st.integers(0, 120)),
@@ -86,12 +88,11 @@ def test_what_costs_more_per_byte_stays() -> None:
     assert list(policy.order()) == ["cheap", "dear", "small"]
 
 
-def test_of_equals_the_longest_unused_goes_first() -> None:
-    policy: CostAware[str] = CostAware()
-    for key in "abc":
+def test_before_anything_is_known_what_was_not_used_for_long_goes_first() -> None:
+    policy: CostAware[int] = CostAware()
+    for key in range(7):
         policy.admit(key, 1, 1)
-    policy.hit("a")
-    assert list(policy.order()) == ["b", "c", "a"]
+    assert list(policy.order())[:4] == [0, 1, 2, 3]
 
 
 def test_it_learns_that_some_items_never_come_back() -> None:
@@ -132,9 +133,43 @@ def test_sizes_and_costs_out_of_range_are_refused(size: float, cost: float) -> N
 
 def test_nothing_known_means_recency() -> None:
     model = ReuseModel()
-    densities = [model.density(1, age) for age in range(1, 2000)]
+    densities = [model.density(0, 1, age) for age in range(3, 2000)]
     assert densities == sorted(densities, reverse=True)
     assert densities[0] > 100 * densities[-1]
+
+
+def test_where_nothing_came_back_so_far_what_has_waited_longest_is_expected_first() -> None:
+    """Conversations that take turns: keeping those of which more is known already is no use."""
+    history: ReuseHistory[int] = ReuseHistory()
+    for key in range(64):
+        history.add(key)
+        history.tick()
+    assert history.rate(2) > history.rate(60)
+
+
+def test_kinds_are_told_apart_by_what_comes_back_of_each() -> None:
+    history: ReuseHistory[str] = ReuseHistory(levels=(1.0, 1.0))
+    for turn in range(400):
+        history.add(f"once {turn}", 0)
+        if turn < 4:
+            history.add(f"again {turn}", 1)
+        else:
+            history.use(f"again {turn % 4}")
+        history.tick()
+    history.add("new", 0)
+    history.add("other", 1)
+    assert history.rate("other") > 5 * history.rate("new")
+
+
+def test_what_continues_an_item_counts_as_used_as_often() -> None:
+    history: ReuseHistory[str] = ReuseHistory()
+    history.add("talk")
+    for _ in range(3):
+        history.use("talk")
+    history.add("next", like="talk")
+    history.divide("talk", "rest of talk")
+    assert history.rate("next") == history.rate("talk") == history.rate("rest of talk")
+    history.check_integrity()
 
 
 @given(st.integers(1, 10**6))
@@ -153,10 +188,28 @@ def test_densities_are_positive_and_finite(
 ) -> None:
     model = ReuseModel()
     for uses, age, reused in ends:
-        model.end(uses, age, reused=reused)
-    model.learn(waiting)
+        model.end(0, uses, age, reused=reused)
+    model.learn([(0, uses, age) for uses, age in waiting])
     assert all(
-        0 < model.density(uses, age) < float("inf")
+        0 < model.density(0, uses, age) < float("inf")
         for uses in (1, 2, 3, 9, 99)
         for age in (0, 1, 17, 4000, 10**7)
     )
+
+
+def test_a_lesson_that_looks_at_every_few_items_teaches_nearly_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = []
+    for looked_at in (256, 1 << 20):
+        monkeypatch.setattr(reuse_history, "_LOOKED_AT", looked_at)
+        history: ReuseHistory[int] = ReuseHistory(ghosts=500)
+        for number in range(4000):
+            history.tick()
+            history.add(number)
+            if number % 3 == 0 and number >= 300:
+                history.use(number - 300)
+            if number >= 600:
+                history.evict(number - 600)
+        rates.append([history.rate(number) for number in range(3400, 4000, 50)])
+    assert rates[0] == pytest.approx(rates[1], rel=0.3)

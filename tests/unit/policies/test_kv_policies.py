@@ -1,4 +1,4 @@
-"""The pure parts of the KV blocks: placement, sessions, order, cost, control."""
+"""The pure parts of the KV blocks: placement, pieces, sessions, order, cost, control."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 from vllm_mm_ext.config.kv_settings import KVSettings
 from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
 from vllm_mm_ext.policies.kv import control
-from vllm_mm_ext.policies.kv.control import KVControl
-from vllm_mm_ext.policies.kv.item_registry import Registry, prefill_cost
-from vllm_mm_ext.policies.kv.placement import Placement, end_of
-from vllm_mm_ext.policies.kv.sessions import MAX_SESSIONS, Protection, Sessions
+from vllm_mm_ext.policies.kv.pieces import (
+    TEXT_CONTENT,
+    Content,
+    Piece,
+    Tree,
+    merge,
+    paths,
+    prefill_cost,
+)
+from vllm_mm_ext.policies.kv.placement import Feature as Placed
+from vllm_mm_ext.policies.kv.placement import end_of, runs
+from vllm_mm_ext.policies.kv.retention import Retention, kind_of
+from vllm_mm_ext.policies.kv.sessions import MAX_ENDS, MAX_SESSIONS, Sessions
 
 
 @dataclass
@@ -28,14 +37,15 @@ class Range:
 
 @dataclass
 class Feature:
-    mm_position: Range
+    mm_position: Any
     identifier: str = "x"
     modality: str = "video"
 
 
 @st.composite
-def prompts(draw: st.DrawFn) -> list[Feature]:
-    features, position = [], 0
+def prompts(draw: st.DrawFn) -> list[Placed]:
+    features: list[Placed] = []
+    position = 0
     for _ in range(draw(st.integers(1, 6))):
         position += draw(st.integers(0, 30))
         length = draw(st.integers(1, 40))
@@ -44,39 +54,33 @@ def prompts(draw: st.DrawFn) -> list[Feature]:
     return features
 
 
-@given(prompts(), st.sampled_from([1, 2]), st.integers(0, 12), st.integers(0, 40))
-def test_blocks_belong_to_the_first_item_that_ends_in_or_after_them(
-    features: list[Feature], factor: int, first: int, count: int
+@given(prompts(), st.sampled_from([4, 8]), st.integers(0, 12), st.integers(0, 40))
+def test_blocks_hold_the_first_item_that_ends_in_or_after_them(
+    features: list[Placed], size: int, first: int, count: int
 ) -> None:
-    hashed, size = 4, 4 * factor
-    placement = Placement(features, hashed)
-    runs = dict(placement.runs(range(first, first + count), size))
-    for block in range(first, first + count):
-        index = placement.owner((block + 1) * size)
-        if index is None:
-            named = [i for i in range(len(features)) if placement.hash_index(i) is not None]
-            assert all((block + 1) * size > end_of(features[i]) for i in named)
-            continue
-        feature = features[index]
-        assert (block + 1) * size <= end_of(feature)
-        holds = (block + 1) * size > feature.mm_position.offset
-        assert holds == (index in runs and block in runs[index])
-        assert holds or block in placement.before(index, size)
-    for index, own in runs.items():
-        before = placement.before(index, size)
-        # Together they are all blocks since the parent's.
-        assert before.stop == own.start
-        parent = placement.parent(index)
-        assert before.start == (end_of(features[parent]) // size if parent is not None else 0)
+    found = list(runs(features, range(first, first + count), size))
+    assert [index for _, run in found for index in run] == list(range(first, first + count))
+    for feature, run in found:
+        for block in run:
+            end = (block + 1) * size
+            inside = [f for f in features if f.mm_position.offset < end <= end_of(f)]
+            assert ([feature] if feature is not None else []) == inside[:1]
 
 
-def test_the_sound_of_a_video_in_the_same_place_owns_nothing() -> None:
-    video, sound = Feature(Range(8, 40)), Feature(Range(8, 40), "s", "audio")
-    after = Feature(Range(60, 20), "y")
-    placement = Placement([video, sound, after], 4)
-    assert [index for index, _ in placement.runs(range(20), 4)] == [0, 2]
-    assert placement.parent(2) == 0
-    assert placement.parent(0) is None
+def test_the_sound_of_a_video_in_the_same_place_holds_nothing() -> None:
+    items: list[Placed] = [
+        Feature(Range(8, 40)),
+        Feature(Range(8, 40), "s", "audio"),
+        Feature(Range(60, 20), "y"),
+    ]
+    found = [(f and f.identifier, run) for f, run in runs(items, range(22), 4)]
+    assert found == [
+        (None, range(2)),
+        ("x", range(2, 12)),
+        (None, range(12, 15)),
+        ("y", range(15, 20)),
+        (None, range(20, 22)),
+    ]
 
 
 def test_attention_makes_later_tokens_dearer() -> None:
@@ -90,103 +94,91 @@ def test_attention_makes_later_tokens_dearer() -> None:
 # No deadline: the machine may be busy.
 @settings(deadline=None)
 def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
-    now = [0.0]
-    sessions = Sessions(10.0, lambda: now[0])
-    last: dict[str, float] = {}
+    sessions: Sessions[int] = Sessions()
     pinned: set[str] = set()
-    items: dict[str, set[int]] = {}
+    ends: dict[str, list[int]] = {}
     for _ in range(data.draw(st.integers(0, 60))):
-        now[0] += data.draw(st.floats(0, 4))
         name = data.draw(st.sampled_from("abc"))
-        action = data.draw(st.sampled_from(["use", "pin", "unpin", "release", "expire", "forget"]))
-        item = data.draw(st.integers(0, 3))
+        action = data.draw(st.sampled_from(["use", "pin", "unpin", "release", "gone"]))
+        piece = data.draw(st.integers(0, 6))
+        of_session = ends.get(name, [])
         if action == "use":
-            lost = sessions.use(name, item)
-            items.setdefault(name, set()).add(item)
-            last[name] = now[0]
-            over = [n for n in last if n not in pinned and last[n] + 10 <= now[0]]
-            # Three sessions, of which at least the one in use is alive.
-            assert lost == {number for old in over for number in items.pop(old)}
-            for old in over:
-                del last[old]
+            sessions.use(name, piece, [piece - 1])
+            left = [each for each in of_session if each not in (piece, piece - 1)]
+            # The order in which prompts got there does not change by coming back.
+            ends[name] = [*left, piece] if piece not in of_session else of_session
+            if piece in of_session:
+                ends[name] = [each for each in of_session if each != piece - 1]
         elif action == "pin":
-            assert sessions.pin(name) == items.setdefault(name, set())
+            assert sessions.pin(name) == ends.setdefault(name, [])
             pinned.add(name)
-            last.setdefault(name, now[0])
         elif action == "unpin":
-            found = sessions.unpin(name)
-            assert found == (items[name] if name in pinned else set())
-            if name in pinned:
-                pinned.discard(name)
-                last[name] = now[0]
-        elif action == "release":
-            assert sessions.release(name) == items.pop(name, set())
+            assert sessions.unpin(name) == (of_session if name in pinned else [])
             pinned.discard(name)
-            last.pop(name, None)
-        elif action == "expire":
-            sessions.expire()
-            for old in [n for n in last if n not in pinned and last[n] + 10 <= now[0]]:
-                del last[old]
-                items.pop(old, None)
+        elif action == "release":
+            assert sessions.release(name) == ends.pop(name, [])
+            pinned.discard(name)
         else:
-            sessions.forget_item(item)
-            for of_session in items.values():
-                of_session.discard(item)
+            sessions.replace(piece, piece - 1 if piece else None)
+            for each, known in ends.items():
+                if piece in known:
+                    known.remove(piece)
+                    if piece and piece - 1 not in known:
+                        known.append(piece - 1)
+                    ends[each] = known
         sessions.check_integrity()
-        for number in range(4):
-            holders = {n for n, of_session in items.items() if number in of_session}
-            expected = Protection.NONE
-            if holders:
-                expected = Protection.PINNED if holders & pinned else Protection.SESSION
-            assert sessions.protection(number) is expected
-            assert sessions.ids(number) == tuple(sorted(holders))
+        assert set("abc") & ends.keys() == {each for each in "abc" if each in sessions}
+        for number in range(7):
+            users = {each for each, known in ends.items() if number in known}
+            assert sessions.ending(number) == users
+            assert sessions.pinned(number) == bool(users & pinned)
 
 
-def test_ids_that_clients_make_up_do_not_pile_up() -> None:
-    now = [0.0]
-    sessions = Sessions(1e6, lambda: now[0])
-    lost: set[int] = set()
+def test_ids_and_prompts_that_clients_make_up_do_not_pile_up() -> None:
+    sessions: Sessions[int] = Sessions()
     for number in range(MAX_SESSIONS + 5):
-        lost |= sessions.use(f"s{number}", number)
-        assert len(sessions) <= MAX_SESSIONS
-    assert lost == set(range(5))
-    now[0] = 1e6
-    # Those past their TTL go a few at a time, and faster than new ones come.
-    for number in range(MAX_SESSIONS // 2):
-        assert len(sessions.use("new", -number)) == 2
-    assert len(sessions) == 1
+        sessions.use(f"s{number}", number)
+    assert len(sessions) == MAX_SESSIONS
+    assert not any(sessions.ending(number) for number in range(5))
+    for number in range(100):
+        sessions.use("s5", -number)
+    assert len(sessions.pin("s5")) == MAX_ENDS
+
+
+def test_pins_that_clients_make_up_do_not_pile_up() -> None:
+    sessions: Sessions[int] = Sessions()
+    for number in range(MAX_SESSIONS):
+        sessions.pin(f"s{number}")
+    sessions.use("s0", 7)
+    sessions.use("s1", 8)
+    assert sessions.pin("another") == [7]
+    assert not sessions.pinned(7)
+    assert sessions.pinned(8)
+    for number in range(MAX_SESSIONS):
+        sessions.use(f"unpinned {number}", 9)
+    assert sessions.unpin("s1") == [8]
+    sessions.check_integrity()
 
 
 class Unread(set[str]):
     """A set that nobody may go through."""
 
     def __iter__(self) -> NoReturn:
-        raise AssertionError("all sessions of an item were looked at")
+        raise AssertionError("all sessions of a piece were looked at")
 
 
-def test_what_protects_an_item_is_known_without_looking_at_its_sessions() -> None:
-    sessions = Sessions(100.0, lambda: 0.0)
+def test_whether_a_piece_is_pinned_is_known_without_looking_at_its_sessions() -> None:
+    sessions: Sessions[int] = Sessions()
     for number in range(100):
         sessions.use(f"s{number}", 1)
-    sessions._of_item[1].ids = Unread(sessions._of_item[1].ids)
-    assert sessions.protection(1) is Protection.SESSION
+    sessions._of_piece[1] = Unread(sessions._of_piece[1])
+    assert not sessions.pinned(1)
     sessions.pin("s7")
-    sessions.use("s7", 1)
-    assert sessions.protection(1) is Protection.PINNED
+    sessions.pin("s8")
     sessions.unpin("s7")
-    sessions.use("s8", 1)
-    assert sessions.protection(1) is Protection.SESSION
-
-
-def test_without_ttl_only_pins_protect() -> None:
-    sessions = Sessions(0.0)
-    sessions.use("s", 1)
-    assert len(sessions) == 0
-    sessions.pin("s")
-    sessions.use("s", 1)
-    assert sessions.protection(1) is Protection.PINNED
-    assert sessions.unpin("s") == {1}
-    assert sessions.protection(1) is Protection.NONE
+    assert sessions.pinned(1)
+    sessions.unpin("s8")
+    assert not sessions.pinned(1)
 
 
 def test_the_worst_of_few_goes_and_of_many_one_of_the_worst() -> None:
@@ -227,35 +219,152 @@ def test_a_member_that_comes_back_is_ranked_anew() -> None:
         members.remove(found)
 
 
-def test_an_item_cannot_go_before_what_follows_it() -> None:
-    registry = Registry()
-    first = registry.add(b"1", "a", "video", None)
-    second = registry.add(b"2", "b", "video", first)
-    with pytest.raises(ValueError, match="1 cached items after it"):
-        registry.remove(first)
-    with pytest.raises(ValueError, match="already"):
-        registry.add(b"1", "a", "video", None)
-    assert registry.descendants(first) == [second, first]
-    registry.remove(second)
-    registry.remove(first)
+def piece(key: bytes, blocks: int, parent: Piece | None = None, media: str | None = None) -> Piece:
+    start = parent.start + len(parent.blocks) if parent is not None else 0
+    content = Content(media, "video", 4 * start) if media else TEXT_CONTENT
+    made = Piece(key, content, start, 4, parent, "request")
+    made.blocks = list(range(start, start + blocks))
+    return made
+
+
+def test_a_piece_cannot_go_before_what_follows_it() -> None:
+    tree = Tree()
+    first, other = piece(b"1", 2), piece(b"x", 1)
+    tree.add(first)
+    second = piece(b"2", 3, first)
+    tree.add(second)
+    with pytest.raises(ValueError, match="1 cached pieces come after"):
+        tree.remove(first)
     with pytest.raises(ValueError, match="not cached"):
-        registry.add(b"2", "b", "video", first)
-    registry.check_integrity()
+        tree.add(piece(b"3", 1, other))
+    assert tree.descendants(first) == [second, first]
+    tree.remove(second)
+    tree.remove(first)
+    tree.check_integrity()
 
 
-def test_releasing_a_session_spares_what_another_one_uses() -> None:
-    sessions = Sessions(100.0, lambda: 0.0)
-    released: set[int] = set()
-    pool: Any = SimpleNamespace(
-        sessions=sessions, reprotect=len, release=released.update, media=list
-    )
-    sessions.use("a", 1)
-    sessions.use("a", 2)
-    sessions.use("b", 2)
-    assert control.answer(KVControl(pool), "release", "a") == 2
-    assert released == {1}
-    assert control.answer(KVControl(pool), "media", "") == []
-    assert control.answer(None, "media", "") is None
+@given(st.integers(1, 8), st.integers(1, 8), st.booleans())
+def test_a_piece_that_is_cut_is_the_same_in_two(head: int, rest: int, media: bool) -> None:
+    tree = Tree()
+    above = piece(b"0", 3)
+    whole = piece(b"1", head + rest, above, "video" if media else None)
+    if media:
+        whole.modalities = {"video": 4 * (head + rest) - 1, "text": 1}
+    tree.add(above)
+    tree.add(whole)
+    after = piece(b"9", 1, whole)
+    tree.add(after)
+    cost, blocks = whole.saved(64, encoded=True), list(whole.blocks)
+    first = tree.split(whole, head, b"2")
+    tree.check_integrity()
+    assert all(sum(part.modalities.values()) == media * part.tokens for part in (first, whole))
+    assert (first.key, whole.key) == (b"1", b"2")
+    assert first.blocks + whole.blocks == blocks
+    assert (first.parent, whole.parent, after.parent) == (above, first, whole)
+    assert first.saved(64, encoded=True) + whole.saved(64, encoded=True) == pytest.approx(cost)
+    assert paths([after]) == {above, first, whole, after}
+    assert first.begins_item == media
+    assert not whole.begins_item
+    (found,) = merge(tree, 10, 64, {}) if media else (None,)
+    assert found is None or (found.places, found.blocks) == (1, head + rest)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.data())
+def test_a_piece_that_loses_its_end_tells_the_tokens_that_are_left(
+    counts: list[int], data: st.DataObject
+) -> None:
+    tree = Tree()
+    counts[0] += -sum(counts) % 4 or 4 * (not sum(counts))
+    one = piece(b"1", sum(counts) // 4, None, "v")
+    tree.add(one)
+    tree.count(one, {f"modality {number}": count for number, count in enumerate(counts)})
+    while one.blocks:
+        before = dict(one.modalities)
+        tree.cut(one, data.draw(st.integers(1, len(one.blocks))))
+        assert sum(tree.modalities.values()) == one.tokens
+        assert tree.modalities == one.modalities
+        assert all(count <= before[name] for name, count in one.modalities.items())
+    tree.remove(one)
+    assert (tree.items, tree.modalities) == ({}, {})
+
+
+class Kept:
+    """What a pool does with pieces, without blocks."""
+
+    def __init__(self) -> None:
+        self.sessions: Sessions[Piece] = Sessions()
+        self.retention = Retention(self.sessions, 64)
+        self.tree = Tree()
+
+    def add(self, made: Piece, *, session: bool = False) -> Piece:
+        goes_on = made.parent is not None and not made.parent.followed
+        like = made.parent.key if made.parent is not None and goes_on else None
+        self.retention.history.add(made.key, kind_of(made, session=session), like)
+        self.tree.add(made)
+        for each in (made, made.parent):
+            if each is not None:
+                self.retention.settle(each)
+        return made
+
+    def drop(self, gone: Piece) -> None:
+        self.tree.remove(gone)
+        self.retention.drop(gone)
+        if gone.parent is not None:
+            self.retention.settle(gone.parent)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_what_goes_is_idle_unpinned_and_not_followed_and_all_can_go(data: st.DataObject) -> None:
+    kept = Kept()
+    for number in range(data.draw(st.integers(1, 40))):
+        pieces = list(kept.tree)
+        action = data.draw(st.sampled_from(["add", "add", "use", "busy", "idle", "pin", "drop"]))
+        one = data.draw(st.sampled_from(pieces)) if pieces else None
+        if action == "add" or one is None:
+            key = number.to_bytes(2, "big")
+            media = f"m{number}" if data.draw(st.booleans()) else None
+            kept.add(piece(key, data.draw(st.integers(1, 6)), one, media))
+        elif action == "use":
+            kept.retention.history.tick()
+            kept.retention.history.use(one.key)
+            kept.retention.settle(one)
+        elif action in ("busy", "idle"):
+            one.busy = int(action == "busy")
+            kept.retention.settle(one)
+        elif action == "pin":
+            kept.sessions.use("s", one)
+            kept.sessions.pin("s")
+            kept.retention.settle(one)
+        else:
+            victim = kept.retention.victim()
+            if victim is not None:
+                kept.drop(victim)
+                kept.sessions.replace(victim, None)
+        kept.retention.check_integrity(kept.tree)
+        may_go = [each for each in kept.tree if each.idle and not each.children]
+        victim = kept.retention.victim()
+        assert (victim is not None) == bool(may_go)
+        assert victim is None or victim in may_go
+        if victim is not None and kept.sessions.pinned(victim):
+            assert all(kept.sessions.pinned(each) for each in may_go)
+        after_media = kept.retention.victim(media=True)
+        assert (after_media is not None) == any(each.with_media for each in may_go)
+
+
+def test_dear_pieces_stay_longer_than_cheap_ones_used_alike() -> None:
+    kept = Kept()
+    video = kept.add(piece(b"v", 4, None, "v"))
+    kept.retention.encoded = lambda _: False
+    other = kept.add(piece(b"w", 4, None, "w"))
+    assert video.saved(64, encoded=False) == other.saved(64, encoded=False)
+    kept.retention.encoded = lambda identifier: identifier == "v"
+    assert kept.retention.victim() is video
+    kept.retention.encoded = lambda identifier: identifier == "w"
+    assert kept.retention.victim() is other
+    # Having lost its end, a video needs the encoder in any case.
+    video.whole = False
+    assert video.saved(64, encoded=False) == video.saved(64, encoded=True)
 
 
 async def test_the_api_side_asks_the_engine_by_one_utility() -> None:

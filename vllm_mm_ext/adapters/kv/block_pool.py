@@ -1,10 +1,10 @@
-"""vLLM's block pool, whose blocks know which mm item they hold and which keeps media longer."""
+"""vLLM's block pool, which gives up first what is least likely to save work: one rule of value."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
@@ -12,21 +12,24 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_mm_ext.adapters.kv.free_queue import KeepingQueue
-from vllm_mm_ext.adapters.kv.tagging import Prefix, Tagger
-from vllm_mm_ext.policies.kv.item_registry import CachedItem, CachedMedia, Registry, merge
-from vllm_mm_ext.policies.kv.placement import end_of
+from vllm_mm_ext.adapters.kv.media_marks import MediaMarks
+from vllm_mm_ext.adapters.kv.tagging import Tagger
+from vllm_mm_ext.policies.kv.pieces import CachedMedia, Piece, Tree, merge, paths
 from vllm_mm_ext.policies.kv.retention import Retention
 from vllm_mm_ext.policies.kv.sessions import Sessions
+
+# Of so many blocks one is given up before it is needed.
+_AHEAD = 256
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many blocks the pool may keep.
+    """What the operator lets the pool keep of media, and what blocks cost.
 
     Attributes:
-        quota: Kept blocks that no request uses, at most.
-        floor: Blocks that are to be free and not kept. Below it the pool gives items up.
-        min_items: Idle items that the pool keeps whatever quota and floor say.
+        quota: Blocks of media that no request uses, at most.
+        floor: Blocks that are to be free and not of media. Below it the pool gives media up.
+        min_items: Idle pieces of media that quota and floor leave.
         hidden_size: Hidden size of the language model, which recomputation costs depend on.
         block_bytes: Size of a KV block in bytes.
     """
@@ -38,52 +41,69 @@ class Limits:
     block_bytes: int
 
 
+class Reason(StrEnum):
+    """Why the pool gave blocks up."""
+
+    quota = "quota"
+    pressure = "pressure"
+    ranking = "ranking"
+    asked = "asked"
+    """A client ended a session, or vLLM evicts or moves a block."""
+    before = "before"
+    """What is before them was given up."""
+
+
 class MMExtBlockPool(BlockPool):  # type: ignore[misc]
-    """A block pool that keeps media and the text before them.
+    """A block pool that gives up first what is least likely to save work.
 
     Every operation costs O(1) per block, on average.
 
     Args:
         args, kwargs: Arguments of vLLM's block pool.
-        limits: How many blocks the pool may keep.
-        sessions: Conversations, whose media the pool gives up last.
+        limits: What the pool may keep of media.
         audio_token: The token that stands for sound inside a video item, if the model has one.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        limits: Limits,
-        sessions: Sessions,
-        audio_token: int | None = None,
-        **kwargs: Any,
+        self, *args: Any, limits: Limits, audio_token: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.limits = limits
-        self.sessions = sessions
-        self.registry = Registry()
-        self.retention = Retention(sessions)
+        self.tree = Tree()
+        self.sessions: Sessions[Piece] = Sessions()
+        self.retention = Retention(self.sessions, limits.hidden_size)
         self.free_block_queue = KeepingQueue(self.blocks, self._refill)
         # The new list holds all blocks again; the first is the null block, as before.
         assert self.free_block_queue.popleft() is self.null_block
+        self._holders = self.free_block_queue.holders
         self._tagger = Tagger(
-            self.free_block_queue,
-            self.registry,
+            self.blocks,
+            self._holders,
+            # vLLM replaces the map when it resets the cache.
+            lambda: self.cached_block_hash_to_block,
+            self.tree,
             self.retention,
-            sessions,
-            self.hash_block_size,
-            limits.hidden_size,
+            self.sessions,
             audio_token,
         )
+        self._marks = MediaMarks(self.num_gpu_blocks)
+        # How often blocks of a piece were given up since the start, be it media or text.
+        self.evictions = 0
+        # Groups whose blocks of the request that is being admitted were walked along.
+        self._walked: set[int] = set()
+
+    def ask_for_outputs(self, held: Callable[[str], bool]) -> None:
+        """Say who knows of an mm item, by its identifier, whether its encoder output is held."""
+        self.retention.encoded = held
 
     def true_pressure(self) -> float:
-        """Share of the blocks that requests use or that the pool keeps, 0 to 1.
+        """Share of the blocks that requests use or that the pool keeps media in, 0 to 1.
 
-        Other cached text does not count. vLLM's own usage counts kept blocks as free: requests that
-        need them get them.
+        vLLM's own usage counts kept blocks as free: requests that need them get them.
         """
         total = self.num_gpu_blocks - 1
-        return 1.0 - self.free_block_queue.listed / total if total else 0.0
+        free = self.free_block_queue.num_free_blocks - self.retention.idle.blocks
+        return 1.0 - free / total if total else 0.0
 
     # --- what blocks hold -------------------------------------------------------------------------
 
@@ -97,7 +117,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         kv_cache_group_id: int,
         block_mask: list[bool] | None = None,
     ) -> None:
-        """Cache blocks as vLLM does, and make blocks of media part of their item."""
+        """Cache blocks as vLLM does, and make them part of pieces."""
         super().cache_full_blocks(
             request,
             blocks,
@@ -107,18 +127,21 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             kv_cache_group_id,
             block_mask,
         )
-        features = request.mm_features
-        if features and num_cached_blocks * block_size < end_of(features[-1]):
-            sparse = block_mask is not None
-            prefix = Prefix(request, blocks, block_size, kv_cache_group_id, False, sparse)
-            self._tagger.tag(prefix, range(num_cached_blocks, num_full_blocks))
+        if num_cached_blocks < num_full_blocks:
+            first = num_cached_blocks
+            # A request that is being admitted uses what it found, too.
+            if not request.num_computed_tokens and kv_cache_group_id not in self._walked:
+                self._walked.add(kv_cache_group_id)
+                first = 0
+            self._tagger.walk(request, blocks, range(first, num_full_blocks), block_size)
+            if request.mm_features:
+                new = range(num_cached_blocks, num_full_blocks)
+                self._marks.note(request, blocks, new, block_size)
 
     def found(
         self, request: Request, blocks: Sequence[KVCacheBlock], block_size: int, group: int
     ) -> None:
         """Note that a request was admitted with a cached prefix.
-
-        The pool keeps items of the request again that it had given up and that are still cached.
 
         Args:
             request: The request, which uses the blocks by now.
@@ -126,138 +149,152 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             block_size: Tokens per block.
             group: KV cache group.
         """
-        if request.mm_features:
-            prefix = Prefix(request, blocks, block_size, group, True, sparse=True)
-            self._tagger.tag(prefix, range(len(blocks)))
+        if group not in self._walked:
+            self._tagger.walk(request, blocks, range(len(blocks)), block_size)
+
+    def admitted(self) -> None:
+        """Note that a request was admitted, and all that it found was told."""
+        self._walked.clear()
+        self.retention.history.tick()
 
     # --- who goes first ---------------------------------------------------------------------------
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
-        """Take blocks as vLLM does, and give up kept items where nothing else is free."""
+        """Take blocks as vLLM does, and give up media beyond the limits."""
         taken: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
-        queue = self.free_block_queue
-        if queue.kept and queue.listed < self.limits.floor:
-            self._balance()
+        self._balance()
         return taken
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """Note uses as vLLM does; an item that a request uses cannot be given up."""
-        others, kept, holders = self._parted(blocks)
-        super().touch(others)
-        if not kept:
-            return
-        idle = []
-        for block, holder in zip(kept, holders, strict=True):
+        """Note uses as vLLM does; a piece that a request uses cannot be given up."""
+        holders, watched = self._holders, self.metrics_collector
+        others = []
+        taken = 0
+        for block in blocks:
+            piece = holders[block.block_id]
+            if piece is None:
+                others.append(block)
+                continue
             if not block.ref_cnt:
-                idle.append(holder)
+                taken += 1
+                if not piece.busy:
+                    self.retention.lift(piece)
+                piece.busy += 1
             block.ref_cnt += 1
-            if self.metrics_collector:
-                self.metrics_collector.on_block_accessed(block)
-        self.free_block_queue.keep(-len(idle))
-        for each, count in Counter(idle).items():
-            if not isinstance(each, int):
-                each.free -= count
-                if each.free + count == len(each.blocks):
-                    self.retention.busy(each)
+            if watched:
+                watched.on_block_accessed(block)
+        super().touch(others)
+        self.free_block_queue.keep(-taken)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
-        """Free blocks as vLLM does, but keep those of items."""
-        others, kept, holders = self._parted(list(ordered_blocks))
-        super().free_blocks(others)
-        if not kept:
-            return
-        idle = []
+        """Free blocks as vLLM does, but keep those of pieces."""
+        holders = self._holders
+        others, idle = [], []
+        given = 0
         # Blocks of several requests may come at once, and shared ones then repeatedly.
-        for block, holder in zip(kept, holders, strict=True):
+        for block in ordered_blocks:
+            piece = holders[block.block_id]
+            if piece is None:
+                others.append(block)
+                continue
             block.ref_cnt -= 1
             if not block.ref_cnt:
-                idle.append(holder)
-        self.free_block_queue.keep(len(idle))
-        # In the order they are met: of a request, the last item first.
-        for each, count in Counter(idle).items():
-            if not isinstance(each, int):
-                each.free += count
-                if each.free == len(each.blocks):
-                    self.retention.settle(each)
+                given += 1
+                piece.busy -= 1
+                if not piece.busy:
+                    idle.append(piece)
+        super().free_blocks(others)
+        self.free_block_queue.keep(given)
+        for piece in idle:
+            self.retention.settle(piece)
         self._balance()
 
-    def _parted(
-        self, blocks: Sequence[KVCacheBlock]
-    ) -> tuple[Sequence[KVCacheBlock], list[KVCacheBlock], list[CachedItem | int]]:
-        """Blocks that no item holds, blocks that items hold, and the holders of the latter."""
-        all_holders = self.free_block_queue.holders
-        held = [all_holders[block.block_id] for block in blocks]
-        if not any(held):
-            return blocks, [], []
-        others = [block for block, holder in zip(blocks, held, strict=True) if not holder]
-        kept = [block for block, holder in zip(blocks, held, strict=True) if holder]
-        return others, kept, [holder for holder in held if holder]
+    def settle(self, pieces: Iterable[Piece]) -> None:
+        """Note that sessions pin pieces in another way than before."""
+        for piece in pieces:
+            self.retention.settle(piece)
 
-    def release(self, items: Iterable[int]) -> None:
-        """Stop keeping items and all items after them; their blocks stay cached like any text.
+    def end(self, pieces: Iterable[Piece]) -> None:
+        """Stop keeping what only prompts that end in some pieces consist of.
 
-        Args:
-            items: Numbers of the items; unknown numbers are ignored.
+        The blocks stay cached until others take them.
         """
-        for number in items:
-            item = self.registry.numbered(number)
-            if item is not None:
-                for each in self.registry.descendants(item):
-                    self._release(each)
-
-    def reprotect(self, items: Iterable[int]) -> None:
-        """Note that sessions protect items in another way than before."""
-        for number in items:
-            item = self.registry.numbered(number)
-            if item is not None:
-                self.retention.reconsider(item)
+        for end in pieces:
+            piece: Piece | None = end
+            while (
+                piece is not None
+                and piece in self.tree
+                and not piece.children
+                and not self.sessions.ending(piece)
+            ):
+                before = piece.parent
+                self._give_up(piece, len(piece.blocks), Reason.asked)
+                piece = before
 
     def _balance(self) -> None:
-        queue, limits = self.free_block_queue, self.limits
-        while queue.kept > limits.quota or queue.num_free_blocks - queue.kept < limits.floor:
-            item = None
-            if self.retention.idle > limits.min_items:
-                self.reprotect(self.sessions.expire())
-                item = self.retention.victim()
-            if item is None:
+        """Give media up beyond what the operator lets the pool keep."""
+        queue, limits, idle = self.free_block_queue, self.limits, self.retention.idle
+        while idle.items > limits.min_items:
+            if idle.blocks > limits.quota:
+                reason = Reason.quota
+            elif queue.num_free_blocks - idle.blocks < limits.floor and idle.blocks:
+                reason = Reason.pressure
+            else:
                 return
-            self._release(item)
+            piece = self.retention.victim(media=True)
+            if piece is None:
+                return
+            self._give_up(piece, len(piece.blocks), reason)
 
     def _refill(self, num_blocks: int) -> None:
         queue = self.free_block_queue
-        self.reprotect(self.sessions.expire())
-        while queue.listed < num_blocks and (item := self.retention.victim()) is not None:
-            self._release(item)
+        # Some more at once, as finding the next piece takes longer the more there are; requests
+        # still find what is given up until it is taken.
+        wanted = num_blocks + self.num_gpu_blocks // _AHEAD
+        while (short := wanted - queue.listed) > 0:
+            piece = self.retention.victim()
+            if piece is None:
+                break
+            self._give_up(piece, min(short, len(piece.blocks)), Reason.ranking)
         if queue.listed >= num_blocks:
             return
-        # Attention windows free the first blocks of items that are in use.
-        for item in sorted(self.registry, key=lambda item: -item.number):
-            if queue.listed >= num_blocks:
+        # Attention windows free the first blocks of pieces that are in use, or in front of such.
+        partly = [piece for piece in self.tree if piece.busy < len(piece.blocks)]
+        for piece in sorted(partly, key=lambda piece: -piece.start):
+            if queue.listed >= wanted:
                 return
-            self._release(item)
+            for each in self.tree.descendants(piece):
+                self._give_up(each, len(each.blocks), Reason.ranking)
 
-    def _release(self, item: CachedItem) -> None:
-        """Give the blocks of an item without children to the list, the last one first."""
-        queue, blocks = self.free_block_queue, self.blocks
-        self.retention.give_up(item)
-        self.sessions.forget_item(item.number)
-        self.registry.remove(item)
-        if item.parent is not None:
-            self.retention.reconsider(item.parent)
-        holders = queue.holders
-        freed = []
-        for block_id in reversed(item.blocks):
+    def _give_up(self, piece: Piece, count: int, reason: Reason) -> None:  # noqa: ARG002 - watched
+        """Give the last blocks of a piece without children to the list.
+
+        Args:
+            piece: The piece.
+            count: How many blocks.
+            reason: Why, for who watches the pool.
+        """
+        holders, blocks = self._holders, self.blocks
+        self.evictions += 1
+        self.retention.lift(piece)
+        given = piece.blocks[-count:][::-1]
+        self.tree.cut(piece, count)
+        for block_id in given:
             holders[block_id] = None
-            freed.append(blocks[block_id])
-        if item.free < len(freed):
-            freed = [block for block in freed if block.ref_cnt == 0]
-        for block_id in reversed(item.before):
-            needed = holders[block_id]
-            assert isinstance(needed, int)
-            holders[block_id] = needed - 1 or None
-            if needed == 1 and blocks[block_id].ref_cnt == 0:
-                freed.append(blocks[block_id])
-        queue.give_back(freed)
+        freed = [blocks[block_id] for block_id in given]
+        if piece.busy:
+            freed = [block for block in freed if not block.ref_cnt]
+            piece.busy -= len(given) - len(freed)
+        if piece.blocks:
+            piece.whole = False
+            self.retention.settle(piece)
+        else:
+            self.tree.remove(piece)
+            self.sessions.replace(piece, piece.parent)
+            self.retention.drop(piece)
+            if piece.parent is not None:
+                self.retention.settle(piece.parent)
+        self.free_block_queue.give_back(freed)
 
     # --- what else may happen to blocks -----------------------------------------------------------
 
@@ -282,53 +319,69 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         super().move_block_hashes(src_block, dst_block)
 
     def _let_go(self, block_id: int) -> None:
-        if self.free_block_queue.holders[block_id] is not None:
-            self.release([item.number for item in self.registry.holding(block_id)])
+        piece = self._holders[block_id]
+        if piece is None:
+            return
+        for each in self.tree.descendants(piece):
+            if each is not piece:
+                self._give_up(each, len(each.blocks), Reason.before)
+        self._give_up(piece, len(piece.blocks) - piece.blocks.index(block_id), Reason.asked)
 
     def reset_prefix_cache(self) -> bool:
         """Empty the cache as vLLM does; returns False, and does nothing, while requests run."""
         if not super().reset_prefix_cache():
             return False
-        queue = self.free_block_queue
-        kept = [block for block in self.blocks if queue.holders[block.block_id] is not None]
-        queue.holders[:] = [None] * len(queue.holders)
-        queue.give_back(kept)
-        self.registry.clear()
+        kept = [block for block in self.blocks if self._holders[block.block_id] is not None]
+        self._holders[:] = [None] * len(self._holders)
+        self.free_block_queue.give_back(kept)
+        self.tree.clear()
         self.retention.clear()
-        self.sessions.clear_items()
+        self.sessions.clear_pieces()
         return True
 
-    def holds(self, block_id: int) -> CachedItem | None:
-        """The kept mm item whose tokens are in a block; None for text and for items given up.
+    def take_down(self, wanted: Callable[[str], bool]) -> set[int]:
+        """Take all blocks that depend on some mm items out of the cache; returns their ids.
 
-        A block in which an item ends and other text begins counts as text before the next item.
+        Args:
+            wanted: Whether an item, named by its identifier, is one of them.
         """
-        holder = self.free_block_queue.holders[block_id]
-        return holder if isinstance(holder, CachedItem) else None
+        found = self._marks.depending(wanted, self.blocks)
+        self.evict_blocks(found)
+        return found
+
+    def let_go(self, pieces: Iterable[Piece]) -> None:
+        """Stop keeping pieces and what follows them; they stay cached until others take them."""
+        for piece in pieces:
+            if piece in self.tree:
+                for each in self.tree.descendants(piece):
+                    self._give_up(each, len(each.blocks), Reason.asked)
+
+    def holds(self, block_id: int) -> Piece | None:
+        """The piece that a block is part of; None for blocks that the pool does not keep."""
+        return self._holders[block_id]
 
     def media(self) -> list[CachedMedia]:
         """The media that are cached, latest use first."""
-        sessions = {item.number: self.sessions.ids(item.number) for item in self.registry}
-        return merge(self.registry, self.limits.block_bytes, sessions)
+        sessions: dict[Piece, set[str]] = {}
+        for end in self.tree:
+            if ending := self.sessions.ending(end):
+                for piece in paths([end]):
+                    sessions.setdefault(piece, set()).update(ending)
+        return merge(self.tree, self.limits.block_bytes, self.limits.hidden_size, sessions)
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` if blocks, items and free list disagree; for tests. O(pool)."""
+        """Raise ``AssertionError`` if blocks, pieces and free list disagree; for tests. O(pool)."""
         queue = self.free_block_queue
         listed = queue.get_all_free_blocks()
         ids = {block.block_id for block in listed}
         assert len(ids) == len(listed) == queue.listed
-        holders: list[CachedItem | int | None] = [None] * self.num_gpu_blocks
-        for item in self.registry:
-            for block_id in item.blocks:
+        holders: list[Piece | None] = [None] * self.num_gpu_blocks
+        for piece in self.tree:
+            for block_id in piece.blocks:
                 assert holders[block_id] is None
-                holders[block_id] = item
-            assert item.free == sum(self.blocks[i].ref_cnt == 0 for i in item.blocks)
-        for item in self.registry:
-            for block_id in item.before:
-                needed = holders[block_id] or 0
-                assert isinstance(needed, int)
-                holders[block_id] = needed + 1
-        assert all(a is b or a == b for a, b in zip(holders, queue.holders, strict=True))
+                holders[block_id] = piece
+            assert piece.busy == sum(self.blocks[i].ref_cnt > 0 for i in piece.blocks)
+        assert all(a is b for a, b in zip(holders, self._holders, strict=True))
         kept = 0
         for block in self.blocks:
             held = holders[block.block_id] is not None
@@ -341,6 +394,6 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             kept += free and held
             assert (block.block_id in ids) == (free and not held), block
         assert kept == queue.kept
-        self.registry.check_integrity()
-        self.retention.check_integrity(self.registry)
+        self.tree.check_integrity()
+        self.retention.check_integrity(self.tree)
         self.sessions.check_integrity()

@@ -1,8 +1,8 @@
 """vLLM's free list without the blocks that the pool keeps.
 
 Kept blocks are free: they count as free, and a request that needs them gets them. They are only not
-in the linked list from which blocks are taken. The pool gives the blocks of whole items back to the
-list when it gives the items up, or when the list runs dry.
+in the linked list from which blocks are taken. The pool gives blocks back to the list when it
+gives them up, mostly as the list runs dry.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
-from vllm_mm_ext.policies.kv.item_registry import CachedItem
+from vllm_mm_ext.policies.kv.pieces import Piece
 
 
 class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
-    """vLLM's free list for a pool that keeps items. Every operation is O(1) per block.
+    """vLLM's free list for a pool that keeps pieces. Every operation is O(1) per block.
 
     Args:
         blocks: All blocks of the pool, all free.
@@ -23,15 +23,14 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
             many afterwards, if as many are free.
 
     Attributes:
-        holders: By block id, the item whose tokens the block holds, or the number of items that
-            need the text in the block, or None.
+        holders: By block id, the piece that the block is part of, or None.
         kept: Number of free blocks that are not in the list because they have holders.
     """
 
     def __init__(self, blocks: list[KVCacheBlock], refill: Callable[[int], None]) -> None:
         super().__init__(blocks)
         self._refill = refill
-        self.holders: list[CachedItem | int | None] = [None] * len(blocks)
+        self.holders: list[Piece | None] = [None] * len(blocks)
         self.kept = 0
 
     @property
@@ -60,6 +59,6 @@ class KeepingQueue(FreeKVCacheBlockQueue):  # type: ignore[misc]
         self.num_free_blocks += blocks
 
     def give_back(self, blocks: list[KVCacheBlock]) -> None:
-        """Put kept blocks that no item holds any more at the end of the list."""
+        """Put kept blocks that no piece holds any more at the end of the list."""
         self.keep(-len(blocks))
         self.append_n(blocks)

@@ -66,6 +66,10 @@ def _with_pool(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         with pools_of(factory):
             original(self, vllm_config, kv_cache_config, *args, **kwargs)
+        outputs = self.encoder_cache_manager
+        # The plugin's manager knows of the host tier, too; that of encoder-decoders keeps nothing.
+        holds = getattr(outputs, "holds", None) or getattr(outputs, "cached", {}).__contains__
+        self.kv_cache_manager.block_pool.ask_for_outputs(holds)
 
     return init
 
@@ -83,7 +87,7 @@ def pools_of(factory: Callable[..., Any]) -> Iterator[None]:
 
 def pool_factory(
     settings: KVSettings, kv_cache_config: Any, hidden_size: int, audio_token: int | None = None
-) -> Callable[..., Any]:
+) -> partial[Any]:
     """A factory of block pools with these settings.
 
     Args:
@@ -93,7 +97,6 @@ def pool_factory(
         audio_token: The token that stands for sound inside a video item, if the model has one.
     """
     from vllm_mm_ext.adapters.kv.block_pool import Limits, MMExtBlockPool
-    from vllm_mm_ext.policies.kv.sessions import Sessions
 
     # All tensors are views of one allocation, and each tensor tells the size of that allocation.
     total = max((tensor.size for tensor in kv_cache_config.kv_cache_tensors), default=0)
@@ -110,8 +113,7 @@ def pool_factory(
         hidden_size=hidden_size,
         block_bytes=block_bytes,
     )
-    sessions = Sessions(settings.session_ttl_s)
-    return partial(MMExtBlockPool, limits=limits, sessions=sessions, audio_token=audio_token)
+    return partial(MMExtBlockPool, limits=limits, audio_token=audio_token)
 
 
 def _noting_hits(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,13 +128,16 @@ def _noting_hits(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         made = original(self, request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
-        if made is not None and num_new_computed_tokens and request.mm_features:
+        pool = self.block_pool
+        # Of a request that is being admitted nothing is computed yet.
+        if made is None or request.num_computed_tokens or not isinstance(pool, MMExtBlockPool):
+            return made
+        if num_new_computed_tokens:
             for group, manager in enumerate(self.coordinator.single_type_managers):
-                pool = manager.block_pool
-                if isinstance(pool, MMExtBlockPool):
-                    found = num_new_computed_tokens // manager.block_size
-                    blocks = manager.req_to_blocks[request.request_id][:found]
-                    pool.found(request, blocks, manager.block_size, group)
+                found = num_new_computed_tokens // manager.block_size
+                blocks = manager.req_to_blocks[request.request_id][:found]
+                pool.found(request, blocks, manager.block_size, group)
+        pool.admitted()
         return made
 
     return allocate_slots

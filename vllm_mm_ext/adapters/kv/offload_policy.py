@@ -18,9 +18,9 @@ from vllm.v1.kv_offload.cpu.policies.base import CachePolicy, ChunkStatus, order
 
 from vllm_mm_ext.adapters.names.kv_names import KNOWN_POLICY_METHODS, OFFLOAD_NAMES
 from vllm_mm_ext.adapters.names.names_check import problem
-from vllm_mm_ext.policies.eviction.cost_aware import CostAware
+from vllm_mm_ext.policies.eviction.reuse_history import ReuseHistory
 from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
-from vllm_mm_ext.policies.kv.item_registry import prefill_cost
+from vllm_mm_ext.policies.kv.pieces import prefill_cost
 
 # vLLM tells the policy nothing of the model; models of 7-8B parameters have this hidden size.
 _HIDDEN_SIZE = 4096
@@ -78,7 +78,8 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
         """Drop a chunk whose store failed."""
         del self._chunks[key]
         self._last_uses.pop(key)
-        self._scores.forget(key)
+        self._history.forget(key)
+        self._costs.pop(key, None)
         if key in self._evictable:
             self._evictable.remove(key)
 
@@ -125,8 +126,8 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
             self._evictable.remove(key)
             gone.append((key, self._chunks.pop(key)))
             self._last_uses.pop(key)
-            if key in self._scores:
-                self._scores.evict(key)
+            if self._costs.pop(key, None) is not None:
+                self._history.evict(key)
         for key in held:
             self._evictable.add(key)
         return gone
@@ -134,7 +135,9 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
     def clear(self) -> None:
         """Forget everything."""
         self._chunks: dict[OffloadKey, ChunkStatus] = {}
-        self._scores: CostAware[OffloadKey] = CostAware(ghosts=self.cache_capacity)
+        self._history: ReuseHistory[OffloadKey] = ReuseHistory(ghosts=self.cache_capacity)
+        # By chunk, what computing it again takes.
+        self._costs: dict[OffloadKey, float] = {}
         self._last_uses: dict[OffloadKey, int] = {}
         self._uses = 0
         self._evictable: SampledWorst[OffloadKey] = SampledWorst(self._rank, random.Random(0))
@@ -154,9 +157,15 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
         length = max(ends, default=0)
         cost = prefill_cost(0, length, _HIDDEN_SIZE) / length if length else 1.0
         for key in reversed(keys):
-            if key in self._chunks:
-                self._scores.admit(key, 1.0, cost)
-                self._renew(key)
+            if key not in self._chunks:
+                continue
+            if key in self._history:
+                self._history.use(key)
+            else:
+                self._history.add(key)
+            self._costs[key] = cost
+            self._renew(key)
+        self._history.tick()
 
     def _renew(self, key: OffloadKey) -> None:
         self._uses += 1
@@ -165,5 +174,6 @@ class CostAwarePolicy(CachePolicy):  # type: ignore[misc]
 
     def _rank(self, key: OffloadKey) -> tuple[float, int]:
         # Chunks of requests in progress are about to be used.
-        score = self._scores.score(key) if key in self._scores else float("inf")
+        cost = self._costs.get(key)
+        score = float("inf") if cost is None else cost * self._history.rate(key)
         return score, self._last_uses[key]

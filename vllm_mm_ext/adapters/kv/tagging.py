@@ -1,201 +1,239 @@
-"""Makes blocks of requests part of the mm items whose tokens the blocks hold."""
+"""Makes blocks of requests part of the pieces of prompts that the pool keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_mm_ext.adapters.kv.free_queue import KeepingQueue
-from vllm_mm_ext.policies.kv.item_registry import (
-    ENCODE_COST,
-    CachedItem,
-    Registry,
-    prefill_cost,
-)
 from vllm_mm_ext.policies.kv.modalities import ModalityMap
-from vllm_mm_ext.policies.kv.placement import Placement
-from vllm_mm_ext.policies.kv.retention import Retention
+from vllm_mm_ext.policies.kv.pieces import TEXT_CONTENT, Content, Piece, Tree
+from vllm_mm_ext.policies.kv.placement import runs
+from vllm_mm_ext.policies.kv.retention import Retention, kind_of
 from vllm_mm_ext.policies.kv.sessions import Sessions, session_key
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """Blocks of a running request in one KV cache group.
-
-    Attributes:
-        request: The request.
-        blocks: The request's blocks, from the first on.
-        block_size: Tokens per block.
-        group: KV cache group.
-        hit: Whether the blocks were found in the cache, not computed.
-        sparse: Whether vLLM never looks some of the blocks up, so that these have no hash.
-    """
-
-    request: Request
-    blocks: Sequence[KVCacheBlock]
-    block_size: int
-    group: int
-    hit: bool
-    sparse: bool = False
-
-
 class Tagger:
-    """Makes blocks part of items.
+    """Walks along the cached blocks of a request and makes those that are new part of pieces.
 
     Args:
-        queue: The free list, which knows the holder of each block.
-        registry: The cached items.
-        retention: The order in which items are given up.
-        sessions: Conversations; the tagger tells them which session uses which item.
-        hash_block_size: Tokens per block hash.
-        hidden_size: Hidden size of the language model.
+        blocks: All blocks of the pool.
+        holders: By block id, the piece that the block is part of.
+        cached: vLLM's cached blocks by hash.
+        tree: The cached pieces.
+        retention: The order in which pieces are given up.
+        sessions: Conversations; the tagger tells them how far their prompts reach.
         audio_token: The token that stands for sound inside a video item, if the model has one.
     """
 
     def __init__(
         self,
-        queue: KeepingQueue,
-        registry: Registry,
+        blocks: list[KVCacheBlock],
+        holders: list[Piece | None],
+        cached: Callable[[], Any],
+        tree: Tree,
         retention: Retention,
-        sessions: Sessions,
-        hash_block_size: int,
-        hidden_size: int,
+        sessions: Sessions[Piece],
         audio_token: int | None = None,
     ) -> None:
-        self._queue = queue
-        self._registry = registry
+        self._blocks = blocks
+        self._holders = holders
+        self._cached = cached
+        self._tree = tree
         self._retention = retention
         self._sessions = sessions
-        self._hash_block_size = hash_block_size
-        self._hidden_size = hidden_size
         self._audio_token = audio_token
 
-    def tag(self, prefix: Prefix, indices: range) -> None:
-        """Make blocks part of their items.
-
-        Args:
-            prefix: The blocks that a request uses.
-            indices: Indices of the blocks that are new to the request.
-        """
-        placement = Placement(prefix.request.mm_features, self._hash_block_size)
-        for index, own in placement.runs(indices, prefix.block_size):
-            # Attention windows leave holes.
-            blocks = _cached(prefix, own)
-            item = self._use(prefix, placement, index) if blocks else None
-            if item is not None:
-                self._claim(item, prefix, placement.before(index, prefix.block_size), own)
-
-    def _use(self, prefix: Prefix, placement: Placement, index: int) -> CachedItem | None:
-        """A request's item, kept from now on; None if what comes before the item cannot be kept."""
-        request = prefix.request
-        key = self._key(request, placement, index)
-        item = self._registry.get(key)
-        if item is None:
-            self._keep_before(prefix, placement, index)
-            before = placement.parent(index)
-            parent = None
-            if before is not None:
-                parent = self._registry.get(self._key(request, placement, before))
-                if parent is None:
-                    return None
-            feature = request.mm_features[index]
-            item = self._registry.add(key, feature.identifier, feature.modality, parent)
-            if parent is not None:
-                self._retention.reconsider(parent)
-        # A preempted request that finds its own blocks again is no new use.
-        if not (prefix.hit and request.num_preemptions):
-            item.hits += prefix.hit
-            item.renewed = True
-        item.last_use_s = self._sessions.now()
-        if request.session_id is not None:
-            session = session_key(request.session_id, request.cache_salt)
-            changed = self._sessions.use(session, item.number)
-            # Its request may use equal blocks of its own, so that the item itself is idle.
-            for number in {*changed, item.number}:
-                affected = self._registry.numbered(number)
-                if affected is not None:
-                    self._retention.reconsider(affected)
-        return item
-
-    def _keep_before(self, prefix: Prefix, placement: Placement, index: int) -> None:
-        """Keep given-up items before an item again: the request uses their blocks."""
-        first = index
-        while (before := placement.parent(first)) is not None:
-            if self._registry.get(self._key(prefix.request, placement, before)) is not None:
-                break
-            first = before
-        if first != index:
-            start, stop = (
-                prefix.request.mm_features[i].mm_position.offset // prefix.block_size
-                for i in (first, index)
-            )
-            self.tag(prefix, range(start, stop))
-
-    def _key(self, request: Request, placement: Placement, index: int) -> bytes:
-        found = placement.hash_index(index)
-        assert found is not None
-        return bytes(request.block_hashes[found])
-
-    def _claim(self, item: CachedItem, prefix: Prefix, before: range, own: range) -> None:
-        """Let an item hold a request's blocks, unless the item holds equal blocks already.
+    def walk(
+        self, request: Request, blocks: Sequence[KVCacheBlock], indices: range, block_size: int
+    ) -> None:
+        """Make blocks part of pieces, and note uses of pieces that are there already.
 
         Requests that computed the same at the same time have a block each; one of them is enough.
+
+        Args:
+            request: The request, which uses the blocks.
+            blocks: Its blocks, from the first on.
+            indices: Indices of the blocks to begin with; those before are part of pieces.
+            block_size: Tokens per block.
         """
-        reached = item.reached.get(prefix.group)
-        if reached is None:
-            self._claim_text(item, prefix, before)
-            reached = own.start
-        if reached >= own.stop:
-            return
-        new = range(reached, own.stop)
-        item.reached[prefix.group] = own.stop
-        blocks = _cached(prefix, new)
-        if blocks and item.blocks and item.idle:
-            self._retention.busy(item)
-        holders = self._queue.holders
-        for block_id in blocks:
-            holders[block_id] = item
-        item.blocks += blocks
-        self._count(item, prefix, new, len(blocks), ENCODE_COST)
+        start = indices.start
+        # Where pieces were given up meanwhile, their blocks are kept again.
+        while start and self._same(blocks[start - 1]) is None:
+            start -= 1
+        way = _Way(request, blocks, block_size)
+        if start:
+            way.last = self._same(blocks[start - 1])
+            assert way.last is not None
+            way.enter(self._holders[way.last])
+        for feature, run in runs(request.mm_features, range(start, indices.stop), block_size):
+            content = TEXT_CONTENT
+            if feature is not None:
+                offset = feature.mm_position.offset
+                content = Content(feature.identifier, feature.modality, offset)
+            index: int | None = run.start
+            while index is not None and index < run.stop:
+                index = self._step(way, content, index, run.stop)
+            if index is None:
+                break
+        self._arrive(way)
 
-    def _claim_text(self, item: CachedItem, prefix: Prefix, indices: range) -> None:
-        holders = self._queue.holders
-        blocks = _cached(prefix, indices)
-        for block_id in blocks:
-            needed = holders[block_id]
-            holders[block_id] = needed + 1 if isinstance(needed, int) else 1
-        item.before += blocks
-        self._count(item, prefix, indices, len(blocks), 0.0)
+    def _step(self, way: _Way, content: Content, index: int, stop: int) -> int | None:
+        """Go on over some blocks of one content; returns the next index, None at the end."""
+        block = way.blocks[index]
+        # Null, or never looked up, as attention has left it behind.
+        if block.block_hash is None:
+            return index + 1
+        same = self._same(block)
+        if same is None:
+            return self._grow(way, content, index, stop)
+        way.last = same
+        piece = self._holders[same]
+        assert piece is not None
+        if piece is not way.piece:
+            self._use(piece, way.request)
+            way.enter(piece)
+            # The rest of the piece at once.
+            rest = index + len(piece.blocks)
+            if (
+                rest <= stop
+                and piece.blocks[0] == same
+                and piece.blocks[-1] == way.blocks[rest - 1].block_id
+            ):
+                way.last = piece.blocks[-1]
+                return rest
+        return index + 1
 
-    def _count(
-        self, item: CachedItem, prefix: Prefix, indices: range, blocks: int, encode: float
-    ) -> None:
-        """Add blocks to an item's tokens and cost; ``encode`` is that of encoding a token."""
-        if prefix.group == 0 and blocks:
-            size = prefix.block_size
-            item.tokens += blocks * size
-            self._count_modalities(item, prefix, indices, blocks)
-            prefill = prefill_cost(indices.start * size, indices.stop * size, self._hidden_size)
-            item.cost += prefill * blocks / len(indices) + encode * blocks * size
+    def _arrive(self, way: _Way) -> None:
+        """Tell the session how far its prompt reaches, and place idle pieces on the way anew."""
+        request = way.request
+        if request.session_id is not None and way.piece is not None:
+            session = session_key(request.session_id, request.cache_salt)
+            other = self._sessions.use(session, way.piece, way.passed)
+            if other is not None:
+                # The piece may be pinned no longer.
+                self._retention.settle(other)
+        for piece in way.passed:
+            if piece.idle:
+                self._retention.settle(piece)
 
-    def _count_modalities(
-        self, item: CachedItem, prefix: Prefix, indices: range, blocks: int
-    ) -> None:
-        """Add the positions of blocks by modality; where some are not kept, their share."""
-        request, size = prefix.request, prefix.block_size
-        modalities = ModalityMap(request.mm_features, request.prompt_token_ids, self._audio_token)
-        counted = modalities.counts(range(indices.start * size, indices.stop * size))
-        for name, count in counted.items():
-            before = item.modalities.get(name, 0.0)
-            item.modalities[name] = before + count * blocks / len(indices)
+    def _same(self, block: KVCacheBlock) -> int | None:
+        """The block of a piece that holds the same as a block: itself or an equal one."""
+        if block.block_hash is None:
+            return None
+        if self._holders[block.block_id] is not None:
+            return int(block.block_id)
+        equal = self._cached().get_one_block(block.block_hash)
+        if equal is None or self._holders[equal.block_id] is None:
+            return None
+        return int(equal.block_id)
+
+    def _use(self, piece: Piece, request: Request) -> None:
+        piece.last_use_s = time.monotonic()
+        # A preempted request that finds its own blocks again is no new use.
+        if piece.owner != request.request_id and not request.num_preemptions:
+            piece.hits += 1
+            self._retention.history.use(piece.key)
+
+    def _grow(self, way: _Way, content: Content, index: int, stop: int) -> int | None:
+        """Add blocks of one content to a piece; returns the index after them.
+
+        Returns None where blocks cannot be kept, as equal ones after them are.
+        """
+        history, request = self._retention.history, way.request
+        key = bytes(way.blocks[index].block_hash)
+        piece = way.piece
+        if piece is not None and way.last is not None and piece.blocks[-1] != way.last:
+            piece = self._split(piece, piece.blocks.index(way.last) + 1)
+        if (
+            piece is None
+            or piece.owner != request.request_id
+            or piece.children
+            or piece.content != content
+            or history.remembers(key)
+        ):
+            if key in history:
+                return None
+            piece = self._new(key, content, index, piece, way)
+        elif piece.idle:
+            # A preempted request computes again what its piece holds.
+            self._retention.lift(piece)
+        way.enter(piece)
+        holders, remembers = self._holders, history.remembers
+        first = index
+        while True:
+            block = way.blocks[index]
+            holders[block.block_id] = piece
+            piece.blocks.append(block.block_id)
+            index += 1
+            if index == stop:
+                break
+            block = way.blocks[index]
+            found = block.block_hash
+            # No equal block is kept: what is before it would be kept, too.
+            if found is None or holders[block.block_id] is not None or remembers(found):
+                break
+        piece.busy += index - first
+        way.last = piece.blocks[-1]
+        if content is not TEXT_CONTENT:
+            modalities = ModalityMap(
+                request.mm_features, request.prompt_token_ids, self._audio_token
+            )
+            size = piece.block_size
+            self._tree.count(piece, modalities.counts(range(first * size, index * size)))
+        return index
+
+    def _new(
+        self, key: bytes, content: Content, index: int, parent: Piece | None, way: _Way
+    ) -> Piece:
+        request = way.request
+        piece = Piece(key, content, index, way.block_size, parent, request.request_id)
+        piece.last_use_s = time.monotonic()
+        # Where nothing had followed, it is the end of a conversation that goes on.
+        goes_on = parent is not None and (parent.owner == request.request_id or not parent.followed)
+        kind = kind_of(piece, session=request.session_id is not None)
+        self._retention.history.add(key, kind, parent.key if parent and goes_on else None)
+        self._tree.add(piece)
+        return piece
+
+    def _split(self, piece: Piece, count: int) -> Piece:
+        """Cut a piece, as a request goes on in another way; returns the first part."""
+        key = self._blocks[piece.blocks[count]].block_hash
+        assert key is not None
+        self._retention.lift(piece)
+        head = self._tree.split(piece, count, bytes(key))
+        self._retention.history.divide(head.key, piece.key)
+        for block_id in head.blocks:
+            self._holders[block_id] = head
+            head.busy += self._blocks[block_id].ref_cnt > 0
+        piece.busy -= head.busy
+        for part in (head, piece):
+            self._retention.settle(part)
+        return head
 
 
-def _cached(prefix: Prefix, indices: range) -> list[int]:
-    """Ids of a request's blocks that later requests can find."""
-    blocks = prefix.blocks[indices.start : indices.stop]
-    if prefix.sparse:
-        return [block.block_id for block in blocks if block.block_hash is not None]
-    return [block.block_id for block in blocks if not block.is_null]
+class _Way:
+    """Where a walk along the blocks of a request has come to.
+
+    Attributes:
+        piece: The piece of the last block.
+        last: Id of the last block, or of an equal one that is part of the piece.
+        passed: All pieces on the way.
+    """
+
+    def __init__(self, request: Request, blocks: Sequence[KVCacheBlock], block_size: int) -> None:
+        self.request = request
+        self.blocks = blocks
+        self.block_size = block_size
+        self.piece: Piece | None = None
+        self.last: int | None = None
+        self.passed: dict[Piece, None] = {}
+
+    def enter(self, piece: Piece | None) -> None:
+        """Come to a piece."""
+        assert piece is not None
+        self.piece = piece
+        self.passed[piece] = None

@@ -51,6 +51,7 @@ POOL_NAMES: tuple[Checked, ...] = (
     ),
     VllmName(f"{_CORE}.kv_cache_metrics:KVCacheMetricsCollector.on_block_accessed", ("block",)),
     VllmName(f"{_CORE}.block_pool:BlockHashToBlockMap.contain", ("key", "block_id")),
+    VllmName(f"{_CORE}.block_pool:BlockHashToBlockMap.get_one_block", ("key",)),
     # What objects have and the plugin reads or sets.
     VllmAttributes(
         _POOL,
@@ -74,7 +75,10 @@ POOL_NAMES: tuple[Checked, ...] = (
         f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager",
         ("block_pool", "block_size", "req_to_blocks"),
     ),
-    VllmAttributes(f"{_CORE}.sched.scheduler:Scheduler", ("kv_cache_manager",)),
+    VllmAttributes(
+        f"{_CORE}.sched.scheduler:Scheduler", ("encoder_cache_manager", "kv_cache_manager")
+    ),
+    VllmAttributes(f"{_CORE}.encoder_cache_manager:EncoderCacheManager", ("cached",)),
     VllmAttributes(
         "vllm.v1.request:Request",
         (

@@ -10,34 +10,13 @@ the two).
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from vllm_mm_ext.policies.eviction.reuse import ReuseModel
+from vllm_mm_ext.policies.eviction.reuse_history import ReuseHistory
 from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
 
 K = TypeVar("K", bound=Hashable)
-
-# Events after which the model learns: few at first, then this many, and more where there are more
-# items, so that the work per event is constant.
-_FIRST_LESSON, _LESSON = 32, 256
-
-
-@dataclass(slots=True)
-class _Item:
-    """An item, cached or evicted.
-
-    Attributes:
-        cost_density: What computing the item again takes, per unit of its size.
-        uses: How often the item was used.
-        last: The policy's clock at the item's last use.
-    """
-
-    cost_density: float
-    uses: int
-    last: int
 
 
 class CostAware(Generic[K]):
@@ -53,16 +32,14 @@ class CostAware(Generic[K]):
     """
 
     def __init__(self, ghosts: int = 4096) -> None:
-        if ghosts < 0:
-            raise ValueError(f"ghosts must be at least 0, got {ghosts}")
-        self._limit = ghosts
+        self._history: ReuseHistory[K] = ReuseHistory(ghosts)
         self.clear()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._items
+        return key in self._cost_density
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._cost_density)
 
     def admit(self, key: K, size: float, cost: float) -> None:
         """Take in an item that has just been computed; a cached item counts as used again.
@@ -77,55 +54,41 @@ class CostAware(Generic[K]):
         """
         if not (size > 0 and cost >= 0):
             raise ValueError(f"size must be above 0 and cost at least 0, got {size} and {cost}")
-        if key in self._items:
+        if key in self._cost_density:
             self.hit(key)
         else:
-            self._clock += 1
-            item = self._ghosts.pop(key, None)
-            if item is None:
-                item = _Item(0.0, 1, self._clock)
-            else:
-                self._reuse(item)
-            self._items[key] = item
+            self._history.tick()
+            self._history.add(key)
             self._evictable.add(key)
-            self._lesson()
-        self._items[key].cost_density = cost / size
+        self._cost_density[key] = cost / size
 
     def hit(self, key: K) -> None:
         """Count a use of a cached item. Raises ``KeyError`` for an unknown one."""
-        item = self._items[key]
-        self._clock += 1
-        self._reuse(item)
+        self._history.tick()
+        self._history.use(key)
         self._evictable.rank_changed(key)
-        self._lesson()
 
     def evict(self, key: K) -> None:
         """Drop an item to make room for others. Raises ``KeyError`` for an unknown one."""
-        self._ghosts[key] = self._drop(key)
-        if len(self._ghosts) > self._limit:
-            _, ghost = self._ghosts.popitem(last=False)
-            self._model.end(ghost.uses, self._clock - ghost.last, reused=False)
+        self._history.evict(key)
+        self._drop(key)
 
     def forget(self, key: K) -> None:
         """Drop an item as if it had never been there; unknown ones are ignored."""
-        self._ghosts.pop(key, None)
-        if key in self._items:
+        self._history.forget(key)
+        if key in self._cost_density:
             self._drop(key)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._items: dict[K, _Item] = {}
-        self._ghosts: OrderedDict[K, _Item] = OrderedDict()
+        self._history.clear()
+        self._cost_density: dict[K, float] = {}
         self._evictable: SampledWorst[K] = SampledWorst(self._rank, random.Random(0))
-        self._model = ReuseModel()
-        self._clock = 0
-        self._events = 0
 
     def score(self, key: K) -> float:
         """The item's value density: recomputation that keeping it is expected to save now, per
         byte and time. Raises ``KeyError`` for an unknown item."""
-        item = self._items[key]
-        return item.cost_density * self._model.density(item.uses, self._clock - item.last)
+        return self._cost_density[key] * self._history.rate(key)
 
     def victim(self, may_go: Callable[[K], bool] | None = None) -> K | None:
         """The item to evict next; None if there is none. The item stays until ``evict``.
@@ -136,35 +99,20 @@ class CostAware(Generic[K]):
         return self._evictable.worst(may_go)
 
     def order(self) -> Iterator[K]:
-        """All items, lowest score first; of equals the longest unused one first. O(n log n)."""
-        return iter(sorted(self._items, key=self._rank))
+        """All items, lowest score first. O(n log n)."""
+        return iter(sorted(self._cost_density, key=self._rank))
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless items, candidates and limits agree; for tests."""
         self._evictable.check_integrity()
-        assert len(self._evictable) == len(self._items)
-        assert all(key in self._evictable for key in self._items)
-        assert not self._ghosts.keys() & self._items.keys()
-        assert len(self._ghosts) <= self._limit
-        assert all(0 <= self.score(key) < float("inf") for key in self._items)
+        self._history.check_integrity()
+        assert len(self._evictable) == len(self._cost_density) == len(self._history)
+        assert all(key in self._evictable and key in self._history for key in self._cost_density)
 
     def _rank(self, key: K) -> tuple[float, int]:
-        return self.score(key), self._items[key].last
+        rate, last = self._history.rate_and_last(key)
+        return self._cost_density[key] * rate, -last
 
-    def _reuse(self, item: _Item) -> None:
-        self._model.end(item.uses, self._clock - item.last, reused=True)
-        item.uses += 1
-        item.last = self._clock
-
-    def _drop(self, key: K) -> _Item:
+    def _drop(self, key: K) -> None:
         self._evictable.remove(key)
-        return self._items.pop(key)
-
-    def _lesson(self) -> None:
-        self._events += 1
-        pause = min(max(self._clock // 2, _FIRST_LESSON), _LESSON)
-        if self._events < max(pause, (len(self._items) + len(self._ghosts)) // 4):
-            return
-        self._events = 0
-        known = (*self._items.values(), *self._ghosts.values())
-        self._model.learn([(item.uses, self._clock - item.last) for item in known])
+        del self._cost_density[key]

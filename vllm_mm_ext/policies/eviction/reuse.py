@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 # Ages fall into half octaves; the last bucket begins at 2**17.5 uses.
 _PER_OCTAVE = 2
 _BUCKETS = 36
 _EDGES = [0.0, *(2 ** (bucket / _PER_OCTAVE) for bucket in range(1, _BUCKETS + 1))]
-_WIDTHS = [_EDGES[bucket + 1] - _EDGES[bucket] for bucket in range(_BUCKETS)]
+_WIDTHS = np.diff(_EDGES)
 # Items used 1, 2, 3, 6, 12 ... times; those in between belong to two classes in part.
 _CLASSES = 13
 _USES = [1.0, 2.0, *(3.0 * 2**octave for octave in range(_CLASSES - 2))]
-# Before anything is known: an item is used again the later, the longer ago it was used and the
-# fewer times.
-_UNKNOWN = [0.5 / (edge + 1) for edge in _EDGES[:_BUCKETS]]
-# Reuses that a class must have at an age to weigh as much as what is known of class and age.
-_OWN = 20.0
-# Bounds of the reuses that an age must have to weigh as much as the ages before it.
-_SMOOTH = 0.5, 100.0
+# Before anything is known: the chance of a reuse in an octave of age is the same in all, so that
+# what was used longer ago is used again later.
+_PRIOR = 0.3 / _WIDTHS
+# Reuses that all items must have at an age to weigh as much as what is known beforehand; a kind of
+# items, as much as what is known of all; and a class of uses, as much as its kind.
+_ALL, _KIND, _CLASS = 0.5, 1.0, 20.0
+# Reuses that are expected of a class before it weighs as much as the class below it.
+_FACTOR = 0.6
 # Factors and rates by age are fitted in turns, and go on where the last lesson left them.
-_ROUNDS = 3
-# Weight of what was learnt before, each time the densities are made anew.
-_MEMORY = 0.7
+_ROUNDS = 2
+# Uses after which a use weighs 1 / e.
+_MEMORY = 1000.0
 
-Counts = list[float]
+Table = npt.NDArray[np.float64]
 
 
 def _position(uses: int) -> tuple[int, float]:
@@ -35,7 +39,15 @@ def _position(uses: int) -> tuple[int, float]:
     return lower, min(place - lower, 1.0)
 
 
+def _place(age: int) -> tuple[int, float]:
+    """The bucket whose middle is before an age, and how far the age is on the way to the next."""
+    place = max(_PER_OCTAVE * math.log2(age) - 0.5, 0.0) if age > 1 else 0.0
+    bucket = min(int(place), _BUCKETS - 2)
+    return bucket, min(place - bucket, 1.0)
+
+
 _POSITIONS = [_position(max(uses, 1)) for uses in range(int(_USES[-1]) + 1)]
+_PLACES = [_place(age) for age in range(4096)]
 
 
 def use_class(uses: int) -> tuple[int, float]:
@@ -48,137 +60,121 @@ def use_class(uses: int) -> tuple[int, float]:
 
 
 def age_bucket(age: int) -> int:
-    """The bucket of an age: uses of any item since the item's own last one."""
+    """The bucket of an age: time since an item's last use."""
     return min(int(_PER_OCTAVE * math.log2(age)), _BUCKETS - 1) if age > 1 else 0
 
 
 class ReuseModel:
-    """Expected reuses per time that an item is kept, by how often and how long ago it was used.
+    """Expected reuses per time that an item is kept, by its kind, its uses and its age.
 
     An item's time at an age ends when the item is used again or given up. From these ends the model
-    learns rates of reuse: a rate by age times a factor by uses (proportional hazards; Cox, J. R.
-    Stat. Soc. B 34(2), 1972), from which classes with many ends at an age depart. The model smooths
-    the rates of neighbouring ages by as much as chance alone would part them. So the number of uses
-    tells items of fixed popularity apart, and the time since the last use tells conversations with
-    think time apart.
+    learns rates of reuse: a rate by age times a factor by kind and uses (proportional hazards; Cox,
+    J. R. Stat. Soc. B 34(2), 1972). From these depart the rates by age of a kind, and from the
+    kind's those of a class of uses, as far as they have been seen (gamma-Poisson shrinkage).
+    So the number of uses tells items of fixed popularity apart, and the time since the last use
+    tells conversations with think time apart.
 
     The density of an item is the largest ratio, over all times to keep it at most that long, of
     its chance to be used to the time it is held for: the Gittins index of keeping it (Gittins, J.
     R. Stat. Soc. B 41(2), 1979), which refines the hit density of Beckmann et al. ("LHD: Improving
     Cache Hit Rate by Maximizing Hit Density", NSDI 2018). Old ends count less and less, so the
     model follows changing traffic.
+
+    Args:
+        levels: By kind of items, how often such items are used again as far as is known beforehand,
+            in any one unit.
     """
 
-    def __init__(self) -> None:
-        self._reused = _zeros()
-        self._ended = _zeros()
-        self._factors = list(_USES)
-        self._densities = [_densities([uses * rate for rate in _UNKNOWN]) for uses in _USES]
+    def __init__(self, levels: Sequence[float] = (1.0,)) -> None:
+        shape = len(levels), _CLASSES, _BUCKETS
+        self._levels = levels
+        self._reused: Table = np.zeros(shape)
+        self._ended: Table = np.zeros(shape)
+        self._factors: Table = np.repeat(np.array(levels)[:, None], _CLASSES, axis=1)
+        self._rates: Table = self._factors[..., None] * _PRIOR
+        self._ends = 0
+        # By kind and class, computed when they are asked for.
+        self._densities: dict[tuple[int, int], list[float]] = {}
 
-    def density(self, uses: int, age: int) -> float:
-        """Expected reuses per time of an item, by its number of uses and the time since the last.
-
-        The unit of time is a use of any item.
-        """
-        (lower, share), bucket = use_class(uses), age_bucket(age)
-        low = self._densities[lower][bucket]
-        return low + share * (self._densities[lower + 1][bucket] - low)
-
-    def end(self, uses: int, age: int, *, reused: bool) -> None:
-        """Note that an item was used again at some age, or that the cache no longer knows of it."""
-        (lower, share), bucket = use_class(uses), age_bucket(age)
-        for kind, part in ((lower, 1 - share), (lower + 1, share)):
-            self._ended[kind][bucket] += part
-            self._reused[kind][bucket] += part * reused
-
-    def learn(self, waiting: Sequence[tuple[int, int]]) -> None:
-        """Compute the densities anew from all that was noted.
+    def density(self, kind: int, uses: int, age: int) -> float:
+        """Expected reuses per time of an item.
 
         Args:
-            waiting: Uses and age of each item that may still be used again.
+            kind: Its kind.
+            uses: How often it was used.
+            age: Time since its last use.
         """
-        alive = _zeros()
-        for uses, age in waiting:
+        lower, share = use_class(uses)
+        # Between the middles of buckets, so that no edge decides.
+        bucket, part = _PLACES[age] if age < len(_PLACES) else _place(age)
+        densities = self._of(kind, lower)
+        found = densities[bucket] + part * (densities[bucket + 1] - densities[bucket])
+        if share:
+            densities = self._of(kind, lower + 1)
+            above = densities[bucket] + part * (densities[bucket + 1] - densities[bucket])
+            found += share * (above - found)
+        return found
+
+    def end(self, kind: int, uses: int, age: int, *, reused: bool) -> None:
+        """Note that an item was used again at some age, or that the cache no longer knows of it."""
+        (lower, share), bucket = use_class(uses), age_bucket(age)
+        for by_uses, part in ((lower, 1 - share), (lower + 1, share)):
+            self._ended[kind, by_uses, bucket] += part
+            self._reused[kind, by_uses, bucket] += part * reused
+        self._ends += 1
+
+    def learn(self, waiting: Iterable[tuple[int, int, int]], each: int = 1) -> None:
+        """Compute the rates anew from all that was noted.
+
+        Args:
+            waiting: Kind, uses and age of items that may still be used again.
+            each: How many such items each of them stands for.
+        """
+        alive = np.zeros_like(self._ended)
+        for kind, uses, age in waiting:
             (lower, share), bucket = use_class(uses), age_bucket(age)
-            alive[lower][bucket] += 1 - share
-            alive[lower + 1][bucket] += share
-        lived = [_lived(*counts) for counts in zip(self._ended, alive, strict=True)]
-        rates = self._fit(lived)
-        self._densities = [
-            _densities(
-                [
-                    (count + _OWN) / (time + _OWN / (factor * rate))
-                    for count, time, rate in zip(reused, times, rates, strict=True)
-                ]
-            )
-            for factor, reused, times in zip(self._factors, self._reused, lived, strict=True)
-        ]
-        for counts in (*self._reused, *self._ended):
-            counts[:] = [_MEMORY * count for count in counts]
+            alive[kind, lower, bucket] += 1 - share
+            alive[kind, lower + 1, bucket] += share
+        ends = self._ended + each * alive
+        # Items that ended in a bucket were there for half of it on average.
+        older = np.cumsum(ends[..., ::-1], axis=-1)[..., ::-1] - ends
+        lived = (older + ends / 2) * _WIDTHS
+        self._fit(lived)
+        self._densities = {}
+        memory = math.exp(-self._ends / _MEMORY)
+        self._reused *= memory
+        self._ended *= memory
+        self._ends = 0
 
-    def _fit(self, lived: list[Counts]) -> Counts:
-        """Fit the rates by age, and the factors by uses with them."""
-        reused, by_class = _total(self._reused), [sum(counts) for counts in self._reused]
-        rates = self._by_age(reused, lived)
+    def _fit(self, lived: Table) -> None:
+        """Fit rates by age, factors by kind and uses, and what departs from both."""
+        reused, factors = self._reused, self._factors
+        by_class = reused.sum(axis=-1)
         for _ in range(_ROUNDS):
-            # A class with few ends is to the one before it as their numbers of uses.
-            factor, uses = 1.0, 1.0
-            for kind, (count, times) in enumerate(zip(by_class, lived, strict=True)):
-                expected = sum(time * rate for time, rate in zip(times, rates, strict=True))
-                prior = factor * _USES[kind] / uses
-                factor, uses = (count + prior) / (expected + 1), _USES[kind]
-                self._factors[kind] = factor
-            # Only products of rates and factors matter; this keeps both in range.
-            if total := sum(by_class):
-                pairs = zip(by_class, self._factors, strict=True)
-                mean = sum(count * factor for count, factor in pairs) / total
-                self._factors = [factor / mean for factor in self._factors]
-            rates = self._by_age(reused, lived)
-        return rates
+            times = factors[..., None] * lived
+            base = (reused.sum(axis=(0, 1)) + _ALL) / (times.sum(axis=(0, 1)) + _ALL / _PRIOR)
+            of_kind = (reused.sum(axis=1) + _KIND) / (times.sum(axis=1) + _KIND / base)
+            expected = (lived * of_kind[:, None]).sum(axis=-1)
+            below = np.array(self._levels)
+            for by_uses in range(_CLASSES):
+                seen = by_class[:, by_uses] + _FACTOR * below
+                below = seen / (expected[:, by_uses] + _FACTOR)
+                factors[:, by_uses] = below
+            # Rates have the level, factors tell apart: where nothing comes back, that is learnt of
+            # the ages that were seen.
+            factors *= (expected.sum() + 1e-9) / ((factors * expected).sum() + 1e-9)
+        prior = factors[..., None] * of_kind[:, None]
+        self._rates = (reused + _CLASS) / (lived + _CLASS / prior)
 
-    def _by_age(self, reused: Counts, lived: list[Counts]) -> Counts:
-        """Rates by age for the present factors."""
-        times = [
-            sum(factor * time for factor, time in zip(self._factors, column, strict=True))
-            for column in zip(*lived, strict=True)
-        ]
-        rate = (sum(reused) + 0.1) / (sum(times) + 1)
-        # How much the rates differ beyond chance (gamma-Poisson, by moments): variance of the
-        # counts above Poisson's, next to the square of what is expected.
-        expected = [time * rate for time in times]
-        pairs = list(zip(reused, expected, strict=True))
-        beyond = sum((count - mean) ** 2 - count for count, mean in pairs)
-        square = sum(mean**2 for mean in expected)
-        low, high = _SMOOTH
-        smooth = min(max(square / beyond, low), high) if beyond > 0 else high
-        rates = []
-        for count, time in zip(reused, times, strict=True):
-            rate = (count + smooth) / (time + smooth / rate)
-            rates.append(rate)
-        return rates
+    def _of(self, kind: int, by_uses: int) -> list[float]:
+        found = self._densities.get((kind, by_uses))
+        if found is None:
+            found = _densities(self._rates[kind, by_uses].tolist())
+            self._densities[kind, by_uses] = found
+        return found
 
 
-def _zeros() -> list[Counts]:
-    return [[0.0] * _BUCKETS for _ in range(_CLASSES)]
-
-
-def _total(classes: list[Counts]) -> Counts:
-    return [sum(counts) for counts in zip(*classes, strict=True)]
-
-
-def _lived(ended: Counts, alive: Counts) -> Counts:
-    """Time that items spent at each age."""
-    lived = [0.0] * _BUCKETS
-    older = 0.0
-    for bucket in reversed(range(_BUCKETS)):
-        here = ended[bucket] + alive[bucket]
-        # Items that ended in this bucket were there for half of it on average.
-        lived[bucket] = (older + here / 2) * _WIDTHS[bucket]
-        older += here
-    return lived
-
-
-def _densities(rates: Counts) -> Counts:
+def _densities(rates: list[float]) -> list[float]:
     """Largest ratio of the chance of a reuse to the time held, from each age on."""
     found = [0.0] * _BUCKETS
     # Chance of a reuse, time held and chance to get beyond, of runs of buckets that are worth
@@ -195,5 +191,5 @@ def _densities(rates: Counts) -> Counts:
                 beyond * past,
             )
         runs.append((chance, held, beyond))
-        found[bucket] = chance / held
+        found[bucket] = float(chance / held)
     return found

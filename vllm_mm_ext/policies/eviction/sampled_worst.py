@@ -8,11 +8,11 @@ from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
-# In a larger set, the worst of this many members drawn at random is taken. The set remembers the
+# In a larger set, the worst of this many members drawn at random is taken. A set remembers the
 # next worst of the drawn members; once few of those are left, they compete with newly drawn ones
 # (cf. Psounis and Prabhakar, "Efficient randomized web-cache replacement schemes using samples from
 # past eviction times", IEEE/ACM Trans. Networking 10(4), 2002).
-_DRAWN = 64
+DRAWN = 64
 _REMEMBERED = 16
 _LEFT = 12
 
@@ -24,9 +24,11 @@ class SampledWorst(Generic[K]):
         rank: Tells a member's rank; the member of the lowest rank is the worst. Ranks of different
             members differ.
         source: Of random numbers.
+        drawn: Members drawn at a time; a set of so many is ranked exactly.
     """
 
-    def __init__(self, rank: Callable[[K], Any], source: random.Random) -> None:
+    def __init__(self, rank: Callable[[K], Any], source: random.Random, drawn: int = DRAWN) -> None:
+        self._draws = drawn
         self._rank = rank
         self._random = source
         self._members: list[K] = []
@@ -70,7 +72,7 @@ class SampledWorst(Generic[K]):
             None if no member may be chosen.
         """
         members = self._members
-        if len(members) > _DRAWN:
+        if len(members) > self._draws:
             if len(self._remembered) <= _LEFT:
                 self._remember()
             for member in self._remembered:
@@ -90,7 +92,7 @@ class SampledWorst(Generic[K]):
         """Members drawn at random."""
         members = self._members
         draw = self._random.random
-        return [members[int(draw() * len(members))] for _ in range(_DRAWN)]
+        return [members[int(draw() * len(members))] for _ in range(self._draws)]
 
     def _remember(self) -> None:
         """Draw members, and remember the worst of them and of those remembered."""

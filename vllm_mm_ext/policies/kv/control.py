@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from vllm_mm_ext.base.client_ids import short_id
-from vllm_mm_ext.policies.kv.item_registry import CachedMedia
-from vllm_mm_ext.policies.kv.sessions import session_key
+from vllm_mm_ext.policies.kv.pieces import CachedMedia, Piece, paths
+from vllm_mm_ext.policies.kv.sessions import Sessions, session_key
 
 # The method of vLLM's ``EngineCore`` that API processes call.
 UTILITY = "mm_ext_kv"
 
 
-class _Sessions(Protocol):
-    def pin(self, session_id: str) -> set[int]: ...
-    def unpin(self, session_id: str) -> set[int]: ...
-    def release(self, session_id: str) -> set[int]: ...
-    def protected(self, item: int) -> bool: ...
-
-
 class _Pool(Protocol):
     @property
-    def sessions(self) -> _Sessions: ...
-    def reprotect(self, items: set[int]) -> None: ...
-    def release(self, items: set[int]) -> None: ...
+    def sessions(self) -> Sessions[Piece]: ...
+    def settle(self, pieces: Iterable[Piece]) -> None: ...
+    def end(self, pieces: Iterable[Piece]) -> None: ...
     def media(self) -> list[CachedMedia]: ...
 
 
@@ -41,7 +35,8 @@ class KVControl:
     def pin(self, session_id: str) -> int:
         """Give up a session's media, those cached now and later, after all others.
 
-        The media count towards the quota, and a request that needs their memory still gets it.
+        The media count towards the quota, and a request that needs their memory still gets it. Of
+        more than ``MAX_SESSIONS`` pins the oldest one ends.
 
         Args:
             session_id: Key of the session (``session_key`` of its short id); the session may have
@@ -50,30 +45,36 @@ class KVControl:
         Returns:
             Number of mm items that the pool keeps for the session now.
         """
-        return self._changed(self._pool.sessions.pin(session_id))
+        sessions = self._pool.sessions
+        self._pool.settle(sessions.pin(session_id))
+        return _items(sessions.ends(session_id))
 
     def unpin(self, session_id: str) -> int:
-        """End a pin; the session's TTL starts now. Returns the number of the session's items."""
-        return self._changed(self._pool.sessions.unpin(session_id))
+        """End a pin. Returns the number of the session's items."""
+        ends = self._pool.sessions.unpin(session_id)
+        self._pool.settle(ends)
+        return _items(ends)
 
     def release(self, session_id: str) -> int:
-        """End a session; the pool stops keeping items that no other session uses.
+        """End a session; the pool stops keeping what only its prompts end with.
 
         Returns:
             Number of the session's items.
         """
-        items = self._pool.sessions.release(session_id)
-        self._pool.reprotect(items)
-        self._pool.release({item for item in items if not self._pool.sessions.protected(item)})
-        return len(items)
+        ends = self._pool.sessions.release(session_id)
+        count = _items(ends)
+        self._pool.settle(ends)
+        self._pool.end(ends)
+        return count
 
     def media(self) -> list[CachedMedia]:
         """The media that are cached, latest use first."""
         return self._pool.media()
 
-    def _changed(self, items: set[int]) -> int:
-        self._pool.reprotect(items)
-        return len(items)
+
+def _items(ends: Iterable[Piece]) -> int:
+    """Number of mm items in prompts that end in some pieces."""
+    return sum(piece.begins_item for piece in paths(ends))
 
 
 class KVClient:

@@ -1,19 +1,21 @@
-"""Conversations that are alive or pinned, whose media the pool gives up last. Pure."""
+"""Conversations: where their cached prompts end, and which of them are pinned. Pure."""
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
-from enum import IntEnum
+from typing import Generic, TypeVar
 
 from blake3 import blake3
 
-# Sessions remembered at most. Ids come from clients, who may send a new one with every request.
+# Sessions remembered at most, and pinned ones besides. Ids come from clients, who may send a new
+# one with every request.
 MAX_SESSIONS = 1 << 16
-# Sessions that a use drops at most: more than it adds, so that they get fewer without a long halt.
-_DROPS_PER_USE = 2
+# Prompts of one session at most: it may ask several things at a time.
+MAX_ENDS = 16
+
+T = TypeVar("T", bound=Hashable)
 
 
 def session_key(session_id: str, cache_salt: str | None) -> str:
@@ -31,53 +33,27 @@ def session_key(session_id: str, cache_salt: str | None) -> str:
     return f"salted:{salted.hexdigest()}"
 
 
-class Protection(IntEnum):
-    """How an item is protected; items of a lower value are given up first."""
-
-    NONE = 0
-    SESSION = 1
-    PINNED = 2
-
-
 @dataclass(slots=True)
-class Session:
-    """One conversation.
+class _Session(Generic[T]):
+    """One conversation: the ends of its prompts that are cached, and whether it is pinned."""
 
-    Attributes:
-        last_use_s: When the session last had a request, in seconds on the clock of ``Sessions``.
-        pinned: Whether the session is kept until it is unpinned or released.
-        items: Numbers of the session's cached items.
-    """
-
-    last_use_s: float
     pinned: bool = False
-    items: set[int] = field(default_factory=set)
+    ends: dict[T, None] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Users:
-    """Sessions that use one item; ``pinned`` counts the pinned ones among them."""
+class Sessions(Generic[T]):
+    """Sessions by key, in the order of last use; ``MAX_SESSIONS`` of them, and as many pinned ones.
 
-    ids: set[str] = field(default_factory=set)
-    pinned: int = 0
-
-
-class Sessions:
-    """Sessions by key, in the order of last use; ``MAX_SESSIONS`` of them besides pinned ones.
-
-    What protects an item is told in O(1); the rest is O(1) per session and item that changes.
-
-    Args:
-        ttl_s: Seconds after its last use for which a session protects its items; 0: never.
-        clock: Seconds, never going back.
+    A session is known by the last cached pieces of its prompts; what comes before a piece stays as
+    long as the piece. Every operation is O(1) per piece that changes.
     """
 
-    def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ttl_s = ttl_s
-        self._clock = clock
-        self._live: OrderedDict[str, Session] = OrderedDict()
-        self._pinned: dict[str, Session] = {}
-        self._of_item: dict[int, _Users] = {}
+    def __init__(self) -> None:
+        self._live: OrderedDict[str, _Session[T]] = OrderedDict()
+        self._pinned: dict[str, _Session[T]] = {}
+        self._of_piece: dict[T, set[str]] = {}
+        # Pinned sessions by piece, where there are any.
+        self._pins: Counter[T] = Counter()
 
     def __contains__(self, session_id: object) -> bool:
         return session_id in self._live or session_id in self._pinned
@@ -85,133 +61,148 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live) + len(self._pinned)
 
-    def now(self) -> float:
-        """The clock, in seconds."""
-        return self._clock()
-
-    def use(self, session_id: str, item: int) -> set[int]:
-        """Note that a request of a session uses an item, and drop a few sessions that are over.
-
-        Returns:
-            Items that may have lost protection because of the dropped sessions.
-        """
-        session = self._pinned.get(session_id)
-        if session is None:
-            if self._ttl_s <= 0:
-                return set()
-            session = self._live.setdefault(session_id, Session(0.0))
-            self._live.move_to_end(session_id)
-        session.last_use_s = self._clock()
-        if item not in session.items:
-            session.items.add(item)
-            users = self._of_item.setdefault(item, _Users())
-            users.ids.add(session_id)
-            users.pinned += session.pinned
-        return self.expire(_DROPS_PER_USE)
-
-    def pin(self, session_id: str) -> set[int]:
-        """Keep a session's items, present and future, until an unpin; returns the present items."""
-        session = self._pinned.get(session_id)
-        if session is None:
-            session = self._live.pop(session_id, None) or Session(self._clock())
-            session.pinned = True
-            self._pinned[session_id] = session
-            for item in session.items:
-                self._of_item[item].pinned += 1
-        return set(session.items)
-
-    def unpin(self, session_id: str) -> set[int]:
-        """End a pin; the TTL counts from now. Returns the session's items."""
-        session = self._pinned.pop(session_id, None)
-        if session is None:
-            return set()
-        if self._ttl_s <= 0:
-            return self._dropped(session_id, session)
-        session.pinned = False
-        for item in session.items:
-            self._of_item[item].pinned -= 1
-        session.last_use_s = self._clock()
-        self._live[session_id] = session
-        return set(session.items)
-
-    def release(self, session_id: str) -> set[int]:
-        """Forget a session, pinned or not; returns the items that the session used."""
-        session = self._pinned.pop(session_id, None) or self._live.pop(session_id, None)
-        return self._dropped(session_id, session) if session is not None else set()
-
-    def expire(self, most: int = MAX_SESSIONS) -> set[int]:
-        """Forget sessions past their TTL, and the oldest where there are too many.
+    def use(self, session_id: str, end: T, passed: Iterable[T] = ()) -> T | None:
+        """Note that a session's prompt reaches a piece.
 
         Args:
-            most: Sessions to forget at most.
+            session_id: The session.
+            end: The piece.
+            passed: Pieces of the prompt, where the session's prompt may have ended until now.
 
         Returns:
-            Items that may have lost protection.
+            Another piece, if one of the session's other prompts is forgotten that ended there.
         """
-        items: set[int] = set()
-        now = self._clock()
-        for _ in range(min(most, len(self._live))):
-            session_id, session = next(iter(self._live.items()))
-            if session.last_use_s + self._ttl_s > now and len(self._live) <= MAX_SESSIONS:
-                break
-            del self._live[session_id]
-            items |= self._dropped(session_id, session)
-        return items
+        session = self._pinned.get(session_id)
+        if session is None:
+            session = self._live.setdefault(session_id, _Session())
+            self._live.move_to_end(session_id)
+            self._forget_oldest()
+        for piece in passed:
+            self._unlink(session_id, session, piece)
+        self._link(session_id, session, end)
+        if len(session.ends) <= MAX_ENDS:
+            return None
+        oldest = next(iter(session.ends))
+        self._unlink(session_id, session, oldest)
+        return oldest
 
-    def forget_item(self, item: int) -> None:
-        """Note that an item is no longer cached; its sessions go on."""
-        users = self._of_item.pop(item, None)
-        for session_id in users.ids if users is not None else ():
-            self._session(session_id).items.discard(item)
+    def pin(self, session_id: str) -> list[T]:
+        """Keep a session's pieces, present and future, until an unpin.
 
-    def clear_items(self) -> None:
+        Returns:
+            The pieces where the session's prompts end; and where there are too many pins, so that
+            the oldest one ends, those of the session that it kept.
+        """
+        session = self._pinned.get(session_id)
+        if session is None:
+            session = self._live.pop(session_id, None) or _Session()
+            self._set_pinned(session, True)
+            self._pinned[session_id] = session
+        ends = list(session.ends)
+        if len(self._pinned) > MAX_SESSIONS:
+            ends += self.unpin(next(iter(self._pinned)))
+        return ends
+
+    def unpin(self, session_id: str) -> list[T]:
+        """End a pin; returns the session's ends."""
+        session = self._pinned.pop(session_id, None)
+        if session is None:
+            return []
+        self._set_pinned(session, False)
+        self._live[session_id] = session
+        ends = list(session.ends)
+        self._forget_oldest()
+        return ends
+
+    def release(self, session_id: str) -> list[T]:
+        """Forget a session, pinned or not; returns its ends."""
+        session = self._pinned.pop(session_id, None) or self._live.pop(session_id, None)
+        if session is None:
+            return []
+        ends = list(session.ends)
+        self._unlink_all(session_id, session)
+        return ends
+
+    def replace(self, piece: T, before: T | None) -> None:
+        """Note that a piece is no longer cached; prompts that ended there end before it."""
+        for session_id in list(self._of_piece.get(piece, ())):
+            session = self._pinned.get(session_id) or self._live[session_id]
+            self._unlink(session_id, session, piece)
+            if before is not None:
+                self._link(session_id, session, before)
+
+    def clear_pieces(self) -> None:
         """Note that nothing is cached any more; sessions and pins go on."""
-        self._of_item.clear()
+        self._of_piece.clear()
+        self._pins.clear()
         for session in (*self._live.values(), *self._pinned.values()):
-            session.items.clear()
+            session.ends.clear()
 
-    def protection(self, item: int) -> Protection:
-        """How the sessions that use an item protect it."""
-        users = self._of_item.get(item)
-        if users is None:
-            return Protection.NONE
-        return Protection.PINNED if users.pinned else Protection.SESSION
+    def latest(self) -> Iterator[tuple[str, bool, list[T]]]:
+        """Key, whether it is pinned, and ends of each session: pinned ones, then the last used."""
+        for key, session in (*self._pinned.items(), *reversed(self._live.items())):
+            yield key, session.pinned, list(session.ends)
 
-    def protected(self, item: int) -> bool:
-        """Whether any session protects an item."""
-        return item in self._of_item
+    def ends(self, session_id: str) -> list[T]:
+        """Where a session's prompts end; none if it is not known."""
+        session = self._pinned.get(session_id) or self._live.get(session_id)
+        return list(session.ends) if session is not None else []
 
-    def ids(self, item: int) -> tuple[str, ...]:
-        """Sessions that use an item."""
-        users = self._of_item.get(item)
-        return tuple(sorted(users.ids)) if users is not None else ()
+    def pinned(self, piece: T) -> bool:
+        """Whether the prompt of a pinned session ends in a piece."""
+        return piece in self._pins
 
-    def items(self, session_id: str) -> set[int]:
-        """Items of a session; none for an unknown session."""
-        return set(self._session(session_id).items) if session_id in self else set()
+    def ending(self, piece: T) -> Set[str]:
+        """Sessions whose prompts end in a piece."""
+        return self._of_piece.get(piece, frozenset())
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` if sessions and items disagree; for tests."""
+        """Raise ``AssertionError`` if sessions and pieces disagree; for tests."""
         assert not set(self._live) & set(self._pinned)
-        uses = [session.last_use_s for session in self._live.values()]
-        assert uses == sorted(uses)
-        found: dict[int, _Users] = {}
+        assert max(len(self._live), len(self._pinned)) <= MAX_SESSIONS
+        found: dict[T, set[str]] = {}
+        pins: Counter[T] = Counter()
         for session_id, session in (*self._live.items(), *self._pinned.items()):
             assert session.pinned == (session_id in self._pinned)
-            for item in session.items:
-                users = found.setdefault(item, _Users())
-                users.ids.add(session_id)
-                users.pinned += session.pinned
-        assert found == self._of_item
+            assert len(session.ends) <= MAX_ENDS
+            for end in session.ends:
+                found.setdefault(end, set()).add(session_id)
+                if session.pinned:
+                    pins[end] += 1
+        assert found == self._of_piece
+        assert pins == self._pins
 
-    def _session(self, session_id: str) -> Session:
-        return self._pinned.get(session_id) or self._live[session_id]
+    def _forget_oldest(self) -> None:
+        if len(self._live) > MAX_SESSIONS:
+            self._unlink_all(*self._live.popitem(last=False))
 
-    def _dropped(self, session_id: str, session: Session) -> set[int]:
-        for item in session.items:
-            users = self._of_item[item]
-            users.ids.discard(session_id)
-            users.pinned -= session.pinned
-            if not users.ids:
-                del self._of_item[item]
-        return session.items
+    def _set_pinned(self, session: _Session[T], pinned: bool) -> None:
+        session.pinned = pinned
+        for end in session.ends:
+            self._count_pin(end, 1 if pinned else -1)
+
+    def _count_pin(self, end: T, by: int) -> None:
+        self._pins[end] += by
+        if not self._pins[end]:
+            del self._pins[end]
+
+    def _link(self, session_id: str, session: _Session[T], end: T) -> None:
+        if end not in session.ends:
+            session.ends[end] = None
+            self._of_piece.setdefault(end, set()).add(session_id)
+            if session.pinned:
+                self._count_pin(end, 1)
+
+    def _unlink(self, session_id: str, session: _Session[T], end: T) -> None:
+        if end in session.ends:
+            del session.ends[end]
+            users = self._of_piece[end]
+            users.discard(session_id)
+            if not users:
+                del self._of_piece[end]
+            if session.pinned:
+                self._count_pin(end, -1)
+
+    def _unlink_all(self, session_id: str, session: _Session[T]) -> None:
+        for end in list(session.ends):
+            self._unlink(session_id, session, end)

@@ -31,6 +31,9 @@ from vllm_mm_ext.tools.bench.conversations_engine import (
 )
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.tools.bench.inprocess import measure
+from vllm_mm_ext.tools.bench.kv_bounds import optimum
+from vllm_mm_ext.tools.bench.kv_costs import Costs
+from vllm_mm_ext.tools.bench.kv_trace import Access, KVTrace
 
 CONVERSATIONS = 12
 # The plugin without its block pool: what is left is what the pool does.
@@ -68,10 +71,12 @@ def run(context: BenchContext) -> BenchResult:
         videos = make_videos(context.work_dir, media, CONVERSATIONS + 1)
         warm = videos.pop().rename(context.work_dir / "conversations-warm.mp4")
         turns: dict[str, list[Turn]] = {}
+        traces: dict[str, KVTrace] = {}
         for side in ("stock", "plugin"):
             begin(f"{side}, engine")
             found = measure("conversations_engine", side, [str(model), str(media)])
-            turns[side] = [Turn(**turn) for turn in found]
+            turns[side] = [Turn(**turn) for turn in found["turns"]]
+            traces[side] = KVTrace.parse(found["trace"], side)
         for side in _SIDES:
             begin(f"{side}, server")
             with _server(model, media, side) as server:
@@ -80,7 +85,37 @@ def run(context: BenchContext) -> BenchResult:
                 ask(server, conversation((media / "warm.mp4").as_uri(), 1))
                 (media / "warm.mp4").unlink()
                 answers[side] = _converse(server, videos)
-    return BenchResult("conversations", _rows(turns, answers), _notes(turns, answers))
+    # One is the null block.
+    most = most_found(traces["plugin"], kv_blocks(CONVERSATIONS) - 1)
+    return BenchResult("conversations", _rows(turns, answers), _notes(turns, answers, most))
+
+
+def most_found(trace: KVTrace, blocks: int) -> float:
+    """Prompt tokens up to the end of a video that a pool could find at most, after first turns.
+
+    Args:
+        trace: All requests.
+        blocks: Size of the pool.
+    """
+    return optimum(trace, _Found(trace), blocks)
+
+
+class _Found(Costs):
+    """Counts tokens instead of costs."""
+
+    def __init__(self, trace: KVTrace) -> None:
+        super().__init__(trace)
+        self._firsts: dict[int, Access] = {}
+        for access in trace.accesses:
+            for item in access.items:
+                self._firsts.setdefault(item.content, access)
+
+    def of(self, access: Access, place: int) -> float:
+        """Tokens of a block, of a request that is not the first one about its video."""
+        if not access.items or self._firsts[access.items[0].content] is access:
+            return 0.0
+        end = access.items[-1].offset + access.items[-1].length
+        return float(max(0, min(end - place * self.block, self.block)))
 
 
 def _server(model: Path, media: Path, side: str) -> Any:
@@ -149,13 +184,18 @@ def _rows(turns: dict[str, list[Turn]], answers: dict[str, list[Answer]]) -> lis
     ]
 
 
-def _notes(turns: dict[str, list[Turn]], answers: dict[str, list[Answer]]) -> list[str]:
+def _notes(
+    turns: dict[str, list[Turn]], answers: dict[str, list[Answer]], most: float
+) -> list[str]:
+    hits = {side: sum(t.cached for t in of_side if t.turn > 1) for side, of_side in turns.items()}
     same = [a.answer == b.answer for a, b in zip(turns["stock"], turns["plugin"], strict=True)]
     off = sum(answer.cached_tokens for answer in answers["kv off"])
     return [
         f"{CONVERSATIONS} conversations of {TURNS} turns, every round in another order; videos of "
         f"{VIDEO_TOKENS} tokens; {kv_blocks(CONVERSATIONS)} KV blocks of {BLOCK} tokens",
         f"{CHURN} text prompts of {WORDS} numbers between any two turns",
+        f"a pool that knows what comes would find {most:,.0f} tokens at most; of these stock finds "
+        f"{hits['stock'] / most:.2f}, the plugin {hits['plugin'] / most:.2f}",
         f"greedy answers that equal stock's: {sum(same)} of {len(same)}",
         f"plugin with kv.enabled false: {off:,} prompt tokens from KV",
     ]

@@ -19,6 +19,7 @@ from vllm_mm_ext.testing.engine_arguments import EVERY_PART
 from vllm_mm_ext.testing.step_trace import record_steps
 from vllm_mm_ext.tools.bench.chat import QUESTIONS, conversation
 from vllm_mm_ext.tools.bench.inprocess import start
+from vllm_mm_ext.tools.bench.kv_trace import record_accesses
 
 TURNS = 4
 BLOCK = 32
@@ -148,11 +149,13 @@ def engine(model: Path, media: Path, conversations: int, **options: Any) -> Any:
 
 
 def main(side: str, model: Path, media: Path) -> None:
-    """One side; prints the turns."""
+    """One side; prints the turns, and the trace of what they used."""
     videos = sorted(media.glob("*.mp4"))
     options = {"additional_config": CONFIG, **EVERY_PART} if side == "plugin" else {}
     llm = engine(model, media, len(videos), **options)
-    print(json.dumps([asdict(turn) for turn in play(llm, videos)]))
+    with record_accesses(llm) as recorder:
+        turns = [asdict(turn) for turn in play(llm, videos)]
+    print(json.dumps({"turns": turns, "trace": recorder.trace().text("conversations")}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""Which cached KV blocks depend on which mm items, also after the pool has given the items up."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+# Requests whose chains are kept; one that is not is made again.
+_CHAINS = 256
+
+
+class Link(NamedTuple):
+    """The mm items of a prompt up to one of them, the last one first.
+
+    Attributes:
+        identifier: vLLM's identifier of the item.
+        before: The link of the item before it, or None.
+    """
+
+    identifier: str
+    before: Any
+
+
+class MediaMarks:
+    """For each block, the mm items that its KV depends on.
+
+    A block depends on an item that begins before the block ends. A mark holds only as long as the
+    block has the hash that it had then.
+
+    Args:
+        num_blocks: Number of blocks of the pool.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._marks: list[tuple[Any, Link] | None] = [None] * num_blocks
+        self._chains: OrderedDict[str, list[Link]] = OrderedDict()
+
+    def note(self, request: Any, blocks: Sequence[Any], indices: range, block_size: int) -> None:
+        """Mark the blocks of a request with media that are cached now.
+
+        Args:
+            request: vLLM's request.
+            blocks: Its blocks, from the first on.
+            indices: Indices of the blocks to mark.
+            block_size: Tokens per block.
+        """
+        features = request.mm_features
+        chain = self._chain(request.request_id, features)
+        for index in indices:
+            block = blocks[index]
+            end = (index + 1) * block_size
+            begun = bisect_left(features, end, key=lambda feature: feature.mm_position.offset)
+            if begun and block.block_hash is not None:
+                self._marks[block.block_id] = block.block_hash, chain[begun - 1]
+
+    def depending(self, wanted: Callable[[str], bool], blocks: Sequence[Any]) -> set[int]:
+        """Ids of the cached blocks that depend on some items. O(blocks and marks).
+
+        Args:
+            wanted: Whether an item, named by its identifier, is one of them.
+            blocks: All blocks of the pool, by id.
+        """
+        known: dict[int, bool] = {}
+        found = set()
+        for block_id, mark in enumerate(self._marks):
+            if mark is None or blocks[block_id].block_hash != mark[0]:
+                self._marks[block_id] = None
+                continue
+            if _any(mark[1], wanted, known):
+                found.add(block_id)
+        return found
+
+    def _chain(self, request_id: str, features: Sequence[Any]) -> list[Link]:
+        chain = self._chains.pop(request_id, None)
+        # A request of a stream of inputs gets more features, and clients may choose ids twice.
+        if (
+            chain is None
+            or len(chain) != len(features)
+            or chain[-1].identifier != features[-1].identifier
+        ):
+            chain, before = [], None
+            for feature in features:
+                before = Link(feature.identifier, before)
+                chain.append(before)
+        self._chains[request_id] = chain
+        while len(self._chains) > _CHAINS:
+            self._chains.popitem(last=False)
+        return chain
+
+
+def _any(link: Link | None, wanted: Callable[[str], bool], known: dict[int, bool]) -> bool:
+    """Whether a wanted item is in a chain; ``known`` has what was found of links, by their id."""
+    passed = []
+    answer = False
+    while link is not None:
+        if (before := known.get(id(link))) is not None:
+            answer = before
+            break
+        passed.append(link)
+        link = link.before
+    for one in reversed(passed):
+        answer = known[id(one)] = answer or wanted(one.identifier)
+    return answer
