@@ -64,6 +64,20 @@ def test_later_requests_do_not_take_the_blocks_for_ever() -> None:
     assert play.timings["video"].wait <= AGING_S
 
 
+def test_what_the_prompt_of_an_aged_video_still_needs_is_not_given_to_later_requests() -> None:
+    """It was let in before they came; with priorities, vLLM would preempt it for them."""
+    play = Play(make_scheduler(blocks=900, policy="priority", settings={"aging_s": 2.0}))
+    coming = [
+        (0.0, request("note", answer=400)),
+        (0.1, request("video", items=[512] * 20, priority=9)),
+        (1.3, request("book", text=6_000)),
+    ]
+    play.play(coming, until=60)
+    video, book = play.timings["video"], play.timings["book"]
+    assert video.came + 1.0 < book.came < video.tokens[0] < book.tokens[0]
+    assert not any(output.preempted_req_ids for output in play.steps)
+
+
 def test_requests_that_need_other_blocks_go_on_while_a_video_backs_off() -> None:
     play = Play(make_scheduler(blocks=BLOCKS))
     play.add(request("book", text=8000, answer=800))
@@ -168,4 +182,3 @@ def test_nothing_is_remembered_of_requests_that_ended() -> None:
     scheduler.finish_requests("gone", RequestStatus.FINISHED_ABORTED)
     play.run()
     assert not scheduler._admission._refusals
-    assert not scheduler._admission._failed

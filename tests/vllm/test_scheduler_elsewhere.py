@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scheduler_harness import BLOCK, Play, make_scheduler, request
+from scheduler_harness import Play, make_scheduler, request
 from vllm.config import ECTransferConfig, KVTransferConfig
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
-from vllm_mm_ext.adapters.scheduler.start_warnings import start_warnings
+from vllm_mm_ext.adapters.scheduler.choice import start_warnings
 
 VIDEO = [512] * 6
 
@@ -244,34 +244,6 @@ def test_kv_that_a_connector_has_looked_up_is_used_in_the_next_step(steps: int) 
         assert "video" not in play.step().num_scheduled_tokens
     connector.found = 32 + sum(VIDEO)
     assert "video" in play.step().num_scheduled_tokens
-
-
-class Asked(LookingUp):
-    """Notes from where on it is asked."""
-
-    asked: tuple[int, ...] = ()
-
-    def get_num_new_matched_tokens(
-        self, request: Request, computed: int
-    ) -> tuple[int | None, bool]:
-        self.asked += (computed,)
-        return super().get_num_new_matched_tokens(request, computed)
-
-
-def test_a_connector_is_asked_from_whole_blocks_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM asks it, also where what is cached ends within a block."""
-    transfer = KVTransferConfig(
-        kv_connector="Asked", kv_connector_module_path=__name__, kv_role="kv_consumer"
-    )
-    play = Play(make_scheduler(kv_transfer=transfer, encoder_tokens=8192))
-    connector, media = play.scheduler.connector, play.scheduler._media
-    video = request("video", items=VIDEO, answer=4)
-    monkeypatch.setattr(media, "_found", lambda _: 2 * BLOCK + 5)
-    play.add(video)
-    assert media.in_transit(video, play.now)
-    assert connector.asked == (2 * BLOCK,)
-    connector.found = 4 * BLOCK
-    assert not media.in_transit(video, play.now)
 
 
 def every_fourth_step(config: Any) -> None:

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from scheduler_harness import Play, make_scheduler, request
 
 from vllm_mm_ext.adapters.names.scheduler_names import QUEUE_METHODS
-from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AROUND, LOOKED_AT, ArrangedQueue
-from vllm_mm_ext.policies.scheduler.order import Rank, Ranking
+from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT, ArrangedQueue, Ranking
+from vllm_mm_ext.policies.scheduler.step_plan import Rank
 from vllm_mm_ext.tools.bench.scheduler_step import measure
 
-MOST_LOOKED_AT = 3 * LOOKED_AT + LOOKED_AROUND
+MOST_LOOKED_AT = 3 * LOOKED_AT
 
 
 # No deadline: the machine may be busy.
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.one_of(st.none(), st.integers(0, 9)))))
 def test_a_ranking_is_sorted_whatever_changes(changes: list[tuple[int, int | None]]) -> None:
-    ranking: Ranking[int] = Ranking()
+    ranking = Ranking()
     known: dict[int, tuple[int, int]] = {}
     for key, value in changes:
         if value is not None:
@@ -34,7 +34,7 @@ def test_a_ranking_is_sorted_whatever_changes(changes: list[tuple[int, int | Non
             ranking.drop(key)
         expected = sorted(known, key=known.__getitem__)
         assert list(ranking) == expected
-        assert list(ranking.first(3)) == expected[:3]
+        assert ranking.first(3) == expected[:3]
         assert all((one in ranking) == (one in known) for one in range(21))
         assert len(ranking) == len(known)
 
@@ -61,8 +61,7 @@ def rank_of(number: int, work: int) -> Rank:
 
 def looked_at(queue: ArrangedQueue) -> list[Any]:
     """What a step looks at."""
-    first, _ = queue.first(LOOKED_AT)
-    return list(dict.fromkeys((*first, *queue.around())))
+    return queue.to_look_at()[0]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -117,23 +116,17 @@ def step(queue: ArrangedQueue, inside: set[int], outside: list[int], rng: random
         assert len(queue) == len(inside)
 
 
-def test_of_a_long_queue_the_best_and_the_first_to_come_are_looked_at_and_all_in_turn() -> None:
+def test_of_a_long_queue_the_best_and_the_first_to_come_of_each_kind_are_looked_at() -> None:
     many = 2000
     # The later, the better.
     queue = numbered({one: many - one for one in range(many)})
     for one in range(many):
         queue.add_request(Numbered(one))
-    seen: set[int] = set()
-    for _ in range(many // LOOKED_AROUND):
-        looked = looked_at(queue)
-        assert set(range(0, 3 * LOOKED_AT, 3)) <= set(looked)
-        assert {n for n in range(LOOKED_AT) if n % 3} <= set(looked)
-        assert set(range(many - LOOKED_AT, many)) <= set(looked)
-        assert len(looked) <= MOST_LOOKED_AT
-        for one in looked:
-            queue.looked_at(one, rank_of(one, many - one))
-        seen.update(looked)
-    assert len(seen) == many
+    looked = looked_at(queue)
+    assert set(range(0, 3 * LOOKED_AT, 3)) <= set(looked)
+    assert {n for n in range(LOOKED_AT) if n % 3} <= set(looked)
+    assert set(range(many - LOOKED_AT, many)) <= set(looked)
+    assert len(looked) <= MOST_LOOKED_AT
 
 
 def test_who_turns_out_to_be_better_comes_to_the_front() -> None:
@@ -164,7 +157,7 @@ def test_looking_at_a_request_reports_no_cache_hits() -> None:
     manager.take_events()
     for _ in range(60):
         play.step()
-    assert scheduler._media.need(again, play.now).computed > 1000
+    assert scheduler._prompts.need(again, play.now).computed > 1000
     # No more than what "first" itself stores as it grows.
     assert sum(len(event.block_hashes) for event in manager.take_events()) < 10
 
@@ -174,9 +167,9 @@ class Counting:
 
     def __init__(self, scheduler: Any) -> None:
         self.looked = self.walked = 0
-        self._need = scheduler._media.need
+        self._need = scheduler._prompts.need
         self._handle = scheduler._handle_blocked_waiting_request
-        scheduler._media.need = self.need
+        scheduler._prompts.need = self.need
         scheduler._handle_blocked_waiting_request = self.handle
 
     def need(self, *args: Any) -> Any:
@@ -200,12 +193,12 @@ def test_a_step_looks_at_as_many_however_many_wait() -> None:
         play.step()
         assert 0 < counting.looked <= MOST_LOOKED_AT + len(scheduler.running)
         assert counting.walked <= MOST_LOOKED_AT
-        assert scheduler._candidates.backlog == sum(
+        needed = sum(
             one.tokens
-            for key, waits in scheduler.requests.items()
-            for one in scheduler._media.need(waits, play.now).items
-            if key != "decodes"
+            for waits in scheduler.requests.values()
+            for one in scheduler._prompts.need(waits, play.now).items
         )
+        assert scheduler._prompts.backlog == needed
 
 
 @pytest.mark.parametrize("plugin", [False, True])

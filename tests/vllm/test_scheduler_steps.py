@@ -36,8 +36,10 @@ def running(play: Play) -> set[str]:
 def beside_a_decode(item: int) -> Play:
     """One text decodes, at a target of 100 ms, and what items of so many tokens take is known."""
     play = Play(make_scheduler(settings={"target_itl_ms": 100.0}), EVEN)
-    play.add(request("first", text=100, answer=200), request("video", items=[item] * 4))
-    play.run(until=0.5)
+    play.add(
+        request("first", text=100, answer=200), request("video", items=[item] * (2000 // item))
+    )
+    play.run(until=0.8)
     return play
 
 
@@ -377,8 +379,8 @@ def test_every_request_is_answered_in_full_and_nothing_is_left(
     for name, answer in wanted.items():
         assert len(play.timings[name].tokens) == answer, name
     assert not scheduler.requests
-    assert not scheduler._candidates.arrivals
-    assert not scheduler._media._media
+    assert not scheduler._prompts.arrivals
+    assert not scheduler._prompts._media
     manager = scheduler.encoder_cache_manager
     assert manager.num_freeable_slots == manager.cache_size
     assert not any(manager.cached.values())
@@ -411,6 +413,22 @@ def test_what_was_in_kv_can_be_encoded_after_a_preemption() -> None:
         assert [name for name, _ in play.not_sent] == ([] if sent else ["a20"] * len(VIDEO))
 
 
+def test_a_request_that_ends_with_its_step_is_sent_no_inputs_of_what_is_in_kv() -> None:
+    """It is not preempted any more, and between processes pixels are copied."""
+    scheduler = make_scheduler()
+    play = Play(scheduler)
+    for name, answer in (("first", 1), ("ends", 1), ("goes on", 2)):
+        play.add(request(name, items=VIDEO, answer=answer, prompt=1, digest="same"))
+        output = play.step()
+        while name not in output.num_scheduled_tokens:
+            output = play.step()
+        if name != "first" and not scheduler.use_v2_model_runner:
+            [new] = output.scheduled_new_reqs
+            sent = [bool(feature.data) for feature in new.mm_features]
+            assert sent == [name == "goes on"] * len(VIDEO)
+        play.run()
+
+
 def test_a_finished_request_is_forgotten_also_while_it_waits() -> None:
     scheduler = make_scheduler(slots=1)
     play = Play(scheduler)
@@ -418,7 +436,7 @@ def test_a_finished_request_is_forgotten_also_while_it_waits() -> None:
     play.step()
     scheduler.finish_requests("b", RequestStatus.FINISHED_ABORTED)
     play.run()
-    assert not scheduler._candidates.arrivals
+    assert not scheduler._prompts.arrivals
 
 
 def test_heaps_are_trimmed_when_media_come_and_left_alone_by_text(
@@ -444,7 +462,7 @@ def test_costs_are_learned_from_the_steps_themselves() -> None:
         play.add(request(f"v{number}", items=VIDEO))
     play.run()
     assert scheduler._times.base_s(1) == pytest.approx(0.02, rel=0.1)
-    assert scheduler._times.encoder_s == pytest.approx(200e-6, rel=0.15)
+    assert scheduler._times.seconds(1, 0) == pytest.approx(200e-6, rel=0.15)
 
 
 def test_steps_are_filled_beside_few_decodes_though_many_decoded_before() -> None:

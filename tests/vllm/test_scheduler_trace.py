@@ -11,8 +11,8 @@ import pytest
 from scheduler_harness import Costs, Play, make_scheduler, request
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_mm_ext.adapters.scheduler.candidates import Arrival
-from vllm_mm_ext.policies.scheduler.order import aged_after_s
+from vllm_mm_ext.adapters.scheduler.prompts import Arrival
+from vllm_mm_ext.policies.scheduler.step_plan import aged_after_s
 
 MINUTES = 10
 AGING_S = 30.0
@@ -66,7 +66,7 @@ class Watch:
 
     def add(self, one: Request, came: float) -> None:
         self.play.add(one, came=came)
-        self._came[one.request_id] = self.play.scheduler._candidates.arrivals[one.request_id]
+        self._came[one.request_id] = self.play.scheduler._prompts.arrivals[one.request_id]
 
     def step(self) -> None:
         scheduler, now = self.play.scheduler, self.play.now

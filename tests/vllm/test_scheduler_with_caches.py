@@ -19,10 +19,9 @@ TALKS = 7
 # More than the device tier's budget in the long runs.
 LARGE = 300
 KV: dict[str, dict[str, Any]] = {
-    "default": {"max_visual_cache_share": 0.6},
-    "all may be kept": {"max_visual_cache_share": 1.0, "pressure_limit": 1.0, "min_items": 0},
+    "default": {},
     "little may be kept": {"max_visual_cache_share": 0.2, "min_items": 1},
-    "short sessions": {"max_visual_cache_share": 0.6, "session_ttl_s": 2.0, "min_items": 0},
+    "pressure": {"max_visual_cache_share": 0.6, "pressure_limit": 0.7, "min_items": 0},
 }
 
 
@@ -111,12 +110,12 @@ class Traffic:
     def _nothing_is_left(self) -> None:
         engine, scheduler, pool = self.engine, self.engine.scheduler, self.engine.pool
         assert not scheduler.requests
-        assert not scheduler._candidates.arrivals
+        assert not scheduler._prompts.arrivals
         assert not engine.manager._inputs
         # All of the pool can be had, whatever is kept.
         taken = pool.get_new_blocks(pool.num_gpu_blocks - 1)
         pool.free_blocks(taken)
-        assert not len(pool.registry)
+        assert not len(pool.tree)
         pool.check_integrity()
 
     def seen(self) -> Counter[str]:
@@ -225,7 +224,7 @@ def test_they_agree_whatever_their_sizes_and_settings_are() -> None:
 
 def test_what_is_found_behind_a_cut_takes_no_room_from_what_is_lacking_before_it() -> None:
     """An item larger than the device's budget, on the device, behind a picture and its sound."""
-    options: dict[str, Any] = {"policy": "fcfs", "depth": 1, "kv": KV["all may be kept"]}
+    options: dict[str, Any] = {"policy": "fcfs", "depth": 1, "kv": KV["default"]}
     settings = {"aging_s": 60.0, "target_itl_ms": 1.0}
     seen = _run(646225679, 300, blocks=157, device=195, host=1349, settings=settings, **options)
     assert seen["loaded"] > 0

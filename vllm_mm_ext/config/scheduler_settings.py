@@ -18,9 +18,9 @@ class SchedulerSettings(Section):
         gt=0,
         le=60_000,
         description="Time between tokens to aim at. While something decodes, a step computes and "
-        "encodes as much of prompts as fits, but for a fifth of its time at least, and three "
-        "quarters where a prompt has waited for long. An item that fits no step is encoded all the "
-        "same, and the next steps encode nothing until they have made up for it.",
+        "encodes as much of prompts as fits, but for a fifth of its time at least. An item that "
+        "fits no step is encoded all the same, and the next steps encode nothing until they have "
+        "made up for it.",
     )
     encoder_step_idle_ms: float = Field(
         2000.0,

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from vllm_mm_ext.policies.scheduler.step_plan import (
     LEAST_SHARE,
-    LEAST_SHARE_AGED,
     Candidate,
     Item,
     Room,
@@ -179,18 +178,18 @@ def test_prices_are_recovered_where_prefill_and_encoder_work_come_together(
     assert times.seconds(0, 400) == pytest.approx(
         400 * prefill + attended(400, 0) * attention, abs=1e-4 * step, rel=1e-3
     )
-    assert times.encoder_s == pytest.approx(encoder, abs=1e-4 * step / 512, rel=1e-3)
+    assert times.seconds(1, 0) == pytest.approx(encoder, abs=1e-4 * step / 512, rel=1e-3)
     assert times.seconds(512, 300, 3000) == pytest.approx(
         300 * prefill + 512 * encoder + attended(300, 3000) * attention, rel=1e-3
     )
 
 
 @QUICK
-@given(st.floats(1e-4, 1.0), st.integers(0, 30_000), st.booleans())
-def test_as_many_tokens_fit_as_take_the_time(seconds: float, context: int, encoded: bool) -> None:
+@given(st.floats(1e-4, 1.0), st.integers(0, 30_000))
+def test_as_many_tokens_fit_as_take_the_time(seconds: float, context: int) -> None:
     times = learned(attention=20e-9)
-    tokens = times.tokens(seconds, context, 10**9, encoded=encoded)
-    took = [times.seconds(n if encoded else 0, n, context) for n in (tokens, tokens + 1)]
+    tokens = times.tokens(seconds, context, 10**9)
+    took = [times.seconds(0, n, context) for n in (tokens, tokens + 1)]
     assert took[0] <= seconds * (1 + 2e-6) <= took[1] * (1 + 4e-6)
 
 
@@ -200,14 +199,12 @@ def test_as_many_tokens_fit_as_take_the_time(seconds: float, context: int, encod
     st.floats(1e-9, 1e-6),
     st.integers(1, 30_000),
     st.integers(0, 30_000),
-    st.booleans(),
 )
 def test_the_time_of_a_prompt_is_time_for_its_last_token(
-    prefill: float, attention: float, tokens: int, context: int, encoded: bool
+    prefill: float, attention: float, tokens: int, context: int
 ) -> None:
     times = learned(prefill=prefill, attention=attention)
-    seconds = times.seconds(tokens if encoded else 0, tokens, context)
-    assert times.tokens(seconds, context, 10**9, encoded=encoded) == tokens
+    assert times.tokens(times.seconds(0, tokens, context), context, 10**9) == tokens
 
 
 def test_a_step_that_was_held_up_does_not_change_what_others_are_expected_to_take() -> None:
@@ -225,7 +222,7 @@ def test_a_slow_first_call_is_forgotten() -> None:
     for _ in range(80):
         times.observe(StepWork(1, 0, 0), 0.010)
         times.observe(StepWork(1, 0, 512), 0.010 + 512 * 100e-6)
-    assert times.encoder_s == pytest.approx(100e-6, rel=0.05)
+    assert times.seconds(1, 0) == pytest.approx(100e-6, rel=0.05)
 
 
 @given(token=st.floats(0.0, 0.005), decodes=st.integers(1, 32), slower=st.floats(0.5, 2.0))
@@ -282,21 +279,20 @@ def test_the_spread_is_that_of_steps_that_mostly_encode(varies: float) -> None:
 
 def test_prices_are_unknown_before_there_was_a_step() -> None:
     times = StepTimes()
-    assert (times.base_s(1), times.itl_s, times.encoder_s) == (0.0, 0.0, None)
+    assert (times.base_s(1), times.itl_s, times.seconds(9, 9)) == (0.0, 0.0, 0.0)
 
 
 # --- a step ---------------------------------------------------------------------------------------
 
 
 @QUICK
-@given(st.floats(0.001, 1.0), st.floats(0.0, 1.0), st.booleans())
+@given(st.floats(0.001, 1.0), st.floats(0.0, 1.0))
 def test_prompts_have_what_decoding_leaves_of_the_target_but_a_share_at_least(
-    target: float, base: float, aged: bool
+    target: float, base: float
 ) -> None:
-    seconds = step_seconds(target, base, aged=aged)
-    share = LEAST_SHARE_AGED if aged else LEAST_SHARE
-    assert seconds >= share * (seconds + base) * (1 - 1e-9)
-    assert seconds + base == pytest.approx(max(target, base / (1 - share)))
+    seconds = step_seconds(target, base)
+    assert seconds >= LEAST_SHARE * (seconds + base) * (1 - 1e-9)
+    assert seconds + base == pytest.approx(max(target, base / (1 - LEAST_SHARE)))
 
 
 @QUICK
@@ -390,6 +386,31 @@ def test_one_request_gets_all_it_can_use_before_the_next_gets_any() -> None:
     assert counts(made)["two"] > 4
 
 
+def test_encoders_are_called_in_few_steps_and_none_is_left_half_empty() -> None:
+    """A step of 100 ms has time to encode 15 of 64 items, or to prefill half of what these are."""
+    video, calls, seconds = prompt("video", *[64] * 64), 0, []
+    while video.left:
+        made = plan([video], ROOM, learned(prefill=200e-6))
+        grant = made.grants["video"]
+        calls += bool(grant.items)
+        seconds.append(made.seconds)
+        items = video.items[len(grant.items) :]
+        video = video._replace(
+            computed=video.computed + grant.tokens,
+            left=video.left - grant.tokens,
+            items=items,
+            encoder_tokens=sum(item.tokens for item in items),
+        )
+    assert min(seconds[:-1]) >= ROOM.seconds - 64 * ENCODER
+    assert calls <= len(seconds) / 2
+
+
+def test_who_was_refused_of_late_goes_behind_all_others_however_long_it_waits() -> None:
+    refused = prompt("refused", 600, running=False, aged=True, failed=True, last=True)
+    video, text = prompt("video", 900, came=1), prompt("text", text=100, came=2, aged=True)
+    assert ordered([refused, video, text]) == [text, video, refused]
+
+
 def test_equal_items_are_encoded_once() -> None:
     one, other = prompt("same", 700), prompt("same", 700, came=1)._replace(key="twin")
     made = planned(one, other)
@@ -438,7 +459,7 @@ def test_who_could_not_be_let_in_goes_behind_those_that_hold_slots_and_nobody_pa
 
 
 def test_prompts_get_on_where_decoding_takes_all_of_the_target() -> None:
-    seconds = step_seconds(0.01, 1.0, aged=False)
+    seconds = step_seconds(0.01, 1.0)
     made = planned(prompt("video", 64, 64), seconds=seconds, media_s=seconds)
     assert made.tokens >= 32
     assert made.encoder_tokens

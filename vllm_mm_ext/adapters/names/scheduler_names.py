@@ -35,22 +35,13 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_SCHEDULER}._free_request", ("request",)),
     VllmName(f"{_SCHEDULER}._update_request_as_session", ("session", "update")),
     VllmName(f"{_SCHEDULER}._request_remaining_blocks", ("request",)),
-    VllmName(f"{_SCHEDULER}._ec_transfer_pending", ("request", "num_computed_tokens")),
     VllmName("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks"),
-    VllmName(
-        "vllm.distributed.kv_transfer.kv_connector.v1.base:"
-        "KVConnectorBase_V1.get_num_new_matched_tokens",
-        ("request", "num_computed_tokens"),
-    ),
     VllmName(f"{_SCHEDULER}.get_request_counts"),
     VllmName("vllm.v1.core.sched.async_scheduler:AsyncScheduler"),
     VllmName("vllm.v1.core.sched.request_queue:RequestQueue"),
     VllmName("vllm.v1.core.sched.request_queue:SchedulingPolicy.PRIORITY"),
     VllmName(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.prefix_cache_lookup_enabled", ("request",)
-    ),
-    VllmName(
-        "vllm.v1.core.sched.output:SchedulerOutput", ("free_encoder_mm_hashes",), passed_on=True
     ),
     VllmName("vllm.v1.request:Request.get_num_encoder_embeds", ("input_id",)),
     VllmName("vllm.v1.request:Request.has_encoder_inputs"),
@@ -68,13 +59,10 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
         ("request", "input_id", "encoder_compute_budget", "num_embeds_to_schedule"),
     ),
     VllmName(f"{_MANAGER}.free", ("request",)),
-    VllmName(f"{_MANAGER}.free_encoder_input", ("request", "input_id")),
-    VllmName(f"{_MANAGER}.get_cached_input_ids", ("request",)),
     # What objects have and the plugin reads or sets.
     VllmAttributes(
         _SCHEDULER,
         (
-            "block_size",
             "connector",
             "current_step",
             "deferred_waiting",
@@ -109,6 +97,7 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
             "is_prefill_chunk",
             "kv_transfer_params",
             "lora_request",
+            "max_tokens",
             "mm_features",
             "num_computed_tokens",
             "num_output_placeholders",
@@ -146,7 +135,7 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
         "vllm.config:SchedulerConfig",
         ("async_scheduling", "disable_chunked_mm_input", "enable_chunked_prefill"),
     ),
-    VllmAttributes("vllm.config:ParallelConfig", ("data_parallel_index",)),
+    VllmAttributes("vllm.config:ParallelConfig", ("data_parallel_index", "pipeline_parallel_size")),
     VllmAttributes("vllm.config:LoRAConfig", ("max_loras",)),
     VllmAttributes("vllm.lora.request:LoRARequest", ("lora_int_id",)),
 )

@@ -37,21 +37,7 @@ class LoadPublisher:
             return
         # Also where an engine in this process is dropped without being shut down.
         self._close = weakref.finalize(self, _leave, self._state, self._engine)
-        slots: float = scheduler.max_num_active_reqs
-        self._state.write_load(
-            self._engine,
-            EngineLoad(
-                time=time.monotonic(),
-                kv_usage=0.0,
-                running=0,
-                waiting=0,
-                slots=slots,
-                kv_pressure=0.0,
-                backlog_tokens=0,
-                backlog_s=0.0,
-                itl_s=0.0,
-            ),
-        )
+        self.publish(0, StepTimes())
 
     def publish(self, backlog_tokens: int, times: StepTimes) -> None:
         """Tell where the engine stands after a step.

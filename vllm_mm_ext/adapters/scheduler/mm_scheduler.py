@@ -18,16 +18,16 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
-from vllm_mm_ext.adapters.scheduler.admission import Admission, Scarce
-from vllm_mm_ext.adapters.scheduler.candidates import Candidates, decode_tokens
-from vllm_mm_ext.adapters.scheduler.encoder_inputs import EncoderInputs
+from vllm_mm_ext.adapters.scheduler.admission import Admission
+from vllm_mm_ext.adapters.scheduler.choice import start_warnings
 from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
-from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT, ArrangedQueue
-from vllm_mm_ext.adapters.scheduler.start_warnings import start_warnings
+from vllm_mm_ext.adapters.scheduler.prompts import Prompts, decode_tokens
+from vllm_mm_ext.adapters.scheduler.queue import ArrangedQueue
 from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.policies.scheduler.step_plan import (
     Candidate,
+    Item,
     Room,
     StepPlan,
     plan,
@@ -39,8 +39,6 @@ logger = logging.getLogger("vllm.mm_ext")
 
 # Steps whose end is still awaited; more were given up.
 _MOST_IN_FLIGHT = 64
-# Waiting requests that a step looks at if all before them are let in.
-_MOST_LOOKED_AT = 256
 
 
 class MMExtScheduler(Scheduler):  # type: ignore[misc]
@@ -73,13 +71,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         )
         for warning in start_warnings(self, self._settings, limits_prefill=self._limits_prefill):
             logger.warning("mm_ext: %s", warning)
-        self._candidates = Candidates(
+        self._prompts = Prompts(
             self, aging_s=self._settings.aging_s, plans_encoder=self._plans_encoder
         )
-        self._media = self._candidates.media
-        self._admission = Admission(self, self._candidates.order, self._in_transit)
-        self._encoder_inputs = EncoderInputs(self, self._media)
-        self.waiting = ArrangedQueue(self._candidates.order, self._candidates.first_rank)
+        self._admission = Admission(self, self._prompts.order)
+        self.waiting = ArrangedQueue(self._prompts.order, self._prompts.first_rank)
         self._plan = StepPlan()
         # By how much steps took longer than theirs, for items too large for any.
         self._late_s = self._room_s = 0.0
@@ -96,12 +92,13 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Prepare a step, and let vLLM fill it."""
         now = self._clock()
         decoding = [request for request in self.running if not request.is_prefill_chunk]
-        if len(decoding) == len(self.running) and not (self.waiting or self.kv_holding_waiting):
+        comes = self._free_slots() and (self.waiting or self.kv_holding_waiting)
+        if len(decoding) == len(self.running) and not comes:
             return self._decode(throttle_prefills, now)
-        for request in self._admission.keep_door(lambda one: self._candidates.is_aged(one, now)):
-            self._media.look_again(request)
+        self._admission.keep_door(lambda one: self._prompts.is_aged(one, now))
         decodes = sum(decode_tokens(request) for request in decoding)
-        candidates = self._planned(decodes, now)
+        candidates = self._looked_at(now)
+        self._plan = self._filled(candidates, decodes)
         requests = [self.requests[one.key] for one in candidates]
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
         running = [one for one in requests if one.status == RequestStatus.RUNNING]
@@ -119,9 +116,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         finally:
             self.max_num_scheduled_tokens = self._max_tokens
         self._send_all_inputs(output)
-        self._media.note(output)
-        self._candidates.stuck = {one.request_id for one in running if one.request_id in grants}
-        self._candidates.stuck -= output.num_scheduled_tokens.keys()
+        self._prompts.stuck = {one.request_id for one in running if one.request_id in grants}
+        self._prompts.stuck -= output.num_scheduled_tokens.keys()
         if not held:
             planned = [key for key, grant in grants.items() if grant.items]
             self._admission.note(planned, self._tried, output.num_scheduled_tokens)
@@ -132,86 +128,61 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """A step without a prompt is vLLM's own: most steps are, and they are short."""
         self._plan, self._late_s = StepPlan(), 0.0
         output = super().schedule(throttle_prefills)
-        self._media.note(output)
         self._admission.note((), {}, output.num_scheduled_tokens)
         self._begin(output, StepWork(output.total_num_scheduled_tokens, 0, 0), now)
         return output
 
-    def _planned(self, decodes: int, now: float) -> list[Candidate]:
-        """Requests that could get on, by rank; ``_plan`` says what each is granted.
-
-        Of many that wait those are looked at whose turn may come: the best, and the first to come.
-        """
+    def _looked_at(self, now: float) -> list[Candidate]:
+        """Requests that could get on, by rank; of many that wait those whose turn may come."""
         running = [one for one in self.running if one.is_prefill_chunk]
         found = [self._candidate(one, now) for one in (*running, *self.kv_holding_waiting)]
-        count, slots, waiting = LOOKED_AT, self._free_slots(), self.waiting
-        looked: dict[Any, Candidate | None] = {}
-        first, later = waiting.first(count)
-        if slots or len(waiting) <= len(first):
-            looked = {one: self._looked_at(one, now) for one in waiting.around()}
-        while True:
-            if slots or len(waiting) <= len(first):
-                for request in first:
-                    if request not in looked:
-                        looked[request] = self._looked_at(request, now)
+        if self._free_slots():
+            first, later = self.waiting.to_look_at()
             # Nobody passes an aged request for not being looked at.
             kept = {
-                bool(one.mm_features): self._candidates.order(one)
+                bool(one.mm_features): self._prompts.order(one)
                 for one in later
-                if self._candidates.is_aged(one, now)
+                if self._prompts.is_aged(one, now)
             }
-            free = (
-                one
-                for one in looked.values()
-                if one and one.order <= kept.get(one.media, one.order)
-            )
-            candidates = sorted((*filter(None, found), *free), key=lambda one: one.rank)
-            self._plan = self._filled(candidates, decodes)
-            waits = any(one.key not in self._plan.grants for one in candidates)
-            if waits or len(looked) >= len(waiting) or count >= _MOST_LOOKED_AT or not slots:
-                return candidates
-            count *= 2
-            first, later = waiting.first(count)
-
-    def _looked_at(self, request: Any, now: float) -> Candidate | None:
-        """A waiting request, and in the queue its rank as it is now; None if it cannot get on."""
-        candidate = self._candidate(request, now)
-        if candidate is None:
-            self.waiting.looked_at(request, (3, *self._candidates.first_rank(request)[1:]))
-            self.deferred_waiting.add(request)
-        else:
-            self.waiting.looked_at(request, candidate._replace(aged=False).rank)
-        return candidate
+            for request in sorted(first, key=self._prompts.order):
+                one = self._candidate(request, now)
+                if one is None:
+                    self.waiting.looked_at(request, (3, 0, 0, self._prompts.order(request)))
+                    self.deferred_waiting.add(request)
+                    continue
+                self.waiting.looked_at(request, one._replace(aged=False).rank)
+                if one.order <= kept.get(one.media, one.order):
+                    found.append(one)
+        return sorted(filter(None, found), key=lambda one: one.rank)
 
     def _candidate(self, request: Any, now: float) -> Candidate | None:
         """A request as the plan wants it; None if it cannot get on."""
-        key = request.request_id
-        if request.status != RequestStatus.RUNNING and not (
-            super()._handle_blocked_waiting_request(request)
-            and not self._admission.backs_off(key, self.current_step + 1)
-            and not self._admission.holds(request)
+        if request.status != RequestStatus.RUNNING and (
+            not super()._handle_blocked_waiting_request(request) or self._admission.holds(request)
         ):
             return None
-        return self._candidates.read(request, now, failed=self._admission.failed(key))
+        key, refused = request.request_id, self._admission
+        last = refused.goes_last(key) and request.status != RequestStatus.RUNNING
+        return self._prompts.read(request, now, failed=refused.failed(key), last=last)
 
     def _filled(self, candidates: list[Candidate], decodes: int) -> StepPlan:
         """What the candidates are granted in a step that decodes so many tokens."""
         settings, times = self._settings, self._times
-        aged = any(one.aged for one in candidates)
         base = times.base_s(decodes, prompts=True)
         # The target is for most steps, not for the mean of those that encode.
         target = settings.target_itl_ms / 1e3 / (1 + times.encoder_spread)
-        seconds = media_s = step_seconds(target, base, aged=aged)
-        beside = decodes or not all(one.media for one in candidates)
+        seconds = media_s = step_seconds(target, base)
+        alone = not decodes and all(one.media for one in candidates)
         if not decodes:
             seconds, self._late_s = settings.encoder_step_idle_ms / 1e3, 0.0
-            media_s = media_s if beside else seconds
+            media_s = seconds if alone else media_s
         # One item tells what encoding costs here.
-        learns = beside and times.encoder_s is None
+        learns = not (alone or times.knows_encoder)
         self._room_s = media_s
         bound = int(self.max_num_encoder_input_tokens)
         # Encoder outputs that the cache can take, where its manager says so.
         space: int = getattr(self.encoder_cache_manager, "num_freeable_slots", bound)
+        slots = int(self.max_num_active_reqs)
         room = Room(
             seconds,
             media_s,
@@ -219,8 +190,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             encoder_tokens=min(space, bound),
             items=1 if learns else settings.max_encoder_batch,
             slots=self._free_slots(),
-            reserved=min(settings.text_slots, int(self.max_num_active_reqs) // 4),
-            most_kept=max(1, int(self.max_num_active_reqs) // 4),
+            reserved=min(settings.text_slots, slots // 4),
+            most_kept=max(1, slots // 4),
             shift=self.num_prefill_lookahead,
             late_s=self._late_s,
             prefill_counts=self._limits_prefill,
@@ -250,52 +221,52 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """
         if self.use_v2_model_runner:
             return
+        overlaps = (
+            self.scheduler_config.async_scheduling
+            or self.parallel_config.pipeline_parallel_size > 1
+        )
         for new in output.scheduled_new_reqs:
-            new.mm_features = self.requests[new.req_id].mm_features
+            request = self.requests[new.req_id]
+            # A request that ends with this step, as a live session's do, is not preempted any more.
+            ends = request.max_tokens == 1 and not request.is_prefill_chunk and not overlaps
+            if not ends:
+                new.mm_features = request.mm_features
 
     # --- what steps and requests were -------------------------------------------------------------
 
     def add_request(self, request: Any) -> None:
         """Note when it came; give back what the media of earlier ones left free in the heap."""
-        if request.request_id not in self._candidates.arrivals:
-            self._candidates.came(request, request.arrival_time)
+        if request.request_id not in self._prompts.arrivals:
+            self._prompts.came(request, request.arrival_time)
         if request.mm_features:
             trim_when_due()
         super().add_request(request)
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """Count what a streaming session goes on with as a request that comes now."""
-        self._candidates.came(session, update.arrival_time)
+        self._prompts.came(session, update.arrival_time)
         super()._update_request_as_session(session, update)
-
-    def _in_transit(self, request: Any) -> bool:
-        """Whether a waiting request has to wait for a connector that still fetches for it."""
-        return self._media.in_transit(request, self._clock())
 
     def _note(self, output: Any, decoding: set[str], now: float) -> None:
         """Account for what was scheduled; its time is taken when its output comes."""
-        encoded = 0
-        for key, indices in output.scheduled_encoder_inputs.items():
-            tokens = sum(self.requests[key].get_num_encoder_embeds(index) for index in indices)
-            encoded += tokens
-            self._candidates.encoded(key, tokens)
+        encoded = sum(
+            self.requests[key].get_num_encoder_embeds(index)
+            for key, indices in output.scheduled_encoder_inputs.items()
+            for index in indices
+        )
         self._late_s = max(0.0, self._late_s - self._room_s + self._plan.seconds)
         scheduled = output.num_scheduled_tokens
         prefill = {key: n for key, n in scheduled.items() if key not in decoding}
-        for key in prefill:
-            if not self.requests[key].is_prefill_chunk:
-                self._candidates.has_prompt(key)
-        # vLLM has counted the step's tokens as computed.
-        pairs = (
-            attended(n, self.requests[key].num_computed_tokens - n) for key, n in prefill.items()
-        )
-        work = StepWork(
-            decodes=sum(scheduled[key] for key in decoding & scheduled.keys()),
-            prefill_tokens=sum(prefill.values()),
-            encoder_tokens=encoded,
-            attended=sum(pairs),
-        )
-        self._begin(output, work, now)
+        pairs = 0.0
+        for key, tokens in prefill.items():
+            request = self.requests[key]
+            # vLLM has counted the step's tokens as computed.
+            pairs += attended(tokens, request.num_computed_tokens - tokens)
+            if not request.is_prefill_chunk:
+                # It decodes from now on, whoever made its encoder outputs.
+                self._prompts.encodes(key, 0)
+        decodes = sum(scheduled[key] for key in decoding & scheduled.keys())
+        self._begin(output, StepWork(decodes, sum(prefill.values()), encoded, pairs), now)
 
     def _begin(self, output: Any, work: StepWork, now: float) -> None:
         self._begun[id(output)] = (now, work)
@@ -312,14 +283,13 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             self._times.observe(work, now - max(at, self._ended))
         self._ended = now
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._publisher.publish(self._candidates.backlog, self._times)
+        self._publisher.publish(self._prompts.backlog, self._times)
         return outputs
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """Forget the request."""
-        key = request.request_id
-        self._admission.forget(key)
-        self._candidates.forget(key)
+        self._admission.forget(request.request_id)
+        self._prompts.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def shutdown(self) -> None:
@@ -360,38 +330,56 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """Encode what the plan gives the request, beyond its prefill included."""
-        if not self._plans_encoder:
-            found = super()._try_schedule_encoder_inputs(
-                request,
-                num_computed_tokens,
-                num_new_tokens,
-                encoder_compute_budget,
-                shift_computed_tokens,
-            )
-            return found  # type: ignore[no-any-return]
+        """Encode what the plan gives the request, ahead of its prefill too."""
         grant = self._plan.grants.get(request.request_id)
-        items, tokens, spent, external, duplicates = self._encoder_inputs.schedule(
-            super()._try_schedule_encoder_inputs,
+        given = {item.index for item in grant.items} if grant else set()
+        ready: list[Item] = []
+        for item in (
+            self._prompts.items(request, num_computed_tokens) if self._plans_encoder else ()
+        ):
+            if item.index not in given and not self._prompts.is_there(request, item):
+                # What the plan does not pay for, vLLM must not reach.
+                most = item.start - num_computed_tokens - shift_computed_tokens
+                num_new_tokens = min(num_new_tokens, max(0, most))
+                break
+            ready.append(item)
+        items, tokens, left, external, duplicates = super()._try_schedule_encoder_inputs(
             request,
-            grant.items if grant else (),
             num_computed_tokens,
             num_new_tokens,
+            encoder_compute_budget,
             shift_computed_tokens,
         )
-        if not tokens and request.status != RequestStatus.RUNNING:
+        if not tokens and self._plans_encoder and request.status != RequestStatus.RUNNING:
             self._pass_over(request)
-        return items, tokens, encoder_compute_budget - spent, external, duplicates
+        # Then what is planned and prefill does not reach yet.
+        manager, taken = self.encoder_cache_manager, {*items, *external, *duplicates}
+        known = {request.mm_features[index].identifier for index in taken}
+        scheduled = sum(request.get_num_encoder_embeds(index) for index in taken)
+        for item in ready if tokens else ():
+            if item.index not in given or item.index in taken or item.digest in known:
+                continue
+            cached = manager.check_and_update_cache(request, item.index)
+            if cached or self._prompts.is_there(request, item):
+                continue
+            # The plan has seen to the budget, but not to what the cache has lost since.
+            if not manager.can_allocate(request, item.index, item.tokens, scheduled):
+                break
+            items.append(item.index)
+            known.add(item.digest)
+            scheduled += item.tokens
+            left -= item.tokens
+        return items, tokens, left, external, duplicates
 
     def _pass_over(self, request: Any) -> None:
         """Note that a waiting request gets nothing in this step: it lacks encoder outputs."""
         self._tried.pop(request.request_id, None)
-        if self._candidates.is_aged(request, self._clock()):
+        self._prompts.look_again(request)
+        if self._prompts.is_aged(request, self._clock()):
             # It must not be passed meanwhile; vLLM 0.32 ends its walk here, later ones go on.
             self._walk_ends = True
-            self._media.look_again(request)
         else:
-            self._admission.refuse(request, Scarce.OTHER)
+            self._admission.refuse(request)
         self.encoder_cache_manager.free(request)
 
 

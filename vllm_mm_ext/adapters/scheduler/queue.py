@@ -8,14 +8,48 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from sortedcontainers import SortedDict  # type: ignore[import-untyped]
 from vllm.v1.core.sched.request_queue import RequestQueue
 
-from vllm_mm_ext.policies.scheduler.order import Order, Rank, Ranking
+from vllm_mm_ext.policies.scheduler.step_plan import Order, Rank
 
-# Waiting requests that every step looks at: of the best and of the first to come. And so many of
-# those that were not looked at for longest: they may rank better by now.
+# Waiting requests that every step looks at: of the best, and of text and media that came first.
 LOOKED_AT = 8
-LOOKED_AROUND = 4
+
+
+class Ranking:
+    """Requests sorted by rank; placing or dropping one takes O(log n)."""
+
+    def __init__(self) -> None:
+        self._by_rank: Any = SortedDict()
+        self._ranks: dict[Any, Any] = {}
+
+    def place(self, request: Any, rank: Any) -> None:
+        """Put a request, known or new, where it belongs now. No two have the same rank."""
+        known = self._ranks.get(request)
+        if known == rank:
+            return
+        if known is not None:
+            del self._by_rank[known]
+        self._ranks[request] = rank
+        self._by_rank[rank] = request
+
+    def drop(self, request: Any) -> None:
+        """Take a request out; it must be there."""
+        del self._by_rank[self._ranks.pop(request)]
+
+    def first(self, count: int) -> list[Any]:
+        """Up to so many from the first on."""
+        return list(islice(self._by_rank.values(), count))
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __contains__(self, request: object) -> bool:
+        return request in self._ranks
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._by_rank.values())
 
 
 class ArrangedQueue(RequestQueue):  # type: ignore[misc]
@@ -30,39 +64,27 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
 
     def __init__(self, order: Callable[[Any], Order], rank: Callable[[Any], Rank]) -> None:
         self._order, self._rank = order, rank
-        self._ranks: Ranking[Any] = Ranking()
+        self._ranks = Ranking()
         # Text and media apart: they may pass one another.
-        self._came: tuple[Ranking[Any], Ranking[Any]] = (Ranking(), Ranking())
-        # In the order in which they were looked at.
-        self._seen: dict[Any, None] = {}
+        self._came = (Ranking(), Ranking())
         self._shown: deque[Any] | None = None
         self._hidden = 0
 
     # --- what the scheduler asks ------------------------------------------------------------------
 
-    def first(self, count: int) -> tuple[dict[Any, None], tuple[Any, ...]]:
-        """So many of the best, and of the first to come of each kind, text and media.
+    def to_look_at(self) -> tuple[list[Any], list[Any]]:
+        """Those that a step looks at, and of text and of media the next to come, if there is one.
 
-        Returns:
-            These, and of each kind the next to come, if there is one.
+        They are the best, and the first to come.
         """
-        came = [list(ranking.first(count + 1)) for ranking in self._came]
-        found = (*self._ranks.first(count), *(one for kind in came for one in kind[:count]))
-        return dict.fromkeys(found), tuple(kind[count] for kind in came if len(kind) > count)
-
-    def came(self, count: int) -> list[Any]:
-        """So many of the first to come of each kind."""
-        return [one for ranking in self._came for one in ranking.first(count)]
-
-    def around(self) -> list[Any]:
-        """Those that were not looked at for longest."""
-        return list(islice(self._seen, LOOKED_AROUND))
+        came = [ranking.first(LOOKED_AT + 1) for ranking in self._came]
+        found = dict.fromkeys(self._ranks.first(LOOKED_AT))
+        found |= dict.fromkeys(one for kind in came for one in kind[:LOOKED_AT])
+        return list(found), [one for kind in came for one in kind[LOOKED_AT:]]
 
     def looked_at(self, request: Any, rank: Rank) -> None:
         """Note the rank that a waiting request has now."""
         self._ranks.place(request, rank)
-        self._seen.pop(request, None)
-        self._seen[request] = None
 
     @contextmanager
     def showing(self, requests: Iterable[Any]) -> Iterator[None]:
@@ -80,34 +102,27 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
                     self._leave(request)
             for request in left:
                 if request not in self._ranks:
-                    self._enter(request)
-
-    def __contains__(self, request: object) -> bool:
-        return request in self._ranks
-
-    def _enter(self, request: Any) -> None:
-        self._came[bool(request.mm_features)].place(request, self._order(request))
-        self.looked_at(request, self._rank(request))
+                    self.add_request(request)
 
     def _leave(self, request: Any) -> None:
         if request in self._ranks:
             self._ranks.drop(request)
             self._came[bool(request.mm_features)].drop(request)
-            del self._seen[request]
 
     # --- what vLLM asks ---------------------------------------------------------------------------
 
     def add_request(self, request: Any) -> None:
         """A request has come."""
-        if self._shown is None:
-            self._enter(request)
-        else:
+        if self._shown is not None:
             self._shown.append(request)
+            return
+        self._came[bool(request.mm_features)].place(request, self._order(request))
+        self.looked_at(request, self._rank(request))
 
     def prepend_request(self, request: Any) -> None:
         """A request comes back."""
         if self._shown is None:
-            self._enter(request)
+            self.add_request(request)
         else:
             self._shown.appendleft(request)
 
@@ -124,23 +139,24 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
 
     def pop_request(self) -> Any:
         """Take the first one out."""
-        if self._shown is not None:
-            return self._shown.popleft()
         request = self.peek_request()
-        self._leave(request)
+        self.remove_request(request)
         return request
 
     def remove_request(self, request: Any) -> None:
-        """Take a request out."""
-        self.remove_requests((request,))
+        """Take a request out if it is here."""
+        if self._shown is None:
+            self._leave(request)
+        elif request in self._shown:
+            self._shown.remove(request)
 
     def remove_requests(self, requests: Iterable[Any]) -> None:
         """Take those out that are here."""
         for request in requests:
-            if self._shown is None:
-                self._leave(request)
-            elif request in self._shown:
-                self._shown.remove(request)
+            self.remove_request(request)
+
+    def __contains__(self, request: object) -> bool:
+        return request in self._ranks
 
     def __bool__(self) -> bool:
         """Whether there is one to take: in a step, of those shown."""

@@ -6,18 +6,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vllm_mm_ext.policies.scheduler.order import Order, Rank
 from vllm_mm_ext.policies.scheduler.step_times import StepTimes
 
-# Share of a step that prompts get where decoding takes all of the target, and where one of them
-# has waited for so long that the target gives way.
+# A request's place among all in the order of coming; no two have the same: vLLM's arrival time, in
+# seconds, where the server schedules by priority, as vLLM orders equal ones by it; and its number.
+Order = tuple[float, int]
+# Class, priority, work and order; the lowest goes first.
+Rank = tuple[int, int, int, Order]
+
+# Share of a step that prompts get where decoding takes all of the target.
 LEAST_SHARE = 0.2
-LEAST_SHARE_AGED = 0.75
 # Share of a step that text may have before aged requests with media, which may be so many under an
 # overload of encoder work that text would not be answered any more.
 TEXT_SHARE = 0.5
-# Prompt tokens of a request that gets any: two of vLLM's usual KV blocks.
-LEAST_PREFILL_TOKENS = 32
+
+
+def aged_after_s(aging_s: float) -> float:
+    """Seconds after which a request is aged: later requests no longer pass it."""
+    return aging_s / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class Candidate(NamedTuple):
         running: It holds a slot.
         aged: No later request may pass it.
         failed: It was granted something, and vLLM could not do it.
+        last: It was so in one of the last steps: all others go before it.
     """
 
     key: str
@@ -67,6 +74,7 @@ class Candidate(NamedTuple):
     running: bool
     aged: bool
     failed: bool = False
+    last: bool = False
 
     @property
     def rank(self) -> Rank:
@@ -77,6 +85,8 @@ class Candidate(NamedTuple):
         with encoder work passes one that holds a slot only if half as much is left of it: so at
         most log2 of the longest video over the shortest hold slots without being served.
         """
+        if self.last:
+            return (2, 0, 0, self.order)
         if self.aged:
             return (0, 0, 0, self.order)
         work = self.encoder_tokens + self.left
@@ -120,8 +130,8 @@ class Room:
 class Grant:
     """What a request may do in a step: compute so many prompt tokens, have items encoded."""
 
-    tokens: int = 0
-    items: tuple[Item, ...] = ()
+    tokens: int
+    items: tuple[Item, ...]
 
 
 @dataclass(slots=True)
@@ -153,16 +163,14 @@ def groups(items: Iterable[Item]) -> Iterator[tuple[Item, ...]]:
         yield tuple(group)
 
 
-def step_seconds(target_s: float, base_s: float, *, aged: bool) -> float:
+def step_seconds(target_s: float, base_s: float) -> float:
     """Time of a step for prompts, while something decodes.
 
     Args:
         target_s: What a step should take.
         base_s: What it takes without prompts.
-        aged: An aged request waits.
     """
-    share = LEAST_SHARE_AGED if aged else LEAST_SHARE
-    return max(target_s - base_s, share / (1 - share) * base_s)
+    return max(target_s - base_s, LEAST_SHARE / (1 - LEAST_SHARE) * base_s)
 
 
 def plan(candidates: Sequence[Candidate], room: Room, times: StepTimes) -> StepPlan:
@@ -175,14 +183,16 @@ def plan(candidates: Sequence[Candidate], room: Room, times: StepTimes) -> StepP
         room: What there is.
         times: What it costs.
     """
-    aged = sum(one.aged and not one.running for one in candidates)
-    giver = _Giver(room, times, aged)
-    if any(one.aged and one.media for one in candidates):
-        for one in candidates:
-            if not one.media:
-                giver.give(one, TEXT_SHARE * room.seconds)
+    aged = [one for one in candidates if one.aged]
+    owed = 0.0
+    if any(one.media for one in aged):
+        texts = [one for one in candidates if not one.media and (one.running or room.slots)]
+        needed = sum(times.seconds(0, one.left, one.computed) for one in texts)
+        owed = min(needed, TEXT_SHARE * room.seconds)
+    media_s = min(room.media_s, room.seconds - owed)
+    giver = _Giver(room, times, sum(not one.running for one in aged))
     for one in _behind_running(candidates):
-        giver.give(one, room.media_s if one.media else room.seconds)
+        giver.give(one, media_s if one.media else room.seconds)
     return giver.plan
 
 
@@ -205,83 +215,80 @@ class _Giver:
         self._slots = room.slots
         # Slots for aged requests that have none yet.
         self._kept = aged
+        self._items = 0
         self._digests: set[str] = set()
         # An item found no room: smaller ones behind it do not slip past.
         self._closed = False
 
     def give(self, one: Candidate, most_s: float) -> None:
         """Grant a request what fits, until the step is as long as this."""
-        known = one.key in self.plan.grants
-        if self._closed and one.items and not (one.running or known):
-            return
-        if not one.running and not known:
-            kept = 0 if one.aged else min(self._kept, self._room.most_kept)
-            kept = max(kept, self._room.reserved if one.items and not one.aged else 0)
-            if self._slots <= kept:
+        if not one.running:
+            reserved = self._room.reserved if one.items else 0
+            kept = 0 if one.aged else max(reserved, min(self._kept, self._room.most_kept))
+            if self._slots <= kept or (self._closed and one.items):
                 return
         grant = self._fitting(one, most_s - self.plan.seconds)
-        if grant is None:
-            return
-        if not known and not one.running:
-            self._slots -= 1
-            self._kept -= one.aged
-        self.plan.grants[one.key] = grant
+        if grant is not None:
+            self.plan.grants[one.key] = grant
+            self._items += len(grant.items)
+            self._slots -= not one.running
+            self._kept -= one.aged and not one.running
 
     def _fitting(self, one: Candidate, seconds: float) -> Grant | None:
-        """What of a request fits into the time; None: nothing."""
-        before = self.plan.grants.get(one.key, Grant())
+        """What of a request fits into the time; None: nothing.
+
+        Prefill of what is there comes first. Where that does not fill the step, items are encoded
+        as long as they fit, ahead of their prefill too: so encoders are called in few steps.
+        """
         times, room, plan = self._times, self._room, self.plan
-        start = one.computed + before.tokens
-        end = one.computed + one.left
-        most = min(room.tokens - plan.tokens, one.left - before.tokens)
+        start = one.computed
+        most = min(room.tokens - plan.tokens, one.left)
         if most <= 0 or seconds <= 0.0:
             return None
         chosen: list[Item] = []
-        encoding, reach = 0, end
+        encoding, reach, full = 0, start + one.left, False
         for group in groups(one.items):
             reach = max(start, group[0].start - room.shift)
-            ready = min(reach - start, most)
-            # What is there already fills the step.
-            needs = times.seconds(encoding, ready if room.prefill_counts else 0, start)
-            if ready >= most or needs >= seconds:
+            ready = reach - start
+            if not chosen:
+                full = times.seconds(0, ready if room.prefill_counts else 0, start) >= seconds
+            if full or ready >= most:
                 break
             fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
             tokens = encoding + sum(fresh.values())
-            if fresh and not self._encodes(tokens, len(fresh) + len(chosen), seconds, not chosen):
+            first = not (chosen or self._items)
+            count = len(fresh) + len(chosen)
+            if fresh and not self._encodes(tokens, count, seconds, first=first):
                 self._closed = True
                 break
             encoding = tokens
             chosen += group
             self._digests |= fresh.keys()
-            reach = end
-        left = seconds - times.seconds(encoding, 0)
+            reach = start + one.left
         tokens = min(reach - start, most)
         if room.prefill_counts:
-            tokens = times.tokens(left, start, tokens, encoded=False)
+            tokens = times.tokens(seconds - times.seconds(encoding, 0), start, tokens)
         if encoding or not plan.grants:
-            tokens = max(tokens, min(LEAST_PREFILL_TOKENS, reach - start, most))
-        # A slot just to wait for the encoder is worth nothing.
-        waits = one.items and not (one.running or before.items or chosen)
-        if tokens <= 0 or (waits and not self._is_far(reach - start, start)):
+            # vLLM encodes only for a request that computes a token. The first one gets on.
+            tokens = max(tokens, min(1, reach - start))
+        if tokens <= 0:
             return None
+        if one.items and not (one.running or chosen):
+            # A slot just to wait for the encoder is worth nothing, unless that is a step away.
+            before = times.seconds(0, reach - start, start)
+            if before <= room.media_s and reach - start <= room.tokens:
+                return None
         plan.tokens += tokens
         plan.encoder_tokens += encoding
         plan.seconds += times.seconds(encoding, tokens, start)
-        return Grant(before.tokens + tokens, (*before.items, *chosen))
+        return Grant(tokens, tuple(chosen))
 
-    def _is_far(self, tokens: int, start: int) -> bool:
-        """Whether so many tokens before an item take more than a step."""
-        seconds = self._times.seconds(0, tokens, start)
-        return tokens > self._room.tokens or seconds > self._room.media_s
-
-    def _encodes(self, tokens: int, items: int, seconds: float, first: bool) -> bool:
+    def _encodes(self, tokens: int, items: int, seconds: float, *, first: bool) -> bool:
         """Whether items of a request, those that it was given in this step included, fit."""
         room, plan = self._room, self.plan
-        others = sum(len(grant.items) for grant in plan.grants.values())
         if self._closed or plan.encoder_tokens + tokens > room.encoder_tokens:
             return False
-        first = first and not others
-        if others + items > room.items and not first:
+        if self._items + items > room.items and not first:
             return False
         encoding = self._times.seconds(tokens, 0)
         if encoding <= seconds - room.late_s:

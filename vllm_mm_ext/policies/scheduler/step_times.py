@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 # Tokens after which what was measured before counts half: quick to follow a change of load, and
 # a slow first call (lazy initialisation) is soon forgotten.
 HALF_LIFE_TOKENS = 4096
-# Weight of the newest step in averages over steps, and in what a decoded token adds to a step,
-# which takes steps of different sizes to tell.
+# Weight of the newest step in averages over steps.
 _NEWEST = 0.1
-_NEWEST_OF_SLOPE = 0.01
 # A step counts as at most this multiple of what it was expected to take: what held it up (another
 # process, a page fault) says nothing of its work. Where prices did rise, steps soon add up to it.
 _MOST_OF_EXPECTED = 2.0
@@ -21,7 +20,7 @@ _MOST_OF_EXPECTED = 2.0
 _ROUNDING = 1e-6
 # Of a feature's own weight, so that prices of things that always occur together are shared evenly,
 # and steps that are all of one size tell what tokens cost rather than what a step adds.
-_RIDGE = (1e-9, 1e-9, 1e-9, 1e-3)
+_RIDGE = np.array((1e-9, 1e-9, 1e-9, 1e-3))
 # What has a price: a prefill token, a pair that attends, an encoder token, and any of these at all.
 _FEATURES = len(_RIDGE)
 
@@ -51,8 +50,8 @@ def attended(tokens: int, context: int) -> float:
 class _DecodeTimes:
     """Seconds of steps that only decode, as a line over how many tokens they decode.
 
-    Its height follows the last steps: what a step takes changes with the load of the machine. Its
-    slope is that of many more, at least 0 and at most that of a line through the origin.
+    It follows the last steps: what a step takes changes with the load of the machine. Its slope is
+    at least 0 and at most that of a line through the origin.
 
     Attributes:
         slope: Seconds that another token adds.
@@ -62,28 +61,25 @@ class _DecodeTimes:
     def __init__(self) -> None:
         self.slope = self.intercept = 0.0
         self._steps = 0
-        # Averages of decoded tokens and of seconds, over the last steps and over many.
-        self._near = self._mean = (0.0, 0.0)
+        # Averages of decoded tokens and of seconds.
+        self._mean = (0.0, 0.0)
         self._variance = self._covariance = 0.0
 
     def observe(self, decodes: int, seconds: float) -> None:
         """Learn from a step."""
         self._steps += 1
         weight = max(_NEWEST, 1 / self._steps)
-        near_decodes, near_seconds = self._near
-        near_decodes += weight * (decodes - near_decodes)
-        near_seconds += weight * (seconds - near_seconds)
-        self._near = near_decodes, near_seconds
-        weight = max(_NEWEST_OF_SLOPE, 1 / self._steps)
-        mean_decodes, mean_seconds = self._mean
-        more, longer = decodes - mean_decodes, seconds - mean_seconds
-        self._mean = mean_decodes + weight * more, mean_seconds + weight * longer
+        before, took = self._mean
+        more, longer = decodes - before, seconds - took
+        mean_decodes, mean_seconds = before + weight * more, took + weight * longer
+        self._mean = mean_decodes, mean_seconds
         self._variance += weight * ((1 - weight) * more * more - self._variance)
         self._covariance += weight * ((1 - weight) * more * longer - self._covariance)
-        if self._variance > 0.0:
+        # Steps of one size tell no slope.
+        if self._variance > 1e-9:
             slope = max(self._covariance / self._variance, 0.0)
-            self.slope = min(slope, near_seconds / near_decodes)
-        self.intercept = max(0.0, near_seconds - self.slope * near_decodes)
+            self.slope = min(slope, mean_seconds / mean_decodes)
+        self.intercept = max(0.0, mean_seconds - self.slope * mean_decodes)
 
 
 class StepTimes:
@@ -93,18 +89,18 @@ class StepTimes:
     step with one has more to prepare and runs outside of the graphs captured for decoding. The
     prices are the non-negative least squares solution for what steps with prompts took beyond those
     without.
+
+    Attributes:
+        itl_s: Average seconds of steps in which something decoded, 0 before there was one.
     """
 
     def __init__(self) -> None:
         self._decoding = _DecodeTimes()
-        self._itl: float | None = None
-        # Decayed sums of x xᵀ, of x y and of x d over steps: x the work that has prices, y the
-        # seconds, d the decoded tokens. The base, which changes with the load of the machine, is
-        # taken off when prices are asked. Plain floats: at this size that is several times as fast
-        # as arrays, in the gap between two steps where nothing is in the processor's caches.
-        self._works = [[0.0] * _FEATURES for _ in range(_FEATURES)]
-        self._seconds = [0.0] * _FEATURES
-        self._decodes = [0.0] * _FEATURES
+        self.itl_s = 0.0
+        # Decayed sums over steps of the products of what each held and took: the work that has
+        # prices, the decoded tokens, the seconds. The base, which changes with the load of the
+        # machine, is taken off when prices are asked.
+        self._sums = [[0.0] * (_FEATURES + 2) for _ in range(_FEATURES)]
         self._prices: tuple[float, ...] | None = None
         # Average square of how far steps that mostly encode are from what is expected, as a share.
         self._encoder_off = 0.0
@@ -112,27 +108,24 @@ class StepTimes:
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step that took ``seconds``."""
         if work.decodes:
-            self._itl = _average(self._itl, seconds)
+            self.itl_s += (_NEWEST if self.itl_s else 1.0) * (seconds - self.itl_s)
         tokens = work.prefill_tokens + work.encoder_tokens
         if tokens:
             keep = 0.5 ** (tokens / HALF_LIFE_TOKENS)
-            x = (
-                float(work.prefill_tokens),
-                float(work.attended),
-                float(work.encoder_tokens),
-                1.0,
-            )
-            if self._works[-1][-1] > 4:
-                expected = self.base_s(work.decodes) + _dot(self._solved(), x)
+            x = (float(work.prefill_tokens), work.attended, float(work.encoder_tokens), 1.0)
+            if self._sums[-1][_FEATURES - 1] > 4:
+                prices = self._solved()
+                costs = (price * count for price, count in zip(prices, x, strict=True))
+                expected = self.base_s(work.decodes) + sum(costs)
                 seconds = min(seconds, _MOST_OF_EXPECTED * expected)
-                if 2 * work.encoder_tokens * self._solved()[2] > expected:
+                if 2 * work.encoder_tokens * prices[2] > expected:
                     off = (seconds / expected - 1) ** 2
-                    self._encoder_off = _average(self._encoder_off, off)
-            self._works = [
-                _decayed(row, keep, x, one) for row, one in zip(self._works, x, strict=True)
+                    self._encoder_off += _NEWEST * (off - self._encoder_off)
+            held = (*x, float(work.decodes), seconds)
+            self._sums = [
+                [keep * before + one * other for before, other in zip(row, held, strict=True)]
+                for row, one in zip(self._sums, x, strict=True)
             ]
-            self._seconds = _decayed(self._seconds, keep, x, seconds)
-            self._decodes = _decayed(self._decodes, keep, x, work.decodes)
         elif work.decodes:
             most = _MOST_OF_EXPECTED * (self.base_s(work.decodes) or seconds)
             self._decoding.observe(work.decodes, min(seconds, most))
@@ -149,14 +142,9 @@ class StepTimes:
         return base + self._solved()[3] if prompts else base
 
     @property
-    def itl_s(self) -> float:
-        """Average seconds of steps in which something decoded, 0 before there was one."""
-        return self._itl or 0.0
-
-    @property
-    def encoder_s(self) -> float | None:
-        """Seconds per encoder token, None before there was any."""
-        return self._solved()[2] if self._works[2][2] else None
+    def knows_encoder(self) -> bool:
+        """Whether there was a step that encoded something."""
+        return self._sums[2][2] > 0.0
 
     @property
     def encoder_spread(self) -> float:
@@ -182,17 +170,16 @@ class StepTimes:
         pairs = attended(prefill_tokens, context)
         return prefill_tokens * prefill + pairs * attention + encoder_tokens * encoder
 
-    def tokens(self, seconds: float, context: int, most: int, *, encoded: bool) -> int:
+    def tokens(self, seconds: float, context: int, most: int) -> int:
         """Tokens that fit into a time, at most ``most``; all of them at an unknown price.
 
         Args:
             seconds: The time.
             context: Tokens before them.
             most: The bound.
-            encoded: They are encoded before.
         """
-        prefill, attention, encoder, _ = self._solved()
-        each = prefill + (encoder if encoded else 0.0) + attention * context
+        prefill, attention, *_ = self._solved()
+        each = prefill + attention * context
         # each * n + attention * n² / 2 = seconds
         root = math.sqrt(each * each + 2 * attention * max(0.0, seconds)) + each
         if not root or 2 * max(0.0, seconds) >= root * most:
@@ -200,60 +187,22 @@ class StepTimes:
         return int(2 * max(0.0, seconds) / root + _ROUNDING)
 
     def _solved(self) -> tuple[float, ...]:
-        """Prices of ``_FEATURES``."""
+        """Prices of ``_FEATURES``; those that would be negative are 0."""
         if self._prices is None:
-            slope, intercept = self._decoding.slope, self._decoding.intercept
-            steps = (row[-1] for row in self._works)
-            beyond = [
-                seconds - slope * decodes - intercept * count
-                for seconds, decodes, count in zip(self._seconds, self._decodes, steps, strict=True)
-            ]
-            self._prices = _non_negative(self._works, beyond)
+            works = np.array(self._sums)
+            line = (self._decoding.intercept, self._decoding.slope)
+            beyond = works[:, -1] - works[:, -3] * line[0] - works[:, -2] * line[1]
+            works = works[:, :_FEATURES]
+            scale = np.sqrt(works.diagonal())
+            used = [n for n in range(_FEATURES) if scale[n] > 0.0]
+            prices = np.zeros(_FEATURES)
+            while used:
+                among = np.ix_(used, used)
+                scaled = works[among] / np.outer(scale[used], scale[used]) + np.diag(_RIDGE[used])
+                found = np.linalg.solve(scaled, beyond[used] / scale[used])
+                if found.min() >= 0.0:
+                    prices[used] = found / scale[used]
+                    break
+                del used[int(found.argmin())]
+            self._prices = tuple(prices.tolist())
         return self._prices
-
-
-def _dot(one: Sequence[float], other: Sequence[float]) -> float:
-    return sum(a * b for a, b in zip(one, other, strict=True))
-
-
-def _decayed(
-    sums: Sequence[float], keep: float, more: Sequence[float], weight: float
-) -> list[float]:
-    return [keep * before + weight * one for before, one in zip(sums, more, strict=True)]
-
-
-def _non_negative(works: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
-    """Prices ``[features]`` from normal equations; features that would be negative cost nothing."""
-    used = [n for n in range(_FEATURES) if works[n][n] > 0.0]
-    scale = [math.sqrt(works[n][n]) for n in range(_FEATURES)]
-    while used:
-        rows = [
-            [works[n][m] / (scale[n] * scale[m]) + (_RIDGE[n] if n == m else 0.0) for m in used]
-            + [seconds[n] / scale[n]]
-            for n in used
-        ]
-        found = _solve(rows)
-        least = min(found)
-        if least >= 0.0:
-            prices = {n: price / scale[n] for n, price in zip(used, found, strict=True)}
-            return tuple(prices.get(n, 0.0) for n in range(_FEATURES))
-        del used[found.index(least)]
-    return (0.0,) * _FEATURES
-
-
-def _solve(rows: list[list[float]]) -> list[float]:
-    """Solve equations ``[*coefficients, right side]`` of a positive definite matrix, in place."""
-    for n, row in enumerate(rows):
-        for below in rows[n + 1 :]:
-            share = below[n] / row[n]
-            for m in range(n, len(row)):
-                below[m] -= share * row[m]
-    found = [0.0] * len(rows)
-    for n in reversed(range(len(rows))):
-        row = rows[n]
-        found[n] = (row[-1] - _dot(row[n + 1 : -1], found[n + 1 :])) / row[n]
-    return found
-
-
-def _average(before: float | None, seconds: float) -> float:
-    return seconds if before is None else before + _NEWEST * (seconds - before)

@@ -1,4 +1,4 @@
-"""The rules of the plugin's scheduler that ``scheduler --ablate`` switches off, one by one."""
+"""The rules and constants of the scheduler that ``scheduler --ablate`` changes, one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-from vllm_mm_ext.policies.scheduler import step_plan
+from vllm_mm_ext.adapters.scheduler import admission, prompts, queue
+from vllm_mm_ext.policies.scheduler import step_plan, step_times
+
+# Constants, and what each is set to: without it where that can be, less, and more.
+_CONSTANTS: tuple[tuple[str, Any, str, tuple[float, ...]], ...] = (
+    ("least share of prompts", step_plan, "LEAST_SHARE", (0.01, 0.1, 0.4)),
+    ("text before aged media", step_plan, "TEXT_SHARE", (0.0, 0.25, 1.0)),
+    ("half-life of prices", step_times, "HALF_LIFE_TOKENS", (2048, 8192)),
+    ("weight of the newest step", step_times, "_NEWEST", (0.05, 0.2)),
+    ("most of what is expected", step_times, "_MOST_OF_EXPECTED", (1e9, 1.5, 4.0)),
+    ("looked at", queue, "LOOKED_AT", (4, 16)),
+    ("steps of going last", admission, "BACK_OFF", (0, 4, 16)),
+    ("seconds that a look stands", prompts, "_FRESH_S", (0.0, 0.125, 0.5)),
+)
 
 
 @contextmanager
@@ -17,10 +30,42 @@ def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _candidates(**changes: Any) -> Iterator[None]:
+    """Candidates that are read with some values changed."""
+    make = step_plan.Candidate
+    with mock.patch.object(prompts, "Candidate", lambda *args: make(*args)._replace(**changes)):
+        yield
+
+
+@contextmanager
+def _room(**changes: Any) -> Iterator[None]:
+    """Steps whose room is another."""
+    from vllm_mm_ext.adapters.scheduler import mm_scheduler
+
+    def room(*args: Any, **given: Any) -> step_plan.Room:
+        return step_plan.Room(*args, **{**given, **changes})
+
+    with mock.patch.object(mm_scheduler, "Room", room):
+        yield
+
+
+def _aged_after(share: float) -> Callable[[float], float]:
+    return lambda aging_s: share * aging_s
+
+
 RULES: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "a fifth for prompts": partial(_set, step_plan, "LEAST_SHARE", 0.01),
-    "more when aged": partial(_set, step_plan, "LEAST_SHARE_AGED", 0.01),
-    "half for text": partial(_set, step_plan, "TEXT_SHARE", 0.0),
-    "two blocks at least": partial(_set, step_plan, "LEAST_PREFILL_TOKENS", 1),
-    "running before failed": partial(_set, step_plan, "_behind_running", list),
+    **{
+        f"{name} {value:g}": partial(_set, owner, attribute, value)
+        for name, owner, attribute, values in _CONSTANTS
+        for value in values
+    },
+    "aged after a quarter": partial(_set, prompts, "aged_after_s", _aged_after(0.25)),
+    "aged after all of it": partial(_set, prompts, "aged_after_s", _aged_after(1.0)),
+    "no going last": partial(_candidates, last=False),
+    "running not before failed": partial(_set, step_plan, "_behind_running", list),
+    "no slots for text": partial(_room, reserved=0),
+    "no slots kept for aged": partial(_room, most_kept=0),
+    "no making up for large items": partial(_room, late_s=0.0),
+    "target whatever the spread": partial(_set, step_times.StepTimes, "encoder_spread", 0.0),
 }

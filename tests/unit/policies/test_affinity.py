@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 from vllm_mm_ext.plugin import register
-from vllm_mm_ext.policies.scheduler.affinity import preference, rank_for
+from vllm_mm_ext.policies.affinity import preference, rank_for
 
 
 def test_content_is_spread_evenly() -> None:

@@ -9,7 +9,7 @@ from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.patches import wrap
 from vllm_mm_ext.adapters.vllm_compat import Feature
-from vllm_mm_ext.policies.scheduler.affinity import rank_for
+from vllm_mm_ext.policies.affinity import rank_for
 
 _CLIENT = "vllm.v1.engine.core_client:DPLBAsyncMPClient"
 
