@@ -63,8 +63,8 @@ class Heard:
     def appended(self, tokens: int | None, computed: int, turn_end: TurnEnd | None) -> None:
         self.told.put_nowait(("appended", tokens, computed, turn_end))
 
-    def wrote(self, response_id: str, token_ids: tuple[int, ...], text: str) -> None:
-        self.told.put_nowait(("wrote", response_id, token_ids, text))
+    def wrote(self, response_id: str, token_ids: tuple[int, ...], text: str, usage: Usage) -> None:
+        self.told.put_nowait(("wrote", response_id, token_ids, text, usage))
 
     def ended(self, response_id: str, reason: str, usage: Usage) -> None:
         self.told.put_nowait(("ended", response_id, reason, usage))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -22,6 +23,7 @@ from vllm_mm_ext.live.prompt import Message, Text
 from vllm_mm_ext.media.types import SizeRule
 
 MODEL = "echo"
+USAGE = Usage(10, 5, 1, 0, 0)
 TRAITS = FamilyTraits(
     hears=True,
     sees=True,
@@ -102,12 +104,12 @@ class EchoSession:
         written = 0
         while words == ["endless"]:
             await asyncio.sleep(0)
-            self.listener.wrote(respond.response_id, (0,), "on and on " * 1000)
+            self.listener.wrote(respond.response_id, (0,), "on and on " * 1000, USAGE)
         for word in words:
             await asyncio.sleep(0)
-            self.listener.wrote(respond.response_id, (written,), f"{word} ")
+            self.listener.wrote(respond.response_id, (written,), f"{word} ", USAGE)
             written += 1
-        self.listener.ended(respond.response_id, "stop", Usage(10, 5, written, 0, 0))
+        self.listener.ended(respond.response_id, "stop", replace(USAGE, output_tokens=written))
 
     def abort(self, response_id: str) -> None:
         """Stop an answer."""

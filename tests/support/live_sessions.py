@@ -198,6 +198,7 @@ class LiveDriver:
         self.protocol = ProtocolCheck()
         self.prompts: dict[str, Prompt] = {}
         self.effects: list[Effect] = []
+        self.appends = 0
         self.closed = False
         self._strict = strict
         self._family = family
@@ -276,7 +277,7 @@ class LiveDriver:
         name = response_id or self.protocol.active[-1]
         events = []
         for text in texts:
-            events += self.take(self.machine.wrote(name, (len(text),), text, self.now))
+            events += self.take(self.machine.wrote(name, (len(text),), text, USAGE, self.now))
         return events
 
     def end(self, reason: Any = "stop") -> list[dict[str, Any]]:
@@ -306,13 +307,14 @@ class LiveDriver:
                         official(event)
                     self.protocol.take(event)
                     events.append(dict(event))
-                case Respond(response_id, prompt, _):
+                case Respond(response_id, prompt, _, _):
                     assert not prompt.open
                     assert sum(map(measure, prompt.messages)) <= self._most_tokens
                     self.prompts[response_id] = prompt
                 case Abort(response_id):
                     del self.prompts[response_id]
                 case Append(prompt):
+                    self.appends += 1
                     assert prompt.messages[-1].role == "user"
                     assert sum(map(measure, prompt.messages)) <= self._most_tokens
                 case Close():

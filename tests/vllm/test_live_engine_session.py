@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,10 @@ class Maker:
 
     family = SimpleNamespace(turn_end=END)
 
-    def make(self, _: Prompt, __: Any) -> dict[str, Any]:
+    def make(self, prompt: Prompt, stretches: dict[str, Any]) -> dict[str, Any]:
+        # As the real one does: what a prompt does not show is dropped.
+        stretches.clear()
+        stretches.update({str(part): part for part in prompt.messages[-1].parts})
         return {"prompt_token_ids": [1, 2, 3, 4, 5]}
 
 
@@ -72,9 +76,14 @@ async def _leave() -> None:
     pass
 
 
-def _session(client: Client, listener: Listener, threads: ThreadPoolExecutor) -> EngineSession:
+def _session(
+    client: Client,
+    listener: Listener,
+    threads: ThreadPoolExecutor,
+    leave: Callable[[], Awaitable[None]] = _leave,
+) -> EngineSession:
     engine: Any = Engine(client, Maker(), threads)  # type: ignore[arg-type]
-    return EngineSession(engine, "one", listener, None, None, new_salt(), _leave)  # type: ignore[arg-type]
+    return EngineSession(engine, "one", listener, None, None, new_salt(), leave)  # type: ignore[arg-type]
 
 
 async def test_an_append_tells_what_was_computed_and_what_the_model_says_of_the_pause() -> None:
@@ -122,3 +131,37 @@ async def test_no_two_sessions_have_kv_in_common() -> None:
             await listener.told.get()
             await session.close()
     assert len(client.salts) == 2
+
+
+async def test_a_session_lets_go_of_its_kv_even_if_its_end_is_cut_short() -> None:
+    left: list[bool] = []
+
+    async def leave() -> None:
+        left.append(True)
+
+    client, listener = Client(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads, leave)
+        client.answers.clear()
+        session.append(Append(PROMPT))
+        closing = asyncio.create_task(session.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await closing
+        assert left == [True]
+
+
+async def test_an_answer_to_something_else_keeps_what_was_made_of_the_conversation() -> None:
+    client, listener = Client(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        session.append(Append(PROMPT))
+        await listener.told.get()
+        kept = dict(session._stretches)
+        other = Prompt((Message("user", (Text("four"),)),), open=False)
+        await session._rendered(other, aside=True)
+        assert session._stretches == kept
+        await session._rendered(other, aside=False)
+        assert session._stretches != kept
+        await session.close()

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from vllm_mm_ext.live.client_events import ResponseRequest
-from vllm_mm_ext.live.effects import Abort, Effect, Respond, ResponseOptions, Send, Usage
-from vllm_mm_ext.live.live_conversation import LiveConversation, new_id
+from vllm_mm_ext.live.effects import Abort, Effect, Respond, ResponseOptions, Send, Usage, sends
+from vllm_mm_ext.live.live_conversation import Asked, LiveConversation, new_id
 from vllm_mm_ext.live.live_response import LiveResponse
-from vllm_mm_ext.live.prompt import Prompt
-from vllm_mm_ext.live.server_events import Event
 from vllm_mm_ext.live.session_items import Item
 from vllm_mm_ext.live.session_options import SessionOptions
 from vllm_mm_ext.live.wire_error import WireError
@@ -42,6 +40,11 @@ class ActiveResponses:
         """Whether a response is under way, of the conversation or not."""
         return bool(self._active)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for responses alone: their own inputs."""
+        return sum(x.nbytes for x in self._active.values())
+
     def check_room(self, request: ResponseRequest) -> None:
         """Look whether another response can begin.
 
@@ -65,7 +68,7 @@ class ActiveResponses:
             )
 
     def create(
-        self, request: ResponseRequest, prompt: Prompt, options: SessionOptions
+        self, request: ResponseRequest, asked: Asked, options: SessionOptions
     ) -> list[Effect]:
         """Begin a response; an answer of the conversation has its place from now on."""
         answer = Item(new_id("item"), "assistant", status="in_progress", added=False)
@@ -81,13 +84,18 @@ class ActiveResponses:
             self._conversation.conversation_id,
             limit,
             request.metadata,
+            asked.nbytes,
         )
         self._active[response.response_id] = response
         temperature = options.temperature
         if request.temperature is not None:
             temperature = request.temperature
         how = ResponseOptions(None if limit == "inf" else limit, temperature)
-        return [Send(response.created()), Respond(response.response_id, prompt, how)]
+        aside = not request.in_conversation or request.input is not None
+        return [
+            Send(response.created()),
+            Respond(response.response_id, asked.prompt, how, aside),
+        ]
 
     def cancel(
         self, response_id: str | None, reason: Literal["turn_detected", "client_cancelled"]
@@ -107,27 +115,29 @@ class ActiveResponses:
             )
         return [
             Abort(response.response_id),
-            *_sends(response.cancel(reason, self._conversation.scales)),
+            *sends(response.cancel(reason, self._conversation.scales)),
         ]
 
-    def wrote(self, response_id: str, token_ids: Sequence[int], text: str) -> list[Effect]:
-        """The engine wrote more of a response."""
+    def wrote(
+        self, response_id: str, token_ids: Sequence[int], text: str, usage: Usage
+    ) -> list[Effect]:
+        """The engine wrote more of a response; ``usage``: up to here."""
         response = self._active.get(response_id)
-        return [] if response is None else _sends(response.write(token_ids, text))
+        return [] if response is None else sends(response.write(token_ids, text, usage))
 
     def ended(self, response_id: str, cut: bool, usage: Usage) -> list[Effect]:
         """The engine ended a response; ``cut``: at its limit of tokens."""
         response = self._active.pop(response_id, None)
         if response is None:
             return []
-        return _sends(response.complete(cut, usage, self._conversation.scales))
+        return sends(response.complete(cut, usage, self._conversation.scales))
 
     def failed(self, response_id: str, error_type: str, code: str, message: str) -> list[Effect]:
         """The engine could not write a response to its end."""
         response = self._active.pop(response_id, None)
         if response is None:
             return []
-        return _sends(response.fail(error_type, code, message, self._conversation.scales))
+        return sends(response.fail(error_type, code, message, self._conversation.scales))
 
     def end_all(self, code: str, message: str) -> list[Effect]:
         """The session ends, and with it what is under way."""
@@ -136,7 +146,3 @@ class ActiveResponses:
             effects.append(Abort(response_id))
             effects += self.failed(response_id, "server_error", code, message)
         return effects
-
-
-def _sends(events: Sequence[Event]) -> list[Effect]:
-    return [Send(event) for event in events]

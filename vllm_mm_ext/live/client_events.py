@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -194,6 +194,27 @@ ClientEvent = (
     | ResponseCreate
     | ResponseCancel
 )
+
+
+def texts(event: ClientEvent) -> Iterator[tuple[str, str]]:
+    """The texts of an event that the model may be shown, each with the name of its field."""
+    items: tuple[tuple[str, NewItem | ItemReference], ...] = ()
+    instructions: object = None
+    if isinstance(event, SessionUpdate):
+        instructions = event.session.get("instructions")
+        name = "session.instructions"
+    elif isinstance(event, ItemCreate):
+        items = (("item", event.item),)
+    elif isinstance(event, ResponseCreate):
+        instructions, name = event.response.instructions, "response.instructions"
+        given = event.response.input or ()
+        items = tuple((f"response.input[{k}]", item) for k, item in enumerate(given))
+    if isinstance(instructions, str):
+        yield name, instructions
+    for name, item in items:
+        for index, content in enumerate(item.content if isinstance(item, NewItem) else ()):
+            if isinstance(content, TextContent):
+                yield f"{name}.content[{index}].text", content.text
 
 
 def media_contents(event: ClientEvent) -> tuple[ImageContent | AudioContent, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,19 @@ class ResponseOptions:
 
 @dataclass(frozen=True, slots=True)
 class Respond:
-    """Let the engine answer a closed prompt; the machine is told by ``wrote``, then ``ended``."""
+    """Let the engine answer a closed prompt; the machine is told by ``wrote``, then ``ended``.
+
+    Attributes:
+        response_id: Names the response.
+        prompt: What is answered.
+        options: How.
+        aside: The prompt is not the conversation as the next append continues it.
+    """
 
     response_id: str
     prompt: Prompt
     options: ResponseOptions
+    aside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +92,11 @@ class Close:
 
 
 Effect = Send | Append | Respond | Abort | Close
+
+
+def sends(events: Iterable[Mapping[str, Any]]) -> list[Effect]:
+    """Effects that send events, in order."""
+    return [Send(event) for event in events]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from vllm_mm_ext.live import server_events
 from vllm_mm_ext.live.client_events import (
@@ -16,7 +17,7 @@ from vllm_mm_ext.live.client_events import (
     ResponseRequest,
 )
 from vllm_mm_ext.live.family import FamilyTraits
-from vllm_mm_ext.live.new_items import ItemReader, Media, check_length, shown_media
+from vllm_mm_ext.live.new_items import ItemReader, Media, shown_media
 from vllm_mm_ext.live.open_message import OpenMessage
 from vllm_mm_ext.live.prompt import Message, Prompt, Text
 from vllm_mm_ext.live.server_events import Event
@@ -39,6 +40,19 @@ LEAST_SOUND_MS = 100
 def new_id(kind: str) -> str:
     """A name that is not used yet, such as ``item_...``."""
     return f"{kind}_{uuid.uuid4().hex[:24]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a response answers.
+
+    Attributes:
+        prompt: Closed.
+        nbytes: Held for what is not of the conversation in it.
+    """
+
+    prompt: Prompt
+    nbytes: int
 
 
 class LiveConversation:
@@ -177,36 +191,41 @@ class LiveConversation:
     # What the model is shown.
 
     def open_prompt(self, *, paused: bool, goes_on: bool) -> Prompt | None:
-        """The conversation with what is open of it; None: there is nothing new, or too much.
+        """The conversation with what is open of it; None: it is too much, or has nothing to ask.
 
         Args:
             paused: As it would be committed if the turn ended with the pause in speech.
             goes_on: Whether more of the message is to come.
         """
         parts = self.open.paused_parts() if paused else self.open.parts()
-        if not parts or self._tokens_with(parts) > self._limits.prompt_tokens:
+        if self._tokens_with(parts) > self._limits.prompt_tokens:
             return None
-        return Prompt(messages(self._instructions, self.items, parts), open=goes_on)
+        shown = messages(self._instructions, self.items, parts)
+        if not shown or shown[-1].role != "user":
+            return None
+        return Prompt(shown, open=goes_on)
 
-    def prompt_of(self, request: ResponseRequest, media: Sequence[Media]) -> Prompt:
+    def asked(self, request: ResponseRequest, media: Sequence[Media]) -> Asked:
         """What a response answers.
 
         Raises:
             WireError: It is too long, or there is nothing to answer.
         """
         items: Sequence[Item] = list(self.items)
+        nbytes = 0
         if request.input is not None:
             items = self._input_items(request.input, iter(media))
+            nbytes = sum(item.nbytes for item in items if not self.items.holds(item.item_id))
         instructions, tokens = self._instructions, self._instruction_tokens
         if request.instructions is not None:
             instructions = request.instructions
-            tokens = self._system_tokens(instructions, "response.instructions")
+            tokens = self._system_tokens(instructions)
         tokens += sum(item.tokens for item in items if item.status != "in_progress")
         self._check_room(tokens)
         shown = messages(instructions, items)
         if not shown:
             raise WireError("There is nothing to answer.", code="conversation_empty")
-        return Prompt(shown, open=False)
+        return Asked(Prompt(shown, open=False), nbytes)
 
     def set_instructions(self, instructions: str) -> None:
         """Show the model these instructions from now on.
@@ -214,7 +233,7 @@ class LiveConversation:
         Raises:
             WireError: They leave too little of the context; nothing changed.
         """
-        tokens = self._system_tokens(instructions, "session.instructions")
+        tokens = self._system_tokens(instructions)
         self._check_system(tokens + self.items.system_tokens, "session.instructions")
         self._instructions, self._instruction_tokens = instructions, tokens
 
@@ -230,8 +249,13 @@ class LiveConversation:
         """Bytes held for the conversation and for what is open."""
         return self.open.nbytes + self.items.nbytes
 
-    def make_room(self, truncation: Truncation) -> list[Event]:
-        """Let the oldest turns go if the conversation takes more than it may."""
+    def make_room(self, truncation: Truncation, others: int) -> list[Event]:
+        """Let the oldest turns go if the conversation takes more than it may.
+
+        Args:
+            truncation: The session's option.
+            others: Bytes that the session holds beside the conversation.
+        """
         if truncation == "disabled":
             return []
         fixed = self._instruction_tokens + self.items.system_tokens
@@ -244,10 +268,26 @@ class LiveConversation:
         if (tokens := self.tokens) > limit:
             excess = tokens - fixed - int(ratio * (limit - fixed))
             events += self._remove_oldest(excess, lambda removal: removal.tokens)
-        if (nbytes := self.nbytes) > self._limits.max_bytes:
+        if (nbytes := self.nbytes + others) > self._limits.max_bytes:
             excess = nbytes - int(_RETENTION * self._limits.max_bytes)
             events += self._remove_oldest(excess, lambda removal: removal.nbytes)
         return events
+
+    def check_bytes(self, others: int) -> None:
+        """Refuse what makes the session hold too much.
+
+        Args:
+            others: As for ``make_room``.
+
+        Raises:
+            WireError: The session holds too much.
+        """
+        if self.nbytes + others > self._limits.max_bytes:
+            raise WireError(
+                f"The session holds more than {self._limits.max_bytes >> 20} MiB of messages, "
+                "sound and frames (mm_ext.live.session_mb).",
+                code="session_too_large",
+            )
 
     def forget(self) -> None:
         """Drop everything."""
@@ -331,10 +371,9 @@ class LiveConversation:
             )
         return item
 
-    def _system_tokens(self, instructions: str, name: str) -> int:
+    def _system_tokens(self, instructions: str) -> int:
         if not instructions.strip():
             return 0
-        check_length(instructions, self._limits.prompt_tokens, name)
         return self.scales.weigh("system", Text(instructions)).tokens
 
     def _check_system(self, tokens: int, name: str) -> None:

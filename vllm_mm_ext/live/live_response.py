@@ -22,6 +22,7 @@ class LiveResponse:
         conversation_id: Of that conversation.
         max_output_tokens: As asked for.
         metadata: The client's.
+        nbytes: Held for the response alone: its own input.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class LiveResponse:
         conversation_id: str,
         max_output_tokens: int | Literal["inf"],
         metadata: Mapping[str, str] | None,
+        nbytes: int,
     ) -> None:
+        self.nbytes = nbytes
         self.response_id = response_id
         self.answer = answer
         self._items = items
@@ -40,6 +43,8 @@ class LiveResponse:
         self._max_output_tokens = max_output_tokens
         self._metadata = metadata
         self._chunks: list[tuple[tuple[int, ...], str]] = []
+        # So far; None before the first token, when the engine has not told yet.
+        self._usage: Usage | None = None
 
     @property
     def in_conversation(self) -> bool:
@@ -52,9 +57,10 @@ class LiveResponse:
             "response.created", self._shown("in_progress", None, [], None)
         )
 
-    def write(self, token_ids: Sequence[int], text: str) -> list[Event]:
-        """Take the next tokens of the answer, and their text."""
+    def write(self, token_ids: Sequence[int], text: str, usage: Usage) -> list[Event]:
+        """Take the next tokens of the answer, and their text; ``usage``: up to here."""
         events = self._begin()
+        self._usage = usage
         self._chunks.append((tuple(token_ids), text))
         if text:
             events.append(server_events.text_delta(self.response_id, self.answer.item_id, text))
@@ -72,12 +78,12 @@ class LiveResponse:
         self, reason: Literal["turn_detected", "client_cancelled"], scales: Scales
     ) -> list[Event]:
         """The answer was broken off; what was sent of it stays in the conversation."""
-        return self._end("cancelled", {"reason": reason}, None, scales)
+        return self._end("cancelled", {"reason": reason}, self._usage, scales)
 
     def fail(self, error_type: str, code: str, message: str, scales: Scales) -> list[Event]:
         """The answer could not be written to its end."""
         error = {"type": error_type, "code": code, "message": message}
-        return self._end("failed", {"error": error}, None, scales)
+        return self._end("failed", {"error": error}, self._usage, scales)
 
     def _begin(self) -> list[Event]:
         """Tell of the answer, the first time."""

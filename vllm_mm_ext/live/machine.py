@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from vllm_mm_ext.live import server_events
@@ -23,11 +23,11 @@ from vllm_mm_ext.live.client_events import (
     VideoAppend,
     media_contents,
 )
-from vllm_mm_ext.live.effects import Append, Close, Effect, Send, TurnEnd, Usage
+from vllm_mm_ext.live.effects import Append, Close, Effect, Send, TurnEnd, Usage, sends
 from vllm_mm_ext.live.family import FamilyTraits
 from vllm_mm_ext.live.listening import Heard
 from vllm_mm_ext.live.live_conversation import LEAST_SOUND_MS, LiveConversation
-from vllm_mm_ext.live.new_items import Media, check_media, no_media
+from vllm_mm_ext.live.new_items import Media, check_lengths, check_media, no_media
 from vllm_mm_ext.live.open_message import Change, Grew, Paused, Started, Stopped
 from vllm_mm_ext.live.prompt import Message
 from vllm_mm_ext.live.server_events import Event
@@ -43,8 +43,6 @@ from vllm_mm_ext.live.session_timers import SessionTimers
 from vllm_mm_ext.live.watching import Sight
 from vllm_mm_ext.live.wire_error import WireError
 
-# From which chance on, that the turn has ended, it has; by eagerness.
-_TURN_END_CHANCE = {"low": 0.8, "medium": 0.5, "high": 0.3, "auto": 0.5}
 # WebSocket's close code for a client that went past a limit.
 _POLICY = 1008
 
@@ -98,10 +96,11 @@ class SessionMachine:
         return [Send(server_events.session_event("session.created", self._shown()))]
 
     def admit(self, event: ClientEvent) -> None:
-        """Look whether the model takes the media of an event, before they are decoded.
+        """Look at the media and texts of an event before they are decoded or tokenized.
 
         Raises:
-            WireError: It does not take such media; nothing else is to be done with the event.
+            WireError: The model does not take such media, or so long a text; nothing else is to be
+                done with the event.
         """
         try:
             if isinstance(event, AudioAppend) and not self._family.hears:
@@ -109,6 +108,7 @@ class SessionMachine:
             if isinstance(event, VideoAppend) and not self._family.sees:
                 raise no_media("image", "frames")
             check_media(event, self._family)
+            check_lengths(event, self._limits.prompt_tokens)
         except WireError as error:
             error.event_id = event.event_id
             raise
@@ -156,11 +156,11 @@ class SessionMachine:
     # What the engine does.
 
     def wrote(
-        self, response_id: str, token_ids: Sequence[int], text: str, now: float
+        self, response_id: str, token_ids: Sequence[int], text: str, usage: Usage, now: float
     ) -> list[Effect]:
-        """The engine wrote more of a response."""
+        """The engine wrote more of a response; ``usage``: up to here."""
         self._timers.event(now)
-        return self._responses.wrote(response_id, token_ids, text)
+        return self._responses.wrote(response_id, token_ids, text, usage)
 
     def ended(
         self, response_id: str, reason: Literal["stop", "length"], usage: Usage, now: float
@@ -183,12 +183,9 @@ class SessionMachine:
             turn_end: What the model says of the pause, if it was asked.
             now: Monotonic seconds.
         """
-        detection = self.options.turn_detection
-        if self._closed or turn_end is None or not isinstance(detection, SemanticVad):
+        if self._closed or turn_end is None:
             return []
-        if turn_end.chance < _TURN_END_CHANCE[detection.eagerness]:
-            return []
-        stopped = self._conversation.open.turn_ended(turn_end.pause)
+        stopped = self._conversation.open.turn_ended(turn_end)
         return [] if stopped is None else self._follow(iter((stopped,)), now)
 
     # What time does.
@@ -209,7 +206,10 @@ class SessionMachine:
             return self._close(*why)
         effects = self._follow(self._conversation.open.pass_time(now), now)
         silent_from = self._timers.silent_from(now, self.options.turn_detection)
-        return effects if silent_from is None else effects + self._prompt_user(silent_from)
+        if silent_from is not None:
+            effects += self._prompt_user(silent_from, now)
+        self._grew |= self._timers.unasked(now)
+        return effects + self._settle()
 
     def closed(self) -> None:
         """The socket is gone: forget everything."""
@@ -225,18 +225,19 @@ class SessionMachine:
                 return self._update(event)
             case AudioCommit():
                 conversation.check_commit()
-                return self._commit()
+                return self._commit(now)
             case AudioClear():
                 self._grew = self._paused = False
-                return _sends(conversation.clear())
+                return sends(conversation.clear())
             case ItemCreate():
-                return _sends(conversation.create(event, media))
+                self._timers.committed(now)
+                return sends(conversation.create(event, media))
             case ItemRetrieve():
-                return _sends(conversation.retrieve(event))
+                return sends(conversation.retrieve(event))
             case ItemDelete():
-                return _sends(conversation.delete(event))
+                return sends(conversation.delete(event))
             case ItemTruncate():
-                return _sends(conversation.truncate(event))
+                return sends(conversation.truncate(event))
             case ResponseCreate():
                 return self._respond(event.response, media, event.event_id)
             case ResponseCancel():
@@ -253,10 +254,10 @@ class SessionMachine:
         self.options = options
         return [Send(server_events.session_event("session.updated", self._shown()))]
 
-    def _commit(self) -> list[Effect]:
-        # What is appended at once would only keep the response waiting that is likely to follow.
+    def _commit(self, now: float) -> list[Effect]:
+        self._timers.committed(now)
         self._grew = self._paused = False
-        return _sends(self._conversation.commit())
+        return sends(self._conversation.commit())
 
     # Speech.
 
@@ -273,7 +274,7 @@ class SessionMachine:
                     self._paused = True
                     effects += self._settle()
                 case Stopped(at_ms):
-                    effects += self._speech_stopped(at_ms)
+                    effects += self._speech_stopped(at_ms, now)
                 case Grew():
                     self._grew = True
             if self._closed:
@@ -291,15 +292,15 @@ class SessionMachine:
             effects += self._after_response(stopped, now)
         return effects
 
-    def _speech_stopped(self, at_ms: int) -> list[Effect]:
+    def _speech_stopped(self, at_ms: int, now: float) -> list[Effect]:
         event = server_events.speech_stopped(at_ms, self._conversation.speech_item)
-        effects = [Send(event), *self._commit()]
+        effects = [Send(event), *self._commit(now)]
         detection = self.options.turn_detection
         if detection is not None and detection.create_response:
             effects += self._respond(ResponseRequest(), (), None)
         return effects
 
-    def _prompt_user(self, silent_from_ms: int) -> list[Effect]:
+    def _prompt_user(self, silent_from_ms: int, now: float) -> list[Effect]:
         """Nobody spoke for long after a response: let the model say something."""
         open_message = self._conversation.open
         if open_message.at_ms - silent_from_ms < LEAST_SOUND_MS:
@@ -309,7 +310,7 @@ class SessionMachine:
             silent_from_ms, open_message.at_ms, self._conversation.speech_item
         )
         open_message.take_silence()
-        effects = [Send(event), *self._commit()]
+        effects = [Send(event), *self._commit(now)]
         effects += self._respond(ResponseRequest(), (), None)
         return effects + self._settle()
 
@@ -321,16 +322,20 @@ class SessionMachine:
         effects: list[Effect] = []
         try:
             self._responses.check_room(request)
-            effects += _sends(self._conversation.commit_frames())
-            effects += _sends(self._conversation.make_room(self.options.truncation))
-            prompt = self._conversation.prompt_of(request, media)
+            if request.in_conversation:
+                effects += sends(self._conversation.commit_frames())
+            held = self._responses.nbytes
+            effects += sends(self._conversation.make_room(self.options.truncation, held))
+            asked = self._conversation.asked(request, media)
+            self._conversation.check_bytes(held + asked.nbytes)
         except WireError as error:
             error.event_id = event_id
             return effects + _error(error)
         if request.in_conversation:
             self._timers.spoken()
+            self._timers.asked()
             self._grew = self._paused = False
-        return effects + self._responses.create(request, prompt, self.options)
+        return effects + self._responses.create(request, asked, self.options)
 
     def _after_response(self, effects: list[Effect], now: float) -> list[Effect]:
         """What follows the events of a response that is over, if it was under way."""
@@ -351,11 +356,12 @@ class SessionMachine:
         """Keep within the limits, and let the engine compute what is new."""
         if self._closed:
             return []
-        effects = _sends(self._conversation.make_room(self.options.truncation))
-        if self._conversation.nbytes > self._limits.max_bytes:
-            held = self._limits.max_bytes >> 20
-            message = f"The session holds more than {held} MiB of messages, sound and frames."
-            return effects + self._close("session_too_large", message)
+        held = self._responses.nbytes
+        effects = sends(self._conversation.make_room(self.options.truncation, held))
+        try:
+            self._conversation.check_bytes(held)
+        except WireError as error:
+            return effects + self._close(error.code, error.message)
         if (self._grew or self._paused) and self._responses.writing is None:
             effects += self._append()
             self._grew = self._paused = False
@@ -383,10 +389,6 @@ class SessionMachine:
 
     def _shown(self) -> Event:
         return shown(self.options, self._session_id, self._expires_at)
-
-
-def _sends(events: Iterable[Event]) -> list[Effect]:
-    return [Send(event) for event in events]
 
 
 def _error(error: WireError) -> list[Effect]:

@@ -17,6 +17,7 @@ from vllm_mm_ext.live.client_events import (
     NewItem,
     ResponseCreate,
     TextContent,
+    texts,
 )
 from vllm_mm_ext.live.family import FamilyTraits
 from vllm_mm_ext.live.listening import Piece
@@ -63,19 +64,20 @@ def no_media(name: str, media: str) -> WireError:
     return WireError(f"The model takes no {media}.", code="unsupported_parameter", param=name)
 
 
-def check_length(text: str, most_tokens: int, name: str) -> None:
-    """Refuse a text that cannot fit, before it costs the time of a tokenizer.
+def check_lengths(event: ClientEvent, most_tokens: int) -> None:
+    """Refuse texts that cannot fit, before they cost the time of a tokenizer.
 
     Raises:
-        WireError: It cannot.
+        WireError: One cannot.
     """
     most = most_tokens * _MOST_CHARACTERS_PER_TOKEN
-    if len(text) > most:
-        raise WireError(
-            f"'{name}' has {len(text)} characters; at most {most} can fit.",
-            code="string_above_max_length",
-            param=name,
-        )
+    for name, text in texts(event):
+        if len(text) > most:
+            raise WireError(
+                f"'{name}' has {len(text)} characters; at most {most} can fit.",
+                code="string_above_max_length",
+                param=name,
+            )
 
 
 class ItemReader:
@@ -111,8 +113,6 @@ class ItemReader:
         parts: list[Weighed] = []
         tokens = 0
         for index, content in enumerate(new.content):
-            if isinstance(content, TextContent):
-                check_length(content.text, self._most_tokens, f"{name}.content[{index}].text")
             for part in self._parts(content, media, f"{item_id}.{index}"):
                 parts.append(self._scales.weigh(new.role, part))
                 tokens += parts[-1].tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vllm_mm_ext.live.effects import TurnEnd
 from vllm_mm_ext.live.family import FamilyTraits
 from vllm_mm_ext.live.listening import Heard, VoiceWindow
 from vllm_mm_ext.live.prompt import Part, Stretch
@@ -24,6 +25,8 @@ from vllm_mm_ext.live.watching import Sight
 PAUSE_MS = 200
 # While the silence goes on, the model is asked again, whether it ends the turn, this often.
 ASK_AGAIN_MS = 400
+# From which chance on, that the turn has ended, it has; by eagerness.
+_TURN_END_CHANCE = {"low": 0.8, "medium": 0.5, "high": 0.3, "auto": 0.5}
 # The longest silence within a turn, by eagerness: the protocol's.
 _SEMANTIC_SILENCE_MS = {"low": 8_000, "medium": 4_000, "high": 2_000, "auto": 4_000}
 
@@ -178,9 +181,11 @@ class OpenMessage:
         self._weighed = weighed
         return tuple(weighed.values())
 
-    def turn_ended(self, pause: int) -> Stopped | None:
-        """The model says that the turn has ended with this pause; None: the pause is over."""
-        if pause != self.pause:
+    def turn_ended(self, told: TurnEnd) -> Stopped | None:
+        """End the turn if the model thinks so; None: it does not, or the pause is over."""
+        if not isinstance(self._detection, SemanticVad) or told.pause != self.pause:
+            return None
+        if told.chance < _TURN_END_CHANCE[self._detection.eagerness]:
             return None
         self._detector.end(self.position)
         return self._stop(self.position)

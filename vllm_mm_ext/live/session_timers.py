@@ -1,8 +1,13 @@
-"""When a session ends by itself, and when the model is to speak to a silent user."""
+"""When a session ends by itself, when the model is to speak to a silent user, and when to append
+what nobody has asked about."""
 
 from __future__ import annotations
 
 from vllm_mm_ext.live.session_options import ServerVad, SessionLimits, TurnDetection
+
+# Seconds in which a response to what was committed is likely to be asked for. An append meanwhile
+# would only keep the response waiting.
+UNASKED_S = 0.3
 
 
 class SessionTimers:
@@ -20,6 +25,8 @@ class SessionTimers:
         # When the last response ended and how long the session's sound was then, in milliseconds;
         # None: somebody has spoken since, or there was none.
         self._silent_since: tuple[float, int] | None = None
+        # When to append what was committed; None: it is appended, or a response was asked for.
+        self._append_at: float | None = None
 
     def event(self, now: float) -> None:
         """Something came from the client or the engine."""
@@ -32,6 +39,21 @@ class SessionTimers:
     def spoken(self) -> None:
         """The user speaks, or the model."""
         self._silent_since = None
+
+    def committed(self, now: float) -> None:
+        """Something was added to the conversation."""
+        self._append_at = now + UNASKED_S
+
+    def asked(self) -> None:
+        """A response to the conversation was asked for."""
+        self._append_at = None
+
+    def unasked(self, now: float) -> bool:
+        """Whether something was added that nobody has asked about; told once."""
+        if self._append_at is None or now < self._append_at:
+            return False
+        self._append_at = None
+        return True
 
     def over(self, now: float, *, responding: bool) -> tuple[str, str] | None:
         """Why the session is over, as a code and a message; None: it is not."""
@@ -56,12 +78,14 @@ class SessionTimers:
         return sound_ms
 
     def next(self, detection: TurnDetection | None, *, responding: bool) -> float:
-        """When ``over`` or ``silent_from`` has something to tell."""
+        """When ``over``, ``silent_from`` or ``unasked`` has something to tell."""
         times = [self._ends_at]
         if not responding:
             times.append(self._last_event + self._limits.idle_timeout_s)
         if (silence_ends := self._silence_ends(detection)) is not None:
             times.append(silence_ends)
+        if self._append_at is not None:
+            times.append(self._append_at)
         return min(times)
 
     def _silence_ends(self, detection: TurnDetection | None) -> float | None:

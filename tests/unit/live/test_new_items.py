@@ -39,5 +39,5 @@ def test_items_of_a_response_that_follow_too_many_tokens_are_not_tokenized() -> 
     conversation = LiveConversation(FAMILY, LIMITS, counted, None, 0.0)
     items = (NewItem(None, "user", (LONG,) * 10),) * 50
     with pytest.raises(WireError, match="at most 2000"):
-        conversation.prompt_of(ResponseRequest(input=items), ())
+        conversation.asked(ResponseRequest(input=items), ())
     assert counted.messages == 40

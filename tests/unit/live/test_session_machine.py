@@ -6,7 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from live_sessions import FAMILY, LIMITS, LiveDriver, error_of, kinds, samples_of, stretches_of
+from live_sessions import (
+    FAMILY,
+    LIMITS,
+    USAGE,
+    LiveDriver,
+    error_of,
+    kinds,
+    samples_of,
+    stretches_of,
+)
 
 from vllm_mm_ext.live.effects import Abort, Append, Close, Respond, TurnEnd
 from vllm_mm_ext.live.prompt import Generated, Stretch, Text
@@ -202,7 +211,7 @@ def test_speech_during_a_response_cancels_it_and_keeps_what_was_sent() -> None:
     assert done["status"] == "cancelled"
     assert done["status_details"] == {"type": "cancelled", "reason": "turn_detected"}
     assert done["output"][0]["status"] == "incomplete"
-    assert driver.take(driver.machine.wrote(response_id, (1,), "a time", driver.now)) == []
+    assert driver.take(driver.machine.wrote(response_id, (1,), "a time", USAGE, driver.now)) == []
     driver.speak(1.0, 0.9)
     assert kinds(driver.speak(1.0, 0.0))[-1] == "response.created"
     (prompt,) = driver.prompts.values()
@@ -287,6 +296,66 @@ def test_an_answer_outside_the_conversation_is_no_item_of_it() -> None:
     driver.end("length")
     assert list(driver.protocol.statuses.values()) == ["incomplete"]
     assert len(driver.protocol.items) == 1
+
+
+def test_the_usage_of_an_answer_that_was_cancelled_tells_what_was_written() -> None:
+    driver = manual()
+    driver.say("Hello")
+    driver.respond()
+    driver.write("Hi")
+    events = driver.send({"type": "response.cancel"})
+    done = next(event for event in events if event["type"] == "response.done")
+    assert done["response"]["usage"]["input_tokens"] == USAGE.input_tokens
+
+
+def test_an_answer_outside_the_conversation_leaves_what_is_open_as_it_is() -> None:
+    driver = manual()
+    driver.say("Hello")
+    driver.show(10)
+    driver.respond(conversation="none")
+    (respond,) = [x for x in driver.effects if isinstance(x, Respond)]
+    # The engine's side keeps what it made of the conversation, which the next append goes on with.
+    assert respond.aside
+    assert len(driver.protocol.items) == 1
+    driver.respond()
+    assert len(driver.protocol.items) == 2
+
+
+def test_what_answers_outside_the_conversation_are_asked_counts_as_the_session_s() -> None:
+    driver = manual(max_bytes=20_000)
+    driver.say("Hello")
+    message = {
+        "type": "message",
+        "role": "user",
+        "content": [{"type": "input_text", "text": "word " * 400}],
+    }
+    driver.respond(conversation="none", input=[message])
+    assert error_of(driver.respond(conversation="none", input=[message, message]))["code"] == (
+        "session_too_large"
+    )
+    assert not driver.closed
+    assert len(driver.protocol.items) == 1
+    driver.end()
+    driver.respond(conversation="none", input=[message, message])
+    assert len(driver.protocol.active) == 1
+
+
+def test_what_was_committed_is_computed_if_nobody_asks_about_it_at_once() -> None:
+    driver = manual()
+    driver.speak(1.3, 0.0)
+    driver.commit()
+    assert driver.appended is None
+    driver.respond()
+    driver.write("Yes")
+    driver.end()
+    driver.speak(1.4, 0.0)
+    driver.commit()
+    assert driver.appended is None
+    driver.wait(0.5)
+    assert driver.appends == 1
+    # Once is enough.
+    driver.wait(5.0)
+    assert driver.appends == 1
 
 
 def test_an_answer_stands_before_what_came_while_it_was_written() -> None:

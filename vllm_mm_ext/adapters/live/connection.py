@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
@@ -21,10 +21,12 @@ from vllm_mm_ext.live.client_events import (
     SessionUpdate,
     VideoAppend,
     media_contents,
+    texts,
 )
 from vllm_mm_ext.live.effects import Abort, Append, Close, Effect, Respond, Send, TurnEnd, Usage
 from vllm_mm_ext.live.event_codec import read_event, write_event
 from vllm_mm_ext.live.machine import SessionMachine
+from vllm_mm_ext.live.prompt import Message, Text
 from vllm_mm_ext.live.server_events import error_event
 from vllm_mm_ext.live.wire_error import WireError
 
@@ -38,10 +40,10 @@ TRY_LATER = 1013
 
 # Characters of a message from which on it is read in a thread; reading fewer takes under 1 ms.
 _LONG_MESSAGE = 1 << 18
+# Characters of a text from which on it is tokenized in a thread; fewer take about a millisecond.
+_LONG_TEXT = 1 << 12
 # Seconds for the last events to reach the client of a session that ends.
 _LAST_WORDS_S = 5.0
-# Seconds for the engine to let go of a session.
-_ENGINE_S = 30.0
 
 
 class Connection:
@@ -55,6 +57,7 @@ class Connection:
         machine: The state of the session.
         senses: Hear and see for the session.
         clock: Follows the session's appends.
+        measure: Tokens of a message; remembers those of its texts.
     """
 
     def __init__(
@@ -63,13 +66,16 @@ class Connection:
         machine: SessionMachine,
         senses: Senses,
         clock: AppendClock,
+        measure: Callable[[Message], int],
     ) -> None:
+        self._measure = measure
         self._websocket = websocket
         self._machine = machine
         self._senses = senses
         self._clock = clock
         self._outbox = Outbox()
         self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._last_words_s = _LAST_WORDS_S
         self._engine: EngineSession | None = None
@@ -92,11 +98,36 @@ class Connection:
             reader.cancel()
             await self._end(writer)
 
+    # What the operator asks.
+
+    def facts(self) -> dict[str, Any]:
+        """What the operator's page shows of the session."""
+        return {
+            "seconds": round(self._loop.time() - self._began, 1),
+            "model": self._machine.options.model,
+            "files": self._senses.files_seen,
+        }
+
+    def holds(self, digests: Collection[str]) -> bool:
+        """Whether the client sent one of these files."""
+        return self._senses.has_seen(digests)
+
+    @property
+    def kv_key(self) -> str:
+        """Names the session among the KV sessions of its engine."""
+        assert self._engine is not None
+        return self._engine.kv_key
+
+    def end(self, reason: str) -> None:
+        """End the session, which the client is told."""
+        self._send_error("invalid_request_error", "session_ended", reason)
+        self._close(Close(POLICY, reason))
+
     # What the engine tells: the machine's methods without the time.
 
-    def wrote(self, response_id: str, token_ids: tuple[int, ...], text: str) -> None:
+    def wrote(self, response_id: str, token_ids: tuple[int, ...], text: str, usage: Usage) -> None:
         """As ``SessionMachine.wrote``."""
-        self._step(lambda now: self._machine.wrote(response_id, token_ids, text, now))
+        self._step(lambda now: self._machine.wrote(response_id, token_ids, text, usage, now))
 
     def ended(self, response_id: str, reason: Literal["stop", "length"], usage: Usage) -> None:
         """As ``SessionMachine.ended``."""
@@ -160,6 +191,10 @@ class Connection:
                 self._step(partial(machine.heard, rest))
             elif isinstance(event, AudioClear):
                 senses.clear()
+            for _, text in texts(event):
+                if len(text) > _LONG_TEXT:
+                    # The machine then finds its tokens remembered.
+                    await senses.lane.run(self._measure, Message("user", (Text(text),)))
             media = await senses.read(media_contents(event))
             self._step(lambda now: machine.handle(event, now, media))
             if isinstance(event, SessionUpdate):
@@ -250,8 +285,7 @@ class Connection:
         assert engine is not None
         try:
             for failure in await asyncio.gather(
-                # An engine that is gone does not answer.
-                asyncio.wait_for(engine.close(), _ENGINE_S),
+                engine.close(),
                 self._senses.close(),
                 asyncio.wait((writer,), timeout=self._last_words_s),
                 return_exceptions=True,

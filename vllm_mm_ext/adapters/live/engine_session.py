@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -16,6 +15,7 @@ from vllm_mm_ext.adapters.live.growing import GrowingStretch
 from vllm_mm_ext.adapters.live.live_prompt import PromptError, PromptMaker
 from vllm_mm_ext.live.effects import Append, Respond, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Prompt
+from vllm_mm_ext.policies.kv.sessions import session_key
 
 logger = vllm_compat.logger
 
@@ -41,8 +41,15 @@ class EngineListener(Protocol):
             turn_end: What the model says of the pause; None where it was not asked or cannot tell.
         """
 
-    def wrote(self, response_id: str, token_ids: tuple[int, ...], text: str) -> None:
-        """The answer goes on; the token that ends it is not among the ids."""
+    def wrote(self, response_id: str, token_ids: tuple[int, ...], text: str, usage: Usage) -> None:
+        """The answer goes on; the token that ends it is not among the ids.
+
+        Args:
+            response_id: The response.
+            token_ids: What was written since the last time.
+            text: The same as text.
+            usage: Up to here.
+        """
 
     def ended(self, response_id: str, reason: Literal["stop", "length"], usage: Usage) -> None:
         """The answer is whole, or as long as it may be."""
@@ -112,6 +119,11 @@ class EngineSession:
         self._silent = False
         self._closed = False
 
+    @property
+    def kv_key(self) -> str:
+        """Names the session among the KV sessions of its engine."""
+        return session_key(self._id, self._salt)
+
     def append(self, append: Append) -> None:
         """Let the engine compute what of a prompt it has not computed yet.
 
@@ -144,10 +156,13 @@ class EngineSession:
         self._responses.clear()
         for task in self._tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_END_S)
-        self._stretches.clear()
-        await self._leave()
+        try:
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=_END_S)
+        finally:
+            self._stretches.clear()
+            # An engine that is gone does not answer.
+            await asyncio.wait_for(self._leave(), _END_S)
 
     # --- appends ----------------------------------------------------------------------------------
 
@@ -218,8 +233,8 @@ class EngineSession:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         name, options, engine = respond.response_id, respond.options, self._engine
-        given = engine.client.model_config.get_diff_sampling_param()
-        chosen = {key: given[key] for key in _SAMPLING if key in given}
+        default = engine.client.model_config.get_diff_sampling_param()
+        chosen = {key: default[key] for key in _SAMPLING if key in default}
         if options.temperature is not None:
             chosen["temperature"] = options.temperature
         banned = engine.maker.family.token_ids
@@ -233,43 +248,43 @@ class EngineSession:
                 output_kind=RequestOutputKind.DELTA,
             )
 
-        written = 0
-        prompt_ids: Sequence[int] = ()
-        cached = 0
-        async for output in self._outputs(respond.prompt, params):
+        usage: Usage | None = None
+        async for output in self._outputs(respond.prompt, params, aside=respond.aside):
             (part,) = output.outputs
-            prompt_ids = prompt_ids or output.prompt_token_ids
-            cached = cached or output.num_cached_tokens or 0
-            written += len(part.token_ids)
+            if usage is None:
+                given = output.prompt_token_ids
+                sound = given.count(banned.get("audio", -1))
+                seen = given.count(banned["video"]) + given.count(banned.get("image", -1))
+                usage = Usage(len(given), output.num_cached_tokens or 0, 0, sound, seen)
+            usage = replace(usage, output_tokens=usage.output_tokens + len(part.token_ids))
             reason = part.finish_reason
             # The token that ends an answer has no text, and no place in the conversation.
             ids = part.token_ids[:-1] if reason == "stop" else part.token_ids
             if ids or part.text:
-                self._listener.wrote(name, tuple(ids), part.text)
+                self._listener.wrote(name, tuple(ids), part.text, usage)
             if reason in ("stop", "length"):
-                counts = Counter(prompt_ids)
-                sound = counts[banned.get("audio", -1)]
-                seen = counts[banned["video"]] + counts[banned.get("image", -1)]
-                usage = Usage(len(prompt_ids), cached, written, sound, seen)
                 self._listener.ended(name, reason, usage)
             elif reason is not None:
                 raise RuntimeError(f"the engine ended the answer ({reason})")
 
     # --- the engine -------------------------------------------------------------------------------
 
-    async def _outputs(self, prompt: Prompt, params: Callable[[int], Any]) -> AsyncIterator[Any]:
+    async def _outputs(
+        self, prompt: Prompt, params: Callable[[int], Any], *, aside: bool = False
+    ) -> AsyncIterator[Any]:
         """vLLM's outputs for a prompt; sent again if its preprocessed media got lost on the way.
 
         Args:
             prompt: The prompt.
             params: Returns vLLM's ``SamplingParams`` for a prompt of so many tokens.
+            aside: As of ``Respond``.
         """
         from vllm.exceptions import RetryableRequestError
 
         for last in (*[False] * _RETRIES, True):
             begun = False
             try:
-                rendered = await self._rendered(prompt)
+                rendered = await self._rendered(prompt, aside)
                 length = len(rendered["prompt_token_ids"])
                 if length >= self._engine.context_tokens:
                     raise _TooLongError(length, self._engine.context_tokens)
@@ -290,13 +305,15 @@ class EngineSession:
                 if begun or last:
                     raise
 
-    async def _rendered(self, prompt: Prompt) -> Any:
+    async def _rendered(self, prompt: Prompt, aside: bool) -> Any:
         """The prompt as vLLM's engine takes it."""
         engine = self._engine
         # What is kept of the stretches is changed by one prompt at a time.
         async with self._rendering:
+            # What such a prompt does not show is shown again by the next append.
+            stretches = dict(self._stretches) if aside else self._stretches
             made = asyncio.get_running_loop().run_in_executor(
-                engine.threads, engine.maker.make, prompt, self._stretches
+                engine.threads, engine.maker.make, prompt, stretches
             )
             await _whole(made)
             (rendered,) = await engine.client.renderer.render_cmpl_async(

@@ -19,7 +19,7 @@ from vllm_mm_ext.live.prompt import Generated, Message, Picture, Prompt, Stretch
 from vllm_mm_ext.request.placeholder_text import MARK, marked
 
 # Characters of texts whose tokens are remembered, for all sessions of the server together.
-_REMEMBERED = 1 << 20
+_REMEMBERED = 1 << 22
 # Begins the `uuid` of pictures, by which vLLM's caches know them. Clients may give media a `uuid`
 # too, and cannot guess this one.
 _PICTURES = f"mm_ext:live:{secrets.token_hex(16)}:"
@@ -204,7 +204,7 @@ class PromptMaker:
             known = self._known.get(text)
         if known is None:
             known = tuple(self._encode(text))
-            if len(text) < _REMEMBERED // 8:
+            if len(text) <= _REMEMBERED:
                 with self._lock:
                     self._known[text] = known
         return known

@@ -16,6 +16,7 @@ from vllm_mm_ext.adapters.live.engine import LiveEngine, LiveUnavailableError
 from vllm_mm_ext.adapters.live.live_page import page
 from vllm_mm_ext.adapters.live.registry import LiveSessions
 from vllm_mm_ext.adapters.patches import set_on
+from vllm_mm_ext.adapters.sight.api_keys import allows_origin, key_check
 from vllm_mm_ext.adapters.vllm_compat import settings_of
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -60,7 +61,7 @@ class LiveRoutes:
         from vllm import envs
 
         self._origins = args.allowed_origins
-        self._keys = _key_check(args)
+        self._keys = key_check(args)
         if engine_client is None:
             self._unavailable = "there is no engine"
             return
@@ -81,6 +82,11 @@ class LiveRoutes:
             model = state.openai_serving_models.model_name()
             self._sessions = LiveSessions(engine, settings, model, envs.VLLM_MAX_IMAGE_PIXELS)
 
+    @property
+    def sessions(self) -> LiveSessions | None:
+        """The sessions; None where there can be none."""
+        return self._sessions
+
     def stats(self) -> dict[str, int | float]:
         """Counters of the sessions; none where there can be no sessions."""
         return {} if self._sessions is None else self._sessions.stats()
@@ -91,7 +97,8 @@ class LiveRoutes:
     async def _realtime(self, websocket: WebSocket) -> None:
         _end_compression(websocket.app)
         offered = websocket.scope["subprotocols"]
-        if not self._allows_origin(websocket.headers):
+        # Browsers leave that to the server.
+        if not allows_origin(websocket.headers, self._origins):
             reason = "Pages of this origin may not connect (--allowed-origins)."
             await _deny(websocket, HTTPStatus.FORBIDDEN, reason)
         elif self._keys is not None and not self._keys.verify_token(_with_key(websocket, offered)):
@@ -102,13 +109,6 @@ class LiveRoutes:
         else:
             await websocket.accept(subprotocol=_PROTOCOL if _PROTOCOL in offered else None)
             await self._sessions.serve(websocket, websocket.query_params.get("model"))
-
-    def _allows_origin(self, headers: Headers) -> bool:
-        """Whether the page that connects, if it is one, may: browsers leave that to the server."""
-        origin = headers.get("origin")
-        if origin is None or "*" in self._origins or origin in self._origins:
-            return True
-        return origin.partition("://")[2] == headers.get("host")
 
 
 def _end_compression(app: Any) -> None:
@@ -124,15 +124,6 @@ def _end_compression(app: Any) -> None:
     server = getattr(app.state, "server", None)
     if server is not None:
         set_on(server.config, "uvicorn.config:Config.ws_per_message_deflate", False)
-
-
-def _key_check(args: Namespace) -> Any:
-    """vLLM's own check of API keys, with its keys; None where there are none."""
-    from vllm import envs
-    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-
-    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-    return AuthenticationMiddleware(None, keys) if keys else None
 
 
 def _with_key(websocket: WebSocket, offered: list[str]) -> Headers:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -57,6 +58,7 @@ class LiveSessions:
         )
         self._punctuality = Punctuality()
         self._sessions = self._opened = self._refused = 0
+        self._open: dict[str, Connection] = {}
 
     def stats(self) -> dict[str, int | float]:
         """Counters for ``GET /mm_ext/stats``."""
@@ -70,6 +72,30 @@ class LiveSessions:
             "worst_late_s": round(self._punctuality.worst_s, 3),
             "computed_tokens": self._punctuality.computed,
             "pinned": self._engine.pinned,
+        }
+
+    def listing(self) -> list[dict[str, Any]]:
+        """The sessions, the first one first."""
+        return [{"id": key, **connection.facts()} for key, connection in self._open.items()]
+
+    def end(self, session_id: str, reason: str) -> bool:
+        """End a session; False if there is none of that id.
+
+        Args:
+            session_id: As ``listing`` has it.
+            reason: What its client is told.
+        """
+        connection = self._open.get(session_id)
+        if connection is not None:
+            connection.end(reason)
+        return connection is not None
+
+    def holding(self, digests: Collection[str]) -> dict[str, str]:
+        """Sessions whose client sent one of these files, with their keys in the engine's KV."""
+        return {
+            key: connection.kv_key
+            for key, connection in self._open.items()
+            if connection.holds(digests)
         }
 
     async def serve(self, websocket: Any, model: str | None) -> None:
@@ -105,7 +131,11 @@ class LiveSessions:
             logger.exception("A live session could not be opened")
             await _refuse(websocket, OUR_FAULT, "internal_error", "The server failed.")
         else:
-            await connection.run(session)
+            self._open[session_id] = connection
+            try:
+                await connection.run(session)
+            finally:
+                del self._open[session_id]
 
     def _connection(self, websocket: Any, session_id: str, model: str) -> Connection:
         settings, traits = self._settings, self._engine.traits
@@ -134,7 +164,8 @@ class LiveSessions:
         pixels = min(self._max_pixels, most) if self._max_pixels else most
         lane = Lane(self._threads)
         senses = Senses(traits, machine.options, self._voices, lane, pixels, limits.max_bytes)
-        return Connection(websocket, machine, senses, AppendClock(self._punctuality, traits.unit_s))
+        clock = AppendClock(self._punctuality, traits.unit_s)
+        return Connection(websocket, machine, senses, clock, self._engine.measure)
 
 
 async def _refuse(websocket: Any, close_code: int, code: str, message: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from blake3 import blake3
 
 from vllm_mm_ext.adapters.live.lane import Lane
 from vllm_mm_ext.errors import MediaError
@@ -20,6 +21,8 @@ from vllm_mm_ext.live.wire_error import WireError
 
 # Bytes of sound that are dealt with in one go: 1.4 s of PCM16.
 _PIECE_BYTES = 1 << 16
+# Of sound that no detector looks at, so much is dealt with on the event loop: 170 ms of PCM16.
+_LITTLE_BYTES = 1 << 13
 
 
 class Senses:
@@ -55,9 +58,31 @@ class Senses:
         self._detects = options.turn_detection is not None
         self._listener = Listener(traits.audio_rate, self._format)
         self._watcher = Watcher(traits, max_pixels)
+        # Half a digest each: a session of two hours has thousands of frames.
+        self._seen: set[bytes] = set()
+
+    @property
+    def files_seen(self) -> int:
+        """Number of different pictures, frames and sound files that the client sent."""
+        return len(self._seen)
+
+    def has_seen(self, digests: Collection[str]) -> bool:
+        """Whether the client sent one of the files of these digests (hex BLAKE3)."""
+        return any(
+            bytes.fromhex(digest[:32]) in self._seen for digest in digests if ":" not in digest
+        )
+
+    def _note(self, file: bytes) -> None:
+        self._seen.add(blake3(file).digest(16))
 
     async def hear(self, audio: bytes) -> AsyncIterator[Heard]:
         """The sound of an append, of which others' work may come between two pieces."""
+        if len(audio) <= _LITTLE_BYTES and not self._detects:
+            # To hand it to a thread takes longer than the work.
+            with _wire_errors():
+                heard = self._hear(audio)
+            yield heard
+            return
         for start in range(0, len(audio), _PIECE_BYTES) or (0,):
             with _wire_errors():
                 heard = await self.lane.run(self._hear, audio[start : start + _PIECE_BYTES])
@@ -75,7 +100,11 @@ class Senses:
     async def see(self, event: VideoAppend) -> Sight:
         """The frame of an append."""
         with _wire_errors():
-            return await self.lane.run(self._watcher.see, event)
+            return await self.lane.run(self._see, event)
+
+    def _see(self, event: VideoAppend) -> Sight:
+        self._note(event.image)
+        return self._watcher.see(event)
 
     async def read(self, contents: Sequence[ImageContent | AudioContent]) -> list[Media]:
         """The pictures and the samples, at the model's rate, of items of a conversation."""
@@ -96,6 +125,7 @@ class Senses:
         return media
 
     def _read(self, content: ImageContent | AudioContent) -> Media:
+        self._note(content.audio if isinstance(content, AudioContent) else content.image)
         if isinstance(content, AudioContent):
             return whole_sound(content.audio, self._format, self._traits.audio_rate)
         if self._traits.images:

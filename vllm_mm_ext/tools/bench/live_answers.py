@@ -33,10 +33,12 @@ _CLIPS, _QUESTIONS = 12, 8
 _ANSWER = 16
 _SPEED = 20.0
 _HOUR_S = 3600.0
-# In the hour every clip is shown, and one in so many is asked about.
-_ASKED = 8
-# Several turns, well below the context.
-_CAP = 4096
+# In the hour, clips are shown in turns: when one comes again, the context has long lost it. One in
+# so many is asked about, so that each turn asks about others.
+_HOUR_CLIPS, _ASKED = 48, 7
+# Room for one clip, which is what the composer was trained on: among several it does not know which
+# one it is asked about.
+_CAP = 1300
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class Shown:
 
 
 def shown_clips(first: int, count: int, directory: Path) -> Iterator[Shown]:
-    """So many held-out clips with sound, from the ``first`` on."""
+    """So many held-out clips with sound, from the ``first`` on; files are kept for later runs."""
+    directory.mkdir(parents=True, exist_ok=True)
     durations = itertools.cycle(_DURATIONS)
     seeds = (seed for seed in itertools.count(_FIRST_SEED + first))
-    made = 0
-    while made < count:
+    shown = 0
+    while shown < count:
         seed = next(seeds)
         clip = draw_clip(seed, next(durations))
         if not clip.has_sound:
@@ -61,10 +64,11 @@ def shown_clips(first: int, count: int, directory: Path) -> Iterator[Shown]:
         rng = np.random.default_rng(seed)
         found = balanced(questions(clip, rng), _QUESTIONS, rng, weights={})
         path = directory / f"clip-{seed}.mp4"
-        encode_clip(clip, path)
+        if not path.exists():
+            encode_clip(clip, made := path.with_name(f"new-{path.name}"))
+            made.rename(path)
         yield Shown(path, feed_of(path, COMPOSER_FPS), tuple(found))
-        path.unlink()
-        made += 1
+        shown += 1
 
 
 def answers(study: Study) -> list[Row]:
@@ -72,15 +76,14 @@ def answers(study: Study) -> list[Row]:
     live: dict[str, list[bool]] = defaultdict(list)
     sent: dict[str, list[bool]] = defaultdict(list)
     same: list[bool] = []
-    with study.context.scratch() as scratch:
-        for shown in shown_clips(0, _CLIPS * study.context.repeats, scratch):
-            told = asyncio.run(_told_live(study.composer, shown))
-            for question, text in zip(shown.questions, told, strict=True):
-                messages = file_messages(shown.path, question.text)
-                answer = ask(study.composer, messages, max_tokens=_ANSWER, ignore_end=False).text
-                live[question.task].append(is_right(question, text))
-                sent[question.task].append(is_right(question, answer))
-                same.append(text.strip() == answer.strip())
+    for shown in shown_clips(0, _CLIPS * study.context.repeats, _directory(study)):
+        told = asyncio.run(_told_live(study.composer, shown))
+        for question, text in zip(shown.questions, told, strict=True):
+            messages = file_messages(shown.path, question.text)
+            answer = ask(study.composer, messages, max_tokens=_ANSWER, ignore_end=False).text
+            live[question.task].append(is_right(question, text))
+            sent[question.task].append(is_right(question, answer))
+            same.append(text.strip() == answer.strip())
     study.notes.append(
         f"answers: {_CLIPS * study.context.repeats} held-out clips of {_DURATIONS[0]} to "
         f"{_DURATIONS[-1]} s, {len(same)} questions; live: {COMPOSER_FPS:g} JPEG pictures a second "
@@ -101,6 +104,10 @@ def answers(study: Study) -> list[Row]:
             for task, found in sorted(live.items())
         ),
     ]
+
+
+def _directory(study: Study) -> Path:
+    return study.context.work_dir / "clips"
 
 
 def _share(right: Mapping[str, Sequence[bool]]) -> float:
@@ -131,19 +138,17 @@ async def _show_and_ask(
 
 def hour(study: Study) -> list[Row]:
     """An hour in one session, faster than it is: alive, and right about what was shown last."""
-    with (
-        live_composer(study.context, {"max_tokens": _CAP}) as server,
-        study.context.scratch() as scratch,
-    ):
-        told = asyncio.run(_hour(server, scratch))
+    clips = list(shown_clips(10_000, _HOUR_CLIPS, _directory(study)))
+    with live_composer(study.context, {"max_tokens": _CAP}) as server:
+        told = asyncio.run(_hour(server, clips))
         fresh = [asyncio.run(_fresh(server, *asked[:3])) for asked in told.asked]
     later = [right for *_, right in told.asked]
     tokens = told.clips * mean(prompt for _, prompt in fresh)
     study.notes.append(
-        f"hour: {told.clips} held-out clips of {_DURATIONS[0]} to {_DURATIONS[-1]} s one after "
-        f"another, about {tokens:,.0f} tokens in all, {_SPEED:g} times real time; a question "
-        f"about one in {_ASKED}, right after it; mm_ext.live.max_tokens {_CAP} of the context's "
-        "16,384; stock column: the same clip and question in a session of its own"
+        f"hour: {len(clips)} held-out clips of {_DURATIONS[0]} to {_DURATIONS[-1]} s one after "
+        f"another, {told.clips} in all, about {tokens:,.0f} tokens, {_SPEED:g} times real time; a "
+        f"question about one in {_ASKED}, right after it; mm_ext.live.max_tokens {_CAP} of the "
+        "context's 16,384; stock column: the same clip and question in a session of its own"
     )
     return [
         Row.of("hour in one session: shown", "s", plugin=[told.seconds]),
@@ -188,14 +193,16 @@ async def _fresh(server: Server, path: Path, feed: Feed, question: Question) -> 
         return is_right(question, text), session.answers[-1].prompt_tokens
 
 
-async def _hour(server: Server, directory: Path) -> Told:
+async def _hour(server: Server, clips: Sequence[Shown]) -> Told:
     told = Told([])
     async with live_session(server.url, None) as session:
         await session.update(**options(answer=_ANSWER))
-        shown_all = shown_clips(10_000, 1 << 20, directory)
         while told.seconds < _HOUR_S:
-            shown = await asyncio.to_thread(next, shown_all)
-            asked = shown.questions[:1] if told.clips % _ASKED == _ASKED - 1 else ()
+            turn, index = divmod(told.clips, len(clips))
+            shown = clips[index]
+            asked: tuple[Question, ...] = ()
+            if told.clips % _ASKED == _ASKED - 1:
+                asked = (shown.questions[turn % len(shown.questions)],)
             known = len(session.answers)
             texts = await _show_and_ask(session, shown, asked, told.seconds)
             told.clips += 1

@@ -56,14 +56,22 @@ class Study:
 
 
 @contextmanager
-def omni_server(*, plugin: bool = True) -> Iterator[Server]:
-    """A server of a tiny Qwen2.5-Omni, with the plugin or stock vLLM."""
+def omni_server(
+    *, plugin: bool = True, settings: Mapping[str, Any] | None = None
+) -> Iterator[Server]:
+    """A server of a tiny Qwen2.5-Omni, with the plugin or stock vLLM.
+
+    Args:
+        plugin: Whether with the plugin.
+        settings: Of ``mm_ext``.
+    """
     with serve(
         checkpoint("qwen2_5_omni"),
         plugin=plugin,
         args=[*_ARGS, LOGGED, *(as_flags(SCHEDULER) if plugin else [])],
         # On the engine's core, others would stop all of its threads.
         env={"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1))},
+        additional_config=None if settings is None else {"mm_ext": settings},
     ) as server:
         yield server
 
