@@ -60,6 +60,10 @@ class NoteStore:
         """The reply that is kept under a key."""
         return self._replies.get(key)
 
+    def clear(self) -> None:
+        """Forget all replies."""
+        self._replies.clear()
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the replies that are kept."""

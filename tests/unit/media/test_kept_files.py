@@ -129,6 +129,29 @@ def test_windows_in_their_order_need_no_seek_and_no_picture_twice(
     assert len(fed) == len(set(fed)) <= 25 * SECONDS
 
 
+def test_windows_leave_out_what_no_wanted_picture_refers_to(
+    clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, path = Reader.decode, clips["long.mp4"]
+    counts: list[int] = []
+
+    def counted(self: Reader, packet, *, needed=True):  # type: ignore[no-untyped-def]
+        counts[-1] += packet is not None
+        return decode(self, packet, needed=needed)
+
+    monkeypatch.setattr(Reader, "decode", counted)
+    results = []
+    for all_of_them in (False, True):
+        if all_of_them:
+            monkeypatch.setattr(Reader, "left_out", lambda *_: None)
+        counts.append(0)
+        with path.open("rb") as file, contextlib.closing(OpenFile(file.fileno())) as kept:
+            results.append([run_job(kept.path, job(start), kept=kept) for start in (0.0, 3.0, 6.0)])
+    assert counts[0] < 0.9 * counts[1]
+    for one, other in zip(*results, strict=True):
+        assert_same(one, other)
+
+
 def test_pictures_that_do_not_fit_are_decoded_again(
     clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

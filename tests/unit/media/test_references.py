@@ -18,6 +18,7 @@ from vllm_mm_ext.media.decode.decoders import get_decoder
 from vllm_mm_ext.media.decode.decoders.reader import Reader, _frames_of
 from vllm_mm_ext.media.decode.left_out import (
     FFmpegReferences,
+    LeftOut,
     LostReferencesError,
     needed_pictures,
 )
@@ -198,7 +199,7 @@ def test_headers_are_read_with_the_parameter_sets_that_hold_from_a_packet_on(
     def count(packets: Sequence[Packet[Any]], extradata: bytes) -> int:
         given.clear()
         marked = ((packet, number == 0) for number, packet in enumerate(packets))
-        list(_frames_of(Counter(), marked, References(extradata)))
+        list(_frames_of(Counter(), marked, LeftOut(References(extradata))))
         return len(given)
 
     assert count(joined[COUNT:], extradata) == count(*packets_of(other)) < COUNT

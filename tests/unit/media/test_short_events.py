@@ -49,3 +49,20 @@ def test_the_last_thumbnails_count_like_the_others() -> None:
         small[first : first + 4, 10:16, 10:20] += 60
     _, transient = motion_score(small, time)
     assert transient[276:280].min() > transient[100:104].min() / 2
+
+
+def test_what_appears_counts_for_more_than_what_moves_past() -> None:
+    time = np.linspace(0.0, 38.9, 300)
+    rows, columns = np.mgrid[:36, :64]
+
+    def disc(across: float, down: float, radius: float) -> npt.NDArray[np.bool_]:
+        return (columns - across) ** 2 + (rows - down) ** 2 <= radius**2  # type: ignore[no-any-return]
+
+    small = np.full((300, 36, 64), 100, np.uint8)
+    event = (time >= 20) & (time < 20.5)
+    for picture, at, here in zip(small, time, event, strict=True):
+        picture[disc(32 + 26 * np.cos(0.7 * at), 18 + 13 * np.sin(1.1 * at), 4)] = 200
+        if here:
+            picture[disc(12, 9, 2)] = 180
+    _, transient = motion_score(small, time)
+    assert transient[event].max() > 2 * np.nanmax(transient[~event])

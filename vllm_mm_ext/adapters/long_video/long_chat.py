@@ -14,11 +14,14 @@ from vllm_mm_ext.adapters.long_video.ask_requests import first_tokens
 from vllm_mm_ext.adapters.long_video.engine_model import EngineModel, rendering_of
 from vllm_mm_ext.adapters.long_video.final_request import final_request_problem
 from vllm_mm_ext.adapters.long_video.state import Place
-from vllm_mm_ext.adapters.long_video.survey import Survey, survey
+from vllm_mm_ext.adapters.long_video.survey import Survey, opened, survey
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
-from vllm_mm_ext.base.tasks import all_or_none
-from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
+from vllm_mm_ext.config.long_video_settings import (
+    LongVideoOptions,
+    LongVideoSettings,
+    Strategy,
+)
 from vllm_mm_ext.long_video.asking import AskFailedError, filled
 from vllm_mm_ext.long_video.looking import Progress
 from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
@@ -54,21 +57,28 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
         return await create(serving, request, raw_request)
     if (refusal := await serving._check_model(request)) is not None:
         return refusal
+    question, runtime = question_of(request.messages), runtime_of(serving.renderer)
+
+    async def look() -> Survey | None:
+        return await _surveyed(context, serving, request, asked)
+
+    def strategy_of(found: Survey) -> Strategy:
+        return strategy_for(asked.strategy or "auto", question, found.fits)
+
     with client_errors():
-        found = await _surveyed(context, serving, request, asked)
+        found = await opened(look, lambda found: strategy_of(found) != "single", runtime.run)
     if found is None:
         return await create(serving, request, raw_request)
-    question = question_of(request.messages)
-    strategy = strategy_for(asked.strategy or "auto", question, found.fits)
+    strategy = strategy_of(found)
     report = LongVideoReport(strategy, config.reports.cache_hits)
     context.trace.long_video = report
+    context.trace.held.update(content.digest for content in found.contents)
     if strategy == "single":
         # From here on the request is one that asks for this frame rate and nothing else.
         context.options = context.options.model_copy(update={"fps": asked.fps, "long_video": None})
         return await create(serving, request, raw_request)
     if (refusal := await final_request_problem(serving, _with_texts(request, {}))) is not None:
         return refusal
-    runtime = runtime_of(serving.renderer)
     with client_errors():
         model = EngineModel(
             serving,
@@ -315,8 +325,6 @@ class _LongChat:
         with client_errors(), ExitStack() as held:
             for content in contents:
                 held.enter_context(content.in_use())
-            # Read now if at all: the file of a recording that goes on will be another one soon.
-            await self._runtime.run(all_or_none(content.open() for content in contents))
             try:
                 return await look_through(
                     self._task, self._model, self._runtime.long_video.notes, progress

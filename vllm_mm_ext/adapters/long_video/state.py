@@ -49,6 +49,11 @@ class LongVideoState:
         """Called when a place is given up."""
         self._requests -= 1
 
+    def clear(self) -> None:
+        """Forget all windows and their notes: neither tells of which file it is."""
+        self.notes.clear()
+        self.window_keys.clear()
+
     def stats(self) -> dict[str, int]:
         """Requests under way, and what is kept."""
         return {

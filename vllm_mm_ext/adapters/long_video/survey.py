@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.serving.planning import Conversation
+from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.errors import NoSuchStreamError
-from vllm_mm_ext.media.fetch.fetcher import MediaRef
+from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaRef
 from vllm_mm_ext.request.context import RequestContext
 from vllm_mm_ext.request.conversation import video_urls, videos_without_url
 from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
@@ -91,6 +92,37 @@ async def survey(
     )
 
 
+async def opened(
+    look: Callable[[], Awaitable[Survey | None]],
+    wanted: Callable[[Survey], bool],
+    run: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]],
+) -> Survey | None:
+    """What ``look`` finds, with the bytes of the videos at hand.
+
+    The file of a recording that goes on may have grown since it was probed, and no cache may have
+    it. Then it is looked at once more: whatever grew just now is read to know what it is.
+
+    Args:
+        look: Makes a survey.
+        wanted: Whether the bytes are needed.
+        run: Runs work on the front-end's loop.
+
+    Raises:
+        MediaError: As ``look`` and ``MediaRef.open`` raise it.
+    """
+    for is_last in (False, True):
+        found = await look()
+        if found is None or not wanted(found):
+            break
+        try:
+            await run(all_or_none(content.open() for content in found.contents))
+            break
+        except MediaChangedError:
+            if is_last:
+                raise
+    return found
+
+
 def _fits(
     planning: Conversation, videos: Sequence[PlannedVideo], room: int, fps: float | None
 ) -> bool:
@@ -104,7 +136,8 @@ def _fits(
         if frames > (options.max_frames or sampling.max_frames):
             return False
         if counted:
-            cap = (options.resolution or 0) ** 2
+            own = video.plan.size.max_frame_pixels
+            cap = own if options.resolution is None else options.resolution**2
             reduction = options.reduction or video.plan.reduction
             tokens += video.uses * costs.tokens(index, frames, cap, reduction)
     return tokens <= min(room, options.total_tokens or room)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,12 @@ def to_mono(frames: Sequence[AudioFrame]) -> list[npt.NDArray[np.float32]]:
     else:
         # Floats in a file may be anything. What is not finite, or so large that its power would not
         # be, makes the model's features NaN, and attention kernels can carry NaN to others.
-        scaled = np.nan_to_num(data.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-        scaled = np.clip(scaled, -_MAX_AMPLITUDE, _MAX_AMPLITUDE, out=scaled)
+        scaled = data.astype(np.float32, copy=False)
+        if not (
+            scaled.min(initial=0) >= -_MAX_AMPLITUDE and scaled.max(initial=0) <= _MAX_AMPLITUDE
+        ):
+            scaled = np.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
+            scaled = np.clip(scaled, -_MAX_AMPLITUDE, _MAX_AMPLITUDE, out=scaled)
     weights = None
     if len(scaled) > 2:
         weights = speaker_weights(tuple(channel.name for channel in layout.channels))
@@ -54,8 +59,9 @@ def to_mono(frames: Sequence[AudioFrame]) -> list[npt.NDArray[np.float32]]:
         mixed = scaled[0]
     else:
         mixed = scaled.mean(axis=0) if weights is None else weights @ scaled
-    ends = np.cumsum([frame.samples for frame in frames])
-    return np.split(np.asarray(mixed, np.float32), ends[:-1])
+    mixed = np.asarray(mixed, np.float32)
+    ends = list(accumulate(frame.samples for frame in frames))
+    return [mixed[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _stored(frames: Sequence[AudioFrame]) -> npt.NDArray[Any]:

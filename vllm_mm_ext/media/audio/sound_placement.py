@@ -140,25 +140,31 @@ def place(
     """
     if not pieces:
         return np.empty(0, np.float32), 0, False
-    lengths: dict[int, float] = {}
-    for piece in pieces:
-        lengths[piece.rate] = lengths.get(piece.rate, 0.0) + piece.seconds
-    rate = max(lengths, key=lambda r: lengths[r])
-    runs = [(start, _joined(run, rate)) for start, run in _runs(pieces)]
+    seconds = np.array([piece.seconds for piece in pieces])
+    rates = np.array([piece.rate for piece in pieces])
+    kinds, kind_of = np.unique(rates, return_inverse=True)
+    rate = int(kinds[np.argmax(np.bincount(kind_of, seconds))])
+    runs = [(start, _joined(run, rate)) for start, run in _runs(pieces, seconds)]
     starts = [round(start * rate) for start, _ in runs]
-    lasts = [start + sum(map(len, parts)) for start, (_, parts) in zip(starts, runs, strict=True)]
-    whole = max(0, *lasts)
+    ends = [
+        start + np.cumsum([len(part) for part in parts])
+        for start, (_, parts) in zip(starts, runs, strict=True)
+    ]
+    whole = max(0, *(int(of_run[-1]) for of_run in ends))
     total = min(whole, max(0, math.ceil(end * rate - 1e-6)), max_samples)
     out = np.zeros(total, np.float32)
     filled = 0
-    for start, (_, parts) in zip(starts, runs, strict=True):
-        stop = start
-        for part in parts:
-            begin, stop = stop, stop + len(part)
-            first, last = max(begin, filled), min(stop, total)
-            if first < last:
-                out[first:last] = part[first - begin : last - begin]
-                filled = last
+    for start, stops, (_, parts) in zip(starts, ends, runs, strict=True):
+        first, last = max(start, filled), min(int(stops[-1]), total)
+        if first < last:
+            low = int(np.searchsorted(stops, first, side="right"))
+            wanted = parts[low : int(np.searchsorted(stops, last)) + 1]
+            begin = int(stops[low]) - len(wanted[0])
+            # Without a copy of the whole run, of which there may be hours.
+            wanted[-1] = wanted[-1][: len(wanted[-1]) - (begin + sum(map(len, wanted)) - last)]
+            wanted[0] = wanted[0][first - begin :]
+            np.concatenate(wanted, out=out[first:last])
+            filled = last
     return out[:filled], rate, whole > total
 
 
@@ -170,9 +176,10 @@ def _joined(run: Sequence[Piece], rate: int) -> list[npt.NDArray[np.float32]]:
     return [convert_rate(samples, run[0].rate, rate)]
 
 
-def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[float, list[Piece]]]:
+def _runs(
+    pieces: Sequence[Piece], seconds: npt.NDArray[np.float64]
+) -> Iterator[tuple[float, list[Piece]]]:
     """Consecutive pieces of one rate that follow each other without a gap, each with its start."""
-    seconds = np.array([piece.seconds for piece in pieces])
     before = np.concatenate([[0.0], np.cumsum(seconds)[:-1]])
     times = np.array([np.nan if piece.time is None else piece.time for piece in pieces])
     offsets = _steady(times - before)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from av.packet import Packet
 
 from vllm_mm_ext.media.decode.references import (
     Held,
     Picture,
+    References,
     UnusualError,
     lists_of,
     mark,
@@ -96,3 +100,52 @@ def needed_pictures(
         elif picture.number in there:
             marks[at] = (True, False)
     return marks
+
+
+class LeftOut:
+    """Tells packet by packet what a decoder need not get, for packets in decoding order.
+
+    Args:
+        references: Reads the stream's packets.
+    """
+
+    def __init__(self, references: References) -> None:
+        self._references = references
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew: the next packet is the first that the decoder gets."""
+        self._references.restart()
+        self._decoder = FFmpegReferences()
+
+    def marks(self, batch: Sequence[tuple[Packet[Any], bool]]) -> list[tuple[bool, bool]]:
+        """What becomes of the next packets.
+
+        Pictures to which later packets may refer are among those that are decoded right.
+
+        Args:
+            batch: Packets, and whether each is wanted for itself.
+
+        Returns:
+            For each, whether the decoder must get it, and whether its picture is right then.
+
+        Raises:
+            LostReferencesError: What was left out would make pictures wrong.
+        """
+        wanted = [needed for _, needed in batch]
+        pictures = [self._picture(packet, needed) for packet, needed in batch]
+        marks = needed_pictures(pictures, wanted, self._references.held)
+        for picture, (given, right) in zip(pictures, marks, strict=True):
+            if picture is not None:
+                self._decoder.follow(picture, given=given, right=right)
+        return [
+            # What is not understood is decoded with all that comes before it.
+            (given, right or picture is None)
+            for picture, (given, right) in zip(pictures, marks, strict=True)
+        ]
+
+    def _picture(self, packet: Packet[Any], needed: bool) -> Picture | None:
+        # Where recordings were joined, the container has other parameter sets from a packet on.
+        if packet.has_sidedata("new_extradata"):
+            self._references.learn(bytes(packet.get_sidedata("new_extradata")))
+        return self._references.read(memoryview(packet), wanted=needed)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from vllm_mm_ext.errors import (
@@ -19,37 +19,14 @@ from vllm_mm_ext.errors import (
     MediaError,
 )
 from vllm_mm_ext.media.decode.gpu_seats import GpuSeats
-from vllm_mm_ext.media.decode.pool_jobs import Job, Lane
+from vllm_mm_ext.media.decode.pool_jobs import Job, Lane, PoolStats
 from vllm_mm_ext.media.decode.pool_queue import HeldFiles, fitness, next_job
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
 from vllm_mm_ext.media.decode.worker_talk import WorkerDiedError, converse
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult
 
 # Past this, more workers or threads gain little on one request and cost memory.
-_MAX_DEFAULT = 8
-
-
-@dataclass
-class PoolStats:
-    """Counters since the pool was made, and two values of this moment.
-
-    Attributes:
-        started: Worker processes started.
-        died: Workers that ended by themselves or sent what no sound worker sends.
-        timed_out: Jobs stopped at their time limit.
-        cancelled: Jobs that their caller gave up.
-        jobs: Jobs that got a worker.
-        busy: Jobs that have a worker now.
-        waiting: Jobs that wait for a worker now.
-    """
-
-    started: int = 0
-    died: int = 0
-    timed_out: int = 0
-    cancelled: int = 0
-    jobs: int = 0
-    busy: int = 0
-    waiting: int = 0
+MAX_DEFAULT_WORKERS = 8
 
 
 class DecodePool:
@@ -71,7 +48,7 @@ class DecodePool:
                 most 8, shared by the jobs that there are when it begins, as more take more CPU.
             gpu_sessions: Workers that may use a GPU, for each GPU that the server sees.
         """
-        cores = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT)
+        cores = min(len(os.sched_getaffinity(0)), MAX_DEFAULT_WORKERS)
         self.workers = workers or cores
         self._threads, self._shared_threads = threads, cores
         self._probes = Lane(self.workers, "probe-pool")
@@ -150,6 +127,22 @@ class DecodePool:
         """Process ids of the live workers, for accounting of their memory."""
         with self._lock:
             return [worker.pid for worker in self._live]
+
+    def renew(self) -> None:
+        """End all workers, with what their memory holds; jobs under way begin again in fresh ones.
+
+        The processes are gone when this returns.
+        """
+        with self._lock:
+            idle, self._idle = self._idle, []
+            busy = self._live.difference(idle)
+            for worker in self._live:
+                worker.retired = True
+        for worker in idle:
+            self._discard(worker)
+        for worker in busy:
+            # The thread that works with it disposes of it.
+            worker.wait()
 
     def close(self) -> None:
         """Kill all workers. Jobs that run or wait fail with ``BusyError``."""
@@ -231,24 +224,27 @@ class DecodePool:
             self._check_wanted(job)
             self._stats.jobs += 1
             self._stats.busy += 1
-        job.deadline = time.monotonic() + job.request.limits.timeout_s
+        died = 0
         try:
-            try:
-                worker = holder or self._idle_worker(job.request.may_use_gpu)
-                return self._attempt(job, worker or self._new_worker())
-            except WorkerDiedError:
-                # That may be the machine's doing, or a rare fault: once more, in a fresh process,
-                # and without a GPU.
-                self._check_wanted(job)
-                if job.request.may_use_gpu:
-                    job.request = replace(job.request, decoder="pyav")
-            try:
-                return self._attempt(job, self._new_worker())
-            except WorkerDiedError as error:
-                self._check_wanted(job)
-                raise DecodeCrashError(
-                    f"Two decoder processes ended while they worked on the media ({error})."
-                ) from error
+            job.deadline = time.monotonic() + job.request.limits.timeout_s
+            worker = holder or self._idle_worker(job.request.may_use_gpu) or self._new_worker()
+            while True:
+                try:
+                    return self._attempt(job, worker)
+                except WorkerDiedError as error:
+                    self._check_wanted(job)
+                    died += not worker.retired
+                    if died > 1:
+                        raise DecodeCrashError(
+                            f"Two decoder processes ended while they worked on the media ({error})."
+                        ) from error
+                    # That may be the machine's doing, or a rare fault: once more, in a fresh
+                    # process, and without a GPU.
+                    if died and job.request.may_use_gpu:
+                        job.request = replace(job.request, decoder="pyav")
+                if worker.retired:
+                    job.deadline = time.monotonic() + job.request.limits.timeout_s
+                worker = self._new_worker()
         finally:
             with self._lock:
                 self._stats.busy -= 1
@@ -283,7 +279,7 @@ class DecodePool:
         finally:
             with self._lock:
                 job.worker = None
-                reusable = reusable and not job.cancelled and not self._closed
+                reusable = reusable and not (job.cancelled or self._closed or worker.retired)
                 if reusable:
                     self._idle.append(worker)
                     self._changed.notify_all()
@@ -310,7 +306,7 @@ class DecodePool:
             ) from error
         except WorkerDiedError:
             with self._lock:
-                self._stats.died += not (job.cancelled or self._closed)
+                self._stats.died += not (job.cancelled or self._closed or worker.retired)
             raise
 
     # --- shared state -----------------------------------------------------------------------------

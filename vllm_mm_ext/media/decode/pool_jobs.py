@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from vllm_mm_ext.media.decode.open_files import file_key
 from vllm_mm_ext.media.decode.pool_queue import Place
@@ -54,3 +55,26 @@ class Lane:
     def __init__(self, threads: int, name: str) -> None:
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self.jobs: list[tuple[Job, Future[DecodeResult]]] = []
+
+
+@dataclass
+class PoolStats:
+    """Counters since the pool was made, and two values of this moment.
+
+    Attributes:
+        started: Worker processes started.
+        died: Workers that ended by themselves or sent what no sound worker sends.
+        timed_out: Jobs stopped at their time limit.
+        cancelled: Jobs that their caller gave up.
+        jobs: Jobs that got a worker.
+        busy: Jobs that have a worker now.
+        waiting: Jobs that wait for a worker now.
+    """
+
+    started: int = 0
+    died: int = 0
+    timed_out: int = 0
+    cancelled: int = 0
+    jobs: int = 0
+    busy: int = 0
+    waiting: int = 0

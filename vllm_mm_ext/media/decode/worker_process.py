@@ -43,12 +43,14 @@ class WorkerProcess:
         sock: The pool's end of the socket, for ``wire``.
         seat: As given; given back when the worker is disposed of.
         files: The files that the worker keeps open; the pool's lock guards them.
+        retired: The pool has ended the worker, which is not the fault of its job.
     """
 
     def __init__(self, seat: Seat | None = None) -> None:
         self.seat = seat
         self.sock, theirs = socketpair()
         self.files = HeldFiles()
+        self.retired = False
         with theirs:
             self._process = subprocess.Popen(
                 # -P: no modules from the directory the server happens to run in.

@@ -38,6 +38,9 @@ _FEWEST_ELIGIBLE = 128
 # A thumbnail is compared with thumbnails this many seconds before and after it, beyond the ends of
 # the events looked for (under a second).
 _REACH_S = 0.9
+# Pixels by which something moves from one thumbnail to the next, at most, to count as moving: a
+# picture's width in two seconds. What is faster, or was not there, appears.
+_STEP = 4
 # Comparisons needed to know what is usual in a clip.
 FEWEST = 32
 # Comparisons before and after a thumbnail that show what is usual there: of a long clip of many
@@ -45,8 +48,10 @@ FEWEST = 32
 _AROUND = 128
 # Changes below this many grey levels (of 255) are noise of sensor and coding: of a few pixels, and
 # of a whole frame's mean.
-_LOCAL_FLOOR = 2.0
+_LOCAL_FLOOR = 3.0
 _GLOBAL_FLOOR = 1.0
+# So many pixels are enough for an event.
+_FEW_PIXELS = 4
 # What counts of a pixel's change as usual there, at most: what an event shows is not usual.
 _MOST_USUAL = 16.0
 
@@ -212,8 +217,9 @@ def motion_score(
         ``(motion, transient)``, float64 ``[k]`` each. ``motion`` is the mean absolute pixel
         difference from the thumbnail before, divided by 255, after a fit of gain and offset that
         takes out fades and flicker. ``transient`` counts the robust deviations of a thumbnail from
-        those before and after it (about 0 to 3 is usual); NaN where it is not known: where there
-        is none before or after it, or where fewer than ``FEWEST`` have both.
+        those before and after it (about 0 to 3 is usual), with what moves and without; NaN where it
+        is not known: where there is none before or after it, or where fewer than ``FEWEST`` have
+        both.
     """
     count = len(thumbnails)
     motion, transient = np.zeros(count), np.full(count, np.nan)
@@ -230,23 +236,88 @@ def motion_score(
     rows = np.flatnonzero(known)
     if len(rows) < FEWEST:
         return motion, transient
-    local, brightness = np.zeros(len(rows)), np.zeros(len(rows))
+    came_and_went = _came_and_went(frames, time).reshape(count, -1)
+    local, appeared, brightness = np.zeros((3, len(rows)))
     # Equal parts: of a few thumbnails at the end, nothing would be usual.
     for at in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / 256)):
         part = rows[at]
         here, back, ahead = flat[part], flat[before[part]], flat[after[part]]
         new = np.minimum(np.abs(_unexplained(here, back)), np.abs(_unexplained(here, ahead)))
-        # Where something moves all the time, a change says less than where nothing does.
-        new /= 1.0 + np.minimum(new, _MOST_USUAL).mean(axis=0) / _LOCAL_FLOOR
-        most = min(4, new.shape[1])
-        local[at] = np.partition(new, -most, axis=1)[:, -most:].mean(axis=1)
+        local[at] = _strongest(new)
+        appeared[at] = _strongest(np.minimum(new, came_and_went[part]))
         rise, fall = (here - back).mean(axis=1), (here - ahead).mean(axis=1)
         agree = rise * fall > 0
         brightness[at] = np.where(agree, np.minimum(np.abs(rise), np.abs(fall)), 0.0)
-    transient[rows] = np.maximum(
-        _deviations(local, _LOCAL_FLOOR), _deviations(brightness, _GLOBAL_FLOOR)
-    )
+    # What is close to others like it may count as moving: the first of these shows it all the same.
+    scores = [_deviations(values, _LOCAL_FLOOR) for values in (local, appeared)]
+    transient[rows] = np.maximum.reduce([*scores, _deviations(brightness, _GLOBAL_FLOOR)])
     return motion, transient
+
+
+def _strongest(new: npt.NDArray[np.float32]) -> Scores:
+    """What the pixels that changed most have changed by; changes ``[k, p]`` in grey levels."""
+    # Where something moves all the time, a change says less than where nothing does.
+    weighed = new / (1.0 + np.minimum(new, _MOST_USUAL).mean(axis=0) / _LOCAL_FLOOR)
+    rows, most = np.arange(len(new)), min(_FEW_PIXELS, new.shape[1])
+    total = np.zeros(len(new))
+    for _ in range(most):  # A partition takes several times as long where many are equal.
+        largest = weighed.argmax(axis=1)
+        total += weighed[rows, largest]
+        weighed[rows, largest] = -1.0
+    return np.asarray(total / most, np.float64)
+
+
+def _came_and_went(
+    frames: npt.NDArray[np.float32], time: npt.NDArray[np.float64]
+) -> npt.NDArray[np.uint8]:
+    """How much appeared at each place shortly before, and disappears there shortly after.
+
+    What moves passes a place as quickly as an event does. But it was close by in the thumbnail
+    before, and is close by in the next one.
+
+    Args:
+        frames: float32 ``[k, h, w]`` smooth thumbnails in grey levels.
+        time: float64 ``[k]`` seconds.
+
+    Returns:
+        uint8 ``[k, h, w]`` grey levels.
+    """
+    # Time last: the shifts below are of long rows then.
+    levels = np.ascontiguousarray(np.rint(frames).astype(np.uint8).transpose(1, 2, 0))
+    low, high = levels, levels
+    for axis in (0, 1):
+        padding = [(_STEP, _STEP) if axis == number else (0, 0) for number in range(3)]
+        low = _picked(np.pad(low, padding, mode="edge"), 2 * _STEP + 1, axis, np.minimum)
+        high = _picked(np.pad(high, padding, mode="edge"), 2 * _STEP + 1, axis, np.maximum)
+    near = max(1, math.ceil(_REACH_S / max(1e-3, float(np.median(np.diff(time))))) - 1)
+    # All of the first thumbnail has appeared, and all of the last one disappears.
+    came, went = np.zeros((2, *levels.shape[:2], near + len(frames)), np.uint8)
+    came[..., near], went[..., -1 - near] = 255, 255
+    came[..., near + 1 :] = _outside(levels[..., 1:], low[..., :-1], high[..., :-1])
+    went[..., : -1 - near] = _outside(levels[..., :-1], low[..., 1:], high[..., 1:])
+    both = np.minimum(*(_picked(values, near + 1, 2, np.maximum) for values in (came, went)))
+    return np.ascontiguousarray(both.transpose(2, 0, 1))
+
+
+def _picked(
+    values: npt.NDArray[np.uint8], length: int, axis: int, pick: np.ufunc
+) -> npt.NDArray[np.uint8]:
+    """The least or largest of each ``length`` values in a row along an axis."""
+    done = 1
+    while done < length:
+        step = min(done, length - done)
+        later, earlier = [slice(None)] * 3, [slice(None)] * 3
+        later[axis], earlier[axis] = slice(step, None), slice(-step)
+        values = pick(values[tuple(later)], values[tuple(earlier)])
+        done += step
+    return values
+
+
+def _outside(
+    values: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8], high: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.uint8]:
+    """How far values are from the nearest of ``low`` to ``high``."""
+    return np.asarray(np.maximum(np.maximum(values, high) - high, low - np.minimum(values, low)))
 
 
 def pixels(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -22,7 +22,7 @@ from vllm_mm_ext.synthetic.scenes import (
 from vllm_mm_ext.testing.media import ClipTruth, make_clip
 
 TUNING_SEEDS = range(48)
-HELD_OUT_SEEDS = range(30_000, 30_032)
+HELD_OUT_SEEDS = range(50_000, 50_032)
 
 SCENE_ORDER: tuple[SceneName, ...] = (
     "static",

@@ -17,6 +17,8 @@ from av.video.frame import VideoFrame
 
 from vllm_mm_ext.media.decode.decoders.read_plan import Run, plan_runs
 from vllm_mm_ext.media.decode.decoders.reader import (
+    LOOK_AHEAD,
+    LOOK_AHEAD_BYTES,
     Emit,
     Reader,
     SeekMissError,
@@ -24,6 +26,7 @@ from vllm_mm_ext.media.decode.decoders.reader import (
     picture_bytes,
 )
 from vllm_mm_ext.media.decode.decoders.row_index import RowIndex
+from vllm_mm_ext.media.decode.left_out import LeftOut, LostReferencesError
 from vllm_mm_ext.media.types import PacketTable
 
 # Seconds at the end of a span of which pictures are kept, until it is seen by how much spans
@@ -34,7 +37,7 @@ _OVERLAP_S, _MOST_OVERLAP_S = 2.0, 10.0
 _DENSE_FPS = 1.0
 # Packets after the last one wanted that a decoder may be given before it returns the picture: it
 # holds back what it decodes at a time, and what it reorders.
-_LOOK_AHEAD = 96
+_MOST_BEHIND = 96
 # Decode position after that of every packet.
 _END = 1 << 62
 
@@ -64,6 +67,9 @@ class KeptReader:
         # The decoder can go on with the packet after this decode position, and returns the rows
         # after `_shown` then; -1 where it cannot.
         self._fed = self._shown = -1
+        self._left_out: LeftOut | None = None
+        self._leaves_out = table.exact
+        self._doubtful: set[int] = set()  # Rows that the decoder returns without their references.
         self._pictures: dict[int, VideoFrame] = {}  # By row.
         self._room = 0
         self._span = (0.0, 0.0)
@@ -121,6 +127,9 @@ class KeptReader:
                 decoded |= self._decode(run, number == len(runs) - 1, asked, emit, seen)
         except SeekMissError:
             self.close()
+        except LostReferencesError:
+            self._leaves_out = False
+            self.close()
         except BaseException:
             self.close()
             raise
@@ -143,6 +152,7 @@ class KeptReader:
         counting = not self._table.exact
         reader = Reader(self._path, self._stream, self._max_pixels, self._threads, guess=counting)
         self._reader = reader.__enter__()
+        self._left_out = reader.left_out(self._table) if self._leaves_out else None
         self._used = False
         return self._reader
 
@@ -189,6 +199,9 @@ class KeptReader:
         else:
             self._shown = -1
             packet = self._first_packet(run)
+            self._doubtful.clear()
+            if self._left_out is not None:
+                self._left_out.restart()
         reader = self._reader
         assert reader is not None
         self._used, self._fed = True, -1
@@ -206,7 +219,7 @@ class KeptReader:
                 if row in asked and row not in decoded:
                     emit(row, frame, reader.converter)
                     decoded.add(row)
-                if row >= self._tail:
+                if row >= self._tail and row not in self._doubtful:
                     self._keep(row, frame)
             if fed >= 0 and self._shown >= run.wanted[-1]:
                 self._fed = fed
@@ -226,8 +239,44 @@ class KeptReader:
         """
         reader = self._reader
         assert reader is not None
+        for batch in self._batches(packet, run, is_last):
+            marks = [(True, True)] * len(batch)
+            if self._left_out is not None:
+                marks = self._left_out.marks([(packet, needed) for packet, needed, _ in batch])
+            for number, ((packet, needed, at), (given, right)) in enumerate(
+                zip(batch, marks, strict=True), start=1
+            ):
+                if given and not right:
+                    self._doubtful.add(self._index.place(packet.pts)[0])
+                frames = reader.decode(packet, needed=needed) if given else []
+                # Packets that were read ahead are gone if nobody asks for more.
+                yield frames, at if is_last and number == len(batch) else -1
+        yield reader.decode(None), -1
+
+    def _batches(
+        self, first: Packet[Any] | None, run: Run, is_last: bool
+    ) -> Iterator[list[tuple[Packet[Any], bool, int]]]:
+        """The packets of ``_packets``, those together that must be known to leave some out."""
+        batch: list[tuple[Packet[Any], bool, int]] = []
+        num_bytes = 0
+        for packet, needed, at in self._packets(first, run, is_last):
+            batch.append((packet, needed, at))
+            num_bytes += packet.size
+            is_full = len(batch) >= LOOK_AHEAD or num_bytes >= LOOK_AHEAD_BYTES
+            if self._left_out is None or is_full or at >= run.stop:
+                yield batch
+                batch, num_bytes = [], 0
+        if batch:
+            yield batch
+
+    def _packets(
+        self, packet: Packet[Any] | None, run: Run, is_last: bool
+    ) -> Iterator[tuple[Packet[Any], bool, int]]:
+        """Packets, whether each is wanted for itself, and the decode position reached with it."""
+        reader = self._reader
+        assert reader is not None
         wanted, last = set(run.wanted), run.wanted[-1]
-        at, needed, ahead = run.start - 1, True, 0
+        at, needed, behind = run.start - 1, True, 0
         while packet is not None:
             row, place = self._index.place(packet.pts)
             if not self._table.exact:
@@ -237,16 +286,15 @@ class KeptReader:
                 # What comes after the frames wanted is for the next span.
                 needed = row in wanted or place == run.start or row > last or row >= self._tail
             if at > run.stop:
-                ahead += 1
-                if not is_last or ahead > _LOOK_AHEAD:
+                behind += 1
+                if not is_last or behind > _MOST_BEHIND:
                     reader.unread(packet)
-                    break
+                    return
             # A packet that has no row belongs to the picture before it: the second of two fields.
-            yield reader.decode(packet, needed=needed), at if is_last else -1
+            yield packet, needed, at
             if row < 0 and at == run.stop and not is_last:
-                break
+                return
             packet = reader.read()
-        yield reader.decode(None), -1
 
     def _first_packet(self, run: Run) -> Packet[Any] | None:
         """Go to the first packet of a run."""

@@ -16,9 +16,9 @@ from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.read_plan import Run
 from vllm_mm_ext.media.decode.decoders.row_index import RowIndex
 from vllm_mm_ext.media.decode.geometry import decoder_of
-from vllm_mm_ext.media.decode.left_out import FFmpegReferences, needed_pictures
+from vllm_mm_ext.media.decode.left_out import LeftOut
 from vllm_mm_ext.media.decode.packets import demux
-from vllm_mm_ext.media.decode.references import Picture, References
+from vllm_mm_ext.media.decode.references import References
 from vllm_mm_ext.media.sampling.timeline import is_leaf, is_reordered
 from vllm_mm_ext.media.types import PacketTable
 
@@ -34,7 +34,7 @@ _PATIENCE = 32
 _FIRST_STEP_BACK = 8
 # Packets that are read before the first of them is decoded, to know which ones others refer to;
 # fewer where they are large.
-_LOOK_AHEAD, _LOOK_AHEAD_BYTES = 128, 8 << 20
+LOOK_AHEAD, LOOK_AHEAD_BYTES = 128, 8 << 20
 
 
 class SeekMissError(Exception):
@@ -119,11 +119,15 @@ class Reader:
         """Have the next ``read`` return this packet again."""
         self._unread = packet
 
-    def references(self) -> References | None:
-        """A reader of references for the stream's packets, where the codec has one."""
+    def left_out(self, table: PacketTable) -> LeftOut | None:
+        """Tells which B pictures need not be decoded though others refer to them.
+
+        None where there are none, or where it is not known to what pictures refer.
+        """
         codec = self._stream.codec_context
-        known = codec.codec.canonical_name == "h264"
-        return References(codec.extradata or b"") if known else None
+        in_pyramids = is_reordered(table) & ~is_leaf(table)
+        known = codec.codec.canonical_name == "h264" and in_pyramids.any()
+        return LeftOut(References(codec.extradata or b"")) if known else None
 
     def decode(self, packet: Packet[Any] | None, *, needed: bool = True) -> list[VideoFrame]:
         """Give the decoder a packet.
@@ -208,9 +212,7 @@ def read_planned(
     """
     index = RowIndex(table)
     read = Read(set(), set(), set(), set())
-    # B pictures that others refer to: most are decoded for nothing.
-    in_pyramids = is_reordered(table) & ~is_leaf(table)
-    references = reader.references() if leave_out and in_pyramids.any() else None
+    left_out = reader.left_out(table) if leave_out else None
     for number, run in enumerate(runs):
         if number:
             reader.flush()
@@ -221,7 +223,7 @@ def read_planned(
         shown: set[int] = set()
         began = run.start == 0
         packets = _packets_of(reader, run, index, wanted)
-        for frame in _frames_of(reader, packets, references):
+        for frame in _frames_of(reader, packets, left_out):
             row, _ = index.place(frame.pts)
             began = began or (row == run.key and frame.key_frame)
             if row in wanted and row not in decoded:
@@ -259,46 +261,32 @@ def _packets_of(
 
 
 def _frames_of(
-    reader: Reader, packets: Iterator[tuple[Packet[Any], bool]], references: References | None
+    reader: Reader, packets: Iterator[tuple[Packet[Any], bool]], left_out: LeftOut | None
 ) -> Iterator[VideoFrame]:
     """All frames that the decoder returns for the packets of a run.
 
     Args:
         reader: The decoder.
         packets: From ``_packets_of``.
-        references: Tells which pictures others refer to; None: that is left to the decoder.
+        left_out: Tells which packets to leave out; None: that is left to the decoder.
     """
-    if references is None:
+    if left_out is None:
         for packet, needed in packets:
             yield from reader.decode(packet, needed=needed)
     else:
-        references.restart()
-        decoder = FFmpegReferences()
+        left_out.restart()
         while batch := _batch(packets):
-            wanted = [needed for _, needed in batch]
-            pictures = [_picture_of(references, p, needed) for p, needed in batch]
-            marks = needed_pictures(pictures, wanted, references.held)
-            for (packet, needed), picture, mark in zip(batch, pictures, marks, strict=True):
-                given, right = mark
-                if picture is not None:
-                    decoder.follow(picture, given=given, right=right)
+            for (packet, needed), (given, _) in zip(batch, left_out.marks(batch), strict=True):
                 if given:
                     yield from reader.decode(packet, needed=needed)
     yield from reader.decode(None)
-
-
-def _picture_of(references: References, packet: Packet[Any], needed: bool) -> Picture | None:
-    # Where recordings were joined, the container has other parameter sets from a packet on.
-    if packet.has_sidedata("new_extradata"):
-        references.learn(bytes(packet.get_sidedata("new_extradata")))
-    return references.read(memoryview(packet), wanted=needed)
 
 
 def _batch(packets: Iterator[tuple[Packet[Any], bool]]) -> list[tuple[Packet[Any], bool]]:
     """The next packets, as far as may be looked ahead."""
     batch: list[tuple[Packet[Any], bool]] = []
     num_bytes = 0
-    while len(batch) < _LOOK_AHEAD and num_bytes < _LOOK_AHEAD_BYTES:
+    while len(batch) < LOOK_AHEAD and num_bytes < LOOK_AHEAD_BYTES:
         item = next(packets, None)
         if item is None:
             break
