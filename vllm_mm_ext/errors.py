@@ -146,6 +146,22 @@ class BusyError(MediaError):
     retry_after_s: ClassVar[int] = 1
 
 
+class TakenDownError(MediaError):
+    """The operator took the media down while the request was served."""
+
+    code = "taken_down"
+    status = HTTPStatus.GONE
+
+    def __init__(
+        self,
+        message: str = "The media of this request were taken down by the server's operator.",
+        *,
+        parameter: str = "media",
+        value: Any = None,
+    ) -> None:
+        super().__init__(message, parameter=parameter, value=value)
+
+
 class InternalMediaError(MediaError):
     """This plugin's own code failed. The message never holds the cause; the server's log does."""
 

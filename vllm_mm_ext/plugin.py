@@ -16,8 +16,10 @@ from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
 from vllm_mm_ext.adapters.names.frontend_names import CONNECTOR_NAMES, FRONTEND_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
 from vllm_mm_ext.adapters.names.names_check import VllmName
-from vllm_mm_ext.adapters.scheduler.routing import ROUTING_FEATURE
+from vllm_mm_ext.adapters.serving.routing import ROUTING_FEATURE
 from vllm_mm_ext.adapters.serving.serving_features import SERVING_FEATURES
+from vllm_mm_ext.adapters.sight.engine_watch import ENGINE_FIGURES_FEATURE
+from vllm_mm_ext.adapters.sight.sight_feature import SIGHT_FEATURE
 from vllm_mm_ext.adapters.vllm_compat import Feature, FeatureStatus
 
 if TYPE_CHECKING:
@@ -229,6 +231,8 @@ FEATURES: tuple[Feature, ...] = (
     CLIENT_ID_FEATURE,
     ROUTING_FEATURE,
     LIVE_FEATURE,
+    SIGHT_FEATURE,
+    ENGINE_FIGURES_FEATURE,
 )
 
 

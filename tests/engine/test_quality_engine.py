@@ -96,7 +96,7 @@ def test_all_api_servers_share_a_tier_that_follows_the_load(
         additional_config={"mm_ext": {"quality": {"tiers": {"hold_s": 600}}}},
     ) as server:
         states = states_of(server)
-        assert len(states) == 2 + plugin_scheduler
+        assert len(states) == 3
         (file,) = {path.readlink() for path in states.values()}
         # Nothing is left to clean up.
         assert str(file).endswith("(deleted)")

@@ -37,6 +37,7 @@ RENAMED = (
     "get_freed_mm_hashes",
     "_tokenize_prompt",
     "verify_token",
+    "get_request_counts",
 )
 
 

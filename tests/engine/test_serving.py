@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+from scraped import Scraped
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip, truncate
@@ -241,3 +242,21 @@ def test_a_file_that_changes_between_turns_is_seen(served: Served) -> None:
     second, applied, _ = served.ask(served.video("changing.mp4"))
     assert first != second
     assert applied["videos"][0]["audio_s"] is None
+
+
+def test_a_scrape_counts_what_the_one_api_server_served(served: Served) -> None:
+    before = Scraped(served.server.get("/metrics"))
+    _, _, usage = served.ask(served.video("sound.mp4"), text="Which metrics?")
+    after = Scraped(served.server.get("/metrics"))
+
+    def grown(name: str, **labels: str) -> float:
+        return after.sum(name, **labels) - before.sum(name, **labels)
+
+    assert grown("mm_ext_media_items_total", modality="video") == 1
+    assert grown("mm_ext_prompt_tokens_total") == usage.prompt_tokens
+    cached = grown("mm_ext_prompt_tokens_total", source="prefix_cache")
+    assert grown("mm_ext_engine_tokens_total", kind="prefill") == usage.prompt_tokens - cached
+    assert grown("mm_ext_stage_seconds_count", stage="queue") == 1
+    # vLLM counts the same.
+    assert grown("vllm:prompt_tokens_total") == usage.prompt_tokens
+    assert len({family.name for family in after.families}) == len(after.families)

@@ -254,8 +254,6 @@ class Engine:
         self.scheduler._clock = self._clock
         self._preempt = self.scheduler._preempt_request
         self.scheduler._preempt_request = self._preempt_request
-        if kv is not None:
-            self.pool.sessions._clock = self._clock
         self._keeps = kv is not None
         self._features: dict[str, Any] = {}
         self._depth = depth
@@ -346,13 +344,10 @@ class Engine:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Count the items that the block pool gives up meanwhile."""
-        before = self._kept_items()
+        """Count what the block pool gives up meanwhile."""
+        before = self.pool.evictions if self._keeps else 0
         yield
-        self.given_up += len(before - self._kept_items())
-
-    def _kept_items(self) -> set[int]:
-        return {item.number for item in self.pool.registry} if self._keeps else set()
+        self.given_up += self.pool.evictions - before if self._keeps else 0
 
     def _count(self, output: Any) -> None:
         encoded = sum(map(len, output.scheduled_encoder_inputs.values()))

@@ -20,6 +20,7 @@ class FakeWorker:
         self.pid = id(self)
         self.files = HeldFiles()
         self.alive = True
+        self.retired = False
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 

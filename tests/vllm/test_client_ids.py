@@ -11,7 +11,7 @@ import pytest
 from front import Front, opened
 from hypothesis import given
 from hypothesis import strategies as st
-from kv_harness import Engine
+from kv_harness import Engine, Media, Text, request
 from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
@@ -21,7 +21,6 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_mm_ext.base.client_ids import MAX_CHARACTERS, MAX_HASH_CHARACTERS, short_id
 from vllm_mm_ext.policies.kv.control import UTILITY, KVClient, KVControl, answer
-from vllm_mm_ext.policies.kv.sessions import session_key
 from vllm_mm_ext.testing.media import make_audio, make_clip
 
 LONG = "x" * (1 << 20)
@@ -150,9 +149,9 @@ class EngineOf:
 
 def test_a_session_with_a_long_id_can_be_pinned_and_released(front: Front) -> None:
     session = request_of(front, rendered(front, parts(front, "a", "b")), LONG).session_id
-    pool = Engine(64).pool
-    pool.sessions.use(session_key(session, None), 1)
-    core = EngineOf(KVControl(pool))
+    engine = Engine(64)
+    engine.serve(request("video", [Media("a", 40), Text(1, 3)], session=session))
+    core = EngineOf(KVControl(engine.pool))
     client = KVClient(SimpleNamespace(engine_core=core))
     for action in (client.pin, client.unpin, client.release):
         asyncio.run(action(LONG))

@@ -45,6 +45,7 @@ from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.decode.worker import _as_reply
 from vllm_mm_ext.media.fetch.source import MediaChangedError
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
+from vllm_mm_ext.request.context import current_request
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.video.grid_times import grid_times
 
@@ -54,6 +55,7 @@ STATUSES = {
     "option": 400,
     "over_budget": 400,
     "forbidden": 400,
+    "taken_down": 410,
     "too_large": 413,
     "too_long": 413,
     "unsupported_format": 415,
@@ -385,6 +387,22 @@ def test_media_forgotten_while_it_is_preprocessed_may_be_sent_again(
             front.render("clip.mp4")
     assert raised.value.status_code == 503  # type: ignore[attr-defined]
     assert front.render("clip.mp4").video_tokens
+
+
+async def test_hashes_are_known_before_the_inputs_that_have_them_are_made(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("in the middle of it")
+
+    front.renderer.mm_processor_cache.clear_cache()
+    monkeypatch.setattr(front.renderer.mm_processor, "_apply_hf_processor_main", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        await front.rendered(front.messages("clip.mp4"), None, None)
+    context = current_request()
+    assert context is not None
+    assert context.trace.hashes
+    assert not context.trace.items
 
 
 def test_failed_assertions_elsewhere_are_not_taken_for_it(

@@ -30,9 +30,12 @@ import torch
 import vllm_mm_ext
 from vllm_mm_ext.adapters.names import (
     encoder_cache_names,
+    estimate_names,
     kv_names,
+    planning_names,
     quality_names,
     scheduler_names,
+    sight_names,
 )
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.names_check import Checked, VllmName, problem
@@ -69,7 +72,8 @@ ELSEWHERE = frozenset(
         *("downsample_ratio", "image_size", "image_token_id", "json", "model_dump", "n_window"),
         *("n_window_infer", "out_hidden_size", "patch_size", "spatial_merge_size"),
         *("temporal_patch_size", "tokens_per_second", "video_token_index", "vision_config"),
-        *("state", "vocab_size"),
+        *("state", "vocab_size", "intermediate_size", "moe_intermediate_size", "window_size"),
+        *("num_attention_heads", "num_experts", "num_experts_per_tok", "num_mel_bins"),
     }
 )
 # Of one version alone; used where it is there.
@@ -95,6 +99,9 @@ def lists() -> list[Checked]:
         *encoder_cache_names.CUDA_HOST_TIER_NAMES,
         *kv_names.OFFLOAD_NAMES,
         *quality_names.STATISTICS_NAMES,
+        *sight_names.API_SERVER_NAMES,
+        *planning_names.PLANNING_NAMES,
+        *estimate_names.ESTIMATE_NAMES,
     ]
 
 
@@ -198,7 +205,7 @@ def test_what_is_used_of_vllm_is_on_a_list(vllms: set[str], own: set[str]) -> No
 @pytest.mark.parametrize(
     "code",
     [
-        "from vllm.v1.worker.gpu_model_runner import GPUModelRunner",
+        "from vllm.v1.worker.gpu_input_batch import InputBatch",
         "pool._maybe_evict_cached_block(block)",
         "setattr(request, 'num_nans_in_logits', 0)",
         "super().schedule_dummy_run()",

@@ -25,6 +25,7 @@ from vllm.exceptions import (
 )
 
 from vllm_mm_ext.errors import ForbiddenDomainError, InternalMediaError, MediaError, raising_package
+from vllm_mm_ext.request.context import current_request
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -70,6 +71,8 @@ def client_errors() -> Iterator[None]:
         raise
     except Exception as error:
         # No local variable may hold an error, which leads to this frame by its traceback.
+        if isinstance(_cause(error), MediaError):
+            _note_refusal(_cause(error).code)
         if isinstance(_cause(error), ForbiddenDomainError):
             # As vLLM's own connector does.
             raise ValueError(_cause(error).message) from error
@@ -78,7 +81,14 @@ def client_errors() -> Iterator[None]:
         if raising_package(_cause(error), ("vllm", "vllm_mm_ext")) != "vllm_mm_ext":
             raise
         logger.exception("A request about media failed by a fault of the plugin")
+        _note_refusal(InternalMediaError.code)
         raise answer_to(InternalMediaError()) from error
+
+
+def _note_refusal(code: str) -> None:
+    context = current_request()
+    if context is not None:
+        context.trace.refused = code
 
 
 def _cause(error: BaseException) -> Any:

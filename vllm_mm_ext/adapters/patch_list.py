@@ -128,6 +128,16 @@ PATCHES: tuple[Patch, ...] = (
         "API servers call it to pin and release conversations in the engine.",
         "plugins can add utility calls to the engine",
     ),
+    Patch(
+        "operator's page",
+        (
+            "vllm.v1.engine.core:EngineCore.mm_ext_sight",
+            "vllm.v1.engine.core:EngineCore.preprocess_add_request",
+        ),
+        "API servers list what an engine's caches hold, and take media down. Meanwhile no request "
+        "gets its inputs.",
+        "plugins can add utility calls to the engine",
+    ),
     *(
         Patch(family, (_MODELS,), _SPLITS, _SPLITS_UNTIL)
         for family in (
@@ -292,6 +302,22 @@ PATCHES: tuple[Patch, ...] = (
         "A few compressed bytes of a client could halt the event loop and fill the memory.",
         "vLLM has a flag for the compression of WebSocket messages, or uvicorn bounds what it "
         "inflates ahead of the application",
+        later=True,
+    ),
+    Patch(
+        "engine figures",
+        tuple(
+            f"{_SCHEDULER}.{method}"
+            for method in ("__init__", "schedule", "update_from_output", "shutdown")
+        ),
+        "Metrics tell what steps do, whatever scheduler runs.",
+        "vLLM lets a plugin add to the statistics of a step",
+    ),
+    Patch(
+        "engine figures",
+        (f"{_SCHEDULER}.mm_ext_steps",),
+        "Each scheduler has its own counts.",
+        "vLLM lets a plugin add to the statistics of a step",
         later=True,
     ),
 )

@@ -29,12 +29,14 @@ T = TypeVar("T")
 class Span(NamedTuple):
     """An mm item in a prompt: the range of its placeholder, and how many of those are embeddings.
 
-    They differ where text or another item's tokens stand between (sound in video).
+    They differ where text or another item's tokens stand between (sound in video). ``mm_hash`` is
+    vLLM's hash of the item.
     """
 
     start: int
     end: int
     embeddings: int
+    mm_hash: str = ""
 
 
 def around_chat_rendering(
@@ -170,14 +172,21 @@ async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(renderer._mm_executor, work)
 
 
-def after_cache_lookup(seen: Callable[[Mapping[str, list[bool]]], None]) -> None:
-    """Call ``seen`` with which items of a request the processor cache holds, per modality."""
+def after_cache_lookup(
+    seen: Callable[[Mapping[str, list[bool]], Mapping[str, list[str]]], None],
+) -> None:
+    """Call ``seen`` with which items of a request the processor cache holds, per modality.
+
+    Its second argument is vLLM's hashes of the items.
+    """
     from vllm.multimodal.processing import BaseMultiModalProcessor
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def _get_cache_missing_items(self: Any, *args: Any, **kwargs: Any) -> Any:
-            is_cached, missing = original(self, *args, **kwargs)
-            seen(is_cached)
+        def _get_cache_missing_items(
+            self: Any, cache: Any, mm_data_items: Any, mm_hashes: Any
+        ) -> Any:
+            is_cached, missing = original(self, cache, mm_data_items, mm_hashes)
+            seen(is_cached, mm_hashes)
             return is_cached, missing
 
         return _get_cache_missing_items
@@ -206,9 +215,11 @@ def around_preprocessing(
                     engine_input = await original(
                         self, prompt, *args, tok_params=tok_params, **kwargs
                     )
+                hashes = engine_input.get("mm_hashes") or {}
                 spans = {
                     modality: [
-                        Span(p.offset, p.offset + p.length, int(p.get_num_embeds())) for p in ranges
+                        Span(p.offset, p.offset + p.length, int(p.get_num_embeds()), mm_hash or "")
+                        for p, mm_hash in zip(ranges, hashes[modality], strict=True)
                     ]
                     for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
                 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_mm_ext.adapters.patches import wrap
 
@@ -187,20 +187,34 @@ async def _block_sent(request: Any, raw_request: Any) -> Any:
     return body.get("mm_ext") if isinstance(body, dict) else None
 
 
-def after_first_output(observer: Callable[[], Callable[[int | None], None] | None]) -> None:
-    """Learn how much of a prompt the prefix cache held.
+class EngineObserver(Protocol):
+    """Follows one request through the engine."""
+
+    def sent(self) -> None:
+        """The request goes to the engine."""
+
+    def first(self, output: Any) -> None:
+        """The engine's first ``RequestOutput`` is there."""
+
+    def ended(self) -> None:
+        """The last output is there, or nobody waits for it any more."""
+
+
+def around_generation(observer: Callable[[str], EngineObserver | None]) -> None:
+    """Follow requests through the engine.
 
     Args:
-        observer: Called when a request goes to the engine, in the caller's context; what it
-            returns is called with the number of cached prompt tokens at the first output.
-            None leaves the request alone.
+        observer: Called with vLLM's id of a request, in the caller's context. None leaves the
+            request alone.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = original(self, *args, **kwargs)
-            seen = observer()
+        def generate(
+            self: Any, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+        ) -> Any:
+            outputs = original(self, prompt, sampling_params, request_id, *args, **kwargs)
+            seen = observer(request_id)
             return outputs if seen is None else _observed(outputs, seen)
 
         return generate
@@ -208,13 +222,15 @@ def after_first_output(observer: Callable[[], Callable[[int | None], None] | Non
     wrap(AsyncLLM, "generate", make)
 
 
-async def _observed(
-    outputs: AsyncGenerator[Any, None], seen: Callable[[int | None], None]
-) -> AsyncIterator[Any]:
+async def _observed(outputs: AsyncGenerator[Any, None], seen: EngineObserver) -> AsyncIterator[Any]:
     first = True
-    async with aclosing(outputs):
-        async for output in outputs:
-            if first:
-                seen(output.num_cached_tokens)
-                first = False
-            yield output
+    seen.sent()
+    try:
+        async with aclosing(outputs):
+            async for output in outputs:
+                if first:
+                    seen.first(output)
+                    first = False
+                yield output
+    finally:
+        seen.ended()

@@ -8,16 +8,18 @@ connector finds the runtime by the renderer that the request's context names.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_mm_ext.adapters.error_answers import answer_to
 from vllm_mm_ext.adapters.long_video.state import LongVideoState
+from vllm_mm_ext.adapters.sight.recorder import Recorder
 from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MIB, MMExtConfig
@@ -30,6 +32,7 @@ from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
 from vllm_mm_ext.media.frontend import MediaFrontend
 from vllm_mm_ext.media.loop_thread import LoopThread
 from vllm_mm_ext.media.traits import ModelTraits
+from vllm_mm_ext.sight.seen_media import SeenMedia
 
 T = TypeVar("T")
 
@@ -45,6 +48,9 @@ class Runtime:
         traits: What the served model wants from the front-end.
         number: Of the engine, among those this process has rendered for. All API servers of a
             service have the same number for its engine.
+
+    Attributes:
+        recorder: Takes note of requests; None where nobody asks for metrics or traces.
     """
 
     def __init__(self, config: MMExtConfig, traits: ModelTraits, number: int = 0) -> None:
@@ -52,7 +58,10 @@ class Runtime:
 
         self.config = config
         self.number = number
+        self.recorder: Recorder | None = None
         self.long_video = LongVideoState(config.long_video)
+        # What became of which file, where an operator may ask.
+        self.seen = SeenMedia() if config.sight.page else None
         self.loop = LoopThread("mm-ext")
         cache = config.media.cache
         self.budget = MediaBudget(cache.in_flight_mb * MIB, cache.max_wait_s)
@@ -117,6 +126,18 @@ class Runtime:
             return self.loop.submit(work).result()
         finally:
             trim_when_due()
+
+    async def forget(self, digests: Collection[str], urls: Collection[str]) -> None:
+        """Drop media from everything that this runtime keeps; called on vLLM's event loop.
+
+        Args:
+            digests: Of the encoded files.
+            urls: URLs that are no longer known to have any content.
+        """
+        for fetcher in list(self._fetchers.values()):
+            await fetcher.forget(digests, urls)
+        self.long_video.clear()
+        await asyncio.to_thread(self.frontend.forget, digests)
 
     def stats(self) -> dict[str, Any]:
         """Counters of every part of the front-end, for ``GET /mm_ext/stats``."""

@@ -9,6 +9,7 @@ a process comes to hold twice the memory that it uses, and more with time (docs/
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,11 @@ class HeapTrim:
             return None
         return thread
 
+    def now(self) -> None:
+        """Trim, and return when it is done."""
+        if self._malloc_trim is not None:
+            self._malloc_trim(0)
+
 
 _OF_THE_PROCESS = HeapTrim()
 
@@ -62,3 +68,9 @@ _OF_THE_PROCESS = HeapTrim()
 def trim_when_due() -> None:
     """Trim the heaps of this process in the background, at most once a period for all callers."""
     _OF_THE_PROCESS.when_due()
+
+
+def trim_now() -> None:
+    """Free what only reference cycles keep, and give all freed memory of the process back."""
+    gc.collect()
+    _OF_THE_PROCESS.now()

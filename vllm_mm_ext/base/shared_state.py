@@ -1,5 +1,7 @@
 """The shared state of one service: the load of its engines, its load tier, its sticky decisions.
 
+``engine_figures`` has what else engines tell of themselves, in the same file.
+
 A service is the processes of one start of vLLM: its API servers and its engines on this machine.
 All of them map one file of records, each written whole with a checksum:
 
@@ -38,11 +40,11 @@ from typing import NamedTuple
 import psutil  # type: ignore[import-untyped]
 
 from vllm_mm_ext.base import shared_file
+from vllm_mm_ext.base.engine_figures import BOARD_BYTES, ENGINES
 from vllm_mm_ext.base.shared_file import open_shared, remove_if_unused
 from vllm_mm_ext.base.shared_records import Region
 
 KEY_BYTES = 16
-ENGINES = 256
 DECISIONS = 1 << 15
 # A key's decision is at one of this many consecutive places of the table. With half of the table in
 # use, all 8 places are taken about once in 60 times; then a new decision replaces the one that was
@@ -134,7 +136,7 @@ class Decision(NamedTuple):
     used: float
 
 
-_API_SERVERS = Region(_COUNT, 1, 0)
+_API_SERVERS = Region(_COUNT, 1, BOARD_BYTES)
 _LOADS = Region(_LOAD, ENGINES, _API_SERVERS.end)
 _TIER = Region(_STATE, 1, _LOADS.end)
 _TABLE = Region(_DECISION, DECISIONS, _TIER.end)
@@ -161,6 +163,11 @@ class SharedState:
         self._descriptor = descriptor
         self._view = mmap.mmap(descriptor, SIZE)
         self._finalizer = weakref.finalize(self, _close, self._view, descriptor, path)
+
+    @property
+    def view(self) -> mmap.mmap:
+        """The mapped file."""
+        return self._view
 
     def close(self) -> None:
         """Unmap the file, and remove it if no process uses it. The state cannot be used again."""

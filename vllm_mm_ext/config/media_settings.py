@@ -28,6 +28,14 @@ class SamplingConfig(Section):
     min_frames: int = Field(
         4, ge=1, le=4096, description="Floor on the frames of one video, where it has that many."
     )
+    resolution: int | None = Field(
+        None,
+        ge=28,
+        le=8192,
+        description="A frame has at most this many pixels squared, unless a request asks for "
+        "another `resolution`; null: as many as the model's processor allows. Models whose frames "
+        "all have one size keep that one.",
+    )
     min_fps: float = Field(
         0.1, ge=0, le=60, description="`adaptive`: every second keeps this rate, budget allowing."
     )
@@ -41,6 +49,11 @@ class SamplingConfig(Section):
         description="Which of a file's video streams, counted from 0; null: the one that players "
         "show. Files without that stream are refused.",
     )
+
+    @property
+    def frame_pixels(self) -> int:
+        """Pixels of a frame at most, 0 for no bound."""
+        return (self.resolution or 0) ** 2
 
     @model_validator(mode="after")
     def _ordered(self) -> SamplingConfig:

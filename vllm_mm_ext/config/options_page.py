@@ -146,6 +146,7 @@ later ends the stream with an event that holds the same `error`.
 | --- | --- | --- |
 | 400 | A URL, a data URL or an option is malformed or not allowed here, or the prompt does not \
 fit the model's context. | no |
+| 410 | The operator took the media down meanwhile ([admin.md](admin.md)). | no |
 | 413 | The media has more bytes, pixels, frames or seconds than a limit. | no; less of it |
 | 415 | The format is none that is taken: pictures, subtitles. | no |
 | 422 | The URL names no file, or its origin answers 4xx; the file is no media, damaged, without \

@@ -22,6 +22,7 @@ from vllm_mm_ext.config.quality_settings import QualitySettings
 from vllm_mm_ext.config.report_settings import ReportsConfig
 from vllm_mm_ext.config.scheduler_settings import SchedulerSettings
 from vllm_mm_ext.config.section import Section
+from vllm_mm_ext.config.sight_settings import SightSettings
 from vllm_mm_ext.config.video_settings import CompressionConfig, SegmentsConfig
 
 KEY = "mm_ext"
@@ -45,6 +46,7 @@ class MMExtConfig(Section):
     long_video: LongVideoSettings = Field(default_factory=LongVideoSettings)
     live: LiveSettings = Field(default_factory=LiveSettings)
     reports: ReportsConfig = Field(default_factory=ReportsConfig)
+    sight: SightSettings = Field(default_factory=SightSettings)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> MMExtConfig:

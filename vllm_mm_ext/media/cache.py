@@ -139,6 +139,17 @@ class ByteBudgetCache(Generic[K, V]):
         with self._lock:
             self._entries.pop(key, None)
 
+    def discard_where(self, unwanted: Callable[[K, V], bool]) -> int:
+        """Forget the entries for which ``unwanted(key, value)`` holds; returns their number."""
+        with self._lock:
+            # Not ``items()``, which would make each entry the most recently used.
+            found = [
+                key for key in self._entries if unwanted(key, Cache.__getitem__(self._entries, key))
+            ]
+            for key in found:
+                del self._entries[key]
+        return len(found)
+
     def clear(self) -> None:
         """Forget everything; counters stay."""
         with self._lock:

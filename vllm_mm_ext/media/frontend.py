@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -120,7 +120,8 @@ class MediaFrontend:
     @property
     def size_rule(self) -> SizeRule:
         """Size rule for frames under this configuration."""
-        return self.traits.size_rule if self.config.resize == "target" else SizeRule()
+        rule = replace(self.traits.size_rule, max_frame_pixels=self.config.sampling.frame_pixels)
+        return rule if self.config.resize == "target" else SizeRule()
 
     @property
     def wants_audio_in_video(self) -> bool:
@@ -246,7 +247,11 @@ class MediaFrontend:
                 lease.release()
                 raise
             stages = {**done.timings, "resample": seconds}
-            result = AudioResult(waveform, stages, cached=False, lease=lease)
+            heard = chosen_audio(info.audio, stream)
+            codec = heard.codec if heard else ""
+            result = AudioResult(
+                waveform, stages, cached=False, lease=lease, codec=codec, source=ref.digest
+            )
             if ref.storable:
                 self.cache.put(key, result)
             return result
@@ -320,7 +325,7 @@ class MediaFrontend:
                 window_digest, frames, done.info, done.selection
             )
         return VideoResult(
-            frames, done.info, done.selection, stages, False, lease, audio_note=done.audio_note
+            frames, done.info, done.selection, stages, False, lease, done.audio_note, ref.digest
         )
 
     async def _room(
@@ -346,28 +351,32 @@ class MediaFrontend:
     async def _resample(
         self, samples: np.ndarray[Any, Any], rate: int, digest: str | None
     ) -> tuple[Waveform, float]:
-        """A waveform at the model's rate, and the seconds this took; without a digest, it gets one
-        of its samples.
-        """
+        """A waveform at the model's rate, and the seconds this took."""
         started = time.perf_counter()
         target = self.traits.audio_rate or rate
         if target != rate:
             samples = await asyncio.to_thread(audio_ops.resample, samples, rate, target)
-        if digest is None:
-            digest = str(blake3(samples.view(np.uint8).data).hexdigest())
-        return Waveform(samples, digest=digest, rate=target), time.perf_counter() - started
+        own = digest or str(blake3(samples.view(np.uint8).data).hexdigest())
+        return Waveform(samples, digest=own, rate=target), time.perf_counter() - started
 
     def stats(self) -> dict[str, Any]:
         """Counters of the decode pool and the decoded cache."""
         return {"decode": self.pool.stats(), "decoded_cache": asdict(self.cache.stats())}
 
+    def forget(self, digests: Collection[str]) -> None:
+        """Drop all that is known of files by digest, and the workers, which may hold them."""
+        self.cache.discard_where(lambda _, value: value.source in digests)
+        for probes in (self._probed, self._tables):
+            probes.discard_where(lambda key, _: key.partition("|")[0] in digests)
+        self._windows.clear()  # Keys do not tell of which file a window was.
+        self.pool.renew()
+
     def close(self) -> None:
         """Stop the workers and forget everything."""
         self.pool.close()
         self.cache.clear()
-        self._probed.clear()
-        self._tables.clear()
-        self._windows.clear()
+        for known in (self._probed, self._tables, self._windows):
+            known.clear()
 
 
 def _probe_key(ref: MediaRef, video_stream: int | None) -> str:

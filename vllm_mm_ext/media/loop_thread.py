@@ -69,6 +69,11 @@ class LoopThread:
             return await coroutine
         return await asyncio.wrap_future(self.submit(coroutine))
 
+    @property
+    def pools(self) -> tuple[ThreadPoolExecutor, ...]:
+        """The threads for blocking calls and for lookups of host names."""
+        return self._executor, self.loop.lookups
+
     def stop(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what runs, run ``last``, end the thread and wait for its end."""
         self.submit(self._wind_down(last))

@@ -28,6 +28,7 @@ class VideoResult:
         cached: True when nothing was decoded for the caller.
         lease: Of frames and sound, on the media budget.
         audio_note: What became of the sound, if it is wanted and not there as a whole.
+        source: Digest of the file that the video was decoded from.
     """
 
     frames: SampledFrames
@@ -37,6 +38,12 @@ class VideoResult:
     cached: bool
     lease: Lease | None = None
     audio_note: AudioNote = ""
+    source: str = ""
+
+    @property
+    def codec(self) -> str:
+        """FFmpeg's name of the codec of the frames."""
+        return self.info.video.codec if self.info.video else ""
 
     @property
     def nbytes(self) -> int:
@@ -56,12 +63,16 @@ class AudioResult:
         waveform: The samples with their digest.
         stages: Seconds per stage of the work done for this result.
         cached: True when nothing was decoded for the caller.
+        source: Digest of the file that the sound was decoded from.
+        codec: FFmpeg's name of the codec.
     """
 
     waveform: Waveform
     stages: dict[str, float]
     cached: bool
     lease: Lease | None = None
+    source: str = ""
+    codec: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,22 @@ class AudioReport:
     cached: bool
 
 
+@dataclass(eq=False)
+class ImageItem:
+    """An image of a request.
+
+    Attributes:
+        url: URL of the image, as the request spells it.
+        digest: Hex BLAKE3 of the encoded image; empty until it is known, or where it never is.
+        width, height: Pixels; 0 until the image is read.
+    """
+
+    url: str
+    digest: str = ""
+    width: int = 0
+    height: int = 0
+
+
 @dataclass(frozen=True)
 class PlanReport:
     """What was decided about a video before it was decoded.
@@ -86,6 +103,8 @@ class MediaItem:
         decision: What planning decided about the video.
         report: What was delivered to vLLM; None until it is.
         claimed: vLLM has asked for this item.
+        digest: Hex BLAKE3 of the encoded file; empty until it is known, or where it never is.
+        pictures: What becomes small pictures of the frames, where the operator's page shows them.
     """
 
     modality: MediaModality
@@ -95,3 +114,10 @@ class MediaItem:
     decision: PlanReport = PlanReport()
     report: VideoReport | AudioReport | None = None
     claimed: bool = False
+    digest: str = ""
+    pictures: Future[list[bytes]] | None = None
+
+    @property
+    def known_digest(self) -> str:
+        """Hex BLAKE3 of the encoded file; empty where it is not known."""
+        return self.digest or ("" if self.content is None else self.content.digest)

@@ -6,12 +6,17 @@ the engine client add to the trace; the answer's headers and its `mm_ext` block 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
+from vllm_mm_ext.base.apportion import apportion
 from vllm_mm_ext.request.long_report import LongVideoReport
-from vllm_mm_ext.request.media_items import AudioReport, MediaItem, VideoReport
+from vllm_mm_ext.request.media_items import AudioReport, ImageItem, MediaItem, VideoReport
+from vllm_mm_ext.request.stage_times import StageTime
 
 # Many clients and proxies refuse headers of more than 8 KiB. With at most this many frame times and
 # items listed, the header's value stays under 4 KiB.
@@ -28,12 +33,16 @@ class PromptItem:
         start, end: The item's placeholder range: first token in the prompt, and the one after its
             last.
         preprocessed: The item's model inputs came from vLLM's processor cache.
+        embeddings: How many of those tokens are embeddings; the others are text, or another item's.
+        mm_hash: vLLM's hash of the item.
     """
 
     modality: str
     start: int
     end: int
     preprocessed: bool
+    embeddings: int
+    mm_hash: str = ""
 
 
 @dataclass(eq=False)
@@ -56,6 +65,17 @@ class RequestTrace:
         shows_cache_hits: The operator lets clients see cache hits. Caches serve all clients, so a
             hit can tell a client that another client sent the same media.
         long_video: Of a request about long videos: its windows and their notes.
+        timeline: When each stage of each item and of the request was. Stages in the engine are
+            there once the request's first output is.
+        refused: Why the plugin refused the request: the code of a ``MediaError``; empty otherwise.
+        request_id: vLLM's id of the request; empty until the request goes to the engine.
+        images: The images of the request, in the order in which they were read.
+        watched: The operator's page tells of the request.
+        held: Digests of files that the request uses besides those of ``media``.
+        hashes: vLLM's hashes of the mm items of all conversations of the request, from before their
+            model inputs are made.
+        tasks: Those that serve the request in place of the task that took it; of a request that is
+            ``watched``.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
@@ -68,6 +88,22 @@ class RequestTrace:
     cached_tokens: int | None = None
     shows_cache_hits: bool = False
     long_video: LongVideoReport | None = None
+    timeline: list[StageTime] = field(default_factory=list)
+    refused: str = ""
+    request_id: str = ""
+    images: list[ImageItem] = field(default_factory=list)
+    watched: bool = False
+    held: set[str] = field(default_factory=set)
+    hashes: set[str] = field(default_factory=set)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def note_task(self) -> None:
+        """Note that the current task serves the request, if the request is watched."""
+        task = asyncio.current_task() if self.watched else None
+        if task is not None:
+            self.tasks.add(task)
+            # A task leads to its request's trace.
+            task.add_done_callback(self.tasks.discard)
 
     def add_stages(self, stages: Mapping[str, float]) -> None:
         """Record seconds per stage, of stages that every item goes through."""
@@ -86,20 +122,56 @@ class RequestTrace:
 
     def set_tokens(self, embeddings: Mapping[str, int], prompt_tokens: int) -> None:
         """Record the prompt's number of embeddings per modality; all other tokens are text."""
-        self.tokens = {**embeddings, "text": prompt_tokens - sum(embeddings.values())}
+        self.tokens = {**embeddings, "text": max(0, prompt_tokens - sum(embeddings.values()))}
 
-    def set_items(self, ranges: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+    def set_items(
+        self,
+        ranges: Mapping[str, Sequence[tuple[int, int, int]]],
+        hashes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
         """Record the prompt's mm items.
 
         Args:
-            ranges: Placeholder ranges ``(start, end)`` per modality, in the order of the prompt.
+            ranges: Placeholder ranges and numbers of embeddings ``(start, end, embeddings)`` per
+                modality, in the order of the prompt.
+            hashes: vLLM's hashes of the items, in the same order.
         """
         self.items = []
         for modality, spans in ranges.items():
-            hits = self.preprocessed.get(modality, [])
-            for index, (start, end) in enumerate(spans):
+            hits, known = self.preprocessed.get(modality, []), hashes.get(modality, ())
+            for index, (start, end, embeddings) in enumerate(spans):
                 hit = index < len(hits) and hits[index]
-                self.items.append(PromptItem(modality, start, end, hit))
+                mm_hash = known[index] if index < len(known) else ""
+                self.items.append(PromptItem(modality, start, end, hit, embeddings, mm_hash))
+                if mm_hash:
+                    self.hashes.add(mm_hash)
+
+    def cached_by_modality(self) -> dict[str, int]:
+        """How many of ``tokens`` the prefix cache held, as far as ``cached_tokens`` is known.
+
+        The prefix may end within an item, and sound may lie within the items of a video: there the
+        cached tokens are shared out evenly, so a number may be off by a few. Together they are
+        exactly the cached tokens.
+        """
+        # vLLM has -1 for requests that no step has looked at.
+        cached = max(0, self.cached_tokens or 0)
+        owned: dict[str, int] = {}
+        held: dict[str, float] = {}
+        for item in self.items:
+            share = min(max((cached - item.start) / max(1, item.end - item.start), 0.0), 1.0)
+            owned[item.modality] = owned.get(item.modality, 0) + item.embeddings
+            held[item.modality] = held.get(item.modality, 0.0) + share * item.embeddings
+        quotas: dict[str, float] = {}
+        for modality, count in self.tokens.items():
+            if modality == "text":
+                continue
+            own = owned.get(modality, 0)
+            quotas[modality] = held[modality] * min(count, own) / own if own else 0.0
+            # Sound beyond that of audio items is within videos, and cached as far as these are.
+            if count > own and owned.get("video"):
+                quotas[modality] += held["video"] * (count - own) / owned["video"]
+        quotas["text"] = cached - sum(quotas.values())
+        return apportion(cached, quotas, self.tokens)
 
     @property
     def videos(self) -> list[tuple[MediaItem, VideoReport]]:

@@ -66,7 +66,7 @@ class Server:
     pid: int
     log: Path
     startup_s: float
-    plugin: bool
+    plugin: bool = True
     model: str = MODEL_NAME
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -116,6 +116,7 @@ def serve(
     port: int | None = None,
     log: Path | None = None,
     enforce_eager: bool = True,
+    kv_cache_bytes: int | None = KV_CACHE_BYTES,
     timeout_s: float = 300.0,
 ) -> Iterator[Server]:
     """Run ``vllm serve`` on loopback until the block ends, then kill its whole process group.
@@ -129,6 +130,7 @@ def serve(
         port: TCP port; default: a free one.
         log: Log file; default: a file in a temporary directory that goes when the block ends.
         enforce_eager: Skip compilation and graph capture.
+        kv_cache_bytes: Size of the KV cache; None: as ``args`` say.
         timeout_s: Seconds to wait for health.
 
     Raises:
@@ -144,7 +146,7 @@ def serve(
             # The console script of this very environment, without relying on PATH.
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", os.fspath(checkpoint)),
             *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
-            *("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
+            *([] if kv_cache_bytes is None else ["--kv-cache-memory-bytes", str(kv_cache_bytes)]),
             *(["--enforce-eager"] if enforce_eager else []),
             *(
                 ["--additional-config", json.dumps(additional_config)]
@@ -159,6 +161,38 @@ def serve(
             "VLLM_PLUGINS": "mm_ext" if plugin else "",
             **(env or {}),
         }
+        name = "plugin" if plugin else "stock"
+        with running(command, variables, port, log, timeout_s=timeout_s, name=name) as server:
+            server.plugin = plugin
+            yield server
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    port: int,
+    log: Path,
+    *,
+    timeout_s: float = 300.0,
+    name: str = "",
+    cwd: Path | None = None,
+) -> Iterator[Server]:
+    """Run a command that serves on loopback until the block ends, then kill its process group.
+
+    Args:
+        command: Program and arguments.
+        variables: All of its environment.
+        port: TCP port on which it will serve.
+        log: File for its stdout and stderr.
+        timeout_s: Seconds to wait for health.
+        name: Which server it is, for messages.
+        cwd: Directory in which it runs; by default this process's.
+
+    Raises:
+        ServerError: It died or was not healthy in time; says why with the tail of the log.
+    """
+    with contextlib.ExitStack() as stack:
         started = time.monotonic()
         output = stack.enter_context(open(log, "wb"))
         process = subprocess.Popen(
@@ -167,13 +201,14 @@ def serve(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=variables,
+            cwd=cwd,
             start_new_session=True,
         )
         stack.callback(_kill_group, process)
         stack.enter_context(_ended_with_us(process.pid))
         url = f"http://127.0.0.1:{port}"
-        _wait_healthy(process, url, log, timeout_s, "plugin" if plugin else "stock")
-        yield Server(url, process.pid, log, time.monotonic() - started, plugin, _process=process)
+        _wait_healthy(process, url, log, timeout_s, name)
+        yield Server(url, process.pid, log, time.monotonic() - started, _process=process)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from vllm_mm_ext.base import shared_file
+from vllm_mm_ext.base.engine_figures import BOARD_BYTES, ENGINES
 from vllm_mm_ext.base.shared_state import (
     DECISIONS,
-    ENGINES,
     KEY_BYTES,
     Decision,
     EngineLoad,
@@ -219,7 +219,8 @@ def test_what_vllm_tells_replaces_no_figure_that_an_engine_publishes(state: Shar
 def test_a_torn_load_counts_as_absent(state: SharedState, path: Path) -> None:
     state.write_load(0, LOAD)
     with path.open("r+b") as file:
-        file.seek(30)
+        # The engines' figures come first.
+        file.seek(BOARD_BYTES + 30)
         file.write(b"\xff")
     assert state.loads(1) == {}
     state.write_load(0, LOAD)

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_mm_ext.config.options import Reduction
@@ -60,7 +60,7 @@ def test_cache_hits_are_told_only_where_the_operator_says_so(cached: bool) -> No
         trace = RequestTrace(media=[video(cached=cached), audio(cached)], shows_cache_hits=shown)
         trace.preprocessed = {"video": [cached]}
         trace.cached_tokens = 9 * cached
-        trace.set_items({"video": [(3, 8)]})
+        trace.set_items({"video": [(3, 8, 5)]})
         told.append((json.dumps(report.block(trace)), trace.summary()))
     hidden, shown_ = told
     for text in hidden:
@@ -75,7 +75,7 @@ def test_hits_and_misses_look_the_same_where_they_are_not_told() -> None:
         trace = RequestTrace(media=[video(cached=cached), audio(cached)])
         trace.preprocessed = {"video": [cached]}
         trace.cached_tokens = 9 * cached
-        trace.set_items({"video": [(3, 8)]})
+        trace.set_items({"video": [(3, 8, 5)]})
         trace.add_stages({"fetch": 0.5, "video": 0.5})
         trace.add_work({} if cached else {"decode": 0.5})
         headers = (trace.summary(), trace.server_timing())
@@ -103,13 +103,13 @@ def test_an_item_counts_as_prefix_only_when_all_of_it_was_cached(
     trace.preprocessed = {"video": [hit for _, hit in items]}
     spans, start = [], 3
     for length, _ in items:
-        spans.append((start, start + length))
+        spans.append((start, start + length, length))
         start += length + 1
     trace.set_items({"video": spans})
     counts = report.block(trace)["cache"].get("video", {"items": 0, "processor": 0, "prefix": 0})
     assert counts["items"] == len(items)
     assert counts["processor"] == sum(hit for _, hit in items)
-    assert counts["prefix"] == sum(end <= cached for _, end in spans)
+    assert counts["prefix"] == sum(end <= cached for _, end, _ in spans)
 
 
 def test_the_report_is_plain_json() -> None:
@@ -120,3 +120,37 @@ def test_the_report_is_plain_json() -> None:
     assert json.loads(json.dumps(made)) == made
     assert made["stages_ms"] == {"decode": 500.0, "fetch": 12.35}
     assert made["cache"]["prompt_tokens"] is None
+
+
+_MODALITIES = st.sampled_from(["video", "audio", "image"])
+
+
+@example(
+    [("video", 1, 0), ("video", 1, 7), ("video", 50, 9), ("video", 50, 9), ("audio", 1, 0)], 5, 134
+)
+@given(
+    st.lists(st.tuples(_MODALITIES, st.integers(1, 50), st.integers(0, 9)), max_size=8),
+    st.integers(0, 9),
+    st.integers(0, 600),
+)
+def test_cached_tokens_by_modality_add_up_to_the_cached_prefix(
+    items: list[tuple[str, int, int]], sound: int, cached: int
+) -> None:
+    spans: dict[str, list[tuple[int, int, int]]] = {}
+    start = 3
+    for modality, embeddings, markers in items:
+        length = embeddings + markers
+        spans.setdefault(modality, []).append((start, start + length, embeddings))
+        start += length + 1
+    embeddings_of = {m: sum(span[2] for span in found) for m, found in spans.items()}
+    if (heard := min(sound, embeddings_of.get("video", 0))) > 0:
+        embeddings_of["video"] -= heard
+        embeddings_of["audio"] = embeddings_of.get("audio", 0) + heard
+    cached = min(cached, start)
+    trace = RequestTrace(cached_tokens=cached)
+    trace.set_items(spans)
+    trace.set_tokens(embeddings_of, start)
+    found = trace.cached_by_modality()
+    assert found.keys() == trace.tokens.keys()
+    assert all(0 <= count <= trace.tokens[modality] for modality, count in found.items())
+    assert sum(found.values()) == cached

@@ -22,6 +22,8 @@ from vllm_mm_ext.adapters.encoder_cache.startup import HostTierError, check_host
 from vllm_mm_ext.policies.eviction.cost_aware import CostAware
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,6 +42,7 @@ class CostAwareEmbeddingCache(EmbeddingCache):  # type: ignore[misc]
         self.ranks: CostAware[str] = CostAware()
         # Cost of the item that is allocated next, since vLLM does not pass it to ``alloc``.
         self.next_cost = 0.0
+        self.adds = self.evictions = 0
 
     def alloc(
         self, key: str, n_blocks: int, shape: tuple[int, int] | None = None
@@ -50,6 +53,7 @@ class CostAwareEmbeddingCache(EmbeddingCache):  # type: ignore[misc]
         entry = super().alloc(key, n_blocks, shape)
         if entry is not None:
             self.ranks.admit(key, n_blocks, self.next_cost)
+            self.adds += 1
         return entry
 
     def discard(self, key: str) -> None:
@@ -77,6 +81,13 @@ class CostAwareEmbeddingCache(EmbeddingCache):  # type: ignore[misc]
             assert key is not None
             self._give_back(key)
             self.ranks.evict(key)
+            self.evictions += 1
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks of all items."""
+        free: int = len(self._free_blocks)
+        return int(self._num_blocks) - free
 
     def _give_back(self, key: str) -> None:
         del self._entries_free_list[key]
@@ -96,6 +107,7 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         self._planned: dict[str, list[tuple[Request, int]]] = {}
         # Items that were being copied when the model's weights changed.
         self._stale: set[str] = set()
+        self._loads = 0
 
     def has_cache_item(self, identifier: str) -> bool:
         """Whether an item can be loaded instead of encoded."""
@@ -115,6 +127,7 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         if self._cache.get(key) is None:
             self._planned.setdefault(key, []).append((request, index))
         elif key not in self._pending_loads:
+            self._loads += 1
             self._cache.ranks.hit(key)
             super().update_state_after_alloc(request, index)
 
@@ -150,6 +163,35 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         if pending is not None:
             del self._load_acks[pending[0]]
             self._cache.unpin(key)
+
+    def items(self) -> list[tuple[str, int]]:
+        """Key and bytes of each item."""
+        block, found = self._region.block_size_bytes, []
+        for key in self._cache.ranks.order():
+            if (entry := self._cache.get(key)) is not None:
+                found.append((key, len(entry.block_ids) * block))
+        return found
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Overwrite and forget items, unless a copy uses them."""
+        for key in keys:
+            entry = self._cache.get(key)
+            if entry is not None and entry.evictable:
+                for block in entry.block_ids:
+                    self._region.blocks[block].zero_()
+                self._cache.drop(key)
+
+    def figures(self) -> dict[str, float]:
+        """Counts since the start, and what the tier holds, in bytes and items."""
+        cache, block = self._cache, self._region.block_size_bytes
+        return {
+            "hits": self._loads,
+            "adds": cache.adds,
+            "evictions": cache.evictions,
+            "bytes": cache.used_blocks * block,
+            "capacity": self._region.num_blocks * block,
+            "items": len(cache.ranks),
+        }
 
     def reset(self) -> None:
         """Forget all items: the model's weights have changed."""

@@ -6,6 +6,7 @@ without Model Runner V2). With the second model runner ``cuda_connector.py`` tak
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,22 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all items."""
         self._tier.reset()
+
+    def items(self) -> list[tuple[str, int]]:
+        """Key and bytes of each item."""
+        return self._tier.items()
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget items that no request uses; ``forget_in_worker`` is called for them as well."""
+        self._tier.forget(keys)
+
+    def forget_in_worker(self, keys: Iterable[str]) -> None:
+        """Overwrite and drop items, in the worker."""
+        self._store.wipe(keys)
+
+    def figures(self) -> dict[str, float]:
+        """Counts since the start, and what the tier holds, in bytes and items."""
+        return self._tier.figures
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
         """Plan the load or save of an item for which the device tier has space now."""

@@ -6,6 +6,7 @@ tensors, and drops those that ``get_freed_mm_hashes`` names.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecoderCacheManager
@@ -39,6 +40,15 @@ class HostSide(Protocol):
 
     def reset(self) -> None:
         """Forget everything."""
+
+    def items(self) -> list[tuple[str, int]]:
+        """Key and bytes of each item."""
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget items, unless a request or a copy uses them."""
+
+    def figures(self) -> dict[str, float]:
+        """Counts since the start, and what the tier holds, in bytes and items."""
 
 
 def attach_host_tier(vllm_config: VllmConfig, host: HostSide) -> None:
@@ -77,6 +87,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         self._host = host
         self._preempts_scheduled = preempts_scheduled
         self._embeds: dict[str, int] = {}
+        self._modalities: dict[str, str] = {}
         # By request and input index, the item's identifier.
         self._inputs: dict[str, dict[int, str]] = {}
         # Items allocated in this pass, which no worker has encoded yet, and their requests.
@@ -121,11 +132,18 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         """Forget all items, those of the host tier too: the model's weights have changed."""
         self._cache.clear()
         self._embeds.clear()
+        self._modalities.clear()
         self._inputs.clear()
         self._fresh.clear()
         self._freed.clear()
         if self._host is not None:
             self._host.reset()
+
+    def holds(self, identifier: str) -> bool:
+        """Whether an item's output is on the device or in the host tier."""
+        if identifier in self._cache:
+            return True
+        return self._host is not None and self._host.has_cache_item(identifier)
 
     def check_and_update_cache(self, request: Request, input_id: int) -> bool:
         """Whether an item is on the device; if so, the request uses the item from now on."""
@@ -193,6 +211,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             key, self._size(feature), feature_cost(feature), request.request_id, overdraw=True
         )
         self._embeds[key] = request.get_num_encoder_embeds(input_id)
+        self._modalities[key] = feature.modality
         self._inputs.setdefault(request.request_id, {})[input_id] = key
         self._fresh[key] = request.request_id
 
@@ -227,6 +246,48 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         self._freed = []
         return freed
 
+    @property
+    def capacity(self) -> int:
+        """Bytes that the device tier keeps."""
+        return self._cache.capacity
+
+    @property
+    def host(self) -> HostSide | None:
+        """The scheduler side of the host tier, if there is one."""
+        return self._host
+
+    def items(self) -> list[tuple[str, str, int, bool]]:
+        """Identifier, modality and bytes of each item, and whether a request uses it."""
+        return [(key, self._modalities[key], *rest) for key, *rest in self._cache.items()]  # type: ignore[misc]
+
+    def take_down(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Forget items that no request uses, in both tiers, between two passes.
+
+        The worker's tensors are the caller's to drop.
+
+        Args:
+            wanted: Whether an item, named by its identifier, is one of them.
+
+        Returns:
+            Identifiers of the items that were there.
+        """
+        found = [key for key, _, busy in self._cache.items() if wanted(key) and not busy]
+        for key in found:
+            self._cache.drop(key)
+            del self._embeds[key], self._modalities[key]
+        on_host = []
+        if self._host is not None:
+            on_host = [key for key, _ in self._host.items() if wanted(key)]
+            self._host.forget(on_host)
+        return [*dict.fromkeys((*found, *on_host))]
+
+    def figures(self) -> dict[str, float]:
+        """Counts since the start and what is held, of both tiers (``engine_figures``)."""
+        found = {f"device_{name}": value for name, value in self._cache.figures.items()}
+        if self._host is not None:
+            found |= {f"host_{name}": value for name, value in self._host.figures().items()}
+        return found
+
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless all bookkeeping agrees; for tests."""
         self._cache.check_integrity()
@@ -249,7 +310,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
 
     def _forget(self, keys: list[str]) -> None:
         for key in keys:
-            del self._embeds[key]
+            del self._embeds[key], self._modalities[key]
             self._fresh.pop(key, None)
         self._freed += keys
 

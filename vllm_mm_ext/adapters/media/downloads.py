@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from vllm.connections import HTTPConnection
 
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.runtime import Runtime
+from vllm_mm_ext.adapters.sight.stage_notes import note_download
 from vllm_mm_ext.errors import ForbiddenDomainError, ForbiddenMediaError
 from vllm_mm_ext.request.context import RequestContext
 
@@ -95,6 +97,7 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
         request_budget: Any,
     ) -> bytes:
         fetcher = runtime.fetcher(*self._access)
+        started = time.perf_counter()
         with client_errors():
             try:
                 blob = await fetcher.download(
@@ -107,6 +110,10 @@ class StockDownloads(HTTPConnection):  # type: ignore[misc]
                 # Of a redirect's target: vLLM has checked the URL itself. Translated, this error
                 # would be a ValueError, which vLLM takes for an invalid URL.
                 raise ForbiddenMediaError(error.message) from None
+        # What vLLM's own loader decodes is a video, else it is an image.
+        modality = next((item.modality for item in context.items if item.url == url), "image")
+        seconds = time.perf_counter() - started
+        note_download(context.trace, runtime.recorder, modality, seconds, blob.size)
         if request_budget is not None:
             request_budget.charge(blob.size)
         return await asyncio.to_thread(blob.read)

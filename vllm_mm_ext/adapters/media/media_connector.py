@@ -16,9 +16,17 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.media.downloads import StockDownloads
+from vllm_mm_ext.adapters.media.noted_media import (
+    begun_image,
+    noted_audio,
+    noted_image,
+    noted_video,
+    take_pictures,
+)
 from vllm_mm_ext.adapters.media.request_budgets import charge_request, charge_request_async
 from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_for
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
+from vllm_mm_ext.adapters.sight.stage_notes import note_use
 from vllm_mm_ext.config.media_settings import SamplingConfig
 from vllm_mm_ext.media.fetch.data_url import (
     is_jpeg_sequence,
@@ -134,11 +142,12 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         context, runtime = _asking()
         item = self._video_item(context, runtime, video_url, kwargs.get("video_processor"))
         if item.plan is None:
-            return _noted(super().fetch_video(video_url, **kwargs), item)
+            return noted_video(super().fetch_video(video_url, **kwargs), item, context)
         with client_errors(), _in_use(item):
             used = runtime.run_blocking(self._video(context, runtime, item, item.plan))
         charge_request(self, video_url, used)
-        return _deliver_video(used, item, item.plan, context)
+        take_pictures(used.result.frames, item, context, runtime)
+        return _deliver_video(used, item, item.plan, context, runtime)
 
     async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
         """Fetch, sample and decode a video.
@@ -157,22 +166,34 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         context, runtime = _asking()
         item = self._video_item(context, runtime, video_url, kwargs.get("video_processor"))
         if item.plan is None:
-            return _noted(await super().fetch_video_async(video_url, **kwargs), item)
+            stock = await super().fetch_video_async(video_url, **kwargs)
+            return noted_video(stock, item, context)
         with client_errors(), _in_use(item):
             used = await runtime.run(self._video(context, runtime, item, item.plan))
         await charge_request_async(self, video_url, used)
-        return _deliver_video(used, item, item.plan, context)
+        take_pictures(used.result.frames, item, context, runtime)
+        return _deliver_video(used, item, item.plan, context, runtime)
+
+    def fetch_image(self, image_url: str, **kwargs: Any) -> Any:
+        """Fetch an image as vLLM does."""
+        item = begun_image(image_url, _asking()[0])
+        return noted_image(super().fetch_image(image_url, **kwargs), item)
+
+    async def fetch_image_async(self, image_url: str, **kwargs: Any) -> Any:
+        """Fetch an image as vLLM does."""
+        item = begun_image(image_url, _asking()[0])
+        return noted_image(await super().fetch_image_async(image_url, **kwargs), item)
 
     def fetch_audio(self, audio_url: str) -> Any:
         """Fetch and decode audio; see ``fetch_audio_async``."""
         context, runtime = _asking()
         item = context.claim("audio", audio_url)
         if not self._handles_audio(runtime):
-            return _noted_audio(super().fetch_audio(audio_url), item)
+            return noted_audio(super().fetch_audio(audio_url), item)
         with client_errors():
             used = runtime.run_blocking(self._audio(context, runtime, item))
         charge_request(self, audio_url, used)
-        return _deliver_audio(used, item, context)
+        return _deliver_audio(used, item, context, runtime)
 
     async def fetch_audio_async(self, audio_url: str) -> Any:
         """Fetch and decode audio to mono at the model's rate.
@@ -186,11 +207,11 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         context, runtime = _asking()
         item = context.claim("audio", audio_url)
         if not self._handles_audio(runtime):
-            return _noted_audio(await super().fetch_audio_async(audio_url), item)
+            return noted_audio(await super().fetch_audio_async(audio_url), item)
         with client_errors():
             used = await runtime.run(self._audio(context, runtime, item))
         await charge_request_async(self, audio_url, used)
-        return _deliver_audio(used, item, context)
+        return _deliver_audio(used, item, context, runtime)
 
     def _load_data_url(self, url: str, media_io: Any) -> Any:
         """As vLLM's, with the reading of ``data:`` URLs that videos and audio get.
@@ -265,7 +286,11 @@ def _in_use(item: MediaItem) -> AbstractContextManager[None]:
 
 
 def _deliver_video(
-    used: MediaUse[VideoResult], item: MediaItem, plan: VideoPlan, context: RequestContext
+    used: MediaUse[VideoResult],
+    item: MediaItem,
+    plan: VideoPlan,
+    context: RequestContext,
+    runtime: Runtime,
 ) -> Any:
     """A video as vLLM takes it, noted in the request's report."""
     result = used.result
@@ -275,7 +300,7 @@ def _deliver_video(
         metadata = metadata_of(result.info, selection, frames.digest or "")
     else:
         metadata = stock.metadata(result.info, selection)
-    _note_times(context, used, "video")
+    item.digest = used.content.digest
     item.report = VideoReport(
         policy=selection.policy if stock is None else "stock",
         frames=len(frames),
@@ -289,50 +314,35 @@ def _deliver_video(
         audio_note=result.audio_note,
         activity=selection.activity,
     )
+    _note(context, runtime, item, used)
     return MediaWithBytes((frames, metadata), (frames.digest or "").encode())
 
 
 def _deliver_audio(
-    used: MediaUse[AudioResult], item: MediaItem, context: RequestContext
+    used: MediaUse[AudioResult], item: MediaItem, context: RequestContext, runtime: Runtime
 ) -> tuple[Any, int]:
     """A waveform as vLLM takes it, noted in the request's report."""
     waveform = used.result.waveform
     rate = waveform.rate or 0
-    _note_times(context, used, "audio")
     item.report = AudioReport(len(waveform) / rate, used.result.cached)
+    item.digest = used.content.digest
+    _note(context, runtime, item, used)
     return waveform, rate
 
 
-def _noted(video: Any, item: MediaItem) -> Any:
-    """A video that vLLM's own loader has read, noted in the request's report."""
-    frames, metadata = video.media
-    rate = metadata.get("fps") or 1.0
-    indices = metadata.get("frames_indices")
-    item.report = VideoReport(
-        policy="stock",
-        frames=len(frames),
-        height=int(frames.shape[1]),
-        width=int(frames.shape[2]),
-        times=[] if indices is None else [float(index) / rate for index in indices],
-        cached=False,
-        audio_s=None,
-        duration_s=metadata.get("duration"),
-    )
-    return video
-
-
-def _noted_audio(audio: tuple[Any, float], item: MediaItem) -> tuple[Any, float]:
-    """A sound that vLLM has read by itself, noted in the request's report."""
-    samples, rate = audio
-    item.report = AudioReport(samples.shape[-1] / rate, cached=False)
-    return audio
-
-
-def _note_times(
-    context: RequestContext, used: MediaUse[VideoResult] | MediaUse[AudioResult], stage: str
+def _note(
+    context: RequestContext,
+    runtime: Runtime,
+    item: MediaItem,
+    used: MediaUse[VideoResult] | MediaUse[AudioResult],
 ) -> None:
-    context.trace.add_stages({"fetch": used.fetch_s, stage: used.fetch_s + used.use_s})
-    context.trace.add_work(used.result.stages)
+    """Note in the trace, and in the metrics, what an item took; it has its report."""
+    trace, result = context.trace, used.result
+    trace.add_stages({"fetch": used.fetch_s, item.modality: used.fetch_s + used.use_s})
+    trace.add_work(result.stages)
+    note_use(trace, runtime.recorder, item, used, planned=used.content is item.content)
+    if runtime.recorder is not None:
+        runtime.recorder.delivered(item, result.codec, used.content.size)
 
 
 def spec_for(sampling: SamplingConfig, frame_multiple: int) -> SamplingSpec:

@@ -98,6 +98,9 @@ CUDA_HOST_TIER_NAMES: tuple[Checked, ...] = (
         ("_cache", "_load_acks", "_pending_loads", "_region", "has_cache_item"),
     ),
     VllmAttributes(
+        f"{_CPU}.ec_shared_region:ECSharedRegion", ("block_size_bytes", "blocks", "num_blocks")
+    ),
+    VllmAttributes(
         f"{_CPU}.scheduler.embedding_cache:EmbeddingCache",
         (
             "_entries",
@@ -111,6 +114,7 @@ CUDA_HOST_TIER_NAMES: tuple[Checked, ...] = (
         ),
     ),
     VllmAttributes(f"{_CPU}.scheduler.embedding_cache:CacheEntry", ("block_ids", "evictable")),
+    VllmAttributes(f"{_CPU}.ec_shared_region:ECSharedRegion", ("block_size_bytes", "num_blocks")),
     VllmAttributes("vllm.config:ParallelConfig", ("pipeline_parallel_size",)),
 )
 

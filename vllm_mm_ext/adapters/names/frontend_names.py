@@ -62,6 +62,8 @@ CONNECTOR_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_CONNECTOR}.fetch_audio_async", ("audio_url",)),
     VllmName(f"{_CONNECTOR}.fetch_video", ("video_url", "image_mode", "video_processor")),
     VllmName(f"{_CONNECTOR}.fetch_audio", ("audio_url",)),
+    VllmName(f"{_CONNECTOR}.fetch_image_async", ("image_url",), passed_on=True),
+    VllmName(f"{_CONNECTOR}.fetch_image", ("image_url",), passed_on=True),
     VllmName(f"{_CONNECTOR}._load_data_url", ("url", "media_io")),
     VllmName("vllm.multimodal.media.base:MediaIO.load_base64", ("media_type", "data")),
     VllmName("vllm.multimodal.media.base:MediaWithBytes", ("media", "original_bytes")),

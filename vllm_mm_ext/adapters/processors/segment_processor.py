@@ -230,8 +230,10 @@ class SegmentProcessor:
         """
         expanded: list[int] = []
         left = iter(videos)
+        # Asked for once: configurations of transformers take microseconds to say it.
+        video_token = self.video_token_id
         for token in prompt:
-            video = next(left, None) if token == self.video_token_id else None
+            video = next(left, None) if token == video_token else None
             if video is None:
                 expanded.append(token)
             else:

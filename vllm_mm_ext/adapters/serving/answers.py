@@ -6,11 +6,13 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.requests import (
     read_options,
     refuse_long_video,
     refuse_options,
 )
+from vllm_mm_ext.adapters.sight.recorder import Recorder
 from vllm_mm_ext.request import report
 from vllm_mm_ext.request.blocks import KEY, with_block
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
@@ -34,6 +36,7 @@ def begin(raw: Any, session: str | None) -> None:
         context.options = read_options(raw)
     context.session = session
     context.trace.asked = raw is not None
+    context.trace.note_task()
 
 
 def begin_response(raw: Any, session: str | None) -> None:
@@ -61,6 +64,8 @@ def begin_without_options(raw: Any, route: str) -> None:
     Raises:
         VLLMValidationError: The body has a block (a 400).
     """
+    if (context := current_request()) is not None:
+        context.trace.note_task()
     with client_errors():
         refuse_options(raw, route)
 
@@ -101,19 +106,38 @@ def resume() -> Callable[[], None]:
     return enter
 
 
-def observer() -> Callable[[int | None], None] | None:
-    """A function that records the number of prompt tokens that the prefix cache held.
+class _Followed:
+    """A request with media on its way through the engine."""
 
-    None for a request whose answer gets no block.
+    def __init__(self, trace: RequestTrace, recorder: Recorder | None) -> None:
+        self._trace = trace
+        self._recorder = recorder
+
+    def sent(self) -> None:
+        if self._recorder is not None:
+            self._recorder.sent(self._trace)
+
+    def first(self, output: Any) -> None:
+        self._trace.cached_tokens = output.num_cached_tokens
+        if self._recorder is not None:
+            self._recorder.answered(self._trace, output)
+
+    def ended(self) -> None:
+        if self._recorder is not None:
+            self._recorder.left_engine(self._trace)
+
+
+def observer(request_id: str) -> _Followed | None:
+    """Follows a request through the engine; None for a request whose answer gets no block.
+
+    Args:
+        request_id: vLLM's id of the request.
     """
-    trace = _reported()
-    if trace is None:
+    trace, context = _reported(), current_request()
+    if trace is None or context is None:
         return None
-
-    def seen(cached_tokens: int | None) -> None:
-        trace.cached_tokens = cached_tokens
-
-    return seen
+    trace.request_id = request_id
+    return _Followed(trace, runtime_of(context.renderer).recorder)
 
 
 def _reported() -> RequestTrace | None:

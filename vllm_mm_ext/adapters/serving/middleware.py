@@ -4,12 +4,16 @@ tells when a request that met a busy server may be sent again.
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
-from vllm_mm_ext.errors import BusyError
+from vllm_mm_ext.adapters.sight.api_server_sight import ApiServerSight
+from vllm_mm_ext.errors import BusyError, TakenDownError
 from vllm_mm_ext.request.context import RequestContext, enter_request
+from vllm_mm_ext.sight.running_requests import Running, RunningRequests
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -28,21 +32,37 @@ class TraceMiddleware:
     Every 503 gets a ``Retry-After``, vLLM's own 503s too, since a 503 always means that the same
     request may succeed a little later. Only a middleware sees the answers of all routes.
 
+    A request whose media the operator takes down is cancelled, and answered with a 410 unless its
+    answer has begun.
+
     Args:
         app: The next ASGI application.
+        sight: Is told of requests that end, and of scrapes.
+        running: Follows the requests, where an operator wants to see them.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self, app: ASGIApp, sight: ApiServerSight, running: RunningRequests | None = None
+    ) -> None:
         self.app = app
+        self._sight = sight
+        self._running = running or RunningRequests()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["path"].rstrip("/").endswith("/metrics"):
+            self._sight.before_scrape()
         trace = enter_request(RequestContext()).trace
+        status = 0
+
+        followed = self._running.begin(scope["path"], trace) if scope["method"] == "POST" else None
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 headers = list(message.get("headers", ()))
                 if trace.videos or trace.audios:
                     headers.append((b"server-timing", trace.server_timing().encode("latin-1")))
@@ -54,4 +74,45 @@ class TraceMiddleware:
                 message["headers"] = headers
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
+        async def answer(message: Message) -> None:
+            # What else vLLM may answer to a request that is cancelled says nothing to the client.
+            if status or followed is None or not followed.taken_down:
+                await send_with_headers(message)
+
+        try:
+            try:
+                await self.app(scope, receive, answer)
+            except (asyncio.CancelledError, Exception):
+                if followed is None or not followed.taken_down:
+                    raise
+            if followed is not None and followed.taken_down:
+                await _end(followed)
+                trace.refused = TakenDownError.code
+                if not status:
+                    await _gone(send_with_headers)
+        finally:
+            self._sight.ended(trace)
+            if followed is not None:
+                self._running.end(followed, status)
+
+
+async def _end(request: Running) -> None:
+    """Wait until nothing is done any more for a request that was cancelled."""
+    while request.task is not None and request.task.cancelling():
+        request.task.uncancel()
+    await request.left()
+
+
+async def _gone(send: Send) -> None:
+    """Answer a request whose media were taken down, in the form of OpenAI's errors."""
+    error = TakenDownError()
+    told = {
+        "message": error.message,
+        "type": error.status.phrase,
+        "param": error.parameter,
+        "code": error.status.value,
+    }
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    body = json.dumps({"error": told}).encode()
+    await send({"type": "http.response.body", "body": body})

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_mm_ext.adapters.rendering_wrappers import Span
-from vllm_mm_ext.adapters.runtime import runtime_of
-from vllm_mm_ext.request.context import current_request
+from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
+from vllm_mm_ext.adapters.sight.stage_notes import note_preprocessing
+from vllm_mm_ext.request.context import RequestContext, current_request
+from vllm_mm_ext.sight.seen_media import unknown_digest
 
 
 def started() -> float:
@@ -31,14 +33,34 @@ def finished(
     if context is None:
         return
     trace = context.trace
-    trace.add_stages({"preprocess": time.perf_counter() - start})
+    seconds = time.perf_counter() - start
+    trace.add_stages({"preprocess": seconds})
     embeddings = {m: sum(span.embeddings for span in found) for m, found in spans.items()}
     heard = _heard_in_videos(renderer, spans.get("video", ()), prompt)
     if heard:
         embeddings["video"] -= heard
         embeddings["audio"] = embeddings.get("audio", 0) + heard
     trace.set_tokens(embeddings, len(prompt))
-    trace.set_items({m: [(s.start, s.end) for s in found] for m, found in spans.items()})
+    trace.set_items(
+        {m: [(s.start, s.end, s.embeddings) for s in found] for m, found in spans.items()},
+        {m: [s.mm_hash for s in found] for m, found in spans.items()},
+    )
+    runtime = runtime_of(renderer)
+    note_preprocessing(trace, runtime.recorder, seconds)
+    note_media(runtime, context)
+
+
+def note_media(runtime: Runtime, context: RequestContext) -> None:
+    """Note which mm items were made of the files of a conversation, for takedowns and the page."""
+    seen = runtime.seen
+    if seen is None:
+        return
+    hashes = [item.mm_hash for item in context.trace.items if item.mm_hash]
+    for item in context.items:
+        digest = item.known_digest or unknown_digest(item.url)
+        seen.note(digest, item.modality, item.url, hashes)
+    for image in context.trace.images:
+        seen.note(image.digest or unknown_digest(image.url), "image", image.url, hashes)
 
 
 def _heard_in_videos(renderer: Any, videos: Sequence[Span], prompt: Sequence[int]) -> int:
@@ -51,7 +73,13 @@ def _heard_in_videos(renderer: Any, videos: Sequence[Span], prompt: Sequence[int
     return sum(list(prompt[span.start : span.end]).count(token) for span in videos)
 
 
-def looked_up(is_cached: Mapping[str, Sequence[bool]]) -> None:
-    """Record for each item of the request, by modality, whether the processor cache held it."""
+def looked_up(is_cached: Mapping[str, Sequence[bool]], hashes: Mapping[str, Sequence[str]]) -> None:
+    """Record for each item of the request, by modality, whether the processor cache held it.
+
+    Args:
+        is_cached: Whether it did.
+        hashes: vLLM's hashes of the items.
+    """
     if context := current_request():
+        context.trace.hashes.update(*hashes.values())
         context.trace.preprocessed = {m: list(hits) for m, hits in is_cached.items()}

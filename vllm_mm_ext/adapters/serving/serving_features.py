@@ -62,7 +62,7 @@ def _install_cache_reports() -> None:
 
     rendering_wrappers.preprocess_in_context()
     rendering_wrappers.after_cache_lookup(looked_up)
-    route_wrappers.after_first_output(observer)
+    route_wrappers.around_generation(observer)
 
 
 def _install_cache_drift() -> None:
@@ -203,14 +203,18 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 passed_on=True,
             ),
             VllmAttributes(_RENDERER, ("_mm_executor", "_process_multimodal_async")),
-            VllmAttributes("vllm.outputs:RequestOutput", ("num_cached_tokens",)),
+            VllmAttributes("vllm.outputs:RequestOutput", ("metrics", "num_cached_tokens")),
+            VllmAttributes(
+                "vllm.v1.metrics.stats:RequestStateStats",
+                ("arrival_time", "first_token_ts", "queued_ts", "scheduled_ts"),
+            ),
             VllmName(
                 "vllm.multimodal.processing:BaseMultiModalProcessor._get_cache_missing_items",
                 ("cache", "mm_data_items", "mm_hashes"),
             ),
             VllmName(
                 "vllm.v1.engine.async_llm:AsyncLLM.generate",
-                ("prompt", "sampling_params"),
+                ("prompt", "sampling_params", "request_id"),
                 passed_on=True,
             ),
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import pybase64
@@ -101,6 +102,11 @@ class DataSource:
         self.counts["data_decodes"] += 1
         self._known[location.text_digest] = (blob.digest, blob.size)
         return Fetched.of(blob)
+
+    def forget(self, digests: Collection[str]) -> None:
+        """Forget the URLs whose content has one of these digests."""
+        for text in [text for text, (digest, _) in self._known.items() if digest in digests]:
+            del self._known[text]
 
 
 def _locate(url: str, start: int) -> DataLocation:

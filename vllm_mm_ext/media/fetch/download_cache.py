@@ -15,10 +15,12 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
 from cachetools import LRUCache
 
 from vllm_mm_ext.media.fetch.blob import Blob, check_size
@@ -27,6 +29,8 @@ from vllm_mm_ext.media.fetch.file_source import FileIdentity, read_blob
 from vllm_mm_ext.media.fetch.source import Fetched, Source, tighter
 
 logger = logging.getLogger("vllm.mm_ext")
+
+_READ_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,28 @@ class CachedDownloads:
         if self._usable and fetched.blob is not None:
             await asyncio.to_thread(self._keep, location, fetched.blob)
         return fetched
+
+    def forget(self, digests: Collection[str], urls: Collection[str]) -> None:
+        """Remove downloads from the disk.
+
+        All files are read, as their names do not tell their content.
+
+        Args:
+            digests: Of the downloads.
+            urls: URLs whose download goes, whatever it is.
+        """
+        with self._lock:
+            for identity in [one for one, digest in self._known.items() if digest in digests]:
+                del self._known[identity]
+        unwanted = {self._path_of(url).name for url in urls}
+        with suppress(FileNotFoundError), os.scandir(self._settings.directory) as entries:
+            for entry in entries:
+                # A file may go meanwhile.
+                with suppress(OSError):
+                    if entry.is_file(follow_symlinks=False) and (
+                        entry.name in unwanted or _digest_of(entry.path) in digests
+                    ):
+                        os.remove(entry.path)
 
     def _look_up(self, url: str, limit: int | None, load: bool) -> Fetched | FileIdentity | None:
         """What is known of a download on disk, else its file; None if it is not on disk."""
@@ -209,6 +235,14 @@ class CachedDownloads:
     def _path_of(self, url: str) -> Path:
         name = hashlib.sha256(url.encode()).hexdigest()[:20]
         return self._settings.directory / (name + Path(url.split("?", 1)[0]).suffix)
+
+
+def _digest_of(path: str) -> str:
+    hasher = blake3()
+    with open(path, "rb") as file:
+        while chunk := file.read(_READ_CHUNK):
+            hasher.update(chunk)
+    return str(hasher.hexdigest())
 
 
 def _is_writable(directory: Path) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -218,9 +219,31 @@ class MediaFetcher:
         counts = {**self._http.counts, **self._files.counts, **self._data.counts}
         return counts if self._disk is None else {**counts, **self._disk.counts}
 
+    async def forget(self, digests: Collection[str], urls: Collection[str]) -> None:
+        """Drop files, in memory and in the download cache, and what is known of their URLs.
+
+        Args:
+            digests: Of the files.
+            urls: URLs whose content is forgotten, whatever it was.
+        """
+        await self._thread.run(self._forget(digests, urls))
+
     async def disconnect(self) -> None:
         """Close connections; called on the fetcher's loop."""
         await self._http.close()
+
+    async def _forget(self, digests: Collection[str], urls: Collection[str]) -> None:
+        for digest in digests:
+            self.encoded_cache.discard(digest)
+        places = set()
+        for url in urls:
+            with suppress(MediaError):  # No URL that this fetcher would ever have read.
+                places.add(await self._http.locate(url))
+        for source in (self._http, self._files, self._data):
+            source.forget(digests)
+        self._http.forget_urls(places)
+        if self._disk is not None:
+            await asyncio.to_thread(self._disk.forget, digests, places)
 
     async def _resolve(
         self, url: str, timeout_s: float, max_bytes: int | None, claim: Claim

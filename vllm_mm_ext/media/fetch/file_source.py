@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import url2pathname
@@ -120,6 +121,12 @@ class FileSource:
         finally:
             stop.set()  # If this task was cancelled, the thread ends at its next chunk.
         return Fetched.of(blob)
+
+    def forget(self, digests: Collection[str]) -> None:
+        """Forget the files whose content has one of these digests."""
+        with self._lock:
+            for identity in [one for one, digest in self._known.items() if digest in digests]:
+                del self._known[identity]
 
     def _look(self, path: Path, max_bytes: int | None, load: bool) -> Fetched | FileIdentity:
         """What is known of the file's content, else its identity."""

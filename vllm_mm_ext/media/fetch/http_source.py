@@ -8,7 +8,7 @@ import math
 import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from urllib.parse import urljoin
 
 import aiohttp
@@ -158,6 +158,16 @@ class HttpSource:
                 logger.info("%s Trying again.", error.message)
             await asyncio.sleep(self._retry_pause_s * _BACKOFF_FACTOR**attempt)
         raise AssertionError("unreachable")
+
+    def forget(self, digests: Collection[str]) -> None:
+        """Forget the URLs whose content had one of these digests."""
+        known = self._known.items()
+        self.forget_urls([url for url, stored in known if stored.digest in digests])
+
+    def forget_urls(self, locations: Iterable[str]) -> None:
+        """Forget what is known of some locations."""
+        for location in locations:
+            self._known.pop(location, None)
 
     async def close(self) -> None:
         """Close all connections. The source can be used again afterwards."""

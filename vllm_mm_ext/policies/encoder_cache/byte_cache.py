@@ -23,6 +23,11 @@ class ByteCache:
 
     Args:
         capacity: The budget in bytes, above 0.
+
+    Attributes:
+        hits: Uses of items that were cached already, since the cache was made.
+        adds: Items that were cached, since then.
+        evictions: Items that were evicted, since then.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -34,6 +39,7 @@ class ByteCache:
         self._held = 0
         self._busy = 0
         self._passing: str | None = None
+        self.hits = self.adds = self.evictions = 0
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries
@@ -52,6 +58,18 @@ class ByteCache:
         return self._busy
 
     @property
+    def figures(self) -> dict[str, float]:
+        """Counts since the cache was made, and what it holds, in bytes and items."""
+        return {
+            "hits": self.hits,
+            "adds": self.adds,
+            "evictions": self.evictions,
+            "bytes": self._held,
+            "capacity": self.capacity,
+            "items": len(self._entries),
+        }
+
+    @property
     def passing(self) -> str | None:
         """Key of the item that passes through; None if there is none."""
         return self._passing
@@ -60,6 +78,10 @@ class ByteCache:
         """Users of an item; none if the item is not cached."""
         entry = self._entries.get(key)
         return frozenset(entry.users) if entry is not None else frozenset()
+
+    def items(self) -> list[tuple[str, int, bool]]:
+        """Key and size of each item, and whether somebody uses it."""
+        return [(key, entry.size, bool(entry.users)) for key, entry in self._entries.items()]
 
     def fits(self, size: int) -> bool:
         """Whether so many bytes fit once all items that are not in use are evicted."""
@@ -73,6 +95,7 @@ class ByteCache:
             assert victim is not None
             self._held -= self._entries.pop(victim).size
             self._ranks.evict(victim)
+            self.evictions += 1
             gone.append(victim)
         return gone
 
@@ -99,6 +122,7 @@ class ByteCache:
         elif self._held + size > self.capacity and not overdraw:
             raise ValueError(f"no room for the {size} bytes of {key}")
         self._entries[key] = _Entry(size, user, {user})
+        self.adds += 1
         if key != self._passing:
             self._held += size
             self._busy += size
@@ -114,6 +138,7 @@ class ByteCache:
         entry.users.add(user)
         # vLLM checks a waiting request's items in every step; that is one use of an item.
         new = user != entry.last_user
+        self.hits += new
         entry.last_user = user
         if new and key in self._ranks:
             self._ranks.hit(key)

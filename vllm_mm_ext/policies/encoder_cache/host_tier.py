@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from vllm_mm_ext.policies.encoder_cache.byte_cache import ByteCache
@@ -69,6 +69,11 @@ class HostTier:
         """Bytes of all items."""
         return self._cache.held
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """As of ``ByteCache``; a hit is a load."""
+        return self._cache.figures
+
     def allocated(self, key: str, size: int, cost: float, request: str, index: int) -> None:
         """Plan an item for which the device has space now: a load, or a save once it is encoded.
 
@@ -116,6 +121,16 @@ class HostTier:
         for key in (*now.loads, *saves):
             self._release(key)
         return HostPlan(now.clear, frozenset(drops), tuple(now.loads), frozenset(saves))
+
+    def items(self) -> list[tuple[str, int]]:
+        """Key and size of each item."""
+        return [(key, size) for key, size, _ in self._cache.items()]
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget items that no request uses, between two passes; workers are told by the caller."""
+        for key in keys:
+            if key in self._cache and not self._cache.users(key):
+                self._cache.drop(key)
 
     def skip(self) -> None:
         """End a pass without a plan for the worker: nothing is encoded, and so nothing is saved.

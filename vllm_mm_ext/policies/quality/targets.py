@@ -62,7 +62,7 @@ class Targets:
         lower = max(options.min_frames or 1, options.floor.frames or 1)
         max_frames = options.max_frames or max(defaults.max_frames, lower)
         min_frames = options.min_frames or min(defaults.min_frames, max_frames)
-        cap = (options.resolution or 0) ** 2
+        cap = defaults.cap if options.resolution is None else options.resolution**2
         frames = self.costs.frames(index, fps, min_frames, max_frames)
         pixels = self.costs.pixels(index, frames, cap)
         return Delivery(fps, min_frames, max_frames, frames, cap, pixels)

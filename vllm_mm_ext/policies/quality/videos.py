@@ -38,12 +38,14 @@ class SamplingDefaults:
         fps: Frames per second.
         min_frames, max_frames: Bounds of the number of frames.
         reduction: How its tokens are made fewer.
+        cap: Cap on the pixels of one frame, 0 for none.
     """
 
     fps: float
     min_frames: int
     max_frames: int
     reduction: Reduction
+    cap: int = 0
 
 
 @dataclass(frozen=True)

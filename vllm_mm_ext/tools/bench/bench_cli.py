@@ -12,6 +12,7 @@ from rich.table import Table
 from vllm_mm_ext.testing.checkpoints import cache_root
 from vllm_mm_ext.tools.bench.commands import (
     BENCHMARKS,
+    AccessKind,
     Benchmark,
     LivePart,
     LongVideoPart,
@@ -198,6 +199,47 @@ def live(
     _show(run(_context(repeats, work_dir), parts=parts), json)
 
 
+@app.command("kv-replay", help=BENCHMARKS["kv-replay"].shows)
+def kv_replay(
+    kind: Annotated[
+        list[AccessKind] | None,
+        typer.Option(help="Traces of the repository, by default all; may be given several times."),
+    ] = None,
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Traces in files, instead of those."),
+    ] = None,
+    room: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, help="Sizes of the pools, as shares of the working set."),
+    ] = None,
+    encoded: Annotated[
+        bool, typer.Option("--encoded", help="Encoder outputs are held: KV saves prefill only.")
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Record traces of an engine into this folder, and end."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --record: of the traffic.")] = 0,
+    side: Annotated[
+        Literal["stock", "plugin"], typer.Option(help="With --record: the engine.")
+    ] = "plugin",
+    json: _Json = None,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench import kv_replay as on_traces
+
+    context, kinds = _context(1, work_dir), kind or list(AccessKind)
+    if record is not None:
+        on_traces.record(context, record, kinds=kinds, seed=seed, side=side)
+        return
+    result = on_traces.run(
+        context, kinds=kinds, traces=trace or (), rooms=room or on_traces.ROOMS, encoded=encoded
+    )
+    _show(result, json)
+
+
 @app.command("scheduler", help=BENCHMARKS["scheduler"].shows)
 def scheduler(
     seeds: Annotated[int, typer.Option(min=1, help="Traces of each kind of traffic.")] = 20,
@@ -244,6 +286,34 @@ def scheduler(
     _show(result, json)
 
 
+@app.command("plan-estimates", help=BENCHMARKS["plan-estimates"].shows)
+def plan_estimates(
+    seed: Annotated[int, typer.Option(help="Of the workloads.")] = 0,
+    workloads: Annotated[int, typer.Option(min=2, help="How many.")] = 20,
+    family: Annotated[
+        str, typer.Option(help="Family of the tiny model that is served.")
+    ] = "qwen2_5_omni",
+    json: _Json = None,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench.plan_estimates import run
+
+    _show(run(_context(1, work_dir), seed=seed, count=workloads, family=family), json)
+
+
+_WITH_OPTIONS = frozenset(
+    (
+        "kv-replay",
+        "live",
+        "long-video",
+        "plan-estimates",
+        "sampling",
+        "scheduler",
+        "soak",
+        "waiting",
+    )
+)
 for _benchmark in BENCHMARKS.values():
-    if _benchmark.name not in ("live", "long-video", "sampling", "scheduler", "soak", "waiting"):
+    if _benchmark.name not in _WITH_OPTIONS:
         _add(_benchmark)

@@ -48,6 +48,17 @@ class TrafficKind(StrEnum):
     aging = "aging"
 
 
+class AccessKind(StrEnum):
+    """What traffic `kv-replay` has recorded."""
+
+    rounds = "rounds"
+    conversations = "conversations"
+    text_churn = "text-churn"
+    scans = "scans"
+    growing = "growing"
+    mix = "mix"
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark.
@@ -169,6 +180,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "kv-replay",
+                "KV accesses of an engine through both block pools, next to the optimum.",
+                "kv_replay:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "kv-pool",
                 "Time per KV block allocated, cached and freed, in pools of 10^3 to 10^6 blocks.",
                 "kv_pool:run",
@@ -191,6 +208,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "scheduler_step:run",
             ),
             Benchmark(
+                "plan-estimates",
+                "First tokens and throughput of random workloads: estimated, and measured.",
+                "plan_estimates:run",
+                repeats=1,
+            ),
+            Benchmark(
                 "accuracy",
                 "Right answers about known clips: by sampling, frames and token reduction.",
                 "accuracy:run",
@@ -209,6 +232,11 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 repeats=1,
             ),
             Benchmark(
+                "sight",
+                "Text and videos at once with the plugin's metrics off and on: what these cost.",
+                "sight_bench:run",
+            ),
+            Benchmark(
                 "decoders",
                 "Decode time per backend over codecs and GOPs, next to stock's decoder.",
                 "decoders:run",
@@ -218,6 +246,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "10 min to 2 h in windows: CPU against one sequential decode, memory of workers.",
                 "window_decode:run",
                 repeats=1,
+            ),
+            Benchmark(
+                "plan-memory",
+                "Written plans served: memory, tokens and concurrency, planned and measured.",
+                "plan_memory:run",
+                repeats=20,
             ),
         )
     }

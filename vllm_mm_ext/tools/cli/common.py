@@ -55,6 +55,16 @@ def clock(seconds: float, digits: int = 1) -> str:
     return f"{text}.{fraction:0{digits}d}" if digits else text
 
 
+def byte_text(number: float) -> str:
+    """A number of bytes for people, in the unit that fits."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            digits = 0 if number >= 100 or unit == "B" else 1
+            return f"{number:.{digits}f} {unit}"
+        number /= 1024
+    return f"{number:.2f} GiB"
+
+
 def printable(text: str) -> str:
     """Without control characters: a model may have read them in what it was shown."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

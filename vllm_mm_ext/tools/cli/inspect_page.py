@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vllm_mm_ext.media.types import ActivityProfile, FrameSelection, MediaInfo
-from vllm_mm_ext.tools.cli.common import clock
+from vllm_mm_ext.tools.cli.common import byte_text, clock
 from vllm_mm_ext.tools.cli.page import axis, environment, percent, round_step
 from vllm_mm_ext.tools.cli.token_count import Family, TokenCount
 
@@ -99,7 +99,7 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     info = inspection.info
     facts = [
         ("Duration", clock(info.duration)),
-        ("File", f"{_container(inspection)}, {_bytes(info.num_bytes)}"),
+        ("File", f"{_container(inspection)}, {byte_text(info.num_bytes)}"),
     ]
     if (video := info.video) is not None:
         rotated = ", mirrored" if video.mirrored else ""
@@ -127,13 +127,6 @@ def _container(inspection: Inspection) -> str:
     names = inspection.info.container.split(",")
     suffix = inspection.name.rpartition(".")[2].lower()
     return suffix if suffix in names else names[0]
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"
 
 
 def _tick_text(seconds: float, step: float) -> str:

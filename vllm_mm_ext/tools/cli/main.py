@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
+from vllm_mm_ext.tools.cli.calibrate import calibrate
 from vllm_mm_ext.tools.cli.demo import demo
 from vllm_mm_ext.tools.cli.describe import describe
 from vllm_mm_ext.tools.cli.inspect import inspect
 from vllm_mm_ext.tools.cli.live_session import live
+from vllm_mm_ext.tools.cli.plan_command import plan
 from vllm_mm_ext.tools.cli.sample import sample
+from vllm_mm_ext.tools.cli.top import top
 
 app = typer.Typer(
     help="Tools for video and audio serving with vLLM.",
@@ -22,6 +25,9 @@ app.command()(inspect)
 app.command()(demo)
 app.command()(describe)
 app.command()(live)
+app.command()(top)
+app.command()(plan)
+app.command()(calibrate)
 
 
 @app.command()

@@ -1,0 +1,80 @@
+"""Files and the mm items made of them find each other, within bounds."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_mm_ext.sight.seen_media import SeenMedia, unknown_digest
+
+Note = tuple[str, str, list[str]]
+
+DIGESTS = [f"{n:064x}" for n in range(6)]
+HASHES = [f"h{n}" for n in range(10)]
+URLS = ["http://a/1", "http://a/2", "data:video/mp4;base64,AAAA", ""]
+
+NOTES = st.lists(
+    st.tuples(
+        st.sampled_from(DIGESTS),
+        st.sampled_from(URLS),
+        st.lists(st.sampled_from(HASHES), max_size=5),
+    ),
+    max_size=30,
+)
+
+
+@given(notes=NOTES, gone=st.sets(st.sampled_from(DIGESTS)))
+def test_all_items_of_a_file_are_found_until_the_file_is_forgotten(
+    notes: list[Note], gone: set[str]
+) -> None:
+    seen = SeenMedia()
+    model: dict[str, tuple[set[str], set[str]]] = {}
+    for digest, url, hashes in notes:
+        seen.note(digest, "video", url, hashes)
+        known = model.setdefault(digest, (set(), set()))
+        known[0].update(hashes)
+        if url.startswith("http"):
+            known[1].add(url)
+    seen.check_integrity()
+    seen.forget(gone)
+    seen.check_integrity()
+    left = {digest: known for digest, known in model.items() if digest not in gone}
+    assert len(seen) == len(left)
+    for digest, (hashes, urls) in left.items():
+        assert seen.hashes_of([digest]) == hashes
+        assert seen.urls_of([digest]) == urls
+        for url in urls:
+            assert digest in seen.digests_at(url)
+    assert not seen.hashes_of(gone)
+    assert not seen.urls_of(gone)
+
+
+@given(notes=NOTES, most=st.integers(2, 12))
+def test_memory_is_bounded_and_the_file_used_last_is_known(notes: list[Note], most: int) -> None:
+    seen = SeenMedia(most)
+    for digest, url, hashes in notes:
+        seen.note(digest, "video", url, hashes)
+        seen.check_integrity()
+        found = seen.hashes_of(DIGESTS)
+        assert len(seen) + len(found) <= most
+        assert digest in seen.digests_at(url) or not url.startswith("http")
+        assert set(hashes[-1:]) <= found
+
+
+def test_an_item_is_ascribed_to_a_file_where_only_one_can_be_it() -> None:
+    seen = SeenMedia()
+    seen.note(DIGESTS[0], "video", "http://a/1", ["own", "shared"])
+    seen.note(DIGESTS[1], "audio", "http://a/2", ["shared"])
+    for name, digest in (("own", DIGESTS[0]), ("shared", DIGESTS[1])):
+        medium = seen.medium_of(name, "audio")
+        assert medium is not None
+        assert medium.digest == digest
+    assert seen.medium_of("shared", "image") is None
+    assert seen.medium_of("other", "video") is None
+
+
+def test_a_file_whose_content_is_not_known_is_found_by_its_url() -> None:
+    seen = SeenMedia()
+    url = "http://a/picture.gif"
+    seen.note(unknown_digest(url), "audio", url, ["h"])
+    assert seen.hashes_of(seen.digests_at(url)) == {"h"}

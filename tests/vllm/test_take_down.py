@@ -1,0 +1,236 @@
+"""What is taken down is in no cache of an engine any more; everything else still is."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_harness import BLOCK, Engine, Media, Text, request
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.multimodal.cache import (
+    LruKeyReplicatedReceiverCache,
+    LruKeyReplicatedSenderCache,
+    MultiModalProcessorOnlyCache,
+    ShmObjectStoreSenderCache,
+)
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
+
+from vllm_mm_ext.adapters.serving import answers
+from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
+from vllm_mm_ext.adapters.sight import worker_part
+from vllm_mm_ext.adapters.sight.api_server_sight import ApiServerSight
+from vllm_mm_ext.adapters.sight.processor_cache import drop_inputs
+from vllm_mm_ext.config.kv_settings import KVSettings
+from vllm_mm_ext.request.context import current_request
+from vllm_mm_ext.sight.request_log import RequestLog
+from vllm_mm_ext.sight.running_requests import RunningRequests
+
+PROMPTS = st.lists(
+    st.lists(
+        st.one_of(
+            st.builds(Media, st.sampled_from("abcd"), st.integers(1, 14)),
+            st.builds(Text, st.integers(0, 2), st.integers(1, 9)),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompts=PROMPTS, gone=st.sets(st.sampled_from("abcd"), min_size=1), small=st.booleans())
+def test_no_kv_that_depends_on_an_item_is_found_and_all_other_kv_is(prompts, gone, small) -> None:
+    # With a small quota most items have been given up, and are still cached.
+    share = 0.02 if small else 1.0
+    engine = Engine(400, KVSettings(max_visual_cache_share=share, min_items=0))
+    for number, parts in enumerate(prompts):
+        engine.serve(request(f"first {number}", parts))
+    found = engine.pool.take_down(lambda name: name in gone)
+    engine.pool.check_integrity()
+    for block in found:
+        assert engine.pool.blocks[block].block_hash is None
+    for number, parts in enumerate(prompts):
+        new = request(f"second {number}", parts)
+        _, hit, _ = engine.manager.get_computed_blocks(new)
+        starts = [f.mm_position.offset for f in new.mm_features if f.identifier in gone]
+        # vLLM always computes the last token.
+        most = (new.num_tokens - 1) // BLOCK * BLOCK
+        assert hit == (min(most, starts[0] // BLOCK * BLOCK) if starts else most)
+
+
+def test_an_item_that_a_request_uses_keeps_its_blocks_but_is_not_found() -> None:
+    engine = Engine(100)
+    engine.admit(request("runs", [Media("a", 20), Text(1, 3)]))
+    found = engine.pool.take_down(lambda name: name == "a")
+    assert found
+    assert all(engine.pool.blocks[block].ref_cnt for block in found)
+    assert engine.manager.get_computed_blocks(request("new", [Media("a", 20)]))[1] == 0
+    engine.finish("runs")
+    engine.pool.check_integrity()
+
+
+def item(value: float) -> MultiModalKwargsItem:
+    data = torch.full((64, 8), value)
+    element = MultiModalFieldElem(data=data, field=MultiModalBatchedField())
+    return MultiModalKwargsItem({"pixels": element})
+
+
+def model_config() -> Any:
+    sizes = SimpleNamespace(mm_processor_cache_gb=0.01, mm_shm_cache_max_object_size_mb=1)
+    return SimpleNamespace(get_multimodal_config=lambda: sizes)
+
+
+def test_inputs_in_an_engine_are_gone_but_for_a_request_that_uses_them() -> None:
+    cache, gone, kept = LruKeyReplicatedReceiverCache(model_config()), item(1.0), item(2.0)
+    cache.get_and_update_item(gone, "gone")
+    cache.get_and_update_item(kept, "kept")
+    assert drop_inputs(cache, ["gone", "unknown"]) == 1
+    assert torch.equal(gone["pixels"].data, item(1.0)["pixels"].data)
+    assert torch.equal(
+        cache.get_and_update_item(None, "kept")["pixels"].data, item(2.0)["pixels"].data
+    )
+    with pytest.raises(Exception, match="gone"):
+        cache.get_and_update_item(None, "gone")
+
+
+@pytest.mark.parametrize("kind", [LruKeyReplicatedSenderCache, MultiModalProcessorOnlyCache])
+def test_an_api_server_sends_a_dropped_item_anew(kind: Any) -> None:
+    cache = kind(model_config())
+    cache.get_and_update_item((item(1.0), []), "gone")
+    cache.get_and_update_item((item(2.0), []), "kept")
+    assert drop_inputs(cache, ["gone"]) == 1
+    assert cache.is_cached(["gone", "kept"]) == [False, True]
+
+
+def test_an_item_in_shared_memory_is_overwritten_and_its_place_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vllm.envs.VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME", "mm_ext_test_take_down")
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=1), model_config=model_config()
+    )
+    cache = ShmObjectStoreSenderCache(config)
+    try:
+        storage = cache._shm_cache
+        cache.get_and_update_item((item(1.0), []), "gone")
+        cache.get_and_update_item((item(2.0), []), "kept")
+        address, _ = storage.key_index["gone"]
+        assert drop_inputs(cache, ["gone"]) == 1
+        with storage.ring_buffer.access_buf(address) as (view, _):
+            assert not any(view[storage.flag_bytes :])
+            # The reader of the request that brought it is done.
+            view[: storage.flag_bytes] = storage.ring_buffer.int2byte(1)
+        assert cache.is_cached(["gone", "kept"]) == [False, True]
+        assert torch.equal(
+            storage.get(*storage.key_index["kept"])["pixels"].data, item(2.0)["pixels"].data
+        )
+        storage.free_unused()
+        cache.get_and_update_item((item(3.0), []), "gone")
+        assert cache.is_cached_item("gone")
+    finally:
+        cache.close()
+
+
+def test_a_worker_overwrites_outputs_and_blocks() -> None:
+    zeroed: list[int] = []
+    with torch.inference_mode():
+        gone, kept = torch.ones(4, 8), torch.ones(4, 8)
+    runner = SimpleNamespace(
+        encoder_cache={"gone": gone, "kept": kept}, _zero_block_ids=zeroed.extend
+    )
+    worker = SimpleNamespace(model_runner=runner)
+    assert worker_part.take_down(worker, ["gone", "unknown"], [3, 4]) == 1
+    assert not gone.any()
+    assert kept.all()
+    assert list(runner.encoder_cache) == ["kept"]
+    assert zeroed == [3, 4]
+    # vLLM's second runner.
+    outputs = SimpleNamespace(encoder_outputs={"gone": torch.ones(2)})
+    zeroer = SimpleNamespace(zero_block_ids=zeroed.extend)
+    second = SimpleNamespace(encoder_cache=outputs, kv_block_zeroer=zeroer)
+    assert worker_part.take_down(SimpleNamespace(model_runner=second), ["gone"], [5]) == 1
+    assert zeroed == [3, 4, 5]
+    # A model without an encoder.
+    none = SimpleNamespace(encoder_cache=None, kv_block_zeroer=zeroer)
+    assert worker_part.take_down(SimpleNamespace(model_runner=none), ["gone"], []) == 0
+
+
+class Serving:
+    """vLLM's chat route with the plugin's middleware; its work never ends by itself."""
+
+    def __init__(self, *, streams: bool) -> None:
+        self.running = RunningRequests()
+        self.running.follow(RequestLog(10), server=0)
+        self.at_work = asyncio.Event()
+        self.ended = False
+        app = FastAPI()
+        sight = ApiServerSight(dict)
+        app.add_middleware(TraceMiddleware, sight=sight, running=self.running)
+
+        async def work() -> None:
+            self.at_work.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                try:
+                    # What is cancelled needs some time to end.
+                    await asyncio.sleep(0.05)
+                finally:
+                    self.ended = True
+
+        @app.post("/v1/chat/completions")
+        @with_cancellation  # type: ignore[untyped-decorator]
+        async def chat(body: dict[str, Any], raw_request: Request) -> Any:
+            del raw_request  # Is for the decorator.
+            answers.begin(None, None)
+            context = current_request()
+            assert context is not None
+            context.claim("video", body["url"])
+            if not streams:
+                await work()
+
+            async def events() -> Any:
+                yield "data: 1"
+                await work()
+
+            return StreamingResponse(events())
+
+        self.client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://server", timeout=30
+        )
+
+    async def asked(self) -> asyncio.Task[httpx.Response]:
+        asking = asyncio.create_task(
+            self.client.post("/v1/chat/completions", json={"url": "http://h/v"})
+        )
+        await self.at_work.wait()
+        return asking
+
+
+async def test_a_request_in_a_task_of_vllms_has_ended_when_the_takedown_goes_on() -> None:
+    serving = Serving(streams=False)
+    asking = await serving.asked()
+    assert (await serving.running.cancel([], ["http://h/v"], timeout_s=5.0))[:2] == (1, 0)
+    assert serving.ended
+    answer = await asking
+    assert (answer.status_code, answer.json()["error"]["code"]) == (410, 410)
+
+
+async def test_an_answer_that_has_begun_ends() -> None:
+    serving = Serving(streams=True)
+    asking = await serving.asked()
+    assert (await serving.running.cancel([], ["http://h/v"], timeout_s=5.0))[:2] == (1, 0)
+    assert serving.ended
+    # A real server cuts the connection, as the answer has no end.
+    with pytest.raises(AssertionError):
+        await asking

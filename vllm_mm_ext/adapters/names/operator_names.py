@@ -1,0 +1,61 @@
+"""The names inside vLLM that the operator's page and takedowns rely on."""
+
+from __future__ import annotations
+
+from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
+from vllm_mm_ext.adapters.names.live_route_names import LIVE_ROUTE_NAMES
+from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_CACHE = "vllm.multimodal.cache"
+_QUEUE = "vllm.distributed.device_communicators.shm_broadcast"
+_SHM = "vllm.distributed.device_communicators.shm_object_storage"
+
+OPERATOR_NAMES: tuple[Checked, ...] = (
+    *CONTROL_NAMES,
+    *POOL_NAMES,
+    *LIVE_ROUTE_NAMES,
+    VllmName("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",)),
+    VllmName("vllm.v1.executor:Executor.collective_rpc", ("method", "args")),
+    VllmName("vllm.v1.engine.core:EngineCore.reset_encoder_cache", ("self",)),
+    VllmName("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("request",)),
+    VllmName(f"{_SCHEDULER}.reset_prefix_cache", ("self",)),
+    VllmName(f"{_SCHEDULER}.reset_connector_cache", ("self",)),
+    VllmName("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", ("self",)),
+    VllmName("vllm.distributed.ec_transfer:get_ec_transfer"),
+    VllmName("vllm.distributed.ec_transfer:has_ec_transfer"),
+    VllmName("vllm.renderers.base:BaseRenderer.mm_processor_cache"),
+    VllmName("vllm.v1.worker.gpu_model_runner:GPUModelRunner._zero_block_ids", ("block_ids",)),
+    VllmName("vllm.v1.worker.utils:KVBlockZeroer.zero_block_ids", ("block_ids",)),
+    VllmName(f"{_SHM}:SingleWriterShmRingBuffer.access_buf", ("address",)),
+    VllmAttributes(
+        "vllm.v1.engine.core:EngineCore", ("mm_receiver_cache", "model_executor", "scheduler")
+    ),
+    VllmAttributes(
+        _SCHEDULER, ("connector", "encoder_cache_manager", "kv_cache_manager", "requests")
+    ),
+    VllmAttributes(f"{_QUEUE}:MessageQueue", ("buffer",)),
+    VllmAttributes(f"{_QUEUE}:ShmRingBuffer", ("max_chunk_bytes", "max_chunks")),
+    VllmAttributes("vllm.v1.executor.multiproc_executor:MultiprocExecutor", ("rpc_broadcast_mq",)),
+    VllmAttributes("vllm.v1.worker.worker_base:WorkerBase", ("model_runner",)),
+    VllmAttributes("vllm.v1.worker.gpu_model_runner:GPUModelRunner", ("encoder_cache",)),
+    VllmAttributes(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner", ("encoder_cache", "kv_block_zeroer")
+    ),
+    VllmAttributes("vllm.v1.worker.gpu.mm.encoder_cache:EncoderCache", ("encoder_outputs",)),
+    VllmAttributes(f"{_CACHE}:MultiModalProcessorOnlyCache", ("_cache",)),
+    VllmAttributes(f"{_CACHE}:LruKeyReplicatedSenderCache", ("_cache",)),
+    VllmAttributes(f"{_CACHE}:LruKeyReplicatedReceiverCache", ("_cache",)),
+    VllmAttributes(f"{_CACHE}:ShmObjectStoreSenderCache", ("_p0_cache", "_shm_cache")),
+    VllmAttributes(
+        f"{_SHM}:SingleWriterShmObjectStorage",
+        ("flag_bytes", "id_index", "key_index", "ring_buffer"),
+    ),
+    VllmAttributes("vllm.multimodal.inputs:MultiModalFieldElem", ("data",)),
+    VllmAttributes("vllm.multimodal.media.base:MediaWithBytes", ("media", "original_bytes")),
+    VllmAttributes(
+        "vllm.config:ParallelConfig",
+        ("_api_process_count", "_api_process_rank", "data_parallel_size"),
+    ),
+)

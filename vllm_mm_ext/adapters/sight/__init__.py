@@ -1,0 +1,1 @@
+"""What an operator sees and does while a server runs: metrics, the page, takedowns."""

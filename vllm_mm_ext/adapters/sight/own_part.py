@@ -1,0 +1,192 @@
+"""One API server's part of what an operator sees and does; the others ask it for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from vllm_mm_ext.adapters.live.registry import LiveSessions
+from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
+from vllm_mm_ext.adapters.runtime import runtime_of
+from vllm_mm_ext.adapters.sight.processor_cache import drop_inputs
+from vllm_mm_ext.base.heap import trim_now
+from vllm_mm_ext.base.heap_scrub import scrub, scrub_here
+from vllm_mm_ext.sight.request_log import RequestLog
+from vllm_mm_ext.sight.running_requests import RunningRequests
+from vllm_mm_ext.sight.seen_media import SeenMedia
+
+# Requests that the page's table shows at most.
+SHOWN = 200
+# Seconds for requests about media that are taken down to end.
+_END_S = 15.0
+_REASON = "The media of this session were taken down by the server's operator."
+
+
+class OwnPart:
+    """What this API server knows and holds.
+
+    Args:
+        index: Of this API server.
+        renderer: vLLM's renderer.
+        running: The requests under way.
+        log: The requests that have ended.
+        live: The live sessions; None where there can be none.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        renderer: Any,
+        running: RunningRequests,
+        log: RequestLog,
+        live: LiveSessions | None,
+    ) -> None:
+        self._index = index
+        self._renderer = renderer
+        self._running = running
+        self._log = log
+        self._live = live
+
+    async def answer(self, question: Mapping[str, Any]) -> Any:
+        """Answer another API server, or this one.
+
+        Args:
+            question: ``do`` is the name of a method, the rest are its arguments.
+        """
+        arguments = dict(question)
+        answers: dict[str, Callable[..., Awaitable[Any]]] = {
+            "state": self.state,
+            "record": self.record,
+            "names": self.names,
+            "media": self.media,
+            "end": self.end,
+            "clear": self.clear,
+            "sweep": self.sweep,
+            "end_session": self.end_session,
+        }
+        return await answers[arguments.pop("do")](**arguments)
+
+    async def state(self) -> dict[str, Any]:
+        """Everything that the page shows of this API server."""
+        return {
+            "server": self._index,
+            "pid": os.getpid(),
+            "stats": runtime_of(self._renderer).stats(),
+            "live": {} if self._live is None else self._live.stats(),
+            "sessions": [] if self._live is None else self._live.listing(),
+            "running": self._running.now(),
+            "requests": self._log.summaries()[:SHOWN],
+        }
+
+    async def record(self, request_id: str) -> dict[str, Any] | None:
+        """All that is known of a finished request; None if that is nothing."""
+        return self._log.record(request_id)
+
+    async def names(self, hashes: Mapping[str, str]) -> dict[str, Any]:
+        """What the files are called of which mm items were made, by vLLM's hash of the item.
+
+        Args:
+            hashes: The items' modalities by their hashes.
+        """
+        named = {}
+        for one, modality in hashes.items():
+            if (medium := self._seen.medium_of(one, modality)) is not None:
+                url = next(reversed(medium.urls), "")
+                named[one] = {"digest": medium.digest, "url": url}
+        return named
+
+    async def media(self, url: str | None, digests: Collection[str]) -> dict[str, Any]:
+        """What is known of a URL or of some files.
+
+        Args:
+            url: A URL that requests named; None for none.
+            digests: Of files.
+
+        Returns:
+            Digests, URLs, vLLM's hashes of the mm items of all these files, and KV sessions of
+            live sessions that hold one of them.
+        """
+        found = set(digests)
+        if url is not None:
+            found |= self._seen.digests_at(url)
+        return {
+            "digests": sorted(found),
+            "urls": sorted(self._seen.urls_of(found)),
+            "hashes": sorted(self._seen.hashes_of(found)),
+            "kv_sessions": sorted(self._holding(found).values()),
+        }
+
+    async def end(self, digests: Collection[str], urls: Collection[str]) -> dict[str, Any]:
+        """End requests and live sessions about some files."""
+        sessions = self._holding(digests)
+        for session_id in sessions:
+            assert self._live is not None
+            self._live.end(session_id, _REASON)
+        ended, left, traces = await self._running.cancel(digests, urls, _END_S)
+        # The processor's thread ends what it has begun, and caches it.
+        await on_processor_thread(self._renderer, lambda: None)
+        hashes = set[str]().union(*(trace.hashes for trace in traces))
+        return {
+            "requests": ended,
+            "sessions": len(sessions),
+            "left": left,
+            "hashes": sorted(hashes),
+        }
+
+    async def clear(
+        self, digests: Collection[str], urls: Collection[str], hashes: Collection[str]
+    ) -> dict[str, Any]:
+        """Drop everything of some files from this process, its workers and its downloads.
+
+        Args:
+            digests: Of the files.
+            urls: Of the files.
+            hashes: vLLM's hashes of the mm items of requests with the files. What a request that
+                is not about the files uses stays: it was made of another file.
+
+        Returns:
+            The number of model inputs that were dropped, and the hashes of what stays.
+        """
+        runtime = runtime_of(self._renderer)
+        await runtime.forget(frozenset(digests), urls)
+        in_use = self._running.hashes().intersection(hashes)
+        drop = partial(drop_inputs, self._renderer.mm_processor_cache, {*hashes} - in_use)
+        inputs = await on_processor_thread(self._renderer, drop)
+        self._log.forget(digests, urls)
+        self._seen.forget(digests)
+        return {"inputs": inputs, "in_use": sorted(in_use)}
+
+    async def sweep(self) -> None:
+        """Clear the freed memory of this process, and give it back."""
+        loop, own = asyncio.get_running_loop(), runtime_of(self._renderer).loop
+        pools = [*own.pools, self._renderer._mm_executor, getattr(loop, "_default_executor", None)]
+        with ThreadPoolExecutor(1) as apart:
+            known = [pool for pool in pools if isinstance(pool, ThreadPoolExecutor)]
+            await loop.run_in_executor(apart, scrub, known)
+            await own.run(_scrubbed())
+            scrub_here()
+            await loop.run_in_executor(apart, trim_now)
+
+    async def end_session(self, session_id: str) -> bool:
+        """End a live session; False if this API server has none of that id."""
+        if self._live is None:
+            return False
+        return self._live.end(session_id, "The server's operator ended the session.")
+
+    def _holding(self, digests: Collection[str]) -> dict[str, str]:
+        return {} if self._live is None else self._live.holding(digests)
+
+    @property
+    def _seen(self) -> SeenMedia:
+        seen = runtime_of(self._renderer).seen
+        assert seen is not None  # Where there are sight routes.
+        return seen
+
+
+async def _scrubbed() -> None:
+    """Clear the freed memory of the thread of an event loop."""
+    scrub_here()
