@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omni_reference import sound
 from PIL import Image as PilImage
@@ -102,6 +102,7 @@ def test_planned_tokens_and_items_are_those_of_the_prompt(
 @pytest.mark.parametrize("family", ["qwen3_vl", "composer"])
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(at=st.lists(st.floats(0, 119.9), min_size=4, max_size=40, unique=True))
+@example(at=[0.0, 20.0, 81.0, 119.0])
 def test_written_times_take_no_more_than_planned_wherever_the_frames_are(family, at):
     loaded, counts = counter(family)
     times = sorted(at[: len(at) // 2 * 2])

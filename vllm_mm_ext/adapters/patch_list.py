@@ -129,7 +129,7 @@ PATCHES: tuple[Patch, ...] = (
         "plugins can add utility calls to the engine",
     ),
     Patch(
-        "operator's page",
+        "operator page",
         (
             "vllm.v1.engine.core:EngineCore.mm_ext_sight",
             "vllm.v1.engine.core:EngineCore.preprocess_add_request",

@@ -125,7 +125,8 @@ class RequestCounter:
         later = 0
         if layout.timestamps is not None:
             # The longest that the written times can be: as if all frames were at the end.
-            late = tuple(times[-1] + 1e-3 * number for number in range(len(times)))
+            end = max(times[-1], video.seconds)
+            late = tuple(end + 1e-3 * number for number in range(len(times)))
             later = max(0, processor.tokens_of(replace(shape, times=late, step=None)).text - text)
         stages, items = video_tokens(
             layout,

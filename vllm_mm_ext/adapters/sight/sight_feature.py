@@ -15,7 +15,7 @@ def _install() -> None:
 
 
 SIGHT_FEATURE = Feature(
-    "operator's page",
+    "operator page",
     "the server has no page /mm_ext/ and no admin API",
     OPERATOR_NAMES,
     _install,
