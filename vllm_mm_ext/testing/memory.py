@@ -1,9 +1,11 @@
-"""Memory of a server's processes, by role."""
+"""Memory and CPU time of a server's processes, by role."""
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -28,21 +30,40 @@ class ProcessMemory:
 
 def snapshot(pid: int) -> list[ProcessMemory]:
     """Memory of ``pid`` (role ``api``) and all its descendants; vanished processes are skipped."""
+    found = []
+    for process, role, name in _processes(pid):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            info = process.memory_full_info()
+            found.append(ProcessMemory(process.pid, role, name, info.pss, info.uss, info.rss))
+    return found
+
+
+def cpu_seconds(pid: int) -> dict[Role, float]:
+    """CPU seconds so far of ``pid`` (role ``api``) and all its descendants, by role.
+
+    Those of processes that have ended do not count.
+    """
+    total: dict[Role, float] = {"api": 0.0, "engine": 0.0, "decode": 0.0, "other": 0.0}
+    for process, role, _ in _processes(pid):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            times = process.cpu_times()
+            total[role] += times.user + times.system
+    return total
+
+
+def _processes(pid: int) -> Iterator[tuple[psutil.Process, Role, str]]:
+    """A process and its descendants with role and command line."""
     try:
         root = psutil.Process(pid)
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return []
-    found = []
+        return
     for process in processes:
         try:
-            info = process.memory_full_info()
             name = " ".join(process.cmdline())[:200] or process.name()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        role: Role = "api" if process.pid == pid else _role(name)
-        found.append(ProcessMemory(process.pid, role, name, info.pss, info.uss, info.rss))
-    return found
+        yield process, "api" if process.pid == pid else _role(name), name
 
 
 def _role(command_line: str) -> Role:

@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
-
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.memory import cpu_seconds
 from vllm_mm_ext.testing.server import Server, serve
 from vllm_mm_ext.tools.bench.bench_clips import cached_clip
 from vllm_mm_ext.tools.bench.chat import ask, conversation
@@ -105,12 +104,6 @@ def _ask(server: Server, clip: Path) -> float:
 
 def _cpu_s(server: Server) -> tuple[float, float]:
     """CPU seconds used so far: by the API server and its workers, and by the engine."""
-    front_end = engine = 0.0
-    for process in server.memory():
-        times = psutil.Process(process.pid).cpu_times()
-        seconds = times.user + times.system
-        if process.role == "engine":
-            engine += seconds
-        else:
-            front_end += seconds
-    return front_end, engine
+    spent = cpu_seconds(server.pid)
+    engine = spent.pop("engine")
+    return sum(spent.values()), engine

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-
 from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.memory import cpu_seconds
 from vllm_mm_ext.testing.server import Server, serve
 from vllm_mm_ext.tools.bench.bench_clips import minute_720p, variant
 from vllm_mm_ext.tools.bench.chat import ask, conversation
@@ -134,9 +133,4 @@ def _pss(server: Server, role: str) -> int:
 
 def _cpu_s(server: Server) -> float:
     """CPU seconds used so far by everything but the engine."""
-    total = 0.0
-    for process in server.memory():
-        if process.role != "engine":
-            times = psutil.Process(process.pid).cpu_times()
-            total += times.user + times.system
-    return total
+    return sum(seconds for role, seconds in cpu_seconds(server.pid).items() if role != "engine")

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from vllm_mm_ext.testing.memory import snapshot
+from vllm_mm_ext.testing.memory import cpu_seconds
 from vllm_mm_ext.testing.server import Server
 
 _ANSWER_TOKENS = 64
@@ -165,12 +165,8 @@ class Asker:
     def decode_seconds(self) -> float:
         """CPU seconds of the decode workers so far, those that have ended included."""
         ended = psutil.Process(self.server.pid).cpu_times()
-        total = float(ended.children_user + ended.children_system)
-        for process in snapshot(self.server.pid):
-            if process.role == "decode":
-                times = psutil.Process(process.pid).cpu_times()
-                total += times.user + times.system
-        return total
+        running = cpu_seconds(self.server.pid)["decode"]
+        return float(ended.children_user + ended.children_system) + running
 
 
 def logged_work(log: str) -> Work:

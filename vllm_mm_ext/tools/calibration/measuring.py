@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import av
-import psutil  # type: ignore[import-untyped]
 
 from vllm_mm_ext.adapters.planning.timed_scheduler import LOG_VARIABLE
 from vllm_mm_ext.planner.workload import Image, Video, Workload
-from vllm_mm_ext.testing.memory import snapshot
+from vllm_mm_ext.testing.memory import cpu_seconds
 from vllm_mm_ext.testing.server import Server, serve
 from vllm_mm_ext.tools.calibration.asker import Asked, Asker
 from vllm_mm_ext.tools.calibration.media_files import clip
@@ -154,19 +153,21 @@ class _Watch:
         for workload, bodies in lone:
             await self._asker.one(workload, bodies[0])
         found = []
-        before, media_s = self._spent("decode"), 0.0
+        before, media_s = cpu_seconds(self._server.pid)["decode"], 0.0
         for workload, bodies in lone:
             for body in bodies[1:]:
                 found.append(await self._asker.one(workload, body))
                 stages = found[-1].stages
                 media_s += max(stages.get("video", 0.0), stages.get("audio", 0.0))
                 media_s += stages.get("probe", 0.0) - stages.get("fetch", 0.0)
-        decode_threads = (self._spent("decode") - before) / media_s if media_s > 0 else 1.0
-        spent, many = self._spent("api"), []
+        decode_threads = (
+            (cpu_seconds(self._server.pid)["decode"] - before) / media_s if media_s > 0 else 1.0
+        )
+        spent, many = cpu_seconds(self._server.pid)["api"], []
         for workload in many_at_once:
             many += await self._together(workload)
         tokens = sum(asked.timing.tokens for asked in many)
-        token_s = (self._spent("api") - spent) / tokens
+        token_s = (cpu_seconds(self._server.pid)["api"] - spent) / tokens
         quiet = await self._together(beside)
         with _busy_cores(clip(_BUSY_CLIP, self._folder, 0)):
             busy = await self._together(beside)
@@ -183,15 +184,6 @@ class _Watch:
     async def _together(self, workload: Workload) -> list[Asked]:
         bodies = await self._asker.prepare(workload, workload.concurrency)
         return await self._asker.clients(workload, workload.concurrency, bodies)
-
-    def _spent(self, role: str) -> float:
-        """CPU seconds of the server's processes of a role."""
-        total = 0.0
-        for process in snapshot(self._server.pid):
-            if process.role == role:
-                times = psutil.Process(process.pid).cpu_times()
-                total += times.user + times.system
-        return total
 
     def _steps(self, asked: Sequence[Asked]) -> list[LoggedStep]:
         """Logged steps that held these requests and no others."""
