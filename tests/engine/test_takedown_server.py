@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 from memory_search import Content, search
+from PIL import Image
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.origin import Origin, Resource
@@ -62,7 +64,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config["additional-config"]["mm_ext"]["sight"] = SIGHT
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     args = ["--config", str(folder / "config.yaml"), "--api-key", KEY, "--api-server-count", "2"]
-    env = {"VLLM_MEDIA_CACHE": str(folder / "downloads")}
+    env = {"VLLM_MEDIA_CACHE": str(folder / "downloads"), "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     with serve(checkpoint("qwen2_5_omni"), plugin=True, args=args, env=env) as running:
         yield running
 
@@ -192,6 +194,22 @@ def test_requests_about_media_that_are_taken_down_end_with_410(
     assert "taken down" in answers[0][1]["error"]["message"]
     # Nobody has fetched the file any more.
     assert pieces(server, {"file": Content(encoded, apart_from=other)}) == {"file": 0}
+
+
+def test_a_response_in_the_background_ends_with_its_media(server: Server, origin: Origin) -> None:
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(6).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        picture, "png"
+    )
+    url = origin.serve("/background.png", Resource(picture.getvalue()))
+    asked = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "Why?"}]
+    body = {"model": server.model, "input": [{"role": "user", "content": asked}]}
+    endless = {"max_output_tokens": 10_000, "ignore_eos": True}
+    status, queued = call(server, "/v1/responses", {**body, **endless, "background": True})
+    assert (status, queued["status"]) == (200, "queued"), queued
+    status, done = call(server, "/mm_ext/media/drop", {"url": url})
+    assert (status, done["requests_ended"], done["complete"]) == (200, 1, True), done
+    assert not any(one["running"] for one in overview(server)["servers"])
 
 
 def test_sessions_and_media_are_pinned_and_released(

@@ -21,6 +21,7 @@ from vllm_mm_ext.adapters.live.engine import LiveEngine
 from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
 from vllm_mm_ext.live.prompt import Generated, Message, Picture, Prompt, Stretch, Text
 from vllm_mm_ext.live.wire_error import WireError
+from vllm_mm_ext.media.sizing import target_size
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 # The composer that ships with the package puts a message's media before its texts.
@@ -33,6 +34,7 @@ FAMILIES = (
     pytest.param("qwen2_5_vl", marks=pytest.mark.slow),
     "qwen3_vl",
 )
+RESOLUTION = 112
 SYSTEM = Message("system", (Text("Be brief."),))
 
 
@@ -46,7 +48,12 @@ def served(request: pytest.FixtureRequest) -> Iterator[Any]:
         del limits["image"]
     shipped = request.param.startswith("shipped")
     model = SHIPPED if shipped else checkpoint(request.param)
-    args = EngineArgs(model=str(model), max_model_len=8192, limit_mm_per_prompt=limits)
+    args = EngineArgs(
+        model=str(model),
+        max_model_len=8192,
+        limit_mm_per_prompt=limits,
+        additional_config={"mm_ext": {"media": {"sampling": {"resolution": RESOLUTION}}}},
+    )
     config = args.create_engine_config()
     renderer = renderer_from_config(config)
     client = SimpleNamespace(
@@ -78,6 +85,13 @@ def items(result: Any) -> list[tuple[int, int, str, str]]:
         for kind, places in result["mm_placeholders"].items()
         for index, place in enumerate(places)
     )
+
+
+def test_a_camera_frame_has_at_most_the_pixels_that_the_operator_set(served: Any) -> None:
+    rule = served[0].traits.size_rule
+    width, height = target_size(rule, width=640, height=480, num_frames=2)
+    if rule.kind != "fixed":
+        assert width * height <= RESOLUTION**2
 
 
 def test_a_unit_more_changes_nothing_of_what_the_prompt_had(served: Any) -> None:

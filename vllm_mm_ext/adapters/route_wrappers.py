@@ -5,6 +5,7 @@ Each can be called again without doing more, and each calls what it wraps.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -81,6 +82,7 @@ def around_responses(
     begin: Callable[[Any, str | None], None],
     resume: Callable[[], Callable[[], None]],
     answer: Callable[[Any], None],
+    goes_on: Callable[[asyncio.Task[Any]], None],
 ) -> None:
     """Follow requests of ``/v1/responses``, streamed, stored and in the background alike.
 
@@ -89,6 +91,7 @@ def around_responses(
         resume: Called in the request's context; what it returns is called wherever its events
             are made, which may be another context.
         answer: Called with the finished response object, before it is sent or stored.
+        goes_on: Called with the task that makes a response in the background.
     """
     from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
@@ -98,7 +101,12 @@ def around_responses(
             self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
             begin(_block(request), self._get_session_id(request, raw_request))
-            return await original(self, request, raw_request, *args, **kwargs)
+            response = await original(self, request, raw_request, *args, **kwargs)
+            if request.background:
+                task = self.background_tasks.get(request.request_id)
+                if task is not None:
+                    goes_on(task)
+            return response
 
         return create_responses
 

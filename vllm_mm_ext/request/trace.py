@@ -97,9 +97,13 @@ class RequestTrace:
     hashes: set[str] = field(default_factory=set)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
-    def note_task(self) -> None:
-        """Note that the current task serves the request, if the request is watched."""
-        task = asyncio.current_task() if self.watched else None
+    def note_task(self, task: asyncio.Task[Any] | None = None) -> None:
+        """Note that a task serves the request, if the request is watched.
+
+        Args:
+            task: The task; the current one if None.
+        """
+        task = (task or asyncio.current_task()) if self.watched else None
         if task is not None:
             self.tasks.add(task)
             # A task leads to its request's trace.

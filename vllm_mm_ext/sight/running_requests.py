@@ -100,12 +100,18 @@ class RunningRequests:
         return running
 
     def end(self, running: Running, status: int) -> None:
-        """Note that a request has ended; one with media goes to the log.
+        """Note that a request was answered; it ends with the last task that serves it.
+
+        A request with media that has ended goes to the log.
 
         Args:
             running: From ``begin``.
             status: HTTP status; 0 where there was no answer.
         """
+        # Responses in the background are made after the answer.
+        if going_on := [task for task in running.trace.tasks - {running.task} if not task.done()]:
+            going_on[0].add_done_callback(lambda _: self.end(running, status))
+            return
         self._running.pop(running.arrival.id, None)
         trace = running.trace
         if self.log is None or not (trace.media or trace.images or trace.long_video):

@@ -64,6 +64,26 @@ async def test_requests_about_a_file_end_and_others_go_on() -> None:
     assert not await other
 
 
+async def test_a_request_that_goes_on_in_the_background_ends_with_its_file_and_not_before() -> None:
+    running, trace = watched(), about(A)
+    background = asyncio.create_task(asyncio.Event().wait())
+
+    async def answered() -> None:
+        request = running.begin("/v1/responses", trace)
+        assert request is not None
+        trace.note_task(background)
+        running.end(request, 200)
+
+    await asyncio.create_task(answered())
+    assert [row["id"] for row in running.now()] == ["3-1"]
+    ended, left, _ = await running.cancel([A], [], timeout_s=5.0)
+    assert (ended, left) == (1, 0)
+    assert background.cancelled()
+    assert running.now() == []
+    assert running.log is not None
+    assert [row["refused"] for row in running.log.summaries()] == ["taken_down"]
+
+
 async def test_a_request_that_does_not_know_its_media_yet_is_waited_for() -> None:
     running = watched()
     trace = RequestTrace(media=[MediaItem("video", "http://h/v")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_mm_ext.adapters.live.growing import Features, Samples, Sound
@@ -144,7 +144,10 @@ def family_of(model_config: Any, processor: Any, settings: MMExtConfig) -> Famil
         unit_s=unit_s,
         frame_multiple=patch,
         fps=settings.live.fps,
-        size_rule=read_traits(processor).size_rule,
+        size_rule=replace(
+            read_traits(processor).size_rule,
+            max_frame_pixels=settings.media.sampling.frame_pixels,
+        ),
         turn_end=turn_end is not None,
     )
     return Family(

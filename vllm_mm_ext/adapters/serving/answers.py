@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -52,6 +53,12 @@ def begin_response(raw: Any, session: str | None) -> None:
     with client_errors():
         if isinstance(raw, dict) and raw.get("long_video") is not None:
             refuse_long_video("/v1/responses")
+
+
+def goes_on(task: asyncio.Task[Any]) -> None:
+    """Note the task that makes a response of the current request in the background."""
+    if (context := current_request()) is not None:
+        context.trace.note_task(task)
 
 
 def begin_without_options(raw: Any, route: str) -> None:

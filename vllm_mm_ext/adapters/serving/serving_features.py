@@ -37,7 +37,9 @@ def _install_options() -> None:
     from vllm_mm_ext.adapters.serving import answers
 
     route_wrappers.around_chat(answers.begin, answers.answered, answers.streamed)
-    route_wrappers.around_responses(answers.begin_response, answers.resume, answers.answered)
+    route_wrappers.around_responses(
+        answers.begin_response, answers.resume, answers.answered, answers.goes_on
+    )
     route_wrappers.before_other_routes(answers.begin_without_options)
 
 
@@ -149,6 +151,10 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 for method in ("responses_stream_generator", "responses_full_generator")
             ),
             VllmName(f"{_OPENAI}.responses.protocol:ResponsesResponse"),
+            VllmAttributes(
+                f"{_OPENAI}.responses.protocol:ResponsesRequest", ("background", "request_id")
+            ),
+            VllmAttributes(_RESPONSES, ("background_tasks",)),
             VllmName(
                 f"{_OPENAI}.completion.serving:OpenAIServingCompletion.create_completion", _ROUTE
             ),
