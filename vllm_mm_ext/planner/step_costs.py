@@ -65,7 +65,7 @@ class StepFit(msgspec.Struct, frozen=True):
 
 
 def fit(steps: Sequence[tuple[StepContents, float]]) -> StepFit:
-    """Non-negative costs that explain measured steps best; a step's error counts as a share of it.
+    """Costs that explain measured steps best.
 
     Args:
         steps: What each step held, and the seconds it took.
@@ -73,31 +73,49 @@ def fit(steps: Sequence[tuple[StepContents, float]]) -> StepFit:
     Raises:
         ValueError: There are fewer steps than costs.
     """
-    columns = len(StepCosts.__struct_fields__)
-    if len(steps) < columns:
-        raise ValueError(f"{len(steps)} steps cannot tell {columns} costs")
-    held = np.array([(1.0, *msgspec.structs.astuple(contents)) for contents, _ in steps])
-    took = np.array([seconds for _, seconds in steps])
-    rows = held / took[:, None]
-    # Columns of one size, for the numbers' sake.
-    scale = np.maximum(rows.max(axis=0), 1e-12)
-    weights = np.ones(len(took))
-    ratio = weights
-    for number in range(_ROUNDS):
-        prices = non_negative(weights[:, None] * rows / scale, weights) / scale
-        ratio = took / np.maximum(held @ prices, 1e-12)
-        late = ratio > (_HELD_UP if number >= _ROUNDS // 2 else 1.0)
-        weights = np.where(late, 0.0 if number >= _ROUNDS // 2 else _SUSPECT, 1.0)
-    kept = ratio[ratio <= _HELD_UP]
-    low, high = (float(value) for value in np.quantile(kept, _TAILS))
+    held = [msgspec.structs.astuple(contents) for contents, _ in steps]
+    prices, ratios = fit_prices(held, [seconds for _, seconds in steps])
+    low, high = (float(value) for value in np.quantile(ratios, _TAILS))
     return StepFit(
-        StepCosts(*(float(price) for price in prices)),
-        float(np.median(np.abs(1 / kept - 1))),
+        StepCosts(*prices),
+        float(np.median(np.abs(1 / ratios - 1))),
         low,
         high,
         len(steps),
-        1 - len(kept) / len(steps),
+        1 - len(ratios) / len(steps),
     )
+
+
+def fit_prices(
+    held: Sequence[Sequence[float]], seconds: Sequence[float]
+) -> tuple[list[float], npt.NDArray[np.float64]]:
+    """Non-negative prices that explain how long steps took; a step's error counts as a share of it.
+
+    Args:
+        held: What each step held, ``[steps, contents]``.
+        seconds: How long each step took.
+
+    Returns:
+        Seconds of each step as such, then of one unit of each of its contents; and of the steps
+        that nothing else held up, what they took over what the prices add up to.
+
+    Raises:
+        ValueError: There are fewer steps than prices.
+    """
+    rows = np.array([(1.0, *contents) for contents in held])
+    took = np.array(seconds)
+    if len(rows) < rows.shape[1]:
+        raise ValueError(f"{len(rows)} steps cannot tell {rows.shape[1]} costs")
+    shares = rows / took[:, None]
+    # Columns of one size, for the numbers' sake.
+    scale = np.maximum(shares.max(axis=0), 1e-12)
+    weights = np.ones(len(took))
+    for number in range(_ROUNDS):
+        prices = non_negative(weights[:, None] * shares / scale, weights) / scale
+        ratios = took / np.maximum(rows @ prices, 1e-12)
+        late = ratios > (_HELD_UP if number >= _ROUNDS // 2 else 1.0)
+        weights = np.where(late, 0.0 if number >= _ROUNDS // 2 else _SUSPECT, 1.0)
+    return [float(price) for price in prices], ratios[ratios <= _HELD_UP]
 
 
 def non_negative(

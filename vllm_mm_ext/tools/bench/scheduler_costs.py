@@ -7,7 +7,10 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import vllm_mm_ext
+from vllm_mm_ext.planner.step_costs import fit_prices
 
 MEASURED = Path(vllm_mm_ext.__file__).parent / "assets" / "scheduler" / "step_costs.txt"
 _HEAD = """\
@@ -15,8 +18,6 @@ _HEAD = """\
 # {source}
 # Half of the {steps} steps measured are within {off:.0%} of what these add up to.
 """
-# Steps that took longer than this multiple of what is expected were held up by something else.
-_HELD_UP = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +100,9 @@ class StepCosts:
         Args:
             steps: What each step held, and the seconds it took.
         """
-        import numpy as np
-        from scipy.optimize import nnls
-
-        held = np.array([(1.0, *astuple(contents)) for contents, _ in steps])
-        took = np.array([seconds for _, seconds in steps])
-        for _ in range(3):
-            # Errors count as shares of a step; columns of one size, for the numbers' sake.
-            rows = held / took[:, None]
-            scale = np.maximum(rows.max(axis=0), 1e-12)
-            prices, _ = nnls(rows / scale, np.ones(len(rows)))
-            expected = held @ (prices / scale)
-            error = float(np.median(np.abs(expected / took - 1)))
-            kept = took <= _HELD_UP * expected
-            if kept.all():
-                break
-            held, took = held[kept], took[kept]
-        return cls(*(float(price) for price in prices / scale)), error
+        held = [astuple(contents) for contents, _ in steps]
+        prices, ratios = fit_prices(held, [seconds for _, seconds in steps])
+        return cls(*prices), float(np.median(np.abs(1 / ratios - 1)))
 
     def write(self, file: Path, *, source: str, steps: int, off: float) -> None:
         """Keep them in a text file.
