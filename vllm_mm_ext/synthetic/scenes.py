@@ -46,11 +46,13 @@ class Event:
             side, ``object`` shows a slowly moving disc of about 9 % of the height, ``insert``
             shows another picture altogether.
         start, end: Seconds; visible in frames with ``start <= time < end``.
+        colour_only: Whether what appears is as bright as what it hides.
     """
 
     kind: EventKind
     start: float
     end: float
+    colour_only: bool = False
 
 
 def random_events(
@@ -240,17 +242,26 @@ class Scene:
     ) -> Picture:
         h, w = self.height, self.width
         if event.kind == "insert":
-            return self._inserted
+            shown = self._inserted
+            return Picture(under.y, shown.u, shown.v) if event.colour_only else shown
         out = under.copy()
         if event.kind == "flash":
-            out.y[:] = np.minimum(out.y.astype(np.uint16) + 70, 235)
+            self._flash(out, np.s_[:, :], 70, event.colour_only)
         elif event.kind == "region_flash":
             top, left = round((h - h * 0.12) * spot[0]), round((w - w * 0.12) * spot[1])
             box = np.s_[top : top + max(1, round(h * 0.12)), left : left + max(1, round(w * 0.12))]
-            out.y[box] = np.minimum(out.y[box].astype(np.uint16) + 80, 235)
+            self._flash(out, box, 80, event.colour_only)
         else:
             drift = (time - event.start) * 0.03 * w
             mask = self._disc(h * spot[0], w * spot[1] + drift, max(1.0, h * 0.045))
             dark = out.y[mask].mean() > 110 if mask.any() else False
-            out.y[mask], out.u[mask], out.v[mask] = (35 if dark else 205), 80, 190
+            out.u[mask], out.v[mask] = 80, 190
+            if not event.colour_only:
+                out.y[mask] = 35 if dark else 205
         return out
+
+    @staticmethod
+    def _flash(out: Picture, box: tuple[slice, slice], by: int, colour_only: bool) -> None:
+        """Brighten a part of a picture, or redden it."""
+        plane = out.v if colour_only else out.y
+        plane[box] = np.minimum(plane[box].astype(np.uint16) + by, 235)

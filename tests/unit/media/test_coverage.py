@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_mm_ext.media.sampling.coverage import Event, Looked, _Gaps, choose
-from vllm_mm_ext.media.sampling.thumbnail_scan import events, motion_score
+from vllm_mm_ext.media.sampling.short_events import events, motion_score
+from vllm_mm_ext.media.sampling.thumbnail_planes import planes
 
 Floats = npt.NDArray[np.float64]
 
@@ -106,10 +107,10 @@ def test_noise_alone_makes_few_and_weak_events() -> None:
 
 
 def test_pictures_of_a_few_pixels_have_scores() -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (200, 3, 3)).astype(np.uint8)
-    for height, width in ((1, 1), (1, 3), (2, 2), (3, 2)):
-        thumbnails = noise[:, :height, :width]
-        motion, transient = motion_score(thumbnails, np.arange(200) * 0.13)
+    noise = np.random.default_rng(0).integers(0, 255, (200, 6, 6)).astype(np.uint8)
+    for height, width in ((2, 2), (2, 6), (4, 4), (4, 2)):
+        seen = planes(noise[:, : height * 3 // 2, :width])
+        motion, transient = motion_score(seen, np.arange(200) * 0.13)
         assert np.isfinite(motion).all()
         assert np.isfinite(transient[10:-10]).all()
 

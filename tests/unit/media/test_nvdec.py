@@ -205,7 +205,7 @@ def test_frames_at_hand_from_thumbnails_are_not_decoded_again(
     info = probe(path, LIMITS)
     decoder = nvdec(keep_bytes=1 << 30)
     small = decoder.thumbnails(path, info, np.array([2, 30, 60]), 160, 2, keep=[2, 60])
-    assert [read_stamp(picture) for picture in small] == [2, 30, 60]
+    assert [read_stamp(luma) for luma in small[:, : small.shape[1] * 2 // 3]] == [2, 30, 60]
     assert decoder.name == "nvdec"
     monkeypatch.setattr(decoder, "_on_gpu", lambda *_: pytest.fail("decoded again"))
     ours, _ = decode(decoder, path, [2, 60])

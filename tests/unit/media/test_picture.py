@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 
 from vllm_mm_ext.media.decode.job import run_job
-from vllm_mm_ext.media.decode.picture import write_rgb
+from vllm_mm_ext.media.decode.picture import write_rgb, write_thumbnail
 from vllm_mm_ext.media.types import (
     DecodeRequest,
     PictureRules,
@@ -301,3 +302,48 @@ def test_the_background_shows_through_transparent_video(tmp_path: Path, kind: st
         for start, alpha in ((4, 1.0), (36, 128 / 255), (68, 0.0)):
             wanted = alpha * np.array([200, 40, 80]) + (1 - alpha) * np.array(background)
             assert np.abs(picture[4:44, start : start + 24] - wanted).mean() < 4
+
+
+# --- thumbnails -----------------------------------------------------------------------------------
+
+
+def slopes() -> av.VideoFrame:
+    """Luma that rises downwards, Cb that rises to the right, Cr that rises downwards."""
+    planes = np.empty((540, 640), np.uint8)
+    rows, columns = np.mgrid[:360, :640]
+    planes[:360] = 80 + rows // 4
+    cb, cr = planes[360:].reshape(2, 180, 320)
+    cb[:], cr[:] = 100 + columns[::2, ::2] // 12, 110 + rows[::2, ::2] // 8
+    frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+    frame.colorspace = BT601
+    return frame
+
+
+def thumbnail(frame: av.VideoFrame, video: VideoStream = UPRIGHT) -> np.ndarray:
+    height, width = (36, 64) if video.rotation % 180 == 0 else (64, 36)
+    out = np.empty((height * 3 // 2, width), np.uint8)
+    write_thumbnail(frame, (VideoReformatter(), VideoReformatter()), video, out)
+    chroma = out[height:].reshape(2, height // 2, width // 2)
+    return np.stack([out[:height], *chroma.repeat(2, axis=1).repeat(2, axis=2)]).astype(int)
+
+
+@pytest.mark.parametrize("pixel_format", ["nv12", "yuv422p", "yuv444p10le", "rgb24", "bgra"])
+def test_thumbnails_of_all_formats_show_the_same(pixel_format: str) -> None:
+    other = slopes().reformat(format=pixel_format, src_colorspace=BT601)
+    other.colorspace = BT601
+    expected, shown = thumbnail(slopes()), thumbnail(other)
+    assert (np.ptp(expected, axis=(1, 2)) > (90, 45, 40)).all()
+    # Chroma of limited range, which spans less, is compared as it is.
+    assert (np.abs(shown - expected).max(axis=(1, 2)) <= (3, 8, 8)).all()
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_thumbnails_are_as_upright_as_the_frames(rotation: int, mirrored: bool) -> None:
+    video = replace(UPRIGHT, rotation=rotation, mirrored=mirrored)
+    small = thumbnail(slopes(), video)
+    frame = np.empty((*small.shape[1:], 3), np.uint8)
+    write_rgb(slopes(), VideoReformatter(), video, PictureRules(), frame)
+    luma = frame @ np.array([0.299, 0.587, 0.114])
+    for plane, seen in zip(small, (luma, frame[..., 2] - luma, frame[..., 0] - luma), strict=True):
+        assert np.corrcoef(plane.ravel(), seen.ravel())[0, 1] > 0.99

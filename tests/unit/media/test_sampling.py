@@ -17,6 +17,8 @@ from vllm_mm_ext.media.decode.decoders.base import thumbnail_size
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.sampling import select, thumbnail_scan, timeline
+from vllm_mm_ext.media.sampling.short_events import motion_score
+from vllm_mm_ext.media.sampling.thumbnail_planes import planes
 from vllm_mm_ext.media.types import (
     DecodeLimits,
     FrameSelection,
@@ -56,10 +58,15 @@ def even(count: int, fps: float = 30.0, gop: int = 30) -> MediaInfo:
     return media(np.arange(count) / fps, key=np.arange(count) % gop == 0)
 
 
+def in_gray(luma: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Thumbnails ``[n, h * 3 / 2, w]`` without colour, of uint8 ``[n, h, w]``."""
+    return np.pad(luma, [(0, 0), (0, luma.shape[1] // 2), (0, 0)], constant_values=128)
+
+
 def noise_thumbnails(seed: int = 0) -> object:
     def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         rng = np.random.default_rng([seed, *indices[:1]])
-        return rng.integers(0, 256, (len(indices), 9, 16), dtype=np.uint8)
+        return rng.integers(0, 256, (len(indices), 12, 16), dtype=np.uint8)
 
     return thumbnails
 
@@ -181,7 +188,7 @@ def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, cou
 
     def thumbnails(indices: Sequence[int], likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         calls.append((list(indices), list(likely)))
-        return np.zeros((len(indices), 9, 16), np.uint8)
+        return np.zeros((len(indices), 12, 16), np.uint8)
 
     # The budget binds, so that there is one window.
     spec = SamplingSpec(policy="adaptive", fps=1000.0, max_frames=count, min_frames=count)
@@ -216,7 +223,7 @@ def test_a_long_clip_is_looked_at_at_keyframes_and_where_packets_are_large() -> 
 
     def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         calls.append(list(indices))
-        return np.zeros((len(indices), 9, 16), np.uint8)
+        return np.zeros((len(indices), 12, 16), np.uint8)
 
     select(info, SamplingSpec(policy="adaptive", max_frames=32), thumbnails)
     (looked,) = calls
@@ -326,7 +333,7 @@ def test_motion_score_is_the_mean_difference_and_blind_to_fades() -> None:
     time = np.arange(100) * 0.15
     fading = np.stack([(still * (0.6 + 0.004 * k)).astype(np.uint8) for k in range(100)])
     fading[50, 4:8, 4:8] = 255
-    motion, transient = thumbnail_scan.motion_score(fading, time)
+    motion, transient = motion_score(planes(in_gray(fading)), time)
     assert transient[np.isfinite(transient)].argmax() == 50 - np.isfinite(transient).argmax()
     others = np.delete(motion, [0, 50, 51])
     assert others.max() < 0.01 < motion[50] < 1.0
@@ -339,7 +346,8 @@ def look(path: Path, **options: object) -> tuple[FrameSelection, MediaInfo]:
     def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
         rows = np.array(indices, np.int64)
         small = decoder.thumbnails(str(path), info, rows, 64, 1, _likely)
-        assert small.shape == (len(indices), *thumbnail_size(info, 64))
+        height, width = thumbnail_size(info, 64)
+        assert small.shape == (len(indices), height * 3 // 2, width)
         return small
 
     return select(info, SamplingSpec(**options), thumbnails), info  # type: ignore[arg-type]

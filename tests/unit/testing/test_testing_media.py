@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from vllm_mm_ext.synthetic.scenes import SCENES, Scene, random_events
+from vllm_mm_ext.synthetic.scenes import EVENT_KINDS, SCENES, EventKind, Scene, random_events
 from vllm_mm_ext.testing.media import (
     Event,
     Tone,
@@ -80,6 +80,15 @@ def test_an_event_is_visible_exactly_while_it_lasts(tmp_path: Path) -> None:
     assert ((bright > bright[0] + 30) == ((times >= 0.5) & (times < 0.7))).all()
     assert truth.caught(np.array([0.49, 0.71])) == 0
     assert truth.caught(np.array([0.6])) == 1
+
+
+@pytest.mark.parametrize("kind", EVENT_KINDS)
+def test_an_event_of_colour_alone_leaves_the_brightness(kind: EventKind) -> None:
+    event = Event(kind, 1.0, 2.0, colour_only=True)
+    scene = Scene("static", 36, 64, duration=3.0, events=[event], seed=5)
+    before, during = scene.picture(0.5), scene.picture(1.5)
+    assert (before.y == during.y).all()
+    assert (before.v != during.v).any()
 
 
 def test_a_tone_is_heard_at_its_pitch_and_time(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ def select(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> Frame
         info: What the container says about the file, packet table included.
         spec: The policy, the frame rates in frames per second, and the bounds on the number of
             frames.
-        thumbnails: Decodes the frames at the given sorted indices to gray uint8 ``[n, h, w]``,
-            longest edge about 64 pixels. The second argument are those of the indices that are
-            likely to be chosen. Called at most once, and only by ``adaptive``.
+        thumbnails: Decodes the frames at the given sorted indices to uint8 ``[n, h * 3 / 2, w]``
+            (Y, then Cb and Cr at half the size), longest edge about 64 pixels. The second argument
+            are those of the indices that are likely to be chosen. Called at most once, and only by
+            ``adaptive``.
 
     Returns:
         Strictly increasing frame indices (``explicit`` indices may repeat) with exact times, at

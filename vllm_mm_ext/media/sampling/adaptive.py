@@ -1,8 +1,8 @@
 """Content-adaptive sampling, in three steps.
 
 1. Stage 1 (``container_profile``) scores every frame by the sizes of the packets.
-2. Stage 2 (``thumbnail_scan``) looks at a bounded number of frames, as thumbnails, and finds the
-   short events among them.
+2. Stage 2 looks at a bounded number of frames, as thumbnails (``thumbnail_scan``), and finds the
+   short events among them (``short_events``).
 3. ``coverage`` takes those of the frames looked at that represent the others best.
 
 Where ``max_frames`` or ``min_frames`` decides the number of frames, all frames of the clip compete
@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.sampling import container_profile, coverage, thumbnail_scan
+from vllm_mm_ext.media.sampling import container_profile, coverage, short_events, thumbnail_scan
 from vllm_mm_ext.media.sampling.container_profile import Scores
+from vllm_mm_ext.media.sampling.thumbnail_planes import pixels, planes
 from vllm_mm_ext.media.sampling.timeline import Indices, second_of
 from vllm_mm_ext.media.sampling.windows import Window, rows, windows_of
 from vllm_mm_ext.media.types import (
@@ -55,7 +56,7 @@ class _Part:
         looked_at: int64 ``[k]`` frames to look at, counted from the window's first frame.
         eligible: bool ``[k]`` which of them can be chosen if there is no event.
         pixels: float32 ``[k, p]`` their thumbnails, or ``p = 0`` where none are decoded.
-        motion, transient: float64 ``[k]`` stage-2 scores (see ``thumbnail_scan.motion_score``).
+        motion, transient: float64 ``[k]`` stage-2 scores (see ``short_events.motion_score``).
     """
 
     window: Window
@@ -99,7 +100,7 @@ class _Part:
         here = time[self.looked_at]
         # Each frame of the clip counts for the frame looked at that is nearest in time.
         nearest = np.searchsorted((here[1:] + here[:-1]) / 2, time, side="right")
-        events, eligible = thumbnail_scan.events(self.transient, count), self.eligible.copy()
+        events, eligible = short_events.events(self.transient, count), self.eligible.copy()
         for event in events:
             # With its neighbours: else a frame of the event would stand for what is around it.
             eligible[max(0, event.first - 1) : event.last + 2] = True
@@ -154,17 +155,19 @@ def _look(parts: Sequence[_Part], packets: PacketTable, thumbnails: Thumbnails) 
     parts = [part for part in parts if part.has_choice]
     indices = [part.window.low + part.looked_at for part in parts]
     eligible = [found[part.eligible] for found, part in zip(indices, parts, strict=True)]
-    small = thumbnails(np.concatenate(indices).tolist(), np.concatenate(eligible).tolist())
+    seen = planes(thumbnails(np.concatenate(indices).tolist(), np.concatenate(eligible).tolist()))
     bounds = np.cumsum([0, *(len(part) for part in indices)]).tolist()
     for number, part in enumerate(parts):
         first = max(0, number - 1)
         time = packets.time[np.concatenate(indices[first : number + 1])]
-        motion, transient = thumbnail_scan.motion_score(
-            small[bounds[first] : bounds[number + 1]], time
+        compared = slice(bounds[first], bounds[number + 1])
+        motion, transient = short_events.motion_score(
+            tuple(plane[compared] for plane in seen), time
         )
         own = bounds[number] - bounds[first]
         part.motion, part.transient = motion[own:], transient[own:]
-        part.pixels = thumbnail_scan.pixels(small[bounds[number] : bounds[number + 1]])
+        looked_at = slice(bounds[number], bounds[number + 1])
+        part.pixels = pixels(tuple(plane[looked_at] for plane in seen))
 
 
 def _profile(packets: PacketTable, parts: Sequence[_Part]) -> ActivityProfile:

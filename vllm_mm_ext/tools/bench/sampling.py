@@ -18,7 +18,13 @@ from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.types import DecodeRequest, DecodeResult, SamplingSpec
 from vllm_mm_ext.testing.media import ClipTruth
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
-from vllm_mm_ext.tools.bench.sampling_clips import HELD_OUT_SEEDS, Case, build, case
+from vllm_mm_ext.tools.bench.sampling_clips import (
+    COLOUR_SEEDS,
+    HELD_OUT_SEEDS,
+    Case,
+    build,
+    case,
+)
 
 FRAMES = 32
 _SIZE = (640, 360)
@@ -48,31 +54,31 @@ class Outcome:
 def run(context: BenchContext) -> BenchResult:
     """All held-out clips at 640x360; every repeat times each side once more."""
     directory = context.work_dir / "sampling"
-    with context.steps("sampling", len(HELD_OUT_SEEDS)) as begin:
-        outcomes = list(measure(HELD_OUT_SEEDS, directory, repeats=context.repeats, begin=begin))
+    cases = [*map(case, HELD_OUT_SEEDS), *(case(seed, colour_only=True) for seed in COLOUR_SEEDS)]
+    with context.steps("sampling", len(cases)) as begin:
+        outcomes = list(measure(cases, directory, repeats=context.repeats, begin=begin))
     return BenchResult("sampling", rows(outcomes), _NOTES)
 
 
 def measure(
-    seeds: Iterable[int],
+    cases: Iterable[Case],
     directory: Path,
     *,
     repeats: int = 1,
     size: tuple[int, int] = _SIZE,
     begin: Callable[[str], None] = lambda _name: None,
 ) -> Iterator[Outcome]:
-    """Make the clip of each seed (kept in ``directory``) and sample it with both policies.
+    """Make the clip of each case (kept in ``directory``) and sample it with both policies.
 
     Args:
-        seeds: ``HELD_OUT_SEEDS``, or a part of it.
+        cases: The clips.
         directory: Where the clips are kept between runs.
         repeats: Timings of each side, interleaved; the median counts.
         size: Width and height of the clips in pixels.
         begin: Told the name of each clip as it starts.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        item = case(seed)
+    for item in cases:
         begin(f"{item.scene} {item.codec} GOP {item.gop}")
         yield _outcome(item, build(item, directory, width=size[0], height=size[1]), repeats)
 
@@ -82,10 +88,13 @@ def rows(outcomes: Iterable[Outcome]) -> list[Row]:
     outcomes = list(outcomes)
     groups: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        calm = outcome.case.scene in _CALM
-        groups["calm scenes" if calm else "busy scenes"].append(outcome)
-        groups[outcome.case.scene].append(outcome)
-    groups["all clips"] = outcomes
+        if not outcome.case.colour_only:
+            calm = outcome.case.scene in _CALM
+            groups["calm scenes" if calm else "busy scenes"].append(outcome)
+            groups[outcome.case.scene].append(outcome)
+            groups["all clips"].append(outcome)
+        else:
+            groups["in colour alone"].append(outcome)
     table = [
         Row.of(
             f"sub-second events caught, {name} ({sum(o.events for o in group)} events)",
@@ -119,6 +128,7 @@ _NOTES = [
     "no clip was used to design the sampler.",
     "Caught: stock's even spacing against adaptive. Calm scenes: "
     f"{', '.join(_CALM)}; the others change all the time by themselves.",
+    "In colour alone: other clips, whose events are as bright as what they hide.",
     "Times run from a file in the page cache to frames at native size.",
 ]
 

@@ -1,13 +1,13 @@
 """Clips with sub-second events for the ``sampling`` benchmark, drawn from a seed.
 
-The sampler was designed on ``TUNING_SEEDS`` only. The benchmark measures on
-``HELD_OUT_SEEDS``, which share no clip with them.
+The sampler was designed on ``TUNING_SEEDS`` only. The benchmark measures on ``HELD_OUT_SEEDS``
+and ``COLOUR_SEEDS``, which share no clip with them.
 """
 
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ from vllm_mm_ext.testing.media import ClipTruth, make_clip
 
 TUNING_SEEDS = range(48)
 HELD_OUT_SEEDS = range(50_000, 50_032)
+# Of clips whose events are as bright as what they hide.
+COLOUR_SEEDS = range(60_000, 60_016)
 
 SCENE_ORDER: tuple[SceneName, ...] = (
     "static",
@@ -49,6 +51,7 @@ class Case:
         bframes: Most B frames in a row.
         duration: Seconds, 60 to 120.
         events: One to four events of 0.2 to 0.8 s.
+        colour_only: Whether all of them are as bright as what they hide.
     """
 
     seed: int
@@ -58,10 +61,16 @@ class Case:
     bframes: int
     duration: float
     events: tuple[Event, ...]
+    colour_only: bool
 
 
-def case(seed: int) -> Case:
-    """The case of a seed: codec, GOP, length and events are drawn from it."""
+def case(seed: int, *, colour_only: bool = False) -> Case:
+    """The case of a seed: codec, GOP, length and events are drawn from it.
+
+    Args:
+        seed: Any.
+        colour_only: Whether the events are as bright as what they hide.
+    """
     rng = np.random.default_rng([seed, 7])
     duration = float(rng.integers(60, 121))
     kinds: list[EventKind] = [
@@ -74,13 +83,18 @@ def case(seed: int) -> Case:
         gop=int(rng.choice(_GOPS)),
         bframes=int(rng.integers(0, 4)),
         duration=duration,
-        events=random_events(seed, duration, kinds),
+        events=tuple(
+            replace(event, colour_only=colour_only)
+            for event in random_events(seed, duration, kinds)
+        ),
+        colour_only=colour_only,
     )
 
 
 def build(item: Case, directory: Path, *, width: int, height: int) -> ClipTruth:
     """Make the clip of a case, or reuse the one made before in ``directory``."""
-    path = directory / f"sampling-{item.seed}-{width}x{height}.mp4"
+    colours = "-colours" if item.colour_only else ""
+    path = directory / f"sampling-{item.seed}{colours}-{width}x{height}.mp4"
     known = path.with_suffix(".truth")
     if known.exists():
         truth: ClipTruth = pickle.loads(known.read_bytes())

@@ -158,7 +158,7 @@ def _looked_at(info: MediaInfo, sampling: SamplingSpec) -> npt.NDArray[np.int64]
 
     def thumbnails(indices: Sequence[int], _: Sequence[int]) -> npt.NDArray[np.uint8]:
         looked.extend(indices)
-        return np.zeros((len(indices), 36, 64), np.uint8)
+        return np.zeros((len(indices), 54, 64), np.uint8)
 
     chosen = select(info, sampling, thumbnails).indices
     return np.union1d(chosen, np.array(looked, np.int64))

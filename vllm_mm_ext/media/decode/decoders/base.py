@@ -95,7 +95,7 @@ class Decoder(ABC):
         threads: int,
         keep: Collection[int],
     ) -> npt.NDArray[np.uint8]:
-        """Make small gray pictures of frames, for motion scores.
+        """Make small pictures of frames, by which the frames are compared.
 
         Args:
             path, info, indices, threads: As for ``decode``.
@@ -104,7 +104,8 @@ class Decoder(ABC):
                 backend may keep others too.
 
         Returns:
-            uint8 ``[n, h, w]``; a frame that could not be decoded repeats the one before it.
+            uint8 ``[n, h * 3 / 2, w]``: Y, then Cb and Cr at half the size, as FFmpeg packs
+            yuv420p. A frame that could not be decoded repeats the one before it.
 
         Raises:
             UnreadableMediaError, MediaTooLargeError: As ``decode``.
@@ -166,8 +167,9 @@ def check_file(path: str, info: MediaInfo, max_pixels: int) -> None:
 
 
 def thumbnail_size(info: MediaInfo, edge: int) -> tuple[int, int]:
-    """``(height, width)`` of the displayed picture shrunk to a longest edge of ``edge``."""
+    """``(height, width)``, both even, of the displayed picture shrunk to an edge of ``edge``."""
     assert info.video is not None
     longest = max(info.video.width, info.video.height)
     scale = min(1.0, edge / longest)
-    return max(1, round(info.video.height * scale)), max(1, round(info.video.width * scale))
+    height, width = (round(side * scale / 2) for side in (info.video.height, info.video.width))
+    return 2 * max(1, height), 2 * max(1, width)

@@ -25,7 +25,7 @@ from vllm_mm_ext.media.decode.decoders.reader import (
     read_planned,
 )
 from vllm_mm_ext.media.decode.left_out import LostReferencesError
-from vllm_mm_ext.media.decode.picture import write_gray, write_rgb
+from vllm_mm_ext.media.decode.picture import write_rgb, write_thumbnail
 from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PacketTable, PictureRules
 
 # Threads that decode parts of one file; more of them only add seeks and picture buffers.
@@ -99,14 +99,16 @@ class PyAVDecoder(Decoder):
         assert table is not None
         height, width = thumbnail_size(info, edge)
         rows, where = np.unique(indices, return_inverse=True)
-        small = np.zeros((len(rows), height, width), np.uint8)
+        small = np.zeros((len(rows), height * 3 // 2, width), np.uint8)
         position = {row: i for i, row in enumerate(rows.tolist())}
         # A second pass over a file that stays open would be a seek; over one that has to be read
         # from its start, it would be all that comes before.
         kept = set(keep) if table.exact and self.kept is None else set(position)
 
+        beside = _OneEach()
+
         def emit(row: int, frame: VideoFrame, converter: VideoReformatter) -> None:
-            write_gray(frame, converter, video, small[position[row]])
+            write_thumbnail(frame, (converter, beside.converter), video, small[position[row]])
             if row in kept:
                 self._keep(row, frame)
 
@@ -201,6 +203,13 @@ class PyAVDecoder(Decoder):
             with Reader(path, video.index, self._max_pixels, threads, guess=True) as reader:
                 add(read_in_order(reader, table, missing, emit, seen))
         return decoded
+
+
+class _OneEach(threading.local):
+    """A further converter for each thread."""
+
+    def __init__(self) -> None:
+        self.converter = VideoReformatter()
 
 
 @dataclass(frozen=True)
