@@ -12,12 +12,15 @@ from typer.testing import CliRunner
 from vllm_mm_ext.config.kv_settings import KVSettings
 from vllm_mm_ext.tools.bench.bench_cli import app
 from vllm_mm_ext.tools.bench.commands import AccessKind
+from vllm_mm_ext.tools.bench.harness import BenchContext
 from vllm_mm_ext.tools.bench.kv_bounds import informed, least_blocks, optimum, working_set
 from vllm_mm_ext.tools.bench.kv_costs import Costs
-from vllm_mm_ext.tools.bench.kv_replay import replay
+from vllm_mm_ext.tools.bench.kv_generated import generated
+from vllm_mm_ext.tools.bench.kv_replay import replay, run
 from vllm_mm_ext.tools.bench.kv_replay_pools import Miss, Replay
+from vllm_mm_ext.tools.bench.kv_rules import RULES
 from vllm_mm_ext.tools.bench.kv_trace import TRACES, Access, Item, KVTrace
-from vllm_mm_ext.tools.bench.kv_traffic import TRAFFIC
+from vllm_mm_ext.tools.bench.kv_traffic import CONCURRENT, TRAFFIC
 
 BLOCK = 4
 
@@ -54,6 +57,20 @@ def test_what_is_no_trace_is_refused_with_its_line(text: str, problem: str) -> N
 @pytest.mark.parametrize("kind", TRAFFIC)
 def test_the_same_seed_is_the_same_traffic(kind: AccessKind) -> None:
     assert list(TRAFFIC[kind](3)) == list(TRAFFIC[kind](3)) != list(TRAFFIC[kind](4))
+
+
+@pytest.mark.parametrize("kind", TRAFFIC)
+def test_generated_traces_are_as_the_recorded_ones_of_the_same_prompts(kind: AccessKind) -> None:
+    made, recorded = generated(kind, 0), KVTrace.read(TRACES / f"{kind}.txt")
+    assert KVTrace.parse(made.text("generated"), "again") == made
+    assert len(made.accesses) == len(recorded.accesses)
+    if kind in CONCURRENT:
+        return  # An engine lets requests begin in the order in which others end.
+    for one, other in zip(made.accesses, recorded.accesses, strict=True):
+        assert (one.session, one.output) == (other.session, other.output)
+        assert [item.length for item in one.items] == [item.length for item in other.items]
+        assert one.prompt == pytest.approx(other.prompt, rel=0.1)
+    assert working_set(made) == pytest.approx(working_set(recorded), rel=0.1)
 
 
 PATHS = st.lists(
@@ -124,3 +141,15 @@ def test_other_traces_can_be_replayed_from_the_command_line(tmp_path: Path) -> N
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "own, room for 1" in (tmp_path / "j").read_text()
+
+
+def test_what_each_rule_gains_is_told_and_all_is_as_before_afterwards(tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    trace_of(*[(0, 1), (2, 3), (4, 5)] * 5).write(file, "three prompts")
+    found = [
+        run(BenchContext(1, tmp_path), traces=[file], rooms=[1.0], ablate=ablate)
+        for ablate in (False, True)
+    ]
+    assert found[0].rows == found[1].rows
+    told = [note.partition(":")[0] for note in found[1].notes]
+    assert told[-len(RULES) :] == list(RULES)

@@ -12,7 +12,7 @@ from scheduler_harness import Costs, Play, make_scheduler, request
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_mm_ext.adapters.scheduler.prompts import Arrival
-from vllm_mm_ext.policies.scheduler.step_plan import aged_after_s
+from vllm_mm_ext.policies.scheduler.step_plan import AGED_AFTER
 
 MINUTES = 10
 AGING_S = 30.0
@@ -98,7 +98,7 @@ def run(
         settings={"aging_s": aging_s, "target_itl_ms": 250.0},
     )
     play = Play(scheduler, COSTS)
-    watch = Watch(play, aged_after_s(aging_s))
+    watch = Watch(play, AGED_AFTER * aging_s)
     left = deque(sorted(coming, key=lambda pair: pair[0]))
     while left or play.busy:
         while left and left[0][0] <= play.now:

@@ -80,6 +80,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         # By how much steps took longer than theirs, for items too large for any.
         self._late_s = self._room_s = 0.0
         self._tried: dict[str, Any] = {}
+        # Running requests that got nowhere in the last step against the plan. What one lacks others
+        # may hold, who get on only before it (``test_scheduler_with_caches`` stops without this).
+        self._stuck: set[str] = set()
         # In this step no other waiting request is let in.
         self._walk_ends = False
         self._begun: OrderedDict[int, tuple[float, StepWork]] = OrderedDict()
@@ -102,7 +105,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         requests = [self.requests[one.key] for one in candidates]
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
         running = [one for one in requests if one.status == RequestStatus.RUNNING]
-        self.running[:] = [*decoding, *running]
+        stay = {*decoding, *running}
+        self.running[:] = [*decoding, *running, *(one for one in self.running if one not in stay)]
         grants = self._plan.grants
         shown = [one for one in requests if one in self.waiting and one.request_id in grants]
         self._tried, self._walk_ends = {}, False
@@ -116,8 +120,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         finally:
             self.max_num_scheduled_tokens = self._max_tokens
         self._send_all_inputs(output)
-        self._prompts.stuck = {one.request_id for one in running if one.request_id in grants}
-        self._prompts.stuck -= output.num_scheduled_tokens.keys()
+        self._stuck = {one.request_id for one in running if one.request_id in grants}
+        self._stuck -= output.num_scheduled_tokens.keys()
         if not held:
             planned = [key for key, grant in grants.items() if grant.items]
             self._admission.note(planned, self._tried, output.num_scheduled_tokens)
@@ -161,9 +165,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             not super()._handle_blocked_waiting_request(request) or self._admission.holds(request)
         ):
             return None
-        key, refused = request.request_id, self._admission
-        last = refused.goes_last(key) and request.status != RequestStatus.RUNNING
-        return self._prompts.read(request, now, failed=refused.failed(key), last=last)
+        waits = request.status != RequestStatus.RUNNING
+        last = self._admission.goes_last(request) if waits else request.request_id in self._stuck
+        one = self._prompts.read(request, now, last=last)
+        # It may wait for what another instance is encoding.
+        return one if one.left > 0 else None
 
     def _filled(self, candidates: list[Candidate], decodes: int) -> StepPlan:
         """What the candidates are granted in a step that decodes so many tokens."""
@@ -334,9 +340,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         grant = self._plan.grants.get(request.request_id)
         given = {item.index for item in grant.items} if grant else set()
         ready: list[Item] = []
-        for item in (
-            self._prompts.items(request, num_computed_tokens) if self._plans_encoder else ()
-        ):
+        all_items = self._prompts.items(request, num_computed_tokens) if self._plans_encoder else ()
+        for item in all_items:
             if item.index not in given and not self._prompts.is_there(request, item):
                 # What the plan does not pay for, vLLM must not reach.
                 most = item.start - num_computed_tokens - shift_computed_tokens
@@ -353,17 +358,18 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if not tokens and self._plans_encoder and request.status != RequestStatus.RUNNING:
             self._pass_over(request)
         # Then what is planned and prefill does not reach yet.
+        ahead = [item for item in ready if item.index in given]
         manager, taken = self.encoder_cache_manager, {*items, *external, *duplicates}
         known = {request.mm_features[index].identifier for index in taken}
         scheduled = sum(request.get_num_encoder_embeds(index) for index in taken)
-        for item in ready if tokens else ():
-            if item.index not in given or item.index in taken or item.digest in known:
+        for item in ready[: ready.index(ahead[-1]) + 1] if tokens and ahead else ():
+            taken_up = item.index in taken or item.digest in known
+            if taken_up or manager.check_and_update_cache(request, item.index):
                 continue
-            cached = manager.check_and_update_cache(request, item.index)
-            if cached or self._prompts.is_there(request, item):
-                continue
-            # The plan has seen to the budget, but not to what the cache has lost since.
-            if not manager.can_allocate(request, item.index, item.tokens, scheduled):
+            # Nothing is encoded ahead of what the cache has lost since the plan, or what must be
+            # loaded into it: the request would hold the room that it needs.
+            fits = manager.can_allocate(request, item.index, item.tokens, scheduled)
+            if item.index not in given or self._prompts.is_there(request, item) or not fits:
                 break
             items.append(item.index)
             known.add(item.digest)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.policies.scheduler.step_plan import Candidate, Item, Order, Rank, aged_after_s
+from vllm_mm_ext.policies.scheduler.step_plan import AGED_AFTER, Candidate, Item, Order, Rank
 
 # Seconds for which a look at a waiting request's caches stands: it takes time in proportion to the
 # length of the prompt.
@@ -30,11 +30,14 @@ class Need(NamedTuple):
         computed: Tokens that are computed, or found in the prefix cache.
         items: Items that must be encoded before the tokens after these can be.
         tokens: Encoder outputs of these.
+        until: Where the first item begins that another instance is encoding: nothing from there on
+            can be done yet. None without one.
     """
 
     computed: int
     items: tuple[Item, ...] = ()
     tokens: int = 0
+    until: int | None = None
 
 
 class Prompts:
@@ -48,20 +51,19 @@ class Prompts:
     Attributes:
         arrivals: Of all requests, by id.
         backlog: Encoder outputs that requests need, as far as each was last looked at.
-        stuck: Running requests that got nowhere in the last step, though they were granted
-            something.
     """
 
     def __init__(self, scheduler: Any, *, aging_s: float, plans_encoder: bool) -> None:
         self.arrivals: dict[str, Arrival] = {}
         self.backlog = 0
-        self.stuck: set[str] = set()
         self._scheduler = scheduler
-        self._aged_after_s = aged_after_s(aging_s)
+        self._aged_after_s = AGED_AFTER * aging_s
         self._plans_encoder = plans_encoder
         self._by_priority = scheduler.policy == SchedulingPolicy.PRIORITY
         self._clock: Callable[[], float] = lambda: scheduler._clock()
         self._came = 0
+        # Whether an item is being encoded by another instance; of the plugin's EC connector.
+        self._awaits = getattr(scheduler.ec_connector, "awaits", None)
         # Items of each request, and where each placeholder ends.
         self._media: dict[str, tuple[tuple[Item, ...], list[int]]] = {}
         # What was found for waiting requests, and when.
@@ -104,30 +106,27 @@ class Prompts:
         one = self.read(request, self._clock())
         return one._replace(aged=request.status == RequestStatus.PREEMPTED).rank
 
-    def read(
-        self, request: Any, now: float, *, failed: bool = False, last: bool = False
-    ) -> Candidate:
+    def read(self, request: Any, now: float, *, last: bool = False) -> Candidate:
         """A request as it is now.
 
         Args:
             request: vLLM's request.
             now: On the scheduler's clock.
-            failed: It was granted something, and vLLM could not let it in.
-            last: It was so in one of the last steps.
+            last: Of late vLLM could not do what it was granted.
         """
         key, need = request.request_id, self.need(request, now)
+        left = max(1, request.num_tokens - need.computed)
         return Candidate(
             key,
             self.arrivals[key].order,
             int(request.priority) if self._by_priority else 0,
             need.computed,
-            max(1, request.num_tokens - need.computed),
+            left if need.until is None else need.until - need.computed,
             need.items,
             need.tokens,
             bool(request.mm_features),
             request.status == RequestStatus.RUNNING,
             self.is_aged(request, now),
-            failed or key in self.stuck,
             last,
         )
 
@@ -146,6 +145,13 @@ class Prompts:
             if look is None or now - look[1] >= _FRESH_S:
                 look = self._looks[key] = self._read(request, self._found(request)), now
             need = look[0]
+            if need.until is not None:
+                # What is awaited comes at any time. Until the first of it is there, the request
+                # holds no slot.
+                need = self._read(request, need.computed)
+                items = self.items(request, need.computed)
+                if need.until is not None and need.until <= items[0].start:
+                    need = need._replace(until=need.computed)
         self.encodes(key, need.tokens)
         return need
 
@@ -178,9 +184,17 @@ class Prompts:
         return connector is not None and bool(connector.has_cache_item(item.digest))
 
     def _read(self, request: Any, computed: int) -> Need:
-        items = self.items(request, computed)
-        missing = tuple(item for item in items if not self.is_there(request, item))
-        return Need(computed, missing, sum(item.tokens for item in missing))
+        missing: list[Item] = []
+        until = None
+        awaits = self._awaits
+        for item in self.items(request, computed):
+            if self.is_there(request, item):
+                continue
+            if awaits is not None and awaits(request, item.index):
+                until = max(item.start, computed)
+                break
+            missing.append(item)
+        return Need(computed, tuple(missing), sum(item.tokens for item in missing), until)
 
     def _found(self, request: Any) -> int:
         """Tokens that need not be computed: they are in the prefix cache, or another node has them.

@@ -79,6 +79,11 @@ class ByteCache:
         entry = self._entries.get(key)
         return frozenset(entry.users) if entry is not None else frozenset()
 
+    def size(self, key: str) -> int | None:
+        """Bytes of an item; None if it is not cached."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.size
+
     def items(self) -> list[tuple[str, int, bool]]:
         """Key and size of each item, and whether somebody uses it."""
         return [(key, entry.size, bool(entry.users)) for key, entry in self._entries.items()]

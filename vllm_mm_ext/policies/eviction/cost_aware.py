@@ -83,7 +83,7 @@ class CostAware(Generic[K]):
         """Forget everything."""
         self._history.clear()
         self._cost_density: dict[K, float] = {}
-        self._evictable: SampledWorst[K] = SampledWorst(self._rank, random.Random(0))
+        self._evictable: SampledWorst[K] = SampledWorst(self.score, random.Random(0))
 
     def score(self, key: K) -> float:
         """The item's value density: recomputation that keeping it is expected to save now, per
@@ -100,7 +100,7 @@ class CostAware(Generic[K]):
 
     def order(self) -> Iterator[K]:
         """All items, lowest score first. O(n log n)."""
-        return iter(sorted(self._cost_density, key=self._rank))
+        return iter(sorted(self._cost_density, key=self.score))
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless items, candidates and limits agree; for tests."""
@@ -108,10 +108,6 @@ class CostAware(Generic[K]):
         self._history.check_integrity()
         assert len(self._evictable) == len(self._cost_density) == len(self._history)
         assert all(key in self._evictable and key in self._history for key in self._cost_density)
-
-    def _rank(self, key: K) -> tuple[float, int]:
-        rate, last = self._history.rate_and_last(key)
-        return self._cost_density[key] * rate, -last
 
     def _drop(self, key: K) -> None:
         self._evictable.remove(key)

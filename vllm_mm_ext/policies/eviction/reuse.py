@@ -19,11 +19,11 @@ _USES = [1.0, 2.0, *(3.0 * 2**octave for octave in range(_CLASSES - 2))]
 # Before anything is known: the chance of a reuse in an octave of age is the same in all, so that
 # what was used longer ago is used again later.
 _PRIOR = 0.3 / _WIDTHS
-# Reuses that all items must have at an age to weigh as much as what is known beforehand; a kind of
-# items, as much as what is known of all; and a class of uses, as much as its kind.
-_ALL, _KIND, _CLASS = 0.5, 1.0, 20.0
+# Reuses that all items must have at an age to weigh as much as what is known beforehand; and a kind
+# of items, as much as what is known of all.
+_ALL, _KIND = 0.5, 1.0
 # Reuses that are expected of a class before it weighs as much as the class below it.
-_FACTOR = 0.6
+_FACTOR = 2.0
 # Factors and rates by age are fitted in turns, and go on where the last lesson left them.
 _ROUNDS = 2
 # Uses after which a use weighs 1 / e.
@@ -69,10 +69,9 @@ class ReuseModel:
 
     An item's time at an age ends when the item is used again or given up. From these ends the model
     learns rates of reuse: a rate by age times a factor by kind and uses (proportional hazards; Cox,
-    J. R. Stat. Soc. B 34(2), 1972). From these depart the rates by age of a kind, and from the
-    kind's those of a class of uses, as far as they have been seen (gamma-Poisson shrinkage).
-    So the number of uses tells items of fixed popularity apart, and the time since the last use
-    tells conversations with think time apart.
+    J. R. Stat. Soc. B 34(2), 1972). From these depart the rates by age of a kind, as far as they
+    have been seen (gamma-Poisson shrinkage). So the number of uses tells items of fixed popularity
+    apart, and the time since the last use tells conversations with think time apart.
 
     The density of an item is the largest ratio, over all times to keep it at most that long, of
     its chance to be used to the time it is held for: the Gittins index of keeping it (Gittins, J.
@@ -147,7 +146,7 @@ class ReuseModel:
         self._ends = 0
 
     def _fit(self, lived: Table) -> None:
-        """Fit rates by age, factors by kind and uses, and what departs from both."""
+        """Fit rates by age, of all and of each kind, and factors by kind and uses."""
         reused, factors = self._reused, self._factors
         by_class = reused.sum(axis=-1)
         for _ in range(_ROUNDS):
@@ -163,8 +162,7 @@ class ReuseModel:
             # Rates have the level, factors tell apart: where nothing comes back, that is learnt of
             # the ages that were seen.
             factors *= (expected.sum() + 1e-9) / ((factors * expected).sum() + 1e-9)
-        prior = factors[..., None] * of_kind[:, None]
-        self._rates = (reused + _CLASS) / (lived + _CLASS / prior)
+        self._rates = factors[..., None] * of_kind[:, None]
 
     def _of(self, kind: int, by_uses: int) -> list[float]:
         found = self._densities.get((kind, by_uses))

@@ -116,18 +116,14 @@ class ReuseHistory(Generic[K]):
         self._ghosts.pop(key, None)
         self._items.pop(key, None)
 
-    def rate_and_last(self, key: K) -> tuple[float, int]:
-        """Reuses of an item that are expected per time it is kept, and the time of its last use.
+    def rate(self, key: K) -> float:
+        """Reuses of an item that are expected per time it is kept.
 
         Raises:
             KeyError: The item is unknown.
         """
         item = self._items[key]
-        return self._model.density(item.kind, item.uses, self._clock - item.last), item.last
-
-    def rate(self, key: K) -> float:
-        """The first of ``rate_and_last``."""
-        return self.rate_and_last(key)[0]
+        return self._model.density(item.kind, item.uses, self._clock - item.last)
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless items and limits agree; for tests."""

@@ -21,8 +21,7 @@ class SampledWorst(Generic[K]):
     """Members whose ranks change with time. Every operation takes constant time on average.
 
     Args:
-        rank: Tells a member's rank; the member of the lowest rank is the worst. Ranks of different
-            members differ.
+        rank: Tells a member's rank; the member of the lowest rank is the worst, of equal ones any.
         source: Of random numbers.
         drawn: Members drawn at a time; a set of so many is ranked exactly.
     """

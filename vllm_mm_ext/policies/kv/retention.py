@@ -7,9 +7,8 @@ used as often as the conversation has had turns.
 
 The piece of the lowest value goes first, from its end, and only after all pieces that follow it in
 prompts: without what comes before it no request finds a piece. Of a conversation the end goes first
-so, and then what is before, as all of it was used as often and at the same time. Pieces of equal
-value go in the order of last use, the latest first: before anything is known, something stays.
-Pinned pieces go last.
+so, and then what is before, as all of it was used as often and at the same time. Pinned pieces go
+last.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ from vllm_mm_ext.policies.eviction.sampled_worst import SampledWorst
 from vllm_mm_ext.policies.kv.pieces import Piece
 from vllm_mm_ext.policies.kv.sessions import Sessions
 
-# Text, text after media, and media, each without and with a session: how often such pieces come
-# back, relative to each other, as far as is known beforehand. Most text without a session is asked
-# once; who names a session means to go on.
-LEVELS = (0.2, 2.0, 1.0, 2.0, 1.0, 2.0)
-
+# Text, and media with the text after them, each without and with a session: how often such pieces
+# come back, relative to each other, as far as is known beforehand. Most text is asked once.
+LEVELS = (0.2, 0.2, 1.0, 1.0)
 
 # Pieces that are ranked at a time, as a step of the scheduler waits for them: half of the usual,
 # with which the replayed traffic loses nothing (``vllm-mm bench kv-replay``).
@@ -41,7 +38,7 @@ def kind_of(piece: Piece, *, session: bool) -> int:
         piece: The piece.
         session: Whether the request names its conversation.
     """
-    return 2 * (piece.with_media + (piece.content.identifier is not None)) + session
+    return 2 * piece.with_media + session
 
 
 @dataclass
@@ -163,8 +160,7 @@ class Retention:
             place.remove(piece)
             del self._saved[piece]
 
-    def _rank(self, piece: Piece) -> tuple[float, int, int]:
+    def _rank(self, piece: Piece) -> float:
         identifier = piece.content.identifier
         saved = self._saved[piece][identifier is not None and self.encoded(identifier)]
-        rate, last = self.history.rate_and_last(piece.key)
-        return saved * rate, -last, -piece.start
+        return saved * self.history.rate(piece.key)

@@ -19,11 +19,8 @@ LEAST_SHARE = 0.2
 # Share of a step that text may have before aged requests with media, which may be so many under an
 # overload of encoder work that text would not be answered any more.
 TEXT_SHARE = 0.5
-
-
-def aged_after_s(aging_s: float) -> float:
-    """Seconds after which a request is aged: later requests no longer pass it."""
-    return aging_s / 2
+# Share of ``aging_s`` after which a request is aged: later requests no longer pass it.
+AGED_AFTER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +56,7 @@ class Candidate(NamedTuple):
         media: Its prompt has mm items, encoded or not.
         running: It holds a slot.
         aged: No later request may pass it.
-        failed: It was granted something, and vLLM could not do it.
-        last: It was so in one of the last steps: all others go before it.
+        last: Of late vLLM could not do what it was granted: all others go before it.
     """
 
     key: str
@@ -73,7 +69,6 @@ class Candidate(NamedTuple):
     media: bool
     running: bool
     aged: bool
-    failed: bool = False
     last: bool = False
 
     @property
@@ -191,20 +186,9 @@ def plan(candidates: Sequence[Candidate], room: Room, times: StepTimes) -> StepP
         owed = min(needed, TEXT_SHARE * room.seconds)
     media_s = min(room.media_s, room.seconds - owed)
     giver = _Giver(room, times, sum(not one.running for one in aged))
-    for one in _behind_running(candidates):
+    for one in candidates:
         giver.give(one, media_s if one.media else room.seconds)
     return giver.plan
-
-
-def _behind_running(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates with those that hold slots before any that was granted something in vain.
-
-    What these lack may be in the hands of the others. No waiting request passes them for that.
-    """
-    first = next((n for n, one in enumerate(candidates) if one.failed), len(candidates))
-    behind = candidates[first:]
-    running = sorted((one for one in behind if one.running), key=lambda one: one.failed)
-    return [*candidates[:first], *running, *(one for one in behind if not one.running)]
 
 
 class _Giver:
@@ -257,8 +241,7 @@ class _Giver:
             fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
             tokens = encoding + sum(fresh.values())
             first = not (chosen or self._items)
-            count = len(fresh) + len(chosen)
-            if fresh and not self._encodes(tokens, count, seconds, first=first):
+            if fresh and not self._encodes(tokens, len(fresh) + len(chosen), seconds, first=first):
                 self._closed = True
                 break
             encoding = tokens
@@ -286,9 +269,8 @@ class _Giver:
     def _encodes(self, tokens: int, items: int, seconds: float, *, first: bool) -> bool:
         """Whether items of a request, those that it was given in this step included, fit."""
         room, plan = self._room, self.plan
-        if self._closed or plan.encoder_tokens + tokens > room.encoder_tokens:
-            return False
-        if self._items + items > room.items and not first:
+        many = self._items + items > room.items and not first
+        if self._closed or many or plan.encoder_tokens + tokens > room.encoder_tokens:
             return False
         encoding = self._times.seconds(tokens, 0)
         if encoding <= seconds - room.late_s:

@@ -17,10 +17,14 @@ from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.tools.bench.inprocess import measure
 from vllm_mm_ext.tools.bench.kv_bounds import informed, least_blocks, optimum, working_set
 from vllm_mm_ext.tools.bench.kv_costs import Costs
+from vllm_mm_ext.tools.bench.kv_generated import generated
 from vllm_mm_ext.tools.bench.kv_replay_pools import Replay, Replayed
+from vllm_mm_ext.tools.bench.kv_rules import RULES
 from vllm_mm_ext.tools.bench.kv_trace import TRACES, KVTrace
 
 ROOMS = (0.25, 0.5, 1.0)
+# Share of the best informed policy that is wanted.
+_BAR = 0.9
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ def run(
     traces: Sequence[Path] = (),
     rooms: Sequence[float] = ROOMS,
     encoded: bool = False,
+    seeds: range = range(0),
+    ablate: bool = False,
 ) -> BenchResult:
     """All traces in pools of all sizes.
 
@@ -82,41 +88,86 @@ def run(
         traces: Other traces, instead of those.
         rooms: Sizes of the pools, as shares of a trace's working set.
         encoded: Encoder outputs are held, so that KV saves prefill only.
+        seeds: Of generated traces of each kind, besides.
+        ablate: Also change every rule and constant of the plugin's value in turn.
     """
     files = list(traces) or [TRACES / f"{kind}.txt" for kind in kinds]
-    rows, notes, shares = [], [], []
-    with context.steps("kv-replay", len(files) * len(rooms)) as begin:
-        for file in files:
-            trace = KVTrace.read(file)
+    cases = [("", file.stem, KVTrace.read(file)) for file in files]
+    cases += [("generated ", str(kind), generated(kind, seed)) for seed in seeds for kind in kinds]
+    found: dict[tuple[str, str, float], list[Outcome]] = {}
+    notes, replays = [], []
+    count = len(cases) * len(rooms)
+    with context.steps("kv-replay", count * (1 + len(RULES) * ablate)) as begin:
+        for source, kind, trace in cases:
             for room in rooms:
-                name = f"{file.stem}, room for {room:g} of the working set"
+                name = f"{source}{kind}, room for {room:g} of the working set"
                 begin(name)
-                found = replay(trace, room, encoded=encoded)
-                if not found.optimum:
+                outcome = replay(trace, room, encoded=encoded)
+                if not outcome.optimum:
                     notes.append(f"{name}: nothing could be saved")
                     continue
-                rows.append(
-                    Row.of(
-                        name,
-                        "of optimum",
-                        stock=[found.stock.saved / found.optimum],
-                        plugin=[found.plugin.saved / found.optimum],
-                    )
-                )
-                notes.append(f"{name}: {_told(found)}")
-                shares.append(
-                    (found.plugin.saved / found.best, found.plugin.saved / found.stock.saved)
-                    if found.stock.saved
-                    else (found.plugin.saved / found.best, 1.0)
-                )
-    if shares:
-        to_best, to_stock = (min(each) for each in zip(*shares, strict=True))
-        mean = sum(share for share, _ in shares) / len(shares)
-        notes.append(
-            f"plugin over the best informed policy: {mean:.3f} on average, {to_best:.3f} at worst; "
-            f"over stock at worst {to_stock:.3f}"
+                found.setdefault((source, kind, room), []).append(outcome)
+                replays.append((trace, outcome))
+                if not source:
+                    notes.append(f"{name}: {_told(outcome)}")
+        for source in dict.fromkeys(key[0] for key in found):
+            outcomes = [one for key, own in found.items() if key[0] == source for one in own]
+            shares = _Shares.of(outcomes, [one.plugin.saved for one in outcomes])
+            notes.append(f"{source or 'recorded '}traces: {shares}")
+        for rule, changed in RULES.items() if ablate and replays else ():
+            saved = []
+            for trace, outcome in replays:
+                begin(rule)
+                with changed():
+                    again = Replay(trace, outcome.blocks, KVSettings(), lambda _: encoded).run()
+                saved.append(again.saved)
+            outcomes = [one for _, one in replays]
+            before = _Shares.of(outcomes, [one.plugin.saved for one in outcomes])
+            after = _Shares.of(outcomes, saved)
+            notes.append(f"{rule}: {after}; on average {after.mean - before.mean:+.3f}")
+    rows = [
+        Row.of(
+            f"{source}{kind}, room for {room:g} of the working set",
+            "of optimum",
+            stock=[one.stock.saved / one.optimum for one in outcomes],
+            plugin=[one.plugin.saved / one.optimum for one in outcomes],
         )
+        for (source, kind, room), outcomes in found.items()
+    ]
     return BenchResult("kv-replay", rows, notes)
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """What a pool saves over many traces, as shares of the best informed policy and of stock."""
+
+    mean: float
+    worst: float
+    below_bar: int
+    over_stock: float
+    below_stock: int
+    count: int
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], saved: Sequence[float]) -> _Shares:
+        pairs = list(zip(outcomes, saved, strict=True))
+        known = [own / one.best for one, own in pairs]
+        stock = [own / one.stock.saved for one, own in pairs if one.stock.saved] or [1.0]
+        return cls(
+            sum(known) / len(known),
+            min(known),
+            sum(share < _BAR for share in known),
+            min(stock),
+            sum(share < 1 - 1e-9 for share in stock),
+            len(known),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:.3f} of the best informed policy on average, {self.worst:.3f} at worst, "
+            f"{self.below_bar} of {self.count} below {_BAR}; {self.over_stock:.3f} of stock at "
+            f"worst, {self.below_stock} below it"
+        )
 
 
 def _told(found: Outcome) -> str:

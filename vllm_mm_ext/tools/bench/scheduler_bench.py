@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vllm_mm_ext.tools.bench.commands import TrafficKind
@@ -25,7 +26,7 @@ from vllm_mm_ext.tools.bench.scheduler_traffic import KINDS, TRACES, Arrival, Tr
 
 SEEDS = 20
 # Stock encodes a video in one piece; the plugin makes items of so many tokens of it.
-SEGMENT_TOKENS = 64
+ITEM_TOKENS = 64
 _TEXT_PROMPT = 192
 # The plugin's target between tokens: so many times what a lone text waits for its first token.
 _TARGET_OF_TEXT = 1.4
@@ -102,6 +103,7 @@ def _itl_p99(found: Outcome, _alone: Outcome) -> float:
 
 def _text_and_videos(kind: TrafficKind) -> Iterator[Figure]:
     yield Figure(kind, "text ITL p99", "ms", _itl_p99)
+    yield Figure(kind, "text ITL, longest", "ms", lambda found, _: 1e3 * max(found.itl()))
     yield Figure(
         kind,
         "text ITL p99 over text alone",
@@ -148,7 +150,14 @@ def target_ms(costs: StepCosts) -> float:
     return 1e3 * _TARGET_OF_TEXT * costs.of(prompts=1, prefill=_TEXT_PROMPT, pairs=pairs)
 
 
-def play(trace: Trace, costs: StepCosts, *, plugin: bool, target: float) -> Outcome:
+def play(
+    trace: Trace,
+    costs: StepCosts,
+    *,
+    plugin: bool,
+    target: float,
+    item_tokens: int = ITEM_TOKENS,
+) -> Outcome:
     """Let a scheduler serve a trace.
 
     Args:
@@ -156,6 +165,7 @@ def play(trace: Trace, costs: StepCosts, *, plugin: bool, target: float) -> Outc
         costs: What steps cost.
         plugin: The plugin's scheduler instead of vLLM's.
         target: Its ``target_itl_ms``.
+        item_tokens: Tokens of the items that it makes of videos.
     """
     largest = max(one.video for one in trace.requests)
     shape = EngineShape(
@@ -175,7 +185,7 @@ def play(trace: Trace, costs: StepCosts, *, plugin: bool, target: float) -> Outc
             build_request(
                 str(number),
                 text=one.text,
-                items=_items(one.video, segmented=plugin),
+                items=_items(one.video, item_tokens if plugin else one.video),
                 answer=one.answer,
                 priority=one.priority,
             ),
@@ -187,11 +197,8 @@ def play(trace: Trace, costs: StepCosts, *, plugin: bool, target: float) -> Outc
     return Outcome(trace.requests, timings)
 
 
-def _items(tokens: int, *, segmented: bool) -> list[int]:
-    if not segmented:
-        return [tokens] if tokens else []
-    whole, rest = divmod(tokens, SEGMENT_TOKENS)
-    return [SEGMENT_TOKENS] * whole + ([rest] if rest else [])
+def _items(tokens: int, each: int) -> list[int]:
+    return [min(each, tokens - start) for start in range(0, tokens, max(1, each))]
 
 
 class Runs:
@@ -200,26 +207,27 @@ class Runs:
     Args:
         traces: Traces by kind.
         costs: What steps cost.
+        item_tokens: Tokens of the items that the plugin makes of videos.
     """
 
-    def __init__(self, traces: dict[TrafficKind, list[Trace]], costs: StepCosts) -> None:
+    def __init__(
+        self, traces: dict[TrafficKind, list[Trace]], costs: StepCosts, item_tokens: int
+    ) -> None:
         self.figures = [figure for figure in FIGURES if figure.kind in traces]
         self._traces = traces
-        self._costs = costs
+        self._play = partial(play, costs=costs, target=target_ms(costs), item_tokens=item_tokens)
 
     def of(self, *, plugin: bool, begin: Callable[[str], None]) -> dict[Figure, list[float]]:
         """Every figure, for each trace of its kind."""
         found: dict[Figure, list[float]] = {figure: [] for figure in self.figures}
-        target = target_ms(self._costs)
         for kind, traces in self._traces.items():
             figures = [figure for figure in self.figures if figure.kind == kind]
             for trace in traces:
                 begin(kind)
-                outcome = play(trace, self._costs, plugin=plugin, target=target)
+                outcome = self._play(trace, plugin=plugin)
                 alone = outcome
                 if any(figure.alone for figure in figures):
-                    texts = trace.texts()
-                    alone = play(texts, self._costs, plugin=plugin, target=target)
+                    alone = self._play(trace.texts(), plugin=plugin)
                 for figure in figures:
                     share = 1 / trace.aging_s if figure.unit == "ratio" and not figure.alone else 1
                     found[figure].append(share * figure.value(outcome, alone))
@@ -233,6 +241,7 @@ def run(
     kinds: Sequence[TrafficKind] = tuple(TrafficKind),
     trace: Path | None = None,
     costs: Path = MEASURED,
+    item_tokens: int = ITEM_TOKENS,
     ablate: bool = False,
 ) -> BenchResult:
     """Both sides on the same traffic.
@@ -243,6 +252,7 @@ def run(
         kinds: Kinds of traffic.
         trace: A trace to be served instead; it is told by what is in it which figures there are.
         costs: What steps cost.
+        item_tokens: Tokens of the items that the plugin makes of videos.
         ablate: Also switch every rule of the plugin's scheduler off in turn.
     """
     prices = StepCosts.read(costs)
@@ -251,7 +261,7 @@ def run(
         traces = {_kind_of(chosen): [chosen]}
     else:
         traces = {kind: [trace_of(kind, seed, prices) for seed in range(seeds)] for kind in kinds}
-    runs = Runs(traces, prices)
+    runs = Runs(traces, prices, item_tokens)
     total = sum(map(len, traces.values()))
     with context.steps("scheduler", total * (2 + len(RULES) * ablate)) as begin:
         stock = runs.of(plugin=False, begin=lambda kind: begin(f"stock, {kind}"))
@@ -263,7 +273,7 @@ def run(
         notes = [
             f"{seeds if trace is None else 1} traces of each kind; medians, and the spread over "
             f"traces; target_itl_ms {target_ms(prices):.0f}",
-            f"the plugin's videos come as items of {SEGMENT_TOKENS} tokens, stock's as one each",
+            f"the plugin's videos come as items of {item_tokens} tokens, stock's as one each",
         ]
         notes += _worst(runs.figures, stock, plugin)
         waits = [value for f in runs.figures if f.kind is TrafficKind.aging for value in plugin[f]]

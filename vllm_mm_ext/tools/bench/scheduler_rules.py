@@ -14,6 +14,7 @@ from vllm_mm_ext.policies.scheduler import step_plan, step_times
 # Constants, and what each is set to: without it where that can be, less, and more.
 _CONSTANTS: tuple[tuple[str, Any, str, tuple[float, ...]], ...] = (
     ("least share of prompts", step_plan, "LEAST_SHARE", (0.01, 0.1, 0.4)),
+    ("share of aging_s after which a request is aged", prompts, "AGED_AFTER", (0.25, 1.0)),
     ("text before aged media", step_plan, "TEXT_SHARE", (0.0, 0.25, 1.0)),
     ("half-life of prices", step_times, "HALF_LIFE_TOKENS", (2048, 8192)),
     ("weight of the newest step", step_times, "_NEWEST", (0.05, 0.2)),
@@ -50,8 +51,14 @@ def _room(**changes: Any) -> Iterator[None]:
         yield
 
 
-def _aged_after(share: float) -> Callable[[float], float]:
-    return lambda aging_s: share * aging_s
+def _nothing_closes() -> AbstractContextManager[None]:
+    give = step_plan._Giver.give
+
+    def reopened(self: Any, *args: Any) -> None:
+        self._closed = False
+        give(self, *args)
+
+    return _set(step_plan._Giver, "give", reopened)
 
 
 RULES: dict[str, Callable[[], AbstractContextManager[None]]] = {
@@ -60,12 +67,11 @@ RULES: dict[str, Callable[[], AbstractContextManager[None]]] = {
         for name, owner, attribute, values in _CONSTANTS
         for value in values
     },
-    "aged after a quarter": partial(_set, prompts, "aged_after_s", _aged_after(0.25)),
-    "aged after all of it": partial(_set, prompts, "aged_after_s", _aged_after(1.0)),
     "no going last": partial(_candidates, last=False),
-    "running not before failed": partial(_set, step_plan, "_behind_running", list),
     "no slots for text": partial(_room, reserved=0),
     "no slots kept for aged": partial(_room, most_kept=0),
     "no making up for large items": partial(_room, late_s=0.0),
+    "no single item to learn from": partial(_set, step_times.StepTimes, "knows_encoder", True),
+    "items slip past those without room": _nothing_closes,
     "target whatever the spread": partial(_set, step_times.StepTimes, "encoder_spread", 0.0),
 }
