@@ -182,6 +182,13 @@ class RequestOptions(Options):
         description="Answers from all of a long video, window by window; `{}`: as configured, "
         "null: the server's default.",
     )
+    key: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="What routers send the request by ([fleet.md](fleet.md)), any name; null: its "
+        "first medium. All routes take it, and it changes no answer.",
+    )
 
     @model_validator(mode="before")
     @classmethod

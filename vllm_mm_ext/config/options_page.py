@@ -48,6 +48,8 @@ that lists them.
 | `/v1/embeddings` and vLLM's other pooling routes | as chat | a 400; the server's settings apply |
 | `/v1/messages*`, `/cohere/v2/chat` | images | a 400; the server's settings apply |
 
+Every route takes a block with `key` alone, which tells routers where the request goes.
+
 `/tokenize` fetches and plans the videos of a conversation as a chat completion without a block
 would, so its count is that completion's.
 
@@ -144,11 +146,14 @@ later ends the stream with an event that holds the same `error`.
 
 | status | cause | send it again? |
 | --- | --- | --- |
-| 400 | A URL, a data URL or an option is malformed or not allowed here, or the prompt does not \
-fit the model's context. | no |
+| 400 | A URL, a data URL or an option is malformed or not allowed here, media that a `uuid` \
+names are not held here, or the prompt does not fit the model's context. | no; with the media |
+| 409 | Only at encoder instances ([fleet-encoders.md](fleet-encoders.md)): the server that asks \
+makes other segments. | no |
 | 410 | The operator took the media down meanwhile ([admin.md](admin.md)). | no |
 | 413 | The media has more bytes, pixels, frames or seconds than a limit. | no; less of it |
 | 415 | The format is none that is taken: pictures, subtitles. | no |
+| 421 | The server is an encoder instance, which answers nothing. | at an engine, or the router |
 | 422 | The URL names no file, or its origin answers 4xx; the file is no media, damaged, without \
 the stream asked for, takes too long to decode, or makes the decoder crash. | no |
 | 500 | The server's own fault; its log has the cause. | no |

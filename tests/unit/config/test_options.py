@@ -141,3 +141,12 @@ def test_static_tokens_of_a_trained_model_are_reduced_where_its_own_grid_is_left
 @given(kept)
 def test_nothing_is_left_of_nothing(reduction: Reduction) -> None:
     assert reduction.count(0, 4, 4) == 0
+
+
+def test_every_route_takes_a_route_key_which_changes_no_option() -> None:
+    assert read_options({"key": "asset 7", "fps": 2}) == read_options({"fps": 2})
+    refuse_options({"key": "asset 7"}, "/v1/completions")
+    with pytest.raises(OptionError, match=r"mm_ext\.key"):
+        refuse_options({"key": ""}, "/v1/completions")
+    with pytest.raises(OptionError, match="takes no mm_ext"):
+        refuse_options({"key": "asset 7", "fps": 2}, "/v1/completions")
