@@ -11,6 +11,7 @@ from front import opened
 
 from vllm_mm_ext.adapters.planning.loading import CannotPlanError
 from vllm_mm_ext.adapters.planning.planner import Planner, Wishes
+from vllm_mm_ext.planner.delivery import Delivery
 from vllm_mm_ext.planner.gpu_facts import gpu_of
 from vllm_mm_ext.planner.plan import Site
 from vllm_mm_ext.planner.plan_yaml import plan_yaml
@@ -73,3 +74,16 @@ def test_what_no_server_takes_is_refused_with_the_limit(workload: Workload, word
     planner = planner_of("qwen2_5_vl")
     with pytest.raises(CannotPlanError, match=words):
         planner.plan(workload, site_of(planner), Wishes())
+
+
+def test_videos_are_counted_in_segments_of_the_configured_size() -> None:
+    small = Planner(str(checkpoint("qwen2_5_vl")), settings={"segments": {"tokens": 64}})
+    workload = Workload((Video(16.0, 2.0, 320, 240, source_fps=10.0, sound=False),))
+    items, tokens = [], []
+    for planner in (planner_of("qwen2_5_vl"), small):
+        delivery = Delivery(32, reduction=planner.default_reduction)
+        counted = planner.counter.request(workload, delivery)
+        items.append(len(counted.media[0].items))
+        tokens.append(counted.prompt)
+    assert items[1] > items[0]
+    assert tokens[1] >= tokens[0]

@@ -38,6 +38,8 @@ _GPU_SHARE = 0.9
 # the buffers of NCCL as well. vLLM measures them when it starts.
 _CUDA_BYTES = round(1.6 * GIB)
 _NCCL_BYTES = round(1.0 * GIB)
+# Of a worker's memory on the host, beside what a process without a GPU takes. Not measured.
+_CUDA_HOST_GIB = 4
 _GPU_BLOCK, _CPU_BLOCK = 16, 32
 # What a core and a worker on a CPU load and allocate for their first requests, beside the process
 # that has loaded vLLM (``vllm-mm bench plan-memory``).
@@ -90,6 +92,30 @@ class Server:
     frame_multiple: int
     hears_video: bool
     largest_item: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a container is to be given.
+
+    Attributes:
+        memory_gib: Limit of its memory in GiB, ``/dev/shm`` included: a quarter more than the plan
+            counts, for decode workers (0.1 GB each for 720p, 0.2 for 1080p) and Python, and for
+            each GPU an allowance for what CUDA takes on the host.
+        shm_gib: Size of ``/dev/shm`` in GiB: the host tier of the encoder cache, and 1 GiB for
+            the queues of vLLM's processes.
+        cores: CPU cores.
+    """
+
+    memory_gib: int
+    shm_gib: int
+    cores: int
+
+    def __str__(self) -> str:
+        return (
+            f"A container needs {self.memory_gib} GiB of memory, of which /dev/shm may take "
+            f"{self.shm_gib} GiB, and {self.cores} cores."
+        )
 
 
 @dataclass(frozen=True)
@@ -179,6 +205,14 @@ class Plan:
         ]
         # vLLM starts an API server for each replica, each with caches of its own.
         return tuple(replace(part, num_bytes=part.num_bytes * site.dp) for part in each)
+
+    @property
+    def container(self) -> Container:
+        """What a container that serves all replicas is to be given."""
+        site = self.site
+        each, shm = (1, 0) if site.gpu.is_cpu else (_CUDA_HOST_GIB, self.host_tier_bytes * site.dp)
+        memory = 1.25 * total(self.host) / GIB + each * site.tp * site.dp
+        return Container(math.ceil(memory), math.ceil(shm / GIB + 1.0), site.cores)
 
     @property
     def fits(self) -> bool:

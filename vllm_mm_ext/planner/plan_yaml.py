@@ -133,6 +133,7 @@ def _head(page: _Page, plan: Plan, command: str, file_name: str) -> None:
         f"{' on each GPU' if site.tp > 1 else ''}. Planned are {plan.workload.concurrency} at a "
         f"time; the KV cache holds {plan.concurrency_that_fits}."
     )
+    page.say(str(plan.container))
 
 
 def _machine(plan: Plan) -> str:

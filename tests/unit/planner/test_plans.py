@@ -189,6 +189,19 @@ def test_on_gpus_the_memory_of_the_machine_has_every_process_and_cache_of_each_r
     assert "memory of the machine" in problem
 
 
+def test_a_container_gets_more_than_the_plan_counts_and_shared_memory_for_the_host_tiers():
+    workload = Workload((Video(20),), concurrency=8)
+    for gpus in (1, 2, 4):
+        plan = planned(replace(site("h100-80gb"), dp=gpus, cores=16 * gpus), workload)
+        needed = plan.container
+        assert needed.memory_gib * GIB >= 1.25 * sum(part.num_bytes for part in plan.host)
+        assert needed.memory_gib > needed.shm_gib
+        assert needed.shm_gib * GIB >= gpus * plan.host_tier_bytes + GIB
+        assert needed.cores == 16 * gpus
+    # Without a GPU workers keep the host tier in memory of their own.
+    assert planned(site("cpu"), workload).container.shm_gib == 1
+
+
 def test_replicas_share_the_requests():
     workload = Workload((Video(20),), concurrency=9)
     plan = planned(replace(site("h100-80gb"), dp=2), workload)

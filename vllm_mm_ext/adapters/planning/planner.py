@@ -15,6 +15,7 @@ from vllm_mm_ext.adapters.planning.model_sizes import model_facts
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.planner.delivery import MAX_FRAMES, Delivery, frames_asked
+from vllm_mm_ext.planner.gpu_facts import GpuFacts
 from vllm_mm_ext.planner.levers import Lever, levers
 from vllm_mm_ext.planner.model_facts import ModelFacts
 from vllm_mm_ext.planner.model_folder import model_folder
@@ -23,6 +24,8 @@ from vllm_mm_ext.planner.workload import Workload
 
 # Families whose frames have sizes of their own.
 _RESIZABLE = ("qwen_vl", "qwen3_vl")
+# A little above what a process on a CPU takes that has loaded vLLM and the code of a model.
+_GPU_SERVER_PROCESS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Planner:
         model: Folder of the model's files, a ``config.json`` in it, or a name on the hub.
         name: What to call it in the written file; None for ``model``.
         mm_processor_kwargs: vLLM's ``--mm-processor-kwargs``.
+        settings: The plugin's settings, ``additional_config.mm_ext``, where they are no defaults.
 
     Raises:
         ModelFilesError: Files are missing.
@@ -61,20 +65,31 @@ class Planner:
         *,
         name: str | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.mm_processor_kwargs = dict(mm_processor_kwargs or {})
-        self.settings = MMExtConfig()
+        given = dict(settings or {})
+        self.settings = MMExtConfig.from_additional_config({"mm_ext": given})
         self.loaded: LoadedModel = load(
             model_folder(model),
             context=None,
             mm_processor_kwargs=self.mm_processor_kwargs,
-            settings={},
+            settings=given,
         )
         check_countable(name or model, self.loaded)
         self.facts: ModelFacts = model_facts(name or model, self.loaded)
         # After loading, as the processes of a server are when they have loaded the same.
         self.process_bytes: int = psutil.Process(os.getpid()).memory_info().rss
         self.counter = RequestCounter(self.loaded, self.facts, max_audio_s=_max_audio_s())
+
+    def process_bytes_on(self, gpu: GpuFacts) -> int:
+        """Memory of a process of the server before it serves.
+
+        Args:
+            gpu: What the model runs on. For a GPU, which this machine need not have, the same is
+                said everywhere; an allowance for each GPU comes on top.
+        """
+        return self.process_bytes if gpu.is_cpu else _GPU_SERVER_PROCESS
 
     @property
     def default_reduction(self) -> Reduction:

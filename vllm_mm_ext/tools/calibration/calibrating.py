@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,11 @@ class Model:
 
     def __init__(self, name: str, setting: Setting) -> None:
         from vllm_mm_ext.adapters.planning.planner import Planner
-        from vllm_mm_ext.config.root import MMExtConfig
 
-        self.planner = Planner(name, mm_processor_kwargs=setting.mm_processor_kwargs)
-        config = MMExtConfig.from_additional_config({"mm_ext": setting.settings})
-        sampling = config.media.sampling
+        self.planner = Planner(
+            name, mm_processor_kwargs=setting.mm_processor_kwargs, settings=setting.settings
+        )
+        sampling = self.planner.settings.media.sampling
         self._delivery = Delivery(
             sampling.max_frames,
             sampling.min_frames,
@@ -185,13 +186,16 @@ def on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def calibrate(name: str, folder: Path, setting: Setting) -> Calibration:
+def calibrate(
+    name: str, folder: Path, setting: Setting, env: Mapping[str, str] | None = None
+) -> Calibration:
     """Measure a model on this machine.
 
     Args:
         name: Its name or path.
         folder: Where media files are kept.
         setting: How it is served.
+        env: More environment variables of the server.
 
     Returns:
         What was measured.
@@ -203,7 +207,8 @@ def calibrate(name: str, folder: Path, setting: Setting) -> Calibration:
     """
     model = Model(name, setting)
     arguments = server_arguments(model, setting)
-    with timed_server(name, folder, arguments, {"mm_ext": setting.settings}) as (server, log):
+    config = {"mm_ext": setting.settings}
+    with timed_server(name, folder, arguments, config, env) as (server, log):
         hears = model.planner.loaded.traits.hears_video
         limits = Limits(model.modalities, bool(hears), setting.context, min(_SLOTS, setting.slots))
         seen = asyncio.run(observe(server, log, folder, limits, model.tokens_of))

@@ -85,6 +85,7 @@ def timed_server(
     folder: Path,
     arguments: Sequence[str],
     additional_config: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Server, Path]]:
     """A server that logs its steps; it ends with the block.
 
@@ -93,6 +94,7 @@ def timed_server(
         folder: Where media files are, which the server may read.
         arguments: More arguments of ``vllm serve``.
         additional_config: Its ``--additional-config``.
+        env: More environment variables.
 
     Yields:
         The server and its log.
@@ -107,7 +109,7 @@ def timed_server(
                 *("--scheduler-cls", _SCHEDULER),
                 *("--allowed-local-media-path", str(folder.absolute())),
             ],
-            env={LOG_VARIABLE: str(log)},
+            env={**(env or {}), LOG_VARIABLE: str(log)},
             additional_config=additional_config,
             timeout_s=1800,
             enforce_eager=False,

@@ -28,7 +28,6 @@ from vllm_mm_ext.planner.workload import (
 
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.planning.planner import Planner
-    from vllm_mm_ext.planner.calibration_file import Calibration
     from vllm_mm_ext.planner.plan import Plan
     from vllm_mm_ext.tools.cli.plan_tables import Expected
 
@@ -170,7 +169,7 @@ def plan(
             dp=dp,
             host_memory=host,
             cores=cores or (os.cpu_count() if chosen.is_cpu else None) or _SERVER_CORES,
-            process_bytes=planner.process_bytes,
+            process_bytes=planner.process_bytes_on(chosen),
         )
         made = planner.plan(workload, site, Wishes(context, max_frames, resolution, reduce))
         expected = (
@@ -186,25 +185,17 @@ def _expected(
 ) -> Expected | None:
     """What clients see, and where that is from; None where nothing tells what work costs."""
     from vllm_mm_ext.adapters.planning.estimates import estimate_plan
-    from vllm_mm_ext.planner.calibration_file import read
     from vllm_mm_ext.planner.host_work import host_work
-    from vllm_mm_ext.planner.roofline import roofline
+    from vllm_mm_ext.tools.cli.plan_rates import RatesError, chosen_rates
     from vllm_mm_ext.tools.cli.plan_tables import Expected
 
-    if calibration is not None:
-        try:
-            measured = read(calibration)
-        except (OSError, ValueError) as error:
-            _fail(f"--calibration {calibration}: {error}")
-        _check_calibration(measured, model, made)
-        rates = measured.rates
-        by = f"{measured.model} on {measured.machine}, {measured.date}"
-        source = f"by `vllm-mm calibrate` with {by}"
-    else:
-        bound = roofline(planner.facts, made.site.gpu, made.site.tp)
-        if bound is None:
-            return None
-        rates, source = bound, "from the GPU's data sheet; `vllm-mm calibrate` measures"
+    try:
+        chosen = chosen_rates(planner.facts, model, made.site.gpu, made.site.tp, calibration)
+    except RatesError as error:
+        _fail(str(error))
+    if chosen is None:
+        return None
+    rates, source = chosen
     if not made.fits:
         return None
     found = estimate_plan(planner.loaded.config, made, rates)
@@ -215,20 +206,6 @@ def _expected(
         for each in (rates.low, rates.middle, rates.high)
     ]
     return Expected(found, source, per_hour, (decode[0], decode[1], decode[2]))
-
-
-def _check_calibration(measured: Calibration, model: str, made: Plan) -> None:
-    """Refuse rates of other hardware; tell of those of another model."""
-    gpu, tp = made.site.gpu, made.site.tp
-    was = f"--calibration: it is of {measured.model} on {measured.device} with tp {measured.tp}"
-    if (measured.device.lower() == "cpu") != gpu.is_cpu or measured.tp != tp:
-        _fail(f"{was}, the plan is for {gpu.title} with tp {tp}")
-    known = gpu.bf16_flops is not None
-    other_gpu = known and gpu.name.partition("-")[0] not in measured.device.lower()
-    if other_gpu or measured.model not in (model, made.facts.name):
-        console = Console(stderr=True)
-        other = f"{was}, the plan is for {made.facts.name} on {gpu.title}: estimates may be far off"
-        console.print(f"[yellow]{escape(other)}[/]", highlight=False, soft_wrap=True)
 
 
 def _command(model: str, name: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -91,6 +91,7 @@ def show_plan(
         console.print(_memory("memory of the API server", plan.front.memory))
     else:
         console.print(_memory("memory of the machine", plan.host))
+    console.print(str(plan.container), highlight=False, style="dim")
     if expected is not None:
         console.print(_estimates(expected))
         console.print(f"Estimates are {expected.source}.", highlight=False, style="dim")
@@ -265,6 +266,7 @@ def as_dict(plan: Plan, found: Sequence[Lever], expected: Expected | None) -> di
             "api_server": {part.name: part.num_bytes for part in plan.front.memory},
             "machine": sum(part.num_bytes for part in plan.host),
         },
+        "container": asdict(plan.container),
         "estimate": None
         if expected is None
         else {
