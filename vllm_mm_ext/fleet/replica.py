@@ -1,0 +1,288 @@
+"""A simulated replica, and a simulated encoder instance: front-end, caches and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vllm_mm_ext.fleet.encoder_outputs import EncoderOutputs
+from vllm_mm_ext.fleet.fluid_engine import Ended, FluidEngine, PromptWork
+from vllm_mm_ext.fleet.front import Front
+from vllm_mm_ext.fleet.prompt_cache import Held, Prompt, PromptCache
+from vllm_mm_ext.fleet.shapes import MediumCosts, ReplicaShape
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What a session's prompts hold by now.
+
+    Attributes:
+        number: The session's.
+        media: Number, kind and end in the prompt of each medium.
+        tokens: Tokens of the prompt so far: what was asked, and all answers.
+        head_tokens: Tokens of the first medium, if it stands at the beginning.
+        media_tokens: Tokens of all media.
+        head: Name of that medium; "" without one.
+        keys: What the KV of it, and of what follows, is known by.
+    """
+
+    number: int
+    media: list[tuple[int, int, int]] = field(default_factory=list)
+    tokens: int = 0
+    head_tokens: int = 0
+    media_tokens: int = 0
+    head: str = ""
+    keys: tuple[bytes, bytes] = (b"", b"")
+
+    def say(self, media: int, kind: int, media_tokens: int, text: int) -> None:
+        """Add what a request brings.
+
+        Args:
+            media: Number of its medium; -1: none.
+            kind: The medium's kind.
+            media_tokens: Its tokens.
+            text: Tokens of text.
+        """
+        if not self.tokens:
+            if media >= 0:
+                self.head, self.head_tokens = str(media), media_tokens
+            self.keys = self.head.encode(), f"{self.number} after {self.head}".encode()
+        if media >= 0:
+            self.media.append((media, kind, self.tokens + media_tokens))
+            self.tokens += media_tokens
+            self.media_tokens += media_tokens
+        self.tokens += text
+
+    def prompt(self, output: int, *, kept: bool = True) -> Prompt:
+        """The prompt as it is now.
+
+        Args:
+            output: Tokens of its answer.
+            kept: Later prompts have the answer as it was written.
+        """
+        return Prompt(
+            self.number, self.head, self.head_tokens, self.tokens, output, kept, *self.keys
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A request on its way.
+
+    Attributes:
+        talk: Its conversation.
+        prompt: Its prompt.
+        sent: When its client sent it.
+        first: It begins a conversation.
+        live: It belongs to a live session.
+        last: No request of the session follows.
+        measured: It counts for the figures.
+        replica: Where it is; -1: nowhere.
+        attempt: How often it was sent.
+        told: Its client has the first token.
+        found: Tokens of the prompt that were cached, by the last attempt.
+        encoded_tokens: Tokens of its media that were encoded for it, by the last attempt.
+        held: What it has of the KV cache.
+    """
+
+    talk: Conversation
+    prompt: Prompt
+    sent: float
+    first: bool
+    live: bool
+    last: bool
+    measured: bool
+    replica: int = -1
+    attempt: int = 0
+    told: bool = False
+    found: int = 0
+    encoded_tokens: int = 0
+    held: Held | None = None
+
+
+class Replica:
+    """An engine with its API server.
+
+    Args:
+        shape: What it has room for, and what work costs.
+        kinds: The kinds of media.
+        encodes: It encodes itself; otherwise encoder instances have done so for it.
+
+    Attributes:
+        running: Requests that it has, from their coming on.
+    """
+
+    def __init__(
+        self, shape: ReplicaShape, kinds: Sequence[MediumCosts], *, encodes: bool = True
+    ) -> None:
+        self._shape, self._kinds, self._encodes = shape, kinds, encodes
+        self.running: dict[Running, None] = {}
+        self._busy_s = 0.0
+        self._decodes = 0
+        self._start()
+
+    def _start(self) -> None:
+        shape = self._shape
+        self._front = Front(shape.rates.host, shape.decode_workers, shape.decoded_bytes)
+        self._outputs = EncoderOutputs(max(shape.device_bytes, shape.host_bytes))
+        self._cache = PromptCache(shape.kv_blocks, shape.block_size, shape.hidden_size)
+        self._cache.retention.encoded = self._outputs.holds
+        self._engine: FluidEngine[Running] = FluidEngine(
+            shape.rates.step, shape.slots, shape.step_tokens, self._admit
+        )
+
+    @property
+    def busy_s(self) -> float:
+        """How long the engine's steps have run."""
+        return self._busy_s + self._engine.busy_s
+
+    @property
+    def decodes(self) -> int:
+        """Media decoded."""
+        return self._decodes + self._front.decodes
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether a prompt is not too long."""
+        return self._cache.fits(prompt)
+
+    def receive(self, now: float, request: Running) -> float:
+        """Read a request with its media; returns when the engine gets it."""
+        ready = read = self._front.request(now)
+        media = request.talk.media
+        # What came before in a live session is part of the session.
+        for number, kind, _ in media[-1:] if request.live else media:
+            ready = max(ready, self._front.medium(read, number, self._kinds[kind]))
+        return ready
+
+    def lacking(self, request: Running) -> list[tuple[int, int]]:
+        """Number and kind of the media whose outputs a request will need and nobody has here."""
+        return self._lacking(request, self._cache.found(request.prompt))
+
+    def _lacking(self, request: Running, found: int) -> list[tuple[int, int]]:
+        lacking = []
+        for media, kind, end in reversed(request.talk.media):
+            if end <= found:
+                break
+            if not self._outputs.holds(str(media)):
+                lacking.append((media, kind))
+        return lacking
+
+    def arrive(self, now: float, request: Running) -> None:
+        """A request reaches the engine."""
+        found = self._cache.found(request.prompt)
+        encoding = 0.0
+        if self._encodes:
+            encoding = sum(self._kinds[kind].encode_s for _, kind in self._lacking(request, found))
+        # One that is to be encoded passes one that is under way only if half as much is left of it.
+        rank = 2 * (self._prefill_s(request.prompt, found) + encoding)
+        rank = rank if encoding else rank / 2
+        self._engine.add(now, request, request.prompt.tokens, request.prompt.output, rank)
+
+    def next_event(self) -> float:
+        """When something happens next; infinity if nothing will."""
+        return self._engine.next_event()
+
+    def run(self, now: float) -> Ended[Running]:
+        """Go on to a time, not after ``next_event``; says who got a first token or an answer."""
+        ended = self._engine.run(now)
+        for request in ended.first:
+            assert request.held is not None
+            self._cache.computed(request.held)
+        for request in ended.answered:
+            assert request.held is not None
+            self._cache.release(request.held)
+            request.held = None
+            del self.running[request]
+        return ended
+
+    def die(self, now: float) -> list[Running]:
+        """Lose everything; returns the requests that were there."""
+        self._engine.run(min(now, self._engine.next_event()))
+        self._busy_s, self._decodes = self.busy_s, self.decodes
+        lost = list(self.running)
+        for request in lost:
+            request.held = None
+        self.running.clear()
+        self._start()
+        return lost
+
+    def _prefill_s(self, prompt: Prompt, found: int) -> float:
+        costs, tokens = self._shape.rates.step, prompt.tokens - found
+        return costs.prefill * tokens + costs.pairs * tokens * (found + tokens / 2)
+
+    def _admit(self, request: Running) -> PromptWork | None:
+        held = self._cache.admit(request.prompt)
+        if held is None:
+            return None
+        request.held, request.found = held, held.found
+        if self._encodes or request.live:
+            request.encoded_tokens = 0
+        encoding = 0.0
+        for media, kind, end in reversed(request.talk.media):
+            if end <= held.found:
+                break
+            encoding += self._encode(request, media, self._kinds[kind], held.found, end)
+        seconds = self._prefill_s(request.prompt, held.found) + encoding
+        return PromptWork(seconds, request.prompt.tokens - held.found, encoding > 0)
+
+    def _encode(
+        self, request: Running, media: int, costs: MediumCosts, found: int, end: int
+    ) -> float:
+        """Have the outputs of a medium that prefill needs; returns the seconds of encoding them."""
+        parts = self._outputs.parts(costs.items, costs.output_bytes)
+        cached = max(0, found - (end - costs.tokens))
+        first = cached * parts // max(1, costs.tokens)
+        encoded = self._outputs.use(str(media), parts, first, costs.output_bytes, costs.encode_s)
+        if not self._encodes and not request.live:
+            return 0.0
+        request.encoded_tokens += costs.tokens * encoded // parts
+        return costs.encode_s * encoded / parts
+
+
+class EncoderInstance:
+    """A server that encodes for others, one request after the other.
+
+    Args:
+        shape: What it has room for, and what work costs.
+        kinds: The kinds of media.
+
+    Attributes:
+        busy_s: How long its engine has worked.
+    """
+
+    def __init__(self, shape: ReplicaShape, kinds: Sequence[MediumCosts]) -> None:
+        self._costs, self._kinds = shape.rates, kinds
+        self._front = Front(shape.rates.host, shape.decode_workers, shape.decoded_bytes)
+        self._outputs = EncoderOutputs(max(shape.device_bytes, shape.host_bytes))
+        self._free = self.busy_s = 0.0
+
+    @property
+    def decodes(self) -> int:
+        """Media decoded."""
+        return self._front.decodes
+
+    def serve(self, now: float, request: Running, media_kinds: Sequence[tuple[int, int]]) -> float:
+        """Have the outputs of media that a request needs.
+
+        Args:
+            now: When it asks.
+            request: The request.
+            media_kinds: Number and kind of each medium.
+
+        Returns:
+            When all are there.
+        """
+        ready = read = self._front.request(now)
+        for media, kind in media_kinds:
+            costs = self._kinds[kind]
+            decoded = self._front.medium(read, media, costs)
+            parts = self._outputs.parts(costs.items, costs.output_bytes)
+            encoded = self._outputs.use(str(media), parts, 0, costs.output_bytes, costs.encode_s)
+            request.encoded_tokens += costs.tokens * encoded // parts
+            step = self._costs.step
+            took = (step.step + step.encodes + costs.encode_s * encoded / parts) if encoded else 0.0
+            self.busy_s += took
+            begins = max(decoded, self._free) if encoded else decoded
+            self._free = max(self._free, begins + took)
+            ready = max(ready, begins + took)
+        return ready
