@@ -122,6 +122,15 @@ class DecodeCrashError(MediaError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
+class UnheldMediaError(MediaError):
+    """A request names media by a `uuid` without their content, and the server does not hold them.
+
+    The status is that of vLLM's own answer.
+    """
+
+    code = "unheld"
+
+
 class OverBudgetError(MediaError):
     """The media takes more tokens, even at the lowest quality, than the prompt has room for.
 
@@ -144,6 +153,23 @@ class BusyError(MediaError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     #: Seconds after which the same request may succeed, for the Retry-After header.
     retry_after_s: ClassVar[int] = 1
+
+
+class EncodeOnlyError(MediaError):
+    """The instance encodes media for others; what it would answer is empty.
+
+    Routers send a request with this status nowhere else, as it would end here again.
+    """
+
+    code = "encode_only"
+    status = HTTPStatus.MISDIRECTED_REQUEST
+
+
+class PairError(MediaError):
+    """An instance asks an encoder for outputs which that one makes otherwise."""
+
+    code = "pairing"
+    status = HTTPStatus.CONFLICT
 
 
 class TakenDownError(MediaError):

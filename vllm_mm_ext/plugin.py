@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.client_id_wrappers import CLIENT_ID_FEATURE
+from vllm_mm_ext.adapters.encoder_cache.shared_names import SHARED_OUTPUTS_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.adapters.live.live_feature import LIVE_FEATURE
 from vllm_mm_ext.adapters.models import COMPOSER, OVERRIDES
@@ -16,6 +17,7 @@ from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
 from vllm_mm_ext.adapters.names.frontend_names import CONNECTOR_NAMES, FRONTEND_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
 from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.serving.encoders_apart_feature import ENCODERS_APART_FEATURE
 from vllm_mm_ext.adapters.serving.routing import ROUTING_FEATURE
 from vllm_mm_ext.adapters.serving.serving_features import SERVING_FEATURES
 from vllm_mm_ext.adapters.sight.engine_watch import ENGINE_FIGURES_FEATURE
@@ -104,8 +106,10 @@ def read_config(additional_config: object) -> MMExtConfig:
 
 def attach(renderer: Any) -> None:
     """Start the front-end of a renderer of vLLM's, with its server's settings and model."""
+    from vllm_mm_ext.adapters.encoder_cache.instance_plan import kept_plan
     from vllm_mm_ext.adapters.processors.model_traits import read_traits
     from vllm_mm_ext.adapters.runtime import attach_runtime
+    from vllm_mm_ext.adapters.serving.encoder_asks import EncoderAsks
     from vllm_mm_ext.config.root import MMExtConfig
 
     if renderer.mm_processor is not None:
@@ -113,6 +117,11 @@ def attach(renderer: Any) -> None:
         domains = renderer.config.model_config.allowed_media_domains
         warn_of_private_addresses(config.media, domains)
         runtime = attach_runtime(config, read_traits(renderer.mm_processor), renderer)
+        plan = kept_plan(renderer.config.model_config)
+        if plan is not None and config.encoder_cache.encoders:
+            runtime.encoder_asks = EncoderAsks(
+                config.encoder_cache.encoders, plan, config.encoder_cache.encoder_wait_s
+            )
         if config.media.enabled:
             runtime.frontend.pool.warm()
 
@@ -227,8 +236,10 @@ FEATURES: tuple[Feature, ...] = (
         _install_composer,
     ),
     *ENCODER_CACHE_FEATURES,
+    SHARED_OUTPUTS_FEATURE,
     *SERVING_FEATURES,
     CLIENT_ID_FEATURE,
+    ENCODERS_APART_FEATURE,
     ROUTING_FEATURE,
     LIVE_FEATURE,
     SIGHT_FEATURE,

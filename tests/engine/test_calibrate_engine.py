@@ -12,7 +12,7 @@ from vllm_mm_ext.planner.calibration_file import VERSION, read
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.tools.cli.main import app
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_a_calibration_says_what_everything_costs_that_the_model_does(tmp_path: Path) -> None:

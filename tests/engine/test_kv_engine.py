@@ -26,6 +26,11 @@ def test_media_found_after_churn_give_the_answers_of_an_empty_cache(tmp_path: Pa
     later = [turn for turn in turns if turn["turn"] > 1]
     assert sum(turn["cached"] for turn in later) > 0.1 * sum(turn["media"] for turn in later)
     assert [turn["answer"] for turn in turns if turn["cached"]] == found["cold"]
+    # Whoever reads the engine's KV events knows which segments are cached, and where they begin.
+    held = {tuple(place) for place in found["held"]}
+    assert held
+    assert held <= {tuple(place) for place in found["told"]}
+    assert found["cleared"] > 0
 
 
 def test_a_pinned_sessions_media_outlive_others_until_it_is_released(tmp_path: Path) -> None:

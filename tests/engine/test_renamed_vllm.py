@@ -38,6 +38,7 @@ RENAMED = (
     "_tokenize_prompt",
     "verify_token",
     "get_request_counts",
+    "check_health",
 )
 
 

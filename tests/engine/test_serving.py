@@ -99,6 +99,11 @@ def test_a_video_is_answered_and_the_headers_say_what_was_used(served: Served) -
     assert sum(tokens.values()) == usage.prompt_tokens
 
 
+def test_a_server_that_serves_says_that_it_is_healthy(served: Served) -> None:
+    found = json.loads(served.server.get("/mm_ext/health"))
+    assert found == {"ok": True, "problems": {}}
+
+
 def test_a_follow_up_is_served_from_the_cache_and_answers_the_same(served: Served) -> None:
     served.ask(served.video("sound.mp4"))
     before = json.loads(served.server.get("/mm_ext/stats"))

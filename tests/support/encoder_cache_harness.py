@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,8 @@ class Engine:
         depth: Steps in flight: 2 with an asynchronous scheduler.
         kv: The plugin's settings of KV blocks; without them the block pool is vLLM's.
         settings: The plugin's settings of its scheduler.
+        shared: Directory of a store that several instances share.
+        role: vLLM's ``ec_role``.
 
     Attributes:
         now_s: The clock of the plugin's parts.
@@ -221,6 +224,8 @@ class Engine:
         depth: int = 1,
         kv: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
+        shared: Path | None = None,
+        role: str = "ec_both",
     ) -> None:
         config = copy.deepcopy(engine_config())
         config.scheduler_config.max_num_seqs = slots
@@ -235,6 +240,14 @@ class Engine:
         config.additional_config = {
             "mm_ext": {"encoder_cache": sizes, "kv": pool, "scheduler": dict(settings or {})}
         }
+        transfer = config.ec_transfer_config
+        if shared is not None:
+            transfer.ec_role, transfer.engine_id = role, f"engine {id(self)}"
+            transfer.ec_connector_extra_config = {
+                "transport": "ECExampleConnector",
+                "shared_storage_path": str(shared),
+            }
+            config.model_config.mm_ext_plan = {"model": "played"}
         widths = config.ec_transfer_config.mm_encoder_output_widths
         widths |= {"video": WIDTH, "audio": WIDTH}
         spec = FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
@@ -391,7 +404,10 @@ class Engine:
             return
         self.worker.bind_connector_metadata(output.ec_connector_metadata)
         before = set(self.device)
-        self.worker.start_load_caches(self.device)
+        if self.worker.is_producer:
+            self.worker.start_save_caches(encoder_cache=self.device)
+        if self.worker.is_consumer:
+            self.worker.start_load_caches(self.device)
         self.loaded += self.device.keys() - before
         for name, indices in output.scheduled_encoder_inputs.items():
             for index in indices:

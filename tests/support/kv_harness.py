@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
@@ -110,11 +111,13 @@ class Engine:
         blocks: Size of the pool, with the null block.
         settings: Of the plugin; None: stock vLLM's pool.
         window: Tokens of a second, sliding-window KV cache group.
+        events: Whether the pool tells what it caches.
     """
 
     blocks: int
     settings: KVSettings | None = field(default_factory=KVSettings)
     window: int | None = None
+    events: bool = False
     manager: KVCacheManager = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
@@ -126,6 +129,7 @@ class Engine:
             "max_model_len": 4096,
             "scheduler_block_size": BLOCK,
             "hash_block_size": BLOCK,
+            "enable_kv_cache_events": self.events,
         }
         if self.settings is None:
             self.manager = KVCacheManager(config, **arguments)
@@ -138,6 +142,10 @@ class Engine:
         pool = self.manager.block_pool
         assert isinstance(pool, MMExtBlockPool)
         return pool
+
+    def told(self) -> list[dict[str, Any]]:
+        """The KV events since the last call, as those who read them get them."""
+        return [msgspec.to_builtins(event) for event in self.manager.block_pool.take_events()]
 
     def admit(self, new: Request, chunk: int = 1 << 20) -> int | None:
         """Start a request with some tokens; how many were cached, None if there is no room."""

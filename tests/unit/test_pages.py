@@ -17,7 +17,7 @@ _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 @pytest.fixture(scope="module")
 def paths() -> set[str]:
     """Files and folders of the project, relative to its root."""
-    tops = ("vllm_mm_ext", "tests", "scripts", "configs", "docs")
+    tops = ("vllm_mm_ext", "tests", "scripts", "configs", "deploy", "docs")
     return {
         path.relative_to(ROOT).as_posix() + ("/" if path.is_dir() else "")
         for top in tops

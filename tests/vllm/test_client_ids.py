@@ -113,6 +113,20 @@ def test_media_sent_by_a_long_name_alone_are_found_again(front: Front) -> None:
     assert again["prompt_token_ids"] == first["prompt_token_ids"]
 
 
+def test_media_named_by_a_uuid_that_this_server_never_got_are_a_400_that_says_so(
+    front: Front,
+) -> None:
+    video, image = parts(front, "sent elsewhere", "sent elsewhere")
+    for bare, what in (
+        ({**video, "video_url": None}, "video"),
+        ({**image, "image_url": None}, "image"),
+    ):
+        with pytest.raises(VLLMValidationError, match=f"names its {what} by uuid alone"):
+            rendered(front, [bare])
+    with pytest.raises(VLLMValidationError, match="names its video by uuid alone"):
+        rendered(front, [{**video, "video_url": None}, image])
+
+
 @pytest.mark.usefixtures("front")
 def test_a_long_hash_of_media_made_elsewhere_is_refused() -> None:
     def asked(name: str) -> GenerateRequest:

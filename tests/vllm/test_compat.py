@@ -37,8 +37,9 @@ def test_registering_twice_installs_once() -> None:
 def test_what_is_changed_in_vllm_is_on_record() -> None:
     register()
     places = ledger()
-    # Live sessions add routes, by vLLM's own interface for them.
-    assert set(places) == {feature.name for feature in FEATURES} - {"live sessions"}
+    # These add routes, by vLLM's own interface for them.
+    routes = {"live sessions", "health checks"}
+    assert set(places) == {feature.name for feature in FEATURES} - routes
     assert "vllm.renderers.base:BaseRenderer.render_chat_async" in places["planning"]
 
 

@@ -213,3 +213,18 @@ def test_a_load_that_another_request_relies_on_outlives_a_preemption() -> None:
     assert manager.check_and_update_cache(second, 0)
     assert connector._tier.plan({}).loads == ("x",)
     manager.check_integrity()
+
+
+@pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])
+def test_a_name_reused_for_an_item_of_another_size_ends_that_request_alone(scheduler: Any) -> None:
+    engine = Engine(device=100, host=2048, scheduler=scheduler)
+    engine.add(request("first", [Item("name", 60)]))
+    engine.run()
+    # The device has no room for both.
+    engine.add(request("second", [Item("other", 90)]))
+    engine.run()
+    engine.add(request("third", [Item("name", 50)]), request("fourth", [Item("name", 60)]))
+    engine.run()
+    assert engine.encoded == ["name", "other"]
+    assert engine.answers["third"] == 0
+    assert engine.answers["fourth"] == 3

@@ -31,6 +31,8 @@ from vllm_mm_ext.adapters.names.encoder_cache_names import (
     DEVICE_TIER_NAMES,
     EMBEDS_NAMES,
     HOST_TIER_NAMES,
+    SHARED_NAMES,
+    TRANSPORT_NAMES,
 )
 from vllm_mm_ext.adapters.names.names_check import VllmName
 
@@ -44,7 +46,10 @@ def config() -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    [*DEVICE_TIER_NAMES, *HOST_TIER_NAMES, *CUDA_HOST_TIER_NAMES, *EMBEDS_NAMES],
+    [
+        *(*DEVICE_TIER_NAMES, *HOST_TIER_NAMES, *CUDA_HOST_TIER_NAMES),
+        *(*EMBEDS_NAMES, *TRANSPORT_NAMES, *SHARED_NAMES),
+    ],
     ids=lambda name: name.path,
 )
 def test_vllm_has_the_names_relied_on(name: VllmName) -> None:

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kv_events import Knowledge, in_pool
 from kv_harness import BLOCK, Engine, Media, Part, Text, request
 from vllm.v1.request import Request
 
@@ -23,10 +24,13 @@ class Model:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.content: dict[int, Content] = {}
+        self.told = Knowledge()
 
     def check(self) -> None:
         engine, pool = self.engine, self.engine.pool
         pool.check_integrity()
+        self.told.read(engine.told())
+        assert self.told.cached() == in_pool(pool)
         for piece in pool.tree:
             media = piece.content.identifier is not None
             assert sum(piece.modalities.values()) == media * piece.tokens
@@ -79,7 +83,7 @@ def _parts(rng: random.Random) -> list[Part]:
 def run(seed: int, steps: int, settings: KVSettings, *, blocks: int, window: int | None) -> Engine:
     """Random operations; everything is checked after each of them."""
     rng = random.Random(seed)
-    engine = Engine(blocks, settings, window)
+    engine = Engine(blocks, settings, window, events=True)
     control, model = KVControl(engine.pool), Model(engine)
     waiting: list[Request] = []
     for step in range(steps):

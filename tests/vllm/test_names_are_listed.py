@@ -21,6 +21,7 @@ import time
 import types
 import weakref
 from collections.abc import Iterable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,11 @@ COMMON = (
     *(str, bytes, dict, list, set, tuple, int, type, OSError, Path, memoryview, types.CodeType),
     *(types.FunctionType, collections, collections.deque, dataclasses, functools, inspect),
     *(inspect.Signature, inspect.Parameter, logging, logging.Logger, threading, time, weakref),
-    *(asyncio, asyncio.AbstractEventLoop, asyncio.Event, asyncio.Task, importlib.util),
+    *(asyncio, asyncio.AbstractEventLoop, asyncio.Event, asyncio.Task, importlib.util, HTTPStatus),
     *(np, np.ndarray, torch, torch.Tensor, torch.nn, torch.nn.Module, torch.nn.functional),
 )
-# Of configurations and processors of transformers, and of requests of Starlette and pydantic.
+# Of configurations and processors of transformers, of requests of Starlette and pydantic, and of
+# safetensors.
 ELSEWHERE = frozenset(
     {
         *("downsample_ratio", "image_size", "image_token_id", "json", "model_dump", "n_window"),
@@ -74,6 +76,7 @@ ELSEWHERE = frozenset(
         *("temporal_patch_size", "tokens_per_second", "video_token_index", "vision_config"),
         *("state", "vocab_size", "intermediate_size", "moe_intermediate_size", "window_size"),
         *("num_attention_heads", "num_experts", "num_experts_per_tok", "num_mel_bins"),
+        "load_file",
     }
 )
 # Of one version alone; used where it is there.
@@ -97,6 +100,7 @@ def lists() -> list[Checked]:
         *encoder_cache_names.DEVICE_TIER_NAMES,
         *encoder_cache_names.HOST_TIER_NAMES,
         *encoder_cache_names.CUDA_HOST_TIER_NAMES,
+        *encoder_cache_names.TRANSPORT_NAMES,
         *kv_names.OFFLOAD_NAMES,
         *quality_names.STATISTICS_NAMES,
         *sight_names.API_SERVER_NAMES,

@@ -281,6 +281,38 @@ PATCHES: tuple[Patch, ...] = (
         "vLLM answers 503 itself on all routes, as it does on those of pooling",
     ),
     Patch(
+        "shared encoder outputs",
+        (
+            "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+            f"{_PROCESSOR}._get_mm_hashes",
+            f"{_RENDERER}._process_mm_uuids",
+        ),
+        "Instances that share encoder outputs name them alike: by content, wherever the model is.",
+        "vLLM's EC connectors pair instances by model and settings, and name items by content",
+    ),
+    Patch(
+        "shared encoder outputs",
+        ("vllm.config:ModelConfig.mm_ext_plan",),
+        "vLLM hands multimodal processors nothing but the ModelConfig.",
+        "vLLM gives multimodal processors the whole configuration",
+        later=True,
+    ),
+    Patch(
+        "encoders apart",
+        (
+            f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+            "vllm.v1.engine.async_llm:AsyncLLM.generate",
+        ),
+        "Encoder instances are asked, and their empty answers reach no client.",
+        "vLLM asks encoder instances itself, and refuses questions to them",
+    ),
+    Patch(
+        "encoders apart",
+        ("vllm.v1.engine.core:EngineCore.mm_ext_encode_over",),
+        "API servers tell the engine that nothing more comes of what an encoder was asked for.",
+        "vLLM lets plugins add utility calls to the engine",
+    ),
+    Patch(
         "client ids",
         (
             f"{_RENDERER}._process_mm_uuids",

@@ -174,10 +174,14 @@ async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:
 
 def after_cache_lookup(
     seen: Callable[[Mapping[str, list[bool]], Mapping[str, list[str]]], None],
+    unheld: Callable[[Sequence[str]], Exception],
 ) -> None:
-    """Call ``seen`` with which items of a request the processor cache holds, per modality.
+    """Hear of which items of a request the processor cache holds.
 
-    Its second argument is vLLM's hashes of the items.
+    Args:
+        seen: Called with whether it holds each item, and with vLLM's hashes of them, per modality.
+        unheld: Makes the error of a request that names an item by its `uuid` alone, which the cache
+            does not hold, of the modalities of the items without media.
     """
     from vllm.multimodal.processing import BaseMultiModalProcessor
 
@@ -185,7 +189,13 @@ def after_cache_lookup(
         def _get_cache_missing_items(
             self: Any, cache: Any, mm_data_items: Any, mm_hashes: Any
         ) -> Any:
-            is_cached, missing = original(self, cache, mm_data_items, mm_hashes)
+            try:
+                is_cached, missing = original(self, cache, mm_data_items, mm_hashes)
+            except ValueError as error:
+                bare = [m for m, items in mm_data_items.items() if any(i is None for i in items)]
+                if bare:
+                    raise unheld(bare) from error
+                raise
             seen(is_cached, mm_hashes)
             return is_cached, missing
 

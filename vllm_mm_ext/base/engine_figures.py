@@ -25,6 +25,9 @@ MODALITIES: Final = ("video", "audio", "image", "text", "other")
 # What a step does. Steps with encoder work are "encode" whatever else they do.
 STEP_KINDS: Final = ("decode", "prefill", "mixed", "encode")
 TIERS: Final = ("device", "host")
+# What became of media items whose outputs may come from another instance: loaded, or not there and
+# so encoded here; and requests that stopped waiting for an encoder.
+TRANSFERS: Final = ("loaded", "missed", "waits_ended")
 
 # Figures that only grow as long as an engine lives.
 COUNTERS: Final = (
@@ -37,6 +40,7 @@ COUNTERS: Final = (
     *(f"{tier}_hits" for tier in TIERS),
     *(f"{tier}_adds" for tier in TIERS),
     *(f"{tier}_evictions" for tier in TIERS),
+    *(f"transfer_{outcome}" for outcome in TRANSFERS),
     "kv_evictions",
 )
 # Figures of this moment. Sizes of caches are in bytes, those of the KV cache in blocks; those that

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from vllm_mm_ext.config.section import Section
+
+_URL = re.compile(r"https?://[^\s/?#@]+/?")
 
 
 class EncoderCacheSettings(Section):
@@ -32,3 +36,24 @@ class EncoderCacheSettings(Section):
         "the first runner on CUDA torch rounds each output up to a power of two bytes, which can "
         "take up to twice as much.",
     )
+    encoders: tuple[str, ...] = Field(
+        (),
+        max_length=256,
+        description="URLs of encoder instances (`http://host:port`) that are asked to encode the "
+        "media of requests; needs a transport (docs/fleet-encoders.md). Empty: none is asked.",
+    )
+    encoder_wait_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds a request waits for an encoder instance of which nothing arrives; "
+        "then its media are encoded here.",
+    )
+
+    @field_validator("encoders")
+    @classmethod
+    def _urls(cls, encoders: tuple[str, ...]) -> tuple[str, ...]:
+        for url in encoders:
+            if not _URL.fullmatch(url):
+                raise ValueError(f"{url!r} is not the URL of a server, such as http://host:8000")
+        return tuple(url.rstrip("/") for url in encoders)

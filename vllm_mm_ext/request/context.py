@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS, RequestOptions
 from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
@@ -21,6 +22,16 @@ from vllm_mm_ext.request.trace import RequestTrace
 
 # Reentrant: a garbage collection may end a request at any point.
 _claim_lock = threading.RLock()
+
+
+class EncodeJob(Protocol):
+    """What an encoder instance may be asked to do for a request."""
+
+    def begin(self, levels: Sequence[int]) -> None:
+        """Ask for it, now that the load tier of each video is decided."""
+
+    def end(self) -> None:
+        """Stop asking: the request has ended."""
 
 
 @dataclass(eq=False)
@@ -39,6 +50,10 @@ class RequestContext:
         span: Start and end in seconds of the part of its videos that the request is about; None for
             whole videos. Only requests that the plugin makes itself have one.
         contents: The content behind URLs that need not be resolved; as ``span``.
+        elsewhere: An encoder instance that may be asked to encode the request's media; None for
+            most servers.
+        levels: Load tiers of the request's videos that another instance has decided, for which this
+            one encodes; None where this one decides.
     """
 
     options: RequestOptions = DEFAULT_OPTIONS
@@ -49,6 +64,8 @@ class RequestContext:
     trace: RequestTrace = field(default_factory=RequestTrace)
     span: tuple[float, float] | None = None
     contents: Mapping[str, MediaRef] = field(default_factory=dict)
+    elsewhere: EncodeJob | None = None
+    levels: tuple[int, ...] | None = None
     _budget_claim: Claim | None = None
 
     def conversation(self, renderer: object, cache_salt: str | None) -> RequestContext:
@@ -74,6 +91,16 @@ class RequestContext:
             claim, self._budget_claim = self._budget_claim, None
         if claim is not None:
             claim.end()
+
+    def encode_elsewhere(self, levels: Sequence[int]) -> None:
+        """Let an encoder instance begin, where there is one.
+
+        Args:
+            levels: The load tier of each planned video.
+        """
+        # What the plugin asks about a part of a video is encoded here.
+        if self.elsewhere is not None and self.span is None:
+            self.elsewhere.begin(levels)
 
     def add(self, items: Sequence[MediaItem]) -> None:
         """Append items; the request reports them in this order."""

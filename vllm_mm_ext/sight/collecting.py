@@ -40,6 +40,9 @@ _ENGINE_COUNTERS: Final[dict[str, tuple[str, dict[str, str]]]] = {
         for tier in TIERS
         for what in ("hits", "adds", "evictions")
     },
+    "transfer_loaded": ("mm_ext_encoder_transfer_items_total", {"outcome": "loaded"}),
+    "transfer_missed": ("mm_ext_encoder_transfer_items_total", {"outcome": "missed"}),
+    "transfer_waits_ended": ("mm_ext_encoder_waits_ended_total", {}),
     "kv_evictions": ("mm_ext_kv_evictions_total", {}),
 }
 
@@ -119,6 +122,8 @@ def collect_api_server(metrics: Metrics, server: object, stats: Mapping[str, Any
     for (source, outcome), count in fetches.items():
         follow("mm_ext_fetches_total", count, source=source, outcome=outcome)
     follow("mm_ext_fetched_bytes_total", stats["fetch"].get("http_body_bytes", 0))
+    for outcome, count in stats["encoder_asks"].items():
+        follow("mm_ext_encoder_asks_total", count, outcome=outcome)
     budget = stats["media_budget"]
     metrics.set("mm_ext_media_budget_bytes", budget["used_bytes"])
     metrics.set("mm_ext_media_budget_max_bytes", budget["max_bytes"])

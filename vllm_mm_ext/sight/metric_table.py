@@ -165,6 +165,11 @@ _OF_API_SERVERS: Final = (
         ("source", ("http", "file", "data", "download_cache")),
         ("outcome", ("read", "known")),
     ),
+    _counter(
+        "mm_ext_encoder_asks_total",
+        "Requests for whose media encoder instances were asked, by what became of it.",
+        ("outcome", ("encoded", "refused", "failed", "ended", "none_up")),
+    ),
     _counter("mm_ext_fetched_bytes_total", "Bytes downloaded over HTTP."),
     _gauge("mm_ext_media_budget_bytes", "Bytes of media that requests hold outside of caches."),
     _gauge("mm_ext_media_budget_max_bytes", "Bytes of media that they may hold."),
@@ -223,6 +228,18 @@ _OF_ENGINES: Final = (
         "Encoder outputs dropped to make room for others.",
         _ENGINE,
         _TIER,
+    ),
+    _counter(
+        "mm_ext_encoder_transfer_items_total",
+        "Media items of an instance that shares encoder outputs: loaded from elsewhere, and not "
+        "there, so encoded here.",
+        _ENGINE,
+        ("outcome", ("loaded", "missed")),
+    ),
+    _counter(
+        "mm_ext_encoder_waits_ended_total",
+        "Requests that stopped waiting for an encoder instance, of which nothing came.",
+        _ENGINE,
     ),
     _of_service(
         "mm_ext_encoder_cache_bytes", "Bytes of encoder outputs in a tier.", _ENGINE, _TIER

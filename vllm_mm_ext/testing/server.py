@@ -92,6 +92,17 @@ class Server:
             body: bytes = response.read()
         return body.decode()
 
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of all series of ``/metrics`` of that name that have these labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.get("/metrics"))
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
     def memory(self) -> list[ProcessMemory]:
         """Memory of the API server and its descendants now."""
         return snapshot(self.pid)
@@ -246,16 +257,30 @@ def serve_both(
             timeout_s=timeout_s,
         )
 
-    sides = (side("stock", False), side("plugin", True))
-    with ThreadPoolExecutor(len(sides)) as pool, contextlib.ExitStack() as stack:
-        starts = [pool.submit(manager.__enter__) for manager in sides]
+    with together([side("stock", False), side("plugin", True)]) as (stock, plugin):
+        yield stock, plugin
+
+
+@contextlib.contextmanager
+def together(
+    servers: Sequence[contextlib.AbstractContextManager[Server]],
+) -> Iterator[list[Server]]:
+    """Run several servers that start at the same time.
+
+    Args:
+        servers: Of ``serve``.
+
+    Raises:
+        ServerError: One of them did not come up; the others are stopped.
+    """
+    with ThreadPoolExecutor(len(servers)) as pool, contextlib.ExitStack() as stack:
+        starts = [pool.submit(manager.__enter__) for manager in servers]
         wait(starts)
         # Register every server that came up before the error of another one is raised.
-        for manager, start in zip(sides, starts, strict=True):
+        for manager, start in zip(servers, starts, strict=True):
             if start.exception() is None:
                 stack.push(manager)
-        stock, plugin = (start.result() for start in starts)
-        yield stock, plugin
+        yield [start.result() for start in starts]
 
 
 def free_port() -> int:

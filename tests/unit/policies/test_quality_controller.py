@@ -52,6 +52,7 @@ class Setup:
         family: Family = FAMILY,
         base: SamplingDefaults | None = None,
         costs: RuleCosts | None = None,
+        levels: Sequence[int] | None = None,
     ) -> tuple[VideoDecision, ...]:
         return self.controller.plan(
             videos,
@@ -61,6 +62,7 @@ class Setup:
             options=options or RequestOptions(),
             session=session,
             context=context,
+            levels=levels,
         )
 
 
@@ -138,6 +140,20 @@ def test_fixed_quality_ignores_load(setup: Setup) -> None:
     setup.busy(1.0)
     (decision,) = setup.plan(video(), options=RequestOptions(quality="fixed"))
     assert (decision.level, decision.lowered) == (0, ())
+
+
+def test_what_another_server_has_decided_holds_whatever_the_load_here(setup: Setup) -> None:
+    setup.busy(1.0)
+    here = Setup()
+    try:
+        here.busy(0.0)
+        assert setup.plan(video(), levels=(0,)) == here.plan(video())
+        # Fewer levels than videos, and more tiers than this server has.
+        assert here.plan(video(), levels=())[0].level == 0
+        assert here.plan(video(), levels=(1,))[0].level == 1
+        assert here.plan(video(), levels=(99,))[0].level == 2
+    finally:
+        here.state.close()
 
 
 def test_load_tiers_can_be_turned_off() -> None:

@@ -19,10 +19,11 @@ from vllm.distributed.ec_transfer.ec_connector.cpu.scheduler.embedding_cache imp
 from vllm_mm_ext.adapters.encoder_cache.manager import attach_host_tier
 from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost
 from vllm_mm_ext.adapters.encoder_cache.startup import HostTierError, check_host_tier, host_bytes
+from vllm_mm_ext.adapters.encoder_cache.transport_options import CPU, TRANSPORT, transport_of
 from vllm_mm_ext.policies.eviction.cost_aware import CostAware
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
     from vllm.config import VllmConfig
@@ -112,6 +113,18 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
     def has_cache_item(self, identifier: str) -> bool:
         """Whether an item can be loaded instead of encoded."""
         return identifier not in self._stale and super().has_cache_item(identifier)
+
+    def embeddings_of(self, identifier: str, modality: str) -> int | None:  # noqa: ARG002
+        """Number of an item's embeddings in the tier; None if the item is not there."""
+        entry = self._cache.get(identifier) if self.has_cache_item(identifier) else None
+        return None if entry is None or entry.shape is None else int(entry.shape[0])
+
+    def follow_device(self, holds: Callable[[str], bool]) -> None:
+        """The device tier makes no difference here."""
+
+    def awaits(self, request: Request, index: int) -> bool:  # noqa: ARG002 - the interface
+        """Whether an item that is not on the device is being encoded elsewhere: never."""
+        return False
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
         """Plan the load or save of an item for which the device tier has space now.
@@ -208,8 +221,11 @@ class CudaECConnector(ECCPUConnector):  # type: ignore[misc]
             # Reports of finished copies come from the last stage, and copies are made in the first.
             raise HostTierError("the host tier on CUDA does not go with pipeline parallelism")
         extra = vllm_config.ec_transfer_config.ec_connector_extra_config
-        if extra.get("ec_enable_nixl"):
-            raise HostTierError("the host tier serves its own engine only: remove ec_enable_nixl")
+        if extra.get("ec_enable_nixl") and transport_of(vllm_config.ec_transfer_config) != CPU:
+            raise HostTierError(
+                "the host tier serves its own engine only: remove ec_enable_nixl, or name "
+                f"ec_connector_extra_config.{TRANSPORT}: {CPU}"
+            )
         extra["ec_cpu_bytes"] = host_bytes(vllm_config)
         super().__init__(vllm_config, role)
         if role == ECConnectorRole.SCHEDULER:

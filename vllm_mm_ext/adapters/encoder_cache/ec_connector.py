@@ -6,7 +6,7 @@ without Model Runner V2). With the second model runner ``cuda_connector.py`` tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,12 @@ from vllm_mm_ext.adapters.encoder_cache.host_store import HostStore
 from vllm_mm_ext.adapters.encoder_cache.manager import attach_host_tier
 from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost, output_bytes
 from vllm_mm_ext.adapters.encoder_cache.startup import check_host_tier, host_bytes
+from vllm_mm_ext.adapters.encoder_cache.transport_options import CPU, transport_of
 from vllm_mm_ext.adapters.names.encoder_cache_names import (
     CUDA_HOST_TIER_NAMES,
     DEVICE_TIER_NAMES,
     HOST_TIER_NAMES,
+    TRANSPORT_NAMES,
 )
 from vllm_mm_ext.adapters.names.names_check import problem
 from vllm_mm_ext.adapters.vllm_compat import logger
@@ -77,11 +79,17 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
     def __new__(cls, vllm_config: VllmConfig, role: ECConnectorRole) -> Any:
         """Make the connector that fits the engine's model runner, perhaps of another class."""
         second = vllm_config.use_v2_model_runner
+        transport = transport_of(vllm_config.ec_transfer_config)
         names = CUDA_HOST_TIER_NAMES if second else HOST_TIER_NAMES
-        changed = problem((*DEVICE_TIER_NAMES, *names))
+        shared = () if transport is None else TRANSPORT_NAMES
+        changed = problem((*DEVICE_TIER_NAMES, *names, *shared))
         if changed is not None:
             logger.warning("mm_ext: the host tier of the encoder cache is off: %s", changed)
             return NoHostTier(vllm_config, role)
+        if transport not in (None, CPU):
+            from vllm_mm_ext.adapters.encoder_cache.transport_connector import TransportConnector
+
+            return super().__new__(TransportConnector)
         if second:
             from vllm_mm_ext.adapters.encoder_cache.cuda_connector import CudaECConnector
 
@@ -104,6 +112,18 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
     def has_cache_item(self, identifier: str) -> bool:
         """Whether an item can be loaded instead of encoded."""
         return identifier in self._tier
+
+    def embeddings_of(self, identifier: str, modality: str) -> int | None:
+        """Number of an item's embeddings in the tier; None if the item is not there."""
+        size = self._tier.size(identifier)
+        return None if size is None else size // self._sizes.of(modality)
+
+    def follow_device(self, holds: Callable[[str], bool]) -> None:
+        """The device tier makes no difference here."""
+
+    def awaits(self, request: Request, index: int) -> bool:  # noqa: ARG002 - the interface
+        """Whether an item that is not on the device is being encoded elsewhere: never."""
+        return False
 
     def used(self, key: str) -> None:
         """Note that a request found an item in the device tier."""

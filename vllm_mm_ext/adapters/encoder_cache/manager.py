@@ -32,6 +32,15 @@ class HostSide(Protocol):
     def has_cache_item(self, identifier: str) -> bool:
         """Whether an item can be loaded instead of encoded."""
 
+    def embeddings_of(self, identifier: str, modality: str) -> int | None:
+        """Number of an item's embeddings in the tier; None if the item is not there."""
+
+    def follow_device(self, holds: Callable[[str], bool]) -> None:
+        """Take note of the device tier, which is built later."""
+
+    def awaits(self, request: Request, index: int) -> bool:
+        """Whether an item that is not on the device is being encoded elsewhere for a request."""
+
     def used(self, key: str) -> None:
         """Note that a request found an item in the device tier."""
 
@@ -111,11 +120,15 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         settings = MMExtConfig.from_additional_config(vllm_config.additional_config).encoder_cache
         sizes = output_bytes(vllm_config)
         capacity = int(settings.device_mb * MIB) or cache_size * sizes.largest
+        # A text-only engine has no encoder and asks for nothing.
+        cache = ByteCache(max(capacity, 1))
+        host = getattr(vllm_config.ec_transfer_config, "mm_ext_host_tier", None)
+        if host is not None:
+            host.follow_device(cache.__contains__)
         return cls(
-            # A text-only engine has no encoder and asks for nothing.
-            ByteCache(max(capacity, 1)),
+            cache,
             sizes,
-            getattr(vllm_config.ec_transfer_config, "mm_ext_host_tier", None),
+            host,
             largest_item=cache_size,
             preempts_scheduled=vllm_config.scheduler_config.policy == "priority",
         )
@@ -158,8 +171,15 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         return True
 
     def get_cached_num_encoder_embeds(self, request: Request, input_id: int) -> int | None:
-        """Number of an item's embeddings on the device; None if the item is not there."""
-        return self._embeds.get(request.mm_features[input_id].identifier)
+        """Number of an item's embeddings on the device or the host; None if it is in neither.
+
+        By it vLLM refuses a request that gives another item the ``uuid`` of this one.
+        """
+        feature = request.mm_features[input_id]
+        found = self._embeds.get(feature.identifier)
+        if found is None and self._host is not None:
+            found = self._host.embeddings_of(feature.identifier, feature.modality)
+        return found
 
     def can_allocate(
         self,
@@ -169,6 +189,8 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         num_embeds_to_schedule: int,
     ) -> bool:
         """Whether an item can be encoded or loaded now; if so, evict what is in its way.
+
+        What another instance is encoding is waited for, as for room in a step.
 
         Args:
             request: The request that needs the item.
@@ -182,6 +204,8 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         with_earlier, with_later = _sharing(request, input_id)
         pending = num_embeds_to_schedule * self._sizes.largest
         size = self._size(feature)
+        if self._host is not None and self._host.awaits(request, input_id):
+            return False
         if with_earlier:
             self._evict(pending + size)
             return True
@@ -285,7 +309,8 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         """Counts since the start and what is held, of both tiers (``engine_figures``)."""
         found = {f"device_{name}": value for name, value in self._cache.figures.items()}
         if self._host is not None:
-            found |= {f"host_{name}": value for name, value in self._host.figures().items()}
+            for name, value in self._host.figures().items():
+                found[name if name.startswith("transfer_") else f"host_{name}"] = value
         return found
 
     def check_integrity(self) -> None:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_mm_ext.adapters.encoder_cache.transport_options import (
+    CPU,
+    SHARED_STORE,
+    TRANSPORT,
+    TransportError,
+    transport_of,
+)
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.encoder_cache_names import EMBEDS_NAMES
 from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.patches import set_meanwhile, wrap
 from vllm_mm_ext.adapters.vllm_compat import Feature, logger
+from vllm_mm_ext.config.encoder_cache_settings import EncoderCacheSettings
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 
 if TYPE_CHECKING:
@@ -24,14 +32,29 @@ class HostTierError(ValueError):
 
 
 def check_host_tier(vllm_config: VllmConfig) -> None:
-    """Check that the host tier can work in an engine.
+    """Check that the host tier can work in an engine, and with the transport if there is one.
 
     Raises:
         HostTierError: The host tier would give wrong answers, or be of no use.
+        TransportError: The transport cannot work.
     """
     transfer = vllm_config.ec_transfer_config
-    if not (transfer.is_ec_producer and transfer.is_ec_consumer):
-        raise HostTierError(f'ec_role must be "ec_both" for the host tier, got {transfer.ec_role}')
+    transport = transport_of(transfer)
+    if transport is None and not (transfer.is_ec_producer and transfer.is_ec_consumer):
+        raise HostTierError(
+            f'ec_role must be "ec_both" for the host tier, got {transfer.ec_role}; to share '
+            f"encoder outputs with other instances name ec_connector_extra_config.{TRANSPORT}"
+        )
+    if transport == CPU and not vllm_config.use_v2_model_runner:
+        raise TransportError(f"{CPU} needs vLLM's second model runner (CUDA)")
+    encoders = encoder_settings(vllm_config).encoders
+    if encoders and (transport != SHARED_STORE or not transfer.is_ec_consumer):
+        # Transfers from one instance to another need what only vLLM's proxy passes on.
+        raise TransportError(
+            "mm_ext.encoder_cache.encoders are asked by an instance that reads what they store: "
+            f"it needs ec_connector_extra_config.{TRANSPORT}: {SHARED_STORE} and an ec_role of "
+            f"ec_consumer or ec_both, got {transport} and {transfer.ec_role}"
+        )
     if vllm_config.ec_manager_config.encoder_cache_manager_cls != _MANAGER:
         raise HostTierError(
             "the host tier needs the device tier beside it: --ec-manager-config "
@@ -48,10 +71,30 @@ def check_host_tier(vllm_config: VllmConfig) -> None:
         )
 
 
+def check_encode_only(vllm_config: VllmConfig) -> None:
+    """Check what an instance needs that encodes only: it computes a prompt in one piece.
+
+    Raises:
+        TransportError: Steps are shorter than the longest prompt.
+    """
+    transfer, scheduler = vllm_config.ec_transfer_config, vllm_config.scheduler_config
+    longest = vllm_config.model_config.max_model_len
+    if not transfer.is_ec_consumer and scheduler.max_num_batched_tokens < longest:
+        raise TransportError(
+            f"an instance with ec_role {transfer.ec_role} takes prompts in one step: "
+            f"--max-num-batched-tokens ({scheduler.max_num_batched_tokens}) must be at least "
+            f"--max-model-len ({longest})"
+        )
+
+
+def encoder_settings(vllm_config: VllmConfig) -> EncoderCacheSettings:
+    """The plugin's settings of the encoder cache."""
+    return MMExtConfig.from_additional_config(vllm_config.additional_config).encoder_cache
+
+
 def host_bytes(vllm_config: VllmConfig) -> int:
     """Size of the host tier in bytes, from the plugin's settings."""
-    settings = MMExtConfig.from_additional_config(vllm_config.additional_config).encoder_cache
-    return max(1, int(settings.host_mb * MIB))
+    return max(1, int(encoder_settings(vllm_config).host_mb * MIB))
 
 
 def keep_raw_embeddings_out() -> None:

@@ -113,7 +113,9 @@ CUDA_HOST_TIER_NAMES: tuple[Checked, ...] = (
             "unpin",
         ),
     ),
-    VllmAttributes(f"{_CPU}.scheduler.embedding_cache:CacheEntry", ("block_ids", "evictable")),
+    VllmAttributes(
+        f"{_CPU}.scheduler.embedding_cache:CacheEntry", ("block_ids", "evictable", "shape")
+    ),
     VllmAttributes(f"{_CPU}.ec_shared_region:ECSharedRegion", ("block_size_bytes", "num_blocks")),
     VllmAttributes("vllm.config:ParallelConfig", ("pipeline_parallel_size",)),
 )
@@ -122,4 +124,68 @@ EMBEDS_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.config:VllmConfig._resolve_mm_embedding_inputs", ("self",)),
     VllmAttributes("vllm.config:VllmConfig", ("ec_transfer_config",)),
     VllmAttributes("vllm.config:ECTransferConfig", ("ec_connector",)),
+)
+
+TRANSPORT_NAMES: tuple[Checked, ...] = (
+    VllmName(f"{_BASE}.ensure_cache_available", ("request", "num_computed_tokens")),
+    VllmName(f"{_BASE}.update_state_after_free", ("request", "index")),
+    VllmName(f"{_BASE}.update_connector_output", ("connector_output",)),
+    VllmName(f"{_BASE}.take_unavailable_requests"),
+    VllmName(f"{_BASE}.request_finished", ("request",)),
+    VllmName(f"{_BASE}.has_pending_push_work"),
+    VllmName(f"{_BASE}.shutdown"),
+    VllmName(f"{_BASE}.register_caches", ("ec_caches",)),
+    VllmName(f"{_BASE}.start_worker_services"),
+    VllmName(f"{_BASE}.bind_connector_metadata", ("connector_metadata",)),
+    VllmName(f"{_BASE}.clear_connector_metadata"),
+    VllmName(f"{_BASE}.start_save_caches"),
+    VllmName(f"{_BASE}.get_finished", ("finished_req_ids",)),
+    VllmName(f"{_BASE}.build_connector_worker_meta"),
+    VllmName(f"{_CONNECTORS}.example_connector:ECExampleConnector", ("vllm_config", "role")),
+    VllmName(f"{_CONNECTORS}.mooncake_ec_connector:ECMooncakeConnector", ("vllm_config", "role")),
+    VllmName("vllm.utils.gpu_sync_debug:gpu_sync_allowed"),
+    VllmName("vllm.platforms:current_platform"),
+    VllmAttributes(_BASE, ("is_consumer", "is_producer")),
+    VllmAttributes("vllm.v1.request:Request", ("ec_transfer_params", "num_prompt_tokens")),
+    VllmAttributes("vllm.config:ECTransferConfig", ("engine_id",)),
+    VllmAttributes("vllm.config:ParallelConfig", ("data_parallel_index", "rank")),
+    VllmAttributes("vllm.platforms.interface:Platform", ("device_type", "is_cuda_alike")),
+)
+
+_RENDERER = "vllm.renderers.base:BaseRenderer"
+_PROCESSING = "vllm.multimodal.processing"
+
+SHARED_NAMES: tuple[Checked, ...] = (
+    VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
+    VllmName(f"{_PROCESSING}.processor:BaseMultiModalProcessor._get_mm_hashes", ("inputs",)),
+    VllmName(f"{_PROCESSING}.inputs:ProcessorInputs.get_mm_hashes", ("model_id", "hash_algorithm")),
+    VllmName(
+        f"{_RENDERER}._process_mm_uuids",
+        ("mm_data", "mm_data_items", "mm_uuid_items"),
+        passed_on=True,
+    ),
+    VllmName(f"{_RENDERER}._validate_mm_uuids", ("mm_data", "mm_data_items", "mm_uuid_items")),
+    VllmName(f"{_PROCESSING}.context:InputProcessingContext.get_mm_config"),
+    VllmAttributes(_RENDERER, ("model_config",)),
+    VllmAttributes(
+        "vllm.config:VllmConfig",
+        ("additional_config", "ec_transfer_config", "model_config", "scheduler_config"),
+    ),
+    VllmAttributes("vllm.config:SchedulerConfig", ("max_num_batched_tokens",)),
+    VllmName("vllm.version:__version__"),
+    VllmAttributes("vllm.config:ECTransferConfig", ("ec_connector", "ec_connector_extra_config")),
+    VllmAttributes(
+        "vllm.config:ModelConfig",
+        (
+            *("dtype", "hf_overrides", "max_model_len", "model", "multimodal_config"),
+            *("quantization", "revision"),
+        ),
+    ),
+    VllmAttributes(
+        "vllm.config:MultiModalConfig",
+        (
+            *("media_io_kwargs", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path"),
+            *("mm_hasher_algorithm", "mm_processor_kwargs", "video_pruning_rate"),
+        ),
+    ),
 )

@@ -40,13 +40,27 @@ _MAX_NAMES = 1 << 16
 
 
 class DigestAudioItems(AudioProcessorItems):  # type: ignore[misc]
-    """Audio items that vLLM hashes by the digest they carry instead of by their samples."""
+    """Audio items that vLLM hashes by the digest they carry instead of by their samples.
+
+    Args:
+        data: The items.
+        beside: By index, the digest of the segment whose placeholder an item shares. It is part of
+            the item's identity: connectors that know KV by one item of each placeholder (LMCache)
+            would give a video the KV of another one with equal sound, such as silence.
+    """
+
+    def __init__(self, data: Any, beside: Mapping[int, str] | None = None) -> None:
+        super().__init__(data)
+        self._beside = beside or {}
 
     def get_item_for_hash(self, index: int) -> object:
         """What vLLM hashes to identify the item in its caches."""
         item = self.data[index]
         digest = known_digest(item)
-        return item if digest is None else f"mm_ext:{digest}"
+        if digest is None:
+            return item
+        beside = self._beside.get(index)
+        return f"mm_ext:{digest}" if beside is None else f"mm_ext:{digest} in {beside}"
 
 
 class TrackedItems(MultiModalDataItems):  # type: ignore[misc]
@@ -212,7 +226,12 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         }
         if pieces:
             items.owners = tuple(pieces)
-            items["audio"] = DigestAudioItems([*own, *pieces.values()])
+            beside = {
+                len(own) + number: digest
+                for number, index in enumerate(pieces)
+                if (digest := known_digest(segment_at(videos, index))) is not None
+            }
+            items["audio"] = DigestAudioItems([*own, *pieces.values()], beside)
             uuids["audio"] = [
                 *(uuids.get("audio") or [None] * len(own)),
                 *(names[index] and f"{names[index]}#audio" for index in pieces),

@@ -11,7 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_mm_ext.adapters.sight.api_server_sight import ApiServerSight
-from vllm_mm_ext.errors import BusyError, TakenDownError
+from vllm_mm_ext.errors import BusyError, MediaError, TakenDownError
+from vllm_mm_ext.fleet.route_key import SESSION_HEADER, is_route_key
 from vllm_mm_ext.request.context import RequestContext, enter_request
 from vllm_mm_ext.sight.running_requests import Running, RunningRequests
 
@@ -54,7 +55,9 @@ class TraceMiddleware:
             return
         if scope["path"].rstrip("/").endswith("/metrics"):
             self._sight.before_scrape()
-        trace = enter_request(RequestContext()).trace
+        scope = without_route_key(scope)
+        context = enter_request(RequestContext())
+        trace = context.trace
         status = 0
 
         followed = self._running.begin(scope["path"], trace) if scope["method"] == "POST" else None
@@ -89,11 +92,27 @@ class TraceMiddleware:
                 await _end(followed)
                 trace.refused = TakenDownError.code
                 if not status:
-                    await _gone(send_with_headers)
+                    await answer_error(send_with_headers, TakenDownError())
         finally:
+            if context.elsewhere is not None:
+                context.elsewhere.end()
             self._sight.ended(trace)
             if followed is not None:
                 self._running.end(followed, status)
+
+
+def without_route_key(scope: Scope) -> Scope:
+    """A request without the session header, if that holds the key of a medium for routers.
+
+    vLLM would take all conversations about the medium for one session.
+    """
+    name = SESSION_HEADER.lower().encode()
+    kept = [
+        (header, value)
+        for header, value in scope["headers"]
+        if header.lower() != name or not is_route_key(value.decode("latin-1"))
+    ]
+    return scope if len(kept) == len(scope["headers"]) else {**scope, "headers": kept}
 
 
 async def _end(request: Running) -> None:
@@ -103,9 +122,8 @@ async def _end(request: Running) -> None:
     await request.left()
 
 
-async def _gone(send: Send) -> None:
-    """Answer a request whose media were taken down, in the form of OpenAI's errors."""
-    error = TakenDownError()
+async def answer_error(send: Send, error: MediaError) -> None:
+    """Answer a request that vLLM does not answer with an error, in the form of OpenAI's."""
     told = {
         "message": error.message,
         "type": error.status.phrase,

@@ -28,6 +28,7 @@ from vllm_mm_ext.adapters.serving.requests import OptionError
 from vllm_mm_ext.adapters.sight.stage_notes import note_plan, note_probe
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS
+from vllm_mm_ext.fleet.encode_request import has_media
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.types import MediaInfo, SizeRule
 from vllm_mm_ext.media.use_media import use_media
@@ -75,6 +76,8 @@ async def plan(
     hf_kwargs = extras.get("mm_processor_kwargs")
     planning = Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
     if planning.nothing_to_plan:
+        if has_media(messages):
+            planning.context.encode_elsewhere(())
         return
     videos = await planning.runtime.run(planning.probe())
     prompt = await renderer.tokenize_prompt_async(*planning.text())
@@ -82,6 +85,7 @@ async def plan(
     started = time.perf_counter()
     # Counting the tokens of hours of video takes long, so it must not block an event loop.
     decisions = await on_processor_thread(renderer, partial(planning.decisions, videos, text))
+    planning.context.encode_elsewhere([decision.level for decision in decisions])
     planning.plan_by(videos, decisions, time.perf_counter() - started)
 
 
@@ -338,6 +342,7 @@ class Conversation:
             options=self.context.options,
             session=self.context.session,
             context=self.context_use(text_tokens),
+            levels=self.context.levels,
         )
 
     def _own(self, video: PlannedVideo) -> str:

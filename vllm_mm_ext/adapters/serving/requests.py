@@ -35,24 +35,28 @@ def read_options(raw: Any) -> RequestOptions:
     if not isinstance(raw, dict):
         raise OptionError(f"{KEY} must be an object, got a {type(raw).__name__}", parameter=KEY)
     try:
-        return RequestOptions.model_validate(raw, strict=True)
+        options = RequestOptions.model_validate(raw, strict=True)
     except ValidationError as error:
         found = problems(error, RequestOptions, KEY)
         message = "; ".join(str(problem) for problem in found)
         raise OptionError(message, parameter=found[0].key) from None
+    # Only routers look at the key: requests that differ in the key alone are served alike.
+    return options if options.key is None else options.model_copy(update={"key": None})
 
 
 def refuse_options(raw: Any, route: str) -> None:
-    """Refuse a block on a route that takes none.
+    """Refuse a block on a route that takes none but `key`.
 
     Args:
         raw: Value of `mm_ext` in the request's body; None if the body has none.
         route: Path of the route, for the message.
 
     Raises:
-        OptionError: The body has a block.
+        OptionError: The body has a block with anything else, or a wrong `key`.
     """
-    if raw is not None:
+    if isinstance(raw, dict) and set(raw) == {"key"}:
+        read_options(raw)
+    elif raw is not None:
         raise OptionError(f"{route} takes no {KEY}; send it to /v1/chat/completions", parameter=KEY)
 
 

@@ -60,11 +60,17 @@ def _install_placeholder_text() -> None:
 def _install_cache_reports() -> None:
     from vllm_mm_ext.adapters import rendering_wrappers, route_wrappers
     from vllm_mm_ext.adapters.serving.answers import observer
-    from vllm_mm_ext.adapters.serving.preprocessing import looked_up
+    from vllm_mm_ext.adapters.serving.preprocessing import looked_up, unheld
 
     rendering_wrappers.preprocess_in_context()
-    rendering_wrappers.after_cache_lookup(looked_up)
+    rendering_wrappers.after_cache_lookup(looked_up, unheld)
     route_wrappers.around_generation(observer)
+
+
+def _install_health() -> None:
+    from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
+
+    MMExtEndpointPlugin.health_checks = True
 
 
 def _install_cache_drift() -> None:
@@ -251,5 +257,15 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             VllmName("vllm.exceptions:RetryableRequestError", ("message",)),
         ),
         _install_cache_drift,
+    ),
+    Feature(
+        "health checks",
+        "the server has no route /mm_ext/health",
+        (
+            VllmName("vllm.engine.protocol:EngineClient.check_health"),
+            VllmName("vllm.v1.engine.exceptions:EngineDeadError"),
+            VllmAttributes(_RENDERER, ("mm_processor",)),
+        ),
+        _install_health,
     ),
 )

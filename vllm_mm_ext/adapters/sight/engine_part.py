@@ -124,6 +124,10 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
         identifiers.update(manager.take_down(free))
     elif hashes and not scheduler.requests:
         core.reset_encoder_cache()
+    forget_stored = getattr(scheduler.ec_connector, "forget_stored", None)
+    if forget_stored is not None:
+        # The shared store does not tell what it holds.
+        forget_stored(sorted(identifiers))
     hashes_left = {one.rpartition(":")[2] for one in identifiers}
     with _INPUTS:
         inputs = drop_inputs(core.mm_receiver_cache, hashes_left)

@@ -25,13 +25,14 @@ class HostPlan:
     saves: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Save:
     """An item to be saved, and the requests, with its index in each, it may be encoded for."""
 
     size: int
     cost: float
     needed: list[tuple[str, int]] = field(default_factory=list)
+    elsewhere: bool = False
 
 
 @dataclass
@@ -74,8 +75,10 @@ class HostTier:
         """As of ``ByteCache``; a hit is a load."""
         return self._cache.figures
 
-    def allocated(self, key: str, size: int, cost: float, request: str, index: int) -> None:
-        """Plan an item for which the device has space now: a load, or a save once it is encoded.
+    def allocated(
+        self, key: str, size: int, cost: float, request: str, index: int, *, elsewhere: bool = False
+    ) -> None:
+        """Plan an item for which the device has space now: a load, or a save once it is there.
 
         Args:
             key: Names the item.
@@ -83,6 +86,7 @@ class HostTier:
             cost: Work of encoding the item again.
             request: The request that needs it.
             index: The item's place in that request.
+            elsewhere: It is not encoded here, but comes from another instance in this step.
         """
         if key in self._cache:
             self._pass.loads[key] = None
@@ -90,13 +94,15 @@ class HostTier:
         else:
             save = self._pass.saves.setdefault(key, _Save(size, cost))
             save.needed.append((request, index))
+            save.elsewhere |= elsewhere
 
     def used(self, key: str) -> None:
         """Count a use of an item that a request found in the device tier."""
         self._cache.touch(key)
 
     def cancel(self, key: str) -> None:
-        """Drop the planned load of an item that the device tier gave up in this pass."""
+        """Drop what is planned for an item that the device tier gave up in this pass."""
+        self._pass.saves.pop(key, None)
         if key in self._pass.loads:
             del self._pass.loads[key]
             self._release(key)
@@ -113,7 +119,11 @@ class HostTier:
         saves = []
         for key, save in now.saves.items():
             # A request may have been preempted in the pass that scheduled it, and not another one.
-            users = [request for request, i in save.needed if i in scheduled.get(request, ())]
+            users = [
+                request
+                for request, i in save.needed
+                if save.elsewhere or i in scheduled.get(request, ())
+            ]
             if users and self._cache.fits(save.size):
                 drops += self._cache.evict_to_fit(save.size)
                 self._cache.add(key, save.size, save.cost, users[0])
@@ -121,6 +131,10 @@ class HostTier:
         for key in (*now.loads, *saves):
             self._release(key)
         return HostPlan(now.clear, frozenset(drops), tuple(now.loads), frozenset(saves))
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an item; None if it is not there."""
+        return self._cache.size(key)
 
     def items(self) -> list[tuple[str, int]]:
         """Key and size of each item."""

@@ -77,6 +77,7 @@ class QualityController:
         options: RequestOptions,
         session: str | None,
         context: ContextUse,
+        levels: Sequence[int] | None = None,
     ) -> tuple[VideoDecision, ...]:
         """Decide about all videos of a request together, and keep the decisions.
 
@@ -88,6 +89,7 @@ class QualityController:
             options: What the request asks.
             session: Session of the request, None without one.
             context: The context and what else is in it.
+            levels: Load tiers that another server has decided, for each video; None: not so.
 
         Returns:
             One decision for each video.
@@ -103,6 +105,8 @@ class QualityController:
         decisions, ladders = [], []
         for index, (video, known) in enumerate(zip(videos, earlier, strict=True)):
             level = self._level(options, known)
+            if levels is not None and index < len(levels):
+                level = min(levels[index], self.settings.tiers.levels - 1)
             asked = targets.asked(index)
             wanted = targets.under_load(index, video, asked, level)
             decisions.append(_decision(level, asked, wanted, targets.reduction))

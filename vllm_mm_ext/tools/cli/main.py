@@ -9,10 +9,13 @@ import typer
 from vllm_mm_ext.tools.cli.calibrate import calibrate
 from vllm_mm_ext.tools.cli.demo import demo
 from vllm_mm_ext.tools.cli.describe import describe
+from vllm_mm_ext.tools.cli.fleet_command import fleet
 from vllm_mm_ext.tools.cli.inspect import inspect
 from vllm_mm_ext.tools.cli.live_session import live
 from vllm_mm_ext.tools.cli.plan_command import plan
+from vllm_mm_ext.tools.cli.route_key_command import route_key
 from vllm_mm_ext.tools.cli.sample import sample
+from vllm_mm_ext.tools.cli.simulate_fleet import simulate_fleet
 from vllm_mm_ext.tools.cli.top import top
 
 app = typer.Typer(
@@ -23,11 +26,14 @@ app = typer.Typer(
 app.command()(sample)
 app.command()(inspect)
 app.command()(demo)
+app.command()(fleet)
 app.command()(describe)
 app.command()(live)
 app.command()(top)
 app.command()(plan)
 app.command()(calibrate)
+app.command()(simulate_fleet)
+app.command()(route_key)
 
 
 @app.command()

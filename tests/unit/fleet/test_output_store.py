@@ -1,0 +1,289 @@
+"""The shared store of encoder outputs: names, bounds, and files that come and go."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_mm_ext.fleet import output_store
+from vllm_mm_ext.fleet.output_store import HOLD_S, OutputStore, is_whole
+
+CAPACITY = 4000
+
+
+class Clock:
+    """Time of the test, beginning now: files have the times of the file system."""
+
+    def __init__(self) -> None:
+        import time
+
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def content(size: int) -> bytes:
+    """A safetensors file with so many bytes of one tensor."""
+    header = json.dumps({"t": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    return struct.pack("<Q", len(header)) + header.encode() + bytes(size)
+
+
+def put(store: OutputStore, key: str, size: int = 100) -> bool:
+    def write(path: Path) -> None:
+        path.write_bytes(content(size))
+
+    return store.put(key, write)
+
+
+def names(root: Path) -> list[Path]:
+    return [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+
+
+@given(st.text(max_size=300))
+@settings(max_examples=50, deadline=None)
+def test_nothing_that_a_client_says_becomes_a_path(
+    tmp_path_factory: pytest.TempPathFactory, key: str
+) -> None:
+    root = tmp_path_factory.mktemp("store")
+    store = OutputStore(root, CAPACITY)
+    assert put(store, key)
+    (found,) = names(root)
+    assert found.suffix == ".safetensors"
+    assert len(found.parts) == 2
+    assert set(found.stem) <= set("0123456789abcdef")
+    assert store.has(key)
+
+
+def test_what_is_looked_for_leaves_no_trace(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    before = sorted(tmp_path.rglob("*"))
+    assert not store.has("absent")
+    assert not store.hold("absent")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY)
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        store.put("key", fail)
+    assert not names(tmp_path)
+    assert not store.has("key")
+
+
+def test_what_is_stored_is_not_written_again(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY)
+    assert put(store, "key")
+    assert not put(store, "key")
+    assert not put(store, "too large", CAPACITY + 1)
+
+
+def test_what_was_used_least_recently_goes_first(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, 2 * CAPACITY)
+    for number in range(10):
+        put(store, str(number), 500)
+        os.utime(store.path(str(number)), (number, number))
+    store.has("0")
+    OutputStore(tmp_path, CAPACITY)
+    kept = {str(number) for number in range(10) if store.path(str(number)).exists()}
+    assert "0" in kept
+    assert "1" not in kept
+    assert kept - {"0"} == {str(number) for number in range(11 - len(kept), 10)}
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30), st.integers(1, 900)), max_size=60))
+@settings(max_examples=40, deadline=None)
+def test_two_writers_keep_the_bound_and_their_writers_share(
+    tmp_path_factory: pytest.TempPathFactory, writes: list[tuple[int, int, int]]
+) -> None:
+    root = tmp_path_factory.mktemp("store")
+    stores = [OutputStore(root, CAPACITY), OutputStore(root, CAPACITY)]
+    for writer, key, size in writes:
+        put(stores[writer], str(key), size)
+    # Each may have added a twentieth and one file since it looked.
+    count, held = stores[0].figures()
+    assert held <= CAPACITY + 2 * (CAPACITY // 20 + 1000)
+    stores[1].sweep()
+    count, held = stores[1].figures()
+    assert held <= CAPACITY
+    assert count == len([one for one in names(root) if one.suffix == ".safetensors"])
+
+
+def test_what_a_reader_holds_outlives_its_eviction(tmp_path: Path) -> None:
+    clock = Clock()
+    store = OutputStore(tmp_path, CAPACITY, "reader", clock=clock)
+    put(OutputStore(tmp_path, CAPACITY), "key")
+    clock.now += 1
+    assert store.hold("key")
+    OutputStore(tmp_path, 1).sweep()
+    assert not store.path("key").exists()
+    assert store.hold("key")
+    assert is_whole(store.held_path("key"))
+    clock.now += HOLD_S - 1
+    store.release()
+    assert store.hold("key")
+    clock.now += HOLD_S + 1
+    store.release()
+    assert not store.hold("key")
+
+
+def test_a_file_that_is_not_whole_is_no_output(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    put(store, "key", 500)
+    path = store.path("key")
+    path.write_bytes(path.read_bytes()[:200])
+    assert not store.hold("key")
+    assert not path.exists()
+
+
+@given(st.binary(max_size=64))
+@settings(max_examples=50, deadline=None)
+def test_no_bytes_make_the_check_fail(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("files") / "file"
+    path.write_bytes(data)
+    assert not is_whole(path)
+    path.write_bytes(content(len(data)))
+    assert is_whole(path)
+    path.write_bytes(content(len(data)) + b"x")
+    assert not is_whole(path)
+
+
+def test_what_the_dead_left_is_cleaned_and_what_the_living_have_is_not(tmp_path: Path) -> None:
+    living = OutputStore(tmp_path, CAPACITY, "living")
+    dead = OutputStore(tmp_path, CAPACITY, "dead")
+    put(living, "key")
+    assert living.hold("key")
+    assert dead.hold("key")
+    left = tmp_path / "parts" / "left"
+    left.write_bytes(b"half")
+    for abandoned in (left, dead.held_path("key").parent):
+        os.utime(abandoned, (1, 1))
+    OutputStore(tmp_path, CAPACITY)
+    assert not left.exists()
+    assert not dead.held_path("key").exists()
+    assert is_whole(living.held_path("key"))
+    assert len(list((tmp_path / "held").iterdir())) == 1
+    living.close()
+    assert not list((tmp_path / "held").iterdir())
+
+
+def test_a_reader_shows_that_it_lives_and_goes_on_if_it_was_taken_for_dead(tmp_path: Path) -> None:
+    clock = Clock()
+    store = OutputStore(tmp_path, CAPACITY, "reader", clock=clock)
+    put(store, "key")
+    assert store.hold("key")
+    own = store.held_path("key").parent
+    os.utime(own, (1, 1))
+    clock.now += HOLD_S - 1
+    assert store.hold("key")
+    clock.now += 2
+    store.release()
+    assert own.stat().st_mtime == pytest.approx(clock.now)
+    os.utime(own, (1, 1))
+    OutputStore(tmp_path, CAPACITY)
+    assert not own.exists()
+    clock.now += HOLD_S
+    assert store.hold("key")
+    assert is_whole(store.held_path("key"))
+
+
+def test_files_that_vanish_are_absent(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY)
+    put(store, "key")
+    store.path("key").unlink()
+    assert not store.has("key")
+    assert put(store, "key")
+    store.forget("key")
+    assert not store.has("key")
+
+
+def test_what_is_awaited_is_looked_for_more_often_than_what_is_not(tmp_path: Path) -> None:
+    clock = Clock()
+    store = OutputStore(tmp_path, CAPACITY, "reader", clock=clock)
+    assert not store.hold("key")
+    put(OutputStore(tmp_path, CAPACITY), "key")
+    clock.now += 0.1
+    assert not store.hold("key")
+    assert store.hold("key", awaited=True)
+    assert store.hold("key")
+
+
+def test_what_vanishes_while_it_is_held_and_nobody_looks_leaves_no_link(tmp_path: Path) -> None:
+    clock = Clock()
+    store = OutputStore(tmp_path, CAPACITY, "reader", clock=clock)
+    put(store, "key")
+    assert store.hold("key")
+    store.path("key").unlink()
+    clock.now += HOLD_S + 1
+    assert not store.hold("key")
+    assert not store.held_path("key").exists()
+
+
+def test_no_file_goes_that_a_step_may_be_about_to_read_however_many_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_store, "_MOST_HELD", 2)
+    clock = Clock()
+    store = OutputStore(tmp_path, CAPACITY, "reader", clock=clock)
+    for number in range(5):
+        put(store, str(number), 10)
+        assert store.hold(str(number))
+        store.release()
+    assert all(store.held_path(str(number)).exists() for number in range(5))
+    clock.now += 11
+    store.release()
+    assert sum(store.held_path(str(number)).exists() for number in range(5)) == 2
+
+
+def test_a_store_that_cannot_be_read_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    for key in ("one", "other"):
+        put(store, key)
+        # A directory by the name of the link: opening it is an error, though not that of absence.
+        store.held_path(key).mkdir()
+        assert not store.hold(key)
+        assert not store.hold(f"no {key}")
+    (record,) = caplog.records
+    assert "cannot be read" in record.getMessage()
+
+
+def test_a_takedown_leaves_no_copy_that_idle_readers_hold(tmp_path: Path) -> None:
+    clock = Clock()
+    readers = [OutputStore(tmp_path, CAPACITY, name, clock=clock) for name in ("idle", "at work")]
+    put(readers[0], "key")
+    assert all(reader.hold("key") for reader in readers)
+    clock.now += 3 * HOLD_S
+    readers[1].hold("key")
+    readers[1].release()
+    OutputStore(tmp_path, CAPACITY, clock=clock).forget("key")
+    assert [reader.held_path("key").exists() for reader in readers] == [False, True]
+    clock.now += HOLD_S + 1
+    readers[1].release()
+    assert not readers[1].held_path("key").exists()
+
+
+def test_what_is_let_go_is_found_only_where_it_is_still_stored(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    for key in ("kept", "gone"):
+        assert put(store, key)
+        assert store.hold(key)
+    store.path("gone").unlink()
+    store.let_go()
+    assert store.hold("kept")
+    assert not store.hold("gone")
+    assert len(names(tmp_path / "held")) == 1

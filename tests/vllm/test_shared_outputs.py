@@ -1,0 +1,248 @@
+"""Instances that share encoder outputs, on vLLM's scheduler: what is encoded where, and when."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from encoder_cache_harness import Engine, Item, request
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_mm_ext.adapters.encoder_cache.transport_options import JOB, OWN
+from vllm_mm_ext.adapters.scheduler.mm_scheduler import MMExtScheduler
+from vllm_mm_ext.policies.encoder_cache.expectations import Expectations
+
+VIDEO = [Item(f"segment {number}", 40) for number in range(5)]
+NAMES = [item.name for item in VIDEO]
+SCHEDULERS = pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])
+
+
+def run(engine: Engine, name: str, items: list[Item], job: str | None = None) -> None:
+    add(engine, name, items, job)
+    engine.run()
+
+
+def add(engine: Engine, name: str, items: list[Item], job: str | None = None) -> None:
+    one = request(name, items)
+    if job is not None:
+        one.ec_transfer_params = {JOB: job}
+    engine.add(one)
+
+
+def consumer(shared: Path, wait_s: float = 5.0, **options: Any) -> Engine:
+    engine = Engine(shared=shared, role="ec_consumer", **options)
+    engine.connector._expectations = Expectations(wait_s, lambda: engine.now_s)
+    began = time.time()
+    engine.connector.transport._files._clock = lambda: began + engine.now_s
+    return engine
+
+
+def ended(engine: Engine, name: str) -> bool:
+    return name not in engine.scheduler.requests
+
+
+@SCHEDULERS
+def test_what_one_instance_encoded_the_other_loads(tmp_path: Path, scheduler: Any) -> None:
+    encoder = Engine(shared=tmp_path, role="ec_producer", scheduler=scheduler)
+    run(encoder, "first", VIDEO)
+    assert sorted(encoder.encoded) == NAMES
+    assert encoder.worker.transport.stored == len(VIDEO)
+    engine = consumer(tmp_path, scheduler=scheduler)
+    run(engine, "first", VIDEO)
+    assert engine.encoded == []
+    assert sorted(engine.loaded) == NAMES
+    assert engine.connector.figures()["transfer_loaded"] == len(VIDEO)
+    # Both tiers have it now: the store is not needed any more.
+    encoder.connector.forget(NAMES)
+    run(engine, "second", VIDEO)
+    assert engine.encoded == []
+
+
+def test_what_comes_from_elsewhere_is_kept_on_the_host(tmp_path: Path) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO)
+    # The device holds three of the five.
+    engine = consumer(tmp_path, device=130)
+    for number in range(3):
+        run(engine, str(number), VIDEO)
+        engine.connector.transport.forget(NAMES)
+    assert engine.encoded == []
+    assert len(engine.connector._tier) == len(VIDEO)
+
+
+def test_what_is_named_is_stored_also_where_the_encoder_has_had_it_for_long(tmp_path: Path) -> None:
+    # Of five items two are on the device, and all on the host.
+    encoder = Engine(shared=tmp_path, role="ec_producer", device=90)
+    run(encoder, "first", VIDEO)
+    encoder.connector.transport.forget(NAMES)
+    run(encoder, "second", VIDEO)
+    assert sorted(encoder.encoded) == NAMES
+    engine = consumer(tmp_path)
+    run(engine, "first", VIDEO)
+    assert engine.encoded == []
+
+
+def test_a_second_encoder_does_not_encode_what_the_first_has_stored(tmp_path: Path) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO)
+    second = Engine(shared=tmp_path, role="ec_producer")
+    run(second, "first", [*VIDEO, Item("new", 30)])
+    assert second.encoded == ["new"]
+
+
+def test_what_is_not_there_is_encoded_and_counted(tmp_path: Path) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO[:3])
+    engine = consumer(tmp_path)
+    run(engine, "first", VIDEO)
+    assert sorted(engine.encoded) == NAMES[3:]
+    figures = engine.connector.figures()
+    assert (figures["transfer_loaded"], figures["transfer_missed"]) == (3, 2)
+    # A consumer stores nothing.
+    run(other := consumer(tmp_path), "first", VIDEO)
+    assert sorted(other.encoded) == NAMES[3:]
+
+
+@SCHEDULERS
+def test_segments_are_prefilled_as_they_come_and_others_are_served_meanwhile(
+    tmp_path: Path, scheduler: Any
+) -> None:
+    engine = consumer(tmp_path, scheduler=scheduler, slots=2)
+    add(engine, "video", VIDEO, "job")
+    for number in range(len(VIDEO)):
+        for _ in range(3):
+            engine.step()
+        video = engine.scheduler.requests["video"]
+        # Not past the first segment that is not there, and up to it from the second on.
+        assert video.num_computed_tokens <= 8 + 40 * number
+        assert not number or video.num_computed_tokens == 8 + 40 * number
+        run_text(engine, f"text {number}")
+        run(Engine(shared=tmp_path, role="ec_producer"), "e", VIDEO[: number + 1])
+    engine.run()
+    assert engine.encoded == []
+    assert engine.answers["video"] == 3
+    assert len(engine.connector._expectations) == 0
+
+
+def run_text(engine: Engine, name: str) -> None:
+    add(engine, name, [])
+    for _ in range(50):
+        if ended(engine, name):
+            return
+        engine.step()
+    raise AssertionError(f"{name} waits behind what is awaited")
+
+
+@SCHEDULERS
+@pytest.mark.parametrize("there", [0, 2])
+def test_what_an_encoder_leaves_undone_is_encoded_here(
+    tmp_path: Path, scheduler: Any, there: int
+) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "e", VIDEO[:there])
+    engine = consumer(tmp_path, scheduler=scheduler)
+    add(engine, "video", VIDEO, "job")
+    for _ in range(5):
+        engine.step()
+    assert engine.encoded == []
+    engine.connector.encode_over("job")
+    engine.run()
+    assert sorted(engine.encoded) == NAMES[there:]
+    assert engine.answers["video"] == 3
+
+
+@SCHEDULERS
+def test_nobody_waits_for_an_encoder_for_ever(tmp_path: Path, scheduler: Any) -> None:
+    engine = consumer(tmp_path, wait_s=5.0, scheduler=scheduler)
+    add(engine, "video", VIDEO, "job")
+    while not engine.encoded:
+        engine.step()
+        assert engine.now_s < 6.0
+    assert engine.now_s >= 5.0
+    engine.run()
+    assert engine.answers["video"] == 3
+    assert engine.connector.figures()["transfer_waits_ended"] == 1
+
+
+@SCHEDULERS
+def test_a_request_that_goes_while_it_waits_leaves_nothing(tmp_path: Path, scheduler: Any) -> None:
+    engine = consumer(tmp_path, scheduler=scheduler)
+    add(engine, "video", VIDEO, "job")
+    for _ in range(5):
+        engine.step()
+    engine.abort("video")
+    engine.run()
+    assert len(engine.connector._expectations) == 0
+
+
+@SCHEDULERS
+def test_what_another_request_encodes_here_ends_the_wait(tmp_path: Path, scheduler: Any) -> None:
+    engine = consumer(tmp_path, scheduler=scheduler, slots=4)
+    add(engine, "waits", VIDEO, "job")
+    engine.step()
+    run_all = request("encodes", VIDEO)
+    engine.add(run_all)
+    engine.run()
+    assert sorted(engine.encoded) == NAMES
+    assert engine.answers["waits"] == 3
+    assert engine.now_s < 4.0
+
+
+@SCHEDULERS
+def test_what_only_a_client_names_is_neither_stored_nor_loaded_nor_awaited(
+    tmp_path: Path, scheduler: Any
+) -> None:
+    items = [Item(f"client's name{OWN}", 40), VIDEO[0]]
+    encoder = Engine(shared=tmp_path, role="ec_both", scheduler=scheduler)
+    run(encoder, "first", items)
+    run(encoder, "second", items)
+    assert encoder.worker.transport.stored == 1
+    engine = consumer(tmp_path, scheduler=scheduler)
+    run(engine, "first", items, "job")
+    assert engine.encoded == [items[0].name]
+    assert engine.loaded == [VIDEO[0].name]
+    assert engine.now_s < 1.0
+
+
+@SCHEDULERS
+def test_what_comes_while_the_engine_has_no_time_for_it_prolongs_the_wait(
+    tmp_path: Path, scheduler: Any
+) -> None:
+    engine = consumer(tmp_path, wait_s=5.0, scheduler=scheduler)
+    one = request("video", VIDEO)
+    one.ec_transfer_params = {JOB: "job"}
+    for number in range(len(VIDEO)):
+        assert engine.connector.awaits(one, number)
+        engine.now_s += 4.0
+        run(Engine(shared=tmp_path, role="ec_producer"), "e", VIDEO[: number + 1])
+    assert not engine.connector.awaits(one, len(VIDEO) - 1)
+    assert engine.connector.figures()["transfer_waits_ended"] == 0
+
+
+def test_an_engine_that_also_writes_stores_again_what_only_its_host_tier_has(
+    tmp_path: Path,
+) -> None:
+    engine = Engine(shared=tmp_path, role="ec_both", device=90)
+    run(engine, "first", VIDEO)
+    engine.connector.transport.forget(NAMES)
+    run(engine, "second", VIDEO)
+    assert sorted(engine.encoded) == NAMES
+    assert engine.worker.transport.stored == 2 * len(VIDEO)
+
+
+@pytest.mark.parametrize(
+    ("role", "asked", "told"),
+    [
+        ("ec_producer", None, True),
+        ("ec_both", None, False),
+        ("ec_both", {JOB: "job"}, False),
+        ("ec_both", {"wanted": True}, True),
+        ("ec_consumer", None, False),
+    ],
+)
+def test_names_of_items_are_told_to_proxies_alone(
+    tmp_path: Path, role: str, asked: Any, told: bool
+) -> None:
+    engine = Engine(shared=tmp_path, role=role)
+    one = request("video", [VIDEO[0], Item(f"client's{OWN}", 40)])
+    one.ec_transfer_params = asked
+    _, found = engine.connector.request_finished(one)
+    assert (list(found) if found else None) == (NAMES[:1] if told else None)

@@ -1,0 +1,325 @@
+"""Encoder outputs in a directory that several servers share.
+
+A file is named by a hash of what it holds, so nothing that a client says becomes a path. A file
+appears whole or not at all, and is never changed. Any file may vanish at any moment, as each server
+that writes also evicts. So a reader *holds* a file first: a second name (a hard link) that no other
+server removes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+from uuid import uuid4
+
+from blake3 import blake3
+
+logger = logging.getLogger("vllm.mm_ext")
+
+SUFFIX: Final = ".safetensors"
+_PARTS, _HELD = "parts", "held"
+# After this many seconds what a writer or reader left behind is that of one that has died.
+_ABANDONED_S = 900.0
+# Seconds for which a file stays held after it was last found, until a worker must have read it.
+HOLD_S: Final = 60.0
+# Seconds for which a file that was not found is not looked for again: schedulers ask in each step,
+# about all that requests lack. What a request waits for is looked for more often.
+_ABSENT_S = 1.0
+_AWAITED_S = 0.01
+# The store is looked through after a writer has added this share of its capacity.
+_GROWTH = 0.05
+# Down to this share of its capacity files are evicted.
+_EVICT_TO = 0.9
+# Of more held files those go that were not found for so many seconds: the others may be in the plan
+# of a step that is under way.
+_MOST_HELD = 4096
+_UNDER_WAY_S = 10.0
+
+
+class _File(NamedTuple):
+    used: float
+    size: int
+    path: Path
+
+
+class OutputStore:
+    """One server's access to the shared directory.
+
+    Args:
+        root: The directory; made if it is not there.
+        capacity: Bytes of all files together. With several writers a twentieth more for each.
+        reader: Names this reader among all readers and times; only a reader may ``hold``.
+        clock: Seconds since the epoch, as the file system has them.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        capacity: int,
+        reader: str | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._root = root
+        self._capacity = capacity
+        self._clock = clock
+        self._parts = root / _PARTS
+        self._parts.mkdir(parents=True, exist_ok=True)
+        self._own: Path | None = None
+        if reader is not None:
+            self._own = root / _HELD / _name(reader)
+            self._own.mkdir(parents=True, exist_ok=True)
+        # When each held file was last found, the oldest first; when each absent one was looked for.
+        self._held: OrderedDict[str, float] = OrderedDict()
+        self._absent: OrderedDict[str, float] = OrderedDict()
+        self._told_of_failure = False
+        self._written = 0
+        self._shown = clock()
+        self.evicted = 0
+        self.sweep()
+
+    # --- for writers ------------------------------------------------------------------------------
+
+    def path(self, key: str) -> Path:
+        """Where the output of a key is, or would be."""
+        name = _name(key)
+        return self._root / name[:2] / (name + SUFFIX)
+
+    def has(self, key: str) -> bool:
+        """Whether the output of a key is there; makes it the one used last."""
+        with suppress(OSError):
+            os.utime(self.path(key))
+            return True
+        return False
+
+    def put(self, key: str, write: Callable[[Path], None]) -> bool:
+        """Store an output, whole or not at all.
+
+        Args:
+            key: Names the output.
+            write: Writes it to a path that it is given.
+
+        Returns:
+            False if it is there already, or does not fit the capacity.
+
+        Raises:
+            OSError: The directory cannot be written to.
+        """
+        if self.has(key):
+            return False
+        part, path = self._parts / uuid4().hex, self.path(key)
+        try:
+            write(part)
+            size = part.stat().st_size
+            if size > self._capacity:
+                return False
+            path.parent.mkdir(exist_ok=True)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        self._absent.pop(key, None)
+        self._written += size
+        if self._written > _GROWTH * self._capacity:
+            self.sweep()
+        return True
+
+    # --- for readers ------------------------------------------------------------------------------
+
+    def hold(self, key: str, *, awaited: bool = False) -> bool:
+        """Whether the output of a key can be read; if so, it stays readable for ``HOLD_S``.
+
+        Args:
+            key: Names the output.
+            awaited: Somebody waits for it, so it is looked for again after a shorter time.
+        """
+        own, now = self._own_directory(), self._clock()
+        if now - self._held.get(key, -HOLD_S) < HOLD_S:
+            self._held[key] = now
+            self._held.move_to_end(key)
+            return True
+        if now - self._absent.get(key, -_ABSENT_S) < (_AWAITED_S if awaited else _ABSENT_S):
+            return False
+        self._held.pop(key, None)
+        path, link = self.path(key), own / (_name(key) + SUFFIX)
+        try:
+            self._link(path, link)
+            if not is_whole(link):
+                # A machine lost power before all of it was on the disk.
+                link.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                raise FileNotFoundError
+            os.utime(link)
+        except OSError as error:
+            # Nobody would remove a link that is left, as it is not among those held.
+            with suppress(OSError):
+                link.unlink(missing_ok=True)
+            if not isinstance(error, FileNotFoundError) and not self._told_of_failure:
+                self._told_of_failure = True
+                logger.warning("mm_ext: the store of encoder outputs cannot be read: %s", error)
+            self._absent[key] = now
+            self._absent.move_to_end(key)
+            if len(self._absent) > _MOST_HELD:
+                self._absent.popitem(last=False)
+            return False
+        self._held[key] = now
+        self._told_of_failure = False
+        return True
+
+    def _link(self, path: Path, link: Path) -> None:
+        try:
+            with suppress(FileExistsError):
+                os.link(path, link)
+        except FileNotFoundError:
+            if not path.exists():
+                raise
+            # Another server has taken this one for dead.
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                os.link(path, link)
+
+    def look_again(self) -> None:
+        """Forget which outputs were not there a moment ago."""
+        self._absent.clear()
+
+    def held_path(self, key: str) -> Path:
+        """The file of a key that ``hold`` has found."""
+        return self._own_directory() / (_name(key) + SUFFIX)
+
+    def release(self) -> None:
+        """Let go of the files that nobody has looked for in ``HOLD_S``; show that it lives."""
+        now = self._clock()
+        if now - self._shown >= HOLD_S:
+            self._shown = now
+            with suppress(OSError):
+                os.utime(self._own_directory(), (now, now))
+        while self._held:
+            key, found = next(iter(self._held.items()))
+            kept_s = HOLD_S if len(self._held) <= _MOST_HELD else _UNDER_WAY_S
+            if now - found < kept_s:
+                return
+            del self._held[key]
+            self.held_path(key).unlink(missing_ok=True)
+
+    def forget(self, key: str) -> None:
+        """Remove the output of a key from the store, and from what this and idle readers hold.
+
+        A reader at work may be about to read it, and lets go within ``HOLD_S`` of its last use.
+        """
+        self.path(key).unlink(missing_ok=True)
+        self._held.pop(key, None)
+        # One at work shows it every ``HOLD_S``.
+        idle = self._clock() - 2 * HOLD_S
+        for reader in _entries(self._root / _HELD):
+            own = self._own is not None and reader.name == self._own.name
+            if own or _older(reader, idle):
+                with suppress(OSError):
+                    os.unlink(Path(reader.path) / (_name(key) + SUFFIX))
+
+    def let_go(self) -> None:
+        """Let go of everything that is held; no read may be under way."""
+        for key in self._held:
+            self.held_path(key).unlink(missing_ok=True)
+        self._held.clear()
+
+    def close(self) -> None:
+        """Let go of everything, and of the place for it."""
+        self._held.clear()
+        if self._own is not None:
+            shutil.rmtree(self._own, ignore_errors=True)
+
+    # --- for all ----------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Evict what was used least recently, down to the capacity, and clean up after the dead."""
+        self._written = 0
+        before = self._clock() - _ABANDONED_S
+        for part in _entries(self._parts):
+            if _older(part, before):
+                with suppress(OSError):
+                    os.unlink(part.path)
+        for directory in _entries(self._root / _HELD):
+            if self._own is not None and directory.name == self._own.name:
+                continue
+            if _older(directory, before):
+                shutil.rmtree(directory, ignore_errors=True)
+        files = sorted(self._files())
+        held = sum(file.size for file in files)
+        if held <= self._capacity:
+            return
+        for file in files:
+            if held <= _EVICT_TO * self._capacity:
+                break
+            # Another server may have evicted the same file.
+            with suppress(OSError):
+                file.path.unlink()
+                self.evicted += 1
+            held -= file.size
+
+    def figures(self) -> tuple[int, int]:
+        """Number of files in the store now, and their bytes."""
+        files = list(self._files())
+        return len(files), sum(file.size for file in files)
+
+    def _files(self) -> Iterator[_File]:
+        for directory in _entries(self._root):
+            if len(directory.name) != 2:
+                continue
+            for entry in _entries(directory):
+                with suppress(OSError):
+                    found = entry.stat(follow_symlinks=False)
+                    yield _File(found.st_mtime, found.st_size, Path(entry.path))
+
+    def _own_directory(self) -> Path:
+        if self._own is None:
+            raise ValueError("this access to the store is a writer's")
+        return self._own
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says.
+
+    Raises:
+        OSError: It is not there, or cannot be read.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        begin = file.read(8)
+        if len(begin) < 8:
+            return False
+        (length,) = struct.unpack("<Q", begin)
+        if length > size - 8:
+            return False
+        try:
+            header = json.loads(file.read(length))
+            ends = [one["data_offsets"][1] for name, one in header.items() if name[:2] != "__"]
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+            return False
+    return bool(ends) and size == 8 + length + max(ends)
+
+
+def _name(key: str) -> str:
+    return blake3(key.encode("utf-8", "surrogatepass")).hexdigest(32)
+
+
+def _entries(directory: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as found:
+            return list(found)
+    except OSError:
+        return []
+
+
+def _older(entry: os.DirEntry[str], than: float) -> bool:
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime < than
+    except OSError:
+        return False
