@@ -89,6 +89,7 @@ def test_a_moment_is_the_median_of_the_time_before_it() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_under_mixed_work_a_server_keeps_to_its_tiny_caches(
     media: SoakMedia, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from vllm_mm_ext.tools.bench.commands import (
     BENCHMARKS,
     AccessKind,
     Benchmark,
+    FleetPart,
     LivePart,
     LongVideoPart,
     TrafficKind,
@@ -199,6 +200,22 @@ def live(
     _show(run(_context(repeats, work_dir), parts=parts), json)
 
 
+@app.command("fleet", help=BENCHMARKS["fleet"].shows)
+def fleet(
+    part: Annotated[
+        list[FleetPart] | None,
+        typer.Option(help="What to measure, all by default; may be given several times."),
+    ] = None,
+    json: _Json = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 1,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench.fleet_bench import run
+
+    _show(run(_context(repeats, work_dir), parts=part or list(FleetPart)), json)
+
+
 @app.command("kv-replay", help=BENCHMARKS["kv-replay"].shows)
 def kv_replay(
     kind: Annotated[
@@ -220,7 +237,13 @@ def kv_replay(
         Path | None,
         typer.Option(file_okay=False, help="Record traces of an engine into this folder, and end."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="With --record: of the traffic.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=0, help="Generated traces of each kind besides, without an engine.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first one; with --record, of all.")] = 0,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Change each rule and constant: what it gains.")
+    ] = False,
     side: Annotated[
         Literal["stock", "plugin"], typer.Option(help="With --record: the engine.")
     ] = "plugin",
@@ -235,7 +258,13 @@ def kv_replay(
         on_traces.record(context, record, kinds=kinds, seed=seed, side=side)
         return
     result = on_traces.run(
-        context, kinds=kinds, traces=trace or (), rooms=room or on_traces.ROOMS, encoded=encoded
+        context,
+        kinds=kinds,
+        traces=trace or (),
+        rooms=room or on_traces.ROOMS,
+        encoded=encoded,
+        seeds=range(seed, seed + seeds),
+        ablate=ablate,
     )
     _show(result, json)
 
@@ -251,6 +280,9 @@ def scheduler(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Serve this trace instead."),
     ] = None,
+    item_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the items that the plugin makes of videos.")
+    ] = 64,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Switch each rule off: what it gains.")
     ] = False,
@@ -279,6 +311,7 @@ def scheduler(
             kinds=kind or list(TrafficKind),
             trace=trace,
             costs=costs or scheduler_costs.MEASURED,
+            item_tokens=item_tokens,
             ablate=ablate,
         )
     except ValueError as error:
@@ -304,6 +337,7 @@ def plan_estimates(
 
 _WITH_OPTIONS = frozenset(
     (
+        "fleet",
         "kv-replay",
         "live",
         "long-video",

@@ -39,6 +39,7 @@ class Answer:
         stages: The front-end's own stage times in seconds (``Server-Timing``); empty for stock.
         report: The answer's own ``mm_ext`` block; empty for stock.
         text: The answer.
+        model: Name of the model that answered, as the server calls it.
     """
 
     ttft_s: float
@@ -48,6 +49,7 @@ class Answer:
     stages: Mapping[str, float]
     report: Mapping[str, Any]
     text: str
+    model: str = ""
 
 
 def ask(
@@ -59,6 +61,7 @@ def ask(
     session: str | None = None,
     ignore_end: bool = True,
     client: openai.OpenAI | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """Send one streaming chat request and time it.
 
@@ -70,6 +73,7 @@ def ask(
         session: Its session id; None sends none.
         ignore_end: All of ``max_tokens`` are generated, whatever the model would say.
         client: For many requests; None: one of its own, which takes tens of milliseconds.
+        headers: More headers of the request.
 
     Raises:
         openai.APIError: The server refused or failed.
@@ -91,11 +95,12 @@ def ask(
             stream=True,
             stream_options={"include_usage": True},
             extra_body=extra,
+            extra_headers=headers,
         )
         first: float | None = None
         prompt_tokens = cached_tokens = 0
         report: Mapping[str, Any] = {}
-        text = ""
+        text = model = ""
         for chunk in response.parse():
             # vLLM sends its first chunk when the first token is there.
             if first is None and chunk.choices:
@@ -106,13 +111,14 @@ def ask(
                 details = chunk.usage.prompt_tokens_details
                 cached_tokens = (details.cached_tokens if details else None) or 0
             report = (chunk.model_extra or {}).get("mm_ext", report)
+            model = chunk.model
         ended = time.perf_counter()
     if first is None:
         raise RuntimeError("the server answered without a token")
     header = response.headers.get("server-timing", "")
     stages = {name: float(ms) / 1e3 for name, ms in _TIMING.findall(header)}
     return Answer(
-        first - started, ended - started, prompt_tokens, cached_tokens, stages, report, text
+        first - started, ended - started, prompt_tokens, cached_tokens, stages, report, text, model
     )
 
 

@@ -38,6 +38,17 @@ class LivePart(StrEnum):
     hour = "hour"
 
 
+class FleetPart(StrEnum):
+    """What `fleet` measures, each part by itself."""
+
+    routing = "routing"
+    balance = "balance"
+    moves = "moves"
+    encode_apart = "encode-apart"
+    encoder_killed = "encoder-killed"
+    simulated = "simulated"
+
+
 class TrafficKind(StrEnum):
     """What traffic `scheduler` serves."""
 
@@ -229,6 +240,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "live",
                 "Live sessions: first token, cost of a unit, many at once, dropped ones, answers.",
                 "live_bench:run",
+                repeats=1,
+            ),
+            Benchmark(
+                "fleet",
+                "Replicas behind a router: by media key or in turn, a hot video, encoders apart.",
+                "fleet_bench:run",
                 repeats=1,
             ),
             Benchmark(

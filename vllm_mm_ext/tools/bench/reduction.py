@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 import time
 from collections import defaultdict
@@ -86,11 +85,11 @@ def run(context: BenchContext) -> BenchResult:
 
 
 def _ask(server: Server, url: str, reduction: Mapping[str, Any] | None) -> dict[str, float]:
-    before = _metric(server, "vllm:request_prefill_time_seconds_sum")
+    before = server.metric("vllm:request_prefill_time_seconds_sum")
     with _highest_usage(server) as usage:
         options = {"reduction": reduction} if reduction else None
         answer = ask(server, conversation(url, 1), max_tokens=_ANSWER, options=options)
-    prefill = _metric(server, "vllm:request_prefill_time_seconds_sum") - before
+    prefill = server.metric("vllm:request_prefill_time_seconds_sum") - before
     return {
         "prompt tokens": answer.prompt_tokens,
         "prefill": 1e3 * prefill,
@@ -107,7 +106,7 @@ def _highest_usage(server: Server) -> Iterator[list[float]]:
 
     def poll() -> None:
         while not ended.is_set():
-            seen.append(_metric(server, "vllm:kv_cache_usage_perc"))
+            seen.append(server.metric("vllm:kv_cache_usage_perc"))
             time.sleep(_POLL_S)
 
     thread = threading.Thread(target=poll)
@@ -117,9 +116,3 @@ def _highest_usage(server: Server) -> Iterator[list[float]]:
     finally:
         ended.set()
         thread.join()
-
-
-def _metric(server: Server, name: str) -> float:
-    """Sum of a metric over its labels."""
-    values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", server.get("/metrics"), re.M)
-    return sum(map(float, values))
