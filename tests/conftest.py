@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ class ServerPair:
     family: str
     stock: Server
     plugin: Server
+
+
+def pytest_runtest_setup() -> None:
+    """Let pytest see what is logged, from which vLLM keeps it once a test has imported vLLM."""
+    logging.getLogger("vllm").propagate = True
 
 
 @pytest.fixture(scope="session")
