@@ -172,36 +172,32 @@ class PairError(MediaError):
     status = HTTPStatus.CONFLICT
 
 
-class TakenDownError(MediaError):
+class _WordedError(MediaError):
+    """An error that says the same whatever the media."""
+
+    #: What is said unless another message is given.
+    words: ClassVar[str]
+
+    def __init__(
+        self, message: str | None = None, *, parameter: str = "media", value: Any = None
+    ) -> None:
+        super().__init__(message or self.words, parameter=parameter, value=value)
+
+
+class TakenDownError(_WordedError):
     """The operator took the media down while the request was served."""
 
     code = "taken_down"
     status = HTTPStatus.GONE
-
-    def __init__(
-        self,
-        message: str = "The media of this request were taken down by the server's operator.",
-        *,
-        parameter: str = "media",
-        value: Any = None,
-    ) -> None:
-        super().__init__(message, parameter=parameter, value=value)
+    words = "The media of this request were taken down by the server's operator."
 
 
-class InternalMediaError(MediaError):
+class InternalMediaError(_WordedError):
     """This plugin's own code failed. The message never holds the cause; the server's log does."""
 
     code = "internal"
     status = HTTPStatus.INTERNAL_SERVER_ERROR
-
-    def __init__(
-        self,
-        message: str = "The server failed to handle the media. The cause is in the server's log.",
-        *,
-        parameter: str = "media",
-        value: Any = None,
-    ) -> None:
-        super().__init__(message, parameter=parameter, value=value)
+    words = "The server failed to handle the media. The cause is in the server's log."
 
 
 # The packages that decode media.

@@ -17,13 +17,13 @@ from typing import Any
 import httpx
 import pytest
 import websockets
-from scraped import Scraped
 
 from vllm_mm_ext.fleet.key_headers import with_route_key
 from vllm_mm_ext.fleet.route_key import named_key
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.routers import ROUTERS, installed, router
+from vllm_mm_ext.testing.scraped import Scraped
 from vllm_mm_ext.testing.server import MODEL_NAME, Server, serve
 from vllm_mm_ext.tools.bench.live_load import live_stats
 

@@ -15,11 +15,11 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from scraped import Scraped
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip, truncate
 from vllm_mm_ext.testing.origin import Origin
+from vllm_mm_ext.testing.scraped import Scraped
 from vllm_mm_ext.testing.server import Server, serve
 
 pytestmark = pytest.mark.engine

@@ -19,11 +19,11 @@ import pytest
 from dashboard_queries import ADDED, queries, series_of
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from scraped import Scraped
 
 from vllm_mm_ext.sight.metric_table import METRICS
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_clip
+from vllm_mm_ext.testing.scraped import Scraped
 from vllm_mm_ext.testing.server import Server, serve
 
 pytestmark = pytest.mark.engine

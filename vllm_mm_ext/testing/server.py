@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from vllm_mm_ext.testing.memory import MemoryWatch, ProcessMemory, snapshot
+from vllm_mm_ext.testing.scraped import Scraped
 
 if TYPE_CHECKING:
     import openai
@@ -94,14 +95,7 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of all series of ``/metrics`` of that name that have these labels."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(self.get("/metrics"))
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        return Scraped(self.get("/metrics")).sum(name, **labels)
 
     def memory(self) -> list[ProcessMemory]:
         """Memory of the API server and its descendants now."""

@@ -146,11 +146,7 @@ def played(study: FleetStudy) -> dict[str, list[RoutingRun]]:
                 study.replicas(media, KV_BLOCKS) as servers,
                 routed(study, servers, name) as ask_at,
             ):
-                before = encoder_tokens(servers)
-                records = play(videos, ask_at)
-                after = encoder_tokens(servers)
-        encoded = {each: after[each] - before[each] for each in after}
-        runs[name].append(RoutingRun(name, records, encoded))
+                runs[name].append(play(name, servers, videos, ask_at))
     return runs
 
 
@@ -178,13 +174,29 @@ def routed(
         yield lambda body: by_name[ranked(route_key(body) or "", REPLICAS)[0]]
 
 
-def play(videos: Sequence[Path], ask_at: Callable[[dict[str, Any]], Server]) -> tuple[Record, ...]:
+def play(
+    routing: str,
+    servers: Sequence[Server],
+    videos: Sequence[Path],
+    ask_at: Callable[[dict[str, Any]], Server],
+) -> RoutingRun:
     """Have the conversations, each about its own video.
 
     Args:
-        videos: Their videos.
+        routing: What to call it.
+        servers: The replicas.
+        videos: Of the conversations.
         ask_at: Where the request with such a body is sent.
     """
+    before = encoder_tokens(servers)
+    records = _records(videos, ask_at)
+    after = encoder_tokens(servers)
+    return RoutingRun(routing, records, {name: after[name] - before[name] for name in after})
+
+
+def _records(
+    videos: Sequence[Path], ask_at: Callable[[dict[str, Any]], Server]
+) -> tuple[Record, ...]:
     left = schedule(len(videos), TURNS)
     taking = threading.Lock()
     began = time.perf_counter()

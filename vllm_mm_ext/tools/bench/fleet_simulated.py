@@ -34,7 +34,6 @@ from vllm_mm_ext.tools.bench.fleet_study import (
     SLOTS,
     STEP_TOKENS,
     FleetStudy,
-    encoder_tokens,
     thread_bounds,
 )
 from vllm_mm_ext.tools.bench.harness import Row
@@ -104,10 +103,7 @@ def _alone(study: FleetStudy) -> RoutingRun:
     with study.context.scratch() as media:
         videos = study.videos(media, 0, CONVERSATIONS)
         with study.replicas(media, KV_BLOCKS) as servers:
-            before = encoder_tokens(servers)
-            records = play(videos, lambda _: servers[0])
-            after = encoder_tokens(servers)
-    return RoutingRun(_ALONE, records, {name: after[name] - before[name] for name in after})
+            return play(_ALONE, servers, videos, lambda _: servers[0])
 
 
 def _fleet(study: FleetStudy) -> tuple[Fleet, float]:

@@ -6,11 +6,11 @@ import json
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -167,6 +167,40 @@ class BenchContext:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+class PartsStudy(Protocol):
+    """What the parts of a benchmark run with."""
+
+    notes: list[str]
+
+
+S = TypeVar("S", bound=PartsStudy)
+
+
+def run_parts(
+    context: BenchContext,
+    name: str,
+    parts: Mapping[str, Callable[[S], list[Row]]],
+    chosen: Collection[str],
+    study_of: Callable[[BenchContext, ExitStack], S],
+) -> BenchResult:
+    """Measure parts of a benchmark, in the order of its table.
+
+    Args:
+        context: What to run with.
+        name: Of the benchmark.
+        parts: All its parts.
+        chosen: Names of those to measure.
+        study_of: Makes what the parts run with; the stack ends the servers that they share.
+    """
+    rows: list[Row] = []
+    with ExitStack() as servers, context.steps(name, len(set(chosen))) as begin:
+        study = study_of(context, servers)
+        for part in [part for part in parts if part in chosen]:
+            begin(part)
+            rows += parts[part](study)
+    return BenchResult(name, rows, study.notes)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

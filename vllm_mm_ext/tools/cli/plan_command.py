@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -25,14 +23,13 @@ from vllm_mm_ext.planner.workload import (
     read_images,
     read_videos,
 )
+from vllm_mm_ext.tools.cli.plan_start import machine_memory, register_quietly, usual_cores
 
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.planning.planner import Planner
     from vllm_mm_ext.planner.plan import Plan
     from vllm_mm_ext.tools.cli.plan_tables import Expected
 
-# Of a machine with GPUs, where the user says nothing.
-_SERVER_CORES = 16
 # Options with a value that change nothing in the written file.
 _NOT_OF_THE_FILE = ("--name", "--calibration", "--price-per-hour")
 _SIZES = "240p ... 2160p or WIDTHxHEIGHT"
@@ -131,7 +128,7 @@ def plan(
     from vllm_mm_ext.planner.plan import Site
     from vllm_mm_ext.planner.workload import WorkloadError
 
-    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host_memory = machine_memory()
     try:
         chosen = gpu_of(gpu, host_memory)
         workload = Workload(
@@ -151,16 +148,11 @@ def plan(
     host = host_gib * GIB if host_gib else host_memory if chosen.is_cpu else None
     if chosen.is_cpu and (tp > 1 or dp > 1):
         _fail(f"--tp {tp} --dp {dp}: on a CPU both must be 1")
-    # What vLLM and transformers log while they read the model is no part of the plan.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    register_quietly()
     from vllm_mm_ext.adapters.planning.loading import CannotPlanError
     from vllm_mm_ext.adapters.planning.planner import Planner, Wishes
     from vllm_mm_ext.planner.model_folder import ModelFilesError
-    from vllm_mm_ext.plugin import register
 
-    register()
     try:
         planner = Planner(model, name=name, mm_processor_kwargs=kwargs)
         site = Site(
@@ -168,7 +160,7 @@ def plan(
             tp=tp,
             dp=dp,
             host_memory=host,
-            cores=cores or (os.cpu_count() if chosen.is_cpu else None) or _SERVER_CORES,
+            cores=cores or usual_cores(chosen),
             process_bytes=planner.process_bytes_on(chosen),
         )
         made = planner.plan(workload, site, Wishes(context, max_frames, resolution, reduce))

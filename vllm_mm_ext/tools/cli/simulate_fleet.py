@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from vllm_mm_ext.planner.workload import VIDEO_FORM, Video, Workload, WorkloadError, read_videos
+from vllm_mm_ext.tools.cli.plan_start import machine_memory, register_quietly, usual_cores
 
 if TYPE_CHECKING:
     from vllm_mm_ext.fleet.figures import Figure
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from vllm_mm_ext.fleet.traffic import Traffic
 
 _ROUTINGS = "random,round-robin,session,media-key"
-_SERVER_CORES = 16
 _VIDEO = "60s@1fps:720p"
 # What a live session sends at a time.
 _LIVE_UNIT = Video(2.0, 1.0, 854, 480)
@@ -227,23 +225,18 @@ def _fleet(
     from vllm_mm_ext.planner.plan import Site
     from vllm_mm_ext.tools.cli.plan_rates import RatesError, chosen_rates
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = machine_memory()
     try:
         chosen = gpu_of(gpu, memory)
     except UnknownGpuError as error:
         _fail(str(error))
     if chosen.is_cpu and tp > 1:
         _fail(f"--tp {tp}: on a CPU it must be 1")
-    # What vLLM and transformers log while they read the model is no part of the figures.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    register_quietly()
     from vllm_mm_ext.adapters.planning.loading import CannotPlanError
     from vllm_mm_ext.adapters.planning.planner import Planner, Wishes
     from vllm_mm_ext.planner.model_folder import ModelFilesError
-    from vllm_mm_ext.plugin import register
 
-    register()
     try:
         planner = Planner(model)
         workloads = [
@@ -255,7 +248,7 @@ def _fleet(
             tp=tp,
             dp=1,
             host_memory=None,
-            cores=(os.cpu_count() if chosen.is_cpu else None) or _SERVER_CORES,
+            cores=usual_cores(chosen),
             process_bytes=planner.process_bytes_on(chosen),
         )
         plans = [planner.plan(each, site, Wishes()) for each in workloads[: len(kinds)]]
