@@ -47,8 +47,15 @@ class ServerPair:
 
 
 def pytest_runtest_setup() -> None:
-    """Let pytest see what is logged, from which vLLM keeps it once a test has imported vLLM."""
-    logging.getLogger("vllm").propagate = True
+    """Let pytest see what is logged, whichever test has imported vLLM before.
+
+    vLLM then keeps the records of its loggers to itself, and the tests of commands that log only
+    errors make it drop all others.
+    """
+    logger = logging.getLogger("vllm")
+    logger.propagate = True
+    if logger.level > logging.INFO:
+        logger.setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")
