@@ -4,8 +4,9 @@ The contents of steps cost what the planner says. While requests only decode, st
 simulated until an answer ends or a prompt comes. What is left of a long prompt is computed in as
 many steps at once as it takes. Only steps in which prompts end are looked at one by one.
 
-Prompts go in the order of the plugin's scheduler: those with the least to do first, and before them
-those that have waited for half of ``aging_s``; beside decodes a step has ``target_itl_ms``.
+Prompts go in the order of the plugin's scheduler: those with the least to do first, of those about
+as large the first to come, and before them those that have waited for half of ``aging_s``; beside
+decodes a step has ``target_itl_ms``.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Job(Generic[T]):
         prompt: Tokens of its prompt.
         output: Tokens of its answer.
         rank: What it needs by its coming, in seconds: the lowest goes first.
+        number: Its place in the order of coming.
         work: What it needs; None until it has a slot.
         left_s: Seconds of that which are not done.
     """
@@ -67,6 +69,7 @@ class Job(Generic[T]):
     prompt: int
     output: int
     rank: float
+    number: int
     work: PromptWork | None = None
     left_s: float = 0.0
 
@@ -143,13 +146,13 @@ class FluidEngine(Generic[T]):
             rank: What it is expected to need, in seconds.
         """
         self._pass(now)
-        job = Job(request, now, prompt, output, rank)
-        heapq.heappush(self._waiting, (rank, next(self._numbers), job))
+        job = Job(request, now, prompt, output, rank, next(self._numbers))
+        heapq.heappush(self._waiting, (_size(rank), job.number, job))
         self._came.append(job)
         if self._phase is _Phase.idle:
             self._begin()
         elif self._phase is _Phase.decodes or (
-            self._phase is _Phase.bulk and rank < self._started[0].left_s
+            self._phase is _Phase.bulk and _size(rank) < _size(self._started[0].left_s)
         ):
             # On average half of the step under way is over.
             self._until = min(self._until, now + self._step_s / 2)
@@ -281,7 +284,7 @@ class FluidEngine(Generic[T]):
         """The request whose turn it is, with a slot; None if there is none."""
         if not self._started and not self._waiting:
             return None
-        started = min(self._started, key=lambda job: job.left_s, default=None)
+        started = min(self._started, key=_place, default=None)
         if len(self._decoding) + len(self._started) + len(self._ending) >= self._slots:
             return started
         while self._came and self._came[0].work is not None:
@@ -293,7 +296,7 @@ class FluidEngine(Generic[T]):
         chosen = self._came[0]
         if self.now - chosen.came < _AGED_S:
             chosen = self._waiting[0][2]
-            if started is not None and started.left_s <= chosen.rank:
+            if started is not None and _place(started) < (_size(chosen.rank), chosen.number):
                 return started
         work = self._admit(chosen.request)
         if work is None:
@@ -301,3 +304,13 @@ class FluidEngine(Generic[T]):
         chosen.work, chosen.left_s = work, work.seconds
         self._started.append(chosen)
         return chosen
+
+
+def _place(job: Job[T]) -> tuple[int, int]:
+    """A job's place among those with a slot."""
+    return _size(job.left_s), job.number
+
+
+def _size(seconds: float) -> int:
+    """Work to half a power of two, as the scheduler compares it."""
+    return math.floor(2 * math.log2(max(seconds, _ROUNDING)))

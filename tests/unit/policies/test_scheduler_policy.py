@@ -125,6 +125,11 @@ def test_a_video_that_is_nearly_done_goes_before_a_text_that_takes_longer() -> N
     assert ordered([text, video]) == [video, text]
 
 
+def test_videos_about_as_large_go_in_the_order_of_coming() -> None:
+    first, second = prompt("first", 620), prompt("second", 600, came=1)
+    assert ordered([second, first]) == [first, second]
+
+
 def test_priority_goes_before_size_until_a_request_is_aged() -> None:
     urgent = prompt("urgent", 9000, priority=-1, came=1)
     text = prompt("text", text=100)

@@ -76,18 +76,16 @@ class Candidate(NamedTuple):
         """Sort key in one step; the lowest goes first.
 
         Aged requests come first, in the order of their coming, so nobody joins those before one but
-        by preemption. The others follow by priority and by what is left to do. A waiting request
-        with encoder work passes one that holds a slot only if half as much is left of it: so at
-        most log2 of the longest video over the shortest hold slots without being served.
+        by preemption. The others follow by priority and by what is left to do, to half a power of
+        two, so that those about as large go in the order of coming. A waiting request with encoder
+        work counts twice: so few that others have passed hold slots.
         """
-        if self.last:
-            return (2, 0, 0, self.order)
-        if self.aged:
-            return (0, 0, 0, self.order)
+        if self.last or self.aged:
+            return (2 if self.last else 0, 0, 0, self.order)
         work = self.encoder_tokens + self.left
         if self.items and not self.running:
             work *= 2
-        return (1, self.priority, work, self.order)
+        return (1, self.priority, (work * work).bit_length(), self.order)
 
 
 @dataclass(frozen=True, slots=True)

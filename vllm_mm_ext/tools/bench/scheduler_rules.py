@@ -51,6 +51,17 @@ def _room(**changes: Any) -> Iterator[None]:
         yield
 
 
+def _exact_work_decides() -> AbstractContextManager[Any]:
+    coarse = step_plan.Candidate.rank.fget  # type: ignore[attr-defined]
+
+    def rank(one: step_plan.Candidate) -> step_plan.Rank:
+        place, priority, _, order = coarse(one)
+        work = (one.encoder_tokens + one.left) * (2 if one.items and not one.running else 1)
+        return place, priority, work if place == 1 else 0, order
+
+    return mock.patch.object(step_plan.Candidate, "rank", property(rank))
+
+
 def _nothing_closes() -> AbstractContextManager[None]:
     give = step_plan._Giver.give
 
@@ -67,6 +78,7 @@ RULES: dict[str, Callable[[], AbstractContextManager[None]]] = {
         for name, owner, attribute, values in _CONSTANTS
         for value in values
     },
+    "the exact work decides": _exact_work_decides,
     "no going last": partial(_candidates, last=False),
     "no slots for text": partial(_room, reserved=0),
     "no slots kept for aged": partial(_room, most_kept=0),
