@@ -40,7 +40,11 @@ class SamplingConfig(Section):
         0.1, ge=0, le=60, description="`adaptive`: every second keeps this rate, budget allowing."
     )
     max_fps: float = Field(
-        8.0, gt=0, le=60, description="`adaptive`: no second gets more than this rate."
+        8.0,
+        gt=0,
+        le=60,
+        description="`adaptive`: no second gets more than this rate, unless `fps` or `min_frames` "
+        "asks for more.",
     )
     video_stream: int | None = Field(
         None,
@@ -101,6 +105,10 @@ class NvdecConfig(Section):
     from_megapixels: NvdecThresholds = Field(default_factory=NvdecThresholds)
 
 
+# Most that ``decode.max_output_mb`` may be.
+MAX_OUTPUT_MB = 1 << 16
+
+
 class DecodeConfig(Section):
     """The pool of decode worker processes and its hard limits per job."""
 
@@ -132,7 +140,10 @@ class DecodeConfig(Section):
         4 * 3600.0, gt=0, description="Seconds of video; longer is refused."
     )
     max_output_mb: int = Field(
-        1024, ge=16, le=1 << 16, description="Decoded frames of one video, MiB; more is refused."
+        1024,
+        ge=16,
+        le=MAX_OUTPUT_MB,
+        description="Decoded frames of one video, MiB; more is refused.",
     )
     nvdec: NvdecConfig = Field(default_factory=NvdecConfig)
 

@@ -57,7 +57,8 @@ would, so its count is that completion's.
 with `--trust-request-mm-kwargs`. Then `media_io_kwargs.video` sets the sampling of the request's
 videos, and a size in `mm_processor_kwargs` the size of their frames.
 
-Text of a message that reads like a placeholder of the model (`<|video_pad|>`) stays text.
+Text of a message, a tool call or a tool that reads like a placeholder of the model
+(`<|video_pad|>`) stays text.
 `truncate_prompt_tokens` may cut text; a request in which it would cut a media item is a 400."""
 
 _ANSWER = """

@@ -88,6 +88,19 @@ def test_a_second_with_all_the_change_gets_no_more_than_the_ceiling() -> None:
     assert len(limited) == 10
 
 
+def test_the_ceiling_rises_as_far_as_the_least_number_of_frames_needs() -> None:
+    # Two seconds of eight frames, and one that two frames were already taken of.
+    looked = look(np.zeros((24, 4), np.float32))
+
+    def most(least: int) -> list[int]:
+        found = choose(looked, 20, widest=1e9, ends=math.inf, ceiling=3, taken={2: 2}, least=least)
+        return np.bincount(found // 8, minlength=3).tolist()
+
+    assert most(0) == [3, 3, 1]
+    assert most(9) == [4, 4, 2]
+    assert sum(most(99)) == 20
+
+
 def test_the_first_and_the_last_moment_are_shown() -> None:
     pixels = np.random.default_rng(0).normal(0, 50, (160, 4)).astype(np.float32)
     chosen = take(look(pixels), 4, ends=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from vllm_mm_ext.errors import MediaError, NoSuchStreamError
 from vllm_mm_ext.media.decode.decoders.base import thumbnail_size
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.probe import probe
-from vllm_mm_ext.media.sampling import select, thumbnail_scan, timeline
+from vllm_mm_ext.media.sampling import basic, select, thumbnail_scan, timeline
 from vllm_mm_ext.media.sampling.short_events import motion_score
 from vllm_mm_ext.media.sampling.thumbnail_planes import planes
 from vllm_mm_ext.media.types import (
@@ -135,9 +136,8 @@ def test_any_policy_keeps_its_budget_order_and_times(info: MediaInfo, spec: Samp
     if spec.policy != "keyframe":
         # What a planner without the packets may count on.
         assert count <= timeline.target_count(replace(info, packets=None), spec)
-    if spec.policy != "adaptive":
-        least = min(spec.min_frames, spec.max_frames, len(info.packets))
-        assert count >= least - least % spec.multiple_of
+    least = min(spec.min_frames, spec.max_frames, len(info.packets))
+    assert count >= least - least % spec.multiple_of
     assert (selection.profile is not None) == (spec.policy == "adaptive")
 
 
@@ -161,15 +161,26 @@ def test_adaptive_leaves_no_gap_wider_than_eight_uniform_spacings(
 
 
 @settings(max_examples=30, deadline=None)
-@given(info=clips(), min_fps=st.sampled_from([0.1, 0.5, 1.0, 3.0]), ceiling=st.integers(1, 9))
+@given(
+    info=clips(),
+    fps=st.sampled_from([0.5, 4.0]),
+    min_fps=st.sampled_from([0.1, 0.5, 1.0, 3.0]),
+    ceiling=st.integers(1, 9),
+)
 def test_adaptive_keeps_the_floor_and_the_ceiling(
-    info: MediaInfo, min_fps: float, ceiling: int
+    info: MediaInfo, fps: float, min_fps: float, ceiling: int
 ) -> None:
     assert info.packets is not None
     selection = chosen(
-        info, policy="adaptive", fps=4.0, max_frames=200, min_fps=min_fps, max_fps=float(ceiling)
+        info,
+        policy="adaptive",
+        fps=fps,
+        max_frames=200,
+        min_frames=0,
+        min_fps=min_fps,
+        max_fps=float(ceiling),
     )
-    time, most = info.packets.time, max(ceiling, int(np.ceil(min_fps)))
+    time, most = info.packets.time, max(ceiling, int(np.ceil(min_fps)), int(np.ceil(fps)))
     assert np.bincount(timeline.second_of(selection.times)).max() <= most
     length = float(time[-1] - time[0])
     slots = int(np.ceil(length * min_fps))
@@ -177,6 +188,26 @@ def test_adaptive_keeps_the_floor_and_the_ceiling(
         # Any stretch of two slots that has frames all along has one that was chosen.
         covered = np.diff(selection.times).max(initial=0.0)
         assert covered <= 2 / min_fps + 2 * np.diff(time).max() + 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "least", "most", "frames"),
+    [(4, 1.0, 64, 64, 64), (10, 10.0, 4, 200, 100), (10, 10.0, 4, 50, 50), (2, 30.0, 4, 60, 60)],
+)
+def test_adaptive_takes_as_many_frames_as_asked_for_though_they_are_more_than_max_fps(
+    seconds: int, fps: float, least: int, most: int, frames: int
+) -> None:
+    clip = even(30 * seconds)
+    selection = chosen(clip, policy="adaptive", fps=fps, min_frames=least, max_frames=most)
+    assert len(selection.indices) == frames
+
+
+def test_a_high_rate_does_not_raise_the_ceiling_of_what_the_budget_leaves() -> None:
+    size = np.where(np.arange(1800) // 30 == 20, 90_000, 400)
+    clip = media(np.arange(1800) / 30.0, size)
+    selection = chosen(clip, policy="adaptive", fps=30.0, max_frames=64, max_fps=3.0)
+    assert len(selection.indices) == 64
+    assert np.bincount(timeline.second_of(selection.times)).max() <= 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -290,6 +321,48 @@ def test_keyframe_takes_keyframes_only_while_there_are_enough() -> None:
     filled = chosen(even(300, gop=300), policy="keyframe", min_frames=4)
     assert len(filled.indices) == 4
     assert filled.indices[0] == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(info=clips(), count=st.integers(1, 64))
+def test_keyframes_are_filled_up_in_the_middle_of_the_widest_gap_each_time(
+    info: MediaInfo, count: int
+) -> None:
+    assert info.packets is not None
+    time, keys = info.packets.time, np.flatnonzero(info.packets.is_key)
+    count = min(count, len(time))
+    if len(keys) > count:
+        return
+    wanted = keys.tolist() or [0]
+    while len(wanted) < count:
+        gaps = [
+            (time[min(b, len(time) - 1)] - time[max(a, 0)], b - a, -a)
+            for a, b in itertools.pairwise([-1, *wanted, len(time)])
+            if b - a > 1
+        ]
+        _, width, low = max(gaps)
+        start, end = time[max(-low, 0)], time[min(width - low, len(time) - 1)]
+        middle = int(np.searchsorted(time, (start + end) / 2, side="right")) - 1
+        wanted = sorted([*wanted, min(max(middle, 1 - low), width - low - 1)])
+    selection = chosen(info, policy="keyframe", max_frames=count, min_frames=count)
+    assert selection.indices.tolist() == wanted
+
+
+class Counted(np.ndarray):  # type: ignore[type-arg]
+    """An array that counts how often an item of it is read."""
+
+    reads = 0
+
+    def __getitem__(self, key: object) -> object:
+        Counted.reads += 1
+        return super().__getitem__(key)  # type: ignore[index]
+
+
+def test_work_to_fill_keyframes_up_grows_with_their_number_not_with_its_square() -> None:
+    time = (np.arange(20_000) / 30.0).view(Counted)
+    keys = np.arange(0, 20_000, 200)
+    assert len(basic._fill_up(time, keys, 1000)) == 1000
+    assert Counted.reads <= 10 * 1000
 
 
 def test_explicit_indices_are_checked() -> None:

@@ -111,14 +111,18 @@ class _Part:
             events,
             eligible,
         )
-        spacing = float(time[-1] - time[0]) / count
+        span = float(time[-1] - time[0])
+        spacing = span / count
         floor = 1.0 / spec.min_fps if spec.min_fps > 0 else math.inf
+        # The seconds together have room for as many frames as `fps` asks for and the budget has.
+        mean = min(spec.fps, count / span) if span > 0 else 0.0
         chosen = coverage.choose(
             looked,
             count,
             widest=max(2 * spacing, min(_WIDEST * spacing, floor)),
             ends=_ENDS_S if self.window.is_clip and count > 2 else math.inf,
-            ceiling=max(1, math.floor(spec.max_fps), math.ceil(spec.min_fps)),
+            ceiling=max(1, math.floor(spec.max_fps), math.ceil(spec.min_fps), math.ceil(mean)),
+            least=min(count, spec.min_frames),
             taken=taken,
             multiple_of=spec.multiple_of,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -118,17 +119,22 @@ def _packets(info: MediaInfo) -> PacketTable:
 
 def _fill_up(time: Times, keys: Indices, count: int) -> Indices:
     """Add frames in the middle of the widest gaps until there are ``count`` frames."""
-    chosen = sorted(keys.tolist()) or [0]
+    chosen, last = keys.tolist() or [0], len(time) - 1
+    # The widest gap first; of equal ones that with the most frames, then the earliest.
+    gaps: list[tuple[float, int, int, int]] = []
+
+    def add(low: int, high: int) -> None:
+        if high - low > 1:
+            heappush(gaps, (time[max(low, 0)] - time[min(high, last)], low - high, low, high))
+
+    for low, high in itertools.pairwise([-1, *chosen, len(time)]):
+        add(low, high)
     while len(chosen) < count:
-        bounds = [-1, *chosen, len(time)]
-        gaps = [
-            (time[min(b, len(time) - 1)] - time[max(a, 0)], b - a, a)
-            for a, b in itertools.pairwise(bounds)
-            if b - a > 1
-        ]
-        _, width, low = max(gaps, key=lambda gap: (gap[0], gap[1], -gap[2]))
-        start, end = time[max(low, 0)], time[min(low + width, len(time) - 1)]
-        middle = int(np.searchsorted(time, (start + end) / 2, side="right")) - 1
-        chosen.append(min(max(middle, low + 1), low + width - 1))
-        chosen.sort()
-    return np.array(chosen, np.int64)
+        *_, low, high = heappop(gaps)
+        moment = (time[max(low, 0)] + time[min(high, last)]) / 2
+        middle = int(np.searchsorted(time, moment, side="right")) - 1
+        middle = min(max(middle, low + 1), high - 1)
+        chosen.append(middle)
+        add(low, middle)
+        add(middle, high)
+    return np.array(sorted(chosen), np.int64)

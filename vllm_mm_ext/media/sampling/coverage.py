@@ -77,6 +77,7 @@ def choose(
     ends: float,
     ceiling: int,
     taken: Mapping[int, int],
+    least: int = 0,
     multiple_of: int = 1,
 ) -> Indices:
     """Take the frames with the least error.
@@ -89,6 +90,7 @@ def choose(
         ends: Most seconds from the first and the last of the frames looked at to the choice.
         ceiling: Most frames in any whole second of the clip.
         taken: Frames taken elsewhere in each whole second; they count for ``ceiling``.
+        least: How many to take at least: the ceiling is raised where it leaves fewer.
         multiple_of: The number of frames is cut to a multiple of this, if there are that many.
 
     Returns:
@@ -97,9 +99,12 @@ def choose(
     """
     second = second_of(looked.time)
     seconds, where = np.unique(second, return_inverse=True)
-    room = np.array([max(0, ceiling - taken.get(int(s), 0)) for s in seconds])
+    room = ceiling - np.array([taken.get(int(s), 0) for s in seconds])
     eligible = np.ones(len(where), np.bool_) if looked.eligible is None else looked.eligible
     there = np.bincount(where[eligible], minlength=len(room))
+    while np.clip(room, 0, there).sum() < min(least, there.sum()):
+        room += 1
+    room = np.maximum(room, 0)
     count = min(count, int(np.minimum(room, there).sum()))
     count = count - count % multiple_of or count
     if not count:
