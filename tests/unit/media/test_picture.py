@@ -304,6 +304,32 @@ def test_the_background_shows_through_transparent_video(tmp_path: Path, kind: st
             assert np.abs(picture[4:44, start : start + 24] - wanted).mean() < 4
 
 
+def test_hdr_over_a_background_is_tone_mapped_and_the_background_is_not(tmp_path: Path) -> None:
+    linear = np.array([60.0, 20.0, 40.0])
+    rgba = np.zeros((48, 96, 4), np.uint16)
+    rgba[..., :3] = np.round(65535 * pq(TO_BT2020 @ linear))
+    rgba[..., 3] = 65535
+    rgba[:, 32:64, 3] = 128 * 257
+    rgba[:, 64:] = (0, 65535, 0, 0)
+    frame = av.VideoFrame.from_ndarray(rgba, format="rgba64le").reformat(
+        format="yuva444p10le", dst_colorspace=BT2020
+    )
+    frame.color_trc, frame.color_primaries = PQ, BT2020
+    options = {
+        "profile": "4444",
+        "color_trc": "smpte2084",
+        "color_primaries": "bt2020",
+        "colorspace": "bt2020nc",
+    }
+    path = encode(tmp_path / "a.mov", "prores_ks", "yuva444p10le", [frame], **options)
+    color = 255 * (linear / 203) ** (1 / 2.4)
+    for background in ((0, 0, 0), (120, 255, 0)):
+        picture = decoded(path, background=background).astype(int)
+        for start, alpha in ((4, 1.0), (36, 128 / 255), (68, 0.0)):
+            wanted = alpha * color + (1 - alpha) * np.array(background)
+            assert np.abs(picture[4:44, start : start + 24] - wanted).mean() < 4
+
+
 # --- thumbnails -----------------------------------------------------------------------------------
 
 

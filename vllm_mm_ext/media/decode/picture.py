@@ -65,9 +65,9 @@ def write_rgb(
     """
     out = _as_decoded(target, video)
     frame = _restored(frame, video)
-    if _may_be_transparent(frame):
-        frame = _over(frame, converter, rules.background)
     curve = tone.curve_of(frame)
+    if _may_be_transparent(frame):
+        frame, curve = _over(frame, converter, rules.background, curve), None
     if curve is None:
         _copy(_scaled(frame, converter, out, "gbrp"), out)
     else:
@@ -300,20 +300,32 @@ def _may_be_transparent(frame: VideoFrame) -> bool:
 
 
 def _over(
-    frame: VideoFrame, converter: VideoReformatter, background: tuple[int, int, int]
+    frame: VideoFrame,
+    converter: VideoReformatter,
+    background: tuple[int, int, int],
+    curve: tone.Curve | None,
 ) -> VideoFrame:
-    """The picture over a background; at its own size, so that hidden colours do not bleed."""
+    """The picture in SDR over a background; at its own size, so that hidden colours do not bleed.
+
+    The background is a colour of SDR, so an HDR picture is converted before it is laid over it.
+    """
     rgba = converter.reformat(
         frame,
-        format="rgba",
+        format="rgba" if curve is None else "rgba64le",
         src_colorspace=matrix_of(frame),
         interpolation=_ENLARGE,
         threads=1,
     )
-    pixels = _packed(rgba, np.uint8)
     mixed = np.empty((frame.height, frame.width, 3), np.uint8)
-    for row, out in zip(pixels, mixed, strict=True):
-        alpha = row[:, 3:].astype(np.uint16)
+    if curve is None:
+        pixels = _packed(rgba, np.uint8)
+        colours, alphas = pixels[..., :3], pixels[..., 3:]
+    else:
+        codes = _packed(rgba, np.uint16)
+        tone.write_sdr(codes[..., :3], curve, mixed)
+        colours, alphas = mixed, (codes[..., 3:] >> 8).astype(np.uint8)
+    for colour, opacity, out in zip(colours, alphas, mixed, strict=True):
+        alpha = opacity.astype(np.uint16)
         behind = np.array(background, np.uint16) * (255 - alpha)
-        out[...] = (row[:, :3] * alpha + behind + 127) // 255
+        out[...] = (colour * alpha + behind + 127) // 255
     return VideoFrame.from_ndarray(mixed, format="rgb24")
