@@ -112,10 +112,8 @@ class MediaFrontend:
             truncate_audio=sound.overflow == "truncate",
         )
         red, green, blue = bytes.fromhex(config.picture.background[1:])
-        self.picture = PictureRules(
-            stretch=config.picture.pixel_aspect == "stretch",
-            background=(red, green, blue),
-        )
+        stretch = config.picture.pixel_aspect == "stretch"
+        self.picture = PictureRules(stretch=stretch, background=(red, green, blue))
 
     @property
     def size_rule(self) -> SizeRule:
@@ -128,17 +126,20 @@ class MediaFrontend:
         """Whether videos are delivered with their sound."""
         return self.traits.hears_video and self.config.audio.in_video == "auto"
 
-    async def probe(self, ref: MediaRef, video_stream: int | None = None) -> MediaInfo:
+    async def probe(
+        self, ref: MediaRef, video_stream: int | None = None, *, sound_alone: bool = False
+    ) -> MediaInfo:
         """Return what the container and its first picture say, without the packet table.
 
         Args:
             ref: The media.
             video_stream: As in ``SamplingSpec``.
+            sound_alone: Do not look at the pictures, for media that are only heard.
 
         Raises:
             MediaError: It is no readable media, lacks the stream, or is past a limit.
         """
-        key = _probe_key(ref, video_stream)
+        key = _probe_key(ref, "sound" if sound_alone else video_stream)
         found = self._probed.get(key)
         if found is not None:
             return found
@@ -146,7 +147,8 @@ class MediaFrontend:
         async def read() -> MediaInfo:
             blob = await ref.open()
             request = DecodeRequest(
-                sampling=SamplingSpec(video_stream=video_stream),
+                sampling=None if sound_alone else SamplingSpec(video_stream=video_stream),
+                audio="required" if sound_alone else "none",
                 probe_only=True,
                 limits=self.limits,
                 picture=self.picture,
@@ -233,7 +235,7 @@ class MediaFrontend:
 
         async def decode() -> AudioResult:
             blob = await ref.open()
-            info = await self.probe(ref)
+            info = await self.probe(ref, sound_alone=True)
             request = DecodeRequest(
                 audio="required", limits=self.limits, info=info, audio_stream=stream
             )
@@ -276,7 +278,9 @@ class MediaFrontend:
         info = await self.probe(ref, plan.sampling.video_stream)
         stages = {"probe": time.perf_counter() - started}
         if info.video is None:
-            raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
+            raise NoSuchStreamError(
+                "The media has no video stream that holds a frame.", parameter="video_url"
+            )
         known = self._tables.get(_probe_key(ref, plan.sampling.video_stream))
         # With the packet table, the frames of a span are counted, and not estimated.
         info = info_of(known or info, plan.sampling)
@@ -300,11 +304,9 @@ class MediaFrontend:
             assert done.selection is not None
             waveform: Waveform | None = None
             if done.audio is not None:
-                waveform, stages["resample"] = await self._resample(
-                    done.audio,
-                    done.audio_rate,
-                    _digest("track", key) if plan.sampling.span is None else None,
-                )
+                name = _digest("track", key) if plan.sampling.span is None else None
+                resampled = await self._resample(done.audio, done.audio_rate, name)
+                waveform, stages["resample"] = resampled
             sound = () if waveform is None else (_memory_of(waveform),)
             lease.follow(done.frames, *sound)
         except BaseException:
@@ -379,8 +381,8 @@ class MediaFrontend:
             known.clear()
 
 
-def _probe_key(ref: MediaRef, video_stream: int | None) -> str:
-    return ref.digest if video_stream is None else f"{ref.digest}|{video_stream}"
+def _probe_key(ref: MediaRef, stream: int | str | None) -> str:
+    return ref.digest if stream is None else f"{ref.digest}|{stream}"
 
 
 def _memory_of(waveform: Waveform) -> np.ndarray[Any, Any]:

@@ -130,7 +130,7 @@ class MediaInfo:
     Attributes:
         container: FFmpeg demuxer name.
         num_bytes: Size of the encoded file in bytes.
-        duration: Seconds of the longest stream.
+        duration: Seconds of the longest stream; beside a video, estimates of sound do not count.
         video: The video stream that a player shows (cover art does not count), or None.
         audio: Audio streams, the one that a player plays first; possibly empty.
         packets: Packet table of ``video``; None without video.
@@ -156,7 +156,8 @@ class SamplingSpec:
         max_frames: Most frames, never exceeded.
         min_frames: Least frames, where the clip has that many.
         min_fps: ``adaptive`` takes at least this many frames per second, as far as the budget goes.
-        max_fps: ``adaptive`` takes at most this many frames of any second.
+        max_fps: ``adaptive`` takes at most this many frames of any second, unless ``fps`` or
+            ``min_frames`` asks for more.
         multiple_of: The number of frames is rounded down to a multiple of this, the frames of a
             temporal patch.
         indices: Presentation-order frame indices for ``explicit``, sorted, may repeat.
@@ -323,6 +324,7 @@ class DecodeRequest:
 
     Attributes:
         sampling: Frames wanted, or None for no video. Of a probe, its ``video_stream`` counts.
+            Without it and with required sound, the pictures of the file are not looked at.
         size: Rule for the size of the frames.
         audio: ``required`` (a file without readable sound is an error), ``optional`` (sound that
             cannot be had is left out, and ``DecodeResult.audio_note`` says why) or ``none``.
@@ -351,6 +353,11 @@ class DecodeRequest:
     audio_stream: int | None = None
     content: str = ""
     gpu: GpuRules = NO_RULES
+
+    @property
+    def sound_alone(self) -> bool:
+        """Whether the sound of the file is all that counts."""
+        return self.sampling is None and self.audio == "required"
 
     @property
     def may_use_gpu(self) -> bool:

@@ -12,10 +12,11 @@ import av
 import numpy as np
 import pytest
 
+from tests.support.transport_streams import copied
 from vllm_mm_ext.adapters.runtime import Runtime
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MMExtConfig
-from vllm_mm_ext.errors import NoSuchStreamError
+from vllm_mm_ext.errors import MediaTooLongError, NoSuchStreamError
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher, MediaRef
 from vllm_mm_ext.media.fetch.file_source import _RACY_NS
 from vllm_mm_ext.media.frontend import VideoResult
@@ -279,6 +280,26 @@ async def test_streams_of_one_file_are_different_videos(runtime: Runtime, tmp_pa
     assert len(digests) == 3
     with pytest.raises(NoSuchStreamError, match="no video stream 2"):
         await runtime.frontend.probe(ref, 2)
+
+
+async def test_sound_is_heard_whatever_the_pictures_beside_it_are(tmp_path: Path) -> None:
+    """An empty video track, and a video past the limits."""
+    tone = [Tone(440.0, 0.0, 9.0)]
+    film = make_clip(tmp_path / "film.webm", codec="libvpx", duration=2, audio=tone).path
+    empty = copied(film, tmp_path / "empty.webm", wanted=lambda kind, _: kind == "audio")
+    media = {"decode": {"workers": 1, "max_duration_s": 1.0}}
+    config = MMExtConfig.from_additional_config({"mm_ext": {"media": media}})
+    runtime = Runtime(config, ModelTraits(hears_video=True))
+    try:
+        for path, error in ((film, MediaTooLongError), (empty, NoSuchStreamError)):
+            ref = await resolve(runtime, path)
+            result = await runtime.frontend.audio(ref)
+            assert result.waveform.rate is not None
+            assert len(result.waveform) == pytest.approx(2 * result.waveform.rate, rel=0.05)
+            with pytest.raises(error):
+                await runtime.frontend.video(ref, PLAN)
+    finally:
+        runtime.close()
 
 
 async def test_a_decoded_video_needs_no_probe(runtime: Runtime, clips: dict[str, Path]) -> None:

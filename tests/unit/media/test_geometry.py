@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from tests.support.transport_streams import copied
 from vllm_mm_ext.media.decode.geometry import stretched
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.probe import probe
@@ -118,6 +119,27 @@ def test_an_orientation_that_only_the_bitstream_tells_is_shown(tmp_path: Path, c
         np.testing.assert_array_equal(picture, np.rot90(flat[:, ::-1]))
 
 
+def test_side_data_without_a_name_hide_no_orientation(tmp_path: Path) -> None:
+    """FFmpeg hands the EXIF tags of a JPEG on as a kind of side data that PyAV does not name."""
+    source = make_clip(tmp_path / "a.avi", codec="mjpeg", duration=0.2).path
+    mirrored = 2
+    tags = struct.pack("<4sIHHHIHHI", b"II*\0", 8, 1, 0x0112, 3, 1, mirrored, 0, 0)
+    tags = b"Exif\0\0" + tags
+    segment = b"\xff\xe1" + struct.pack(">H", len(tags) + 2) + tags
+    path = tmp_path / "exif.avi"
+    with av.open(str(source)) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in reader.demux(video=0):
+            if packet.dts is None:
+                continue
+            data = bytes(packet)
+            tagged = av.Packet(data[:2] + segment + data[2:])
+            tagged.pts, tagged.dts, tagged.time_base = packet.pts, packet.dts, packet.time_base
+            tagged.is_keyframe, tagged.stream = True, stream
+            writer.mux(tagged)
+    np.testing.assert_array_equal(shown(path), shown(source)[:, :, ::-1])
+
+
 def anamorphic(path: Path, *, container: tuple[int, int] | None, bitstream: str | None) -> Path:
     """A picture of 64x48, all white, with the shape of its pixels told by one or both."""
     with av.open(str(path), "w") as writer:
@@ -156,6 +178,31 @@ def test_pixels_that_are_not_square_are_stretched_and_the_container_wins(
     assert shown(path).shape[1:3] == size[::-1]
     assert shown(path).min() > 250
     assert shown(path, stretch=False).shape[1:3] == (48, 64)
+
+
+def test_the_shape_of_pixels_is_told_by_the_first_group_of_pictures_that_is_whole(
+    tmp_path: Path,
+) -> None:
+    """A recording that was joined 90 pictures before a keyframe."""
+    source = tmp_path / "whole.ts"
+    with av.open(str(source), "w") as writer:
+        stream = writer.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.options = {"x264-params": "sar=2/1:keyint=120:scenecut=0"}
+        for number in range(150):
+            picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number, np.uint8))
+            picture.pts = number
+            writer.mux(stream.encode(picture))
+        writer.mux(stream.encode(None))
+    path = tmp_path / "joined.ts"
+    begin = probe(str(source), LIMITS).video
+    assert begin is not None
+    copied(source, path, wanted=lambda _, seconds: seconds - begin.start > 0.99)
+    video = probe(str(path), LIMITS).video
+    assert video is not None
+    assert video.num_frames == 30
+    assert (video.width, video.height, video.sample_aspect) == (128, 48, 2.0)
+    assert shown(path).shape[1:3] == (48, 128)
 
 
 @pytest.mark.parametrize("aspect", [16 / 11, 8 / 9, 1e-4, 255.0])

@@ -80,7 +80,9 @@ async def survey(
     finally:
         own.end_claim()
     if len(videos) < len(urls):
-        raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
+        raise NoSuchStreamError(
+            "The media has no video stream that holds a frame.", parameter="video_url"
+        )
     room = planning.context_use(len(prompt["prompt_token_ids"])).left
     fits = await on_processor_thread(renderer, partial(_fits, planning, videos, room, fps))
     return Survey(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.stream import VideoStream as AvVideoStream
 
+from vllm_mm_ext.media.decode.container import dumped
 from vllm_mm_ext.media.decode.streams import claimed_length, stream_start
 from vllm_mm_ext.media.types import AudioStream
 
@@ -27,18 +31,27 @@ _COUNTING = frozenset(
 )
 
 
-def audio_streams(container: InputContainer) -> list[AvAudioStream]:
+def audio_streams(
+    container: InputContainer, video: AvVideoStream | None = None
+) -> list[AvAudioStream]:
     """Audio streams that this FFmpeg can decode; the stream that a player plays comes first.
 
-    Commentary, sound for the impaired and the like come last, whether or not they are marked as the
-    default (Matroska marks every stream unless told otherwise). Among the others, streams marked as
-    the default come first, then those that are no dub, then those of more channels, then in file
-    order.
+    In a transport stream of several programmes, sound of the picture's own programme comes before
+    that of others. Commentary, sound for the impaired and the like come last, whether or not they
+    are marked as the default (Matroska marks every stream unless told otherwise). Among the others,
+    streams marked as the default come first, then those that are no dub, then those of more
+    channels, then in file order.
+
+    Args:
+        container: An open file.
+        video: The stream of it whose pictures are shown; None for none.
     """
     streams = [stream for stream in container.streams.audio if stream.codec_context is not None]
+    own = _programme(container, video) if video is not None and len(streams) > 1 else set()
     return sorted(
         streams,
         key=lambda stream: (
+            stream.index not in own,
             bool(stream.disposition & _BESIDE),
             not stream.disposition & Disposition.default,
             bool(stream.disposition & Disposition.dub),
@@ -47,14 +60,33 @@ def audio_streams(container: InputContainer) -> list[AvAudioStream]:
     )
 
 
-def describe_audio(container: InputContainer, start: float) -> tuple[AudioStream, ...]:
+def _programme(container: InputContainer, video: AvVideoStream) -> set[int]:
+    """Indices of the streams in the programmes of a video stream; empty for a file without any."""
+    own: set[int] = set()
+    if container.format.name == "mpegts":
+        for section in re.split(r"^  (?:No )?Program\b", dumped(container), flags=re.MULTILINE)[1:]:
+            found = re.findall(r"^  Stream #0:(\d+)", section, re.MULTILINE)
+            streams = {int(index) for index in found}
+            own |= streams if video.index in streams else set()
+    return own
+
+
+def is_unknown(container: InputContainer) -> bool:
+    """Whether headers leave out parameters of sound that decoding a few frames may show."""
+    return any(stream.codec_context.sample_rate <= 0 for stream in audio_streams(container))
+
+
+def describe_audio(
+    container: InputContainer, start: float, video: AvVideoStream | None
+) -> tuple[AudioStream, ...]:
     """The audio streams that can be decoded, the one that a player plays first.
 
-    A stream whose parameters are not known (yet) has a sampling rate of 0.
+    Streams whose parameters are not known are left out.
 
     Args:
         container: An open file.
         start: Seconds on the container's clock at which the file begins.
+        video: As for ``audio_streams``.
     """
     numbers = {stream.index: number for number, stream in enumerate(container.streams.audio)}
     names = set(container.format.name.split(","))
@@ -62,14 +94,15 @@ def describe_audio(container: InputContainer, start: float) -> tuple[AudioStream
         AudioStream(
             index=stream.index,
             codec=stream.codec_context.codec.canonical_name,
-            sample_rate=max(0, stream.codec_context.sample_rate),
+            sample_rate=stream.codec_context.sample_rate,
             channels=stream.codec_context.channels,
             duration=claimed_length(container, stream, start),
             number=numbers[stream.index],
             start=stream_start(stream),
             estimated=not _counts_samples(names, stream),
         )
-        for stream in audio_streams(container)
+        for stream in audio_streams(container, video)
+        if stream.codec_context.sample_rate > 0
     )
 
 

@@ -6,7 +6,7 @@ rounded to the unit that the container counts in. This module is pure arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -24,12 +24,41 @@ DEFAULT_FPS = 25.0
 # clock may jump, a decoding time that is further ahead, or falls back by more, is another clock.
 _AHEAD_S = 10.0
 _BACK_S = 0.1
+# How many pictures away from the step of their clock the sound of that time may lie in the file.
+_NEAR = 64
+# The part of such a step, at each end, in which sound proves nothing: the sound of a recording may
+# end after its pictures, that of the next one begin before.
+_LOOSE = 0.25
 # Where there are no decoding times: pictures that may be decoded between one and the last that is
 # shown before it. Common codecs reorder within 32.
 _MAX_REORDERED = 64
 # Times are taken for those of a constant rate only where its pictures are so many units of the
 # clock apart that rounding alone hardly explains the fit.
 _FEWEST_UNITS = 2.5
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """Packets of the sound that is heard with the pictures, in the order of the file.
+
+    Attributes:
+        before: int64 ``[m]`` how many of the pictures come before each.
+        time: float64 ``[m]`` seconds on the container's clock at which each is decoded.
+    """
+
+    before: Ints
+    time: Floats
+
+    def goes_on(self, place: int, begin: float, end: float) -> bool:
+        """Whether there is sound while no picture comes, so that the clock does not jump.
+
+        Args:
+            place: Number of the picture before which none comes.
+            begin, end: Seconds on the container's clock from and to which none does.
+        """
+        low, high = np.searchsorted(self.before, [place - _NEAR, place + _NEAR + 1])
+        time, loose = self.time[low:high], _LOOSE * (end - begin)
+        return bool(((time > begin + loose) & (time < end - loose)).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +91,14 @@ def read_clock(
     *,
     from_key: bool,
     may_jump: bool,
+    beside: Callable[[], Beside] | None = None,
 ) -> Clock:
     """Put pictures into presentation order and on one clock that begins with 0.
 
     Where the clock jumps (joined recordings), the pictures after the jump go on after the last one
-    before the jump, in the usual distance. Pictures whose timestamps repeat stay in decoding order
-    and share the time up to the next picture.
+    before the jump, in the usual distance. A step ahead in which the sound goes on is no jump but a
+    picture that stands. Pictures whose timestamps repeat stay in decoding order and share the time
+    up to the next picture.
 
     Args:
         pts: int64 ``[n]`` presentation timestamps in decoding order; ``NO_TICKS`` for none.
@@ -79,6 +110,8 @@ def read_clock(
             decoder shows them.
         may_jump: The format may hold clocks that jump ahead, as transport streams do. In others a
             long gap is a long picture.
+        beside: Reads where the sound lies; called only where the clock seems to jump ahead. None
+            for a file without sound.
     """
     step = 1.0 / (fps or DEFAULT_FPS)
     if not bool((pts != NO_TICKS).all()):
@@ -88,7 +121,7 @@ def read_clock(
             time = np.asarray((dts - dts[0] / 1.0) * time_base, np.float64)
             step = float(np.median(np.diff(time)))
         return Clock(np.arange(len(pts)), time, step, exact=False, unit=time_base)
-    run = _runs(pts, dts, time_base, may_jump)
+    run = _runs(pts, dts, time_base, may_jump, beside)
     # Garbage timestamps may be further apart than int64 holds; floating point does not wrap.
     shown = pts.astype(np.float64)
     order = np.lexsort((shown, run))
@@ -178,17 +211,29 @@ def _usual(ticks: Floats, run: Ints) -> float:
     return float(np.median(gaps)) if len(gaps) else 0.0
 
 
-def _runs(pts: Ints, dts: Ints, time_base: float, may_jump: bool) -> Ints:
+def _runs(
+    pts: Ints,
+    dts: Ints,
+    time_base: float,
+    may_jump: bool,
+    beside: Callable[[], Beside] | None,
+) -> Ints:
     """Number of the run of each packet: a new run begins where the clock jumps."""
     if len(pts) < 2:
         return np.zeros(len(pts), np.int64)
     known = np.flatnonzero(dts != NO_TICKS)
     jump = np.zeros(len(pts) - 1, np.bool_)
     if may_jump or (len(known) == len(dts) and bool((dts <= pts).all())):
-        step = np.diff(dts[known].astype(np.float64)) * time_base
+        time = dts[known].astype(np.float64) * time_base
+        step = np.diff(time)
         # A packet is expected where the one before it ends.
         ahead = step - max(0.0, float(np.median(step))) if len(step) else step
-        jump[known[1:] - 1] = (step < -_BACK_S) | (may_jump & (ahead > _AHEAD_S))
+        leap = may_jump & (ahead > _AHEAD_S)
+        if beside is not None and leap.any():
+            sound = beside()
+            for at in np.flatnonzero(leap).tolist():
+                leap[at] = not sound.goes_on(int(known[at + 1]), time[at], time[at + 1])
+        jump[known[1:] - 1] = (step < -_BACK_S) | leap
     else:
         # Matroska has no decoding times. A picture before many that were decoded long ago is none
         # that was reordered.

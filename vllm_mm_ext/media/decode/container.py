@@ -64,6 +64,16 @@ def open_container(
         yield container
 
 
+def dumped(container: InputContainer) -> str:
+    """FFmpeg's own description of an open file: PyAV shows programmes and cropping nowhere else."""
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        return str(container.dumps_format())  # type: ignore[attr-defined]
+    finally:
+        av.logging.set_level(before)
+
+
 def describe(error: BaseException) -> str:
     """FFmpeg's reason for an error, without the name of the server's file."""
     return str(getattr(error, "strerror", None) or type(error).__name__)

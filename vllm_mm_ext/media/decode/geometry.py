@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
+from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Stream
 from av.video.codeccontext import VideoCodecContext
@@ -18,12 +22,12 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.media.decode import tone
-from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.container import dumped, open_container
 from vllm_mm_ext.media.decode.packets import demux
 from vllm_mm_ext.media.decode.picture import is_plain
 from vllm_mm_ext.media.types import MediaInfo, PictureRules
 
-# Packets that are tried for a first picture.
+# Packets that are tried for a first picture, from the first keyframe on.
 _MAX_PACKETS = 64
 # Nobody looks at the picture's pixels; without these steps it takes an eighth less.
 _NO_PIXELS = {"skip_idct": "all", "skip_loop_filter": "all"}
@@ -160,7 +164,7 @@ def _first_picture(
     context = decoder_of(stream)
     context.options = {"max_pixels": str(max_pixels), **_NO_PIXELS}
     context.thread_count = 1
-    packets = islice(demux(container, stream), _MAX_PACKETS)
+    packets = _from_keyframe(demux(container, stream))
     while True:
         try:
             packet = next(packets, None)
@@ -181,19 +185,28 @@ def _first_picture(
             return pictures[0], context.sample_aspect_ratio
 
 
+def _from_keyframe(packets: Iterator[Packet[Any]]) -> Iterator[Packet[Any]]:
+    """The packets to try: what comes before the first keyframe of a stream joined midway is none.
+
+    Where no packet is marked as a keyframe, they are the first of all.
+    """
+    early: list[Packet[Any]] = []
+    with contextlib.suppress(av.FFmpegError):
+        # The probe has refused files of very many packets.
+        for packet in packets:
+            if packet.is_keyframe:
+                return islice(chain([packet], packets), _MAX_PACKETS)
+            if len(early) < _MAX_PACKETS:
+                early.append(packet)
+    return iter(early)
+
+
 def _cropping(container: InputContainer, index: int) -> tuple[int, int, int, int]:
     """Columns and rows that a container cuts off its pictures: left, right, top, bottom.
 
-    These are the clean aperture of MP4 and the cropping of Matroska. PyAV shows them only in
-    FFmpeg's own description of the file.
+    These are the clean aperture of MP4 and the cropping of Matroska.
     """
-    before = av.logging.get_level()
-    av.logging.set_level(av.logging.INFO)
-    try:
-        text = container.dumps_format()  # type: ignore[attr-defined]
-    finally:
-        av.logging.set_level(before)
-    for section in re.split(r"^  Stream ", text, flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^  Stream ", dumped(container), flags=re.MULTILINE)[1:]:
         if re.match(rf"#0:{index}\D", section):
             pattern = r"^      Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)$"
             found = re.search(pattern, section, re.IGNORECASE | re.MULTILINE)

@@ -26,6 +26,7 @@ from vllm_mm_ext.media.decode.decoders import Decoder, UnsuitableFileError, get_
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.open_files import OpenFile
 from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.decode.sound_probe import probe_sound
 from vllm_mm_ext.media.decode.substitutes import Frames, Rows, decode_chosen
 from vllm_mm_ext.media.output_bytes import audio_bytes
 from vllm_mm_ext.media.sizing import target_size
@@ -80,6 +81,8 @@ def run_job(
         with _timed(timings, "probe"):
             number = request.sampling.video_stream if request.sampling else None
             info = (None if kept is None else kept.info) or request.info
+            if info is None and request.sound_alone:
+                info = probe_sound(path, limits)
             info = info or probe(path, limits, number, request.picture)
         if kept is not None:
             kept.info = info
@@ -129,7 +132,9 @@ def _decode(
         decoder.kept = kept.video(whole, request)
     if request.sampling is not None:
         if info.video is None:
-            raise NoSuchStreamError("The media has no video stream.", parameter="video_url")
+            raise NoSuchStreamError(
+                "The media has no video stream that holds a frame.", parameter="video_url"
+            )
         with _timed(timings, "profile"):
             selection = _select(path, whole, info, request.sampling, request, decoder)
         shape = _output_shape(info, selection, request)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import av
-from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Stream
 from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, UnreadableMediaError
 from vllm_mm_ext.media.decode.clock import NO_TICKS
-from vllm_mm_ext.media.decode.container import describe
+from vllm_mm_ext.media.decode.container import describe, open_container
 from vllm_mm_ext.media.decode.pictures import HIDDEN, reader_for
 
 # Demuxing costs about 2 us a packet, so a file of this many packets takes some 4 s to probe. At
@@ -79,10 +80,41 @@ def read_packets(container: InputContainer, stream: AvVideoStream) -> Packets:
     return rows
 
 
-def demux(
-    container: InputContainer, stream: AvVideoStream | AvAudioStream
-) -> Iterator[Packet[Any]]:
-    """The packets of a stream, from where the container stands, as ``container.demux`` gives them.
+def read_beside(
+    path: str, max_pixels: int, video: int, audio: int
+) -> tuple[array[int], array[float]]:
+    """Where the packets of a sound lie among those of the pictures, and when.
+
+    Args:
+        path: The file.
+        max_pixels: See ``open_container``.
+        video, audio: Indices of the two streams.
+
+    Returns:
+        For each packet of the sound, in the order of the file: int64 how many packets of
+        ``read_packets`` come before it; float64 seconds on the container's clock at which it is
+        decoded. Both are empty where FFmpeg found the streams only by decoding.
+    """
+    before, seconds, count = array("q"), array("d"), 0
+    with (
+        open_container(path, max_pixels=max_pixels) as container,
+        contextlib.suppress(av.FFmpegError),
+    ):
+        if max(video, audio) >= len(container.streams):
+            return before, seconds
+        for packet in demux(container, container.streams[video], container.streams[audio]):
+            if packet.stream_index == video:
+                count += packet.size > 0
+            elif packet.dts is not None:
+                before.append(count)
+                seconds.append(float(packet.dts * packet.time_base))
+            if count + len(before) > 2 * MAX_PACKETS:
+                break
+    return before, seconds
+
+
+def demux(container: InputContainer, *streams: Stream) -> Iterator[Packet[Any]]:
+    """The packets of streams, from where the container stands, as ``container.demux`` gives them.
 
     PyAV raises IndexError at a packet of a stream that turns up midway, as in joined transport
     streams, and BlockingIOError at each 64 KiB of a transport stream that hold no packet. It can be
@@ -93,7 +125,7 @@ def demux(
     """
     for _ in range(MAX_PACKETS):
         try:
-            yield from container.demux(stream)
+            yield from container.demux(*streams)
         except (IndexError, av.BlockingIOError):
             continue
         return

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
-from vllm_mm_ext.media.audio.audio_streams import audio_streams, describe_audio
+from vllm_mm_ext.media.audio.audio_streams import audio_streams, describe_audio, is_unknown
 from vllm_mm_ext.media.audio.sound_placement import clock_origins
 from vllm_mm_ext.media.decode.clock import (
     DEFAULT_FPS,
     NO_TICKS,
+    Beside,
     Clock,
     paced,
     players_delays,
@@ -29,15 +27,10 @@ from vllm_mm_ext.media.decode.clock import (
 )
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.geometry import displayed
-from vllm_mm_ext.media.decode.packets import MAX_PACKETS, Packets, demux, read_packets
+from vllm_mm_ext.media.decode.packets import Packets, read_beside, read_packets
 from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
-from vllm_mm_ext.media.decode.streams import (
-    TELL_END,
-    claimed_length,
-    container_start,
-    stream_start,
-    video_streams,
-)
+from vllm_mm_ext.media.decode.sound_probe import sound_alone
+from vllm_mm_ext.media.decode.streams import TELL_END, claimed_length, stream_start, video_streams
 from vllm_mm_ext.media.types import (
     AS_PLAYERS,
     DecodeLimits,
@@ -50,8 +43,10 @@ from vllm_mm_ext.media.types import (
 # The format whose headers hold the length of a stream; of others FFmpeg may estimate it, or they
 # tell the end of it.
 _TELLS_LENGTH = "mov"
-# FFmpeg's flags of formats that have no index, and of those whose clock may jump.
-_NO_INDEX, _MAY_JUMP = 0x100, 0x200
+# FFmpeg's flag of formats whose clock may jump.
+_MAY_JUMP = 0x200
+# Gives the video streams of an open container to try, the best first; None stands for sound alone.
+Choose = Callable[[InputContainer], list[int | None]]
 
 
 def probe(
@@ -62,6 +57,9 @@ def probe(
 ) -> MediaInfo:
     """Read the container: its streams and, for video, one row per presentable frame.
 
+    Streams that hold no frame do not count: of a file with sound and such streams, the sound alone
+    is described.
+
     Args:
         path: A local file; ``/proc/self/fd/N`` works too.
         limits: Of these, ``max_pixels`` and ``max_duration_s`` apply.
@@ -70,66 +68,83 @@ def probe(
         picture: How pictures are shown, which decides the displayed size.
 
     Raises:
-        UnreadableMediaError: The file is no media, or has no readable audio or video packet.
+        UnreadableMediaError: The file is no media, or has no readable audio or video packet, or
+            none in the stream ``video_stream``.
         UnsupportedFormatError: FFmpeg knows the format, but the plugin does not accept it.
         MediaTooLargeError: A frame has more than ``max_pixels`` pixels, or there are more than
             ``MAX_PACKETS`` packets.
         MediaTooLongError: The video is longer than ``max_duration_s``.
         NoSuchStreamError: There is no video stream of that number.
     """
-    with open_container(path, max_pixels=limits.max_pixels) as container:
-        choices = [s.index for s in video_streams(container, video_stream)]
-        info = _read(container, path, limits, choices[:1])
-    for index in choices[1:]:
-        # A still picture beside moving ones: a preview.
-        if info is None or info.video is None or info.video.num_frames > 1:
-            break
-        with open_container(path, max_pixels=limits.max_pixels) as container:
-            other = _other(container, path, limits, index)
-        if other is not None and other.video is not None and other.video.num_frames > 1:
-            info, choices = other, [index]
-    info = _completed(path, limits, choices[:1], info)
+
+    def choose(container: InputContainer) -> list[int | None]:
+        streams = video_streams(container, video_stream)
+        return [*(s.index for s in streams), *([None] if video_stream is None else [])]
+
+    info = _first(path, limits, choose)
+    doubtful = info is not None and info.packets is not None and not info.packets.exact
+    if info is None or doubtful:
+        # FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only by
+        # decoding a few frames, and the reordering of frames, by which it fills in timestamps that
+        # program streams leave out.
+        index = None if info is None or info.video is None else info.video.index
+        info = (
+            _first(path, limits, choose if index is None else lambda _: [index], guess=True) or info
+        )
+    if info is None:
+        raise UnreadableMediaError("The media holds no readable audio or video stream.")
+    if doubtful and info.packets is not None:
+        # A decoder that opens the file without decoding would see other timestamps.
+        info = replace(info, packets=replace(info.packets, exact=False))
     return displayed(path, info, limits.max_pixels, picture)
 
 
-def _other(
-    container: InputContainer, path: str, limits: DecodeLimits, index: int
+def _first(
+    path: str, limits: DecodeLimits, choose: Choose, *, guess: bool = False
 ) -> MediaInfo | None:
-    """What was read of another video stream; None where it has no frame."""
-    try:
-        return _read(container, path, limits, [index])
-    except UnreadableMediaError:
-        return None
+    """What was read of the first choice that has frames; a still picture comes after moving ones.
 
+    Args:
+        path, limits: As for ``probe``.
+        choose: What to try.
+        guess: Let FFmpeg decode a few frames first: what is not known then will not be.
 
-def _completed(
-    path: str, limits: DecodeLimits, choice: Sequence[int], info: MediaInfo | None
-) -> MediaInfo:
-    """What was read, or what FFmpeg learns by decoding a few frames where that tells more.
+    Returns:
+        None if what is left out by the headers hides what a choice is.
 
-    FFmpeg learns the parameters of some raw formats (ADTS, MP3, elementary streams) only so, and
-    the reordering of frames, by which it fills in timestamps that program streams leave out.
+    Raises:
+        UnreadableMediaError: No choice has frames or sound.
     """
-    doubtful = info is not None and info.packets is not None and not info.packets.exact
-    if info is not None and not doubtful:
-        return info
-    with open_container(path, max_pixels=limits.max_pixels, guess=True) as container:
-        better = _read(container, path, limits, choice, guessed=True) or info
-    if better is None:
-        raise UnreadableMediaError("The media holds no readable audio or video stream.")
-    if doubtful and better.packets is not None:
-        # A decoder that opens the file without decoding would see other timestamps.
-        return replace(better, packets=replace(better.packets, exact=False))
-    return better
+    left: list[int | None] | None = None
+    still: MediaInfo | None = None
+    refusal = ""
+    while left is None or left:
+        with open_container(path, max_pixels=limits.max_pixels, guess=guess) as container:
+            left = choose(container) if left is None else left
+            try:
+                info = _read(container, path, limits, left.pop(0), guessed=guess)
+            except UnreadableMediaError as error:
+                refusal = refusal or str(error)
+                continue
+        if info is not None and (info.video is None or info.video.num_frames > 1):
+            return info
+        if info is None and still is None and not guess:
+            return None
+        still = still or info
+        if still is not None:
+            left = [index for index in left if index is not None]
+    if still is None and refusal:
+        raise UnreadableMediaError(refusal)
+    return still
 
 
 def _read(
     container: InputContainer,
     path: str,
     limits: DecodeLimits,
-    choice: Sequence[int],
+    choice: int | None,
     *,
-    guessed: bool = False,
+    guessed: bool,
 ) -> MediaInfo | None:
     """Read an open container.
 
@@ -137,48 +152,41 @@ def _read(
         container: The container.
         path: Its file.
         limits: As for ``probe``.
-        choice: Index of the video stream to read; empty for none.
+        choice: Index of the video stream to read; None for none.
         guessed: A few frames have been decoded: what is not known will not be.
 
     Returns:
         None if the headers leave out what decoding a few frames may show.
     """
-    video = container.streams[choice[0]] if choice else None
-    unknown = any(s.codec_context.sample_rate <= 0 for s in audio_streams(container))
-    if unknown and not guessed:
+    if is_unknown(container) and not guessed:
         return None
-    described, packets = None, None
-    if video is not None:
-        if not isinstance(video, AvVideoStream):
-            raise UnreadableMediaError("The media's video stream turned out to be none.")
-        width, height = video.codec_context.width, video.codec_context.height
-        if width <= 0 or height <= 0:
-            return None
-        check_pixels(width, height, limits.max_pixels)
-        if container.format.name.startswith(_TELLS_LENGTH):
-            # A live fragment tells the time at which it ends.
-            begin = max(0.0, stream_start(video))
-            _check_duration(claimed_length(container, video, 0.0) - begin, limits)
-        rows = read_packets(container, video)
-        if container.format.name == "gif":
-            rows.duration[:] = array("q", players_delays(np.array(rows.duration)).tolist())
-        clock, shown = _clock(container, video, rows)
-        described, packets = _describe(container, video, rows, clock, shown)
-        _check_duration(described.duration, limits)
-    start = container_start(container) if described is None else described.start
-    sounds = tuple(sound for sound in describe_audio(container, start) if sound.sample_rate)
-    if described is None and not sounds:
+    if choice is None:
+        info = sound_alone(container, path)
+        return info if info.audio else None
+    video = container.streams[choice]
+    if not isinstance(video, AvVideoStream):
+        raise UnreadableMediaError("The media's video stream turned out to be none.")
+    width, height = video.codec_context.width, video.codec_context.height
+    if width <= 0 or height <= 0:
+        if guessed:
+            raise UnreadableMediaError("The video stream holds no frame.")
         return None
-    if described is None and sounds[0].estimated and container.format.flags & _NO_INDEX:
-        # FFmpeg estimates the length from the bit rate; to read the packets tells it.
-        heard = container.streams.audio[sounds[0].number]
-        measured = replace(sounds[0], duration=_measured(container, heard), estimated=False)
-        sounds = (measured, *sounds[1:])
-    seconds = [s.duration for s in sounds] + ([described.duration] if described else [])
+    check_pixels(width, height, limits.max_pixels)
+    if container.format.name.startswith(_TELLS_LENGTH):
+        # A live fragment tells the time at which it ends.
+        begin = max(0.0, stream_start(video))
+        _check_duration(claimed_length(container, video, 0.0) - begin, limits)
+    rows = read_packets(container, video)
+    if container.format.name == "gif":
+        rows.duration[:] = array("q", players_delays(np.array(rows.duration)).tolist())
+    clock, shown = _clock(container, video, rows, path, limits)
+    described, packets = _describe(container, video, rows, clock, shown)
+    _check_duration(described.duration, limits)
+    sounds = describe_audio(container, described.start, video)
     return MediaInfo(
         container=container.format.name,
         num_bytes=os.stat(path).st_size,
-        duration=max(seconds),
+        duration=max([described.duration, *(s.duration for s in sounds if not s.estimated)]),
         video=described,
         audio=sounds,
         packets=packets,
@@ -186,19 +194,8 @@ def _read(
     )
 
 
-def _measured(container: InputContainer, stream: AvAudioStream) -> float:
-    """Seconds that the packets of a stream last together."""
-    ticks = 0
-    with contextlib.suppress(av.FFmpegError):
-        for count, packet in enumerate(demux(container, stream)):
-            if count > MAX_PACKETS:
-                break
-            ticks += max(0, packet.duration or 0)
-    return float(ticks * stream.time_base) if stream.time_base else 0.0
-
-
 def _clock(
-    container: InputContainer, stream: AvVideoStream, rows: Packets
+    container: InputContainer, stream: AvVideoStream, rows: Packets, path: str, limits: DecodeLimits
 ) -> tuple[Clock, npt.NDArray[np.int64]]:
     """Times of the shown pictures, and their positions among the packets in decoding order."""
     flags = np.array(rows.flags, np.int8)
@@ -212,6 +209,13 @@ def _clock(
         raise UnreadableMediaError("The video stream holds no frame.")
     places = np.flatnonzero(shown)
     rates = _rates(stream)
+    sound = next(iter(audio_streams(container, stream)), None)
+
+    def beside() -> Beside:
+        assert sound is not None
+        before, seconds = read_beside(path, limits.max_pixels, stream.index, sound.index)
+        return Beside(np.searchsorted(places, np.array(before, np.int64)), np.array(seconds))
+
     clock = read_clock(
         np.array(rows.pts, np.int64)[places],
         np.array(rows.dts, np.int64)[places],
@@ -220,6 +224,7 @@ def _clock(
         rates,
         from_key=bool(is_key[places[0]]),
         may_jump=bool(container.format.flags & _MAY_JUMP),
+        beside=None if sound is None else beside,
     )
     order = places[clock.order]
     if container.format.name == "gif":

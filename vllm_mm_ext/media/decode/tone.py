@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -158,12 +158,20 @@ _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 
 
 def side_data(frame: VideoFrame) -> dict[SideDataType, bytes]:
-    """What a picture carries beside its pixels; nothing where PyAV does not know all of it."""
-    try:
-        every = cast("Iterable[SideData]", frame.side_data)
-        return {data.type: bytes(data) for data in every}
-    except ValueError:
-        return {}
+    """What a picture carries beside its pixels."""
+    every = cast("Iterable[SideData]", frame.side_data)
+    return {data.type: bytes(data) for data in every}
+
+
+def _unnamed(kinds: type[SideDataType], value: Any) -> SideDataType:
+    """A kind of side data that PyAV has no name for, such as EXIF or the view of a stereo film."""
+    kind = object.__new__(kinds)
+    kind._name_, kind._value_ = f"UNNAMED_{value}", value
+    return kind
+
+
+# Without this, PyAV shows no side data of a picture where it has no name for one of them.
+SideDataType._missing_ = classmethod(_unnamed)  # type: ignore[assignment]
 
 
 def _mastered_peak(frame: VideoFrame) -> float:

@@ -1,0 +1,79 @@
+"""Reads from a media file's container what the file holds of sound."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+
+import av
+from av.audio.stream import AudioStream as AvAudioStream
+from av.container import InputContainer
+
+from vllm_mm_ext.errors import UnreadableMediaError
+from vllm_mm_ext.media.audio.audio_streams import describe_audio, is_unknown
+from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.packets import MAX_PACKETS, demux
+from vllm_mm_ext.media.decode.streams import container_start, video_streams
+from vllm_mm_ext.media.types import DecodeLimits, MediaInfo
+
+# FFmpeg's flag of formats that have no index.
+_NO_INDEX = 0x100
+
+
+def probe_sound(path: str, limits: DecodeLimits) -> MediaInfo:
+    """Read the container for its sound alone: no limit or defect of its pictures refuses a file.
+
+    Args:
+        path: As for ``probe``.
+        limits: Of these, ``max_pixels`` bounds what FFmpeg decodes to learn parameters.
+
+    Returns:
+        A description without video; without audio if the file holds pictures alone.
+
+    Raises:
+        UnreadableMediaError: The file is no media, or holds neither sound nor pictures.
+        UnsupportedFormatError: FFmpeg knows the format, but the plugin does not accept it.
+    """
+    for guess in (False, True):
+        with open_container(path, max_pixels=limits.max_pixels, guess=guess) as container:
+            if guess or not is_unknown(container):
+                info = sound_alone(container, path)
+                if info.audio or container.streams.video:
+                    return info
+    raise UnreadableMediaError("The media holds no readable audio or video stream.")
+
+
+def sound_alone(container: InputContainer, path: str) -> MediaInfo:
+    """Describe an open file as if it had no pictures; the sound is that of the film all the same.
+
+    Args:
+        container: The file, of which nothing has been read.
+        path: Its path.
+    """
+    film = next(iter(video_streams(container)), None)
+    sounds = describe_audio(container, container_start(container), film)
+    if sounds and sounds[0].estimated and container.format.flags & _NO_INDEX:
+        # FFmpeg estimates the length from the bit rate; to read the packets tells it.
+        heard = container.streams.audio[sounds[0].number]
+        measured = replace(sounds[0], duration=_measured(container, heard), estimated=False)
+        sounds = (measured, *sounds[1:])
+    return MediaInfo(
+        container=container.format.name,
+        num_bytes=os.stat(path).st_size,
+        duration=max((sound.duration for sound in sounds), default=0.0),
+        video=None,
+        audio=sounds,
+        unsupported_audio=bool(container.streams.audio) and not sounds,
+    )
+
+
+def _measured(container: InputContainer, stream: AvAudioStream) -> float:
+    """Seconds that the packets of a stream last together."""
+    ticks = 0
+    with contextlib.suppress(av.FFmpegError):
+        for count, packet in enumerate(demux(container, stream)):
+            if count > MAX_PACKETS:
+                break
+            ticks += max(0, packet.duration or 0)
+    return float(ticks * stream.time_base) if stream.time_base else 0.0
