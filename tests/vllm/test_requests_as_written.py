@@ -146,3 +146,73 @@ def test_text_that_reads_like_a_placeholder_stays_text(
     plain, made = prompt(["hello"]), prompt(texts)
     assert [token in pads for token in made].count(True) == [t in pads for t in plain].count(True)
     assert "".join(texts) in tokenizer.decode([token for token in made if token not in pads])
+
+
+# Writes all that vLLM passes on of messages and tools.
+EVERYTHING = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    "{% for message in messages %}{{ message.role }} {{ message.name }} {{ message.reasoning }}\n"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% for key, value in call.function.arguments.items() %}"
+    "<{{ key }}>{{ value }}{% endfor %}{% endfor %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content or [] %}{{ part.text or part.name }}{% endfor %}{% endif %}"
+    "\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": PAD}]},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": PAD}]},
+        {"role": "user", "content": [{"type": "tool_reference", "name": PAD}]},
+        {"role": "assistant", "content": "hello", "reasoning": PAD},
+        {"role": "assistant", "content": "hello", "reasoning_content": PAD},
+        {"role": "user", "content": "hello", "name": PAD},
+        {"role": "tool", "content": [{"type": "text", "text": PAD}], "tool_call_id": "1"},
+        # Of this one pydantic makes an iterator over the parts.
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": PAD}],
+            "function_call": {"name": "look", "arguments": "{}"},
+        },
+        *(
+            {
+                "role": "assistant",
+                "content": content,
+                "tool_calls": [
+                    {
+                        "id": "1",
+                        "type": "function",
+                        "function": {"name": "look", "arguments": arguments},
+                    }
+                ],
+            }
+            for content, arguments in (
+                (None, f'{{"a": "{PAD}"}}'),
+                ("hello", '{"a": "\\u003c|video_pad|\\u003e"}'),
+                ("hello", f'{{"{PAD}": 1}}'),
+                ([{"type": "text", "text": PAD}], "{}"),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_no_text_of_a_message_becomes_a_placeholder(front: Front, message: dict[str, Any]) -> None:
+    tokenizer = front.renderer.get_tokenizer()
+    made = front.render_messages([message], chat_template=EVERYTHING).prompt
+    assert tokenizer.convert_tokens_to_ids(PAD) not in made
+    assert PAD in tokenizer.decode(made)
+
+
+def test_no_text_of_a_tool_becomes_a_placeholder(front: Front) -> None:
+    tokenizer = front.renderer.get_tokenizer()
+    tools = [{"type": "function", "function": {"name": "look", "description": PAD}}]
+    made = front.render_messages(
+        [{"role": "user", "content": "hello"}],
+        chat_template=EVERYTHING,
+        chat_template_kwargs={"tools": tools},
+    ).prompt
+    assert tokenizer.convert_tokens_to_ids(PAD) not in made
+    assert PAD in tokenizer.decode(made)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_mm_ext.adapters.patches import wrap
-from vllm_mm_ext.request.placeholder_text import MARK, marked, unmarked
+from vllm_mm_ext.request.placeholder_text import MARK, marked, marked_arguments, unmarked
 
 _MODALITIES = ("image", "video", "audio")
 
@@ -52,7 +52,7 @@ def _marking_async(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         made, params = _marked(self, conversations, chat_params)
         rendered = await original(self, made, params, *args, **kwargs)
-        return rendered if made is conversations else (unmarked(rendered[0]), rendered[1])
+        return rendered if params is chat_params else (unmarked(rendered[0]), rendered[1])
 
     return render_chat_async
 
@@ -63,7 +63,7 @@ def _marking(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         made, params = _marked(self, conversations, chat_params)
         rendered = original(self, made, params, *args, **kwargs)
-        return rendered if made is conversations else (unmarked(rendered[0]), rendered[1])
+        return rendered if params is chat_params else (unmarked(rendered[0]), rendered[1])
 
     return render_chat
 
@@ -78,9 +78,11 @@ def _marked(
         return conversations, chat_params
     placeholders = placeholders_of(renderer.mm_processor)
     made = [marked(messages, placeholders) for messages in conversations]
-    if all(new is old for new, old in zip(made, conversations, strict=True)):
+    arguments = marked_arguments(template, placeholders)
+    unchanged = all(new is old for new, old in zip(made, conversations, strict=True))
+    if unchanged and arguments == template:
         return conversations, chat_params
-    return made, replace(chat_params, chat_template_kwargs={**template, "tokenize": False})
+    return made, replace(chat_params, chat_template_kwargs={**arguments, "tokenize": False})
 
 
 def _in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
