@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vllm_mm_ext.adapters.planning.planner import Planner, Wishes
-from vllm_mm_ext.planner.gpu_facts import gpu_of
-from vllm_mm_ext.planner.plan import Site
+from vllm_mm_ext.planner.gpu_facts import Site, gpu_of
 from vllm_mm_ext.planner.plan_yaml import plan_yaml
 from vllm_mm_ext.planner.workload import Image, Video, Workload
 from vllm_mm_ext.plugin import register

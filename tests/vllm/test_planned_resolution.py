@@ -12,8 +12,7 @@ from front import opened
 from vllm_mm_ext.adapters.planning.loading import CannotPlanError
 from vllm_mm_ext.adapters.planning.planner import Planner, Wishes
 from vllm_mm_ext.planner.delivery import Delivery
-from vllm_mm_ext.planner.gpu_facts import gpu_of
-from vllm_mm_ext.planner.plan import Site
+from vllm_mm_ext.planner.gpu_facts import Site, gpu_of
 from vllm_mm_ext.planner.plan_yaml import plan_yaml
 from vllm_mm_ext.planner.workload import Image, Video, Workload
 from vllm_mm_ext.plugin import register
@@ -67,6 +66,10 @@ def test_videos_of_several_lengths_are_served_as_planned_unless_a_request_asks_f
     [
         (Workload(images=(Image(5000, 20),)), "--image.*5000x20.*ratio"),
         (Workload((Video(5 * 3600.0, 0.1),)), "14400 s at most.*got 18000 s"),
+        (
+            Workload((Video(8.0, width=8192, height=8192),)),
+            "35,389,440 pixels at most.*got 8192x8192",
+        ),
         (Workload((Video(7200.0, 2.0),)), "14,400 frames.*4,096 at most.*--max-frames"),
     ],
 )

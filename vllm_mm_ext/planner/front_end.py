@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.media.decode.pool import MAX_DEFAULT_WORKERS
-from vllm_mm_ext.planner.memory_parts import Part, request_bytes
+from vllm_mm_ext.planner.memory_parts import Part, frame_bytes, request_bytes
 from vllm_mm_ext.planner.model_facts import ModelFacts
 from vllm_mm_ext.planner.request_tokens import RequestTokens
 from vllm_mm_ext.planner.workload import Workload
@@ -23,6 +24,8 @@ class FrontEnd:
         processor_cache_gb: ``--mm-processor-cache-gb``.
         workers: Decode workers.
         threads: Threads of each.
+        output_mb, worker_memory_mb: ``max_output_mb`` and ``worker_memory_mb`` of ``media.decode``,
+            MiB: more than their defaults where the frames of a video take more.
         memory: Memory of the API server.
     """
 
@@ -32,6 +35,8 @@ class FrontEnd:
     processor_cache_gb: float
     workers: int
     threads: int
+    output_mb: int
+    worker_memory_mb: int
     memory: tuple[Part, ...]
 
 
@@ -60,6 +65,9 @@ def front_end(
     in_flight = max(_LEAST_IN_FLIGHT, _mib((each.files + each.decoded) * count))
     media = len(workload.videos) + len(workload.audios)
     workers = max(1, min(MAX_DEFAULT_WORKERS, cores, media * count))
+    usual = DecodeConfig()
+    largest = max((frame_bytes(medium) for medium in request.media), default=0)
+    output = max(usual.max_output_mb, _mib(largest))
     # vLLM takes a request's items from the cache only if they leave as much again free.
     cache = max(2 * each.inputs, each.inputs * count)
     return FrontEnd(
@@ -69,6 +77,9 @@ def front_end(
         processor_cache_gb=math.ceil(cache / (1 << 30) * 100) / 100,
         workers=workers,
         threads=max(1, min(4, cores // workers)),
+        output_mb=output,
+        # A worker has the frames in its address space.
+        worker_memory_mb=usual.worker_memory_mb + output - usual.max_output_mb,
         memory=(
             Part(
                 "Python, vLLM and the processor",

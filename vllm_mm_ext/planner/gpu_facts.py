@@ -45,6 +45,27 @@ class GpuFacts:
         return self.name == CPU
 
 
+@dataclass(frozen=True)
+class Site:
+    """The machine that a plan is for.
+
+    Attributes:
+        gpu: Each GPU, or the CPU.
+        tp, dp: GPUs of a replica, and replicas.
+        host_memory: Bytes of memory of the machine; None if they are not known.
+        cores: CPU cores.
+        process_bytes: Memory of a Python process that has loaded vLLM and the model's code, which
+            the API server and the processes of the engine are to begin with.
+    """
+
+    gpu: GpuFacts
+    tp: int
+    dp: int
+    host_memory: int | None
+    cores: int
+    process_bytes: int
+
+
 @cache
 def known_gpus() -> dict[str, GpuFacts]:
     """The GPUs of the data file, by name."""

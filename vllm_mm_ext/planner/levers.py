@@ -9,7 +9,8 @@ from typing import Protocol, TypeVar
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.planner.delivery import Delivery
-from vllm_mm_ext.planner.plan import CONTEXT_UNIT, Plan, Site
+from vllm_mm_ext.planner.gpu_facts import Site
+from vllm_mm_ext.planner.plan import CONTEXT_UNIT, Plan
 
 # Sides in pixels of the square frames that are tried, from the largest.
 _SIDES = (896, 672, 560, 448, 392, 336, 280, 224, 168, 112)
@@ -212,7 +213,7 @@ def _tp(plan: Plan, replan: Replan) -> Lever | None:
     tried = (
         (_changed(plan, replan, site=replace(plan.site, tp=tp)), tp)
         for tp in _TPS
-        if tp > plan.site.tp and not plan.facts.undivided(tp)
+        if tp > plan.site.tp and not plan.facts.undivided(tp, plan.site.dp)
     )
     best = _first_fitting(tried)
     if best is None:

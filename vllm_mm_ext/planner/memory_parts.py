@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vllm_mm_ext.planner.gpu_facts import GIB, Site
 from vllm_mm_ext.planner.model_facts import EncoderFacts, ModelFacts
-from vllm_mm_ext.planner.request_tokens import RequestTokens
+from vllm_mm_ext.planner.request_tokens import MediumTokens, RequestTokens
 from vllm_mm_ext.planner.workload import Workload
 
 # What the sampler makes of a row of logits: as they come, as float32, and a sorted or masked copy.
 _LOGIT_BYTES = 2 + 4 + 4
 _AUDIO_SAMPLE_BYTES = 4
 _AUDIO_RATE = 16_000
+# Not measured by the planner: a CUDA context with its libraries, and CUDA graphs; with several GPUs
+# the buffers of NCCL as well. vLLM measures them when it starts.
+_CUDA_BYTES = round(1.6 * GIB)
+_NCCL_BYTES = round(1.0 * GIB)
+# What a core and a worker on a CPU load and allocate for their first requests, beside the process
+# that has loaded vLLM (``vllm-mm bench plan-memory``).
+_ENGINE_GROWTH = 130 << 20
 
 
 @dataclass(frozen=True)
@@ -73,19 +81,22 @@ def encoder_peak(
     return inputs * layers_kept * (8 * encoder.hidden + inner) * dtype_bytes
 
 
-def text_peak(facts: ModelFacts, step: Step, tp: int) -> int:
+def text_peak(facts: ModelFacts, step: Step, tp: int, dp: int = 1) -> int:
     """Bytes that a forward of the text model over a full step holds beside weights and KV.
 
     Args:
         facts: The model.
         step: The largest step.
         tp: GPUs that share the model.
+        dp: Replicas, which share the experts.
     """
     text = facts.text
     heads = (text.heads + 2 * text.kv_heads) * text.head_dim // tp
     inner = 3 * text.intermediate // tp
     if text.experts_per_token:
-        inner = text.experts_per_token * (inner + text.hidden)
+        # A GPU's share of the experts gets the tokens of all replicas.
+        inner = text.experts_per_token * (inner + dp * text.hidden)
+        inner += dp * text.hidden if dp > 1 else 0
     # The residual, its norm, the embeddings of the step, and the wider one of attention and MLP.
     per_token = 3 * text.hidden + max(heads + text.hidden, inner + text.hidden)
     logits = step.sequences * text.vocabulary * _LOGIT_BYTES
@@ -156,11 +167,9 @@ def request_bytes(facts: ModelFacts, workload: Workload, request: RequestTokens)
     files = sum(video.file_bytes for video in workload.videos)
     decoded = 0
     for medium in request.media:
-        width, height = medium.size
         sound = round(medium.audio_seconds * _AUDIO_RATE) * _AUDIO_SAMPLE_BYTES
         files += sound if medium.kind == "audio" else 0
-        decoded += medium.stages.sampled * width * height * 3 if medium.kind == "video" else 0
-        decoded += sound
+        decoded += frame_bytes(medium) + sound
     inputs = 0
     for item in request.items:
         heard = item.encoder_inputs if item.modality == "audio" else item.audio_inputs
@@ -169,5 +178,69 @@ def request_bytes(facts: ModelFacts, workload: Workload, request: RequestTokens)
     return RequestBytes(files, decoded, inputs * facts.dtype_bytes)
 
 
+def frame_bytes(medium: MediumTokens) -> int:
+    """Bytes of the decoded frames of a video; 0 of another medium."""
+    width, height = medium.size
+    return medium.stages.sampled * width * height * 3 if medium.kind == "video" else 0
+
+
 def _values(encoder: EncoderFacts | None, inputs: int) -> int:
     return 0 if encoder is None else inputs * encoder.input_values
+
+
+def engine_parts(
+    facts: ModelFacts, site: Site, workload: Workload, request: RequestTokens, step: Step
+) -> tuple[Part, ...]:
+    """Memory of each GPU, or of the engine's processes on a CPU, without the KV cache.
+
+    Args:
+        facts: The model.
+        site: The machine.
+        workload: What is asked of the server.
+        request: One request.
+        step: The largest step.
+    """
+    parts = [
+        Part(
+            "weights",
+            facts.weights_per_gpu(site.tp, site.dp),
+            "parameters and buffers as loaded",
+        ),
+        Part(
+            "text model, one step",
+            text_peak(facts, step, site.tp, site.dp),
+            f"{step.tokens:,} tokens and the logits of {step.sequences} sequences",
+        ),
+        Part(
+            "encoders, one step",
+            encoder_step_peak(facts, request, step),
+            f"up to {step.encoder_tokens:,} embeddings, {step.encoder_inputs:,} patches at a time",
+        ),
+        Part(
+            "encoder cache, device tier",
+            encoder_cache_bytes(facts, step.encoder_tokens),
+            f"{step.encoder_tokens:,} embeddings",
+        ),
+    ]
+    if not site.gpu.is_cpu:
+        allowance = _CUDA_BYTES + (_NCCL_BYTES if site.tp > 1 else 0)
+        return (*parts, Part("CUDA", allowance, "an allowance: context, libraries, graphs"))
+    each = request_bytes(facts, workload, request)
+    return (
+        *parts,
+        Part(
+            "Python and vLLM, twice",
+            2 * site.process_bytes + _ENGINE_GROWTH,
+            "the engine's core and its worker; and what their first request loads",
+        ),
+        Part(
+            "encoder cache, host tier",
+            encoder_cache_bytes(facts, request.embeddings * step.sequences),
+            "media of all requests that run",
+        ),
+        Part(
+            "inputs of encoders",
+            each.inputs * step.sequences,
+            "vLLM's processor cache, media of all requests that run",
+        ),
+    )

@@ -52,6 +52,7 @@ class EncoderFacts:
         attention_span: Positions that attend to each other; 0: all of an image, a temporal patch
             or a window.
         gated: Its MLPs have a gate beside the two usual matrices.
+        divided_bytes: Bytes of its weights that the GPUs of a replica divide among themselves.
     """
 
     modality: Literal["vision", "audio"]
@@ -65,6 +66,7 @@ class EncoderFacts:
     output_width: int
     attention_span: int = 0
     gated: bool = False
+    divided_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,15 @@ class ModelFacts:
         architecture: vLLM's name of the architecture.
         family: The module of its processor (``qwen2_5_vl``, ``composer``); ``stock`` for others.
         dtype_bytes: Bytes of a weight and of an activation.
-        weight_bytes: Bytes of all weights that one replica loads, before division by tp.
+        weight_bytes: Bytes of all weights.
         text: The text model.
         vision, audio: The encoders; None where the model has none.
         max_context: Most tokens of a request that the model supports.
         kv_dtype_bytes: Bytes of one value in the KV cache.
         dtype: Name of the type of weights and activations.
+        whole_bytes: Bytes of weights that each GPU holds whole.
+        expert_bytes: Bytes of the experts of a mixture of experts, which all GPUs of all replicas
+            divide among themselves.
     """
 
     name: str
@@ -95,9 +100,16 @@ class ModelFacts:
     max_context: int
     kv_dtype_bytes: int
     dtype: str = "bfloat16"
+    whole_bytes: int = 0
+    expert_bytes: int = 0
 
-    def undivided(self, tp: int) -> str:
-        """Why ``tp`` GPUs cannot share the model: heads that do not divide; empty if they can."""
+    def undivided(self, tp: int, dp: int = 1) -> str:
+        """Why GPUs cannot share the model: heads or widths that do not divide; empty if they can.
+
+        Args:
+            tp: GPUs of a replica.
+            dp: Replicas.
+        """
         text, vision = self.text, self.vision
         if text.heads % tp:
             return f"the model has {text.heads} attention heads, which must be divisible by it"
@@ -108,7 +120,30 @@ class ModelFacts:
                 f"the vision encoder has {vision.heads} attention heads, which must be divisible "
                 "by it"
             )
+        if vision is not None and vision.intermediate % tp:
+            return (
+                f"the MLPs of the vision encoder are {vision.intermediate} wide, which must be "
+                "divisible by it"
+            )
+        shared = tp * dp if text.experts else tp
+        if text.intermediate % shared:
+            name = "experts" if text.experts else "MLPs"
+            return f"the {name} are {text.intermediate} wide, which must be divisible by {shared}"
         return ""
+
+    def weights_per_gpu(self, tp: int, dp: int = 1) -> int:
+        """Bytes of the weights on each GPU.
+
+        Args:
+            tp: GPUs of a replica.
+            dp: Replicas.
+        """
+        whole = self.whole_bytes
+        if self.audio is not None and self.audio.heads % tp:
+            # Where its heads do not divide, each GPU has all of the audio encoder.
+            whole += self.audio.divided_bytes
+        divided = self.weight_bytes - whole - self.expert_bytes
+        return whole + divided // tp + self.expert_bytes // (tp * dp)
 
     def kv_heads_per_gpu(self, tp: int) -> int:
         """KV heads that each of ``tp`` GPUs holds; below one per GPU they are repeated."""

@@ -6,18 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from vllm_mm_ext.config.media_settings import MAX_OUTPUT_MB
 from vllm_mm_ext.planner.delivery import MAX_FRAMES, Delivery, frames_asked
 from vllm_mm_ext.planner.front_end import FrontEnd, front_end
-from vllm_mm_ext.planner.gpu_facts import GIB, GpuFacts
-from vllm_mm_ext.planner.memory_parts import (
-    Part,
-    Step,
-    encoder_cache_bytes,
-    encoder_step_peak,
-    request_bytes,
-    text_peak,
-    total,
-)
+from vllm_mm_ext.planner.gpu_facts import GIB, Site
+from vllm_mm_ext.planner.memory_parts import Part, Step, encoder_cache_bytes, engine_parts, total
 from vllm_mm_ext.planner.model_facts import ModelFacts
 from vllm_mm_ext.planner.request_tokens import RequestTokens
 from vllm_mm_ext.planner.workload import Workload
@@ -34,41 +27,13 @@ _GPU_STEP = (2048, 16_384)
 _CPU_STEP = (2048, 8192)
 # Share of a GPU that vLLM takes by default, which leaves room for what torch does not report.
 _GPU_SHARE = 0.9
-# Not measured by the planner: a CUDA context with its libraries, and CUDA graphs; with several GPUs
-# the buffers of NCCL as well. vLLM measures them when it starts.
-_CUDA_BYTES = round(1.6 * GIB)
-_NCCL_BYTES = round(1.0 * GIB)
 # Of a worker's memory on the host, beside what a process without a GPU takes. Not measured.
 _CUDA_HOST_GIB = 4
 _GPU_BLOCK, _CPU_BLOCK = 16, 32
-# What a core and a worker on a CPU load and allocate for their first requests, beside the process
-# that has loaded vLLM (``vllm-mm bench plan-memory``).
-_ENGINE_GROWTH = 130 << 20
 # A block that vLLM never gives out.
 _NULL_BLOCKS = 1
 
 Count = Callable[[Workload, Delivery], RequestTokens]
-
-
-@dataclass(frozen=True)
-class Site:
-    """The machine that a plan is for.
-
-    Attributes:
-        gpu: Each GPU, or the CPU.
-        tp, dp: GPUs of a replica, and replicas.
-        host_memory: Bytes of memory of the machine; None if they are not known.
-        cores: CPU cores.
-        process_bytes: Memory of a Python process that has loaded vLLM and the model's code, which
-            the API server and the processes of the engine are to begin with.
-    """
-
-    gpu: GpuFacts
-    tp: int
-    dp: int
-    host_memory: int | None
-    cores: int
-    process_bytes: int
 
 
 @dataclass(frozen=True)
@@ -241,6 +206,11 @@ class Plan:
                 f"context; {self.context:,} tokens need {longest:,} blocks, {self.kv_blocks:,} are "
                 "left"
             )
+        if self.front.output_mb > MAX_OUTPUT_MB:
+            found.append(
+                f"frames: those of a video take {self.front.output_mb:,} MiB, of which "
+                f"media.decode.max_output_mb allows {MAX_OUTPUT_MB:,}"
+            )
         host = total(self.host)
         if self.site.host_memory is not None and host > self.site.host_memory:
             found.append(
@@ -277,7 +247,8 @@ def make_plan(
     per_engine = math.ceil(workload.concurrency / site.dp)
     is_cpu = site.gpu.is_cpu
     least, most = _CPU_STEP if is_cpu else _GPU_STEP
-    tokens = min(most, max(least, 1 << (request.prompt - 1).bit_length()))
+    # A step has a token of every request that runs at least; vLLM does not start with fewer.
+    tokens = max(per_engine, min(most, max(least, 1 << (request.prompt - 1).bit_length())))
     step = Step(
         tokens=tokens,
         sequences=per_engine,
@@ -287,7 +258,7 @@ def make_plan(
     block_size = _CPU_BLOCK if is_cpu else _GPU_BLOCK
     block_bytes = facts.kv_bytes_per_token(site.tp) * block_size
     blocks = request.most_kv_blocks(block_size)
-    engine = _engine_parts(facts, site, workload, request, step)
+    engine = engine_parts(facts, site, workload, request, step)
     if is_cpu:
         # vLLM does not start without room for one request as long as the context.
         held = max(blocks * per_engine, -(-length // block_size))
@@ -344,51 +315,6 @@ def _context_needed(workload: Workload, request: RequestTokens) -> int:
         request.most_prompt + workload.output,
         math.ceil(videos / _CONTEXT_SHARE),
         videos + workload.text + around + workload.output,
-    )
-
-
-def _engine_parts(
-    facts: ModelFacts, site: Site, workload: Workload, request: RequestTokens, step: Step
-) -> tuple[Part, ...]:
-    parts = [
-        Part("weights", facts.weight_bytes // site.tp, "parameters and buffers as loaded"),
-        Part(
-            "text model, one step",
-            text_peak(facts, step, site.tp),
-            f"{step.tokens:,} tokens and the logits of {step.sequences} sequences",
-        ),
-        Part(
-            "encoders, one step",
-            encoder_step_peak(facts, request, step),
-            f"up to {step.encoder_tokens:,} embeddings, {step.encoder_inputs:,} patches at a time",
-        ),
-        Part(
-            "encoder cache, device tier",
-            encoder_cache_bytes(facts, step.encoder_tokens),
-            f"{step.encoder_tokens:,} embeddings",
-        ),
-    ]
-    if not site.gpu.is_cpu:
-        allowance = _CUDA_BYTES + (_NCCL_BYTES if site.tp > 1 else 0)
-        return (*parts, Part("CUDA", allowance, "an allowance: context, libraries, graphs"))
-    each = request_bytes(facts, workload, request)
-    return (
-        *parts,
-        Part(
-            "Python and vLLM, twice",
-            2 * site.process_bytes + _ENGINE_GROWTH,
-            "the engine's core and its worker; and what their first request loads",
-        ),
-        Part(
-            "encoder cache, host tier",
-            encoder_cache_bytes(facts, request.embeddings * step.sequences),
-            "media of all requests that run",
-        ),
-        Part(
-            "inputs of encoders",
-            each.inputs * step.sequences,
-            "vLLM's processor cache, media of all requests that run",
-        ),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.planner.plan import Plan
 
 _WIDTH = 100
@@ -150,7 +151,10 @@ def _engine(page: _Page, plan: Plan) -> None:
     page.say("As the checkpoint says.")
     page.put("dtype", facts.dtype)
     if site.tp > 1:
-        page.say(f"Weights of {facts.weight_bytes / 1e9:.1f} GB and KV are divided by {site.tp}.")
+        page.say(
+            f"Weights of {facts.weight_bytes / 1e9:.1f} GB and KV are divided by {site.tp}; what "
+            "is not divided is whole on each GPU."
+        )
         page.put("tensor-parallel-size", site.tp)
     if site.dp > 1:
         page.say(f"Replicas; each runs {plan.per_engine} of the requests at a time.")
@@ -259,8 +263,16 @@ def _plugin(page: _Page, plan: Plan) -> None:
             **({"resolution": side} if side else {}),
         )
     if work.videos or work.audios:
-        media.say(f"Planned on {plan.site.cores} cores.")
-        media.put_flow("decode", workers=front.workers, threads=front.threads)
+        large: dict[str, int] = {}
+        reason = f"Planned on {plan.site.cores} cores."
+        if front.output_mb > DecodeConfig().max_output_mb:
+            large = {
+                "max_output_mb": front.output_mb,
+                "worker_memory_mb": front.worker_memory_mb,
+            }
+            reason += f" The frames of a video take up to {front.output_mb:,} MiB."
+        media.say(reason)
+        media.put_flow("decode", workers=front.workers, threads=front.threads, **large)
     media.say(
         "Files, frames and sound of all planned requests: kept for their next turns, and as much "
         "again while they are worked on."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,13 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planner_facts import LLAMA_70B
 
+from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.quality_settings import BudgetSettings
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.planner.delivery import Delivery, frame_times
-from vllm_mm_ext.planner.gpu_facts import GIB, gpu_of
+from vllm_mm_ext.planner.gpu_facts import GIB, Site, gpu_of
 from vllm_mm_ext.planner.levers import levers
-from vllm_mm_ext.planner.plan import Plan, Server, Site, asked_delivery, make_plan
+from vllm_mm_ext.planner.model_facts import EncoderFacts
+from vllm_mm_ext.planner.plan import Plan, Server, asked_delivery, make_plan
 from vllm_mm_ext.planner.plan_yaml import plan_yaml
 from vllm_mm_ext.planner.request_tokens import MediumTokens, RequestTokens
 from vllm_mm_ext.planner.video_tokens import EncoderShape, video_tokens
@@ -231,6 +234,8 @@ def test_every_value_of_the_written_file_has_a_reason_and_the_plugin_takes_its_s
 def test_gpus_share_a_model_only_if_all_its_heads_divide():
     # Qwen2.5-VL-7B: 28 heads, 4 KV heads, 16 heads of the vision encoder.
     text, vision = replace(FACTS.text, heads=28, kv_heads=4), replace(FACTS.vision, heads=16)
+    text = replace(text, intermediate=28 * 1024)
+    vision = replace(vision, intermediate=28 * 1024)
     model = replace(FACTS, text=text, vision=vision)
     assert [tp for tp in range(1, 29) if not model.undivided(tp)] == [1, 2, 4]
     assert "28 attention heads" in model.undivided(8)
@@ -238,3 +243,92 @@ def test_gpus_share_a_model_only_if_all_its_heads_divide():
     assert "vision encoder has 16" in replace(
         model, text=replace(text, heads=32, kv_heads=32)
     ).undivided(32)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seconds=st.floats(10, 2000), side=st.sampled_from([448, 1120, 2240]))
+def test_the_server_that_is_written_takes_the_videos_of_the_plan(seconds, side):
+    def count_large(workload: Workload, delivery: Delivery) -> RequestTokens:
+        found = count(workload, delivery)
+        media = tuple(replace(medium, size=(side, side)) for medium in found.media)
+        return replace(found, media=media)
+
+    workload = Workload((Video(seconds, fps=2.0),), concurrency=1)
+    delivery = asked_delivery(workload, Delivery(1), 2)
+    plan = make_plan(FACTS, site("h100-80gb"), SERVER, workload, delivery, count_large)
+    text = plan_yaml(plan, command="plan", file_name="a.yaml", mm_processor_kwargs={})
+    read = yaml.safe_load(text)["additional-config"]
+    decode = MMExtConfig.from_additional_config(read).media.decode
+    (video,) = plan.request.media
+    needed = video.stages.sampled * side * side * 3
+    usual = DecodeConfig()
+    assert needed <= decode.max_output_mb << 20
+    assert decode.max_output_mb <= max(usual.max_output_mb, math.ceil(needed / (1 << 20)))
+    # Beside the frames a worker has as much as by default.
+    beside = decode.worker_memory_mb - decode.max_output_mb
+    assert beside == usual.worker_memory_mb - usual.max_output_mb
+
+
+def test_frames_that_no_server_may_make_are_a_problem_with_need_and_limit():
+    def count_huge(workload: Workload, delivery: Delivery) -> RequestTokens:
+        found = count(workload, delivery)
+        return replace(found, media=tuple(replace(m, size=(8192, 8192)) for m in found.media))
+
+    workload = Workload((Video(400, fps=1.0),), concurrency=1)
+    delivery = asked_delivery(workload, Delivery(1), 2)
+    plan = make_plan(FACTS, site("h100-80gb"), SERVER, workload, delivery, count_huge)
+    (problem,) = [found for found in plan.problems() if found.startswith("frames")]
+    assert "76,800 MiB" in problem
+    assert "65,536" in problem
+
+
+@pytest.mark.parametrize("concurrency", [1, 2048, 2049, 40_000])
+def test_a_step_has_a_token_of_every_request_that_runs(concurrency):
+    plan = planned(site("h100-80gb"), Workload(concurrency=concurrency))
+    assert plan.step.tokens >= plan.step.sequences == concurrency
+
+
+def test_gpus_share_a_model_only_if_the_widths_of_its_mlps_divide():
+    # Qwen2.5-VL: 16 heads of the vision encoder divide by 8, its MLPs of 3420 do not.
+    text = replace(FACTS.text, heads=32, kv_heads=8)
+    vision = replace(FACTS.vision, heads=16, intermediate=3420)
+    model = replace(FACTS, text=text, vision=vision)
+    assert [tp for tp in (1, 2, 4, 8) if not model.undivided(tp)] == [1, 2, 4]
+    assert "vision encoder are 3420 wide" in model.undivided(8)
+    assert "MLPs are 8190 wide" in replace(FACTS, text=replace(text, intermediate=8190)).undivided(
+        4
+    )
+    # All GPUs of all replicas share the experts.
+    experts = replace(FACTS, text=replace(text, experts=128, experts_per_token=8, intermediate=768))
+    assert not experts.undivided(2, 128)
+    assert "experts are 768 wide, which must be divisible by 512" in experts.undivided(2, 256)
+
+
+def test_the_weights_of_a_gpu_are_what_is_whole_and_its_share_of_the_rest():
+    audio = EncoderFacts("audio", 32, 1280, 5120, 20, 0, 256, 1, 2048, divided_bytes=60)
+    mixture = replace(FACTS, weight_bytes=10_000, whole_bytes=100, expert_bytes=8000, audio=audio)
+    # 20 heads divide by 2 and by 4, not by 8.
+    assert mixture.weights_per_gpu(1) == 10_000
+    assert mixture.weights_per_gpu(2) == 100 + 1900 // 2 + 8000 // 2
+    assert mixture.weights_per_gpu(2, 4) == 100 + 1900 // 2 + 8000 // 8
+    assert mixture.weights_per_gpu(8, 1) == 100 + 60 + 1840 // 8 + 8000 // 8
+    dense = replace(FACTS, weight_bytes=10_000)
+    assert dense.weights_per_gpu(1, 4) == 10_000
+
+
+def test_replicas_share_the_experts_of_a_mixture_and_see_each_others_tokens():
+    text = replace(FACTS.text, experts=128, experts_per_token=8, intermediate=768)
+    mixture = replace(FACTS, text=text, expert_bytes=GIB, weight_bytes=2 * GIB)
+    workload = Workload((Video(20),), concurrency=8)
+    delivery = asked_delivery(workload, Delivery(1), 2)
+
+    def parts(dp: int) -> dict[str, int]:
+        place = replace(site("h100-80gb"), dp=dp)
+        requests = replace(workload, concurrency=8 * dp)
+        plan = make_plan(mixture, place, SERVER, requests, delivery, count)
+        return {part.name: part.num_bytes for part in plan.engine}
+
+    one, four = parts(1), parts(4)
+    assert one["weights"] == 2 * GIB
+    assert four["weights"] == GIB + GIB // 4
+    assert four["text model, one step"] > one["text model, one step"]

@@ -31,6 +31,9 @@ PLANNING_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.model_executor.model_loader.utils:initialize_model", ("vllm_config",)),
     VllmName("vllm.utils.torch_utils:set_default_torch_dtype", ("dtype",)),
     VllmName("vllm.model_executor.layers.rotary_embedding:_ROPE_DICT"),
+    VllmName("vllm.model_executor.layers.linear:ColumnParallelLinear"),
+    VllmName("vllm.model_executor.layers.linear:RowParallelLinear"),
+    VllmName("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
     VllmAttributes("vllm.config:CompilationConfig", ("static_forward_context",)),
     VllmName(
         "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.get_kv_cache_spec",

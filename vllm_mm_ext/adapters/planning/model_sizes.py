@@ -52,6 +52,8 @@ def _facts(name: str, loaded: LoadedModel, model: Any, spec: Any, layers: int) -
     text_config = model_config.hf_text_config
     inner = getattr(model_config.hf_config, "thinker_config", model_config.hf_config)
     parts = _parameters(model)
+    divided, experts = _divided_bytes(model), _bytes(_experts(model))
+    weights = _bytes([*model.parameters(), *model.buffers()])
     text = _text_facts(text_config, model, spec, layers, parts["text"])
     width = text.hidden * (1 + deepstack_levels(model_config.hf_config))
     module = type(loaded.processor).__module__
@@ -60,13 +62,15 @@ def _facts(name: str, loaded: LoadedModel, model: Any, spec: Any, layers: int) -
         architecture=model_config.architecture,
         family=module.removeprefix(_MODULE) if module.startswith(_MODULE) else "stock",
         dtype_bytes=model_config.dtype.itemsize,
-        weight_bytes=_bytes([*model.parameters(), *model.buffers()]),
+        weight_bytes=weights,
         text=text,
         vision=_vision_facts(inner, width, parts["vision"], gated=_is_gated(model)),
-        audio=_audio_facts(inner, text.hidden, parts["audio"]),
+        audio=_audio_facts(inner, text.hidden, parts["audio"], divided["audio"]),
         max_context=int(model_config.max_model_len),
         kv_dtype_bytes=spec.dtype.itemsize,
         dtype=str(model_config.dtype).removeprefix("torch."),
+        whole_bytes=weights - experts - sum(divided.values()),
+        expert_bytes=experts,
     )
 
 
@@ -135,9 +139,7 @@ def _kv_spec(name: str, config: Any) -> tuple[Any, int]:
 def _text_facts(config: Any, model: Any, spec: Any, layers: int, parameters: int) -> TextFacts:
     experts = int(getattr(config, "num_experts", 0) or 0)
     chosen = int(getattr(config, "num_experts_per_tok", 0) or 0) if experts else 0
-    of_experts = sum(
-        parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name
-    )
+    of_experts = sum(parameter.numel() for parameter in _experts(model))
     table = int(config.vocab_size) * int(config.hidden_size)
     # Tied embeddings are one matrix, which is the output head as well.
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -167,8 +169,31 @@ def _parameters(model: Any) -> dict[str, int]:
     return counts
 
 
+def _experts(model: Any) -> list[torch.nn.Parameter]:
+    """The weights of a mixture's experts."""
+    return [weight for name, weight in model.named_parameters() if ".experts." in name]
+
+
+def _divided_bytes(model: Any) -> dict[str, int]:
+    """Bytes of weights that the GPUs of a replica divide, by the part of the model.
+
+    Other weights (of convolutions, norms, and of encoders that are not vLLM's own) each GPU has
+    whole; experts are counted by themselves.
+    """
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    layers = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
+    found: dict[str, dict[int, torch.Tensor]] = {"text": {}, "vision": {}, "audio": {}}
+    for name, module in model.named_modules():
+        if isinstance(module, layers):
+            # Tied embeddings are one weight.
+            found[_kind(name)].update((id(one), one) for one in module.parameters(recurse=False))
+    return {kind: _bytes(weights.values()) for kind, weights in found.items()}
+
+
 def _kind(parameter: str) -> str:
-    """To which part of the model a parameter belongs, by the name of the part."""
+    """To which part of the model a parameter or a module belongs, by the name of the part."""
     first = parameter.partition(".")[0]
     if "audio" in first:
         return "audio"
@@ -205,7 +230,9 @@ def _vision_facts(config: Any, width: int, parameters: int, *, gated: bool) -> E
     )
 
 
-def _audio_facts(config: Any, width: int, parameters: int) -> EncoderFacts | None:
+def _audio_facts(
+    config: Any, width: int, parameters: int, divided_bytes: int
+) -> EncoderFacts | None:
     audio = getattr(config, "audio_config", None)
     if audio is None:
         return None
@@ -222,6 +249,7 @@ def _audio_facts(config: Any, width: int, parameters: int) -> EncoderFacts | Non
         input_values=mel * int(audio.num_mel_bins),
         inputs_per_output=per_output,
         output_width=width,
+        divided_bytes=divided_bytes,
     )
 
 

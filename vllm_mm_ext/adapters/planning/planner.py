@@ -15,11 +15,11 @@ from vllm_mm_ext.adapters.planning.model_sizes import model_facts
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.planner.delivery import MAX_FRAMES, Delivery, frames_asked
-from vllm_mm_ext.planner.gpu_facts import GpuFacts
+from vllm_mm_ext.planner.gpu_facts import GpuFacts, Site
 from vllm_mm_ext.planner.levers import Lever, levers
 from vllm_mm_ext.planner.model_facts import ModelFacts
 from vllm_mm_ext.planner.model_folder import model_folder
-from vllm_mm_ext.planner.plan import Plan, Server, Site, asked_delivery, make_plan
+from vllm_mm_ext.planner.plan import Plan, Server, asked_delivery, make_plan
 from vllm_mm_ext.planner.workload import Workload
 
 # Families whose frames have sizes of their own.
@@ -109,7 +109,7 @@ class Planner:
             raise CannotPlanError(
                 f"--resolution {wishes.resolution}: all frames of {self.facts.name} have one size"
             )
-        if why := self.facts.undivided(site.tp):
+        if why := self.facts.undivided(site.tp, site.dp):
             raise CannotPlanError(f"--tp {site.tp}: {why}")
         if wishes.context is not None and wishes.context > self.facts.max_context:
             raise CannotPlanError(
@@ -165,11 +165,17 @@ class Planner:
 
     def _check_videos(self, workload: Workload, wishes: Wishes) -> None:
         longest_s = self.settings.media.decode.max_duration_s
+        most_pixels = self.settings.media.decode.max_pixels
         for video in workload.videos:
             if video.seconds > longest_s:
                 raise CannotPlanError(
                     f"--video: a server takes videos of {longest_s:g} s at most "
                     f"(media.decode.max_duration_s), got {video.seconds:g} s"
+                )
+            if video.width * video.height > most_pixels:
+                raise CannotPlanError(
+                    f"--video: a server takes pictures of {most_pixels:,} pixels at most "
+                    f"(media.decode.max_pixels), got {video.width}x{video.height}"
                 )
             if wishes.max_frames is None and frames_asked(video) > MAX_FRAMES:
                 raise CannotPlanError(

@@ -134,9 +134,8 @@ def _write(family: str, seed: int, folder: Path) -> None:
     from dataclasses import replace
 
     from vllm_mm_ext.adapters.planning.planner import Planner, Wishes
-    from vllm_mm_ext.planner.gpu_facts import gpu_of
+    from vllm_mm_ext.planner.gpu_facts import Site, gpu_of
     from vllm_mm_ext.planner.memory_parts import total
-    from vllm_mm_ext.planner.plan import Site
     from vllm_mm_ext.planner.plan_yaml import plan_yaml
     from vllm_mm_ext.plugin import register
 

@@ -124,8 +124,7 @@ def plan(
 
     Exits with 1 if the workload does not fit, after saying which changes make it fit.
     """
-    from vllm_mm_ext.planner.gpu_facts import GIB, UnknownGpuError, gpu_of
-    from vllm_mm_ext.planner.plan import Site
+    from vllm_mm_ext.planner.gpu_facts import GIB, Site, UnknownGpuError, gpu_of
     from vllm_mm_ext.planner.workload import WorkloadError
 
     host_memory = machine_memory()

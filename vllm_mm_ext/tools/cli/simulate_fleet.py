@@ -221,8 +221,7 @@ def _fleet(
     from vllm_mm_ext.errors import MediaError
     from vllm_mm_ext.fleet.shapes import MediumCosts, ReplicaShape
     from vllm_mm_ext.fleet.simulation import Fleet
-    from vllm_mm_ext.planner.gpu_facts import UnknownGpuError, gpu_of
-    from vllm_mm_ext.planner.plan import Site
+    from vllm_mm_ext.planner.gpu_facts import Site, UnknownGpuError, gpu_of
     from vllm_mm_ext.tools.cli.plan_rates import RatesError, chosen_rates
 
     memory = machine_memory()

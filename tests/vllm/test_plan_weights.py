@@ -1,0 +1,71 @@
+"""The weights that a plan counts on each GPU are those that vLLM's workers load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import divided_weights
+import pytest
+from released_models import MODELS, released
+
+from vllm_mm_ext import plugin
+from vllm_mm_ext.adapters.planning.loading import load
+from vllm_mm_ext.adapters.planning.model_sizes import model_facts
+from vllm_mm_ext.planner.model_facts import ModelFacts
+from vllm_mm_ext.testing.checkpoints import checkpoint
+
+
+def facts_of(folder: Path) -> ModelFacts:
+    plugin.register()
+    loaded = load(str(folder), context=None, mm_processor_kwargs={}, settings={})
+    return model_facts(folder.name, loaded)
+
+
+@cache
+def tiny(family: str) -> ModelFacts:
+    return facts_of(checkpoint(family))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_omni", "composer"])
+def test_one_gpu_has_all_weights_and_each_of_two_more_than_half(family: str) -> None:
+    facts = tiny(family)
+    assert facts.weights_per_gpu(1) == facts.weight_bytes
+    assert facts.weight_bytes / 2 < facts.weights_per_gpu(2) < facts.weight_bytes
+
+
+def test_an_encoder_of_another_library_is_whole_on_each_gpu() -> None:
+    facts = tiny("qwen2_5_omni")
+    assert facts.audio is not None
+    assert facts.audio.divided_bytes == 0
+    assert facts.whole_bytes >= facts.audio.parameters * facts.dtype_bytes
+
+
+def test_experts_are_counted_by_themselves() -> None:
+    facts = tiny("qwen3_omni")
+    assert facts.audio is not None
+    assert facts.audio.divided_bytes > 0
+    assert 0 < facts.expert_bytes < facts.text.parameters * facts.dtype_bytes
+    assert facts.weights_per_gpu(1, 2) == facts.weight_bytes - facts.expert_bytes // 2
+    assert tiny("qwen2_5_omni").expert_bytes == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_each_of_two_gpus_loads_what_the_plan_counts(name: str, tp: int, tmp_path: Path) -> None:
+    folder = released(name, tmp_path)
+    address = (tmp_path / "group").as_uri()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, divided_weights.__file__, str(rank), str(tp), address, str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    loaded = [int(rank.communicate(timeout=300)[0].split()[-1]) for rank in ranks]
+    planned = facts_of(folder).weights_per_gpu(tp, 2 // tp)
+    assert loaded == pytest.approx([planned, planned], rel=1e-3)
