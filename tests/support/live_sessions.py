@@ -307,7 +307,7 @@ class LiveDriver:
                         official(event)
                     self.protocol.take(event)
                     events.append(dict(event))
-                case Respond(response_id, prompt, _, _):
+                case Respond(response_id, prompt):
                     assert not prompt.open
                     assert sum(map(measure, prompt.messages)) <= self._most_tokens
                     self.prompts[response_id] = prompt

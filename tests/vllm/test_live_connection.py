@@ -130,6 +130,27 @@ async def test_one_session_too_many_is_told_so_and_the_others_go_on() -> None:
         assert sessions.stats()["refused"] == 1
 
 
+async def test_a_unit_that_waits_while_something_else_is_answered_is_still_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with live_front() as (url, engine, sessions), connect(url) as connection:
+        await connection.session.update(session=NO_TURNS)
+        await told(connection, "session.updated")
+        (session,) = engine.sessions
+        # The engine takes its time with the first unit, so the second one waits.
+        monkeypatch.setattr(session, "append", lambda _: None)
+        for _ in range(2):
+            sound = base64.b64encode(bytes(2 * 24_000 * 6 // 5)).decode()
+            await connection.input_audio_buffer.append(audio=sound)
+        content = [{"type": "input_text", "text": "one"}]
+        item = {"type": "message", "role": "user", "content": content}
+        await connection.response.create(response={"conversation": "none", "input": [item]})
+        await told(connection, "response.done")
+        for _ in range(2):
+            session.listener.appended(10, 1, None)
+        assert sessions.stats()["units"] == 2
+
+
 async def test_an_unknown_model_is_told_so() -> None:
     async with live_front() as (url, engine, sessions):
         async with connect(url, model="another") as connection:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from live_front import TRAITS
 from live_sessions import LIMITS
 from PIL import Image
@@ -19,7 +20,7 @@ from vllm_mm_ext.adapters.live.lane import Lane
 from vllm_mm_ext.adapters.live.outbox import Outbox, SlowReaderError
 from vllm_mm_ext.adapters.live.punctuality import AppendClock, Punctuality
 from vllm_mm_ext.adapters.live.senses import Senses
-from vllm_mm_ext.live.client_events import AudioContent, ImageContent
+from vllm_mm_ext.live.client_events import AudioContent, ImageContent, VideoAppend
 from vllm_mm_ext.live.effects import Close
 from vllm_mm_ext.live.session_options import default_options
 from vllm_mm_ext.live.voice import VoicePool
@@ -67,6 +68,15 @@ async def test_a_client_that_does_not_read_has_a_bounded_number_of_characters_wa
         outbox.put("1")
     outbox.close(Close(1000, ""))
     await sending
+
+
+async def test_an_event_of_any_length_may_follow_one_below_the_bound() -> None:
+    outbox = Outbox(most=10)
+    # An item that was added is told twice at once: added, and done.
+    outbox.put("added 678")
+    outbox.put("done 6789")
+    with pytest.raises(SlowReaderError):
+        outbox.put("1")
 
 
 async def test_the_lanes_of_a_pool_take_turns_and_each_waits_for_its_own_work() -> None:
@@ -161,3 +171,53 @@ async def test_small_files_of_large_pictures_are_decoded_up_to_the_sessions_byte
         with pytest.raises(WireError, match="1 MiB") as refused:
             await senses.read([picture, picture, picture, ImageContent(b"no picture")])
         assert refused.value.code == "session_too_large"
+
+
+def picture(grey: int) -> bytes:
+    """A small file that no other grey has."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8), grey).save(file, "PNG")
+    return file.getvalue()
+
+
+def remembers(senses: Senses, file: bytes) -> bool:
+    """Whether a takedown of the file would find the session."""
+    return senses.has_seen([blake3(file).hexdigest()])
+
+
+async def test_a_session_remembers_the_files_that_it_could_read() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        options = default_options("model", TRAITS, LIMITS)
+        senses = Senses(TRAITS, options, VoicePool(0), Lane(threads), 0, 1 << 20)
+        first, second, damaged = picture(1), picture(2), picture(3)[:40]
+        await senses.see(VideoAppend(None, first, 5.0))
+        await senses.read([ImageContent(second), AudioContent(bytes(4800), None)])
+        assert senses.files_seen == 3
+        for bad in (damaged, b"", b"no picture"):
+            with pytest.raises(WireError):
+                await senses.see(VideoAppend(None, bad, None))
+            with pytest.raises(WireError):
+                await senses.read([ImageContent(bad)])
+        with pytest.raises(WireError):
+            await senses.read([AudioContent(b"odd", None)])
+        # Known before, it stays so though it comes with a wrong time.
+        with pytest.raises(WireError, match="before the last frame's"):
+            await senses.see(VideoAppend(None, first, 4.0))
+        assert senses.files_seen == 3
+        assert remembers(senses, first)
+        assert remembers(senses, second)
+        assert not remembers(senses, damaged)
+
+
+async def test_a_session_takes_no_more_files_than_it_can_remember() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        options = default_options("model", TRAITS, LIMITS)
+        senses = Senses(TRAITS, options, VoicePool(0), Lane(threads), 0, 4000)
+        for grey in range(5):
+            await senses.read([ImageContent(picture(grey))])
+        with pytest.raises(WireError, match="5 different pictures") as refused:
+            await senses.see(VideoAppend(None, picture(5), None))
+        assert refused.value.code == "session_too_large"
+        assert not remembers(senses, picture(5))
+        # What is known may come again.
+        await senses.see(VideoAppend(None, picture(0), None))

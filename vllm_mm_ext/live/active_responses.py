@@ -94,7 +94,7 @@ class ActiveResponses:
         aside = not request.in_conversation or request.input is not None
         return [
             Send(response.created()),
-            Respond(response.response_id, asked.prompt, how, aside),
+            Respond(response.response_id, asked.prompt, how, aside, request.in_conversation),
         ]
 
     def cancel(

@@ -196,39 +196,34 @@ ClientEvent = (
 )
 
 
+def contents(event: ClientEvent) -> Iterator[tuple[str, Content]]:
+    """The contents of the items within an event, in order, each with the name of its field."""
+    items: tuple[tuple[str, NewItem | ItemReference], ...] = ()
+    if isinstance(event, ItemCreate):
+        items = (("item", event.item),)
+    elif isinstance(event, ResponseCreate):
+        given = event.response.input or ()
+        items = tuple((f"response.input[{k}]", item) for k, item in enumerate(given))
+    for name, item in items:
+        for index, content in enumerate(item.content if isinstance(item, NewItem) else ()):
+            yield f"{name}.content[{index}]", content
+
+
 def texts(event: ClientEvent) -> Iterator[tuple[str, str]]:
     """The texts of an event that the model may be shown, each with the name of its field."""
-    items: tuple[tuple[str, NewItem | ItemReference], ...] = ()
     instructions: object = None
     if isinstance(event, SessionUpdate):
         instructions = event.session.get("instructions")
         name = "session.instructions"
-    elif isinstance(event, ItemCreate):
-        items = (("item", event.item),)
     elif isinstance(event, ResponseCreate):
         instructions, name = event.response.instructions, "response.instructions"
-        given = event.response.input or ()
-        items = tuple((f"response.input[{k}]", item) for k, item in enumerate(given))
     if isinstance(instructions, str):
         yield name, instructions
-    for name, item in items:
-        for index, content in enumerate(item.content if isinstance(item, NewItem) else ()):
-            if isinstance(content, TextContent):
-                yield f"{name}.content[{index}].text", content.text
+    for name, content in contents(event):
+        if isinstance(content, TextContent):
+            yield f"{name}.text", content.text
 
 
 def media_contents(event: ClientEvent) -> tuple[ImageContent | AudioContent, ...]:
     """The pictures and sounds within the items of an event, in the order they stand there."""
-    if isinstance(event, ItemCreate):
-        items: tuple[NewItem | ItemReference, ...] = (event.item,)
-    elif isinstance(event, ResponseCreate):
-        items = event.response.input or ()
-    else:
-        return ()
-    return tuple(
-        content
-        for item in items
-        if isinstance(item, NewItem)
-        for content in item.content
-        if not isinstance(content, TextContent)
-    )
+    return tuple(content for _, content in contents(event) if not isinstance(content, TextContent))

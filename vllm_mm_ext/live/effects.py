@@ -20,8 +20,8 @@ class Send:
 class Append:
     """Let the engine compute what of an open prompt it has not computed yet.
 
-    A newer ``Append`` takes the place of one that has not begun. The machine is told of the end by
-    ``appended``.
+    A newer ``Append`` takes the place of one that has not begun, and so does a ``Respond`` of the
+    conversation. The machine is told of the end by ``appended``.
 
     Attributes:
         prompt: Open, or closed where an answer is likely to be asked for as it stands.
@@ -68,12 +68,14 @@ class Respond:
         prompt: What is answered.
         options: How.
         aside: The prompt is not the conversation as the next append continues it.
+        in_conversation: The answer becomes an item, before all that is appended later.
     """
 
     response_id: str
     prompt: Prompt
     options: ResponseOptions
     aside: bool = False
+    in_conversation: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, ParamSpec
 
 from vllm_mm_ext.live import server_events
 from vllm_mm_ext.live.active_responses import ActiveResponses
@@ -43,6 +43,7 @@ from vllm_mm_ext.live.session_timers import SessionTimers
 from vllm_mm_ext.live.watching import Sight
 from vllm_mm_ext.live.wire_error import WireError
 
+_P = ParamSpec("_P")
 # WebSocket's close code for a client that went past a limit.
 _POLICY = 1008
 
@@ -166,15 +167,13 @@ class SessionMachine:
         self, response_id: str, reason: Literal["stop", "length"], usage: Usage, now: float
     ) -> list[Effect]:
         """The engine ended a response."""
-        effects = self._responses.ended(response_id, reason == "length", usage)
-        return self._after_response(effects, now)
+        return self._end(now, self._responses.ended, response_id, reason == "length", usage)
 
     def failed(
         self, response_id: str, error_type: str, code: str, message: str, now: float
     ) -> list[Effect]:
         """The engine could not write a response, or not to its end."""
-        effects = self._responses.failed(response_id, error_type, code, message)
-        return self._after_response(effects, now)
+        return self._end(now, self._responses.failed, response_id, error_type, code, message)
 
     def appended(self, turn_end: TurnEnd | None, now: float) -> list[Effect]:
         """An ``Append`` ended.
@@ -241,8 +240,7 @@ class SessionMachine:
             case ResponseCreate():
                 return self._respond(event.response, media, event.event_id)
             case ResponseCancel():
-                effects = self._responses.cancel(event.response_id, "client_cancelled")
-                return self._after_response(effects, now)
+                return self._end(now, self._responses.cancel, event.response_id, "client_cancelled")
         raise AssertionError(event)
 
     def _update(self, event: SessionUpdate) -> list[Effect]:
@@ -288,8 +286,7 @@ class SessionMachine:
         effects: list[Effect] = [Send(event)]
         detection = self.options.turn_detection
         if detection is not None and detection.interrupt_response and self._responses.writing:
-            stopped = self._responses.cancel(None, "turn_detected")
-            effects += self._after_response(stopped, now)
+            effects += self._end(now, self._responses.cancel, None, "turn_detected")
         return effects
 
     def _speech_stopped(self, at_ms: int, now: float) -> list[Effect]:
@@ -337,15 +334,19 @@ class SessionMachine:
             self._grew = self._paused = False
         return effects + self._responses.create(request, asked, self.options)
 
-    def _after_response(self, effects: list[Effect], now: float) -> list[Effect]:
-        """What follows the events of a response that is over, if it was under way."""
-        if not effects:
+    def _end(
+        self, now: float, end: Callable[_P, list[Effect]], *args: _P.args, **kwargs: _P.kwargs
+    ) -> list[Effect]:
+        """End a response; its events, and what follows them if it was under way."""
+        writing = self._responses.writing
+        if not (effects := end(*args, **kwargs)):
             return []
         self._timers.event(now)
-        if not self._conversation.open.speaking:
-            self._timers.response_ended(now, self._conversation.open.at_ms)
-        # What came in meanwhile has waited for the answer, which stands before it.
-        self._grew |= bool(self._conversation.open.parts())
+        if writing is not self._responses.writing:
+            # What came in meanwhile has waited for the answer, which stands before it.
+            self._grew |= bool(self._conversation.open.parts())
+            if not self._conversation.open.speaking:
+                self._timers.response_ended(now, self._conversation.open.at_ms)
         limit = self._limits.prompt_tokens
         left = max(0, limit - self._conversation.tokens)
         return [*effects, Send(server_events.rate_limits_updated(limit, left)), *self._settle()]

@@ -13,10 +13,9 @@ from vllm_mm_ext.live.client_events import (
     ClientEvent,
     Content,
     ImageContent,
-    ItemCreate,
     NewItem,
-    ResponseCreate,
     TextContent,
+    contents,
     texts,
 )
 from vllm_mm_ext.live.family import FamilyTraits
@@ -34,6 +33,9 @@ Media = Picture | Sight | npt.NDArray[np.float32]
 
 # No tokenizer makes fewer tokens of text than one for so many characters, or nearly none.
 _MOST_CHARACTERS_PER_TOKEN = 16
+# Of all transcripts in an event: half an hour of fast speech. A message of the socket has room for
+# less sound.
+_MOST_TRANSCRIPT_CHARACTERS = 1 << 16
 
 
 def check_media(event: ClientEvent, family: FamilyTraits) -> None:
@@ -42,17 +44,7 @@ def check_media(event: ClientEvent, family: FamilyTraits) -> None:
     Raises:
         WireError: There is one.
     """
-    named: list[tuple[str, Content]] = []
-    if isinstance(event, ItemCreate):
-        named = [(f"item.content[{i}]", x) for i, x in enumerate(event.item.content)]
-    elif isinstance(event, ResponseCreate):
-        named = [
-            (f"response.input[{k}].content[{i}]", content)
-            for k, new in enumerate(event.response.input or ())
-            if isinstance(new, NewItem)
-            for i, content in enumerate(new.content)
-        ]
-    for name, content in named:
+    for name, content in contents(event):
         if isinstance(content, AudioContent) and not family.hears:
             raise no_media(f"{name}.audio", "sound")
         if isinstance(content, ImageContent) and not (family.images or family.sees):
@@ -65,10 +57,10 @@ def no_media(name: str, media: str) -> WireError:
 
 
 def check_lengths(event: ClientEvent, most_tokens: int) -> None:
-    """Refuse texts that cannot fit, before they cost the time of a tokenizer.
+    """Refuse texts that cannot fit, before they cost the time of a tokenizer, and long transcripts.
 
     Raises:
-        WireError: One cannot.
+        WireError: There is one.
     """
     most = most_tokens * _MOST_CHARACTERS_PER_TOKEN
     for name, text in texts(event):
@@ -77,6 +69,18 @@ def check_lengths(event: ClientEvent, most_tokens: int) -> None:
                 f"'{name}' has {len(text)} characters; at most {most} can fit.",
                 code="string_above_max_length",
                 param=name,
+            )
+    characters = 0
+    for name, content in contents(event):
+        if not isinstance(content, AudioContent) or content.transcript is None:
+            continue
+        characters += len(content.transcript)
+        if characters > _MOST_TRANSCRIPT_CHARACTERS:
+            raise WireError(
+                f"With '{name}.transcript', the transcripts have {characters} characters; at most "
+                f"{_MOST_TRANSCRIPT_CHARACTERS} of an event are taken.",
+                code="string_above_max_length",
+                param=f"{name}.transcript",
             )
 
 

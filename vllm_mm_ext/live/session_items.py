@@ -12,6 +12,8 @@ from vllm_mm_ext.live.server_events import Event, ItemStatus, item
 
 #: Bytes of an item beside its contents, so that a crowd of empty ones is bounded too.
 ITEM_BYTES = 1024
+# Bytes of a content beside its text, for the same reason.
+_CONTENT_BYTES = 256
 #: How often media that came over time are held: as units, and by the engine's side as they grow.
 COPIES = 2
 
@@ -64,6 +66,11 @@ def _nbytes(part: Part) -> int:
             )
 
 
+def _content_nbytes(content: Event) -> int:
+    """Of what events show: a transcript is held for them alone, a text is a part too."""
+    return _CONTENT_BYTES + 4 * len(content.get("transcript") or "")
+
+
 def _frames(part: Part) -> int:
     return sum(len(unit.frames) for unit in part.units) if isinstance(part, Stretch) else 0
 
@@ -102,7 +109,11 @@ class Item:
     @property
     def nbytes(self) -> int:
         """Bytes held for the item."""
-        return ITEM_BYTES + sum(part.nbytes for part in self.parts)
+        return (
+            ITEM_BYTES
+            + sum(part.nbytes for part in self.parts)
+            + sum(map(_content_nbytes, self.content))
+        )
 
     @property
     def text(self) -> str:

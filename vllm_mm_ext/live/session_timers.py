@@ -22,8 +22,8 @@ class SessionTimers:
         self._limits = limits
         self._ends_at = now + limits.max_session_s
         self._last_event = now
-        # When the last response ended and how long the session's sound was then, in milliseconds;
-        # None: somebody has spoken since, or there was none.
+        # When the last answer of the conversation ended, and how long the session's sound was then,
+        # in milliseconds; None: somebody has spoken since, or there was none.
         self._silent_since: tuple[float, int] | None = None
         # When to append what was committed; None: it is appended, or a response was asked for.
         self._append_at: float | None = None
@@ -33,7 +33,7 @@ class SessionTimers:
         self._last_event = now
 
     def response_ended(self, now: float, sound_ms: int) -> None:
-        """A response ended while nobody spoke; the session's sound was so long."""
+        """An answer of the conversation ended; the session's sound was so long then."""
         self._silent_since = now, sound_ms
 
     def spoken(self) -> None:

@@ -316,6 +316,7 @@ def test_an_answer_outside_the_conversation_leaves_what_is_open_as_it_is() -> No
     (respond,) = [x for x in driver.effects if isinstance(x, Respond)]
     # The engine's side keeps what it made of the conversation, which the next append goes on with.
     assert respond.aside
+    assert not respond.in_conversation
     assert len(driver.protocol.items) == 1
     driver.respond()
     assert len(driver.protocol.items) == 2
@@ -526,6 +527,32 @@ def test_a_silent_user_is_spoken_to_after_the_idle_timeout() -> None:
     assert driver.wait(60.0) == []
 
 
+def test_answers_outside_the_conversation_do_not_make_the_user_silent() -> None:
+    driver = LiveDriver()
+    driver.detect({"type": "server_vad", "idle_timeout_ms": 5000})
+    driver.say("Hello")
+    driver.respond(conversation="none")
+    driver.end()
+    driver.speak(6.0, 0.0)
+    # Nobody has been answered yet.
+    assert driver.wait(0.1) == []
+    driver.respond()
+    driver.write("Once ", "upon ")
+    driver.respond(conversation="none")
+    driver.end()
+    driver.speak(6.0, 0.0)
+    # The model speaks.
+    assert driver.wait(0.1) == []
+    driver.end()
+    driver.speak(4.0, 0.0)
+    driver.respond(conversation="none")
+    driver.end()
+    driver.speak(0.9, 0.0)
+    assert driver.wait(0.05) == []
+    # The silence is as long as if nothing had been answered meanwhile.
+    assert kinds(driver.wait(0.1))[0] == "input_audio_buffer.timeout_triggered"
+
+
 @pytest.mark.parametrize(("eagerness", "chance"), [("low", 0.79), ("auto", 0.49), ("high", 0.29)])
 def test_semantic_detection_ends_a_turn_when_the_model_thinks_so(
     eagerness: str, chance: float
@@ -551,6 +578,19 @@ def test_what_the_model_says_of_a_pause_that_is_over_does_not_end_the_next_one()
     assert driver.take(driver.machine.appended(TurnEnd(first, 1.0), driver.now)) == []
     events = driver.take(driver.machine.appended(TurnEnd(second, 1.0), driver.now))
     assert kinds(events)[0] == "input_audio_buffer.speech_stopped"
+
+
+def test_the_question_of_a_pause_stays_when_an_answer_outside_the_conversation_ends() -> None:
+    driver = LiveDriver()
+    driver.detect({"type": "semantic_vad"})
+    driver.say("Hello")
+    driver.speak(2.5, 0.9)
+    paused(driver)
+    driver.respond(conversation="none")
+    assert driver.appended is None
+    driver.end()
+    # Another append would take its place.
+    assert driver.appended is None
 
 
 def test_a_unit_that_a_pause_completes_too_does_not_take_the_place_of_the_pause() -> None:
@@ -696,6 +736,42 @@ def test_an_item_that_cannot_fit_is_refused_and_changes_nothing() -> None:
     assert error_of(driver.update(instructions="word " * 300))["param"] == "session.instructions"
     assert driver.protocol.items == []
     assert driver.machine.options.instructions == ""
+
+
+def sound_item(*transcripts: str) -> dict[str, Any]:
+    """A message of sounds, with what the client says was spoken."""
+    content = [{"type": "input_audio", "audio": "AAAA", "transcript": x} for x in transcripts]
+    return {"type": "message", "role": "user", "content": content}
+
+
+def test_transcripts_that_are_too_long_together_are_refused() -> None:
+    driver = manual()
+    create = {"type": "conversation.item.create"}
+    error = error_of(driver.send(create | {"item": sound_item("x" * 65_537)}))
+    assert error["code"] == "string_above_max_length"
+    assert error["param"] == "item.content[0].transcript"
+    halves = sound_item("x" * 40_000, "x" * 40_000)
+    assert error_of(driver.send(create | {"item": halves}))["param"] == "item.content[1].transcript"
+    error = error_of(driver.respond(conversation="none", input=[halves]))
+    assert error["param"] == "response.input[0].content[1].transcript"
+    events = driver.send(create | {"item": sound_item("x" * 65_536)})
+    assert kinds(events) == ["conversation.item.added", "conversation.item.done"]
+
+
+def test_transcripts_count_as_what_the_session_holds() -> None:
+    driver = manual(max_bytes=1 << 20)
+    for _ in range(8):
+        driver.send({"type": "conversation.item.create", "item": sound_item("x" * 60_000)})
+    # Each takes more than a quarter of what the session may hold.
+    assert len(driver.protocol.items) <= 3
+
+
+def test_contents_without_text_count_as_what_the_session_holds() -> None:
+    driver = manual(max_bytes=1 << 20)
+    content = [{"type": "input_text", "text": ""}] * 5000
+    item = {"type": "message", "role": "user", "content": content}
+    error = error_of(driver.send({"type": "conversation.item.create", "item": item}))
+    assert error["code"] == "session_too_large"
 
 
 def test_a_session_that_holds_too_much_is_told_so_and_closed() -> None:

@@ -21,7 +21,8 @@ class Outbox:
     """A queue of events as text, and of the close that ends it.
 
     Args:
-        most: Characters that may wait; one event may always wait, however long it is.
+        most: When so many characters wait, no other event may. One that comes before may be of any
+            length.
 
     Attributes:
         waiting: Characters that wait now.
@@ -43,11 +44,11 @@ class Outbox:
         """Put an event behind the others.
 
         Raises:
-            SlowReaderError: Too many characters would wait.
+            SlowReaderError: Too many characters wait.
         """
         if self._close is not None:
             return
-        if self._texts and self.waiting + len(text) > self._most:
+        if self.waiting >= self._most:
             raise SlowReaderError
         self._texts.append(text)
         self.waiting += len(text)
