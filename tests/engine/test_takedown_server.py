@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
+from blake3 import blake3
 from memory_search import Content, search
 from PIL import Image
+from websockets.sync.client import connect
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.origin import Origin, Resource
@@ -175,14 +178,15 @@ def test_a_takedown_leaves_no_byte_in_any_process(
     assert chat(server, kept, gone)[0] == 200
 
 
+@pytest.mark.parametrize("options", [{}, {"long_video": {"strategy": "map_reduce"}}])
 def test_requests_about_media_that_are_taken_down_end_with_410(
-    server: Server, origin: Origin, tmp_path: Path
+    server: Server, origin: Origin, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     held, encoded = threading.Event(), noise(tmp_path / "s.mp4", 3)
     other = noise(tmp_path / "o.mp4", 5)
     url = origin.serve("/slow.mp4", Resource(encoded, hold=held))
     answers: list[tuple[int, Any]] = []
-    asking = threading.Thread(target=lambda: answers.append(chat(server, url)))
+    asking = threading.Thread(target=lambda: answers.append(chat(server, url, mm_ext=options)))
     asking.start()
     while not any(s["running"] for s in call(server, "/mm_ext/sight")[1]["servers"]):
         time.sleep(0.1)
@@ -210,6 +214,45 @@ def test_a_response_in_the_background_ends_with_its_media(server: Server, origin
     status, done = call(server, "/mm_ext/media/drop", {"url": url})
     assert (status, done["requests_ended"], done["complete"]) == (200, 1, True), done
     assert not any(one["running"] for one in overview(server)["servers"])
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_what_was_made_of_a_picture_of_a_live_session_is_taken_down(
+    server: Server, is_open: bool
+) -> None:
+    picture = io.BytesIO()
+    pixels = np.random.default_rng(7 + is_open).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(picture, "png")
+    digest = blake3(picture.getvalue()).hexdigest()
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    content = [
+        {"type": "input_image", "image_url": url},
+        {"type": "input_text", "text": "Who? " * 200},
+    ]
+    item = {"type": "message", "role": "user", "content": content}
+    events = [
+        {"type": "conversation.item.create", "item": item},
+        {"type": "response.create", "response": {"max_output_tokens": 4}},
+    ]
+    address = f"{server.url.replace('http', 'ws')}/mm_ext/realtime"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with ExitStack() as session:
+        socket = session.enter_context(connect(address, additional_headers=headers))
+        for event in events:
+            socket.send(json.dumps(event))
+        while json.loads(socket.recv(60))["type"] != "response.done":
+            pass
+        if not is_open:
+            session.close()
+            while any(one["sessions"] for one in overview(server)["servers"]):
+                pass
+        status, done = call(server, "/mm_ext/media/drop", {"digest": digest})
+        assert (status, done["complete"], done["sessions_ended"]) == (200, True, int(is_open)), done
+        assert done["inputs"]
+        assert done["outputs"]
+        assert done["kv_blocks"]
+    done = call(server, "/mm_ext/media/drop", {"digest": digest})[1]
+    assert (done["complete"], done["items"]) == (True, 0)
 
 
 def test_sessions_and_media_are_pinned_and_released(

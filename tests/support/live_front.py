@@ -72,12 +72,17 @@ class EchoEngine:
 
 
 class EchoSession:
-    """The engine's side of a session of ``EchoEngine``."""
+    """The engine's side of a session of ``EchoEngine``.
+
+    Attributes:
+        hashes: Of its mm items, as a test says.
+    """
 
     def __init__(self, engine: EchoEngine, session_id: str, listener: EngineListener) -> None:
         self.session_id = session_id
         self._engine = engine
         self.listener = listener
+        self.hashes: set[str] = set()
         self._responses: dict[str, asyncio.Task[None]] = {}
 
     def append(self, append: Append) -> None:

@@ -156,9 +156,10 @@ class EngineOf:
         self._control = control
         self.items: list[int] = []
 
-    async def call_utility_async(self, utility: str, action: str, key: str) -> None:
+    async def call_utility_async(self, utility: str, action: str, key: str) -> int:
         assert utility == UTILITY
         self.items.append(answer(self._control, action, key))
+        return self.items[-1]
 
 
 def test_a_session_with_a_long_id_can_be_pinned_and_released(front: Front) -> None:

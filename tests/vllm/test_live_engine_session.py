@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import math
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from vllm_mm_ext.adapters.live.engine_session import Engine, EngineSession, new_salt
-from vllm_mm_ext.live.effects import Append, TurnEnd
+from vllm_mm_ext.adapters.rendering_wrappers import Span
+from vllm_mm_ext.adapters.serving.preprocessing import finished, looked_up, started
+from vllm_mm_ext.live.effects import Append, Respond, ResponseOptions, TurnEnd
 from vllm_mm_ext.live.prompt import Message, Prompt, Text
+from vllm_mm_ext.request.context import current_request
 
 END = 7
 PROMPT = Prompt((Message("user", (Text("one two three"),)),), open=True)
@@ -21,7 +29,7 @@ PROMPT = Prompt((Message("user", (Text("one two three"),)),), open=True)
 class Client:
     """Answers each prompt with one token, whose chance is a quarter."""
 
-    model_config = SimpleNamespace(max_model_len=100)
+    model_config = SimpleNamespace(max_model_len=100, get_diff_sampling_param=dict)
 
     def __init__(self) -> None:
         self.renderer = self
@@ -45,7 +53,9 @@ class Client:
         yield SimpleNamespace(
             prompt_token_ids=prompt["prompt_token_ids"],
             num_cached_tokens=2,
-            outputs=[SimpleNamespace(logprobs=logprobs)],
+            outputs=[
+                SimpleNamespace(logprobs=logprobs, token_ids=[9], text="A", finish_reason="length")
+            ],
         )
         self.ended += 1
 
@@ -53,7 +63,7 @@ class Client:
 class Maker:
     """Makes a prompt of five tokens."""
 
-    family = SimpleNamespace(turn_end=END)
+    family = SimpleNamespace(turn_end=END, token_ids={"video": 8})
 
     def make(self, prompt: Prompt, stretches: dict[str, Any]) -> dict[str, Any]:
         # As the real one does: what a prompt does not show is dropped.
@@ -63,13 +73,20 @@ class Maker:
 
 
 class Listener:
-    """Keeps what it is told of appends."""
+    """Keeps what it is told of appends, and the names of answers that have ended."""
 
     def __init__(self) -> None:
         self.told: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+        self.answered: asyncio.Queue[str] = asyncio.Queue()
 
     def appended(self, *told: Any) -> None:
         self.told.put_nowait(told)
+
+    def wrote(self, *_: Any) -> None:
+        pass
+
+    def ended(self, response_id: str, *_: Any) -> None:
+        self.answered.put_nowait(response_id)
 
 
 async def _leave() -> None:
@@ -81,8 +98,10 @@ def _session(
     listener: Listener,
     threads: ThreadPoolExecutor,
     leave: Callable[[], Awaitable[None]] = _leave,
+    *,
+    remembers: bool = False,
 ) -> EngineSession:
-    engine: Any = Engine(client, Maker(), threads)  # type: ignore[arg-type]
+    engine: Any = Engine(client, Maker(), threads, remembers)  # type: ignore[arg-type]
     return EngineSession(engine, "one", listener, None, None, new_salt(), leave)  # type: ignore[arg-type]
 
 
@@ -164,4 +183,91 @@ async def test_an_answer_to_something_else_keeps_what_was_made_of_the_conversati
         assert session._stretches == kept
         await session._rendered(other, aside=False)
         assert session._stretches != kept
+        await session.close()
+
+
+@pytest.mark.parametrize("in_conversation", [False, True])
+async def test_only_an_answer_of_the_conversation_takes_the_place_of_an_append_that_waits(
+    in_conversation: bool,
+) -> None:
+    client, listener = Client(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        client.answers.clear()
+        session.append(Append(PROMPT))
+        session.append(Append(PROMPT, pause=4))
+        prompt = replace(PROMPT, open=False)
+        aside = not in_conversation
+        session.respond(Respond("r", prompt, ResponseOptions(1, None), aside, in_conversation))
+        client.answers.set()
+        assert await listener.answered.get() == "r"
+        await listener.told.get()
+        session.append(Append(PROMPT))
+        told = await listener.told.get()
+        # Outside of it, the question whether the turn has ended is still asked.
+        assert (told[2] is None) == in_conversation
+
+
+class Preprocessing(Client):
+    """Makes model inputs of a medium in a thread, which goes on where the prompt is cancelled.
+
+    Attributes:
+        goes_on: The thread waits for it.
+        begun: The thread has begun.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        super().__init__()
+        self.goes_on, self.begun = threading.Event(), asyncio.Event()
+        self._thread = thread
+        self._prompts = 0
+
+    async def render_cmpl_async(self, prompts: list[Any], **_: Any) -> list[Any]:
+        begun, loop = self.begun, asyncio.get_running_loop()
+        self._prompts += 1
+        name = f"hash {self._prompts}"
+
+        def process() -> None:
+            loop.call_soon_threadsafe(begun.set)
+            self.goes_on.wait(20)
+            looked_up({"video": [False]}, {"video": [name]})
+
+        start = started()
+        await loop.run_in_executor(self._thread, contextvars.copy_context().run, process)
+        finished(start, None, {"audio": [Span(0, 2, 2, f"{name} of sound")]}, (1, 2))
+        return prompts
+
+
+async def test_a_session_knows_the_items_of_its_prompts_those_of_one_that_was_cut_short_too() -> (
+    None
+):
+    listener = Listener()
+    with ThreadPoolExecutor(1) as threads, ThreadPoolExecutor(1) as preprocessing:
+        client = Preprocessing(preprocessing)
+        session = _session(client, listener, threads, remembers=True)
+        client.goes_on.set()
+        session.append(Append(PROMPT))
+        await listener.told.get()
+        assert session.hashes == {"hash 1", "hash 1 of sound"}
+        client.goes_on.clear()
+        client.begun.clear()
+        session.append(Append(PROMPT))
+        await client.begun.wait()
+        await session.close()
+        client.goes_on.set()
+        preprocessing.shutdown()
+        assert session.hashes == {"hash 1", "hash 1 of sound", "hash 2"}
+    # Metrics and spans are of requests.
+    assert current_request() is None
+
+
+async def test_where_nobody_takes_media_down_a_session_remembers_nothing() -> None:
+    listener = Listener()
+    with ThreadPoolExecutor(1) as threads, ThreadPoolExecutor(1) as preprocessing:
+        client = Preprocessing(preprocessing)
+        client.goes_on.set()
+        session = _session(client, listener, threads)
+        session.append(Append(PROMPT))
+        await listener.told.get()
+        assert not session.hashes
         await session.close()

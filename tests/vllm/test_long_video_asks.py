@@ -109,6 +109,14 @@ async def test_notes_that_others_may_have_asked_for_change_no_answer_unless_hits
     assert await model.window_key(WINDOW, Look("note")) == "digest", "not decoded again"
 
 
+async def test_a_takedown_finds_the_items_of_a_window_by_the_clients_request() -> None:
+    model = model_of("salt", ReportsConfig())
+    trace = model._enter(WINDOW, Look("note")).trace
+    trace.hashes.add("of the window")
+    assert trace is not model._context.trace
+    assert model._context.trace.hashes == {"of the window"}
+
+
 @pytest.mark.parametrize("storable", [True, False])
 def test_nothing_is_kept_of_a_video_whose_origin_forbids_it(storable: bool) -> None:
     model = model_of("salt", ReportsConfig(), storable=storable)

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from vllm_mm_ext.adapters.sight.sight_routes import SightRoutes, page
 from vllm_mm_ext.base.peers import PeerError
 from vllm_mm_ext.config.sight_settings import SightSettings
+from vllm_mm_ext.policies.kv.control import NoBlockPoolError
 from vllm_mm_ext.sight.running_requests import RunningRequests
 
 DIGEST = "ab" * 32
@@ -25,6 +26,7 @@ class Service:
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.left: list[str] = []
+        self.keeps_kv = True
 
     async def overview(self) -> dict[str, Any]:
         return {"requests": []}
@@ -35,12 +37,16 @@ class Service:
         return {"id": request_id} if request_id == "0-1" else None
 
     async def session(self, *asked: Any) -> None:
+        if not self.keeps_kv:
+            raise NoBlockPoolError
         self.asked.append(asked)
 
     async def end_session(self, session_id: str) -> bool:
         return session_id == "sess_1"
 
     async def media(self, *asked: Any) -> dict[str, Any]:
+        if not self.keeps_kv:
+            raise NoBlockPoolError
         self.asked.append(asked)
         return {"items": 1}
 
@@ -103,6 +109,15 @@ def test_what_an_operator_asks_reaches_the_service() -> None:
     ]
     assert asking.post("/mm_ext/sessions/end", json={"session_id": "sess_1"}).json()["ended"]
     assert asking.post("/mm_ext/sessions/end", json={"session_id": "sess_2"}).status_code == 404
+
+
+def test_where_no_kv_is_kept_nothing_is_pinned_and_the_operator_is_told_why() -> None:
+    asking, service = client(SightSettings(page=True, admin=True))
+    service.keeps_kv = False
+    for path, body in (("sessions", {"session_id": "a"}), ("media", {"digest": DIGEST})):
+        answer = asking.post(f"/mm_ext/{path}/pin", json=body)
+        assert answer.status_code == 409
+        assert "mm_ext.kv.enabled" in answer.json()["error"]["message"]
 
 
 def test_a_takedown_that_left_something_says_so_and_may_be_asked_again() -> None:

@@ -54,6 +54,8 @@ class RequestContext:
             most servers.
         levels: Load tiers of the request's videos that another instance has decided, for which this
             one encodes; None where this one decides.
+        unreported: The hashes of its mm items are all that is kept of it: a prompt of a live
+            session.
     """
 
     options: RequestOptions = DEFAULT_OPTIONS
@@ -66,6 +68,7 @@ class RequestContext:
     contents: Mapping[str, MediaRef] = field(default_factory=dict)
     elsewhere: EncodeJob | None = None
     levels: tuple[int, ...] | None = None
+    unreported: bool = False
     _budget_claim: Claim | None = None
 
     def conversation(self, renderer: object, cache_salt: str | None) -> RequestContext:

@@ -71,9 +71,10 @@ class RequestTrace:
         request_id: vLLM's id of the request; empty until the request goes to the engine.
         images: The images of the request, in the order in which they were read.
         watched: The operator's page tells of the request.
-        held: Digests of files that the request uses besides those of ``media``.
+        held: Digests by URL of the videos that the request uses besides those of ``media``; empty
+            until they are known.
         hashes: vLLM's hashes of the mm items of all conversations of the request, from before their
-            model inputs are made.
+            model inputs are made. Traces of prompts that the plugin makes for the request share it.
         tasks: Those that serve the request in place of the task that took it; of a request that is
             ``watched``.
     """
@@ -93,7 +94,7 @@ class RequestTrace:
     request_id: str = ""
     images: list[ImageItem] = field(default_factory=list)
     watched: bool = False
-    held: set[str] = field(default_factory=set)
+    held: dict[str, str] = field(default_factory=dict)
     hashes: set[str] = field(default_factory=set)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 

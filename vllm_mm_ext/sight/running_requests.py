@@ -38,7 +38,7 @@ class Running:
         """Whether the request is about one of these files, or of these URLs."""
         trace = self.trace
         return (
-            not trace.held.isdisjoint(digests)
+            any(url in urls or digest in digests for url, digest in trace.held.items())
             or any(item.url in urls or item.known_digest in digests for item in trace.media)
             or any(image.url in urls or image.digest in digests for image in trace.images)
         )
@@ -59,7 +59,9 @@ class Running:
     def settled(self) -> bool:
         """Whether the request knows all its media, as far as it ever will."""
         trace = self.trace
-        return (
+        if not all(trace.held.values()):
+            return False
+        return not (trace.media or trace.images) or (
             bool(trace.tokens)
             and all(item.known_digest or item.report is not None for item in trace.media)
             and all(image.width for image in trace.images)
@@ -129,22 +131,29 @@ class RunningRequests:
                 "id": running.arrival.id,
                 "path": running.arrival.path,
                 "seconds": round(now - running.started, 2),
-                "media": len(running.trace.media) + len(running.trace.images),
+                # The videos of a long video are among the media only if one prompt shows them.
+                "media": len(running.trace.media or running.trace.held) + len(running.trace.images),
                 "tokens": dict(running.trace.tokens),
                 "stage": running.trace.timeline[-1].stage if running.trace.timeline else "",
             }
             for running in self._running.values()
-            if running.trace.media or running.trace.images
+            if running.trace.media or running.trace.held or running.trace.images
         ]
 
     def hashes(self) -> set[str]:
         """vLLM's hashes of the mm items of the requests under way that nobody has ended."""
-        return {
-            one
-            for running in self._running.values()
-            if not running.taken_down
-            for one in running.trace.hashes
-        }
+        # Other threads add to these sets: none may be looped over in Python.
+        return set[str]().union(
+            *(one.trace.hashes for one in self._running.values() if not one.taken_down)
+        )
+
+    def about(self, digests: Collection[str], urls: Collection[str]) -> list[RequestTrace]:
+        """The traces of the requests about some files, or URLs, that nobody has ended."""
+        return [
+            one.trace
+            for one in self._running.values()
+            if not one.taken_down and one.uses(digests, urls)
+        ]
 
     async def cancel(
         self, digests: Collection[str], urls: Collection[str], timeout_s: float
@@ -174,7 +183,7 @@ class RunningRequests:
                         running.end()
                         ended.add(name)
                     waiting += 1
-                elif (running.trace.media or running.trace.images) and not running.settled:
+                elif not running.settled:
                     waiting += 1
             if not waiting or time.monotonic() > deadline:
                 return len(ended), waiting, [*about.values()]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from blake3 import blake3
+
+from vllm_mm_ext.request.media_items import ImageItem, MediaItem
 
 # Hashes of mm items that are remembered, about 200 bytes each: more than the caches of an engine
 # have items.
@@ -26,12 +29,14 @@ class Medium:
         urls: URLs under which requests named it, the last one last. Data URLs are not among them.
         hashes: vLLM's hashes of the mm items that requests with the file had, the last ones last.
             An item of another file of the same request may be among them.
+        noted: Value of ``time.monotonic()`` when a request used the file last.
     """
 
     digest: str
     modality: str
     urls: dict[str, None] = field(default_factory=dict)
     hashes: dict[str, None] = field(default_factory=dict)
+    noted: float = 0.0
 
 
 class SeenMedia:
@@ -66,6 +71,7 @@ class SeenMedia:
             medium = self._media[digest] = Medium(digest, modality)
             self._count += 1
         self._media.move_to_end(digest)
+        medium.noted = time.monotonic()
         if url and len(url) <= _MAX_URL and url[:5].lower() != "data:":
             medium.urls.pop(url, None)
             medium.urls[url] = None
@@ -82,6 +88,22 @@ class SeenMedia:
             self._drop(next(iter(self._media)))
         while self._count > self._max and medium.hashes:
             self._drop_hash(medium, next(iter(medium.hashes)))
+
+    def note_all(
+        self, items: Iterable[MediaItem], images: Iterable[ImageItem], hashes: Collection[str]
+    ) -> None:
+        """Note which files a conversation used; those whose content is not known by their URLs.
+
+        Args:
+            items: Its videos and audios.
+            images: Its images.
+            hashes: vLLM's hashes of all its mm items.
+        """
+        for item in items:
+            digest = item.known_digest or unknown_digest(item.url)
+            self.note(digest, item.modality, item.url, hashes)
+        for image in images:
+            self.note(image.digest or unknown_digest(image.url), "image", image.url, hashes)
 
     def digests_at(self, url: str) -> set[str]:
         """Digests of the files that requests got from a URL."""
@@ -110,10 +132,15 @@ class SeenMedia:
             media = [medium for medium in media if medium.modality == modality]
         return media[0] if len(media) == 1 else None
 
-    def forget(self, digests: Collection[str]) -> None:
-        """Forget files."""
+    def forget(self, digests: Collection[str], before: float) -> None:
+        """Forget files, but for those that a request has used since.
+
+        Args:
+            digests: Of the files.
+            before: Value of ``time.monotonic()``.
+        """
         for digest in digests:
-            if digest in self._media:
+            if digest in self._media and self._media[digest].noted < before:
                 self._drop(digest)
 
     def check_integrity(self) -> None:

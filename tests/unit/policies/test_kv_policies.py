@@ -371,16 +371,26 @@ async def test_the_api_side_asks_the_engine_by_one_utility() -> None:
     asked = []
 
     class Core:
-        async def call_utility_async(self, *args: str) -> None:
+        async def call_utility_async(self, *args: str) -> int:
             asked.append(args)
+            return 1
 
     client = control.KVClient(SimpleNamespace(engine_core=Core()))
     await client.pin("s")
     await client.unpin("s")
     await client.release("s")
     assert asked == [("mm_ext_kv", action, "s") for action in ("pin", "unpin", "release")]
-    with pytest.raises(RuntimeError, match="no vllm_mm_ext block pool"):
-        await client.media()
+
+
+async def test_that_an_engine_keeps_no_kv_is_told_whatever_is_asked() -> None:
+    class Core:
+        async def call_utility_async(self, _: str, action: str, key: str) -> object:
+            return control.answer(None, action, key)
+
+    client = control.KVClient(SimpleNamespace(engine_core=Core()))
+    for asked in (client.pin("s"), client.unpin("s"), client.release("s"), client.media()):
+        with pytest.raises(control.NoBlockPoolError, match=r"mm_ext\.kv\.enabled"):
+            await asked
 
 
 @pytest.mark.parametrize(

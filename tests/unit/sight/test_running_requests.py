@@ -50,7 +50,7 @@ def about(digest: str, url: str = "http://h/v") -> RequestTrace:
 async def test_requests_about_a_file_end_and_others_go_on() -> None:
     running = watched()
     first, other = await started(running, about(A)), await started(running, about(B))
-    held = await started(running, RequestTrace(tokens={"text": 1}, held={A}))
+    held = await started(running, RequestTrace(tokens={"text": 1}, held={"http://h/long": A}))
     ended, left, traces = await running.cancel([A], [], timeout_s=5.0)
     assert (ended, left) == (2, 0)
     assert set().union(*(trace.hashes for trace in traces)) == {"hash of aa"}
@@ -101,6 +101,20 @@ async def test_a_request_that_has_not_got_its_file_ends_by_the_url() -> None:
     task = await started(running, RequestTrace(media=[MediaItem("video", "http://h/v")]))
     assert (await running.cancel([], ["http://h/v"], timeout_s=5.0))[:2] == (1, 0)
     assert await task
+
+
+async def test_a_request_whose_long_video_is_surveyed_ends_by_the_url_or_is_waited_for() -> None:
+    running = watched()
+    by_url = await started(running, RequestTrace(held={"http://h/v": ""}))
+    assert [row["media"] for row in running.now()] == [1]
+    assert (await running.cancel([], ["http://h/v"], timeout_s=5.0))[:2] == (1, 0)
+    assert await by_url
+    trace = RequestTrace(held={"http://h/v": ""})
+    unknown = await started(running, trace)
+    assert (await running.cancel([A], [], timeout_s=0.05))[:2] == (0, 1)
+    trace.held["http://h/v"] = A
+    assert (await running.cancel([A], [], timeout_s=5.0))[:2] == (1, 0)
+    assert await unknown
 
 
 async def test_a_sound_whose_digest_is_never_known_holds_nothing_up() -> None:

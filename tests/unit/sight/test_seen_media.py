@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_mm_ext.request.media_items import ImageItem, MediaItem
 from vllm_mm_ext.sight.seen_media import SeenMedia, unknown_digest
 
 Note = tuple[str, str, list[str]]
@@ -36,7 +40,7 @@ def test_all_items_of_a_file_are_found_until_the_file_is_forgotten(
         if url.startswith("http"):
             known[1].add(url)
     seen.check_integrity()
-    seen.forget(gone)
+    seen.forget(gone, before=math.inf)
     seen.check_integrity()
     left = {digest: known for digest, known in model.items() if digest not in gone}
     assert len(seen) == len(left)
@@ -71,6 +75,30 @@ def test_an_item_is_ascribed_to_a_file_where_only_one_can_be_it() -> None:
         assert medium.digest == digest
     assert seen.medium_of("shared", "image") is None
     assert seen.medium_of("other", "video") is None
+
+
+def test_a_file_that_came_again_is_not_forgotten() -> None:
+    seen = SeenMedia()
+    for digest in DIGESTS[:2]:
+        seen.note(digest, "video", "", ["old"])
+    before = time.monotonic()
+    seen.note(DIGESTS[0], "video", "", ["new"])
+    seen.forget(DIGESTS, before)
+    assert seen.hashes_of(DIGESTS[:1]) == {"old", "new"}
+    assert len(seen) == 1
+
+
+def test_all_files_of_a_conversation_are_known_by_what_is_known_of_them() -> None:
+    seen = SeenMedia()
+    urls = ["http://a/1", "http://a/2", "http://a/3"]
+    items = [MediaItem("video", urls[0], digest=DIGESTS[0]), MediaItem("audio", urls[1])]
+    seen.note_all(items, [ImageItem(urls[2], DIGESTS[1])], ["h"])
+    assert [seen.digests_at(url) for url in urls] == [
+        {DIGESTS[0]},
+        {unknown_digest(urls[1])},
+        {DIGESTS[1]},
+    ]
+    assert all(seen.hashes_of(seen.digests_at(url)) == {"h"} for url in urls)
 
 
 def test_a_file_whose_content_is_not_known_is_found_by_its_url() -> None:

@@ -113,10 +113,9 @@ class Connection:
         return self._senses.has_seen(digests)
 
     @property
-    def kv_key(self) -> str:
-        """Names the session among the KV sessions of its engine."""
-        assert self._engine is not None
-        return self._engine.kv_key
+    def files(self) -> frozenset[bytes]:
+        """The first halves of the digests of the files that the client sent."""
+        return self._senses.files
 
     def end(self, reason: str) -> None:
         """End the session, which the client is told."""
@@ -225,7 +224,8 @@ class Connection:
                 self._clock.asked(self._loop.time())
                 self._engine.append(effect)
             case Respond():
-                self._clock.overtaken()
+                if effect.in_conversation:
+                    self._clock.overtaken()
                 self._engine.respond(effect)
             case Abort(response_id):
                 self._engine.abort(response_id)

@@ -21,7 +21,7 @@ from vllm_mm_ext.adapters.live.template_pieces import TemplateError, take_apart
 from vllm_mm_ext.adapters.placeholder_wrappers import placeholders_of
 from vllm_mm_ext.live.family import FamilyTraits
 from vllm_mm_ext.live.prompt import Message
-from vllm_mm_ext.policies.kv.control import KVClient
+from vllm_mm_ext.policies.kv.control import KVClient, NoBlockPoolError
 
 __all__ = ["EngineSession", "LiveEngine", "LiveUnavailableError", "UnknownModelError"]
 
@@ -49,10 +49,11 @@ class LiveEngine:
         self.pinned = 0
         self.traits: FamilyTraits = maker.family.traits
         self._models = models
-        # One core is enough for putting prompts together.
-        self._engine = Engine(engine_client, maker, ThreadPoolExecutor(1, "mm-ext-live"))
-        self.context_tokens = self._engine.context_tokens
         settings = vllm_compat.settings_of(engine_client.model_config)
+        # One core is enough for putting prompts together.
+        threads = ThreadPoolExecutor(1, "mm-ext-live")
+        self._engine = Engine(engine_client, maker, threads, settings.sight.page)
+        self.context_tokens = self._engine.context_tokens
         self._kv = KVClient(engine_client) if settings.kv.enabled else None
         self._of_rank: Counter[int] = Counter()
 
@@ -134,6 +135,9 @@ class LiveEngine:
             return False
         try:
             await self._kv.pin(session_id, salt)
+        except NoBlockPoolError:
+            # The server has said so when it started.
+            return False
         except Exception as error:
             logger.warning("mm_ext: the KV of a live session is not pinned: %s", error)
             return False

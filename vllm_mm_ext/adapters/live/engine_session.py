@@ -15,7 +15,9 @@ from vllm_mm_ext.adapters.live.growing import GrowingStretch
 from vllm_mm_ext.adapters.live.live_prompt import PromptError, PromptMaker
 from vllm_mm_ext.live.effects import Append, Respond, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Prompt
-from vllm_mm_ext.policies.kv.sessions import session_key
+from vllm_mm_ext.request.context import RequestContext, enter_request
+from vllm_mm_ext.request.trace import RequestTrace
+from vllm_mm_ext.sight.ended_sessions import SessionHashes
 
 logger = vllm_compat.logger
 
@@ -66,11 +68,13 @@ class Engine:
         client: vLLM's ``AsyncLLM``.
         maker: Makes prompts.
         threads: Where prompts are put together.
+        remembers: Sessions remember the hashes of their mm items, for takedowns.
     """
 
     client: Any
     maker: PromptMaker
     threads: ThreadPoolExecutor
+    remembers: bool = False
 
     @property
     def context_tokens(self) -> int:
@@ -115,14 +119,15 @@ class EngineSession:
         self._responses: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._requests = 0
+        self._hashes = SessionHashes() if engine.remembers else None
         # Nothing is told any more: the session is closed, or the engine is gone.
         self._silent = False
         self._closed = False
 
     @property
-    def kv_key(self) -> str:
-        """Names the session among the KV sessions of its engine."""
-        return session_key(self._id, self._salt)
+    def hashes(self) -> set[str]:
+        """vLLM's hashes of the mm items of the session's prompts; none if nobody wants them."""
+        return set() if self._hashes is None else self._hashes.all()
 
     def append(self, append: Append) -> None:
         """Let the engine compute what of a prompt it has not computed yet.
@@ -135,8 +140,13 @@ class EngineSession:
             self._append_next()
 
     def respond(self, respond: Respond) -> None:
-        """Let the engine answer; an append that runs ends first, one that waits is dropped."""
-        self._waiting = None
+        """Let the engine answer; an append that runs ends first.
+
+        One that waits is dropped if the answer will stand before what it appends. No other answer
+        takes its place: it may be the one that asks whether a turn has ended.
+        """
+        if respond.in_conversation:
+            self._waiting = None
         if not self._silent:
             task = self._start(self._answer(respond, self._appending))
             self._responses[respond.response_id] = task
@@ -316,6 +326,9 @@ class EngineSession:
                 engine.threads, engine.maker.make, prompt, stretches
             )
             await _whole(made)
+            if self._hashes is not None:
+                trace = RequestTrace(hashes=self._hashes.latest())
+                enter_request(RequestContext(trace=trace, unreported=True))
             (rendered,) = await engine.client.renderer.render_cmpl_async(
                 [made.result()], prompt_extras={"cache_salt": self._salt}
             )

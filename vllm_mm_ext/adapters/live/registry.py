@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from vllm_mm_ext.adapters.live.connection import OUR_FAULT, POLICY, TRY_LATER, Connection
-from vllm_mm_ext.adapters.live.engine import LiveEngine, UnknownModelError
+from vllm_mm_ext.adapters.live.engine import EngineSession, LiveEngine, UnknownModelError
 from vllm_mm_ext.adapters.live.lane import Lane
 from vllm_mm_ext.adapters.live.punctuality import AppendClock, Punctuality
 from vllm_mm_ext.adapters.live.senses import Senses
@@ -24,6 +24,7 @@ from vllm_mm_ext.live.machine import SessionMachine
 from vllm_mm_ext.live.server_events import error_event
 from vllm_mm_ext.live.session_options import SessionLimits
 from vllm_mm_ext.live.voice import VoicePool, unavailable
+from vllm_mm_ext.sight.ended_sessions import EndedSessions
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -32,6 +33,8 @@ _MOST_THREADS = 4
 # What a pixel takes while an image is read: 10 to 14 bytes, 22 of a WebP file. So reading one takes
 # little more memory than its session may hold.
 _BYTES_OF_PIXEL = 12
+# Seconds between two looks whether sessions have ended.
+_LOOK_S = 0.02
 
 
 class LiveSessions:
@@ -58,7 +61,8 @@ class LiveSessions:
         )
         self._punctuality = Punctuality()
         self._sessions = self._opened = self._refused = 0
-        self._open: dict[str, Connection] = {}
+        self._open: dict[str, tuple[Connection, EngineSession]] = {}
+        self._ended = EndedSessions()
 
     def stats(self) -> dict[str, int | float]:
         """Counters for ``GET /mm_ext/stats``."""
@@ -76,7 +80,7 @@ class LiveSessions:
 
     def listing(self) -> list[dict[str, Any]]:
         """The sessions, the first one first."""
-        return [{"id": key, **connection.facts()} for key, connection in self._open.items()]
+        return [{"id": key, **connection.facts()} for key, (connection, _) in self._open.items()]
 
     def end(self, session_id: str, reason: str) -> bool:
         """End a session; False if there is none of that id.
@@ -85,18 +89,53 @@ class LiveSessions:
             session_id: As ``listing`` has it.
             reason: What its client is told.
         """
-        connection = self._open.get(session_id)
-        if connection is not None:
-            connection.end(reason)
-        return connection is not None
+        if session_id not in self._open:
+            return False
+        connection, _ = self._open[session_id]
+        connection.end(reason)
+        return True
 
-    def holding(self, digests: Collection[str]) -> dict[str, str]:
-        """Sessions whose client sent one of these files, with their keys in the engine's KV."""
-        return {
-            key: connection.kv_key
-            for key, connection in self._open.items()
-            if connection.holds(digests)
-        }
+    # What takedowns ask.
+
+    def end_holding(self, digests: Collection[str], reason: str) -> list[str]:
+        """End the sessions whose client sent one of these files; returns their ids.
+
+        Args:
+            digests: Of the files.
+            reason: As of ``end``.
+        """
+        found = [key for key, (connection, _) in self._open.items() if connection.holds(digests)]
+        for session_id in found:
+            self.end(session_id, reason)
+        return found
+
+    async def left(self, session_ids: Collection[str], deadline: float) -> int:
+        """Wait until sessions have ended and let go of all they hold.
+
+        Args:
+            session_ids: As ``listing`` has them.
+            deadline: Value of ``time.monotonic()`` until which it waits.
+
+        Returns:
+            Number of the sessions that have not ended by then.
+        """
+        while left := self._open.keys() & session_ids:
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(_LOOK_S)
+        return len(left)
+
+    def hashes_of(self, digests: Collection[str]) -> set[str]:
+        """vLLM's hashes of the mm items of sessions whose client sent one of these files.
+
+        Sessions that have ended are among them.
+        """
+        sessions = (engine for one, engine in self._open.values() if one.holds(digests))
+        return self._ended.hashes_of(digests).union(*(engine.hashes for engine in sessions))
+
+    def forget(self, digests: Collection[str], before: float) -> None:
+        """Forget what became of some files: as ``EndedSessions.forget``."""
+        self._ended.forget(digests, before)
 
     async def serve(self, websocket: Any, model: str | None) -> None:
         """Hold one session, to its end.
@@ -131,11 +170,12 @@ class LiveSessions:
             logger.exception("A live session could not be opened")
             await _refuse(websocket, OUR_FAULT, "internal_error", "The server failed.")
         else:
-            self._open[session_id] = connection
+            self._open[session_id] = connection, session
             try:
                 await connection.run(session)
             finally:
                 del self._open[session_id]
+                self._ended.add(connection.files, session.hashes)
 
     def _connection(self, websocket: Any, session_id: str, model: str) -> Connection:
         settings, traits = self._settings, self._engine.traits

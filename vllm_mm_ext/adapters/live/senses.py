@@ -18,11 +18,15 @@ from vllm_mm_ext.live.session_options import SessionOptions
 from vllm_mm_ext.live.voice import VoicePool
 from vllm_mm_ext.live.watching import Sight, Watcher, read_image
 from vllm_mm_ext.live.wire_error import WireError
+from vllm_mm_ext.sight.ended_sessions import first_halves
 
 # Bytes of sound that are dealt with in one go: 1.4 s of PCM16.
 _PIECE_BYTES = 1 << 16
 # Of sound that no detector looks at, so much is dealt with on the event loop: 170 ms of PCM16.
 _LITTLE_BYTES = 1 << 13
+# A session may send one file for so many of its bytes, and remembers half the digest of each, which
+# takes about 100 bytes. With 256 MiB that is enough for 30 new frames a second for 3 hours.
+_BYTES_PER_FILE = 800
 
 
 class Senses:
@@ -34,7 +38,8 @@ class Senses:
         voices: Where a speech detector comes from while turns are detected.
         lane: Where the work is done.
         max_pixels: Most pixels of an image.
-        max_bytes: Most bytes of the decoded pictures and sounds of one event.
+        max_bytes: Of the session: most of the decoded pictures and sounds of one event, and what
+            bounds the number of different files.
 
     Attributes:
         lane: As given.
@@ -60,20 +65,42 @@ class Senses:
         self._watcher = Watcher(traits, max_pixels)
         # Half a digest each: a session of two hours has thousands of frames.
         self._seen: set[bytes] = set()
+        self._most_seen = max_bytes // _BYTES_PER_FILE
 
     @property
     def files_seen(self) -> int:
         """Number of different pictures, frames and sound files that the client sent."""
         return len(self._seen)
 
+    @property
+    def files(self) -> frozenset[bytes]:
+        """The first halves of the digests of those files."""
+        return frozenset(self._seen)
+
     def has_seen(self, digests: Collection[str]) -> bool:
         """Whether the client sent one of the files of these digests (hex BLAKE3)."""
-        return any(
-            bytes.fromhex(digest[:32]) in self._seen for digest in digests if ":" not in digest
-        )
+        return not self._seen.isdisjoint(first_halves(digests))
 
-    def _note(self, file: bytes) -> None:
-        self._seen.add(blake3(file).digest(16))
+    @contextmanager
+    def _noted(self, file: bytes) -> Iterator[None]:
+        """Remember a file from before it is read, as a takedown may come meanwhile; forget it if it
+        cannot be read.
+        """
+        digest = blake3(file).digest(16)
+        known = digest in self._seen
+        if not known and len(self._seen) >= self._most_seen:
+            raise WireError(
+                f"The session has had {self._most_seen} different pictures and sounds, the most "
+                "that it may have (mm_ext.live.session_mb).",
+                code="session_too_large",
+            )
+        self._seen.add(digest)
+        try:
+            yield
+        except MediaError:
+            if not known:
+                self._seen.discard(digest)
+            raise
 
     async def hear(self, audio: bytes) -> AsyncIterator[Heard]:
         """The sound of an append, of which others' work may come between two pieces."""
@@ -103,8 +130,8 @@ class Senses:
             return await self.lane.run(self._see, event)
 
     def _see(self, event: VideoAppend) -> Sight:
-        self._note(event.image)
-        return self._watcher.see(event)
+        with self._noted(event.image):
+            return self._watcher.see(event)
 
     async def read(self, contents: Sequence[ImageContent | AudioContent]) -> list[Media]:
         """The pictures and the samples, at the model's rate, of items of a conversation."""
@@ -125,14 +152,15 @@ class Senses:
         return media
 
     def _read(self, content: ImageContent | AudioContent) -> Media:
-        self._note(content.audio if isinstance(content, AudioContent) else content.image)
         if isinstance(content, AudioContent):
-            return whole_sound(content.audio, self._format, self._traits.audio_rate)
-        if self._traits.images:
-            return read_image(content.image, self._max_pixels)
-        # A model without pictures takes a video of one frame.
-        frame = VideoAppend(None, content.image, None)
-        return Watcher(self._traits, self._max_pixels).see(frame)
+            with self._noted(content.audio):
+                return whole_sound(content.audio, self._format, self._traits.audio_rate)
+        with self._noted(content.image):
+            if self._traits.images:
+                return read_image(content.image, self._max_pixels)
+            # A model without pictures takes a video of one frame.
+            frame = VideoAppend(None, content.image, None)
+            return Watcher(self._traits, self._max_pixels).see(frame)
 
     def clear(self) -> None:
         """Forget sound that has not been told yet."""

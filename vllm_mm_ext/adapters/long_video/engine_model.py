@@ -179,6 +179,8 @@ class EngineModel:
         )
         # Traces are kept for the cached tokens only, which vLLM tells traces that are reported.
         context.trace.asked = True
+        # Takedowns look at the client's request.
+        context.trace.hashes = self._context.trace.hashes
         return enter_request(context)
 
     def _request(self, ask: Ask) -> Any:

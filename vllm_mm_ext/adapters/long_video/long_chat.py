@@ -65,14 +65,17 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
     def strategy_of(found: Survey) -> Strategy:
         return strategy_for(asked.strategy or "auto", question, found.fits)
 
+    # The survey has a trace of its own. That of the request tells takedowns what is looked at.
+    held = context.trace.held = dict.fromkeys(video_urls(request.messages), "")
     with client_errors():
         found = await opened(look, lambda found: strategy_of(found) != "single", runtime.run)
     if found is None:
+        held.clear()
         return await create(serving, request, raw_request)
     strategy = strategy_of(found)
     report = LongVideoReport(strategy, config.reports.cache_hits)
     context.trace.long_video = report
-    context.trace.held.update(content.digest for content in found.contents)
+    held.update(zip(found.urls, (content.digest for content in found.contents), strict=True))
     if strategy == "single":
         # From here on the request is one that asks for this frame rate and nothing else.
         context.options = context.options.model_copy(update={"fps": asked.fps, "long_video": None})

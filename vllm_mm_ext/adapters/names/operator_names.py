@@ -35,6 +35,10 @@ OPERATOR_NAMES: tuple[Checked, ...] = (
     VllmAttributes(
         _SCHEDULER, ("connector", "encoder_cache_manager", "kv_cache_manager", "requests")
     ),
+    VllmAttributes(
+        "vllm.v1.core.encoder_cache_manager:EncoderCacheManager",
+        ("cached", "freeable", "num_embeds_by_hash", "num_free_slots"),
+    ),
     VllmAttributes(f"{_QUEUE}:MessageQueue", ("buffer",)),
     VllmAttributes(f"{_QUEUE}:ShmRingBuffer", ("max_chunk_bytes", "max_chunks")),
     VllmAttributes("vllm.v1.executor.multiproc_executor:MultiprocExecutor", ("rpc_broadcast_mq",)),

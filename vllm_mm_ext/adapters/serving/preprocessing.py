@@ -11,7 +11,6 @@ from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.sight.stage_notes import note_preprocessing
 from vllm_mm_ext.errors import UnheldMediaError
 from vllm_mm_ext.request.context import RequestContext, current_request
-from vllm_mm_ext.sight.seen_media import unknown_digest
 
 
 def started() -> float:
@@ -34,6 +33,9 @@ def finished(
     if context is None:
         return
     trace = context.trace
+    if context.unreported:
+        trace.hashes.update(s.mm_hash for found in spans.values() for s in found if s.mm_hash)
+        return
     seconds = time.perf_counter() - start
     trace.add_stages({"preprocess": seconds})
     embeddings = {m: sum(span.embeddings for span in found) for m, found in spans.items()}
@@ -53,15 +55,9 @@ def finished(
 
 def note_media(runtime: Runtime, context: RequestContext) -> None:
     """Note which mm items were made of the files of a conversation, for takedowns and the page."""
-    seen = runtime.seen
-    if seen is None:
-        return
-    hashes = [item.mm_hash for item in context.trace.items if item.mm_hash]
-    for item in context.items:
-        digest = item.known_digest or unknown_digest(item.url)
-        seen.note(digest, item.modality, item.url, hashes)
-    for image in context.trace.images:
-        seen.note(image.digest or unknown_digest(image.url), "image", image.url, hashes)
+    if runtime.seen is not None:
+        hashes = [item.mm_hash for item in context.trace.items if item.mm_hash]
+        runtime.seen.note_all(context.items, context.trace.images, hashes)
 
 
 def _heard_in_videos(renderer: Any, videos: Sequence[Span], prompt: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllm_mm_ext.adapters.sight import kv_part, worker_part
@@ -56,17 +56,6 @@ def look(core: Any) -> dict[str, Any]:
         "kv": None if pool is None else kv_part.view(pool),
         "encoder": _encoder(core.scheduler.encoder_cache_manager),
     }
-
-
-def hashes_of(core: Any, sessions: Sequence[str]) -> list[str]:
-    """Identifiers of the mm items that KV sessions use.
-
-    Args:
-        core: vLLM's ``EngineCore``.
-        sessions: Keys of the sessions.
-    """
-    pool = kv_part.pool_of(core)
-    return [] if pool is None else sorted(kv_part.identifiers_of(pool, sessions))
 
 
 def busy(core: Any, hashes: Collection[str]) -> int:
@@ -122,15 +111,20 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
     identifiers = {*hashes} - used
     if hasattr(manager, "take_down"):
         identifiers.update(manager.take_down(free))
+    elif hasattr(manager, "freeable"):
+        identifiers.update(_evict(manager, free))
     elif hashes and not scheduler.requests:
+        # That of encoder-decoders takes nothing for cached, but the worker's outputs stay a while.
         core.reset_encoder_cache()
     forget_stored = getattr(scheduler.ec_connector, "forget_stored", None)
     if forget_stored is not None:
         # The shared store does not tell what it holds.
         forget_stored(sorted(identifiers))
-    hashes_left = {one.rpartition(":")[2] for one in identifiers}
+    known = frozenset(hashes)
     with _INPUTS:
-        inputs = drop_inputs(core.mm_receiver_cache, hashes_left)
+        inputs = drop_inputs(
+            core.mm_receiver_cache, {one for name in identifiers if (one := _hash_of(name, known))}
+        )
     blocks = scheduler.kv_cache_manager.block_pool.blocks
     idle = [block for block in evicted if not blocks[block].ref_cnt]
     executor = core.model_executor
@@ -146,30 +140,33 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
     }
 
 
-def keep(core: Any, hashes: Collection[str], key: str, keeps: bool) -> int:
-    """Pin the KV of media that are cached now, or end such a pin; returns the number of items.
+def keep(core: Any, hashes: Collection[str], key: str, keeps: bool) -> int | None:
+    """Pin the KV of media that are cached now, or end such a pin.
 
     Args:
         core: vLLM's ``EngineCore``.
         hashes: vLLM's hashes of the items of the media.
         key: Names the pin.
         keeps: True to pin, False to end the pin.
+
+    Returns:
+        The number of items; None without the plugin's block pool.
     """
     pool = kv_part.pool_of(core)
     if pool is None:
-        return 0
+        return None
     return kv_part.pin(pool, _one_of(hashes), key) if keeps else kv_part.unpin(pool, key)
 
 
-def let_go(core: Any, hashes: Collection[str]) -> int:
-    """Stop keeping the KV of media; returns the number of items.
+def let_go(core: Any, hashes: Collection[str]) -> int | None:
+    """Stop keeping the KV of media; returns as ``keep``.
 
     Args:
         core: vLLM's ``EngineCore``.
         hashes: vLLM's hashes of the items of the media.
     """
     pool = kv_part.pool_of(core)
-    return 0 if pool is None else kv_part.let_go(pool, _one_of(hashes))
+    return None if pool is None else kv_part.let_go(pool, _one_of(hashes))
 
 
 def begin(core: Any) -> None:
@@ -181,7 +178,6 @@ def begin(core: Any) -> None:
 _ACTIONS: dict[str, Callable[..., Any]] = {
     "begin": begin,
     "look": look,
-    "hashes_of": hashes_of,
     "busy": busy,
     "take_down": take_down,
     "keep": keep,
@@ -202,10 +198,43 @@ def _overwrite_queue(executor: Any) -> None:
         executor.collective_rpc(worker_part.ignore, args=(filling,))
 
 
+def _evict(manager: Any, wanted: Callable[[str], bool]) -> list[str]:
+    """Let vLLM's own encoder cache give up items that no request uses, as when it needs the room.
+
+    The worker's tensors are the caller's to drop: the manager would else take the items for cached,
+    and a step that needs one of them would fail with the whole engine.
+
+    Args:
+        manager: vLLM's ``EncoderCacheManager``.
+        wanted: Whether an item, named by its identifier, is one of them.
+
+    Returns:
+        Identifiers of the items.
+    """
+    found = [identifier for identifier in manager.freeable if wanted(identifier)]
+    for identifier in found:
+        manager.num_free_slots += manager.freeable.pop(identifier)
+        del manager.cached[identifier], manager.num_embeds_by_hash[identifier]
+    return found
+
+
 def _one_of(hashes: Collection[str]) -> Callable[[str], bool]:
-    """Whether an identifier is of one of the hashes; a LoRA adapter's name may stand before it."""
+    """Whether an identifier is of one of the hashes."""
     known = frozenset(hashes)
-    return lambda identifier: identifier in known or identifier.rpartition(":")[2] in known
+    return lambda identifier: _hash_of(identifier, known) is not None
+
+
+def _hash_of(identifier: str, hashes: frozenset[str]) -> str | None:
+    """The one of some hashes that an identifier is of; None if it is of none of them.
+
+    The name of a LoRA adapter may stand before the hash. Both may have colons.
+    """
+    rest, colon = identifier, ":"
+    while colon:
+        if rest in hashes:
+            return rest
+        _, colon, rest = rest.partition(":")
+    return None
 
 
 def _encoder(manager: Any) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -26,13 +26,6 @@ def pool_of(core: Any) -> MMExtBlockPool | None:
     """
     pool = core.scheduler.kv_cache_manager.block_pool
     return pool if isinstance(pool, MMExtBlockPool) else None
-
-
-def identifiers_of(pool: MMExtBlockPool, sessions: Collection[str]) -> set[str]:
-    """vLLM's identifiers of the mm items that sessions use, by the keys of the sessions."""
-    ends = (end for session in sessions for end in pool.sessions.ends(session))
-    pieces = paths(ends)
-    return {one for piece in pieces if (one := piece.content.identifier) is not None}
 
 
 def _pieces(pool: MMExtBlockPool, wanted: Wanted) -> list[Piece]:

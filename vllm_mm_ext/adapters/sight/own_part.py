@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,9 +16,10 @@ from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.sight.processor_cache import drop_inputs
 from vllm_mm_ext.base.heap import trim_now
 from vllm_mm_ext.base.heap_scrub import scrub, scrub_here
+from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.sight.request_log import RequestLog
 from vllm_mm_ext.sight.running_requests import RunningRequests
-from vllm_mm_ext.sight.seen_media import SeenMedia
+from vllm_mm_ext.sight.seen_media import SeenMedia, unknown_digest
 
 # Requests that the page's table shows at most.
 SHOWN = 200
@@ -65,6 +67,7 @@ class OwnPart:
             "media": self.media,
             "end": self.end,
             "clear": self.clear,
+            "forget": self.forget,
             "sweep": self.sweep,
             "end_session": self.end_session,
         }
@@ -107,34 +110,40 @@ class OwnPart:
             digests: Of files.
 
         Returns:
-            Digests, URLs, vLLM's hashes of the mm items of all these files, and KV sessions of
-            live sessions that hold one of them.
+            Digests, URLs, and vLLM's hashes of the mm items of all these files.
         """
         found = set(digests)
         if url is not None:
             found |= self._seen.digests_at(url)
+        hashes = self._seen.hashes_of(found)
+        if self._live is not None:
+            hashes |= self._live.hashes_of(found)
         return {
             "digests": sorted(found),
             "urls": sorted(self._seen.urls_of(found)),
-            "hashes": sorted(self._seen.hashes_of(found)),
-            "kv_sessions": sorted(self._holding(found).values()),
+            "hashes": sorted(hashes),
         }
 
     async def end(self, digests: Collection[str], urls: Collection[str]) -> dict[str, Any]:
-        """End requests and live sessions about some files."""
-        sessions = self._holding(digests)
-        for session_id in sessions:
-            assert self._live is not None
-            self._live.end(session_id, _REASON)
+        """End requests and live sessions about some files, and note what they made of the files.
+
+        Returns:
+            Numbers of ``requests`` and ``sessions`` that were ended, and ``requests_left`` and
+            ``sessions_left``: of those that may still use the files.
+        """
+        deadline, live = time.monotonic() + _END_S, self._live
+        sessions = [] if live is None else live.end_holding(digests, _REASON)
         ended, left, traces = await self._running.cancel(digests, urls, _END_S)
+        sessions_left = 0 if live is None else await live.left(sessions, deadline)
         # The processor's thread ends what it has begun, and caches it.
         await on_processor_thread(self._renderer, lambda: None)
-        hashes = set[str]().union(*(trace.hashes for trace in traces))
+        for trace in traces:
+            self._note(trace)
         return {
             "requests": ended,
             "sessions": len(sessions),
-            "left": left,
-            "hashes": sorted(hashes),
+            "requests_left": left,
+            "sessions_left": sessions_left,
         }
 
     async def clear(
@@ -153,12 +162,26 @@ class OwnPart:
         """
         runtime = runtime_of(self._renderer)
         await runtime.forget(frozenset(digests), urls)
+        for trace in self._running.about(digests, urls):
+            # The files came again meanwhile, and must not be forgotten.
+            self._note(trace)
         in_use = self._running.hashes().intersection(hashes)
         drop = partial(drop_inputs, self._renderer.mm_processor_cache, {*hashes} - in_use)
         inputs = await on_processor_thread(self._renderer, drop)
         self._log.forget(digests, urls)
-        self._seen.forget(digests)
         return {"inputs": inputs, "in_use": sorted(in_use)}
+
+    async def forget(self, digests: Collection[str], before: float) -> None:
+        """Forget what became of some files, of which nothing is left in any process.
+
+        Args:
+            digests: Of the files.
+            before: Value of ``time.monotonic()``, which is the same for all processes. Files that
+                came again since are not forgotten.
+        """
+        self._seen.forget(digests, before)
+        if self._live is not None:
+            self._live.forget(digests, before)
 
     async def sweep(self) -> None:
         """Clear the freed memory of this process, and give it back."""
@@ -177,8 +200,13 @@ class OwnPart:
             return False
         return self._live.end(session_id, "The server's operator ended the session.")
 
-    def _holding(self, digests: Collection[str]) -> dict[str, str]:
-        return {} if self._live is None else self._live.holding(digests)
+    def _note(self, trace: RequestTrace) -> None:
+        """Note which files a request uses, and all that has been made of them so far."""
+        # Other threads add to the hashes.
+        hashes = trace.hashes.copy()
+        self._seen.note_all(trace.media, trace.images, hashes)
+        for url, digest in trace.held.items():
+            self._seen.note(digest or unknown_digest(url), "video", url, hashes)
 
     @property
     def _seen(self) -> SeenMedia:

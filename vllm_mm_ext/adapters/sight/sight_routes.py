@@ -24,6 +24,7 @@ from vllm_mm_ext.adapters.vllm_compat import service_of, settings_of
 from vllm_mm_ext.base.heap_scrub import clear_what_is_freed
 from vllm_mm_ext.base.peers import PeerError, Peers
 from vllm_mm_ext.config.sight_settings import SightSettings
+from vllm_mm_ext.policies.kv.control import NoBlockPoolError
 from vllm_mm_ext.sight.admin_requests import (
     MediaAction,
     MediaRequest,
@@ -196,6 +197,8 @@ class SightRoutes:
             return _failed(HTTPStatus.BAD_REQUEST, problem_of(error))
         except _BadRequestError as error:
             return _failed(error.status, str(error))
+        except NoBlockPoolError as error:
+            return _failed(HTTPStatus.CONFLICT, str(error))
         except (PeerError, TimeoutError) as error:
             why = str(error) or "An engine does not answer in time."
             return _failed(HTTPStatus.SERVICE_UNAVAILABLE, why)

@@ -12,7 +12,7 @@ from vllm_mm_ext.adapters.quality.service import state_for
 from vllm_mm_ext.adapters.sight.engine_part import UTILITY
 from vllm_mm_ext.adapters.sight.own_part import SHOWN
 from vllm_mm_ext.base.peers import Peers
-from vllm_mm_ext.policies.kv.control import KVClient
+from vllm_mm_ext.policies.kv.control import KVClient, NoBlockPoolError
 from vllm_mm_ext.sight.request_log import shown_url
 
 # Seconds for which what all processes said is shown again, however many pages ask.
@@ -32,7 +32,6 @@ class _Names:
     digests: set[str]
     urls: set[str]
     hashes: set[str]
-    kv_sessions: set[str]
 
 
 class WholeService:
@@ -84,6 +83,9 @@ class WholeService:
             action: ``pin``, ``unpin`` or ``release``.
             session_id: As the client names it.
             cache_salt: As the client names it, if it does.
+
+        Raises:
+            NoBlockPoolError: The engines keep no KV of media.
         """
         act = {"pin": self._kv.pin, "unpin": self._kv.unpin, "release": self._kv.release}
         await act[action](session_id, cache_salt)
@@ -94,6 +96,9 @@ class WholeService:
         Args:
             action: As of ``session``.
             url, digest: Of the file; one of them.
+
+        Raises:
+            NoBlockPoolError: The engines keep no KV of media.
         """
         names = await self._named(url, digest)
         items = 0
@@ -102,9 +107,10 @@ class WholeService:
             if action != "release":
                 # Longer than any session id that a client can choose (``short_id``).
                 arguments |= {"key": f"media:{one}", "keeps": action == "pin"}
-            items += sum(
-                await self._engines("let_go" if action == "release" else "keep", arguments)
-            )
+            found = await self._engines("let_go" if action == "release" else "keep", arguments)
+            if None in found:
+                raise NoBlockPoolError
+            items += sum(found)
         return {"digests": sorted(names.digests), "items": items}
 
     async def take_down(self, url: str | None, digest: str | None) -> dict[str, Any]:
@@ -121,37 +127,40 @@ class WholeService:
 
         Raises:
             PeerError: An API server does not answer; the takedown has to be asked for again.
+            TimeoutError: An engine does not answer; as above.
         """
         async with self._taking_down:
             return await self._take_down(url, digest)
 
     async def _take_down(self, url: str | None, digest: str | None) -> dict[str, Any]:
         names = await self._named(url, digest)
-        if names.kv_sessions:
-            # The engines forget sessions when they end.
-            found = await self._engines("hashes_of", {"sessions": sorted(names.kv_sessions)})
-            names.hashes.update(one.rpartition(":")[2] for each in found for one in each)
         ended = await self._servers(
             "end", _TAKEDOWN_S, digests=sorted(names.digests), urls=sorted(names.urls)
         )
+        before = time.monotonic()
         # What requests under way noted meanwhile.
         again = await self._named(url, digest)
         digests, urls = sorted(names.digests | again.digests), sorted(names.urls | again.urls)
-        hashes = sorted(names.hashes.union(again.hashes, *(one["hashes"] for one in ended)))
+        hashes = sorted(names.hashes | again.hashes)
         cleared = await self._servers(
             "clear", _TAKEDOWN_S, digests=digests, urls=urls, hashes=hashes
         )
         # What a request about other files uses was made of those.
         hashes = sorted({*hashes}.difference(*(one["in_use"] for one in cleared)))
         engines, busy = await self._clear_engines(hashes)
-        await self._servers("sweep", _TAKEDOWN_S)
         left = []
-        if any(one["left"] for one in ended):
+        if any(one["requests_left"] for one in ended):
             left.append("requests that did not end")
+        if any(one["sessions_left"] for one in ended):
+            left.append("live sessions that did not end")
         if busy:
             left.append("requests that engines still work on")
         if any(one["kv_left"] for one in engines):
             left.append("KV blocks of engines without the plugin's block pool, which are busy")
+        if not left:
+            # Not before: whoever asks again must find what is left.
+            await self._servers("forget", digests=digests, before=before)
+        await self._servers("sweep", _TAKEDOWN_S)
         self._shown_at = -_FRESH_S
         return {
             "complete": not left,

@@ -77,10 +77,20 @@ def _items(ends: Iterable[Piece]) -> int:
     return sum(piece.begins_item for piece in paths(ends))
 
 
+class NoBlockPoolError(RuntimeError):
+    """No KV can be kept or let go: the engine has vLLM's own block pool."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The engine keeps no KV of media: it has no vllm_mm_ext block pool (mm_ext.kv.enabled)."
+        )
+
+
 class KVClient:
     """``KVControl`` for API processes.
 
-    A session is named as its requests name it, with their ``cache_salt`` if they have one.
+    A session is named as its requests name it, with their ``cache_salt`` if they have one. All
+    methods raise ``NoBlockPoolError`` where the engine runs without the plugin's block pool.
 
     Args:
         engine_client: vLLM's ``AsyncLLM``.
@@ -102,18 +112,15 @@ class KVClient:
         await self._call("release", _key(session_id, cache_salt))
 
     async def media(self) -> list[dict[str, Any]]:
-        """As ``KVControl.media``, as plain values. Of several engines the first one answers.
-
-        Raises:
-            RuntimeError: The engine runs without the plugin's block pool.
-        """
-        found: list[dict[str, Any]] | None = await self._call("media", "")
-        if found is None:
-            raise RuntimeError("the engine has no vllm_mm_ext block pool (kv.enabled)")
+        """As ``KVControl.media``, as plain values. Of several engines the first one answers."""
+        found: list[dict[str, Any]] = await self._call("media", "")
         return found
 
     async def _call(self, action: str, key: str) -> Any:
-        return await self._core.call_utility_async(UTILITY, action, key)
+        answered = await self._core.call_utility_async(UTILITY, action, key)
+        if answered is None:
+            raise NoBlockPoolError
+        return answered
 
 
 def answer(control: KVControl | None, action: str, session_id: str) -> Any:

@@ -1,0 +1,298 @@
+"""A takedown over an API server and an engine finds everything, however often it is asked for.
+
+vLLM's scheduler and its own encoder cache are real; of the engine only the model is played.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from scheduler_harness import Play, make_scheduler, request
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.v1.request import Request
+
+from vllm_mm_ext.adapters.runtime import attach_runtime, detach_runtime
+from vllm_mm_ext.adapters.sight import engine_part, own_part, whole_service, worker_part
+from vllm_mm_ext.adapters.sight.own_part import OwnPart
+from vllm_mm_ext.adapters.sight.whole_service import WholeService
+from vllm_mm_ext.base.peers import Peers
+from vllm_mm_ext.config.root import MMExtConfig
+from vllm_mm_ext.media.traits import ModelTraits
+from vllm_mm_ext.policies.kv.control import NoBlockPoolError
+from vllm_mm_ext.request.media_items import MediaItem
+from vllm_mm_ext.request.trace import RequestTrace
+from vllm_mm_ext.sight.request_log import RequestLog
+from vllm_mm_ext.sight.running_requests import RunningRequests
+
+URL, DIGEST = "http://host/clip.mp4", "ab" * 32
+FILE, OTHER = "file#video0", "other#video0"
+
+
+class Engine:
+    """vLLM's ``EngineCore`` with its worker, and the client that asks it.
+
+    Attributes:
+        encoded: Identifiers of the items that the worker encoded.
+        outputs: The worker's encoder outputs.
+        fails: Takedowns are not answered.
+    """
+
+    mm_receiver_cache = None
+
+    def __init__(self) -> None:
+        # Other tests put the plugin's block pool into vLLM.
+        self.scheduler = make_scheduler(plugin=False, change=_without_kv)
+        self.manager = self.scheduler.encoder_cache_manager
+        assert type(self.manager) is EncoderCacheManager
+        self.play = Play(self.scheduler)
+        self.model_executor = self.engine_core = self
+        self.encoded: list[str] = []
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.fails = False
+        self._features: dict[str, Any] = {}
+
+    def add(self, one: Request) -> None:
+        self._features[one.request_id] = one.mm_features
+        self.play.add(one)
+
+    def step(self) -> None:
+        """A step, in which the worker needs the outputs of all items of its requests."""
+        output = self.play.step()
+        for identifier in output.free_encoder_mm_hashes:
+            self.outputs.pop(identifier, None)
+        for name, indices in output.scheduled_encoder_inputs.items():
+            for index in indices:
+                identifier = self._features[name][index].identifier
+                self.encoded.append(identifier)
+                self.outputs[identifier] = torch.ones(4)
+        cached = output.scheduled_cached_reqs
+        begins = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        begins |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        for name, count in output.num_scheduled_tokens.items():
+            for feature in self._features[name]:
+                place, begin = feature.mm_position, begins[name]
+                if begin < place.offset + place.length and place.offset < begin + count:
+                    assert feature.identifier in self.outputs, "an encoder cache miss ends vLLM"
+
+    def serve(self, one: Request) -> None:
+        """A request, from its beginning to its end."""
+        self.add(one)
+        while one.request_id in self.scheduler.requests:
+            self.step()
+
+    def reset_encoder_cache(self) -> None:
+        raise AssertionError("others' outputs are dropped as well")
+
+    def collective_rpc(self, method: Any, args: Any = ()) -> list[Any]:
+        worker = SimpleNamespace(model_runner=SimpleNamespace(encoder_cache=self.outputs))
+        return [method(worker, *args)]
+
+    async def call_utility_all_async(self, _: str, action: str, arguments: Any) -> list[Any]:
+        if self.fails and action == "take_down":
+            raise TimeoutError
+        return [engine_part._ACTIONS[action](self, **arguments)]
+
+
+def _without_kv(config: Any) -> None:
+    config.additional_config["mm_ext"]["kv"] = {"enabled": False}
+
+
+class Renderer:
+    """vLLM's renderer, as far as takedowns know it."""
+
+    mm_processor_cache = None
+
+    def __init__(self) -> None:
+        self._mm_executor = ThreadPoolExecutor(1)
+
+
+class Service:
+    """A service of one API server and one engine."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        config = MMExtConfig.from_additional_config({"mm_ext": {"sight": {"page": True}}})
+        self.runtime = attach_runtime(config, ModelTraits(), renderer)
+        self.running = RunningRequests()
+        self.running.follow(RequestLog(10), server=0)
+        assert self.running.log is not None
+        own = OwnPart(0, renderer, self.running, self.running.log, None)
+        self.engine = Engine()
+        self.whole = WholeService(None, self.engine, Peers("takedown", 0, 1, own.answer), "m")
+
+    def note(self, *hashes: str) -> None:
+        """A request with the file was answered."""
+        assert self.runtime.seen is not None
+        self.runtime.seen.note(DIGEST, "video", URL, hashes)
+
+    def known(self) -> set[str]:
+        """Hashes that are known of the file."""
+        assert self.runtime.seen is not None
+        return self.runtime.seen.hashes_of([DIGEST])
+
+
+@pytest.fixture(autouse=True)
+def _freed_memory_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To clear freed memory takes a second of CPU each time, and these tests do not look at it."""
+    for module in (engine_part, worker_part, own_part):
+        monkeypatch.setattr(module, "scrub", lambda *_: None)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    monkeypatch.setattr(whole_service, "_BUSY_S", 0.0)
+    renderer = Renderer()
+    yield Service(renderer)
+    detach_runtime(renderer)
+    renderer._mm_executor.shutdown()
+
+
+def check(manager: EncoderCacheManager) -> None:
+    """The figures of vLLM's encoder cache agree with what it holds."""
+    held = sum(manager.num_embeds_by_hash.values())
+    assert manager.cached.keys() == manager.num_embeds_by_hash.keys()
+    assert manager.num_free_slots == manager.cache_size - held
+    assert manager.num_freeable_slots == manager.num_free_slots + sum(manager.freeable.values())
+
+
+def test_with_vllms_own_encoder_cache_a_file_that_is_sent_again_is_encoded_again() -> None:
+    engine = Engine()
+    engine.serve(request("first", items=[64], digest="file"))
+    engine.serve(request("idle", items=[64], digest="idle"))
+    engine.add(request("runs", items=[64], digest="other", answer=1000))
+    engine.step()
+    told = engine_part.take_down(engine, [FILE])
+    assert (told["outputs"], told["busy"]) == (1, 0)
+    assert {*engine.outputs} == {"idle#video0", OTHER}
+    check(engine.manager)
+    # Another prompt, so that nothing of it is in the prefix cache.
+    engine.serve(request("again", items=[64], digest="file", prompt=3))
+    assert engine.encoded.count(FILE) == 2
+    check(engine.manager)
+
+
+def test_with_vllms_own_encoder_cache_an_item_in_use_stays_and_is_told() -> None:
+    engine = Engine()
+    engine.add(request("runs", items=[64], digest="file"))
+    engine.step()
+    told = engine_part.take_down(engine, [FILE])
+    assert (told["outputs"], told["busy"]) == (0, 1)
+    assert FILE in engine.outputs
+    while engine.play.busy:
+        engine.step()
+    # A LoRA adapter's name may stand before a hash.
+    engine.serve(request("adapted", items=[64], digest="a:b:file"))
+    assert engine_part.take_down(engine, [FILE])["outputs"] == 2
+    assert not engine.outputs
+    check(engine.manager)
+
+
+@pytest.mark.parametrize("asked", [(URL, None), (None, DIGEST)], ids=["by URL", "by digest"])
+async def test_who_asks_again_after_an_incomplete_takedown_drops_what_was_left(
+    service: Service, asked: tuple[str | None, str | None]
+) -> None:
+    engine = service.engine
+    engine.serve(request("first", items=[64], digest="file"))
+    service.note(FILE)
+    engine.add(request("busy", items=[64], digest="file", prompt=3, answer=1000))
+    engine.step()
+    done = await service.whole.take_down(*asked)
+    assert not done["complete"]
+    assert "requests that engines still work on" in done["left"]
+    assert FILE in engine.outputs
+    engine.play.abort("busy")
+    engine.play.drain()
+    done = await service.whole.take_down(*asked)
+    assert (done["complete"], done["outputs"], done["digests"]) == (True, 1, [DIGEST])
+    assert not engine.outputs
+    assert not service.known()
+    done = await service.whole.take_down(*asked)
+    assert (done["complete"], done["items"]) == (True, 0)
+
+
+async def test_who_asks_again_after_an_engine_gave_no_answer_drops_what_was_left(
+    service: Service,
+) -> None:
+    service.engine.serve(request("first", items=[64], digest="file"))
+    service.note(FILE)
+    service.engine.fails = True
+    with pytest.raises(TimeoutError):
+        await service.whole.take_down(URL, None)
+    service.engine.fails = False
+    done = await service.whole.take_down(URL, None)
+    assert (done["complete"], done["outputs"]) == (True, 1)
+
+
+async def test_what_a_request_that_was_ended_had_begun_is_known_when_it_is_asked_for_again(
+    service: Service,
+) -> None:
+    traces = (
+        RequestTrace(media=[MediaItem("video", URL, digest=DIGEST)], hashes={"begun"}),
+        RequestTrace(held={URL: DIGEST}, hashes={"of a window"}),
+        RequestTrace(media=[MediaItem("video", URL)], hashes={"of no known file"}),
+    )
+    requests = [service.running.begin("/v1/chat/completions", trace) for trace in traces]
+    # None of them has a task that would take its end for that of the test.
+    for one in requests:
+        assert one is not None
+        one.task = None
+
+    def end() -> None:
+        for one in requests:
+            assert one is not None
+            service.running.end(one, 0)
+
+    asyncio.get_running_loop().call_later(0.05, end)
+    service.engine.fails = True
+    with pytest.raises(TimeoutError):
+        await service.whole.take_down(URL, None)
+    service.engine.fails = False
+    done = await service.whole.take_down(URL, None)
+    assert (done["complete"], done["items"]) == (True, 3)
+
+
+async def test_a_file_that_came_again_during_a_takedown_is_still_known(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.note("old")
+    drop = service.engine.collective_rpc
+
+    def with_newcomer(method: Any, args: Any = ()) -> list[Any]:
+        service.note("new")
+        return drop(method, args)
+
+    monkeypatch.setattr(service.engine, "collective_rpc", with_newcomer)
+    assert (await service.whole.take_down(URL, None))["complete"]
+    assert "new" in service.known()
+
+
+async def test_a_request_that_came_during_a_takedown_is_known_to_the_next_one(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.note("old")
+    cancel = service.running.cancel
+
+    async def with_newcomer(*asked: Any) -> Any:
+        ended = await cancel(*asked)
+        item = MediaItem("video", URL, digest=DIGEST)
+        trace = RequestTrace(media=[item], tokens={"video": 1}, hashes={"new"})
+        assert service.running.begin("/v1/chat/completions", trace) is not None
+        service.note("new")
+        return ended
+
+    monkeypatch.setattr(service.running, "cancel", with_newcomer)
+    done = await service.whole.take_down(URL, None)
+    assert (done["complete"], done["items"]) == (True, 1)
+    assert "new" in service.known()
+
+
+async def test_media_are_not_pinned_where_the_engine_keeps_no_kv(service: Service) -> None:
+    service.note(FILE)
+    for action in ("pin", "unpin", "release"):
+        with pytest.raises(NoBlockPoolError):
+            await service.whole.media(action, URL, None)
