@@ -140,14 +140,25 @@ def played(study: FleetStudy) -> dict[str, list[RoutingRun]]:
     """The same conversations by each routing, each time on replicas with cold caches."""
     runs: dict[str, list[RoutingRun]] = {name: [] for name in ROUTINGS}
     for name in study.in_orders(ROUTINGS):
-        with study.context.scratch() as media:
-            videos = study.videos(media, 0, CONVERSATIONS)
-            with (
-                study.replicas(media, KV_BLOCKS) as servers,
-                routed(study, servers, name) as ask_at,
-            ):
-                runs[name].append(play(name, servers, videos, ask_at))
+        runs[name].append(played_by(study, name, CLIENTS))
     return runs
+
+
+def played_by(study: FleetStudy, name: str, clients: int) -> RoutingRun:
+    """The conversations by one routing, on replicas with cold caches.
+
+    Args:
+        study: What runs.
+        name: Of ``ROUTINGS``.
+        clients: Requests at a time.
+    """
+    with study.context.scratch() as media:
+        videos = study.videos(media, 0, CONVERSATIONS)
+        with (
+            study.replicas(media, KV_BLOCKS) as servers,
+            routed(study, servers, name) as ask_at,
+        ):
+            return play(name, servers, videos, ask_at, clients)
 
 
 @contextlib.contextmanager
@@ -179,6 +190,7 @@ def play(
     servers: Sequence[Server],
     videos: Sequence[Path],
     ask_at: Callable[[dict[str, Any]], Server],
+    clients: int,
 ) -> RoutingRun:
     """Have the conversations, each about its own video.
 
@@ -187,15 +199,16 @@ def play(
         servers: The replicas.
         videos: Of the conversations.
         ask_at: Where the request with such a body is sent.
+        clients: Requests at a time.
     """
     before = encoder_tokens(servers)
-    records = _records(videos, ask_at)
+    records = _records(videos, ask_at, clients)
     after = encoder_tokens(servers)
     return RoutingRun(routing, records, {name: after[name] - before[name] for name in after})
 
 
 def _records(
-    videos: Sequence[Path], ask_at: Callable[[dict[str, Any]], Server]
+    videos: Sequence[Path], ask_at: Callable[[dict[str, Any]], Server], count: int
 ) -> tuple[Record, ...]:
     left = schedule(len(videos), TURNS)
     taking = threading.Lock()
@@ -237,7 +250,7 @@ def _records(
                     )
                 )
 
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        futures = [pool.submit(client) for _ in range(CLIENTS)]
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(client) for _ in range(count)]
         records = [record for future in futures for record in future.result()]
     return tuple(sorted(records, key=lambda record: record.sent_s))

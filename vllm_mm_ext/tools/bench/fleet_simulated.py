@@ -22,12 +22,15 @@ from vllm_mm_ext.planner.workload import Video, Workload
 from vllm_mm_ext.tools.bench.conversations_engine import BLOCK, CONFIG, FPS
 from vllm_mm_ext.tools.bench.fleet_routing import (
     ANSWER_TOKENS,
+    CLIENTS,
     CONVERSATIONS,
     KV_BLOCKS,
+    ROUTINGS,
     TURNS,
     Record,
     RoutingRun,
     play,
+    played_by,
 )
 from vllm_mm_ext.tools.bench.fleet_study import (
     REPLICAS,
@@ -38,7 +41,6 @@ from vllm_mm_ext.tools.bench.fleet_study import (
 )
 from vllm_mm_ext.tools.bench.harness import Row
 
-_ALONE = "one replica"
 # Long enough for replicas to have answered what was asked to warm them.
 _WARM_S = 60.0
 # The clips of `FleetStudy.videos`.
@@ -48,19 +50,22 @@ _CLIP = Video(10.0, float(FPS), 448, 224, source_fps=4.0, sound=False)
 def simulated(study: FleetStudy) -> list[Row]:
     """Hits, tokens encoded and first tokens: of one replica, and of two by each routing."""
     fleet, error = _fleet(study)
-    runs = {_ALONE: _alone(study), **{name: of_name[0] for name, of_name in study.routing.items()}}
+    runs = [("one replica", _alone(study), 1)]
+    for name in ROUTINGS:
+        # One at a time, replicas do not share cores; in a fleet each has its own.
+        runs.append((f"{name}, one at a time", played_by(study, name, 1), len(REPLICAS)))
+        runs.append((f"{name}, {CLIENTS} at a time", study.routing[name][0], len(REPLICAS)))
     rows = []
-    for name, run in runs.items():
-        alone = name == _ALONE
-        served = replace(fleet, replicas=1 if alone else len(REPLICAS))
-        warm = served.replicas
-        asks = asks_of(run.records, warm)
-        tally = simulate(served, asks, "round-robin" if alone else name, unmeasured=warm)
+    for name, run, replicas in runs:
+        served = replace(fleet, replicas=replicas)
+        asks = asks_of(run.records, replicas)
+        tally = simulate(served, asks, run.routing, unmeasured=replicas)
         rows += _rows(name, run, tally)
     study.notes.append(
         "simulated: `stock` is what was measured and `plugin` what the simulation says of the same "
         "requests at the same times, with costs calibrated in this run (half of the steps within "
-        f"{error:.0%}); `{_ALONE}` has the same conversations alone"
+        f"{error:.0%}); `one replica` has the same conversations alone. That replicas share this "
+        "machine's cores is not simulated"
     )
     return rows
 
@@ -103,7 +108,7 @@ def _alone(study: FleetStudy) -> RoutingRun:
     with study.context.scratch() as media:
         videos = study.videos(media, 0, CONVERSATIONS)
         with study.replicas(media, KV_BLOCKS) as servers:
-            return play(_ALONE, servers, videos, lambda _: servers[0])
+            return play("round-robin", servers, videos, lambda _: servers[0], CLIENTS)
 
 
 def _fleet(study: FleetStudy) -> tuple[Fleet, float]:
@@ -114,8 +119,7 @@ def _fleet(study: FleetStudy) -> tuple[Fleet, float]:
         Setting.usual(is_cpu=True),
         slots=SLOTS,
         step_tokens=STEP_TOKENS,
-        # Segments as the planner counts them; their length changes the cost of encoding little.
-        settings={"media": CONFIG["mm_ext"]["media"]},
+        settings=CONFIG["mm_ext"],
     )
     name = str(study.model)
     measured = calibrate(name, study.context.work_dir, setting, thread_bounds())

@@ -134,13 +134,13 @@ class Texts:
         self._rng = np.random.default_rng(seed)
 
     def alone(self) -> tuple[float, float]:
-        """Seconds of a token, and of the first token, of a text that is alone."""
+        """Seconds for each token, and until the first one, of a text that is alone."""
         token, first = [], []
         for _ in range(_CALIBRATIONS):
             sent = time.perf_counter()
             times = self._one(self._prompt())
-            # No median of the gaps: tokens that come quicker than they are read come in bursts.
-            token.append((times[-1] - times[0]) / (len(times) - 1))
+            # From the sending on: tokens that come quicker than they are read come in bursts.
+            token.append((times[-1] - sent) / TEXT_ANSWER)
             first.append(times[0] - sent)
         return float(np.median(token)), float(np.median(first))
 

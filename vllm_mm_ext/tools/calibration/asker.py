@@ -148,8 +148,9 @@ class Asker:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if workload.fps is not None:
-            body["mm_ext"] = {"fps": workload.fps}
+        if workload.videos:
+            # Under load the server would deliver less than the workload says.
+            body["mm_ext"] = {"fps": workload.fps, "quality": "fixed"}
         return body
 
     async def _text(self, tokens: int) -> str:
