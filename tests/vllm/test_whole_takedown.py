@@ -215,16 +215,21 @@ async def test_who_asks_again_after_an_incomplete_takedown_drops_what_was_left(
     assert (done["complete"], done["items"]) == (True, 0)
 
 
+async def asked_again(service: Service) -> dict[str, Any]:
+    """The answer to who asks again, as an engine gave no answer at first."""
+    service.engine.fails = True
+    with pytest.raises(TimeoutError):
+        await service.whole.take_down(URL, None)
+    service.engine.fails = False
+    return await service.whole.take_down(URL, None)
+
+
 async def test_who_asks_again_after_an_engine_gave_no_answer_drops_what_was_left(
     service: Service,
 ) -> None:
     service.engine.serve(request("first", items=[64], digest="file"))
     service.note(FILE)
-    service.engine.fails = True
-    with pytest.raises(TimeoutError):
-        await service.whole.take_down(URL, None)
-    service.engine.fails = False
-    done = await service.whole.take_down(URL, None)
+    done = await asked_again(service)
     assert (done["complete"], done["outputs"]) == (True, 1)
 
 
@@ -248,11 +253,7 @@ async def test_what_a_request_that_was_ended_had_begun_is_known_when_it_is_asked
             service.running.end(one, 0)
 
     asyncio.get_running_loop().call_later(0.05, end)
-    service.engine.fails = True
-    with pytest.raises(TimeoutError):
-        await service.whole.take_down(URL, None)
-    service.engine.fails = False
-    done = await service.whole.take_down(URL, None)
+    done = await asked_again(service)
     assert (done["complete"], done["items"]) == (True, 3)
 
 

@@ -72,6 +72,11 @@ class Candidate(NamedTuple):
     last: bool = False
 
     @property
+    def work(self) -> int:
+        """Tokens to compute and encode; of a waiting request with encoder work twice as many."""
+        return (self.encoder_tokens + self.left) * (2 if self.items and not self.running else 1)
+
+    @property
     def rank(self) -> Rank:
         """Sort key in one step; the lowest goes first.
 
@@ -82,10 +87,7 @@ class Candidate(NamedTuple):
         """
         if self.last or self.aged:
             return (2 if self.last else 0, 0, 0, self.order)
-        work = self.encoder_tokens + self.left
-        if self.items and not self.running:
-            work *= 2
-        return (1, self.priority, (work * work).bit_length(), self.order)
+        return (1, self.priority, (self.work**2).bit_length(), self.order)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,7 @@ def _exact_work_decides() -> AbstractContextManager[Any]:
 
     def rank(one: step_plan.Candidate) -> step_plan.Rank:
         place, priority, _, order = coarse(one)
-        work = (one.encoder_tokens + one.left) * (2 if one.items and not one.running else 1)
-        return place, priority, work if place == 1 else 0, order
+        return place, priority, one.work if place == 1 else 0, order
 
     return mock.patch.object(step_plan.Candidate, "rank", property(rank))
 
