@@ -27,7 +27,7 @@ _TOKENS_PER_QUESTION = 13
 _SILENT, _CONVERSATIONS = 0.08, 0.2
 # What steps are about, once clips have full length: clips, windows of recordings, lines of notes.
 _KINDS: tuple[Kind, ...] = ("clips", "windows", "notes")
-_KIND_SHARES = (0.33, 0.27, 0.4)
+_KIND_SHARES = (0.24, 0.26, 0.5)
 # Questions about notes and windows, more of which are asked of a clip as well; tokens of the notes
 # of a window, of a question about them with its answer, and of a note about a clip.
 _NOTE_QUESTIONS, _WINDOW_QUESTIONS, _CLIP_NOTES = 16, 5, 4
