@@ -5,6 +5,8 @@ On vLLM's real scheduler classes; ``scheduler_harness`` plays the model runner.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +132,24 @@ def test_text_without_an_adapter_passes_a_video_that_waits_for_one() -> None:
     assert play.timings["video"].ended is not None
 
 
+@pytest.mark.parametrize("aging_s", [AGING_S, 0.1])
+def test_texts_that_wait_for_a_lora_slot_stop_nobody(aging_s: float) -> None:
+    scheduler = make_scheduler(slots=4, settings={"aging_s": aging_s})
+    scheduler.lora_config = SimpleNamespace(max_loras=1)
+    play = Play(scheduler)
+    play.add(adapted(1, "first", answer=300))
+    play.step()
+    play.add(*[adapted(2, f"other{number}", answer=2) for number in range(2 * LOOKED_AT + 4)])
+    for _ in range(40):
+        play.step()
+    play.add(request("text", text=600, answer=4))
+    play.run(until=play.now + 0.5)
+    assert play.timings["text"].ended is not None
+    assert play.timings["first"].ended is None
+    play.run()
+    assert all(timing.ended is not None for timing in play.timings.values())
+
+
 def test_the_credit_is_for_the_item_that_is_encoded_first() -> None:
     """A small item of a request without a slot comes before it by rank."""
     settings = {"target_itl_ms": 20.0, "text_slots": 0}
@@ -168,6 +188,24 @@ def test_text_is_answered_soon_all_through_an_overload_of_encoder_work(
     # A step that encodes takes 3 s. With few slots one must become free.
     assert max(waits) < bound_s
     assert sum(bool(one.tokens) for key, one in play.timings.items() if key[0] == "v") > 35
+
+
+@pytest.mark.parametrize("ends", ["answered", "aborted"])
+def test_of_requests_that_ended_no_inputs_are_kept_while_the_engine_is_idle(ends: str) -> None:
+    scheduler = make_scheduler(settings={"aging_s": 0.001})
+    play = Play(scheduler)
+    # Its answer is one token, so its last step is one with a prompt.
+    one = request("video", items=[512] * 8, answer=1)
+    ended = weakref.ref(one)
+    play.add(one)
+    del one
+    if ends == "aborted":
+        play.step()
+        play.step()
+        play.abort("video")
+    play.run()
+    gc.collect()
+    assert ended() is None
 
 
 def test_nothing_is_remembered_of_requests_that_ended() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_harness import Play, make_scheduler, request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_mm_ext.adapters.names.scheduler_names import QUEUE_METHODS
 from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT, ArrangedQueue, Ranking
@@ -57,6 +59,20 @@ def numbered(ranks: dict[int, int] | None = None) -> ArrangedQueue:
 
 def rank_of(number: int, work: int) -> Rank:
     return (1, 0, work, (0.0, number))
+
+
+def waits_for_a_grammar(name: str) -> Request:
+    """A text whose answer is bound by a grammar that is not compiled yet."""
+    one = request(name, answer=2)
+    one.structured_output_request = SimpleNamespace(grammar=None)
+    one.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    return one
+
+
+def compiled(*requests: Request) -> None:
+    for one in requests:
+        one.structured_output_request = None
+        one.status = RequestStatus.WAITING
 
 
 def looked_at(queue: ArrangedQueue) -> list[Any]:
@@ -160,6 +176,41 @@ def test_looking_at_a_request_reports_no_cache_hits() -> None:
     assert scheduler._prompts.need(again, play.now).computed > 1000
     # No more than what "first" itself stores as it grows.
     assert sum(len(event.block_hashes) for event in manager.take_events()) < 10
+
+
+def test_a_run_of_requests_that_cannot_get_on_hides_nobody() -> None:
+    play = Play(make_scheduler(slots=16, settings={"aging_s": 0.02}))
+    slow = [waits_for_a_grammar(f"slow{number}") for number in range(3 * LOOKED_AT)]
+    quick = [waits_for_a_grammar(f"quick{number}") for number in range(LOOKED_AT)]
+    play.add(*slow, *quick)
+    for _ in range(20):
+        play.step()
+    compiled(*quick)
+    play.add(request("text", answer=2))
+    for _ in range(20):
+        play.step()
+    # Nothing but these would have run.
+    assert all(play.timings[one.request_id].ended is not None for one in quick)
+    assert play.timings["text"].ended is not None
+    compiled(*slow)
+    play.run(most=100)
+
+
+def test_who_could_not_get_on_for_a_while_keeps_its_place() -> None:
+    play = Play(make_scheduler(slots=2))
+    play.add(request("decodes", answer=100))
+    play.step()
+    bound = [waits_for_a_grammar(f"bound{number}") for number in range(2 * LOOKED_AT)]
+    play.add(*[request(f"long{n}", text=1500, answer=20) for n in range(2 * LOOKED_AT)])
+    play.add(*bound)
+    for _ in range(10):
+        play.step()
+    compiled(*bound)
+    play.add(*[request(f"later{number}", answer=2) for number in range(2 * LOOKED_AT)])
+    play.run(most=1000)
+    began = {name: timing.tokens[0] for name, timing in play.timings.items()}
+    later = min(began[name] for name in began if name.startswith("later"))
+    assert max(began[one.request_id] for one in bound) < later
 
 
 class Counting:

@@ -62,6 +62,44 @@ def test_diffusion_models_are_refused_by_name() -> None:
         make_scheduler(change=diffusion)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_with_chunked_prefill_off_no_prompt_is_cut(known: bool, asynchronous: bool) -> None:
+    """A pooling model that needs all of a prompt at once would end the engine."""
+    settings = {"target_itl_ms": 40.0}
+    scheduler = make_scheduler(
+        slots=8,
+        max_tokens=4096,
+        encoder_tokens=4096,
+        settings=settings,
+        change=whole_prompts,
+        asynchronous=asynchronous,
+    )
+    play = Play(scheduler, depth=1 + asynchronous)
+    if known:
+        play.add(request("first", items=[300] * 2, answer=1))
+        play.run()
+    play.add(request("text", text=32, answer=60))
+    play.step()
+    videos = [request(f"video{n}", text=40, items=[300] * (3 + n % 8), answer=4) for n in range(20)]
+    for one in videos:
+        play.add(one)
+        play.step()
+    play.run()
+    for one in videos:
+        began = next(o for o in play.steps if one.request_id in o.num_scheduled_tokens)
+        assert began.num_scheduled_tokens[one.request_id] == one.num_prompt_tokens
+    assert all(timing.ended is not None for timing in play.timings.values())
+
+
+def test_with_chunked_prefill_off_media_larger_than_the_cache_stop_nobody() -> None:
+    scheduler = make_scheduler(max_tokens=4096, encoder_tokens=1000, change=whole_prompts)
+    play = Play(scheduler)
+    play.add(request("text", text=32, answer=60), request("large", items=[300] * 6, answer=4))
+    play.add(*[request(f"video{n}", items=[300] * 2, answer=4) for n in range(4)])
+    play.run(most=400)
+
+
 @pytest.mark.parametrize("change", [whole_prompts, whole_items])
 def test_where_prefill_is_not_limited_everything_is_still_answered_and_text_passes_videos(
     change: Callable[[Any], None],

@@ -278,13 +278,18 @@ def test_videos_with_sound_go_on_where_a_step_has_room_for_one_of_both() -> None
     assert len(play.timings["video"].tokens) == 2
 
 
-def test_the_limit_is_put_back_after_each_step() -> None:
-    scheduler = make_scheduler(settings={"target_itl_ms": 1.0})
-    play = Play(scheduler)
-    play.add(request("text", text=32, answer=20), request("video", items=VIDEO))
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_holds_no_more_prefill_than_is_granted(asynchronous: bool) -> None:
+    scheduler = make_scheduler(settings={"target_itl_ms": 20.0}, asynchronous=asynchronous)
+    play = Play(scheduler, depth=1 + asynchronous)
+    play.add(*[request(f"t{number}", text=32, answer=40) for number in range(2)])
+    play.step()
+    play.add(request("video", items=VIDEO), request("book", text=9000, answer=4))
     while play.busy:
-        play.step()
-        assert scheduler.max_num_scheduled_tokens == MAX_TOKENS
+        decoding = [one for one in scheduler.running if not one.is_prefill_chunk]
+        output = play.step()
+        allowed = len(decoding) + scheduler._plan.tokens
+        assert output.total_num_scheduled_tokens <= min(allowed, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -464,3 +464,17 @@ def test_where_prefill_is_not_limited_only_encoding_is() -> None:
     made = planned(prompt("video", 400, 400, 400, text=90), prefill_counts=False)
     assert counts(made) == {"video": 2}
     assert made.tokens == 800
+
+
+@QUICK
+@given(candidates, rooms)
+def test_where_prompts_are_computed_in_one_piece_they_have_all_their_items_or_wait(
+    found: list[Candidate], room: Room
+) -> None:
+    room = replace(room, whole=True, prefill_counts=False)
+    made = plan(found, room, learned())
+    begun = [one for one in found if not one.running and one.items and one.key in made.grants]
+    assert all(made.grants[one.key].items == one.items for one in begun)
+    # One that is larger than any step or cache has its turn, too.
+    alone = [one._replace(running=False, aged=True) for one in found[:1]]
+    assert plan(alone, replace(room, slots=1, late_s=0.0), learned()).grants or not alone

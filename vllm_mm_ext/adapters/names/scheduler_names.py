@@ -101,6 +101,7 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
             "mm_features",
             "num_computed_tokens",
             "num_output_placeholders",
+            "num_stale_output_tokens",
             "pooling_params",
             "priority",
             "request_id",

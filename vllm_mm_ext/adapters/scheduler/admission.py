@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.policies.scheduler.step_plan import Order
+from vllm_mm_ext.adapters.scheduler.prompts import Prompts
 
 # Steps in which a request goes last after vLLM found no room for it against the plan: it would stop
 # those behind it, which lack nothing. For correctness, not speed: no traffic is faster by it.
@@ -34,17 +34,16 @@ class Admission:
 
     Args:
         scheduler: vLLM's scheduler.
-        order: Tells a request's place in the order of coming.
+        prompts: Tells who came when.
     """
 
-    def __init__(self, scheduler: Any, order: Callable[[Any], Order]) -> None:
-        self._scheduler = scheduler
-        self._order = order
+    def __init__(self, scheduler: Any, prompts: Prompts) -> None:
+        self._scheduler, self._prompts, self._order = scheduler, prompts, prompts.order
         self._refusals: dict[str, _Refusal] = {}
         # Those for whom blocks are kept, and the first one that lacks a place for its adapter.
         self._line: list[Any] = []
         self._adapted: Any = None
-        self._is_aged: Callable[[Any], bool] = bool
+        self._now = 0.0
 
     def forget(self, key: str) -> None:
         """The request has what it lacked, or is no more."""
@@ -53,15 +52,22 @@ class Admission:
     def goes_last(self, request: Any) -> bool:
         """Whether it goes behind all others in this step, which vLLM is about to begin."""
         refusal = self._refusals.get(request.request_id)
-        return refusal is not None and self._scheduler.current_step < refusal.until
+        if refusal is None or self._scheduler.current_step >= refusal.until:
+            return False
+        found = refusal.blocks and self._fit((request,))
+        if found or (refusal.adapter and self._place(request)):
+            # It has found what it lacked.
+            self._refusals[request.request_id] = refusal._replace(until=0)
+            return False
+        return True
 
     def refuse(self, request: Any, *, blocks: bool = False, adapter: bool = False) -> None:
         """Vllm tried the request in the current step and did not let it in."""
         until = self._scheduler.current_step + BACK_OFF
         self._refusals[request.request_id] = _Refusal(until, blocks, adapter)
 
-    def note(self, planned: Iterable[str], tried: dict[str, Any], scheduled: Any) -> None:
-        """Learn from a step who was refused.
+    def note(self, planned: set[str], tried: dict[str, Any], scheduled: Any) -> None:
+        """Learn from a step who was refused, and open the door until the next one.
 
         Args:
             planned: Requests that were to encode something.
@@ -71,32 +77,28 @@ class Admission:
         scheduler = self._scheduler
         for key in self._refusals.keys() & scheduled.keys():
             self.forget(key)
-        for key in planned:
-            request = tried.get(key)
-            if request is None or key in scheduled or request.status == RequestStatus.RUNNING:
+        for key, request in tried.items():
+            # What vLLM skips is deferred; where it finds no KV blocks its walk ends instead.
+            skipped = request in scheduler.deferred_waiting
+            # KV that it loads, or its own last tokens, come to it whoever goes first.
+            awaits = scheduler._is_blocked_waiting_status(request.status)
+            if key in scheduled or awaits or request.num_stale_output_tokens:
                 continue
-            if not scheduler._is_blocked_waiting_status(request.status):
-                # What vLLM skips is deferred; where it finds no KV blocks its walk ends instead.
-                skipped = request in scheduler.deferred_waiting
+            if skipped or key in planned:
                 adapter = skipped and not self._place(request)
                 self.refuse(request, blocks=not skipped, adapter=adapter)
+        self._line, self._adapted = [], None
 
-    def keep_door(self, is_aged: Callable[[Any], bool]) -> None:
-        """Find for whom the door is kept. Who finds what it lacked goes last no more."""
-        running, requests = self._scheduler.running, self._scheduler.requests
-        self._line = [one for one in running if one.is_prefill_chunk and is_aged(one)]
-        self._adapted, self._is_aged = None, is_aged
-        for request in sorted((requests[key] for key in self._refusals), key=self._order):
-            key = request.request_id
-            refusal = self._refusals[key]
-            fits = refusal.blocks and self._fit((request,))
-            if fits or (refusal.adapter and self._place(request)):
-                self._refusals[key] = refusal._replace(until=0)
-            if running and is_aged(request):
-                if refusal.blocks:
-                    self._line.append(request)
-                elif refusal.adapter and self._adapted is None:
-                    self._adapted = request
+    def keep_door(self, now: float) -> None:
+        """Find for whom the door is kept in a step that begins now."""
+        self._now, running = now, self._scheduler.running
+        refused = [(self._scheduler.requests[key], lacks) for key, lacks in self._refusals.items()]
+        aged = [pair for pair in refused if running and self._prompts.is_aged(pair[0], now)]
+        begun = (one for one in running if one.is_prefill_chunk)
+        self._line = [one for one in begun if self._prompts.is_aged(one, now)]
+        self._line += [one for one, lacks in aged if lacks.blocks]
+        adapted = (one for one, lacks in aged if lacks.adapter)
+        self._adapted = min(adapted, key=self._order, default=None)
 
     def holds(self, request: Any) -> bool:
         """Whether a waiting request must not be let in, for one that came before it.
@@ -106,9 +108,7 @@ class Admission:
         order, resumes = self._order(request), request.status == RequestStatus.PREEMPTED
         if resumes or request.num_computed_tokens:
             return False
-        first, lora = self._adapted, request.lora_request
-        others = first is not None and lora and first.lora_request.lora_int_id != lora.lora_int_id
-        if others and self._order(first) < order:
+        if self.keeps_place(request):
             return True
         before = [one for one in self._line if self._order(one) < order]
         # Whoever was let in takes what its prompt lacks, aged or not. Decodes lack one token.
@@ -116,10 +116,16 @@ class Admission:
         begun = (one for one in running if one.num_computed_tokens + 1 < one.num_tokens)
         if not before or self._fit({*before, *begun, request}):
             return False
-        if self._is_aged(request) and request not in self._line:
+        if self._prompts.is_aged(request, self._now) and request not in self._line:
             # Those that come after it must not have its blocks either.
             self._line.append(request)
         return True
+
+    def keeps_place(self, request: Any) -> bool:
+        """Whether the door keeps a place for the adapter of one before it."""
+        first, lora = self._adapted, request.lora_request
+        others = first is not None and lora and first.lora_request.lora_int_id != lora.lora_int_id
+        return bool(others and self._order(first) < self._order(request))
 
     def _fit(self, requests: Iterable[Any]) -> bool:
         """Whether there are KV blocks for what all of these still need."""

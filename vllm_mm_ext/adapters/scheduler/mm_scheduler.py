@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from cachetools import FIFOCache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
@@ -44,8 +44,6 @@ _MOST_IN_FLIGHT = 64
 class MMExtScheduler(Scheduler):  # type: ignore[misc]
     """For ``--scheduler-cls``; asynchronous where vLLM schedules asynchronously."""
 
-    max_num_scheduled_tokens: int
-
     def __new__(cls, vllm_config: Any, *_args: Any, **_kwargs: Any) -> MMExtScheduler:
         """Choose the variant that fits the configuration."""
         if cls is MMExtScheduler and vllm_config.scheduler_config.async_scheduling:
@@ -57,11 +55,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if vllm_config.model_config.is_diffusion:
             raise ValueError("mm_ext: diffusion models need vLLM's own scheduler")
         # Not what the plugin left at the model's configuration: it may not be in VLLM_PLUGINS.
-        config = MMExtConfig.from_additional_config(vllm_config.additional_config)
-        self._settings = config.scheduler
+        self._settings = MMExtConfig.from_additional_config(vllm_config.additional_config).scheduler
         self._clock: Callable[[], float] = time.monotonic
         self._times = StepTimes()
-        self._max_tokens = self.max_num_scheduled_tokens
         self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
         # Where vLLM must compute prompts or blocks in one piece, a limit could stop them for good.
         self._limits_prefill = not (
@@ -74,7 +70,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._prompts = Prompts(
             self, aging_s=self._settings.aging_s, plans_encoder=self._plans_encoder
         )
-        self._admission = Admission(self, self._prompts.order)
+        self._admission = Admission(self, self._prompts)
         self.waiting = ArrangedQueue(self._prompts.order, self._prompts.first_rank)
         self._plan = StepPlan()
         # By how much steps took longer than theirs, for items too large for any.
@@ -85,7 +81,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._stuck: set[str] = set()
         # In this step no other waiting request is let in.
         self._walk_ends = False
-        self._begun: OrderedDict[int, tuple[float, StepWork]] = OrderedDict()
+        self._begun: FIFOCache[int, tuple[float, StepWork]] = FIFOCache(_MOST_IN_FLIGHT)
         self._ended = -math.inf
         self._publisher = LoadPublisher(self)
 
@@ -98,33 +94,26 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         comes = self._free_slots() and (self.waiting or self.kv_holding_waiting)
         if len(decoding) == len(self.running) and not comes:
             return self._decode(throttle_prefills, now)
-        self._admission.keep_door(lambda one: self._prompts.is_aged(one, now))
+        self._admission.keep_door(now)
         decodes = sum(decode_tokens(request) for request in decoding)
         candidates = self._looked_at(now)
         self._plan = self._filled(candidates, decodes)
         requests = [self.requests[one.key] for one in candidates]
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
         running = [one for one in requests if one.status == RequestStatus.RUNNING]
-        stay = {*decoding, *running}
-        self.running[:] = [*decoding, *running, *(one for one in self.running if one not in stay)]
+        self.running[:] = dict.fromkeys((*decoding, *running, *self.running))
         grants = self._plan.grants
         shown = [one for one in requests if one in self.waiting and one.request_id in grants]
-        self._tried, self._walk_ends = {}, False
+        self._walk_ends = False
         held = bool(decoding) and self._holds_prefill(throttle_prefills)
-        limit = decodes + self._plan.tokens if self._limits_prefill else self._max_tokens
-        # Put where vLLM's ``schedule`` reads it, for the time it runs.
-        self.max_num_scheduled_tokens = max(1, min(limit, self._max_tokens))
-        try:
-            with self.waiting.showing(shown):
-                output = super().schedule(throttle_prefills)
-        finally:
-            self.max_num_scheduled_tokens = self._max_tokens
+        with self.waiting.showing(shown):
+            output = super().schedule(throttle_prefills)
         self._send_all_inputs(output)
-        self._stuck = {one.request_id for one in running if one.request_id in grants}
-        self._stuck -= output.num_scheduled_tokens.keys()
-        if not held:
-            planned = [key for key, grant in grants.items() if grant.items]
-            self._admission.note(planned, self._tried, output.num_scheduled_tokens)
+        missed = grants.keys() - output.num_scheduled_tokens.keys()
+        self._stuck = {one.request_id for one in running} & missed
+        planned = {key for key, grant in grants.items() if grant.items}
+        self._admission.note(planned, {} if held else self._tried, output.num_scheduled_tokens)
+        self._tried.clear()
         self._note(output, {request.request_id for request in decoding}, now)
         return output
 
@@ -132,8 +121,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """A step without a prompt is vLLM's own: most steps are, and they are short."""
         self._plan, self._late_s = StepPlan(), 0.0
         output = super().schedule(throttle_prefills)
-        self._admission.note((), {}, output.num_scheduled_tokens)
-        self._begin(output, StepWork(output.total_num_scheduled_tokens, 0, 0), now)
+        self._admission.note(set(), {}, output.num_scheduled_tokens)
+        self._begun[id(output)] = now, StepWork(output.total_num_scheduled_tokens, 0, 0)
         return output
 
     def _looked_at(self, now: float) -> list[Candidate]:
@@ -143,29 +132,26 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if self._free_slots():
             first, later = self.waiting.to_look_at()
             # Nobody passes an aged request for not being looked at.
-            kept = {
-                bool(one.mm_features): self._prompts.order(one)
-                for one in later
-                if self._prompts.is_aged(one, now)
-            }
+            aged = (one for one in later if self._prompts.is_aged(one, now))
+            kept = {bool(one.mm_features): self._prompts.order(one) for one in aged}
             for request in sorted(first, key=self._prompts.order):
                 one = self._candidate(request, now)
-                if one is None:
-                    self.waiting.looked_at(request, (3, 0, 0, self._prompts.order(request)))
+                if one is None or self._admission.holds(request):
+                    passed = one is None or self._admission.keeps_place(request)
+                    rank = (3, 0, 0, self._prompts.order(request))
+                    self.waiting.looked_at(request, rank, passed=passed)
                     self.deferred_waiting.add(request)
                     continue
-                self.waiting.looked_at(request, one._replace(aged=False).rank)
+                self.waiting.looked_at(request, one._replace(aged=False).rank, passed=one.last)
                 if one.order <= kept.get(one.media, one.order):
                     found.append(one)
         return sorted(filter(None, found), key=lambda one: one.rank)
 
     def _candidate(self, request: Any, now: float) -> Candidate | None:
         """A request as the plan wants it; None if it cannot get on."""
-        if request.status != RequestStatus.RUNNING and (
-            not super()._handle_blocked_waiting_request(request) or self._admission.holds(request)
-        ):
-            return None
         waits = request.status != RequestStatus.RUNNING
+        if waits and not super()._handle_blocked_waiting_request(request):
+            return None
         last = self._admission.goes_last(request) if waits else request.request_id in self._stuck
         one = self._prompts.read(request, now, last=last)
         # It may wait for what another instance is encoding.
@@ -192,7 +178,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         room = Room(
             seconds,
             media_s,
-            tokens=max(1, self._max_tokens - decodes),
+            tokens=max(1, self.max_num_scheduled_tokens - decodes),
             encoder_tokens=min(space, bound),
             items=1 if learns else settings.max_encoder_batch,
             slots=self._free_slots(),
@@ -201,6 +187,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             shift=self.num_prefill_lookahead,
             late_s=self._late_s,
             prefill_counts=self._limits_prefill,
+            whole=not self.scheduler_config.enable_chunked_prefill,
         )
         return plan(candidates, room, times)
 
@@ -272,12 +259,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                 # It decodes from now on, whoever made its encoder outputs.
                 self._prompts.encodes(key, 0)
         decodes = sum(scheduled[key] for key in decoding & scheduled.keys())
-        self._begin(output, StepWork(decodes, sum(prefill.values()), encoded, pairs), now)
-
-    def _begin(self, output: Any, work: StepWork, now: float) -> None:
-        self._begun[id(output)] = (now, work)
-        if len(self._begun) > _MOST_IN_FLIGHT:
-            self._begun.popitem(last=False)
+        self._begun[id(output)] = now, StepWork(decodes, sum(prefill.values()), encoded, pairs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Learn what the step took."""
@@ -308,9 +290,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
     def _handle_blocked_waiting_request(self, request: Any) -> bool:
         """Pass a request over that is granted nothing: it gets no slot and stops nobody."""
         key = request.request_id
-        if self._walk_ends or key not in self._plan.grants or self._admission.holds(request):
-            return False
-        if not super()._handle_blocked_waiting_request(request):
+        passed = self._walk_ends or key not in self._plan.grants or self._admission.holds(request)
+        if passed or not super()._handle_blocked_waiting_request(request):
             return False
         self._tried[key] = request
         self.deferred_waiting.discard(request)
@@ -323,7 +304,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if not (self._plan.grants or request.is_prefill_chunk or self.num_prefill_lookahead):
             return num_new_tokens
         grant = self._plan.grants.get(request.request_id)
-        if self._limits_prefill and (grant or request.is_prefill_chunk):
+        # The last token of a prompt, which vLLM has padded to the size of a speculating decode.
+        padded = num_computed_tokens + num_new_tokens > request.num_tokens
+        if self._limits_prefill and (grant or request.is_prefill_chunk) and not padded:
             num_new_tokens = min(num_new_tokens, grant.tokens if grant else 0)
         found = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return int(found)
@@ -339,6 +322,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Encode what the plan gives the request, ahead of its prefill too."""
         grant = self._plan.grants.get(request.request_id)
         given = {item.index for item in grant.items} if grant else set()
+        waits, wanted = request.status != RequestStatus.RUNNING, num_new_tokens
         ready: list[Item] = []
         all_items = self._prompts.items(request, num_computed_tokens) if self._plans_encoder else ()
         for item in all_items:
@@ -355,7 +339,10 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             encoder_compute_budget,
             shift_computed_tokens,
         )
-        if not tokens and self._plans_encoder and request.status != RequestStatus.RUNNING:
+        if waits and self.running and not self.scheduler_config.enable_chunked_prefill:
+            # A part of a prompt is better than none only where nothing ends and makes room.
+            tokens = tokens if tokens == wanted else 0
+        if waits and self._plans_encoder and not tokens:
             self._pass_over(request)
         # Then what is planned and prefill does not reach yet.
         ahead = [item for item in ready if item.index in given]

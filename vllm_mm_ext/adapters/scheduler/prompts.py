@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -216,17 +217,13 @@ class Prompts:
 
 
 def _items(features: list[Any]) -> tuple[tuple[Item, ...], list[int]]:
-    items, ends, reached = [], [], 0
+    items = []
     for index, feature in enumerate(features):
-        position = feature.mm_position
-        end = position.offset + position.length
-        items.append(
-            Item(index, position.get_num_embeds(), feature.identifier, position.offset, end)
-        )
-        # Sound within a video shares its placeholder, so ends need not ascend by themselves.
-        reached = max(reached, end)
-        ends.append(reached)
-    return tuple(items), ends
+        place = feature.mm_position
+        end = place.offset + place.length
+        items.append(Item(index, place.get_num_embeds(), feature.identifier, place.offset, end))
+    # Sound within a video shares its placeholder, so ends need not ascend by themselves.
+    return tuple(items), list(accumulate((item.end for item in items), max))
 
 
 def decode_tokens(request: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from sortedcontainers import SortedDict  # type: ignore[import-untyped]
@@ -13,7 +13,8 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 
 from vllm_mm_ext.policies.scheduler.step_plan import Order, Rank
 
-# Waiting requests that every step looks at: of the best, and of text and media that came first.
+# Waiting requests that every step looks at: of the best, of text and of media that came first, and
+# of those set aside.
 LOOKED_AT = 8
 
 
@@ -25,18 +26,17 @@ class Ranking:
         self._ranks: dict[Any, Any] = {}
 
     def place(self, request: Any, rank: Any) -> None:
-        """Put a request, known or new, where it belongs now. No two have the same rank."""
-        known = self._ranks.get(request)
-        if known == rank:
-            return
-        if known is not None:
-            del self._by_rank[known]
-        self._ranks[request] = rank
-        self._by_rank[rank] = request
+        """Put a request, known or new, where it belongs now; None: nowhere. Ranks differ."""
+        if self._ranks.get(request) != rank:
+            self.drop(request)
+            if rank is not None:
+                self._ranks[request] = rank
+                self._by_rank[rank] = request
 
     def drop(self, request: Any) -> None:
-        """Take a request out; it must be there."""
-        del self._by_rank[self._ranks.pop(request)]
+        """Take a request out if it is here."""
+        if request in self._ranks:
+            del self._by_rank[self._ranks.pop(request)]
 
     def first(self, count: int) -> list[Any]:
         """Up to so many from the first on."""
@@ -67,6 +67,9 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
         self._ranks = Ranking()
         # Text and media apart: they may pass one another.
         self._came = (Ranking(), Ranking())
+        # Those that cannot get on, in the order in which each was looked at last.
+        self._aside, self._looks = Ranking(), count()
+        self._rankings = (self._ranks, *self._came, self._aside)
         self._shown: deque[Any] | None = None
         self._hidden = 0
 
@@ -75,16 +78,26 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
     def to_look_at(self) -> tuple[list[Any], list[Any]]:
         """Those that a step looks at, and of text and of media the next to come, if there is one.
 
-        They are the best, and the first to come.
+        They are the best, the first to come, and of those set aside the next in turn.
         """
-        came = [ranking.first(LOOKED_AT + 1) for ranking in self._came]
-        found = dict.fromkeys(self._ranks.first(LOOKED_AT))
-        found |= dict.fromkeys(one for kind in came for one in kind[:LOOKED_AT])
-        return list(found), [one for kind in came for one in kind[LOOKED_AT:]]
+        firsts = [ranking.first(LOOKED_AT + 1) for ranking in self._rankings]
+        found = dict.fromkeys(one for some in firsts for one in some[:LOOKED_AT])
+        return list(found), [one for came in firsts[1:3] for one in came[LOOKED_AT:]]
 
-    def looked_at(self, request: Any, rank: Rank) -> None:
-        """Note the rank that a waiting request has now."""
+    def looked_at(self, request: Any, rank: Rank, *, passed: bool = False) -> None:
+        """Note the rank that a waiting request has now.
+
+        With one above 1 it is set aside, so that a run of such requests hides nobody.
+
+        Args:
+            request: The request.
+            rank: Its rank.
+            passed: Later ones may pass it meanwhile: it is not of the first to come.
+        """
         self._ranks.place(request, rank)
+        came = self._came[bool(request.mm_features)]
+        came.place(request, None if passed else self._order(request))
+        self._aside.place(request, next(self._looks) if rank[0] > 1 else None)
 
     @contextmanager
     def showing(self, requests: Iterable[Any]) -> Iterator[None]:
@@ -95,19 +108,11 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
         try:
             yield
         finally:
-            left = dict.fromkeys(self._shown)
-            self._shown = None
-            for request in shown:
-                if request not in left:
-                    self._leave(request)
+            left, self._shown = dict.fromkeys(self._shown), None
+            self.remove_requests(one for one in shown if one not in left)
             for request in left:
                 if request not in self._ranks:
                     self.add_request(request)
-
-    def _leave(self, request: Any) -> None:
-        if request in self._ranks:
-            self._ranks.drop(request)
-            self._came[bool(request.mm_features)].drop(request)
 
     # --- what vLLM asks ---------------------------------------------------------------------------
 
@@ -116,7 +121,6 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
         if self._shown is not None:
             self._shown.append(request)
             return
-        self._came[bool(request.mm_features)].place(request, self._order(request))
         self.looked_at(request, self._rank(request))
 
     def prepend_request(self, request: Any) -> None:
@@ -146,7 +150,8 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
     def remove_request(self, request: Any) -> None:
         """Take a request out if it is here."""
         if self._shown is None:
-            self._leave(request)
+            for ranking in self._rankings:
+                ranking.drop(request)
         elif request in self._shown:
             self._shown.remove(request)
 

@@ -106,6 +106,7 @@ class Room:
         shift: Tokens that a drafter reads ahead of those computed.
         late_s: Seconds by which earlier steps took longer than theirs, for items too large for any.
         prefill_counts: Whether prompt tokens are limited.
+        whole: Prompts are computed in one piece, with all their items.
     """
 
     seconds: float
@@ -119,6 +120,7 @@ class Room:
     shift: int = 0
     late_s: float = 0.0
     prefill_counts: bool = True
+    whole: bool = False
 
 
 @dataclass(slots=True)
@@ -231,12 +233,13 @@ class _Giver:
             return None
         chosen: list[Item] = []
         encoding, reach, full = 0, start + one.left, False
-        for group in groups(one.items):
+        whole = bool(room.whole and one.items and not one.running)
+        for group in [one.items] if whole else groups(one.items):
             reach = max(start, group[0].start - room.shift)
             ready = reach - start
             if not chosen:
                 full = times.seconds(0, ready if room.prefill_counts else 0, start) >= seconds
-            if full or ready >= most:
+            if not whole and (full or ready >= most):
                 break
             fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
             tokens = encoding + sum(fresh.values())
@@ -259,7 +262,7 @@ class _Giver:
         if one.items and not (one.running or chosen):
             # A slot just to wait for the encoder is worth nothing, unless that is a step away.
             before = times.seconds(0, reach - start, start)
-            if before <= room.media_s and reach - start <= room.tokens:
+            if whole or (before <= room.media_s and reach - start <= room.tokens):
                 return None
         plan.tokens += tokens
         plan.encoder_tokens += encoding
@@ -270,7 +273,9 @@ class _Giver:
         """Whether items of a request, those that it was given in this step included, fit."""
         room, plan = self._room, self.plan
         many = self._items + items > room.items and not first
-        if self._closed or many or plan.encoder_tokens + tokens > room.encoder_tokens:
+        # A whole prompt may have more than the cache ever holds: then vLLM sees to it.
+        over = plan.encoder_tokens + tokens > room.encoder_tokens and not (room.whole and first)
+        if self._closed or many or over:
             return False
         encoding = self._times.seconds(tokens, 0)
         if encoding <= seconds - room.late_s:
