@@ -176,7 +176,7 @@ def test_a_session_knows_an_item_whose_equal_it_computed() -> None:
     engine.finish("first")
     engine.extend("second")
     engine.pool.check_integrity()
-    assert KVControl(engine.pool).media()[0].sessions == ("s",)
+    assert KVControl(engine.pool).media()[0].sessions == 1
 
 
 def test_the_quota_bounds_what_media_keep() -> None:
@@ -249,7 +249,7 @@ def test_releasing_a_session_spares_what_others_go_on_from() -> None:
         served(engine, name, [Media("v", 40), Text(len(name), 3), Text(ord(name), 9)], session)
     assert control.release("s") == 1
     assert items(engine) == ["v"]
-    assert control.media()[0].sessions == ("t",)
+    assert control.media()[0].sessions == 1
     assert control.release("t") == 1
     assert items(engine) == ["v"]
 
@@ -273,13 +273,27 @@ def test_what_is_cached_is_told_by_content() -> None:
     served(engine, "c", VIDEO)
     found = {media.identifier: media for media in KVControl(engine.pool).media()}
     assert found["a.0"].places == 2
-    assert found["a.0"].sessions == ("s",)
+    assert found["a.0"].sessions == 1
     assert found["a.0"].hits == 1
     assert found["a.1"].tokens == 20
     assert found["a.1"].modalities == {"video": 20}
     assert found["a.1"].bytes == 5 * BLOCK_BYTES
     # Later in the prompt, more to attend to; encoding comes on top.
     assert found["a.1"].cost > 20 * 1.5
+
+
+def test_each_session_counts_once_however_many_prompts_of_it_hold_an_item() -> None:
+    engine = Engine(200)
+    both = [Media("v", 40), Media("w", 20)]
+    # Two questions of one session about the same, and one about an item of them in another place.
+    served(engine, "a", [*both, Text(1, 40)], "s")
+    served(engine, "b", [*both, Text(2, 40)], "s")
+    served(engine, "c", [Text(9, 20), Media("w", 20), Text(3, 40)], "s")
+    for number in range(5):
+        served(engine, f"d{number}", [Media("v", 40), Text(4, 3)], f"other {number}")
+    served(engine, "e", [Text(8, 20), Media("x", 20)])
+    counts = {one.identifier: one.sessions for one in KVControl(engine.pool).media()}
+    assert counts == {"v": 6, "w": 1, "x": 0}
 
 
 def test_kv_of_media_whose_encoder_outputs_are_held_is_worth_less() -> None:

@@ -89,7 +89,7 @@ def view(pool: MMExtBlockPool) -> dict[str, Any]:
             "modalities": one.modalities,
             "hits": one.hits,
             "idle_s": round(now - one.last_use_s, 1),
-            "sessions": len(one.sessions),
+            "sessions": one.sessions,
         }
         for one in media[:LISTED]
     ]

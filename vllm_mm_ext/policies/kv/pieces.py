@@ -141,7 +141,7 @@ class CachedMedia:
         hits: Requests that found the content in the cache.
         last_use_s: When a request last used the content, in seconds on the pool's clock.
         cost: Cost of computing the content again, in prefills of one token.
-        sessions: Conversations for which the content is kept.
+        sessions: Number of conversations for which the content is kept.
     """
 
     identifier: str
@@ -154,7 +154,7 @@ class CachedMedia:
     hits: int
     last_use_s: float
     cost: float
-    sessions: tuple[str, ...]
+    sessions: int
 
 
 class Tree:
@@ -312,7 +312,7 @@ def merge(
     pieces: Iterable[Piece],
     block_bytes: int,
     hidden_size: int,
-    sessions: Mapping[Piece, set[str]],
+    sessions: Mapping[str | None, int],
 ) -> list[CachedMedia]:
     """Sum the pieces of each mm item up, latest use first.
 
@@ -320,7 +320,7 @@ def merge(
         pieces: Pieces of a tree; text does not count.
         block_bytes: Size of a KV block.
         hidden_size: Hidden size of the language model.
-        sessions: Conversations whose prompts contain a piece.
+        sessions: Number of conversations whose prompts contain an item, by its identifier.
     """
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:
@@ -343,7 +343,7 @@ def merge(
             hits=sum(piece.hits for piece in firsts[identifier]),
             last_use_s=max(piece.last_use_s for piece in group),
             cost=sum(piece.saved(hidden_size, encoded=False) for piece in group),
-            sessions=tuple(sorted({s for piece in group for s in sessions.get(piece, ())})),
+            sessions=sessions.get(identifier, 0),
         )
         for identifier, group in groups.items()
     ]
