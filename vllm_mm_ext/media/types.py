@@ -95,10 +95,11 @@ class PacketTable:
         size: int32 ``[n]`` packet size in bytes.
         is_key: bool ``[n]`` whether the packet is a keyframe (a seek may land there).
         time_base: Seconds per unit of ``pts``.
-        order: int64 ``[n]`` position of each row's packet among all packets of the stream in
-            decoding order; by default the rows are in decoding order themselves.
-        exact: ``pts`` are the file's own and unique, so a decoded frame is recognised by its
-            timestamp. False where timestamps had to be made up: frames are recognised by counting.
+        order: int64 ``[n]`` position of each row's packet among all packets in decoding order; by
+            default that of the row.
+        exact: ``pts`` are the file's own and unique, so a decoded frame is known by its timestamp.
+            Where timestamps had to be made up, frames are known by counting.
+        seekable: A seek leaves out nothing that a decoder needs behind it, as new parameters.
     """
 
     pts: npt.NDArray[np.int64]
@@ -108,6 +109,7 @@ class PacketTable:
     time_base: float
     order: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     exact: bool = True
+    seekable: bool = True
 
     def __post_init__(self) -> None:
         if len(self.order) != len(self.pts):

@@ -256,6 +256,25 @@ def test_a_crop_that_leaves_nothing_is_left_out(tmp_path: Path, clip: Path) -> N
     np.testing.assert_array_equal(shown(path), shown(clip))
 
 
+def test_what_the_bitstream_cuts_off_is_cut_off_to_the_column(tmp_path: Path) -> None:
+    """FFmpeg by itself rounds the columns at the left down to what is convenient in memory."""
+    wide = np.zeros((96, 160, 3), np.uint8)
+    wide[:, 20:144] = 200
+    wide[6:, 20:24] = wide[6:, 140:144] = 90
+    path = tmp_path / "wide.mp4"
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("libx264", rate=25)
+        stream.options = {"x264-params": "crop-rect=20,6,16,0", "crf": "1"}
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        for _ in range(3):
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(wide)))
+        writer.mux(stream.encode(None))
+    (picture,) = shown(path)
+    assert picture.shape == (90, 124, 3)
+    for column, shade in ((0, 90), (3, 90), (5, 200), (118, 200), (120, 90), (123, 90)):
+        assert np.abs(picture[:, column].astype(int) - shade).max() < 12, column
+
+
 def test_the_bitstream_tells_the_size_where_the_container_says_another(
     tmp_path: Path, clip: Path
 ) -> None:

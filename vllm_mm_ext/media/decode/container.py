@@ -10,6 +10,7 @@ from av.codec.hwaccel import HWAccel
 from av.container import InputContainer
 
 from vllm_mm_ext.errors import UnreadableMediaError, UnsupportedFormatError
+from vllm_mm_ext.media.decode.pixel_limit import ffmpeg_limit
 
 # Self-contained formats only. With playlists and scripts (hls, dash, concat, image sequences, ...)
 # a client's file could make the server read other files or contact other hosts.
@@ -29,7 +30,7 @@ def open_container(
 
     Args:
         path: A local file; ``/proc/self/fd/N`` works too.
-        max_pixels: FFmpeg refuses to decode a picture of more pixels than this.
+        max_pixels: Most pixels of a picture; FFmpeg gets ``ffmpeg_limit`` of it.
         guess: Let FFmpeg decode the first frames, to learn the audio parameters and the reordering
             delay of files whose headers leave them out. Opening 720p H.264 then takes some 30 ms
             instead of under 1 ms.
@@ -42,7 +43,7 @@ def open_container(
     options = {
         "format_whitelist": _FORMATS,
         "protocol_whitelist": _PROTOCOLS,
-        "max_pixels": str(max_pixels),
+        "max_pixels": str(ffmpeg_limit(max_pixels)),
         "enable_drefs": "0",
     }
     if not guess:

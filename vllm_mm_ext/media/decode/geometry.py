@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.container import InputContainer
 from av.packet import Packet
 from av.sidedata.sidedata import Type as SideDataType
@@ -25,6 +26,7 @@ from vllm_mm_ext.media.decode import tone
 from vllm_mm_ext.media.decode.container import dumped, open_container
 from vllm_mm_ext.media.decode.packets import demux
 from vllm_mm_ext.media.decode.picture import is_plain
+from vllm_mm_ext.media.decode.pixel_limit import check_pixels, ffmpeg_limit
 from vllm_mm_ext.media.types import MediaInfo, PictureRules
 
 # Packets that are tried for a first picture, from the first keyframe on.
@@ -52,6 +54,9 @@ def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) 
 
     Returns:
         ``info`` with the displayed size of the video, and its orientation, pixel aspect and crop.
+
+    Raises:
+        MediaTooLargeError: The picture has more than ``max_pixels`` pixels.
     """
     video = info.video
     if video is None:
@@ -66,6 +71,7 @@ def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) 
         picture, said = _first_picture(container, stream, max_pixels)
     width, height, rotation, mirrored, plain = video.width, video.height, 0, False, True
     if picture is not None:
+        check_pixels(picture.width, picture.height, max_pixels)
         width, height, plain = picture.width, picture.height, is_plain(picture)
         rotation, mirrored = orientation(picture)
     if crop[0] + crop[1] >= width or crop[2] + crop[3] >= height:
@@ -144,6 +150,8 @@ def decoder_of(stream: Stream) -> VideoCodecContext:
     """
     usual = stream.codec_context
     assert isinstance(usual, VideoCodecContext)
+    # Without this FFmpeg rounds what it cuts off at the left down to a multiple of 32 or more.
+    usual.flags |= Flags.unaligned
     name = _ALPHA_DECODERS.get(usual.codec.canonical_name)
     tags = {key.lower(): value for key, value in stream.metadata.items()}
     if name is None or tags.get("alpha_mode") != "1":
@@ -162,7 +170,7 @@ def _first_picture(
 ) -> tuple[VideoFrame | None, Fraction | None]:
     """The first picture that decodes, and the pixel aspect that the bitstream gives."""
     context = decoder_of(stream)
-    context.options = {"max_pixels": str(max_pixels), **_NO_PIXELS}
+    context.options = {"max_pixels": str(ffmpeg_limit(max_pixels)), **_NO_PIXELS}
     context.thread_count = 1
     packets = _from_keyframe(demux(container, stream))
     while True:

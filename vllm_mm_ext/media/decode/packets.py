@@ -10,7 +10,7 @@ from typing import Any
 
 import av
 from av.container import InputContainer
-from av.packet import Packet
+from av.packet import Packet, PktSideDataT
 from av.stream import Stream
 from av.video.stream import VideoStream as AvVideoStream
 
@@ -22,6 +22,11 @@ from vllm_mm_ext.media.decode.pictures import HIDDEN, reader_for
 # Demuxing costs about 2 us a packet, so a file of this many packets takes some 4 s to probe. At
 # 120 fps the limit is 4.6 hours.
 MAX_PACKETS = 2_000_000
+# What a container gives its decoder beside one packet and never again: the colours of an AVI file
+# with a palette, new parameters where recordings were joined.
+GIVEN_ONCE: tuple[PktSideDataT, ...] = ("palette", "new_extradata")
+# Formats in which that happens midway, and a seek leaves it out.
+_FORGETTING = frozenset({"flv", "live_flv", "avi"})
 
 
 @dataclass
@@ -33,6 +38,8 @@ class Packets:
         duration: In the same units; 0 if not known.
         size: In bytes.
         flags: 1 for a keyframe, and ``HIDDEN`` or ``SECOND_FIELD``.
+        renewed: A packet after the first brings new parameters or colours for the decoder, and the
+            container does not give them again after a seek.
     """
 
     pts: array[int] = field(default_factory=lambda: array("q"))
@@ -40,6 +47,7 @@ class Packets:
     duration: array[int] = field(default_factory=lambda: array("q"))
     size: array[int] = field(default_factory=lambda: array("q"))
     flags: array[int] = field(default_factory=lambda: array("b"))
+    renewed: bool = False
 
 
 def read_packets(container: InputContainer, stream: AvVideoStream) -> Packets:
@@ -57,12 +65,20 @@ def read_packets(container: InputContainer, stream: AvVideoStream) -> Packets:
         raise _too_many(stream.frames)
     rows = Packets()
     codec = stream.codec_context
+    forgets = container.format.name in _FORGETTING
     kind_of = reader_for(codec.codec.canonical_name, codec.extradata)
     try:
         for packet in demux(container, stream):
             if not packet.size:
                 continue
             pts, dts = packet.pts, packet.dts
+            if forgets and rows.pts and not rows.renewed:
+                # Joined recordings repeat what they began with.
+                rows.renewed = any(
+                    packet.has_sidedata(kind)
+                    and bytes(packet.get_sidedata(kind)) != codec.extradata
+                    for kind in GIVEN_ONCE
+                )
             rows.pts.append(NO_TICKS if pts is None else pts)
             rows.dts.append(NO_TICKS if dts is None else dts)
             rows.duration.append(packet.duration or 0)

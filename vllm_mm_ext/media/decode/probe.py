@@ -13,7 +13,7 @@ import numpy.typing as npt
 from av.container import InputContainer
 from av.video.stream import VideoStream as AvVideoStream
 
-from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, UnreadableMediaError
+from vllm_mm_ext.errors import MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.audio.audio_streams import audio_streams, describe_audio, is_unknown
 from vllm_mm_ext.media.audio.sound_placement import clock_origins
 from vllm_mm_ext.media.decode.clock import (
@@ -29,6 +29,8 @@ from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.geometry import displayed
 from vllm_mm_ext.media.decode.packets import Packets, read_beside, read_packets
 from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
+from vllm_mm_ext.media.decode.pixel_limit import check_pixels
+from vllm_mm_ext.media.decode.shown_order import shown_order
 from vllm_mm_ext.media.decode.sound_probe import sound_alone
 from vllm_mm_ext.media.decode.streams import TELL_END, claimed_length, stream_start, video_streams
 from vllm_mm_ext.media.types import (
@@ -217,7 +219,7 @@ def _clock(
         return Beside(np.searchsorted(places, np.array(before, np.int64)), np.array(seconds))
 
     clock = read_clock(
-        np.array(rows.pts, np.int64)[places],
+        _presented(stream, rows, path, limits)[places],
         np.array(rows.dts, np.int64)[places],
         _unit(stream),
         float(rates[0]) if rates else 0.0,
@@ -230,6 +232,19 @@ def _clock(
     if container.format.name == "gif":
         clock = paced(clock, np.array(rows.duration, np.int64)[order], _unit(stream))
     return clock, order
+
+
+def _presented(
+    stream: AvVideoStream, rows: Packets, path: str, limits: DecodeLimits
+) -> npt.NDArray[np.int64]:
+    """Presentation times of packets, where the container has decoding times in their place too."""
+    pts = np.array(rows.pts, np.int64)
+    is_h264 = stream.codec_context.codec.canonical_name == "h264"
+    if is_h264 and pts[0] != NO_TICKS and bool((pts[1:] > pts[:-1]).all()):
+        order = shown_order(path, limits.max_pixels, stream.index)
+        if order is not None and len(order) == len(pts):
+            pts[order] = pts.copy()
+    return pts
 
 
 def _describe(
@@ -275,6 +290,7 @@ def _describe(
         time_base=unit,
         order=order,
         exact=clock.exact,
+        seekable=not rows.renewed,
     )
     described = VideoStream(
         index=stream.index,
@@ -340,21 +356,6 @@ def _uneven(gaps: npt.NDArray[np.float64], unit: float) -> bool:
     # A clock whose unit is about the distance of frames counts frames, and rounds nothing.
     rounding = 1.5 * unit if 4 * unit < usual else 0.0
     return bool(np.abs(gaps - usual).max() > 0.02 * usual + rounding)
-
-
-def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """Refuse pictures that are too large.
-
-    Raises:
-        MediaTooLargeError: A picture has more than ``max_pixels`` pixels.
-    """
-    if width * height > max_pixels:
-        raise MediaTooLargeError(
-            f"The video is {width}x{height} ({width * height} pixels a frame), "
-            f"past the limit of {max_pixels} pixels.",
-            parameter="video_url",
-            value=f"{width}x{height}",
-        )
 
 
 def _check_duration(seconds: float, limits: DecodeLimits) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from vllm_mm_ext.errors import UnreadableMediaError
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.decoders.kept_reader import KeptReader
-from vllm_mm_ext.media.decode.probe import check_pixels
+from vllm_mm_ext.media.decode.pixel_limit import check_pixels
 from vllm_mm_ext.media.types import AS_PLAYERS, MediaInfo, PictureRules
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from vllm_mm_ext.media.decode.container import describe, open_container
 from vllm_mm_ext.media.decode.decoders.base import Decoder, UnsuitableFileError
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
+from vllm_mm_ext.media.decode.pixel_limit import ffmpeg_limit
 from vllm_mm_ext.media.types import MediaInfo
 
 # decord's seeks return wrong pictures for open GOPs, for B frames in MPEG-4 part 2 and for MPEG-TS
@@ -104,7 +105,7 @@ def _check_first_picture(path: str, info: MediaInfo, max_pixels: int) -> None:
         if len(container.streams.video) > 1:
             raise UnsuitableFileError("decord chooses the stream by itself")
         stream = container.streams[info.video.index]
-        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        stream.codec_context.options = {"max_pixels": str(ffmpeg_limit(max_pixels))}
         try:
             picture = next(container.decode(stream), None)
         except av.FFmpegError as error:

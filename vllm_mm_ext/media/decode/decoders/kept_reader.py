@@ -299,7 +299,8 @@ class KeptReader:
     def _first_packet(self, run: Run) -> Packet[Any] | None:
         """Go to the first packet of a run."""
         reader = self._reader
-        if self._used and run.start == 0:
+        starts_over = run.start == 0 or (run.seek and not self._table.seekable)
+        if self._used and starts_over:
             pictures = self._pictures
             self.close()
             self._pictures, reader = pictures, self._open()
@@ -307,7 +308,8 @@ class KeptReader:
             assert reader is not None
             reader.flush()
         assert reader is not None
-        if run.seek and run.start:
+        run = run._replace(seek=run.seek and not starts_over)
+        if run.seek:
             reader.seek(self._index.pts, run.key)
         return first_packet(reader, run, self._index)
 

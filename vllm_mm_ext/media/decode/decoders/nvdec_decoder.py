@@ -29,6 +29,7 @@ from vllm_mm_ext.media.decode.decoders.nvdec_device import Ability, Gpu, NoGpuEr
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.decoders.read_plan import plan_runs, split_lanes
 from vllm_mm_ext.media.decode.decoders.reader import Emit, Read, Reader, read_planned
+from vllm_mm_ext.media.decode.pixel_limit import ffmpeg_limit
 from vllm_mm_ext.media.types import (
     AS_PLAYERS,
     GpuRules,
@@ -208,7 +209,7 @@ class _GpuReader(Reader):
             context.extradata = usual.extradata
             # PyAV has set the GPU's format, by which that decoder takes the GPU for set up already.
             context.pix_fmt = "yuv420p"
-            context.options = {"max_pixels": str(self._max_pixels)}
+            context.options = {"max_pixels": str(ffmpeg_limit(self._max_pixels))}
             context.thread_count = 1
             self._context = context
         if not self._context.is_hwaccel:

@@ -41,7 +41,7 @@ _PASSES = 3
 class PyAVDecoder(Decoder):
     """The default backend: see ``Decoder`` for the contract.
 
-    FFmpeg refuses pictures of more than ``max_pixels``, whatever the container said of them.
+    Pictures of more than ``max_pixels`` are never returned, whatever the container said of them.
 
     The decoder keeps the pictures of the thumbnails that it makes, as they were decoded, and
     ``decode`` takes from them what it can.

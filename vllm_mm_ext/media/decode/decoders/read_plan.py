@@ -139,7 +139,9 @@ def _groups(keys: npt.NDArray[np.int64]) -> Sequence[tuple[int, int]]:
 
 
 def _seek_wins(table: PacketTable, previous: int, start: int) -> bool:
-    """Whether a seek over the packets between two decode positions is faster than reading them."""
+    """Whether to seek over the packets between two decode positions instead of reading them."""
+    if not table.seekable:
+        return False
     gap = start - previous - 1
     if gap > SEEK_OVER_PACKETS:
         return True

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import av
 from av.container import InputContainer
-from av.packet import Packet
+from av.packet import Packet, PacketSideData, PktSideDataT
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -17,7 +17,8 @@ from vllm_mm_ext.media.decode.decoders.read_plan import Run
 from vllm_mm_ext.media.decode.decoders.row_index import RowIndex
 from vllm_mm_ext.media.decode.geometry import decoder_of
 from vllm_mm_ext.media.decode.left_out import LeftOut
-from vllm_mm_ext.media.decode.packets import demux
+from vllm_mm_ext.media.decode.packets import GIVEN_ONCE, demux
+from vllm_mm_ext.media.decode.pixel_limit import ffmpeg_limit
 from vllm_mm_ext.media.decode.references import References
 from vllm_mm_ext.media.sampling.timeline import is_leaf, is_reordered
 from vllm_mm_ext.media.types import PacketTable
@@ -80,6 +81,7 @@ class Reader:
         self._max_pixels = max_pixels
         self._threads = threads
         self._unread: Packet[Any] | None = None
+        self._passed: dict[PktSideDataT, PacketSideData] = {}
         self._step_back = 0
         self.converter = VideoReformatter()
 
@@ -89,7 +91,7 @@ class Reader:
         assert isinstance(stream, VideoStream)
         self._stream = stream
         self._context = decoder_of(self._stream)
-        self._context.options = {"max_pixels": str(self._max_pixels)}
+        self._context.options = {"max_pixels": str(ffmpeg_limit(self._max_pixels))}
         self._context.thread_count = self._threads
         self._context.thread_type = "AUTO"
         self._packets = self._demux()
@@ -119,6 +121,14 @@ class Reader:
         """Have the next ``read`` return this packet again."""
         self._unread = packet
 
+    def passed_over(self, packet: Packet[Any]) -> None:
+        """Note that the decoder does not get this packet; what is beside it comes with the next."""
+        if next(packet.iter_sidedata(), None) is None:
+            return
+        for kind in GIVEN_ONCE:
+            if packet.has_sidedata(kind):
+                self._passed[kind] = packet.get_sidedata(kind)
+
     def left_out(self, table: PacketTable) -> LeftOut | None:
         """Tells which B pictures need not be decoded though others refer to them.
 
@@ -137,14 +147,19 @@ class Reader:
             needed: If false, the decoder may drop the packet when no other frame refers to it.
 
         Returns:
-            The frames that are ready; none for a broken packet.
+            The frames that are ready; none for a broken packet, or of more than ``max_pixels``.
         """
         skip: Literal["DEFAULT", "NONREF"] = "DEFAULT" if needed else "NONREF"
         if skip != self._skip:
             self._context.skip_frame = skip
             self._skip = skip
+        while packet is not None and self._passed:
+            kind, data = self._passed.popitem()
+            if not packet.has_sidedata(kind):
+                packet.set_sidedata(data)
         try:
-            return list(self._context.decode(packet))
+            pictures = self._context.decode(packet)
+            return [p for p in pictures if p.width * p.height <= self._max_pixels]
         except av.EOFError:
             return []
         except av.FFmpegError as error:
@@ -314,6 +329,8 @@ def first_packet(reader: Reader, run: Run, index: RowIndex) -> Packet[Any] | Non
             if not run.seek:
                 raise SeekMissError
             reader.seek_again(index.pts, run.key)
+        else:
+            reader.passed_over(packet)
     if run.start:
         raise SeekMissError
     return None
