@@ -199,6 +199,33 @@ def test_text_and_the_answer_leave_less_for_videos(front: Front) -> None:
     assert crowded.video_tokens < free.video_tokens
 
 
+def test_text_that_pydantic_gives_once_only_takes_its_room_and_is_rendered(front: Front) -> None:
+    """An answer of before, with the call of a function in OpenAI's deprecated form."""
+    said = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "word " * 150}],
+        "function_call": {"name": "look", "arguments": "{}"},
+    }
+    options = {"fps": 4, "max_frames": 400}
+    asked = front.messages("long.mp4")
+    free = front.render_messages(asked, options, "once a", max_tokens=900)
+    crowded = front.render_messages([said, *asked], options, "once b", max_tokens=900)
+    assert crowded.prompt_tokens + 900 <= CONTEXT
+    assert crowded.video_tokens < free.video_tokens
+    assert crowded.prompt_tokens - crowded.video_tokens > 150
+
+    # Planning does not depend on the marking of placeholders, which reads the same contents.
+    async def planned() -> Any:
+        request = ChatCompletionRequest(model="m", messages=[said, *asked])
+        enter_request(RequestContext())
+        config = front.renderer.model_config
+        parameters = request.build_chat_params(None, "auto"), request.build_tok_params(config)
+        await planning.plan(front.renderer, request.messages, *parameters, {})
+        return request.messages[0]["content"]
+
+    assert asyncio.run(planned()) == said["content"]
+
+
 def test_a_video_that_is_sampled_otherwise_takes_over_no_decision(front: Front) -> None:
     asked: dict[str, Any] = {"session": "sampled", "media_io_kwargs": {"video": {"num_frames": 2}}}
     assert front.render("other.mp4", **asked).videos[0]["frames"] == 2

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_mm_ext.adapters.patches import wrap
+from vllm_mm_ext.request.conversation import list_contents
 from vllm_mm_ext.request.placeholder_text import MARK, marked, marked_arguments, unmarked
 
 _MODALITIES = ("image", "video", "audio")
@@ -77,6 +78,8 @@ def _marked(
         # Mistral's tokenizers take messages apart by themselves, and make no tokens of markup.
         return conversations, chat_params
     placeholders = placeholders_of(renderer.mm_processor)
+    for messages in conversations if placeholders else ():
+        list_contents(messages)
     made = [marked(messages, placeholders) for messages in conversations]
     arguments = marked_arguments(template, placeholders)
     unchanged = all(new is old for new, old in zip(made, conversations, strict=True))

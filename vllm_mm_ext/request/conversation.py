@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
+
+from vllm_mm_ext.errors import MediaError
 
 # Tokens that a chat template puts around a message or a media item (role names, start and end
 # markers), and around the whole conversation (a default system prompt, the answer's header). The
@@ -13,6 +15,36 @@ from typing import Any
 _PER_MESSAGE = 12
 _PER_PART = 4
 _PER_CONVERSATION = 48
+
+
+def list_contents(messages: Sequence[Any]) -> None:
+    """Make lists of the contents of messages that can be read once only.
+
+    Where pydantic matches a message with the types of the OpenAI client alone (an assistant's call
+    of a custom tool, an output of the Responses API that is sent back), it makes an iterator of the
+    message's content. ``LLM.chat`` hands on whatever its caller made. The other functions of this
+    module, and vLLM after them, read lists.
+
+    Args:
+        messages: OpenAI chat messages; their ``content`` and ``tool_calls`` are replaced.
+
+    Raises:
+        MediaError: An iterator of pydantic comes to a part that these types do not have.
+    """
+    for number, message in enumerate(messages):
+        for key in ("content", "tool_calls") if isinstance(message, MutableMapping) else ():
+            value = message.get(key)
+            if not isinstance(value, Iterable) or isinstance(value, list | str | Mapping):
+                continue
+            try:
+                message[key] = list(value)
+            except ValueError:
+                where = f"messages[{number}].{key}"
+                raise MediaError(
+                    f"{where} has a part of no known type, or one that a message with these fields "
+                    "cannot have",
+                    parameter=where,
+                ) from None
 
 
 def video_urls(messages: Sequence[Any]) -> list[str]:
@@ -39,12 +71,8 @@ def text_of(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
         tools: Tool definitions that the chat template writes into the prompt.
     """
     texts = [message["content"] for message in messages if isinstance(_content(message), str)]
-    for part in _parts(messages):
-        texts += [
-            text
-            for key in ("text", "thinking", "refusal")
-            if isinstance(text := part.get(key), str)
-        ]
+    for part in _contents(messages):
+        texts += _texts(part, "text", "thinking", "refusal")
     for message in messages:
         if isinstance(message, Mapping):
             texts += [str(message[k]) for k in ("tool_calls", "reasoning") if message.get(k)]
@@ -55,7 +83,7 @@ def text_of(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
 
 def template_tokens(messages: Sequence[Any]) -> int:
     """An upper estimate of the tokens that a chat template adds to a conversation's text."""
-    parts = sum(1 for _ in _parts(messages))
+    parts = sum(1 for _ in _contents(messages))
     return _PER_CONVERSATION + _PER_MESSAGE * len(messages) + _PER_PART * parts
 
 
@@ -76,10 +104,23 @@ def _content(message: Any) -> Any:
 
 
 def _parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+    yield from (part for part in _contents(messages) if isinstance(part, Mapping))
+
+
+def _contents(messages: Sequence[Any]) -> Iterator[Any]:
+    """All parts of all messages."""
     for message in messages:
         content = _content(message)
         if isinstance(content, list):
-            yield from (part for part in content if isinstance(part, Mapping))
+            yield from content
+
+
+def _texts(part: Any, *keys: str) -> list[str]:
+    """The texts of a part, which vLLM lets be a plain text."""
+    if isinstance(part, str):
+        return [part]
+    found = [part.get(key) for key in keys] if isinstance(part, Mapping) else []
+    return [text for text in found if isinstance(text, str)]
 
 
 def question_of(messages: Sequence[Any]) -> str:
@@ -87,8 +128,8 @@ def question_of(messages: Sequence[Any]) -> str:
     for message in reversed(messages):
         if isinstance(message, Mapping) and message.get("role") == "user":
             content = message.get("content")
-            texts = [part.get("text") for part in _parts([message])]
-            text = content if isinstance(content, str) else "\n".join(filter(None, texts))
+            texts = [text for part in _contents([message]) for text in _texts(part, "text")]
+            text = content if isinstance(content, str) else "\n".join(texts)
             if text.strip():
                 return text.strip()
     return ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ def marked(messages: Sequence[Any], placeholders: Sequence[str]) -> Sequence[Any
     """Messages with a mark inside each placeholder in their text, reasoning and tool calls.
 
     Args:
-        messages: OpenAI chat messages; they are not changed.
+        messages: OpenAI chat messages whose contents are texts or lists; they are not changed.
         placeholders: Special tokens that stand for media.
 
     Returns:
@@ -118,9 +118,7 @@ def _message(message: Any, mark: Mark) -> Any:
 def _content(content: Any, mark: Mark) -> Any:
     if isinstance(content, str):
         return mark(content)
-    # Of some messages pydantic makes an iterator, which can be read once only.
-    known = isinstance(content, Iterable) and not isinstance(content, Mapping)
-    return [_part(part, mark) for part in content] if known else content
+    return [_part(part, mark) for part in content] if isinstance(content, list) else content
 
 
 def _part(part: Any, mark: Mark) -> Any:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
+from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.request.conversation import (
+    list_contents,
     question_of,
     template_tokens,
     text_of,
@@ -130,3 +132,49 @@ def test_a_text_stands_where_a_video_stood_and_nothing_where_it_is_shown_again()
         {"role": "user", "content": ""},
     ]
     assert messages[0]["content"] == [first, text, other]
+
+
+# Types of the OpenAI client take these messages, and vLLM's own does not.
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "function_call": {"name": "look", "arguments": "{}"}},
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {"id": "1", "type": "custom", "custom": {"name": "look", "input": "left"}}
+            ],
+        },
+        {"role": "user", "reasoning": {"effort": "low"}},
+    ],
+    ids=str,
+)
+def test_a_content_that_can_be_read_once_only_is_read_by_all(message: dict[str, Any]) -> None:
+    text = {"type": "text", "text": "What is this?"}
+    conversation: list[Any] = [{"role": "user", "content": "hi"}, {**message, "content": [text]}]
+    request = ChatCompletionRequest(model="m", messages=conversation)
+    assert not isinstance(request.messages[1]["content"], list)
+    list_contents(request.messages)
+    for _ in range(2):
+        assert "What is this?" in text_of(request.messages, None)
+    assert template_tokens(request.messages) > template_tokens([{"content": "hi"}] * 2)
+    if message["role"] == "user":
+        assert question_of(request.messages) == "What is this?"
+
+
+def test_what_a_caller_of_the_library_hands_over_is_read_like_a_list() -> None:
+    video = {"type": "video_url", "video_url": {"url": CLIP}}
+    for content in ((video, "When?"), iter([video, "When?"])):
+        conversation: list[Any] = [{"role": "user", "content": content}]
+        list_contents(conversation)
+        assert video_urls(conversation) == [CLIP]
+        assert question_of(conversation) == "When?"
+        assert text_of(conversation, None) == "When?"
+
+
+@pytest.mark.parametrize("part", [5, None, {"type": "video_url", "video_url": {"url": CLIP}}])
+def test_a_part_that_such_a_message_cannot_have_is_named(part: Any) -> None:
+    message = {"role": "user", "content": [part], "reasoning": {"effort": "low"}}
+    request = ChatCompletionRequest(model="m", messages=[message])
+    with pytest.raises(MediaError, match=r"messages\[0\].content has a part"):
+        list_contents(request.messages)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.request.conversation import list_contents
 from vllm_mm_ext.request.placeholder_text import MARK, marked, marked_arguments, unmarked
 
 PADS = ["<|video_pad|>", "<image>"]
@@ -114,7 +115,9 @@ def test_what_a_template_gets_beside_messages_is_marked_except_itself() -> None:
 
 
 def test_content_that_can_be_read_once_is_read_once_and_marked() -> None:
-    (made,) = marked([user(iter([text("<image>"), text("b")]))], PADS)
+    messages = [user(iter([text("<image>"), text("b")]))]
+    list_contents(messages)
+    (made,) = marked(messages, PADS)
     assert unmarked(made) == user([text("<image>"), text("b")])
     assert made["content"][0]["text"] != "<image>"
 
