@@ -15,6 +15,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionLogProbsContent,
     ChatCompletionRequest,
 )
+from vllm.lora.request import LoRARequest
 
 from vllm_mm_ext.adapters.long_video.ask_requests import (
     chances,
@@ -32,6 +33,7 @@ from vllm_mm_ext.config.report_settings import ReportsConfig
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.long_video.asking import Ask, Cost, Look, Window
 from vllm_mm_ext.media.cache import ByteBudgetCache
+from vllm_mm_ext.policies.quality.videos import ContextUse
 from vllm_mm_ext.request.context import RequestContext
 from vllm_mm_ext.testing.checkpoints.tiny_tokenizer import chatml_template, make_tokenizer
 
@@ -88,7 +90,7 @@ def model_of(salt: str | None, reports: ReportsConfig, *, storable: bool = True)
         AsyncMock(),
         CLIENT.model_copy(update={"cache_salt": salt}),
         RequestContext(),
-        Survey(("file:///a.mp4",) * 4, (content,) * 4, (200.0,) * 4, False, 99),
+        Survey(("file:///a.mp4",) * 4, (content,) * 4, (200.0,) * 4, False, ContextUse(99, 0, 0)),
         window_keys=keys,
         session=None,
         priority=0,
@@ -121,6 +123,21 @@ async def test_a_takedown_finds_the_items_of_a_window_by_the_clients_request() -
 def test_nothing_is_kept_of_a_video_whose_origin_forbids_it(storable: bool) -> None:
     model = model_of("salt", ReportsConfig(), storable=storable)
     assert model.may_keep(WINDOW) is storable
+
+
+def test_notes_of_an_adapter_are_not_those_of_another_one_of_the_same_name() -> None:
+    model = model_of("salt", ReportsConfig())
+    found = []
+    for adapter in (
+        None,
+        LoRARequest("adapter", 1, "/adapters/first"),
+        LoRARequest("adapter", 2, "/adapters/first"),
+        LoRARequest("adapter", 3, "/adapters/second"),
+    ):
+        model._serving._maybe_get_adapters = lambda _, adapter=adapter: adapter
+        found.append(model.identity)
+    assert found[1] == found[2]
+    assert len(set(found)) == 3
 
 
 def test_a_choice_is_one_token_among_those_allowed() -> None:

@@ -7,6 +7,7 @@ import json
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from vllm_mm_ext.request.media_items import AudioReport, MediaItem, VideoReport
@@ -162,6 +163,12 @@ def record_of(arrival: Arrival, trace: RequestTrace, seconds: float, status: int
         for image in trace.images[:_MAX_MEDIA]
     ]
     media = [_medium(item) for item in trace.media[:_MAX_MEDIA]]
+    used = {item.url for item in trace.media}
+    held = [
+        {"modality": "video", "url": shown_url(url), "digest": digest or None}
+        for url, digest in islice(trace.held.items(), _MAX_MEDIA)
+        if url not in used
+    ]
     record: dict[str, Any] = {
         "id": arrival.id,
         "path": arrival.path,
@@ -172,7 +179,7 @@ def record_of(arrival: Arrival, trace: RequestTrace, seconds: float, status: int
         "request_id": trace.request_id,
         "tokens": dict(trace.tokens),
         "cached_tokens": trace.cached_tokens,
-        "media": media + images,
+        "media": media + held + images,
         "items": _items(trace),
         "timeline": [
             [
@@ -188,7 +195,9 @@ def record_of(arrival: Arrival, trace: RequestTrace, seconds: float, status: int
     if trace.long_video is not None:
         block = trace.long_video.block()
         record["strategy"] = block.get("strategy")
-        record["windows"] = block.get("windows", [])[:_MAX_WINDOWS]
+        # A takedown finds the notes about the videos that are listed.
+        windows = [one for one in block.get("windows", []) if one["video"] < _MAX_MEDIA]
+        record["windows"] = windows[:_MAX_WINDOWS]
     return record
 
 

@@ -66,6 +66,12 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
 
 
 @pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as last changed long ago."""
+    monkeypatch.setattr("vllm_mm_ext.media.fetch.file_source._RACY_NS", -1)
+
+
+@pytest.fixture
 def origin() -> Iterator[Origin]:
     with Origin() as server:
         yield server
@@ -301,6 +307,21 @@ async def test_the_oldest_body_of_unknown_length_may_outgrow_the_bound(
 ) -> None:
     url = origin.serve("/long", Resource(bytes(20 * MIB), chunked=True))
     assert (await make_fetcher(4 * MIB).resolve(url, timeout_s=30)).size == 20 * MIB
+
+
+@pytest.mark.usefixtures("settled")
+async def test_what_another_request_has_resolved_is_read_in_the_turn_of_the_one_that_reads(
+    make_fetcher: MakeFetcher, tmp_path: Path
+) -> None:
+    fetcher = make_fetcher(MIB, max_wait_s=0.2)
+    url = in_file(tmp_path, 2 * MIB)
+    await fetcher.resolve(url, timeout_s=1)
+    await until(lambda: fetcher.budget.used == 0)
+    first, second = fetcher.budget.claim(), fetcher.budget.claim()
+    known = await fetcher.resolve(url, timeout_s=1, claim=first)
+    assert fetcher.stats()["file_unchanged"] == 1, "its digest is known without reading it"
+    first.end()
+    assert (await known.claimed_by(second).open()).digest == known.digest
 
 
 async def test_downloads_kept_on_disk_wait_like_those_from_an_origin(

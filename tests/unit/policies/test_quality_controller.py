@@ -53,6 +53,7 @@ class Setup:
         base: SamplingDefaults | None = None,
         costs: RuleCosts | None = None,
         levels: Sequence[int] | None = None,
+        sticky: bool = True,
     ) -> tuple[VideoDecision, ...]:
         return self.controller.plan(
             videos,
@@ -63,6 +64,7 @@ class Setup:
             session=session,
             context=context,
             levels=levels,
+            sticky=sticky,
         )
 
 
@@ -253,6 +255,19 @@ def test_other_options_are_decided_on_their_own(setup: Setup) -> None:
     setup.plan(video())
     setup.busy(1.0)
     assert setup.plan(video(), options=RequestOptions(max_frames=63))[0].level == 2
+
+
+@pytest.mark.parametrize("session", [None, "talk"])
+def test_a_request_may_neither_keep_a_decision_nor_take_one_over(
+    setup: Setup, session: str | None
+) -> None:
+    setup.plan(video(), session=session, sticky=False)
+    setup.busy(1.0)
+    assert setup.plan(video(), session=session)[0].level == 2
+    setup.now += 200
+    assert setup.controller.level() == 0
+    assert setup.plan(video(), session=session, sticky=False)[0].level == 0
+    assert setup.plan(video(), session=session)[0].level == 2
 
 
 def test_stickiness_can_be_turned_off() -> None:

@@ -8,6 +8,11 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_mm_ext.long_video.asking import Cost, Window
+from vllm_mm_ext.long_video.looking import SeenWindow
+from vllm_mm_ext.long_video.notes import Entry
+from vllm_mm_ext.long_video.running import Outcome
+from vllm_mm_ext.request.long_report import LongVideoReport
 from vllm_mm_ext.request.media_items import (
     AudioReport,
     ImageItem,
@@ -147,6 +152,48 @@ def test_media_that_were_not_delivered_are_forgotten_too() -> None:
         log.forget([DIGEST], [url, "data:video/mp4;base64,BBBB"])
         assert kept(log, "0-9")["media"] == [{"modality": "video", "taken_down": True}]
         assert "url" in kept(log, "0-10")["media"][0]
+
+
+def test_notes_about_videos_that_the_model_saw_in_parts_go_with_the_videos() -> None:
+    windows = tuple(
+        SeenWindow(Window(video, 0, 0.0, 30.0), (Entry(video, 1.0, "a red door", 0),))
+        for video in (0, 1, 80)
+    )
+    report = LongVideoReport("map_reduce", shows_cache_hits=False)
+    report.outcome = Outcome("map_reduce", (), windows, (), is_thinned=False, cost=Cost())
+    url = "https://host/long.mp4?token=secret"
+    held = {url: DIGEST, "https://host/live.ts": ""} | {
+        f"file:///{n}": "ef" * 32 for n in range(90)
+    }
+    log = RequestLog(10)
+    log.add(
+        record_of(
+            Arrival("0-1", "/v1/chat/completions", 100.0),
+            RequestTrace(held=held, long_video=report),
+            2.0,
+            200,
+        )
+    )
+    made = kept(log, "0-1")
+    assert made["media"][0] == {
+        "modality": "video",
+        "url": "https://host/long.mp4",
+        "digest": DIGEST,
+    }
+    assert len(made["media"]) == 64
+    # Of each video whose notes are kept, the record knows which file it was.
+    assert [window["video"] for window in made["windows"]] == [0, 1]
+    log.forget([DIGEST], ["https://host/live.ts"])
+    left = json.dumps(kept(log, "0-1"))
+    assert "red door" not in left
+    assert "host" not in left
+
+
+def test_a_video_that_was_looked_at_and_delivered_is_listed_once() -> None:
+    trace = trace_of()
+    trace.held = {trace.media[0].url: DIGEST}
+    made = record_of(Arrival("0-1", "/v1/chat/completions", 100.0), trace, 2.0, 200)
+    assert [medium["modality"] for medium in made["media"]] == ["video", "audio", "image"]
 
 
 def test_half_a_surrogate_pair_is_shown_as_what_can_be_sent() -> None:

@@ -74,6 +74,8 @@ class EngineModel:
         self._priority = priority
         self._renderer = serving.renderer
         self._settings = vllm_compat.settings_of(serving.model_config)
+        # The load tier of each window that was planned for its digest. It is shown so.
+        self._levels: dict[tuple[Window | None, Look | None], tuple[int, ...]] = {}
         # The first error of the engine or the front-end, as vLLM answers it.
         self.first_error: Any = None
 
@@ -87,8 +89,11 @@ class EngineModel:
     def identity(self) -> str:
         """What replies depend on besides the prompt."""
         client = self._client
+        # Another adapter may have been loaded under the name of an earlier one.
+        adapter = self._serving._maybe_get_adapters(client)
         parts = (
             client.model,
+            None if adapter is None else adapter.lora_path,
             client.cache_salt,
             client.chat_template,
             client.chat_template_kwargs,
@@ -176,6 +181,7 @@ class EngineModel:
             session=self._session,
             span=None if window is None else (window.start, window.end),
             contents=dict(zip(self._survey.urls, self._survey.contents, strict=True)),
+            levels=self._levels.get((window, look)),
         )
         # Traces are kept for the cached tokens only, which vLLM tells traces that are reported.
         context.trace.asked = True
@@ -242,6 +248,7 @@ class EngineModel:
         assert context is not None
         (item,) = context.items
         content, video_plan = item.content, item.plan
+        self._levels[window, look] = (item.decision.level,)
         assert content is not None
         assert video_plan is not None
         runtime = runtime_of(self._renderer)

@@ -8,24 +8,24 @@ from typing import Any
 from vllm_mm_ext.request.context import RequestContext, enter_request
 
 
-async def final_request_problem(serving: Any, request: Any) -> Any:
-    """What vLLM has against a request, without sending it to the engine.
+async def final_request_tokens(serving: Any, request: Any) -> Any:
+    """Tokens of the prompt of a request, without sending it to the engine.
 
     Args:
         serving: vLLM's handler of chat completions.
         request: The client's request without its videos.
 
     Returns:
-        vLLM's ``ErrorResponse``, or None.
+        The number, images and sound included; vLLM's ``ErrorResponse`` where vLLM refuses it.
 
     Raises:
         VLLMError: As vLLM raises it.
     """
     # In a task of its own: what is noted about this rendering is not what the client gets.
-    return await asyncio.create_task(_render_problem(serving, request))
+    return await asyncio.create_task(_rendered_tokens(serving, request))
 
 
-async def _render_problem(serving: Any, request: Any) -> Any:
+async def _rendered_tokens(serving: Any, request: Any) -> Any:
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     enter_request(RequestContext())
@@ -46,4 +46,5 @@ async def _render_problem(serving: Any, request: Any) -> Any:
             config.structured_outputs_config,
             serving.renderer.tokenizer,
         )
-    return None
+    _, (prompt,) = rendered
+    return serving._extract_prompt_len(prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from typing import Any
 
 from vllm_mm_ext.adapters import vllm_compat
@@ -12,7 +13,7 @@ from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.long_video import chat_chunks
 from vllm_mm_ext.adapters.long_video.ask_requests import first_tokens
 from vllm_mm_ext.adapters.long_video.engine_model import EngineModel, rendering_of
-from vllm_mm_ext.adapters.long_video.final_request import final_request_problem
+from vllm_mm_ext.adapters.long_video.final_request import final_request_tokens
 from vllm_mm_ext.adapters.long_video.state import Place
 from vllm_mm_ext.adapters.long_video.survey import Survey, opened, survey
 from vllm_mm_ext.adapters.runtime import runtime_of
@@ -28,7 +29,12 @@ from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
 from vllm_mm_ext.long_video.task import Task, WindowStrategy, strategy_for, task_of
 from vllm_mm_ext.request.blocks import KEY
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
-from vllm_mm_ext.request.conversation import question_of, video_urls, with_texts_for_videos
+from vllm_mm_ext.request.conversation import (
+    list_contents,
+    question_of,
+    video_urls,
+    with_texts_for_videos,
+)
 from vllm_mm_ext.request.long_report import LongVideoReport
 
 Create = Callable[..., Awaitable[Any]]
@@ -52,6 +58,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
     context = current_request() or enter_request(RequestContext())
     config = vllm_compat.settings_of(serving.model_config)
     with client_errors():
+        list_contents(request.messages)
         asked = asked_of(context, config.long_video, request)
     if asked is None:
         return await create(serving, request, raw_request)
@@ -68,7 +75,9 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
     # The survey has a trace of its own. That of the request tells takedowns what is looked at.
     held = context.trace.held = dict.fromkeys(video_urls(request.messages), "")
     with client_errors():
-        found = await opened(look, lambda found: strategy_of(found) != "single", runtime.run)
+        found = await opened(
+            look, lambda found: strategy_of(found) != "single", runtime.run, runtime.budget
+        )
     if found is None:
         held.clear()
         return await create(serving, request, raw_request)
@@ -80,8 +89,14 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
         # From here on the request is one that asks for this frame rate and nothing else.
         context.options = context.options.model_copy(update={"fps": asked.fps, "long_video": None})
         return await create(serving, request, raw_request)
-    if (refusal := await final_request_problem(serving, _with_texts(request, {}))) is not None:
-        return refusal
+    # A text of one token stands where notes about each video will.
+    rendered = await final_request_tokens(
+        serving, _with_texts(request, dict.fromkeys(found.urls, "."))
+    )
+    if not isinstance(rendered, int):
+        return rendered
+    use = found.context_use
+    found = replace(found, context_use=replace(use, text=max(use.text, rendered)))
     with client_errors():
         model = EngineModel(
             serving,
@@ -132,7 +147,7 @@ async def _task(
         strategy=strategy,
         question=question,
         durations=found.durations,
-        answer_room=found.room - sum(await model.count_tokens(texts)),
+        answer_room=found.context_use.left - sum(await model.count_tokens(texts)),
     )
     await check_room(task, model)
     return task

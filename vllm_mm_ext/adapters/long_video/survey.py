@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.serving.planning import Conversation
 from vllm_mm_ext.base.tasks import all_or_none
 from vllm_mm_ext.errors import NoSuchStreamError
+from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaRef
+from vllm_mm_ext.policies.quality.videos import ContextUse
 from vllm_mm_ext.request.context import RequestContext
 from vllm_mm_ext.request.conversation import video_urls, videos_without_url
 from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
@@ -29,14 +31,14 @@ class Survey:
         contents: The content of each.
         durations: Seconds of each.
         fits: All of them fit one prompt at the frame rate asked.
-        room: Tokens that the client's own text and the answer leave of the context.
+        context_use: The context, and what the client's own text and the answer take of it.
     """
 
     urls: tuple[str, ...]
     contents: tuple[MediaRef, ...]
     durations: tuple[float, ...]
     fits: bool
-    room: int
+    context_use: ContextUse
 
 
 async def survey(
@@ -83,14 +85,14 @@ async def survey(
         raise NoSuchStreamError(
             "The media has no video stream that holds a frame.", parameter="video_url"
         )
-    room = planning.context_use(len(prompt["prompt_token_ids"])).left
-    fits = await on_processor_thread(renderer, partial(_fits, planning, videos, room, fps))
+    use = planning.context_use(len(prompt["prompt_token_ids"]))
+    fits = await on_processor_thread(renderer, partial(_fits, planning, videos, use.left, fps))
     return Survey(
         tuple(video.url for video in videos),
         tuple(video.ref for video in videos),
         tuple(video.stream.duration for video in videos),
         fits,
-        room,
+        use,
     )
 
 
@@ -98,6 +100,7 @@ async def opened(
     look: Callable[[], Awaitable[Survey | None]],
     wanted: Callable[[Survey], bool],
     run: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]],
+    budget: MediaBudget,
 ) -> Survey | None:
     """What ``look`` finds, with the bytes of the videos at hand.
 
@@ -108,6 +111,7 @@ async def opened(
         look: Makes a survey.
         wanted: Whether the bytes are needed.
         run: Runs work on the front-end's loop.
+        budget: The media budget of the front-end.
 
     Raises:
         MediaError: As ``look`` and ``MediaRef.open`` raise it.
@@ -116,12 +120,17 @@ async def opened(
         found = await look()
         if found is None or not wanted(found):
             break
+        # The survey's claim has ended; bytes that nothing holds have to be waited for with another.
+        claim = budget.claim()
+        contents = tuple(content.claimed_by(claim) for content in found.contents)
         try:
-            await run(all_or_none(content.open() for content in found.contents))
-            break
+            await run(all_or_none(content.open() for content in contents))
+            return replace(found, contents=contents)
         except MediaChangedError:
             if is_last:
                 raise
+        finally:
+            claim.end()
     return found
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from vllm_mm_ext.adapters.names.names_check import IncompatibleError
 from vllm_mm_ext.media.fetch.blob import Blob
-from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
+from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.fetch.source import Fetched
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
@@ -83,7 +83,7 @@ def check_budgets() -> None:
         raise IncompatibleError("a request's media budgets do not add up what is charged")
 
 
-async def _unread() -> Blob:
+async def _unread(_: Claim) -> Blob:
     raise AssertionError("nothing reads the media of a check")
 
 

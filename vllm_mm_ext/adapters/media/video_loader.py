@@ -25,6 +25,7 @@ from vllm_mm_ext.adapters.media.video_kwargs import (
 from vllm_mm_ext.adapters.runtime import current_runtime
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.fetch.source import Fetched
 from vllm_mm_ext.media.video_plan import VideoPlan
@@ -111,5 +112,5 @@ def check_server_kwargs(kwargs: Mapping[str, Any], additional_config: object) ->
         )
 
 
-async def _already_read() -> Blob:
+async def _already_read(_: Claim) -> Blob:
     raise AssertionError("the bytes were given; nothing can ask for them again")

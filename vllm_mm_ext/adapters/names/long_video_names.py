@@ -19,6 +19,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_CHAT}._get_priority", ("request", "raw_request")),
     VllmName(f"{_CHAT}._base_request_id", ("raw_request", "default")),
     VllmName(f"{_CHAT}._maybe_get_adapters", ("request",)),
+    VllmName(f"{_CHAT}._extract_prompt_len", ("prompt",)),
     VllmName(f"{_CHAT}.create_streaming_error_response", ("message",)),
     VllmAttributes(
         _CHAT,
@@ -34,6 +35,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
             "renderer",
         ),
     ),
+    VllmAttributes("vllm.lora.request:LoRARequest", ("lora_path",)),
     VllmName(f"{_OPENAI}.models.serving:OpenAIServingModels.model_name", ("lora_request",)),
     VllmName(
         f"{_REQUEST}.build_chat_params", ("default_template", "default_template_content_format")

@@ -44,7 +44,9 @@ class MediaRef:
         claim: Of the request, on the media budget.
     """
 
-    def __init__(self, fetched: Fetched, load: Callable[[], Awaitable[Blob]], claim: Claim) -> None:
+    def __init__(
+        self, fetched: Fetched, load: Callable[[Claim], Awaitable[Blob]], claim: Claim
+    ) -> None:
         self.digest = fetched.digest
         self.size = fetched.size
         self.storable = fetched.storable
@@ -62,7 +64,7 @@ class MediaRef:
         """
         blob = self._blob
         if blob is None:
-            blob = self._blob = await self._load()
+            blob = self._blob = await self._load(self.claim)
         return blob
 
     def claimed_by(self, claim: Claim) -> MediaRef:
@@ -253,7 +255,7 @@ class MediaFetcher:
         fetched = await self._fetch(source, location, timeout_s, max_bytes, claim, load=False)
         digest = fetched.digest
 
-        async def load() -> Blob:
+        async def load(claim: Claim) -> Blob:
             # This function does not refer to `fetched`: that would keep the bytes in memory for
             # as long as the reference lives.
             return await self._thread.run(

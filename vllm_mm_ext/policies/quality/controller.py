@@ -78,8 +78,9 @@ class QualityController:
         session: str | None,
         context: ContextUse,
         levels: Sequence[int] | None = None,
+        sticky: bool = True,
     ) -> tuple[VideoDecision, ...]:
-        """Decide about all videos of a request together, and keep the decisions.
+        """Decide about all videos of a request together.
 
         Args:
             videos: In the order of the request.
@@ -89,7 +90,8 @@ class QualityController:
             options: What the request asks.
             session: Session of the request, None without one.
             context: The context and what else is in it.
-            levels: Load tiers that another server has decided, for each video; None: not so.
+            levels: Load tiers that are decided already, for each video; None: not so.
+            sticky: Earlier decisions hold, and these are kept for later requests.
 
         Returns:
             One decision for each video.
@@ -100,7 +102,10 @@ class QualityController:
         """
         check_family(options, family)
         now = self._clock()
-        earlier = [self._sticky.find(session, video.digest, options, now) for video in videos]
+        earlier = [
+            self._sticky.find(session, video.digest, options, now) if sticky else None
+            for video in videos
+        ]
         targets = Targets(self.settings, costs, defaults, family, options)
         decisions, ladders = [], []
         for index, (video, known) in enumerate(zip(videos, earlier, strict=True)):
@@ -124,7 +129,7 @@ class QualityController:
                 _fitted(decision, ladder, tokens, limit.why, family)
                 for decision, ladder, tokens in zip(decisions, ladders, granted, strict=True)
             ]
-        for video, decision in zip(videos, decisions, strict=True):
+        for video, decision in zip(videos, decisions, strict=True) if sticky else ():
             self._sticky.remember(
                 session,
                 video.digest,

@@ -1,0 +1,171 @@
+"""Requests about long videos, from the client's request to the one that is answered in the end.
+
+All but the engine is real: prompts are rendered, and get a note that is made up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from front import CONTEXT, Front, opened
+from PIL import Image
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatMessage,
+)
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from vllm_mm_ext.adapters.long_video import long_chat
+from vllm_mm_ext.adapters.runtime import runtime_of
+from vllm_mm_ext.base.shared_state import Decision, SharedState
+from vllm_mm_ext.config.long_video_settings import LongVideoOptions
+from vllm_mm_ext.config.options import RequestOptions
+from vllm_mm_ext.policies.quality.controller import QualityController
+from vllm_mm_ext.request.context import RequestContext, enter_request
+from vllm_mm_ext.testing.media import make_clip
+
+WINDOWS = 5
+
+
+class Chat:
+    """vLLM's handler of chat completions for a renderer, with an engine that writes one note.
+
+    Attributes:
+        sent: The requests that came to the engine.
+    """
+
+    def __init__(self, front: Front) -> None:
+        config = front.renderer.config
+        self.files = front.files
+        self.sent: list[ChatCompletionRequest] = []
+        engine: Any = SimpleNamespace(
+            vllm_config=config,
+            model_config=config.model_config,
+            renderer=front.renderer,
+            input_processor=None,
+        )
+        template: dict[str, Any] = {
+            "request_logger": None,
+            "chat_template": None,
+            "chat_template_content_format": "auto",
+        }
+        self.serving = OpenAIServingChat(
+            engine,
+            OpenAIServingModels(engine, [BaseModelPath("m", "m")]),
+            "assistant",
+            online_renderer=OnlineRenderer(config.model_config, front.renderer, **template),
+            **template,
+        )
+
+    async def create(
+        self, serving: OpenAIServingChat, request: Any, raw_request: Any = None
+    ) -> ChatCompletionResponse:
+        del raw_request
+        self.sent.append(request)
+        _, (prompt,) = await serving.online_renderer.render_chat(request)
+        tokens = serving._extract_prompt_len(prompt)
+        assert tokens + request.max_completion_tokens <= CONTEXT
+        message = ChatMessage(role="assistant", content="[0:01] a red door")
+        return ChatCompletionResponse(
+            model="m",
+            choices=[ChatCompletionResponseChoice(index=0, message=message)],
+            usage=UsageInfo(prompt_tokens=tokens, completion_tokens=9, total_tokens=tokens + 9),
+        )
+
+    @property
+    def decode_jobs(self) -> int:
+        """Jobs of decode workers so far."""
+        return runtime_of(self.serving.renderer).frontend.pool.stats()["jobs"]
+
+    async def ask(self, *messages: Any, fps: float | None = None, **more: Any) -> Any:
+        """The answer to the messages and a question about a clip in windows."""
+        video = {"type": "video_url", "video_url": {"url": (self.files / "clip.mp4").as_uri()}}
+        text = {"type": "text", "text": "What happens?"}
+        windows = LongVideoOptions(strategy="map_reduce", window_s=4, overlap_s=0, fps=fps)
+        options = RequestOptions(long_video=windows)
+        enter_request(RequestContext(options, session=more.get("session_id")))
+        request = ChatCompletionRequest(
+            model="m",
+            messages=[*messages, {"role": "user", "content": [video, text]}],
+            **{"max_completion_tokens": 64} | more,
+        )
+        return await long_chat.answer(self.serving, request, None, self.create)
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    files = tmp_path_factory.mktemp("front")
+    make_clip(files / "clip.mp4", width=64, height=48, fps=4, duration=18, seed=1)
+    Image.new("RGB", (1000, 1000), (200, 0, 0)).save(files / "large.png")
+    with opened(files) as made:
+        yield made
+
+
+@pytest.fixture
+def chat(front: Front) -> Chat:
+    return Chat(front)
+
+
+async def test_images_that_leave_no_room_for_notes_are_refused_before_windows_are_looked_at(
+    chat: Chat,
+) -> None:
+    url = (chat.files / "large.png").as_uri()
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    assert (await chat.ask(image)).choices
+    of_window, final = chat.sent[0], chat.sent[-1]
+    assert "red door" in str(final.messages[-1])
+    assert "image_url" in str(final.messages)
+    assert "image_url" not in str(of_window.messages)
+    await chat.ask(max_completion_tokens=1450)
+    asked = len(chat.sent)
+    with pytest.raises(VLLMValidationError, match="room for"):
+        await chat.ask(image, max_completion_tokens=1450)
+    assert len(chat.sent) == asked
+
+
+async def test_a_turn_that_pydantic_gives_once_only_is_part_of_the_answer(chat: Chat) -> None:
+    said = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "I see a blue car."}],
+        "function_call": {"name": "look", "arguments": "{}"},
+    }
+    assert (await chat.ask(said)).choices
+    assert chat.sent[-1].messages[0]["content"] == said["content"]
+
+
+async def test_windows_leave_no_decisions_where_those_of_conversations_are_kept(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: set[bytes] = set()
+
+    def keep(self: SharedState, key: bytes, decision: Decision) -> None:
+        del self, decision
+        kept.add(key)
+
+    monkeypatch.setattr(SharedState, "keep", keep)
+    await chat.ask(session_id="talk", cache_salt="sticky")
+    assert sum("video_url" in str(request.messages) for request in chat.sent) == WINDOWS
+    assert not kept
+
+
+async def test_a_window_is_shown_at_the_load_tier_at_which_its_digest_was_made(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await chat.ask()  # The clip is probed.
+    before = chat.decode_jobs
+    # The service's tier is another one each time that it is asked.
+    tiers = itertools.cycle((1, 0, 2))
+    monkeypatch.setattr(QualityController, "level", lambda _: next(tiers))
+    assert (await chat.ask(fps=4.0)).choices
+    assert chat.decode_jobs - before == WINDOWS
