@@ -107,6 +107,7 @@ def read_config(additional_config: object) -> MMExtConfig:
 def attach(renderer: Any) -> None:
     """Start the front-end of a renderer of vLLM's, with its server's settings and model."""
     from vllm_mm_ext.adapters.encoder_cache.instance_plan import kept_plan
+    from vllm_mm_ext.adapters.media.media_records import records_for
     from vllm_mm_ext.adapters.processors.model_traits import read_traits
     from vllm_mm_ext.adapters.runtime import attach_runtime
     from vllm_mm_ext.adapters.serving.encoder_asks import EncoderAsks
@@ -122,6 +123,11 @@ def attach(renderer: Any) -> None:
             runtime.encoder_asks = EncoderAsks(
                 config.encoder_cache.encoders, plan, config.encoder_cache.encoder_wait_s
             )
+        runtime.records = records_for(
+            renderer, runtime.frontend.limits, config.encoder_cache.encoder_wait_s
+        )
+        if runtime.records is not None and renderer.config.ec_transfer_config.is_ec_producer:
+            renderer.mm_processor.recorder = runtime.records.write
         if config.media.enabled:
             runtime.frontend.pool.warm()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from vllm_mm_ext.testing.apart_servers import Apart, apart
 from vllm_mm_ext.testing.checkpoints import checkpoint
@@ -125,6 +126,20 @@ def forget(server: Server, store: Path) -> None:
             shutil.rmtree(directory)
 
 
+def videos(engine: Server, outcome: str) -> float:
+    return engine.metric("mm_ext_recorded_videos_total", outcome=outcome)
+
+
+def lose_outputs(store: Path) -> int:
+    """Encoder outputs are gone from the store, and records of videos are still there."""
+    files = list(store.glob("??/*"))
+    with_outputs = [file for file in files if "record" not in load_file(file)]
+    for file in with_outputs:
+        file.unlink()
+    assert 0 < len(with_outputs) < len(files)
+    return len(files) - len(with_outputs)
+
+
 def test_encoding_apart(fleet: Apart, tmp_path: Path) -> None:
     (encoder,), (engine,) = fleet.encoders, fleet.engines
     urls = [clip(tmp_path, seed) for seed in range(2)]
@@ -137,6 +152,10 @@ def test_encoding_apart(fleet: Apart, tmp_path: Path) -> None:
     assert loaded > 4
     assert engine.metric("mm_ext_encoder_transfer_items_total", outcome="missed") == 0
     assert engine.metric("mm_ext_encoder_items_total") == 0
+    # The engine probed the videos; it has decoded one sound that stands by itself.
+    assert videos(engine, "recorded") == 2
+    jobs = "mm_ext_decode_jobs_started_total"
+    assert engine.metric(jobs) == len(urls) + 2
     assert encoder.metric("mm_ext_encoder_items_total") == loaded
 
     # An encoder answers no question; vLLM's own proxy is served, and what it names is stored.
@@ -151,12 +170,19 @@ def test_encoding_apart(fleet: Apart, tmp_path: Path) -> None:
     assert post(encoder, "/v1/chat/completions", body(urls[0], max_tokens=1))[0] == 200
     assert len(list(fleet.store.glob("??/*"))) > 2
 
-    # The encoder dies: the engine encodes itself, and answers the same.
     os.kill(encoder.pid, signal.SIGSTOP)
     os.kill(encoder.pid, signal.SIGKILL)
+    # Outputs are lost, but not the record of their video: the engine decodes the video after all.
+    assert lose_outputs(fleet.store) == 1
+    assert answer(engine, asked[0]) == apart_[0]
+    assert videos(engine, "decoded_later") == 1
+    encoded = engine.metric("mm_ext_encoder_items_total")
+    assert encoded > 2
+
+    # Without encoder the engine encodes itself, and answers the same.
     forget(engine, fleet.store)
     assert [answer(engine, sent) for sent in asked] == apart_
-    assert engine.metric("mm_ext_encoder_items_total") == loaded
+    assert engine.metric("mm_ext_encoder_items_total") == encoded + loaded
     assert engine.metric("mm_ext_encoder_asks_total", outcome="failed") == 1
     assert engine.metric("mm_ext_encoder_asks_total", outcome="none_up") >= 1
     assert "does not answer" in engine.log.read_text()

@@ -65,7 +65,8 @@ class Item:
 @lru_cache(maxsize=1)
 def engine_config() -> Any:
     """A configuration with both tiers, as the command line would make it."""
-    keep_raw_embeddings_out()
+    with all_or_none("raw embeddings"):
+        keep_raw_embeddings_out()
     return EngineArgs(
         model=str(checkpoint("qwen2_5_vl")),
         enforce_eager=True,

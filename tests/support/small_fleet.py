@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,7 @@ SHAPE = ReplicaShape(
     step_tokens=1024,
     hidden_size=256,
     rates=Rates(STEP, HOST),
+    cores=math.inf,
 )
 VIDEO = MediumCosts(
     tokens=800,
@@ -64,6 +66,7 @@ VIDEO = MediumCosts(
     preprocess_s=0.01,
     main_s=0.001,
     again_s=0.0005,
+    inputs_s=0.0,
 )
 UNIT = replace(VIDEO, tokens=20, items=1, encode_s=0.01, output_bytes=50, decode_s=0.0)
 TRAFFIC = Traffic(

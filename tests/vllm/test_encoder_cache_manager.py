@@ -154,6 +154,28 @@ def test_a_request_preempted_in_its_own_pass_leaves_nothing_behind(
     assert taken_back
 
 
+def test_an_item_is_encoded_though_all_that_a_pass_scheduled_it_for_were_preempted() -> None:
+    engine = Engine(policy="priority", blocks=30, slots=8)
+    asked = [Item("video", 20)]
+    # They begin, but what two of them ask about is encoded in no step yet.
+    engine.scheduler.max_num_encoder_input_tokens = 0
+    for one in (
+        request("first", asked, priority=6),
+        request("second", asked, priority=5),
+        request("urgent", [], text=424),
+    ):
+        engine.add(one)
+        engine.step()
+    engine.scheduler.max_num_encoder_input_tokens = 1024
+    assert len(engine.scheduler.running) == 3
+    engine.step()
+    # Both had been scheduled when the third one took their blocks.
+    assert engine.preempted == 2
+    assert not engine.encoded
+    engine.run()
+    assert set(engine.encoded) == {"video"}
+
+
 def test_what_a_pass_without_tokens_did_not_encode_is_saved_when_it_is() -> None:
     engine = Engine(policy="priority")
     manager, connector = engine.manager, engine.connector

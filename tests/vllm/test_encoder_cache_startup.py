@@ -24,7 +24,7 @@ from vllm_mm_ext.adapters.encoder_cache.cuda_connector import (
 )
 from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector, NoHostTier
 from vllm_mm_ext.adapters.encoder_cache.host_store import HostStore
-from vllm_mm_ext.adapters.encoder_cache.manager import MMExtEncoderCacheManager
+from vllm_mm_ext.adapters.encoder_cache.manager import HostSide, MMExtEncoderCacheManager
 from vllm_mm_ext.adapters.encoder_cache.startup import HostTierError
 from vllm_mm_ext.adapters.names.encoder_cache_names import (
     CUDA_HOST_TIER_NAMES,
@@ -189,6 +189,13 @@ def test_on_cuda_what_cannot_work_is_refused(config: Any) -> None:
     config.parallel_config.pipeline_parallel_size = 2
     with pytest.raises(HostTierError, match="pipeline"):
         CudaECConnector(config, ECConnectorRole.SCHEDULER)
+
+
+def test_every_host_tier_has_what_the_device_tier_asks() -> None:
+    asked = [name for name in vars(HostSide) if not name.startswith("_")]
+    assert "secured" in asked
+    for kind in (MMExtECConnector, CostAwareScheduler):
+        assert all(callable(getattr(kind, name, None)) for name in asked), kind
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ def test_every_token_is_computed_and_every_item_encoded_once(config: Any) -> Non
     assert sum(step.vision for step in steps) == 300
     assert sum(step.vision_pairs for step in steps) == 300 * 100
     assert sum(step.decodes for step in steps) == REQUEST.output - 1
+    assert [step.inputs for step in steps] == [300, *[0] * (len(steps) - 1)]
 
 
 def test_no_more_requests_run_than_there_are_slots_or_blocks(config: Any) -> None:

@@ -35,7 +35,7 @@ def consumer(shared: Path, wait_s: float = 5.0, **options: Any) -> Engine:
     engine = Engine(shared=shared, role="ec_consumer", **options)
     engine.connector._expectations = Expectations(wait_s, lambda: engine.now_s)
     began = time.time()
-    engine.connector.transport._files._clock = lambda: began + engine.now_s
+    engine.connector.transport.files._clock = lambda: began + engine.now_s
     return engine
 
 

@@ -25,6 +25,7 @@ from vllm.exceptions import (
 )
 
 from vllm_mm_ext.errors import ForbiddenDomainError, InternalMediaError, MediaError, raising_package
+from vllm_mm_ext.media.recorded import RecordError
 from vllm_mm_ext.request.context import current_request
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -67,7 +68,8 @@ def client_errors() -> Iterator[None]:
     """
     try:
         yield
-    except VLLMError:
+    except (VLLMError, RecordError):
+        # A record that does not fit is no error of the request: ``recorded_requests``.
         raise
     except Exception as error:
         # No local variable may hold an error, which leads to this frame by its traceback.

@@ -292,6 +292,12 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "shared encoder outputs",
+        ("vllm.multimodal.cache.base:BaseMultiModalReceiverCache.get_and_update_features",),
+        "Items that come without what the encoder takes stay out of the engine's processor cache.",
+        "vLLM's processor cache keeps only items that can be encoded, or an engine can ask for one",
+    ),
+    Patch(
+        "shared encoder outputs",
         ("vllm.config:ModelConfig.mm_ext_plan",),
         "vLLM hands multimodal processors nothing but the ModelConfig.",
         "vLLM gives multimodal processors the whole configuration",

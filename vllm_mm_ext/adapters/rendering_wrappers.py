@@ -43,6 +43,7 @@ def around_chat_rendering(
     plan: Callable[[Any, Sequence[Any], Any, Any, Mapping[str, Any]], Awaitable[None]],
     plan_blocking: Callable[[Any, Sequence[Any], Any, Any, Mapping[str, Any]], None],
     scope: Callable[[], AbstractContextManager[None]],
+    rendered: Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]],
 ) -> None:
     """Call a planner for each conversation, before any of its media is fetched.
 
@@ -56,6 +57,7 @@ def around_chat_rendering(
             is then rendered.
         plan_blocking: The same for ``LLM.chat``, which renders without an event loop.
         scope: What it returns is open while a conversation is planned and rendered.
+        rendered: Called with what renders a conversation, once or more, and returns what came out.
     """
     from vllm.exceptions import VLLMError
     from vllm.renderers.base import BaseRenderer
@@ -70,16 +72,18 @@ def around_chat_rendering(
             extras = kwargs.get("prompt_extras") or {}
 
             async def one(messages: Any) -> Any:
+                async def render() -> Any:
+                    with client_errors(), scope():
+                        found = await original(self, [messages], chat_params, tok_params, **kwargs)
+                    return _arrived_at(arrived, found)
+
                 try:
                     with client_errors(), scope():
                         await plan(self, messages, chat_params, tok_params, extras)
-                        rendered = await original(
-                            self, [messages], chat_params, tok_params, **kwargs
-                        )
+                        return await rendered(render)
                 except ends as error:
                     _drop_tracebacks(error)
                     raise
-                return _arrived_at(arrived, rendered)
 
             if len(conversations) == 1:
                 return await one(conversations[0])

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from vllm_mm_ext.adapters.error_answers import answer_to
 from vllm_mm_ext.adapters.long_video.state import LongVideoState
+from vllm_mm_ext.adapters.media.media_records import MediaRecords
 from vllm_mm_ext.adapters.serving.encoder_asks import EncoderAsks
 from vllm_mm_ext.adapters.sight.recorder import Recorder
 from vllm_mm_ext.base.heap import trim_when_due
@@ -53,6 +54,7 @@ class Runtime:
     Attributes:
         recorder: Takes note of requests; None where nobody asks for metrics or traces.
         encoder_asks: Asks encoder instances; None where there are none.
+        records: Records of videos that instances share; None where they share nothing.
     """
 
     def __init__(self, config: MMExtConfig, traits: ModelTraits, number: int = 0) -> None:
@@ -62,6 +64,7 @@ class Runtime:
         self.number = number
         self.recorder: Recorder | None = None
         self.encoder_asks: EncoderAsks | None = None
+        self.records: MediaRecords | None = None
         self.long_video = LongVideoState(config.long_video)
         # What became of which file, where an operator may ask.
         self.seen = SeenMedia() if config.sight.page else None
@@ -155,6 +158,7 @@ class Runtime:
             "fetch": fetch,
             "long_video": self.long_video.stats(),
             "encoder_asks": {} if self.encoder_asks is None else dict(self.encoder_asks.counts),
+            "records": {} if self.records is None else dict(self.records.counts),
         }
 
     def close(self) -> None:

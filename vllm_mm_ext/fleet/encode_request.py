@@ -26,6 +26,8 @@ SEEN: Final = frozenset(
     }
 )
 _TEXT: Final = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning"})
+# Ends of keys by which vLLM knows a part without a type.
+_MEDIA_KEYS: Final = ("_url", "_embeds")
 
 
 def has_media(messages: Sequence[Any]) -> bool:
@@ -40,6 +42,27 @@ def is_encode_request(body: Mapping[str, Any]) -> bool:
     """
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
     return limit == 1 and not body.get("stream")
+
+
+def takes_records(body: Mapping[str, Any]) -> bool:
+    """Whether the videos of a request may be taken by their records.
+
+    Such a request may have to be rendered again before its first token, which is for requests that
+    have one answer. Embeddings and ``mm_processor_kwargs`` lead past the cache in whose place the
+    recorded items are. Media with a ``uuid`` may later be named by it alone, which needs its items
+    in vLLM's own cache.
+    """
+    plain = body.get("n") in (None, 1) and not body.get("use_beam_search")
+    return (
+        plain
+        and not body.get("mm_processor_kwargs")
+        and not any(
+            part.get("uuid") is not None
+            or str(part.get("type")).endswith("_embeds")
+            or any(key.endswith("_embeds") for key in part)
+            for part in _media_parts(body.get("messages") or ())
+        )
+    )
 
 
 def levels_in(header: str | None) -> tuple[int, ...] | None:
@@ -60,6 +83,6 @@ def _media_parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
         for part in content:
             if isinstance(part, Mapping) and part.get("type", "text") not in _TEXT:
                 yield part
-            elif isinstance(part, Mapping) and any(key.endswith("_url") for key in part):
+            elif isinstance(part, Mapping) and any(key.endswith(_MEDIA_KEYS) for key in part):
                 # vLLM takes parts without a type as well.
                 yield part

@@ -80,6 +80,8 @@ class OutputStore:
             self._own.mkdir(parents=True, exist_ok=True)
         # When each held file was last found, the oldest first; when each absent one was looked for.
         self._held: OrderedDict[str, float] = OrderedDict()
+        # How often each pinned file is pinned; these are not among those held.
+        self._pinned: dict[str, int] = {}
         self._absent: OrderedDict[str, float] = OrderedDict()
         self._told_of_failure = False
         self._written = 0
@@ -142,6 +144,9 @@ class OutputStore:
             awaited: Somebody waits for it, so it is looked for again after a shorter time.
         """
         own, now = self._own_directory(), self._clock()
+        if key in self._pinned and self.held_path(key).exists():
+            # Others may take a server that was paused for dead, and remove what it holds.
+            return True
         if now - self._held.get(key, -HOLD_S) < HOLD_S:
             self._held[key] = now
             self._held.move_to_end(key)
@@ -170,7 +175,8 @@ class OutputStore:
             if len(self._absent) > _MOST_HELD:
                 self._absent.popitem(last=False)
             return False
-        self._held[key] = now
+        if key not in self._pinned:
+            self._held[key] = now
         self._told_of_failure = False
         return True
 
@@ -185,6 +191,22 @@ class OutputStore:
             link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 os.link(path, link)
+
+    def pin(self, key: str) -> bool:
+        """Whether the output of a key can be read; if so, it stays readable until ``unpin``."""
+        if not self.hold(key, awaited=True):
+            return False
+        self._held.pop(key, None)
+        self._pinned[key] = self._pinned.get(key, 0) + 1
+        return True
+
+    def unpin(self, key: str) -> None:
+        """Take a pin of a key back; with the last one the file is held as if it was just found."""
+        pins = self._pinned.pop(key, 0)
+        if pins > 1:
+            self._pinned[key] = pins - 1
+        elif pins:
+            self._held[key] = self._clock()
 
     def look_again(self) -> None:
         """Forget which outputs were not there a moment ago."""
@@ -216,6 +238,7 @@ class OutputStore:
         """
         self.path(key).unlink(missing_ok=True)
         self._held.pop(key, None)
+        self._pinned.pop(key, None)
         # One at work shows it every ``HOLD_S``.
         idle = self._clock() - 2 * HOLD_S
         for reader in _entries(self._root / _HELD):
@@ -225,7 +248,7 @@ class OutputStore:
                     os.unlink(Path(reader.path) / (_name(key) + SUFFIX))
 
     def let_go(self) -> None:
-        """Let go of everything that is held; no read may be under way."""
+        """Let go of everything that is held and not pinned; no read may be under way."""
         for key in self._held:
             self.held_path(key).unlink(missing_ok=True)
         self._held.clear()

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -28,7 +28,14 @@ from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.output_bytes import audio_bytes, claimed_audio_bytes, frame_bytes
 from vllm_mm_ext.media.payload import SampledFrames, Waveform, reduced_digest
-from vllm_mm_ext.media.results import AudioResult, VideoResult, window_digest
+from vllm_mm_ext.media.recorded import DELIVERED, Delivered, limits_key
+from vllm_mm_ext.media.results import (
+    AudioResult,
+    VideoResult,
+    key_of,
+    memory_of,
+    window_digest,
+)
 from vllm_mm_ext.media.sizing import is_pinned
 from vllm_mm_ext.media.span import info_of
 from vllm_mm_ext.media.traits import ModelTraits
@@ -170,7 +177,7 @@ class MediaFrontend:
         Raises:
             MediaError: The media cannot be served; the message names cause and limit.
         """
-        key = self._video_key(ref, plan)
+        key = self.video_key(ref, plan)
         found = self.cache.get(key)
         if isinstance(found, VideoResult):
             result = replace(found, stages={}, cached=True)
@@ -194,17 +201,17 @@ class MediaFrontend:
         Raises:
             MediaError: As ``video``.
         """
-        known = self._windows.get(self._video_key(ref, plan))
+        known = self._windows.get(self.video_key(ref, plan))
         if known is None:
             return str((await self.video(ref, plan)).frames.digest)
         return reduced_digest(known, plan.reduction)
 
-    def _video_key(self, ref: MediaRef, plan: VideoPlan) -> str:
-        """Key of a decode."""
+    def video_key(self, ref: MediaRef, plan: VideoPlan) -> str:
+        """Key of a decode, and the digest of its frames (but of a span's)."""
         # The limits on a sound track decide how much of it is cut off.
         sound = f"{self.traits.audio_rate}|{self.limits.max_audio_s}"
         shown, heard = str(self.picture), sound if plan.audio else ""
-        return _digest("video", ref.digest, plan.decode_key(), shown, heard)
+        return key_of("video", ref.digest, plan.decode_key(), shown, heard)
 
     async def _new_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
         result = await self._decode_video(ref, plan, key)
@@ -228,7 +235,7 @@ class MediaFrontend:
         """
         stream = self.config.audio.audio_stream if stream is None else stream
         rate, limits = str(self.traits.audio_rate), str(self.limits)
-        key = _digest("audio", ref.digest, rate, limits, str(stream))
+        key = key_of("audio", ref.digest, rate, limits, str(stream))
         found = self.cache.get(key)
         if isinstance(found, AudioResult):
             return replace(found, stages={}, cached=True)
@@ -244,7 +251,7 @@ class MediaFrontend:
                 done = await self.pool.run(blob.fd, request, sized)
                 assert done.audio is not None  # The job refuses media without sound.
                 waveform, seconds = await self._resample(done.audio, done.audio_rate, key)
-                lease.follow(_memory_of(waveform))
+                lease.follow(memory_of(waveform))
             except BaseException:
                 lease.release()
                 raise
@@ -260,9 +267,9 @@ class MediaFrontend:
 
         return await self._audio_flights.run(key, decode, ref.claim)
 
-    async def _decode_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
-        blob = await ref.open()
-        request = DecodeRequest(
+    def decode_request(self, ref: MediaRef, plan: VideoPlan) -> DecodeRequest:
+        """What a decode worker is asked for a video whose frames follow from the plan alone."""
+        return DecodeRequest(
             sampling=plan.sampling,
             size=plan.size,
             audio="optional" if plan.audio else "none",
@@ -274,6 +281,10 @@ class MediaFrontend:
             audio_stream=plan.audio_stream,
             content=ref.digest if plan.sampling.span and ref.storable else "",
         )
+
+    async def _decode_video(self, ref: MediaRef, plan: VideoPlan, key: str) -> VideoResult:
+        blob = await ref.open()
+        request = self.decode_request(ref, plan)
         started = time.perf_counter()
         info = await self.probe(ref, plan.sampling.video_stream)
         stages = {"probe": time.perf_counter() - started}
@@ -304,10 +315,10 @@ class MediaFrontend:
             assert done.selection is not None
             waveform: Waveform | None = None
             if done.audio is not None:
-                name = _digest("track", key) if plan.sampling.span is None else None
+                name = key_of("track", key) if plan.sampling.span is None else None
                 resampled = await self._resample(done.audio, done.audio_rate, name)
                 waveform, stages["resample"] = resampled
-            sound = () if waveform is None else (_memory_of(waveform),)
+            sound = () if waveform is None else (memory_of(waveform),)
             lease.follow(done.frames, *sound)
         except BaseException:
             lease.release()
@@ -322,6 +333,9 @@ class MediaFrontend:
             step=done.selection.step,
             pinned=is_pinned(plan.size, done.info, done.frames.shape),
         )
+        if ref.storable and plan.recordable:
+            found = (done.info, done.selection, done.audio_note)
+            frames.memo[DELIVERED] = Delivered(*found, limits_key(self.limits))
         if plan.sampling.span is not None:
             frames.digest = await asyncio.to_thread(
                 window_digest, frames, done.info, done.selection
@@ -383,17 +397,3 @@ class MediaFrontend:
 
 def _probe_key(ref: MediaRef, stream: int | str | None) -> str:
     return ref.digest if stream is None else f"{ref.digest}|{stream}"
-
-
-def _memory_of(waveform: Waveform) -> np.ndarray[Any, Any]:
-    """The samples of a waveform, which is a view of them as are its own views."""
-    assert waveform.base is not None
-    return waveform.base
-
-
-def _digest(kind: Literal["video", "audio", "track"], *parts: str) -> str:
-    hasher = blake3(kind.encode())
-    for part in parts:
-        hasher.update(len(part).to_bytes(8, "little"))
-        hasher.update(part.encode())
-    return str(hasher.hexdigest())

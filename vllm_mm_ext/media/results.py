@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 from blake3 import blake3
 
 from vllm_mm_ext.media.audio import waveforms as audio_ops
@@ -106,4 +108,19 @@ def window_digest(frames: SampledFrames, info: MediaInfo, selection: FrameSelect
     sound = frames.audio
     if sound is not None:
         hasher.update(f"{sound.rate}|{sound.digest}".encode())
+    return str(hasher.hexdigest())
+
+
+def memory_of(waveform: Waveform) -> np.ndarray[Any, Any]:
+    """The samples of a waveform, which is a view of them as are its own views."""
+    assert waveform.base is not None
+    return waveform.base
+
+
+def key_of(kind: Literal["video", "audio", "track"], *parts: str) -> str:
+    """Name of what comes of a decode, from all that decides it."""
+    hasher = blake3(kind.encode())
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part.encode())
     return str(hasher.hexdigest())

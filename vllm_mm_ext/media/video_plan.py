@@ -35,6 +35,11 @@ class VideoPlan:
     reduction: Reduction = NO_REDUCTION
     audio_stream: int | None = None
 
+    @property
+    def recordable(self) -> bool:
+        """Whether what comes of the plan follows from the file and the plan alone."""
+        return self.chooser is None and self.sampling.span is None
+
     def key(self) -> str:
         """Cache key of the model's input: plans with equal keys give the model the same."""
         return f"{self.decode_key()}|{self.reduction.key()}"

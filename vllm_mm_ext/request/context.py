@@ -6,12 +6,13 @@ This module has the plugin's only context variable. The plugin reads it where vL
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS, RequestOptions
 from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
@@ -25,7 +26,24 @@ _claim_lock = threading.RLock()
 
 
 class EncodeJob(Protocol):
-    """What an encoder instance may be asked to do for a request."""
+    """What an encoder instance may be asked to do for a request.
+
+    Attributes:
+        name: Names it to the engine, which waits for what it is to bring; None for no wait.
+        takes_records: Videos may be taken by the record that an encoder writes of them.
+        used_records: How many videos were.
+        whole: Begins to render the request's conversation again, with all its videos decoded; None
+            where that is not needed.
+    """
+
+    name: str | None
+    takes_records: bool
+    used_records: int
+    whole: Callable[[], asyncio.Task[Any]] | None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an encoder is at work."""
 
     def begin(self, levels: Sequence[int]) -> None:
         """Ask for it, now that the load tier of each video is decided."""
@@ -52,8 +70,8 @@ class RequestContext:
         contents: The content behind URLs that need not be resolved; as ``span``.
         elsewhere: An encoder instance that may be asked to encode the request's media; None for
             most servers.
-        levels: Load tiers of the request's videos that another instance has decided, for which this
-            one encodes; None where this one decides.
+        levels: Load tiers of the request's videos that are decided already: by another instance
+            for which this one encodes, or earlier in the same request; None where they are not.
         unreported: The hashes of its mm items are all that is kept of it: a prompt of a live
             session.
     """
@@ -104,6 +122,12 @@ class RequestContext:
         # What the plugin asks about a part of a video is encoded here.
         if self.elsewhere is not None and self.span is None:
             self.elsewhere.begin(levels)
+
+    def claim_anew(self) -> None:
+        """Forget which items vLLM has asked for: it begins anew."""
+        for item in self.items:
+            item.claimed = False
+        self.trace.images.clear()
 
     def add(self, items: Sequence[MediaItem]) -> None:
         """Append items; the request reports them in this order."""

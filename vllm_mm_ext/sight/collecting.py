@@ -124,6 +124,8 @@ def collect_api_server(metrics: Metrics, server: object, stats: Mapping[str, Any
     follow("mm_ext_fetched_bytes_total", stats["fetch"].get("http_body_bytes", 0))
     for outcome, count in stats["encoder_asks"].items():
         follow("mm_ext_encoder_asks_total", count, outcome=outcome)
+    for outcome, count in stats["records"].items():
+        follow("mm_ext_recorded_videos_total", count, outcome=outcome)
     budget = stats["media_budget"]
     metrics.set("mm_ext_media_budget_bytes", budget["used_bytes"])
     metrics.set("mm_ext_media_budget_max_bytes", budget["max_bytes"])

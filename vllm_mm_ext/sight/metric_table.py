@@ -170,6 +170,12 @@ _OF_API_SERVERS: Final = (
         "Requests for whose media encoder instances were asked, by what became of it.",
         ("outcome", ("encoded", "refused", "failed", "ended", "none_up")),
     ),
+    _counter(
+        "mm_ext_recorded_videos_total",
+        "Videos for which an encoder instance was asked: taken by its record without decoding, "
+        "decoded here for lack of one, and decoded after all for lack of an output.",
+        ("outcome", ("recorded", "decoded", "decoded_later")),
+    ),
     _counter("mm_ext_fetched_bytes_total", "Bytes downloaded over HTTP."),
     _gauge("mm_ext_media_budget_bytes", "Bytes of media that requests hold outside of caches."),
     _gauge("mm_ext_media_budget_max_bytes", "Bytes of media that they may hold."),

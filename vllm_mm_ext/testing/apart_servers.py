@@ -38,6 +38,7 @@ def apart(
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    engine_settings: Sequence[Mapping[str, Any]] = (),
     gigabytes: float = 1.0,
     log_dir: Path | None = None,
 ) -> Iterator[Apart]:
@@ -52,6 +53,7 @@ def apart(
         args: More flags for all of them; prompts must fit a step of the encoders.
         env: More environment variables.
         settings: Of ``mm_ext``, for all of them.
+        engine_settings: In place of these for the first engine, the second, and so on.
         gigabytes: What the store may hold.
         log_dir: Directory for their logs; default: temporary.
 
@@ -61,7 +63,10 @@ def apart(
     ports = [free_port() for _ in range(encoders)]
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     shared = dict(settings or {})
-    asking = {**shared, "encoder_cache": {**shared.get("encoder_cache", {}), "encoders": urls}}
+
+    def asking(engine: int) -> dict[str, Any]:
+        own = engine_settings[engine] if engine < len(engine_settings) else shared
+        return {**own, "encoder_cache": {**own.get("encoder_cache", {}), "encoders": urls}}
 
     def side(name: str, role: str, own: Mapping[str, Any], port: int | None) -> Any:
         parts = sharing(role, store, gigabytes) | (SCHEDULER if role == "ec_consumer" else {})
@@ -77,7 +82,7 @@ def apart(
 
     sides = [
         *(side(f"encoder{n}", "ec_producer", shared, port) for n, port in enumerate(ports)),
-        *(side(f"engine{n}", "ec_consumer", asking, None) for n in range(engines)),
+        *(side(f"engine{n}", "ec_consumer", asking(n), None) for n in range(engines)),
     ]
     with together(sides) as up:
         yield Apart(up[:encoders], up[encoders:], store)

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.media.recorded import RecordedSegment
 from vllm_mm_ext.video.cuts import (
     Cut,
     Run,
@@ -192,9 +193,13 @@ class VideoSegment(SampledFrames):
 
     Attributes:
         part: The segment's place in its video; None on an array derived from a segment.
+        whole: On the first segment of a video, the video.
+        recorded: What another server made of the segment, whose pixels are not here; else None.
     """
 
     part: Segment | None
+    whole: SampledFrames | None
+    recorded: RecordedSegment | None
 
     @classmethod
     def of(
@@ -214,7 +219,7 @@ class VideoSegment(SampledFrames):
 
     def __array_finalize__(self, obj: object) -> None:
         super().__array_finalize__(obj)
-        self.part = None
+        self.part = self.whole = self.recorded = None
 
 
 def cut_video(layout: VideoLayout, reduction: Reduction, target: int) -> list[Cut]:
@@ -260,6 +265,7 @@ def segments_of(
     reduction: Reduction,
     target: int,
     pixels: Callable[[slice], npt.NDArray[np.uint8]],
+    known: Sequence[Indices | None] | None = None,
 ) -> list[Segment]:
     """The segments of a video.
 
@@ -267,8 +273,14 @@ def segments_of(
         layout, reduction, target: As for ``cut_video``.
         pixels: Returns frames of the video at their final size; called only for a
             ``reduction.static`` that compares pixels.
+        known: For each segment the cells that such a reduction keeps, if that is known already.
+
+    Raises:
+        ValueError: It is known of another number of segments.
     """
     cuts = cut_video(layout, reduction, target)
+    if known is not None and len(known) != len(cuts):
+        raise ValueError(f"{len(known)} segments are known of a video that has {len(cuts)}")
     segments = []
     for number, cut in enumerate(cuts):
         grids, height, width = cut.grids[1] - cut.grids[0], layout.height, layout.width
@@ -276,8 +288,12 @@ def segments_of(
         kept, left = None, (rows * columns,) * merged
         if reduction.static != "none" and grids:
             patch = layout.temporal_patch
-            frames = pixels(slice(cut.grids[0] * patch, cut.grids[1] * patch))
-            kept = kept_cells(static_scores(frames, height, width, patch, reduction), reduction)
+            if known is not None:
+                kept = _checked(known[number], merged * rows * columns, reduction)
+            else:
+                frames = pixels(slice(cut.grids[0] * patch, cut.grids[1] * patch))
+                scores = static_scores(frames, height, width, patch, reduction)
+                kept = kept_cells(scores, reduction)
             left = tuple(np.bincount(kept // (rows * columns), minlength=merged).tolist())
         runs = cut.runs
         if not reduction.is_identity:
@@ -296,6 +312,14 @@ def segments_of(
             )
         )
     return segments
+
+
+def _checked(kept: Indices | None, cells: int, reduction: Reduction) -> Indices:
+    if kept is None or not 0 < len(kept) == reduction.kept(cells):
+        raise ValueError("it is not known which cells a segment keeps")
+    if kept[0] < 0 or kept[-1] >= cells or not bool((np.diff(kept) > 0).all()):
+        raise ValueError("cells that a segment keeps are not its own, or out of order")
+    return kept
 
 
 def segment_digest(

@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
-from vllm_mm_ext.video.segments import Segment, VideoSegment
+from vllm_mm_ext.media.recorded import MediaRecord, RecordError, cells, piece_of, record_of
+from vllm_mm_ext.video.segments import (
+    Segment,
+    VideoLayout,
+    VideoSegment,
+    segment_digest,
+    segments_of,
+)
 
 # Recipes kept for one video. Requests can ask for any number of different splits.
 _MAX_SPLITS = 8
@@ -79,8 +87,51 @@ class SplitRecipe:
             VideoSegment.of(pixels[one.part.frames], one.part, digest=one.digest, track=one.track)
             for one in self.segments
         ]
+        if segments:
+            segments[0].whole = frames
+        if (record := record_of(frames)) is not None:
+            for segment, recorded in zip(segments, record.segments, strict=True):
+                segment.recorded = recorded
         names = [None] * len(segments)
         return SplitVideo(segments, names, metadata or {}, self.before, self.after)
+
+
+def recorded_recipe(
+    record: MediaRecord,
+    frames: SampledFrames,
+    layout: VideoLayout,
+    target: int,
+    around: tuple[tuple[int, ...], tuple[int, ...]],
+) -> SplitRecipe:
+    """The split of a video that another server has decoded and split.
+
+    Args:
+        record: What that server found.
+        frames: The recorded frames, without pixels.
+        layout: How the model lays the video out.
+        target: Most tokens of a segment, as for ``cut_video``.
+        around: Prompt tokens before the first and after the last segment.
+
+    Raises:
+        RecordError: This server splits the video otherwise.
+    """
+
+    def pixels(part: slice) -> npt.NDArray[np.uint8]:
+        raise AssertionError(f"recorded frames have no pixels: {part}")
+
+    try:
+        known = [cells(one.kept) for one in record.segments]
+        parts = segments_of(layout, frames.reduction, target, pixels, known)
+    except ValueError as error:
+        raise RecordError(str(error)) from error
+    digests, segments = frames.frame_digests(), []
+    for part, one in zip(parts, record.segments, strict=True):
+        if (one.track is None) != (part.audio[0] == part.audio[1]):
+            raise RecordError("the sound is in other segments")
+        track = piece_of(one.track, frames)
+        digest = segment_digest(part, frames.shape[1:3], digests[part.frames], track)
+        segments.append(SegmentRecipe(part, digest, track))
+    return SplitRecipe(tuple(segments), *around)
 
 
 def remembered(

@@ -9,6 +9,7 @@ from vllm_mm_ext.fleet.encode_request import (
     has_media,
     is_encode_request,
     levels_in,
+    takes_records,
 )
 
 TEXT = {"type": "text", "text": "What happens?"}
@@ -53,3 +54,19 @@ def test_levels_are_read_as_they_were_written(levels: list[int], noise: str) -> 
     assert levels_in(None) is None
     levels_in(noise)
     assert levels_in("9" * 5000) is None
+
+
+def test_only_plain_requests_are_taken_by_records() -> None:
+    plain = {"messages": user(TEXT, VIDEO, SOUND), "n": 1}
+    assert takes_records(plain)
+    assert takes_records({"messages": user({"video_url": {"url": "http://host/a.mp4"}})})
+    for more in ({"n": 2}, {"use_beam_search": True}, {"mm_processor_kwargs": {"fps": 1}}):
+        assert not takes_records(plain | more)
+    named = {**VIDEO, "uuid": "mine"}
+    for part in ({"type": "image_embeds", "image_embeds": "AAAA"}, {"audio_embeds": "AAAA"}, named):
+        assert not takes_records({"messages": user(VIDEO, part)})
+
+
+@given(st.lists(json_values, max_size=4), json_values)
+def test_no_body_makes_the_look_at_it_fail(messages: list[object], kwargs: object) -> None:
+    takes_records({"messages": messages, "mm_processor_kwargs": kwargs})

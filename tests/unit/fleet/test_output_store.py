@@ -138,6 +138,57 @@ def test_what_a_reader_holds_outlives_its_eviction(tmp_path: Path) -> None:
     assert not store.hold("key")
 
 
+def test_what_is_pinned_stays_until_the_last_pin_is_taken_back(tmp_path: Path) -> None:
+    clock = Clock()
+    store = OutputStore(tmp_path, CAPACITY, "reader", clock=clock)
+    assert not store.pin("key")
+    put(OutputStore(tmp_path, CAPACITY), "key")
+    clock.now += 1
+    assert store.pin("key")
+    assert store.pin("key")
+    store.path("key").unlink()
+    store.let_go()
+    clock.now += 10 * HOLD_S
+    store.release()
+    store.unpin("key")
+    clock.now += 10 * HOLD_S
+    store.release()
+    assert store.hold("key")
+    assert is_whole(store.held_path("key"))
+    store.unpin("key")
+    store.unpin("key")
+    clock.now += HOLD_S - 1
+    store.release()
+    assert store.hold("key")
+    clock.now += HOLD_S + 1
+    store.release()
+    assert not store.pin("key")
+    assert not names(tmp_path)
+
+
+def test_a_pinned_file_that_others_removed_is_linked_again_or_gone(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    put(store, "key")
+    assert store.pin("key")
+    store.held_path("key").unlink()
+    assert store.hold("key")
+    assert store.held_path("key").exists()
+    store.held_path("key").unlink()
+    store.path("key").unlink()
+    assert not store.hold("key")
+    store.unpin("key")
+
+
+def test_a_takedown_takes_pinned_files_too(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    put(store, "key")
+    assert store.pin("key")
+    store.forget("key")
+    assert not store.hold("key")
+    store.unpin("key")
+    assert not names(tmp_path)
+
+
 def test_a_file_that_is_not_whole_is_no_output(tmp_path: Path) -> None:
     store = OutputStore(tmp_path, CAPACITY, "reader")
     put(store, "key", 500)

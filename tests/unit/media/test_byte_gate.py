@@ -176,6 +176,13 @@ async def turns(count: int) -> None:
     streamed=False,
     announced=False,
 )
+@example(
+    items=[Item(101, 1)],
+    requests=[Request((0,), 0, 11), Request((0,), 0, None)],
+    shared=False,
+    streamed=False,
+    announced=False,
+)
 @settings(max_examples=25, deadline=None)
 @given(
     items=ITEMS,
@@ -196,6 +203,8 @@ def test_everybody_is_served_or_refused_and_the_bound_holds(
             # What a request that is done shared with others stays while the next one is the oldest.
             uses = Counter(i for r in requests for i in r.items)
             most += sum(sizes[i] for i, count in uses.items() if count > 1)
+        # What a request held that gave up counts until its last turn.
+        most += sum(sum(sizes[i] for i in r.items) for r in requests if r.gives_up is not None)
         for turn in range(10_000):
             for number, request in enumerate(requests):
                 if request.comes == turn:

@@ -9,6 +9,7 @@ import weakref
 import av
 import numpy as np
 import pytest
+from damaged_files import damage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,16 +18,6 @@ from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.substitutes import decode_chosen
 from vllm_mm_ext.media.types import DecodeRequest, SamplingSpec
 from vllm_mm_ext.testing.media import Tone, make_clip, read_stamp
-
-
-def damage(source, target, packets) -> None:
-    """Copy an MP4 file with the packets at these decode positions filled with zeros."""
-    data = bytearray(source.read_bytes())
-    with av.open(str(source)) as reader:
-        for number, packet in enumerate(reader.demux(video=0)):
-            if number in packets:
-                data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
-    target.write_bytes(data)
 
 
 def shown_in_order(path) -> dict[int, int]:

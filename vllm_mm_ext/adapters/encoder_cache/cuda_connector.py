@@ -126,6 +126,10 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         """Whether an item that is not on the device is being encoded elsewhere: never."""
         return False
 
+    def secured(self, request: Request, index: int) -> bool:  # noqa: ARG002 - the interface
+        """Whether a request may use an item that is on the device: items come whole."""
+        return True
+
     def update_state_after_alloc(self, request: Request, index: int) -> None:
         """Plan the load or save of an item for which the device tier has space now.
 

@@ -125,6 +125,10 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
         """Whether an item that is not on the device is being encoded elsewhere: never."""
         return False
 
+    def secured(self, request: Request, index: int) -> bool:  # noqa: ARG002 - the interface
+        """Whether a request may use an item that is on the device: items come whole."""
+        return True
+
     def used(self, key: str) -> None:
         """Note that a request found an item in the device tier."""
         self._tier.used(key)

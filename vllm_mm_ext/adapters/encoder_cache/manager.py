@@ -41,6 +41,9 @@ class HostSide(Protocol):
     def awaits(self, request: Request, index: int) -> bool:
         """Whether an item that is not on the device is being encoded elsewhere for a request."""
 
+    def secured(self, request: Request, index: int) -> bool:
+        """Whether a request may use an item that is on the device: it can be had again."""
+
     def used(self, key: str) -> None:
         """Note that a request found an item in the device tier."""
 
@@ -167,6 +170,8 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         if self._preempts_scheduled and owner != request.request_id:
             # The request it is about to be encoded for may yet be preempted.
             return False
+        if self._host is not None and not self._host.secured(request, input_id):
+            return False
         self._use(request.request_id, input_id, key)
         return True
 
@@ -252,16 +257,19 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         # An item may be in a request more than once.
         if key is None or key in inputs.values():
             return
+        preempted = self._fresh.get(key) == request.request_id
         self._forget(self._cache.release(key, request.request_id))
-        if self._fresh.get(key) == request.request_id:
-            # The request was preempted in the pass that scheduled it: nobody encodes the item.
-            del self._fresh[key]
-            if not self._cache.users(key):
-                if key in self._cache:
-                    self._cache.drop(key)
-                    self._forget([key])
-                if self._host is not None:
-                    self._host.cancel(key)
+        if preempted:
+            # In the pass that scheduled it: another request of the pass encodes the item, or none.
+            other = next(iter(self._cache.users(key)), None)
+            if other is not None:
+                self._fresh[key] = other
+                return
+            if key in self._cache:
+                self._cache.drop(key)
+                self._forget([key])
+            if self._host is not None:
+                self._host.cancel(key)
 
     def get_freed_mm_hashes(self) -> list[str]:
         """Items evicted since the last call and not cached again. This call ends a pass."""

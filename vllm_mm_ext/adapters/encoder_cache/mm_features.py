@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_mm_ext.adapters.encoder_cache.bare_items import BARE, is_bare
 from vllm_mm_ext.policies.encoder_cache.items import OutputBytes, deepstack_levels, encode_cost
 
 if TYPE_CHECKING:
@@ -35,4 +36,6 @@ def feature_cost(feature: Any) -> float:
     if feature.data is not None:
         tensors = (element.data for element in feature.data.values())
         values = [tensor.numel() for tensor in tensors if hasattr(tensor, "numel")]
+        if is_bare(feature):
+            values.append(int(feature.data[BARE].data))
     return encode_cost(feature.modality, feature.mm_position.get_num_embeds(), values)

@@ -13,6 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from vllm_mm_ext.adapters.encoder_cache import bare_items
 from vllm_mm_ext.adapters.encoder_cache.instance_plan import (
     join_shared_store,
     kept_plan,
@@ -35,6 +36,7 @@ def install() -> None:
     wrap(EngineArgs, "create_engine_config", _with_plan)
     wrap(BaseMultiModalProcessor, "_get_mm_hashes", _without_path)
     wrap(BaseRenderer, "_process_mm_uuids", _by_content)
+    bare_items.install()
 
 
 def _with_plan(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,6 +49,7 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
     """Encoder outputs in a directory that producers write and consumers read.
 
     Attributes:
+        files: The directory.
         stored: Outputs that this worker has written since its start.
     """
 
@@ -60,7 +61,7 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
             transfer = vllm_config.ec_transfer_config
             # Engines may have been given the same id.
             reader = f"{transfer.engine_id}-{parallel.data_parallel_index}-{uuid4().hex}"
-        self._files = OutputStore(shared_directory(vllm_config), store_bytes(vllm_config), reader)
+        self.files = OutputStore(shared_directory(vllm_config), store_bytes(vllm_config), reader)
         # All ranks of a tensor-parallel group have the same outputs.
         self._writes = self.is_producer and parallel.rank == 0
         self._loads: dict[str, str] = {}
@@ -77,17 +78,17 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
             identifier: Of the item.
             awaited: A request waits for it, so it is looked for more often.
         """
-        return self._files.hold(identifier, awaited=awaited)
+        return self.files.hold(identifier, awaited=awaited)
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
         """Plan the load of an output that was found."""
         key = request.mm_features[index].identifier
-        if self._files.hold(key):
-            self._loads[key] = str(self._files.held_path(key))
+        if self.files.hold(key):
+            self._loads[key] = str(self.files.held_path(key))
 
     def look_again(self) -> None:
         """Note that outputs which were not there a moment ago may be there now."""
-        self._files.look_again()
+        self.files.look_again()
 
     def publish(self, key: str) -> None:
         """Have an output stored that the producer has in its encoder cache already."""
@@ -100,11 +101,11 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
     def forget(self, keys: Iterable[str]) -> None:
         """Remove outputs from the store."""
         for key in keys:
-            self._files.forget(key)
+            self.files.forget(key)
 
     def reset(self) -> None:
         """Let go of what is held: it was made with other weights, or is gone from the store."""
-        self._files.let_go()
+        self.files.let_go()
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata:
         """End the scheduling pass."""
@@ -113,12 +114,12 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
             return StoreMetadata()
         meta = StoreMetadata(self._loads, tuple(self._publishes))
         self._loads, self._publishes = {}, {}
-        self._files.release()
+        self.files.release()
         return meta
 
     def shutdown(self) -> None:
         """Let go of the files that are held."""
-        self._files.close()
+        self.files.close()
 
     # --- in the worker ----------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
             safetensors.torch.save_file(tensors, path)
 
         try:
-            self.stored += self._files.put(key, write)
+            self.stored += self.files.put(key, write)
             self._told_of_failure = False
         except OSError as error:
             # Consumers encode what they do not find.

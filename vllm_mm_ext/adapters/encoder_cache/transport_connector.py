@@ -17,6 +17,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorRole,
 )
 
+from vllm_mm_ext.adapters.encoder_cache.bare_items import Bare
 from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector
 from vllm_mm_ext.adapters.encoder_cache.instance_plan import join_shared_store
 from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost
@@ -82,6 +83,13 @@ class TransportConnector(MMExtECConnector):
         self._shared = self.transport if isinstance(self.transport, SharedStoreConnector) else None
         self._expectations = Expectations(encoder_settings(vllm_config).encoder_wait_s)
         self._on_device: Callable[[str], bool] = lambda _: False
+        self._bare: Bare | None = None
+        if self._shared is not None and role == ECConnectorRole.SCHEDULER:
+            self._bare = Bare(
+                self._shared.files,
+                self._expects,
+                lambda key: self._on_device(key) or key in self._tier,
+            )
         self._counts = dict.fromkeys(("loaded", "missed", "waits_ended"), 0)
 
     # --- in the scheduler -------------------------------------------------------------------------
@@ -105,6 +113,8 @@ class TransportConnector(MMExtECConnector):
         """Whether a request can get on: the item that it has reached is not awaited."""
         if not self.transport.ensure_cache_available(request, num_computed_tokens):
             return False
+        if self._bare is not None and self._bare.holds_up(request, num_computed_tokens):
+            return False
         if _job_of(request) is None or num_computed_tokens >= request.num_prompt_tokens:
             return True
         for index, feature in enumerate(request.mm_features):
@@ -117,14 +127,24 @@ class TransportConnector(MMExtECConnector):
 
     def awaits(self, request: Request, index: int) -> bool:
         """Whether an item that is not on the device is being encoded elsewhere for a request."""
-        job, feature = _job_of(request), request.mm_features[index]
+        bare = None if self._bare is None else self._bare.awaits(request, index)
+        if bare is not None:
+            return bare
+        feature = request.mm_features[index]
         # Embeddings of a prompt come with the request.
-        if job is None or feature.modality == "prompt_embeds":
+        if _job_of(request) is None or feature.modality == "prompt_embeds":
             return False
         key = feature.identifier
         if not is_shared(key) or self.has_cache_item(key):
             return False
         if self._shared is not None and self._shared.has_cache_item(key, awaited=True):
+            return False
+        return self._expects(request, index)
+
+    def _expects(self, request: Request, index: int) -> bool:
+        """Whether an item may still come of what an encoder was asked for a request."""
+        job = _job_of(request)
+        if job is None:
             return False
         before = self._expectations.timed_out
         found = self._expectations.expects(request.request_id, job, index)
@@ -135,6 +155,10 @@ class TransportConnector(MMExtECConnector):
                 "encodes its media itself"
             )
         return found
+
+    def secured(self, request: Request, index: int) -> bool:
+        """Whether a request may use an item that is on the device: it can be had again."""
+        return self._bare is None or self._bare.is_secured(request, index)
 
     def encode_over(self, job: str) -> None:
         """Note that nothing more comes of what an encoder was asked."""
@@ -216,11 +240,13 @@ class TransportConnector(MMExtECConnector):
     def take_unavailable_requests(self) -> set[str]:
         """Requests whose inputs the transport can no longer get."""
         found: set[str] = self.transport.take_unavailable_requests()
-        return found
+        return found if self._bare is None else found | self._bare.take_unavailable()
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """Forget a request; what the transport says goes into its answer."""
         self._expectations.forget(request.request_id)
+        if self._bare is not None:
+            self._bare.forget(request.request_id)
         delayed, told = self.transport.request_finished(request)
         asked = request.ec_transfer_params
         if self._shared is not None and self.is_consumer:

@@ -16,6 +16,7 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.media.downloads import StockDownloads
+from vllm_mm_ext.adapters.media.media_records import recorded_or_decoded
 from vllm_mm_ext.adapters.media.noted_media import (
     begun_image,
     noted_audio,
@@ -248,7 +249,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
         return await use_media(
             self.fetcher(runtime),
             item.url,
-            lambda content: runtime.frontend.video(content, plan),
+            lambda content: recorded_or_decoded(context, runtime, content, plan),
             content=item.content,
             claim=context.budget_claim(runtime.budget),
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,

@@ -9,6 +9,7 @@ from blake3 import blake3
 
 from vllm_mm_ext.adapters.runtime import Runtime
 from vllm_mm_ext.media.payload import SampledFrames
+from vllm_mm_ext.media.recorded import record_of
 from vllm_mm_ext.request.context import RequestContext
 from vllm_mm_ext.request.media_items import AudioReport, ImageItem, MediaItem, VideoReport
 from vllm_mm_ext.sight.thumbnail_strip import strip_of
@@ -61,8 +62,12 @@ def noted_image(image: Any, item: ImageItem | None) -> Any:
 def take_pictures(
     frames: SampledFrames, item: MediaItem, context: RequestContext, runtime: Runtime
 ) -> None:
-    """Begin to make small pictures of the frames of a request, where the operator wants them."""
-    if context.trace.watched and runtime.config.sight.thumbnails:
+    """Begin to make small pictures of the frames of a request, where the operator wants them.
+
+    There are none of frames that another server has.
+    """
+    recorded = record_of(frames) is not None
+    if context.trace.watched and runtime.config.sight.thumbnails and not recorded:
         item.pictures = runtime.loop.submit(asyncio.to_thread(strip_of, frames))
 
 

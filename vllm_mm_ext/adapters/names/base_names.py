@@ -87,6 +87,19 @@ SEGMENT_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.multimodal.inputs:MultiModalFieldConfig", ("field", "modality")),
     VllmName("vllm.multimodal.inputs:MultiModalFieldElem", ("data", "field")),
     VllmName("vllm.multimodal.inputs:MultiModalFlatField", ("slices", "dim", "keep_on_cpu")),
+    # Records of videos: every processor that splits can write and read them.
+    VllmName(f"{_PROCESSOR}._apply_hf_processor", ("inputs", "timing_ctx")),
+    VllmName(f"{_PROCESSOR}._get_cache_missing_items", ("cache", "mm_data_items", "mm_hashes")),
+    VllmName(
+        f"{_PROCESSOR}._get_mm_prompt_updates",
+        ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+    ),
+    VllmName("vllm.multimodal.inputs:MultiModalBatchedField", ("keep_on_cpu",)),
+    VllmName("vllm.multimodal.inputs:MultiModalKwargsItem"),
+    VllmName("vllm.multimodal.inputs:MultiModalKwargsItems"),
+    VllmName("vllm.v1.serial_utils:MsgpackEncoder", ("size_threshold",)),
+    VllmName("vllm.v1.serial_utils:MsgpackDecoder", ("t", "share_mem")),
+    VllmAttributes("vllm.multimodal.processing.inputs:ProcessorInputs", ("cache", "mm_data_items")),
 )
 
 # What the omni processors and models call in vLLM.

@@ -155,6 +155,27 @@ TRANSPORT_NAMES: tuple[Checked, ...] = (
 _RENDERER = "vllm.renderers.base:BaseRenderer"
 _PROCESSING = "vllm.multimodal.processing"
 
+# Items of videos that another instance has decoded.
+BARE_NAMES: tuple[Checked, ...] = (
+    VllmName(
+        "vllm.multimodal.cache.base:BaseMultiModalReceiverCache.get_and_update_features",
+        ("mm_features",),
+    ),
+    *(
+        VllmName(f"vllm.multimodal.cache.base:BaseMultiModalProcessorCache.{name}", parameters)
+        for name, parameters in (
+            ("is_cached", ("mm_hashes",)),
+            ("is_cached_item", ("mm_hash",)),
+            ("touch_sender_cache_item", ("mm_hash",)),
+            ("get_and_update_item", ("mm_item", "mm_hash")),
+            ("release_sender_touches", ()),
+        )
+    ),
+    VllmAttributes("vllm.multimodal.inputs:MultiModalFieldElem", ("data",)),
+    VllmAttributes("vllm.outputs:RequestOutput", ("outputs",)),
+    VllmAttributes("vllm.outputs:CompletionOutput", ("finish_reason", "token_ids")),
+)
+
 SHARED_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
     VllmName(f"{_PROCESSING}.processor:BaseMultiModalProcessor._get_mm_hashes", ("inputs",)),
@@ -166,6 +187,7 @@ SHARED_NAMES: tuple[Checked, ...] = (
     ),
     VllmName(f"{_RENDERER}._validate_mm_uuids", ("mm_data", "mm_data_items", "mm_uuid_items")),
     VllmName(f"{_PROCESSING}.context:InputProcessingContext.get_mm_config"),
+    *BARE_NAMES,
     VllmAttributes(_RENDERER, ("model_config",)),
     VllmAttributes(
         "vllm.config:VllmConfig",

@@ -204,6 +204,7 @@ class Planner:
             frame_multiple=traits.frame_multiple,
             hears_video=bool(traits.hears_video),
             largest_item=max((most[kind] for kind in used if kind in most), default=0),
+            default_reduction=self.default_reduction,
         )
 
 

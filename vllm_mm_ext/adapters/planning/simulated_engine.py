@@ -12,6 +12,7 @@ from vllm_mm_ext.planner.step_contents import (
     RequestPart,
     StepContents,
     encoder_work,
+    inputs_of,
     step_contents,
 )
 
@@ -107,7 +108,8 @@ class SimulatedEngine:
             # ``schedule`` has counted the step's tokens as computed.
             before = request.num_computed_tokens - tokens
             items = [self._works[index] for index in encoded.get(key, ())]
-            yield RequestPart(tokens, before, request.num_prompt_tokens, items)
+            inputs = inputs_of(self._works) if not before else 0
+            yield RequestPart(tokens, before, request.num_prompt_tokens, items, inputs)
 
 
 def _scheduler(vllm_config: Any, shape: EngineShape) -> Any:

@@ -21,10 +21,12 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.processors import fields
+from vllm_mm_ext.adapters.processors.recorded_items import RecordedItems
 from vllm_mm_ext.adapters.processors.segment_items import SegmentItems, part_of, segment_at
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
+from vllm_mm_ext.media.recorded import record_of
 from vllm_mm_ext.video.resize import resized
 from vllm_mm_ext.video.segments import (
     Segment,
@@ -35,7 +37,13 @@ from vllm_mm_ext.video.segments import (
     segment_digest,
     segments_of,
 )
-from vllm_mm_ext.video.splits import SegmentRecipe, SplitRecipe, SplitVideo, remembered
+from vllm_mm_ext.video.splits import (
+    SegmentRecipe,
+    SplitRecipe,
+    SplitVideo,
+    recorded_recipe,
+    remembered,
+)
 from vllm_mm_ext.video.token_counts import TokenCount
 
 # Pixels of one request may take this share of vLLM's processor cache, which holds other items too.
@@ -44,14 +52,13 @@ _CACHE_SHARE = 0.5
 _MAX_NAMES = 4096
 
 
-class SegmentProcessor:
+class SegmentProcessor(RecordedItems):
     """Mixin in front of a family's multimodal processor in vLLM.
 
     A family overrides the methods of the first section. ``hf_kwargs`` are a request's
     ``mm_processor_kwargs``.
     """
 
-    info: Any
     checkpoint_reduction: Reduction | None = None
     """The reduction that the checkpoint declares for requests that name none."""
 
@@ -175,7 +182,7 @@ class SegmentProcessor:
         if inputs.cache is not None and not self._fits_cache(inputs.mm_data_items.get("video")):
             # vLLM expects items found in its cache to be still there once the others are added.
             inputs = dataclasses.replace(inputs, cache=None)
-        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        return super().apply(inputs, timing_ctx)
 
     def _fits_cache(self, videos: Any) -> bool:
         """Whether the pixels of all segments fit their share of vLLM's processor cache."""
@@ -291,6 +298,9 @@ class SegmentProcessor:
         layout = self.layout(shape, hf_kwargs)
         if layout is None:
             return None
+        if (record := record_of(frames)) is not None:
+            around = self.around(layout)
+            return recorded_recipe(record, frames, layout, self.segment_tokens, around)
 
         def pixels(part: slice) -> npt.NDArray[np.uint8]:
             return self.at_size(np.asarray(frames[part]), layout.size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from uuid import uuid4
 
@@ -20,6 +20,7 @@ from vllm_mm_ext.fleet.encode_request import (
     ENCODE_HEADER,
     LEVELS_HEADER,
     has_media,
+    takes_records,
 )
 from vllm_mm_ext.fleet.encoder_choice import EncoderChoice
 from vllm_mm_ext.fleet.pairing import Plan, as_header
@@ -77,7 +78,9 @@ class EncoderAsks:
         """
         if not has_media(body.get("messages") or ()):
             return None
-        return Job(self, route_key(body) or "", sent, headers, core)
+        job = Job(self, route_key(body) or "", sent, headers, core)
+        job.takes_records = takes_records(body)
+        return job
 
     def start(self, job: Job, levels: Sequence[int]) -> asyncio.Task[None] | None:
         """Ask for a job in the background; None if no encoder is up, or too many asks are open."""
@@ -179,6 +182,7 @@ class Job:
     Attributes:
         name: Names it to the engine; None until an encoder is asked.
         key: The request's route key, by which an encoder is chosen.
+        takes_records, used_records, whole: As in ``EncodeJob``.
         sent, headers, core: See ``EncoderAsks.job``.
     """
 
@@ -191,8 +195,17 @@ class Job:
         self.headers = headers
         self.core = core
         self.name: str | None = None
+        self.takes_records = False
+        self.used_records = 0
+        self.whole: Callable[[], asyncio.Task[Any]] | None = None
         self._begun = False
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an encoder is at work."""
+        task = self._task
+        return task is not None and not task.done()
 
     def begin(self, levels: Sequence[int]) -> None:
         """Ask an encoder, once.
@@ -211,5 +224,7 @@ class Job:
     def end(self) -> None:
         """Stop asking: the request has ended, whether it was answered or given up."""
         task, self._task = self._task, None
+        # What renders the request again leads back to this job.
+        self.whole = None
         if task is not None:
             task.cancel()

@@ -12,6 +12,7 @@ from vllm_mm_ext.adapters.patches import replace_attribute, wrap
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.encoder_asks import UTILITY
 from vllm_mm_ext.adapters.serving.middleware import answer_error
+from vllm_mm_ext.adapters.serving.recorded_requests import answered
 from vllm_mm_ext.errors import EncodeOnlyError, PairError
 from vllm_mm_ext.fleet.encode_request import (
     ENCODE_HEADER,
@@ -127,13 +128,23 @@ def _with_job(original: Callable[..., Any]) -> Callable[..., Any]:
         extra = getattr(sampling_params, "extra_args", None) or {}
         params = extra.get("ec_transfer_params")
         params = dict(params) if isinstance(params, Mapping) else {}
-        context = current_request()
-        job = getattr(context.elsewhere, "name", None) if context is not None else None
         # A client cannot make a request wait for what nobody was asked.
-        if params.pop(JOB, None) is not None or job is not None:
-            params |= {} if job is None else {JOB: job}
-            sampling_params.extra_args = {**extra, "ec_transfer_params": params}
-        return original(self, prompt, sampling_params, request_id, *args, **kwargs)
+        forged = params.pop(JOB, None) is not None
+        context = current_request()
+        elsewhere = None if context is None else context.elsewhere
+        job = getattr(elsewhere, "name", None)
+        named = forged or job is not None
+
+        def outputs(prompt: Any, job: str | None) -> Any:
+            if named:
+                own = params if job is None else params | {JOB: job}
+                sampling_params.extra_args = {**extra, "ec_transfer_params": own}
+            return original(self, prompt, sampling_params, request_id, *args, **kwargs)
+
+        if elsewhere is None or elsewhere.whole is None:
+            return outputs(prompt, job)
+        jobs = iter((job, None))
+        return answered(elsewhere, lambda prompt: outputs(prompt, next(jobs)), prompt)
 
     return generate
 

@@ -43,6 +43,7 @@ from vllm_mm_ext.policies.quality.videos import (
 )
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.request.conversation import (
+    list_contents,
     template_tokens,
     text_of,
     video_urls,
@@ -72,7 +73,7 @@ async def plan(
         MediaError: A video cannot be served or does not fit, or an option is beyond the server's
             bounds; whoever calls this turns it into vLLM's (``rendering_wrappers``).
     """
-    context = _entered(renderer, extras.get("cache_salt"))
+    context = _entered(renderer, messages, extras.get("cache_salt"))
     hf_kwargs = extras.get("mm_processor_kwargs")
     planning = Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
     if planning.nothing_to_plan:
@@ -97,7 +98,7 @@ def plan_blocking(
     extras: Mapping[str, Any],
 ) -> None:
     """As ``plan``, for ``LLM.chat``, which does all work in the caller's thread."""
-    context = _entered(renderer, extras.get("cache_salt"))
+    context = _entered(renderer, messages, extras.get("cache_salt"))
     hf_kwargs = extras.get("mm_processor_kwargs")
     planning = Conversation(context, renderer, messages, chat_params, tok_params, hf_kwargs)
     if planning.nothing_to_plan:
@@ -109,8 +110,9 @@ def plan_blocking(
     planning.plan_by(videos, decisions, time.perf_counter() - started)
 
 
-def _entered(renderer: Any, cache_salt: str | None) -> RequestContext:
+def _entered(renderer: Any, messages: Sequence[Any], cache_salt: str | None) -> RequestContext:
     """Make a context for a conversation that vLLM begins to render, and make it current."""
+    list_contents(messages)
     request = current_request() or RequestContext()
     settings = vllm_compat.settings_of(renderer.model_config)
     request.trace.shows_cache_hits = settings.reports.cache_hits
@@ -300,7 +302,6 @@ class Conversation:
             return ()
         traits, limits = self.runtime.frontend.traits, self.runtime.frontend.limits
         costs = FrontendCosts(videos, self.renderer.mm_processor, traits, limits)
-        controller = self.controller
         # All videos of a server are sampled alike.
         plan = videos[0].plan
         countable = costs.knows_tokens
@@ -312,16 +313,13 @@ class Conversation:
             max_item_tokens=self._largest_item(),
             trained=traits.trained,
         )
-        floor = plan.sampling.min_frames
+        sampling = plan.sampling
+        floor = sampling.min_frames
         if self.context.options.fps is not None:
             # The server's number of frames (``media_io_kwargs``) gives way to a request's rate.
             floor = min(floor, self.runtime.config.media.sampling.min_frames)
         defaults = SamplingDefaults(
-            plan.sampling.fps,
-            floor,
-            plan.sampling.max_frames,
-            plan.reduction,
-            plan.size.max_frame_pixels,
+            sampling.fps, floor, sampling.max_frames, plan.reduction, plan.size.max_frame_pixels
         )
         sources = [
             VideoSource(
@@ -334,7 +332,7 @@ class Conversation:
             )
             for video in videos
         ]
-        return controller.plan(
+        return self.controller.plan(
             sources,
             costs,
             defaults=defaults,
@@ -343,6 +341,8 @@ class Conversation:
             session=self.context.session,
             context=self.context_use(text_tokens),
             levels=self.context.levels,
+            # A long video has hundreds of windows. They would push out what conversations go by.
+            sticky=self.context.span is None,
         )
 
     def _own(self, video: PlannedVideo) -> str:

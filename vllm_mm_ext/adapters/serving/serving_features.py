@@ -46,9 +46,10 @@ def _install_options() -> None:
 def _install_planning() -> None:
     from vllm_mm_ext.adapters import rendering_wrappers
     from vllm_mm_ext.adapters.serving.planning import plan, plan_blocking
+    from vllm_mm_ext.adapters.serving.recorded_requests import rendered
     from vllm_mm_ext.request.context import claim_while_rendered
 
-    rendering_wrappers.around_chat_rendering(plan, plan_blocking, claim_while_rendered)
+    rendering_wrappers.around_chat_rendering(plan, plan_blocking, claim_while_rendered, rendered)
 
 
 def _install_placeholder_text() -> None:

@@ -194,6 +194,20 @@ def encode(message: Reply | Job) -> bytes:
     return _encoder.encode(message)
 
 
+def packed(value: object) -> bytes:
+    """The bytes of a value of typed fields, arrays among them."""
+    return _encoder.encode(value)
+
+
+def unpacked(payload: bytes, kind: type[M]) -> M:
+    """A value from the bytes that ``packed`` made of one of its kind.
+
+    Raises:
+        msgspec.MsgspecError: They are no such value.
+    """
+    return msgspec.msgpack.decode(payload, type=kind, dec_hook=_typed)
+
+
 def decode_job(payload: bytes | bytearray) -> Job:
     """What the pool wants of its worker."""
     return _jobs.decode(payload)
