@@ -135,6 +135,11 @@ class FluidEngine(Generic[T]):
         self._share_s = 0.0
         self._ending: list[Job[T]] = []
 
+    @property
+    def works(self) -> bool:
+        """Whether a step is under way."""
+        return self._phase is not _Phase.idle
+
     def add(self, now: float, request: T, prompt: int, output: int, rank: float) -> None:
         """A request comes.
 

@@ -6,6 +6,7 @@ import heapq
 from collections import OrderedDict
 
 from vllm_mm_ext.fleet.shapes import MediumCosts
+from vllm_mm_ext.fleet.shared_cores import SharedCores
 from vllm_mm_ext.planner.rates import HostCosts
 
 
@@ -18,13 +19,16 @@ class Front:
         costs: What work costs.
         workers: Decodes at a time.
         decoded_bytes: Decoded media that are kept, those used last.
+        cores: The server's, on whose clock all times here are.
 
     Attributes:
         decodes: Media decoded so far.
     """
 
-    def __init__(self, costs: HostCosts, workers: int, decoded_bytes: int) -> None:
-        self._costs = costs
+    def __init__(
+        self, costs: HostCosts, workers: int, decoded_bytes: int, cores: SharedCores
+    ) -> None:
+        self._costs, self._cores = costs, cores
         self._free = [0.0] * workers
         self._main = self._preprocessing = 0.0
         self._capacity, self._held = decoded_bytes, 0
@@ -34,8 +38,7 @@ class Front:
 
     def request(self, now: float) -> float:
         """Read a request; returns when that is done."""
-        self._main = max(self._main, now) + self._costs.request
-        return self._main
+        return self._on_main(now, self._costs.request)
 
     def medium(self, now: float, media: int, costs: MediumCosts) -> float:
         """Have a medium of a request ready, decoded once however many ask for it.
@@ -51,15 +54,25 @@ class Front:
         known = self._ready.get(media)
         if known is not None:
             self._ready.move_to_end(media)
-            return max(now + costs.again_s, known[0])
+            return max(self._on_main(now, costs.again_s), known[0])
         self.decodes += 1
         begins = max(now, self._free[0])
         decoded = begins + costs.decode_s
         heapq.heapreplace(self._free, decoded)
-        self._preprocessing = max(self._preprocessing, decoded) + costs.preprocess_s
+        self._cores.work(begins, decoded, self._costs.decode_threads)
+        begins = max(self._preprocessing, decoded)
+        self._preprocessing = begins + costs.preprocess_s
         ready = self._preprocessing + costs.main_s
+        self._cores.work(begins, ready)
         self._keep(media, ready, costs.decoded_bytes)
         return ready
+
+    def _on_main(self, now: float, seconds: float) -> float:
+        """Have the main thread do something; returns when that is done."""
+        begins = max(self._main, now)
+        self._main = begins + seconds
+        self._cores.work(begins, self._main)
+        return self._main
 
     def _keep(self, media: int, ready: float, num_bytes: int) -> None:
         self._ready[media] = ready, num_bytes

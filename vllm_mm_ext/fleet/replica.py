@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +13,10 @@ from vllm_mm_ext.fleet.fluid_engine import Ended, FluidEngine, PromptWork
 from vllm_mm_ext.fleet.front import Front
 from vllm_mm_ext.fleet.prompt_cache import Held, Prompt, PromptCache
 from vllm_mm_ext.fleet.shapes import MediumCosts, ReplicaShape
+from vllm_mm_ext.fleet.shared_cores import SharedCores
+
+# Sums of seconds are off by less.
+_ROUNDING = 1e-9
 
 
 @dataclass(slots=True)
@@ -78,7 +85,7 @@ class Running:
         last: No request of the session follows.
         measured: It counts for the figures.
         replica: Where it is; -1: nowhere.
-        attempt: How often it was sent.
+        encoded_at: When encoder instances have encoded what it needs.
         told: Its client has the first token.
         found: Tokens of the prompt that were cached, by the last attempt.
         encoded_tokens: Tokens of its media that were encoded for it, by the last attempt.
@@ -93,7 +100,7 @@ class Running:
     last: bool
     measured: bool
     replica: int = -1
-    attempt: int = 0
+    encoded_at: float = -math.inf
     told: bool = False
     found: int = 0
     encoded_tokens: int = 0
@@ -119,11 +126,19 @@ class Replica:
         self.running: dict[Running, None] = {}
         self._busy_s = 0.0
         self._decodes = 0
+        self._numbers = itertools.count()
         self._start()
 
     def _start(self) -> None:
         shape = self._shape
-        self._front = Front(shape.rates.host, shape.decode_workers, shape.decoded_bytes)
+        # Front-end and engine work on this clock.
+        self._clock = SharedCores(shape.cores)
+        self._front = Front(
+            shape.rates.host, shape.decode_workers, shape.decoded_bytes, self._clock
+        )
+        # Requests that are read, by when that is over; and those that encoder instances work for.
+        self._read: list[tuple[float, int, Running]] = []
+        self._encoding: list[tuple[float, int, Running]] = []
         self._outputs = EncoderOutputs(max(shape.device_bytes, shape.host_bytes))
         self._cache = PromptCache(shape.kv_blocks, shape.block_size, shape.hidden_size)
         self._cache.retention.encoded = self._outputs.holds
@@ -145,14 +160,14 @@ class Replica:
         """Whether a prompt is not too long."""
         return self._cache.fits(prompt)
 
-    def receive(self, now: float, request: Running) -> float:
-        """Read a request with its media; returns when the engine gets it."""
-        ready = read = self._front.request(now)
-        media = request.talk.media
-        # What came before in a live session is part of the session.
-        for number, kind, _ in media[-1:] if request.live else media:
+    def receive(self, now: float, request: Running) -> None:
+        """Read a request with its media; the engine gets it after that."""
+        self.running[request] = None
+        own = self._clock.own(now)
+        ready = read = self._front.request(own)
+        for number, kind, _ in _sent(request):
             ready = max(ready, self._front.medium(read, number, self._kinds[kind]))
-        return ready
+        heapq.heappush(self._read, (ready, next(self._numbers), request))
 
     def lacking(self, request: Running) -> list[tuple[int, int]]:
         """Number and kind of the media whose outputs a request will need and nobody has here."""
@@ -167,24 +182,18 @@ class Replica:
                 lacking.append((media, kind))
         return lacking
 
-    def arrive(self, now: float, request: Running) -> None:
-        """A request reaches the engine."""
-        found = self._cache.found(request.prompt)
-        encoding = 0.0
-        if self._encodes:
-            encoding = sum(self._kinds[kind].encode_s for _, kind in self._lacking(request, found))
-        # One that is to be encoded passes one that is under way only if half as much is left of it.
-        rank = 2 * (self._prefill_s(request.prompt, found) + encoding)
-        rank = rank if encoding else rank / 2
-        self._engine.add(now, request, request.prompt.tokens, request.prompt.output, rank)
-
     def next_event(self) -> float:
         """When something happens next; infinity if nothing will."""
-        return self._engine.next_event()
+        own = self._engine.next_event()
+        if self._read:
+            own = min(own, self._read[0][0])
+        at = self._clock.when(own)
+        return min(at, self._encoding[0][0]) if self._encoding else at
 
     def run(self, now: float) -> Ended[Running]:
         """Go on to a time, not after ``next_event``; says who got a first token or an answer."""
-        ended = self._engine.run(now)
+        own = self._clock.own(now)
+        ended = self._engine.run(own)
         for request in ended.first:
             assert request.held is not None
             self._cache.computed(request.held)
@@ -193,11 +202,32 @@ class Replica:
             self._cache.release(request.held)
             request.held = None
             del self.running[request]
+        while self._read and self._read[0][0] <= own + _ROUNDING:
+            request = heapq.heappop(self._read)[2]
+            if request.encoded_at > now:
+                place = (request.encoded_at, next(self._numbers), request)
+                heapq.heappush(self._encoding, place)
+            else:
+                self._arrive(own, request)
+        while self._encoding and self._encoding[0][0] <= now:
+            self._arrive(own, heapq.heappop(self._encoding)[2])
+        self._clock.engine = self._shape.rates.host.engine_threads if self._engine.works else 0.0
         return ended
+
+    def _arrive(self, own: float, request: Running) -> None:
+        """A request reaches the engine."""
+        found = self._cache.found(request.prompt)
+        seconds = self._prefill_s(request.prompt, found) + self._inputs_s(request)
+        encoding = 0.0
+        if self._encodes:
+            encoding = sum(self._kinds[kind].encode_s for _, kind in self._lacking(request, found))
+        # One that is to be encoded passes one that is under way only if half as much is left of it.
+        rank = 2 * (seconds + encoding) if encoding else seconds
+        self._engine.add(own, request, request.prompt.tokens, request.prompt.output, rank)
 
     def die(self, now: float) -> list[Running]:
         """Lose everything; returns the requests that were there."""
-        self._engine.run(min(now, self._engine.next_event()))
+        self._engine.run(min(self._clock.own(now), self._engine.next_event()))
         self._busy_s, self._decodes = self.busy_s, self.decodes
         lost = list(self.running)
         for request in lost:
@@ -205,6 +235,9 @@ class Replica:
         self.running.clear()
         self._start()
         return lost
+
+    def _inputs_s(self, request: Running) -> float:
+        return sum(self._kinds[kind].inputs_s for _, kind, _ in _sent(request))
 
     def _prefill_s(self, prompt: Prompt, found: int) -> float:
         costs, tokens = self._shape.rates.step, prompt.tokens - found
@@ -222,7 +255,7 @@ class Replica:
             if end <= held.found:
                 break
             encoding += self._encode(request, media, self._kinds[kind], held.found, end)
-        seconds = self._prefill_s(request.prompt, held.found) + encoding
+        seconds = self._prefill_s(request.prompt, held.found) + encoding + self._inputs_s(request)
         return PromptWork(seconds, request.prompt.tokens - held.found, encoding > 0)
 
     def _encode(
@@ -239,6 +272,13 @@ class Replica:
         return costs.encode_s * encoded / parts
 
 
+def _sent(request: Running) -> list[tuple[int, int, int]]:
+    """Number, kind and end of the media that a request brings or repeats."""
+    media = request.talk.media
+    # What came before in a live session is part of the session.
+    return media[-1:] if request.live else media
+
+
 class EncoderInstance:
     """A server that encodes for others, one request after the other.
 
@@ -252,7 +292,9 @@ class EncoderInstance:
 
     def __init__(self, shape: ReplicaShape, kinds: Sequence[MediumCosts]) -> None:
         self._costs, self._kinds = shape.rates, kinds
-        self._front = Front(shape.rates.host, shape.decode_workers, shape.decoded_bytes)
+        self._front = Front(
+            shape.rates.host, shape.decode_workers, shape.decoded_bytes, SharedCores()
+        )
         self._outputs = EncoderOutputs(max(shape.device_bytes, shape.host_bytes))
         self._free = self.busy_s = 0.0
 

@@ -10,7 +10,7 @@ from vllm_mm_ext.planner.model_facts import ModelFacts
 from vllm_mm_ext.planner.plan import Plan
 from vllm_mm_ext.planner.rates import Rates
 from vllm_mm_ext.planner.request_tokens import RequestTokens
-from vllm_mm_ext.planner.step_contents import encoder_work
+from vllm_mm_ext.planner.step_contents import encoder_work, inputs_of
 from vllm_mm_ext.planner.workload import Workload
 
 
@@ -28,6 +28,7 @@ class MediumCosts:
         preprocess_s: Seconds of the preprocessing thread.
         main_s: Seconds of the API server's main thread when it is first seen...
         again_s: ...and when its frames are cached.
+        inputs_s: Seconds of the step in which a request with it begins, encoded or not.
     """
 
     tokens: int
@@ -39,6 +40,7 @@ class MediumCosts:
     preprocess_s: float
     main_s: float
     again_s: float
+    inputs_s: float
 
     @classmethod
     def of(
@@ -60,6 +62,7 @@ class MediumCosts:
             + step.audio * item.audio
             for item in encoder_work(request)
         )
+        inputs = inputs_of(encoder_work(request))
         works = host_work(workload, request)
         return cls(
             tokens=request.prompt - request.text,
@@ -70,7 +73,8 @@ class MediumCosts:
             decode_s=sum(work.probe_s(host) + work.decode_s(host) for work in works),
             preprocess_s=sum(work.preprocess_s(host) for work in works),
             main_s=sum(work.main_s(host) for work in works),
-            again_s=host.medium * len(works),
+            again_s=sum(work.cached_s(host) for work in works),
+            inputs_s=step.inputs * inputs,
         )
 
 
@@ -87,6 +91,7 @@ class ReplicaShape:
         step_tokens: ``--max-num-batched-tokens``.
         hidden_size: Of the language model.
         rates: What work costs.
+        cores: Cores of the machine that the engine and its API server have.
     """
 
     kv_blocks: int
@@ -99,6 +104,7 @@ class ReplicaShape:
     step_tokens: int
     hidden_size: int
     rates: Rates
+    cores: float
 
     @classmethod
     def of(cls, plan: Plan, rates: Rates) -> ReplicaShape:
@@ -119,4 +125,5 @@ class ReplicaShape:
             step_tokens=plan.step.tokens,
             hidden_size=plan.facts.text.hidden,
             rates=rates,
+            cores=max(1, plan.site.cores // plan.site.dp),
         )

@@ -16,11 +16,8 @@ from vllm_mm_ext.fleet.simulated_routers import ROUTERS, Hashed
 from vllm_mm_ext.fleet.tally import Tally
 from vllm_mm_ext.fleet.traffic import Ask
 
-# What happens: an engine gets a request, an engine has news, a replica dies, a replica is back.
-_ARRIVE, _ENGINE, _DIE, _RETURN = range(4)
-# Of the place of a request: its replica; above that, its attempt.
-_REPLICA_BITS = 32
-_REPLICA = (1 << _REPLICA_BITS) - 1
+# What happens: a replica has news, a replica dies, a replica is back.
+_NEWS, _DIE, _RETURN = range(3)
 # Requests after which progress is told.
 _TOLD_EVERY = 10_000
 
@@ -91,6 +88,7 @@ def simulate(
     *,
     failures: Sequence[Failure] = (),
     unmeasured: int = 0,
+    clients: float = math.inf,
     seed: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Tally:
@@ -105,6 +103,8 @@ def simulate(
         routing: A name of ``ROUTERS``.
         failures: Replicas that die, in order of time.
         unmeasured: The first requests, which find caches empty and count for nothing.
+        clients: Requests asked and not answered at a time: the next one waits for an answer, even
+            if its time has come.
         seed: Of random choices.
         progress: Is called now and then with the number of requests sent so far.
 
@@ -112,7 +112,7 @@ def simulate(
         What clients saw and what the fleet did.
     """
     run = _Simulation(fleet, routing, failures, unmeasured, seed)
-    run.play(iter(asks), progress)
+    run.play(iter(asks), clients, progress)
     return run.tally
 
 
@@ -137,7 +137,7 @@ class _Simulation:
         # Requests of a time when no replica serves.
         self._stranded: deque[Running] = deque()
         self._sessions: dict[int, _Session] = {}
-        self._events: list[tuple[float, int, int, int, Running | None]] = []
+        self._events: list[tuple[float, int, int, int]] = []
         self._numbers = itertools.count()
         # When each replica is expected to have news, so that it is written down once.
         self._expected = [math.inf] * fleet.replicas
@@ -147,13 +147,15 @@ class _Simulation:
             self._later(failure.at, _DIE, failure.replica)
             self._later(failure.back, _RETURN, failure.replica)
 
-    def play(self, asks: Iterator[Ask], progress: Callable[[int], None]) -> None:
+    def play(self, asks: Iterator[Ask], clients: float, progress: Callable[[int], None]) -> None:
         """Serve all requests."""
         events, sent, now = self._events, 0, 0.0
         coming = next(asks, None)
         while True:
-            if coming is not None and (not events or coming.at <= events[0][0]):
-                now = coming.at
+            at = math.inf if coming is None else max(now, coming.at)
+            over = self.tally.answered + self.tally.refused
+            if coming is not None and sent - over < clients and (not events or at <= events[0][0]):
+                now = at
                 self._ask(now, coming)
                 self.tally.offered_s = now
                 coming = next(asks, None)
@@ -164,37 +166,31 @@ class _Simulation:
             # What is still to fail or to return when all is answered changes nothing.
             if not events or (coming is None and not self._total and not self._stranded):
                 break
-            now, _, kind, replica, request = heapq.heappop(events)
-            self._happen(now, kind, replica, request)
+            now, _, kind, replica = heapq.heappop(events)
+            self._happen(now, kind, replica)
         progress(sent)
         self.tally.busy_s = [replica.busy_s for replica in self._replicas]
         self.tally.encoder_busy_s = [encoder.busy_s for encoder in self._encoders]
         self.tally.decodes = sum(replica.decodes for replica in self._replicas)
         self.tally.decodes += sum(encoder.decodes for encoder in self._encoders)
 
-    def _happen(self, now: float, kind: int, replica: int, request: Running | None) -> None:
-        if kind == _ENGINE:
-            if self._expected[replica] <= now:
-                self._expected[replica] = math.inf
-                self._run(now, replica)
-        elif kind == _DIE:
+    def _happen(self, now: float, kind: int, replica: int) -> None:
+        if kind == _DIE:
             self._die(now, replica)
         elif kind == _RETURN:
             self._return(now, replica)
-        elif request is not None and request.attempt == replica >> _REPLICA_BITS:
-            # Otherwise it was sent again meanwhile.
-            where = replica & _REPLICA
-            self._replicas[where].arrive(now, request)
-            self._expect(where)
+        elif self._expected[replica] <= now:
+            self._expected[replica] = math.inf
+            self._run(now, replica)
 
-    def _later(self, at: float, kind: int, replica: int, request: Running | None = None) -> None:
-        heapq.heappush(self._events, (at, next(self._numbers), kind, replica, request))
+    def _later(self, at: float, kind: int, replica: int) -> None:
+        heapq.heappush(self._events, (at, next(self._numbers), kind, replica))
 
     def _expect(self, replica: int) -> None:
         at = self._replicas[replica].next_event()
         if at < math.inf and at != self._expected[replica]:
             self._expected[replica] = at
-            self._later(at, _ENGINE, replica)
+            self._later(at, _NEWS, replica)
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -229,7 +225,6 @@ class _Simulation:
     def _dispatch(self, now: float, request: Running) -> None:
         """Send a request, for the first time or again."""
         session = self._sessions[request.talk.number]
-        request.attempt += 1
         if not self._serving:
             self._stranded.append(request)
             return
@@ -245,17 +240,16 @@ class _Simulation:
                 session.replica = where
         request.replica = where
         replica = self._replicas[where]
-        replica.running[request] = None
-        place = request.attempt << _REPLICA_BITS | where
-        ready = replica.receive(now, request)
+        replica.receive(now, request)
+        request.encoded_at = -math.inf
         if self._encoders and not request.live:
             request.encoded_tokens = 0
             # Asked while this replica's front-end is at work.
             if lacking := replica.lacking(request):
                 first = request.talk.media[0][0]
                 encoder = self._encoders[self._encoder_router.choose(0, first, (), 0)]
-                ready = max(ready, encoder.serve(now, request, lacking))
-        self._later(ready, _ARRIVE, place, request)
+                request.encoded_at = encoder.serve(now, request, lacking)
+        self._expect(where)
 
     def _run(self, now: float, where: int) -> None:
         ended = self._replicas[where].run(now)

@@ -15,7 +15,14 @@ import numpy as np
 from vllm_mm_ext.planner.host import Host, Lane, share_busy
 from vllm_mm_ext.planner.host_work import MediumWork
 from vllm_mm_ext.planner.rates import Rates, RatesRange
-from vllm_mm_ext.planner.step_contents import StepContents
+from vllm_mm_ext.planner.request_tokens import RequestTokens
+from vllm_mm_ext.planner.step_contents import (
+    RequestPart,
+    StepContents,
+    encoder_work,
+    inputs_of,
+    step_contents,
+)
 
 # Requests of each client; the first and the last one's do not count: the load is not steady then.
 ROUNDS = 5
@@ -159,6 +166,24 @@ def figures_of(timings: Sequence[Timing], concurrency: int) -> Figures:
         float(np.median(gaps)) if gaps else 0.0,
         (last - first) / seconds,
     )
+
+
+def follow_up_s(media: Sequence[MediumWork], request: RequestTokens, rates: Rates) -> float:
+    """Seconds to the first token of a follow-up that is asked alone, with all before it in caches.
+
+    Its question is as long as the request's own text, and is computed in one step.
+
+    Args:
+        media: Work for the media of the request before it.
+        request: That request.
+        rates: What work costs.
+    """
+    before = request.prompt + request.output
+    inputs = inputs_of(encoder_work(request))
+    part = RequestPart(request.text, before, before + request.text, (), inputs)
+    host = rates.host
+    cached = sum(medium.cached_s(host) for medium in media)
+    return host.request + cached + rates.step.seconds(step_contents([part])) + host.token
 
 
 @dataclass(frozen=True)

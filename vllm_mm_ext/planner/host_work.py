@@ -41,6 +41,15 @@ class MediumWork:
         """Seconds of the API server's main thread."""
         return costs.medium + costs.sent_input * self.sent
 
+    def cached_s(self, costs: HostCosts) -> float:
+        """Seconds of the API server when its caches hold the medium."""
+        if not self.in_worker:
+            # vLLM reads pictures again for each request.
+            return self.main_s(costs) + self.preprocess_s(costs)
+        if costs.cached_medium is None:
+            return costs.medium
+        return costs.cached_medium + costs.cached_input * self.sent
+
     def probe_s(self, costs: HostCosts) -> float:
         """Seconds of a probe worker."""
         return costs.probe if self.in_worker else 0.0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vllm_mm_ext.config.media_settings import MAX_OUTPUT_MB
+from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.planner.delivery import MAX_FRAMES, Delivery, frames_asked
 from vllm_mm_ext.planner.front_end import FrontEnd, front_end
 from vllm_mm_ext.planner.gpu_facts import GIB, Site
@@ -48,6 +49,7 @@ class Server:
         frame_multiple: Frames of a temporal patch.
         hears_video: The model hears the sound of videos.
         largest_item: Embeddings of the largest mm item that vLLM admits by the model's limits.
+        default_reduction: The token reduction of a server that is told none.
     """
 
     segment_tokens: int
@@ -57,6 +59,7 @@ class Server:
     frame_multiple: int
     hears_video: bool
     largest_item: int
+    default_reduction: Reduction
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,12 @@ def _plugin(page: _Page, plan: Plan) -> None:
             "needs the blocks takes them."
         )
         page.put_flow("kv", max_visual_cache_share=min(1.0, math.ceil(share * 100) / 100))
-    if not delivery.reduction.is_identity:
-        page.say("Tokens of videos are made fewer by it.")
+    if not (delivery.reduction.is_identity and plan.server.default_reduction.is_identity):
+        page.say(
+            "Without it the checkpoint's own would make tokens of videos fewer."
+            if delivery.reduction.is_identity
+            else "Tokens of videos are made fewer by it."
+        )
         changed = delivery.reduction.model_dump(exclude_defaults=True)
         page.put_flow("compression", reduction=changed)
     if work.has_media:

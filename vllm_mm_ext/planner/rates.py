@@ -31,6 +31,9 @@ class HostCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         preprocess_sound_second: The same, for a second of sound.
         decode_threads: Cores that a decode keeps busy.
         engine_threads: Cores that a step of the engine takes from others.
+        cached_medium: The API server, all threads, for a medium whose frames and encoder inputs its
+            caches hold; None: not measured.
+        cached_input: The same, for an encoder input of such a medium.
     """
 
     request: NotNegative
@@ -47,6 +50,9 @@ class HostCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preprocess_sound_second: NotNegative
     decode_threads: Annotated[float, msgspec.Meta(gt=0)]
     engine_threads: Annotated[float, msgspec.Meta(gt=0)]
+    # Files of earlier versions do not have these.
+    cached_medium: NotNegative | None = None
+    cached_input: NotNegative = 0.0
 
 
 class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,7 +78,7 @@ class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for key, value in hosts.items():
             if key == "megapixel":
                 hosts[key] = {codec: host * seconds for codec, seconds in value.items()}
-            elif key not in _NO_SECONDS:
+            elif value is not None and key not in _NO_SECONDS:
                 hosts[key] = host * value
         return Rates(StepCosts(**steps), HostCosts(**hosts))
 

@@ -16,8 +16,10 @@ from vllm_mm_ext.planner.step_costs import StepCosts
 # Shares of a GPU's figures that large matrices, attention and reading of memory reach in vLLM.
 _MATRIX, _ATTENTION, _MEMORY = 0.5, 0.3, 0.75
 # Seconds of a step that no figure of the GPU explains: scheduling, launches, sampling, and what
-# steps outside of the graphs captured for decoding take more.
+# steps outside of the graphs captured for decoding take more; and of an encoder input on its
+# way to the workers, 2 kB at a few GB/s.
 _STEP_S, _SEQUENCE_S, _PROMPT_S, _ENCODE_S, _ITEM_S = 2e-3, 2e-5, 3e-3, 4e-3, 2e-4
+_INPUT_S = 5e-7
 # Of layers with windows, about so many attend to whole pictures (Qwen2.5-VL: 4 of 32).
 _WHOLE_LAYERS = 1 / 8
 # About what `vllm-mm calibrate` finds on one core of an AMD EPYC (Zen 4, 2.6 GHz).
@@ -36,6 +38,8 @@ HOST = HostCosts(
     preprocess_sound_second=7e-4,
     decode_threads=1.0,
     engine_threads=1.0,
+    cached_medium=6e-3,
+    cached_input=2e-7,
 )
 # How far off such rates may be: steps and the host.
 _STEP_RANGE, _HOST_RANGE = (0.6, 2.0), (0.4, 2.5)
@@ -74,6 +78,7 @@ def roofline(facts: ModelFacts, gpu: GpuFacts, tp: int) -> RatesRange | None:
         vision=vision,
         vision_pairs=vision_pairs,
         audio=audio,
+        inputs=_INPUT_S,
     )
     return RatesRange.around(Rates(step, HOST), step=_STEP_RANGE, host=_HOST_RANGE)
 

@@ -32,12 +32,15 @@ class RequestPart(NamedTuple):
         before: Tokens before these.
         prompt: Tokens of the prompt.
         items: Work for the items encoded.
+        inputs: In the request's first step, the encoder inputs of all its media: the engine hands
+            them to its workers then, whether or not they will be encoded.
     """
 
     tokens: int
     before: int
     prompt: int
     items: Sequence[EncoderWork]
+    inputs: int = 0
 
 
 class StepContents(msgspec.Struct, frozen=True):
@@ -54,6 +57,7 @@ class StepContents(msgspec.Struct, frozen=True):
         vision: Positions of the vision encoder.
         vision_pairs: Pairs of these that attend to each other.
         audio: Positions of the audio encoder.
+        inputs: Encoder inputs of requests that begin.
     """
 
     decodes: int = 0
@@ -66,6 +70,7 @@ class StepContents(msgspec.Struct, frozen=True):
     vision: int = 0
     vision_pairs: float = 0.0
     audio: int = 0
+    inputs: int = 0
 
 
 def encoder_work(request: RequestTokens) -> tuple[EncoderWork, ...]:
@@ -81,7 +86,7 @@ def encoder_work(request: RequestTokens) -> tuple[EncoderWork, ...]:
 
 def step_contents(parts: Iterable[RequestPart]) -> StepContents:
     """What a step holds that does these for its requests."""
-    decodes = context = prefill = 0
+    decodes = context = prefill = inputs = 0
     pairs = 0.0
     items: list[EncoderWork] = []
     for part in parts:
@@ -92,6 +97,7 @@ def step_contents(parts: Iterable[RequestPart]) -> StepContents:
             decodes += 1
             context += part.before
         items += part.items
+        inputs += part.inputs
     return StepContents(
         decodes,
         context,
@@ -103,4 +109,10 @@ def step_contents(parts: Iterable[RequestPart]) -> StepContents:
         sum(item.vision for item in items),
         sum(item.vision_pairs for item in items),
         sum(item.audio for item in items),
+        inputs,
     )
+
+
+def inputs_of(works: Iterable[EncoderWork]) -> int:
+    """Encoder inputs of all items of a request."""
+    return sum(work.vision + work.audio for work in works)

@@ -35,6 +35,8 @@ class StepCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vision: NotNegative
     vision_pairs: NotNegative
     audio: NotNegative
+    # Files of earlier versions do not have it.
+    inputs: NotNegative = 0.0
 
     def seconds(self, contents: StepContents) -> float:
         """How long a step takes."""

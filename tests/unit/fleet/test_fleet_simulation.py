@@ -102,6 +102,37 @@ def test_a_request_on_an_idle_replica_takes_what_its_work_costs():
     assert tally.later.p50 == pytest.approx(1.5e-3 + STEP.step + STEP.prompts + again)
 
 
+def test_on_one_core_the_engine_waits_for_what_the_front_end_does_meanwhile():
+    asks = [Ask(0.0, number, -1, 0, 20, 1, last=True) for number in range(2)]
+    shared, apart = (serve(asks, served_by=fleet(1, cores=cores)) for cores in (1, 2))
+    step = STEP.step + STEP.prompts + 20 * STEP.prefill
+    assert apart.seconds == pytest.approx(1e-3 + 2 * step)
+    # While the first one is computed, the second one is read.
+    assert shared.seconds == pytest.approx(2e-3 + 2 * step)
+
+
+def test_clients_that_wait_for_answers_have_no_more_requests_under_way_than_they_are():
+    asks = [Ask(5.0, number, -1, 0, 20, 1, last=True) for number in range(6)]
+    one, two, all_at_once = (
+        serve(asks, served_by=fleet(1), clients=clients) for clients in (1, 2, math.inf)
+    )
+    alone = 1e-3 + STEP.step + STEP.prompts + 20 * STEP.prefill
+    assert one.answered == two.answered == all_at_once.answered == 6
+    assert one.seconds == pytest.approx(5.0 + 6 * alone)
+    assert one.all.p99 == pytest.approx(alone, rel=0.02)
+    assert alone < two.all.p99 < all_at_once.all.p99
+
+
+def test_a_medium_that_caches_hold_costs_what_is_measured_of_such_media():
+    costs = replace(VIDEO, again_s=0.05, inputs_s=0.01)
+    asks = [Ask(0.0, 1, 7, 0, 20, 1), Ask(100.0, 1, -1, 0, 20, 1, last=True)]
+    usual, dearer = (
+        serve(asks, served_by=replace(fleet(1), kinds=(kind,))) for kind in (VIDEO, costs)
+    )
+    more = costs.again_s - VIDEO.again_s + costs.inputs_s
+    assert dearer.later.p50 - usual.later.p50 == pytest.approx(more, rel=0.02)
+
+
 def test_thousands_that_wait_for_a_session_whose_prompts_are_too_long_are_all_refused():
     # The first answer takes until the others wait, and leaves a conversation too long to go on.
     first = Ask(0.0, 1, 7, 0, 20, 11)

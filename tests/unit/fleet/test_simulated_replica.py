@@ -15,6 +15,7 @@ from vllm_mm_ext.fleet.fluid_engine import FluidEngine, PromptWork
 from vllm_mm_ext.fleet.front import Front
 from vllm_mm_ext.fleet.prompt_cache import Held, PromptCache
 from vllm_mm_ext.fleet.replica import Conversation
+from vllm_mm_ext.fleet.shared_cores import SharedCores
 
 _TARGET_S = SchedulerSettings().target_itl_ms / 1e3
 _STEP_S = STEP.step + STEP.prompts
@@ -158,7 +159,7 @@ def test_outputs_are_encoded_again_only_when_they_were_evicted(media, room):
 
 
 def test_a_medium_is_decoded_once_for_all_that_ask_and_as_many_at_a_time_as_there_are_workers():
-    front = Front(HOST, 2, 10 * VIDEO.decoded_bytes)
+    front = Front(HOST, 2, 10 * VIDEO.decoded_bytes, SharedCores())
     one = VIDEO.decode_s + VIDEO.preprocess_s + VIDEO.main_s
     assert front.medium(0.0, 1, VIDEO) == pytest.approx(one)
     assert front.medium(0.01, 1, VIDEO) == pytest.approx(one)

@@ -10,6 +10,7 @@ import pytest
 
 from vllm_mm_ext.planner.calibration_file import VERSION, Calibration, read, write
 from vllm_mm_ext.planner.gpu_facts import GpuFacts
+from vllm_mm_ext.planner.host_work import MediumWork
 from vllm_mm_ext.planner.model_facts import EncoderFacts, ModelFacts, TextFacts
 from vllm_mm_ext.planner.roofline import HOST, roofline
 from vllm_mm_ext.planner.step_contents import StepContents
@@ -37,6 +38,20 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "a" / "calibration.json"
     write(calibration(), file)
     assert read(file) == calibration()
+
+
+def test_a_file_from_before_media_in_caches_were_measured_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    write(calibration(), file)
+    rates = json.loads(file.read_text())["rates"]
+    for one in rates.values():
+        del one["host"]["cached_medium"], one["host"]["cached_input"], one["step"]["inputs"]
+    found = read(changed(file, {"rates": rates})).rates
+    medium = MediumWork("h264", 20.0, 2.0, 0.0, 1000, 1000)
+    for one in (found.low, found.middle, found.high):
+        assert one.step.inputs == 0
+        # What is known: it is a medium.
+        assert medium.cached_s(one.host) == one.host.medium
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_mm_ext.planner.estimate import Figures, Service, Timing, estimate, figures_of, simulate
+from vllm_mm_ext.planner.estimate import (
+    Figures,
+    Service,
+    Timing,
+    estimate,
+    figures_of,
+    follow_up_s,
+    simulate,
+)
 from vllm_mm_ext.planner.host_work import PICTURE, MediumWork
 from vllm_mm_ext.planner.rates import HostCosts, Rates, RatesRange
+from vllm_mm_ext.planner.request_tokens import ItemTokens, MediumTokens, RequestTokens, Stages
 from vllm_mm_ext.planner.step_contents import EncoderWork, RequestPart, StepContents, step_contents
 from vllm_mm_ext.planner.step_costs import StepCosts
 
@@ -30,6 +40,8 @@ HOST = HostCosts(
     1e-3,
     1.0,
     1.0,
+    0.003,
+    1e-6,
 )
 RATES = Rates(STEP, HOST)
 VIDEO = MediumWork("h264", 20.0, 2.0, 4.0, 2000, 2400)
@@ -109,6 +121,18 @@ def test_a_lone_request_takes_the_sum_of_its_parts() -> None:
     assert found.ttft_p50_s == pytest.approx(host + first + second)
 
 
+def test_a_follow_up_decodes_and_encodes_nothing_and_computes_its_question() -> None:
+    item = ItemTokens("video", 1200, 300, 300)
+    stages = Stages(8, 600, 600, 600, 0, 20)
+    medium = MediumTokens("video", 4.0, (640, 360), (448, 252), 0.0, stages, (item,) * 2, 600)
+    request = RequestTokens(text=40, output=8, media=(medium,))
+    rates = msgspec.structs.replace(RATES, step=msgspec.structs.replace(STEP, inputs=1e-6))
+    question = 40 * 1e-4 + 1e-8 * 40 * (660 + 8 + 20)
+    step = STEP.step + STEP.prompts + question + 2400 * 1e-6
+    host = HOST.request + 0.003 + 1e-6 * VIDEO.sent + HOST.token
+    assert follow_up_s((VIDEO,), request, rates) == pytest.approx(host + step)
+
+
 COSTS = st.sampled_from([("step", name) for name in StepCosts.__struct_fields__]) | st.sampled_from(
     [
         ("host", name)
@@ -123,8 +147,6 @@ COSTS = st.sampled_from([("step", name) for name in StepCosts.__struct_fields__]
 def test_no_cost_that_rises_makes_a_lone_request_faster(
     cost: tuple[str, str], factor: float, media: int, output: int
 ) -> None:
-    import msgspec
-
     part, name = cost
     costs = getattr(RATES, part)
     dearer = msgspec.structs.replace(costs, **{name: factor * getattr(costs, name)})

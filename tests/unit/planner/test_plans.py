@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from planner_facts import LLAMA_70B
 
 from vllm_mm_ext.config.media_settings import DecodeConfig
-from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.config.quality_settings import BudgetSettings
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.planner.delivery import Delivery, frame_times
@@ -41,6 +41,7 @@ SERVER = Server(
     frame_multiple=2,
     hears_video=False,
     largest_item=1024,
+    default_reduction=NO_REDUCTION,
 )
 # No control characters, which YAML does not take, but line breaks.
 TEXT = st.characters(exclude_categories=["C"]) | st.sampled_from("\n\t\x85")
@@ -229,6 +230,16 @@ def test_every_value_of_the_written_file_has_a_reason_and_the_plugin_takes_its_s
         heads = any(before.strip().startswith(word) for word in sections)
         inside = line.strip().startswith(("#", *sections)) or heads
         assert said or follows or inside, line
+
+
+@pytest.mark.parametrize("asked", [NO_REDUCTION, Reduction(pool=2)])
+def test_the_written_file_serves_the_planned_reduction_where_the_checkpoint_has_its_own(asked):
+    own = Reduction(pool=2, temporal=4)
+    plan = planned(site("cpu"), Workload((Video(20, fps=2.0),)), reduction=asked)
+    plan = replace(plan, server=replace(plan.server, default_reduction=own))
+    text = plan_yaml(plan, command="vllm-mm plan", file_name="a.yaml", mm_processor_kwargs={})
+    config = MMExtConfig.from_additional_config(yaml.safe_load(text)["additional-config"])
+    assert config.compression.default_reduction(own) == asked
 
 
 def test_gpus_share_a_model_only_if_all_its_heads_divide():

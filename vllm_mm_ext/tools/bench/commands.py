@@ -45,6 +45,7 @@ class FleetPart(StrEnum):
     balance = "balance"
     moves = "moves"
     encode_apart = "encode-apart"
+    decode_once = "decode-once"
     encoder_killed = "encoder-killed"
     simulated = "simulated"
 

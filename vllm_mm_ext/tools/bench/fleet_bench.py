@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from vllm_mm_ext.tools.bench.fleet_balance import balance
+from vllm_mm_ext.tools.bench.fleet_decode import decode_once
 from vllm_mm_ext.tools.bench.fleet_encode import encode_apart, encoder_killed
 from vllm_mm_ext.tools.bench.fleet_moves import moves
 from vllm_mm_ext.tools.bench.fleet_routing import routing
@@ -19,6 +20,7 @@ PARTS: Mapping[str, Callable[[FleetStudy], list[Row]]] = MappingProxyType(
         "balance": balance,
         "moves": moves,
         "encode-apart": encode_apart,
+        "decode-once": decode_once,
         "encoder-killed": encoder_killed,
         "simulated": simulated,
     }

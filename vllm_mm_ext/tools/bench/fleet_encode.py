@@ -204,8 +204,8 @@ def _traffic(servers: Sequence[Server], engines: Sequence[Server], clips: Sequen
     found = Side()
     # The first requests pay for lazy imports and worker starts.
     for number, engine in enumerate(engines):
-        _stream(engine, _about(clips[-1 - number]), VIDEO_TOKENS)
-        _stream(engine, _text(number), 4)
+        streamed(engine, about(clips[-1 - number]), VIDEO_TOKENS)
+        streamed(engine, _text(number), 4)
     before = _cpu_s(servers)
     ends = time.monotonic() + SECONDS
 
@@ -213,14 +213,14 @@ def _traffic(servers: Sequence[Server], engines: Sequence[Server], clips: Sequen
         number = 0
         while time.monotonic() < ends:
             engine = engines[(stream + number) % len(engines)]
-            times, _ = _stream(engine, _text(100 * stream + number), TEXT_TOKENS)
+            times, _ = streamed(engine, _text(100 * stream + number), TEXT_TOKENS)
             # Before the first token there is a chunk that says whose answer it is.
             found.itl_s += [later - one for one, later in pairwise(times[2:])]
             number += 1
 
     def video(number: int, at: float) -> None:
         time.sleep(max(0.0, at - time.monotonic()))
-        times, said = _stream(engines[number % len(engines)], _about(clips[number]), VIDEO_TOKENS)
+        times, said = streamed(engines[number % len(engines)], about(clips[number]), VIDEO_TOKENS)
         found.ttft_s.append(times[1] - times[0])
         found.answers[clips[number].name] = said
 
@@ -244,7 +244,7 @@ def _asked(
     killing = threading.Lock()
 
     def one(number: int) -> None:
-        times, said = _stream(engines[number % len(engines)], _about(clips[number]), VIDEO_TOKENS)
+        times, said = streamed(engines[number % len(engines)], about(clips[number]), VIDEO_TOKENS)
         with killing:
             answers[clips[number].name] = said
             longest[0] = max(longest[0], times[-1] - times[0])
@@ -257,7 +257,7 @@ def _asked(
     return answers, longest[0]
 
 
-def _stream(server: Server, messages: Any, tokens: int) -> tuple[list[float], str]:
+def streamed(server: Server, messages: Any, tokens: int) -> tuple[list[float], str]:
     """When a request was sent and when each token came, and the answer."""
     times = [time.monotonic()]
     said = []
@@ -283,7 +283,7 @@ def _text(number: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": f"Question {number}: what comes after {number}?"}]
 
 
-def _about(clip: Path) -> list[dict[str, Any]]:
+def about(clip: Path) -> list[dict[str, Any]]:
     video = {"type": "video_url", "video_url": {"url": clip.as_uri()}}
     return [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
+import json
 import statistics
 import threading
 import time
@@ -11,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import urlsplit
 
 from vllm_mm_ext.fleet.key_headers import route_headers
 from vllm_mm_ext.fleet.rendezvous import ranked
 from vllm_mm_ext.fleet.route_key import route_key
 from vllm_mm_ext.testing.routers import router
-from vllm_mm_ext.testing.server import Server
-from vllm_mm_ext.tools.bench.chat import ask, conversation
+from vllm_mm_ext.testing.server import MODEL_NAME, Server
+from vllm_mm_ext.tools.bench.chat import conversation
 from vllm_mm_ext.tools.bench.conversations_engine import (
     BLOCK,
     VIDEO_TOKENS,
@@ -27,9 +30,6 @@ from vllm_mm_ext.tools.bench.conversations_engine import (
 )
 from vllm_mm_ext.tools.bench.fleet_study import REPLICAS, FleetStudy, encoder_tokens
 from vllm_mm_ext.tools.bench.harness import Row
-
-if TYPE_CHECKING:
-    import openai
 
 CONVERSATIONS = 40
 TURNS = 5
@@ -140,25 +140,19 @@ def played(study: FleetStudy) -> dict[str, list[RoutingRun]]:
     """The same conversations by each routing, each time on replicas with cold caches."""
     runs: dict[str, list[RoutingRun]] = {name: [] for name in ROUTINGS}
     for name in study.in_orders(ROUTINGS):
-        runs[name].append(played_by(study, name, CLIENTS))
+        runs[name].append(_played_by(study, name))
     return runs
 
 
-def played_by(study: FleetStudy, name: str, clients: int) -> RoutingRun:
-    """The conversations by one routing, on replicas with cold caches.
-
-    Args:
-        study: What runs.
-        name: Of ``ROUTINGS``.
-        clients: Requests at a time.
-    """
+def _played_by(study: FleetStudy, name: str) -> RoutingRun:
+    """The conversations by one routing, on replicas with cold caches."""
     with study.context.scratch() as media:
         videos = study.videos(media, 0, CONVERSATIONS)
         with (
             study.replicas(media, KV_BLOCKS) as servers,
             routed(study, servers, name) as ask_at,
         ):
-            return play(name, servers, videos, ask_at, clients)
+            return play(name, servers, videos, ask_at)
 
 
 @contextlib.contextmanager
@@ -190,7 +184,6 @@ def play(
     servers: Sequence[Server],
     videos: Sequence[Path],
     ask_at: Callable[[dict[str, Any]], Server],
-    clients: int,
 ) -> RoutingRun:
     """Have the conversations, each about its own video.
 
@@ -199,16 +192,15 @@ def play(
         servers: The replicas.
         videos: Of the conversations.
         ask_at: Where the request with such a body is sent.
-        clients: Requests at a time.
     """
     before = encoder_tokens(servers)
-    records = _records(videos, ask_at, clients)
+    records = _records(videos, ask_at)
     after = encoder_tokens(servers)
     return RoutingRun(routing, records, {name: after[name] - before[name] for name in after})
 
 
 def _records(
-    videos: Sequence[Path], ask_at: Callable[[dict[str, Any]], Server], count: int
+    videos: Sequence[Path], ask_at: Callable[[dict[str, Any]], Server]
 ) -> tuple[Record, ...]:
     left = schedule(len(videos), TURNS)
     taking = threading.Lock()
@@ -217,40 +209,87 @@ def _records(
     def client() -> list[Record]:
         done: list[Record] = []
         with contextlib.ExitStack() as stack:
-            clients: dict[str, openai.OpenAI] = {}
+            connections: dict[str, http.client.HTTPConnection] = {}
             while True:
                 with taking:
                     number, turn = next(left, (None, 0))
                 if number is None:
                     return done
-                messages = conversation(videos[number].as_uri(), turn)
-                server = ask_at({"messages": messages})
-                if server.url not in clients:
-                    clients[server.url] = stack.enter_context(server.client(timeout=600.0))
-                sent = time.perf_counter() - began
-                answer = ask(
-                    server,
-                    messages,
-                    max_tokens=ANSWER_TOKENS,
-                    headers=route_headers({"messages": messages}),
-                    client=clients[server.url],
-                )
-                done.append(
-                    Record(
-                        conversation=number,
-                        turn=turn,
-                        sent_s=sent,
-                        first_token_s=sent + answer.ttft_s,
-                        end_s=sent + answer.total_s,
-                        prompt_tokens=answer.prompt_tokens,
-                        media_tokens=answer.report["tokens"]["visual"],
-                        cached_tokens=answer.cached_tokens,
-                        answer_tokens=ANSWER_TOKENS,
-                        replica=answer.model,
-                    )
-                )
+                body = request_body(videos[number], turn)
+                server = ask_at(body)
+                if server.url not in connections:
+                    connection = http.client.HTTPConnection(urlsplit(server.url).netloc)
+                    connections[server.url] = connection
+                    stack.callback(connection.close)
+                done.append(answered(connections[server.url], body, number, turn, began))
 
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(client) for _ in range(count)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        futures = [pool.submit(client) for _ in range(CLIENTS)]
         records = [record for future in futures for record in future.result()]
     return tuple(sorted(records, key=lambda record: record.sent_s))
+
+
+def request_body(video: Path, turn: int) -> dict[str, Any]:
+    """Body of the request of a turn, from 1, of the conversation about a video."""
+    return {
+        "model": MODEL_NAME,
+        "messages": conversation(video.as_uri(), turn),
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def answered(
+    connection: http.client.HTTPConnection,
+    body: dict[str, Any],
+    number: int,
+    turn: int,
+    began: float,
+) -> Record:
+    """Send a request and read its answer, with as little work as can be: cores are the servers'.
+
+    Args:
+        connection: To the server or the router.
+        body: The request's.
+        number: Of its conversation.
+        turn: Of that, from 1.
+        began: When the run began, on the clock of ``time.perf_counter``.
+
+    Raises:
+        RuntimeError: It was refused, or its answer broke off.
+    """
+    content = json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **route_headers(body)}
+    sent = time.perf_counter()
+    connection.request("POST", "/v1/chat/completions", content, headers)
+    response = connection.getresponse()
+    if response.status != 200:
+        raise RuntimeError(f"{response.status}: {response.read(500).decode(errors='replace')}")
+    first, lines = 0.0, []
+    while line := response.readline():
+        # vLLM sends its first chunk when the first token is there.
+        first = first or time.perf_counter()
+        lines.append(line)
+    # So that the connection can be used again.
+    response.close()
+    ended = time.perf_counter()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+    usage = next((chunk["usage"] for chunk in chunks if chunk.get("usage")), None)
+    if usage is None:
+        raise RuntimeError("an answer broke off before its end; the server's log says why")
+    report = next(chunk["mm_ext"] for chunk in chunks if "mm_ext" in chunk)
+    return Record(
+        conversation=number,
+        turn=turn,
+        sent_s=sent - began,
+        first_token_s=first - began,
+        end_s=ended - began,
+        prompt_tokens=usage["prompt_tokens"],
+        media_tokens=report["tokens"]["visual"],
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+        answer_tokens=ANSWER_TOKENS,
+        replica=chunks[0]["model"],
+    )

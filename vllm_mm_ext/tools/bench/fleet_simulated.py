@@ -5,7 +5,6 @@ In the rows, `stock` is what was measured and `plugin` what the simulation says.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from vllm_mm_ext.fleet.traffic import Ask
 from vllm_mm_ext.media.decode.pool import MAX_DEFAULT_WORKERS
 from vllm_mm_ext.planner.memory_parts import encoder_cache_bytes
 from vllm_mm_ext.planner.workload import Video, Workload
+from vllm_mm_ext.testing.engine_arguments import BOTH_TIERS, as_flags
 from vllm_mm_ext.tools.bench.conversations_engine import BLOCK, CONFIG, FPS
 from vllm_mm_ext.tools.bench.fleet_routing import (
     ANSWER_TOKENS,
@@ -30,13 +30,13 @@ from vllm_mm_ext.tools.bench.fleet_routing import (
     Record,
     RoutingRun,
     play,
-    played_by,
 )
 from vllm_mm_ext.tools.bench.fleet_study import (
     REPLICAS,
     SLOTS,
     STEP_TOKENS,
     FleetStudy,
+    shares_of_cores,
     thread_bounds,
 )
 from vllm_mm_ext.tools.bench.harness import Row
@@ -51,27 +51,27 @@ def simulated(study: FleetStudy) -> list[Row]:
     """Hits, tokens encoded and first tokens: of one replica, and of two by each routing."""
     fleet, error = _fleet(study)
     runs = [("one replica", _alone(study), 1)]
-    for name in ROUTINGS:
-        # One at a time, replicas do not share cores; in a fleet each has its own.
-        runs.append((f"{name}, one at a time", played_by(study, name, 1), len(REPLICAS)))
-        runs.append((f"{name}, {CLIENTS} at a time", study.routing[name][0], len(REPLICAS)))
+    runs += [(name, study.routing[name][0], len(REPLICAS)) for name in ROUTINGS]
     rows = []
     for name, run, replicas in runs:
         served = replace(fleet, replicas=replicas)
         asks = asks_of(run.records, replicas)
-        tally = simulate(served, asks, run.routing, unmeasured=replicas)
+        tally = simulate(served, asks, run.routing, unmeasured=replicas, clients=CLIENTS)
         rows += _rows(name, run, tally)
+    cores = len(shares_of_cores()[0])
     study.notes.append(
         "simulated: `stock` is what was measured and `plugin` what the simulation says of the same "
-        "requests at the same times, with costs calibrated in this run (half of the steps within "
-        f"{error:.0%}); `one replica` has the same conversations alone. That replicas share this "
-        "machine's cores is not simulated"
+        "requests in the same order, with costs calibrated in this run (half of the steps within "
+        f"{error:.0%}); `one replica` has the same conversations alone. Each replica, and the "
+        f"server that is calibrated, has {cores} of the cores to itself, for API server, decode "
+        f"workers and engine; so has the simulated one. {CLIENTS} clients and the router, which "
+        "are not simulated, take what is left of all cores"
     )
     return rows
 
 
 def asks_of(records: Sequence[Record], warm: int) -> list[Ask]:
-    """The requests of a run, at the times at which they were sent.
+    """The requests of a run, in the order in which they were sent.
 
     Args:
         records: As they were sent.
@@ -89,7 +89,7 @@ def asks_of(records: Sequence[Record], warm: int) -> list[Ask]:
         before[number] = record.prompt_tokens + record.answer_tokens
         asks.append(
             Ask(
-                _WARM_S + record.sent_s,
+                _WARM_S,
                 number,
                 number if first else -1,
                 0,
@@ -107,22 +107,26 @@ def _alone(study: FleetStudy) -> RoutingRun:
     """The conversations on one replica."""
     with study.context.scratch() as media:
         videos = study.videos(media, 0, CONVERSATIONS)
-        with study.replicas(media, KV_BLOCKS) as servers:
-            return play("round-robin", servers, videos, lambda _: servers[0], CLIENTS)
+        with study.replicas(media, KV_BLOCKS, REPLICAS[:1]) as servers:
+            return play("round-robin", servers, videos, lambda _: servers[0])
 
 
 def _fleet(study: FleetStudy) -> tuple[Fleet, float]:
     """A replica as it is served, with costs measured now, and how far steps are from these."""
     from vllm_mm_ext.tools.calibration.calibrating import Model, Setting, calibrate
 
+    usual = Setting.usual(is_cpu=True)
     setting = replace(
-        Setting.usual(is_cpu=True),
+        usual,
+        # As replicas are served; the scheduler that logs steps stands for the plugin's.
+        arguments=(*usual.arguments, "--block-size", str(BLOCK), *as_flags(BOTH_TIERS)),
         slots=SLOTS,
         step_tokens=STEP_TOKENS,
         settings=CONFIG["mm_ext"],
     )
     name = str(study.model)
-    measured = calibrate(name, study.context.work_dir, setting, thread_bounds())
+    own_cores = shares_of_cores()[0]
+    measured = calibrate(name, study.context.work_dir, setting, thread_bounds(), own_cores)
     rates = measured.rates.middle
     model = Model(name, setting)
     facts, caches = model.facts, CacheConfig()
@@ -134,11 +138,12 @@ def _fleet(study: FleetStudy) -> tuple[Fleet, float]:
         device_bytes=encoder_cache_bytes(facts, STEP_TOKENS),
         host_bytes=round(EncoderCacheSettings().host_mb) << 20,
         decoded_bytes=caches.decoded_mb << 20,
-        decode_workers=min(len(os.sched_getaffinity(0)), MAX_DEFAULT_WORKERS),
+        decode_workers=min(len(own_cores), MAX_DEFAULT_WORKERS),
         slots=SLOTS,
         step_tokens=STEP_TOKENS,
         hidden_size=facts.text.hidden,
         rates=rates,
+        cores=len(own_cores),
     )
     costs = MediumCosts.of(facts, clip, model.tokens_of(clip), rates)
     return Fleet(shape, (costs,), 1), measured.step_error

@@ -90,14 +90,17 @@ class FleetStudy:
         return other_pictures(self.context.work_dir, 50 + number, **size)
 
     @contextlib.contextmanager
-    def replicas(self, media: Path, kv_blocks: int) -> Iterator[list[Server]]:
-        """Servers that are alike, started at the same time and warm.
+    def replicas(
+        self, media: Path, kv_blocks: int, names: Sequence[str] = REPLICAS
+    ) -> Iterator[list[Server]]:
+        """Servers that are alike, on cores of their own, started at the same time and warm.
 
         Each names itself as the model of its answers.
 
         Args:
             media: Folder with videos that they may read.
             kv_blocks: Size of the KV cache of each.
+            names: Of ``REPLICAS``: which of them are started.
         """
         starts = [
             serve(
@@ -119,26 +122,42 @@ class FleetStudy:
                 ],
                 env=thread_bounds(),
                 additional_config=CONFIG,
+                cores=cores,
             )
-            for name in REPLICAS
+            for name, cores in zip(names, shares_of_cores(), strict=False)
         ]
         with together(starts) as servers:
             # The first video of a server pays for lazy imports and worker starts.
-            for server, warm in zip(servers, self.videos(media, -len(servers), 2), strict=True):
+            for server, warm in zip(
+                servers, self.videos(media, -len(servers), len(servers)), strict=True
+            ):
                 ask(server, conversation(warm.as_uri(), 1))
             yield servers
 
 
+def shares_of_cores() -> list[list[int]]:
+    """Cores of each replica: its own, as in a fleet, where there are enough; else all of them."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < len(REPLICAS):
+        return [cores for _ in REPLICAS]
+    each = len(cores) // len(REPLICAS)
+    return [cores[place * each :][:each] for place in range(len(REPLICAS))]
+
+
 def thread_bounds() -> dict[str, str]:
-    """Environment of a server that shares the cores with the other replicas."""
-    threads = max(1, len(os.sched_getaffinity(0)) // len(REPLICAS))
-    # By default, each would bind its threads to the same cores.
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    """Environment of a server with a replica's share of the cores."""
+    # By itself, vLLM would choose cores for its threads.
+    threads = str(len(shares_of_cores()[0]))
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
 
 
 def encoder_tokens(servers: Sequence[Server]) -> dict[str, float]:
-    """Tokens of videos that went through the encoder of each replica since it started."""
+    """Tokens of videos that went through the encoder of each replica since it started.
+
+    Args:
+        servers: The first ones of ``REPLICAS``.
+    """
     return {
         name: server.metric("mm_ext_encoder_tokens_total")
-        for name, server in zip(REPLICAS, servers, strict=True)
+        for name, server in zip(REPLICAS, servers, strict=False)
     }

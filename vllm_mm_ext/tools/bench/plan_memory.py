@@ -81,34 +81,42 @@ def workload_of(seed: int) -> tuple[str, Workload]:
 def run(context: BenchContext) -> BenchResult:
     """Measure as many plans as there are repeats."""
     rows: list[Row] = []
-    notes = []
-    for seed in range(context.repeats):
-        family, workload = workload_of(seed)
-        with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-            planned = _planned(family, seed, Path(folder))
-            if not planned["fits"]:
-                notes.append(f"{seed} {family}: {planned['problems']}")
-                continue
-            seen = _serve(family, workload, seed, Path(folder))
-        name = f"{seed} {family}, {workload.concurrency} at a time"
-        rows += [
-            _row(f"{name}: API server", planned["api"], seen.api),
-            _row(f"{name}: engine", planned["engine"], seen.engine),
-        ]
-        count = workload.concurrency
-        as_planned = (
-            max(seen.prompts) <= planned["most"]
-            and seen.running == count
-            and seen.waiting >= 1
-            and not seen.preempted
-        )
-        verdict = "as planned" if as_planned else "NOT AS PLANNED"
-        notes.append(
-            f"{name}: {verdict}: prompts of {planned['prompt']} to {planned['most']} planned, "
-            f"{sorted(set(seen.prompts))} served; {seen.running} of {count} ran, {seen.waiting} "
-            f"waited, {seen.preempted} preempted"
-        )
+    notes: list[str] = []
+    with context.steps("plan-memory", context.repeats) as begin:
+        for seed in range(context.repeats):
+            family, workload = workload_of(seed)
+            begin(f"{seed} {family}")
+            found, note = _measured(f"{seed} {family}", family, workload, seed)
+            rows += found
+            notes.append(note)
     return BenchResult("memory planned (stock column) and measured (plugin column)", rows, notes)
+
+
+def _measured(name: str, family: str, workload: Workload, seed: int) -> tuple[list[Row], str]:
+    """The rows of a plan, and whether its requests went as planned."""
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        planned = _planned(family, seed, Path(folder))
+        if not planned["fits"]:
+            return [], f"{name}: {planned['problems']}"
+        seen = _serve(family, workload, seed, Path(folder))
+    count = workload.concurrency
+    name = f"{name}, {count} at a time"
+    as_planned = (
+        max(seen.prompts) <= planned["most"]
+        and seen.running == count
+        and seen.waiting >= 1
+        and not seen.preempted
+    )
+    verdict = "as planned" if as_planned else "NOT AS PLANNED"
+    rows = [
+        _row(f"{name}: API server", planned["api"], seen.api),
+        _row(f"{name}: engine", planned["engine"], seen.engine),
+    ]
+    return rows, (
+        f"{name}: {verdict}: prompts of {planned['prompt']} to {planned['most']} planned, "
+        f"{sorted(set(seen.prompts))} served; {seen.running} of {count} ran, {seen.waiting} "
+        f"waited, {seen.preempted} preempted"
+    )
 
 
 def _row(name: str, planned: int, measured: int) -> Row:

@@ -25,6 +25,7 @@ from vllm_mm_ext.tools.calibration.media_files import parts_of
 _STAGE = re.compile(r"mm_(\w+);dur=([\d.]+)")
 _LETTERS = string.ascii_lowercase + " "
 _TIMEOUT_S = 600.0
+_REPLY, _QUESTION = "There are shapes that move.", "What comes after that?"
 # Letters of the text that tells how many of them make a token.
 _SAMPLE = 4000
 
@@ -90,6 +91,19 @@ class Asker:
             count: How many.
         """
         return [await self._body(workload) for _ in range(count)]
+
+    def follow_up(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Body of a request that goes on after an answer to another one.
+
+        Args:
+            body: Of the other one.
+        """
+        messages = [
+            *body["messages"],
+            {"role": "assistant", "content": _REPLY},
+            {"role": "user", "content": _QUESTION},
+        ]
+        return {**body, "messages": messages, "request_id": f"ask-{next(self._numbers)}-"}
 
     async def one(self, workload: Workload, body: dict[str, Any]) -> Asked:
         """Send a request and wait for its answer.

@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,11 @@ def on_cpu() -> bool:
 
 
 def calibrate(
-    name: str, folder: Path, setting: Setting, env: Mapping[str, str] | None = None
+    name: str,
+    folder: Path,
+    setting: Setting,
+    env: Mapping[str, str] | None = None,
+    cores: Collection[int] = (),
 ) -> Calibration:
     """Measure a model on this machine.
 
@@ -196,6 +200,7 @@ def calibrate(
         folder: Where media files are kept.
         setting: How it is served.
         env: More environment variables of the server.
+        cores: Numbers of the cores that the server may use; none: all.
 
     Returns:
         What was measured.
@@ -208,7 +213,7 @@ def calibrate(
     model = Model(name, setting)
     arguments = server_arguments(model, setting)
     config = {"mm_ext": setting.settings}
-    with timed_server(name, folder, arguments, config, env) as (server, log):
+    with timed_server(name, folder, arguments, config, env, cores) as (server, log):
         hears = model.planner.loaded.traits.hears_video
         limits = Limits(model.modalities, bool(hears), setting.context, min(_SLOTS, setting.slots))
         seen = asyncio.run(observe(server, log, folder, limits, model.tokens_of))

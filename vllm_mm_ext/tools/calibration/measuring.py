@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,20 @@ from vllm_mm_ext.testing.memory import cpu_seconds
 from vllm_mm_ext.testing.server import Server, serve
 from vllm_mm_ext.tools.calibration.asker import Asked, Asker
 from vllm_mm_ext.tools.calibration.media_files import clip
-from vllm_mm_ext.tools.calibration.observations import LoggedStep, Observations, TokensOf, key_of
+from vllm_mm_ext.tools.calibration.observations import (
+    LoggedStep,
+    Observations,
+    TokensOf,
+    busy_threads,
+    key_of,
+)
 
 _SCHEDULER = "vllm_mm_ext.adapters.planning.timed_scheduler.timed_scheduler"
 # What keeps the other cores busy, and what is asked beside that.
 _BUSY_CLIP = Video(4.0, width=640, height=360, sound=False)
 _BUSY_TEXT = Workload(text=64, output=48, concurrency=2)
+# Room for the tokens that a follow-up adds.
+_FOLLOW_UP = 96
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,11 @@ def alone(limits: Limits) -> list[tuple[Workload, int]]:
     return asked
 
 
+def _in_workers(workload: Workload) -> bool:
+    """Whether decode workers read all its media, so that follow-ups find them in caches."""
+    return bool(workload.videos or workload.audios) and not workload.images
+
+
 def groups(limits: Limits) -> list[Workload]:
     """Texts that are asked by several clients at a time: each client asks once."""
     half = limits.tokens // 2
@@ -86,6 +99,7 @@ def timed_server(
     arguments: Sequence[str],
     additional_config: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
+    cores: Collection[int] = (),
 ) -> Iterator[tuple[Server, Path]]:
     """A server that logs its steps; it ends with the block.
 
@@ -95,6 +109,7 @@ def timed_server(
         arguments: More arguments of ``vllm serve``.
         additional_config: Its ``--additional-config``.
         env: More environment variables.
+        cores: Numbers of the cores that it may use; none: all.
 
     Yields:
         The server and its log.
@@ -113,6 +128,7 @@ def timed_server(
             additional_config=additional_config,
             timeout_s=1800,
             enforce_eager=False,
+            cores=cores,
         ) as server:
             yield server, log
 
@@ -130,14 +146,17 @@ async def observe(
         tokens_of: What a request of a workload becomes in the engine.
     """
 
-    def fits(workload: Workload) -> bool:
-        return tokens_of(workload).prompt + workload.output <= limits.tokens
+    def fits(workload: Workload, more: int = 0) -> bool:
+        return tokens_of(workload).prompt + workload.output + more <= limits.tokens
 
     async with Asker.of(server.url, folder) as asker:
         watch = _Watch(server, log, folder, asker)
         single = [one for one in alone(limits) if fits(one[0])]
+        follows = [
+            one for one, count in single if count > 1 and _in_workers(one) and fits(one, _FOLLOW_UP)
+        ]
         beside = replace(_BUSY_TEXT, concurrency=min(_BUSY_TEXT.concurrency, limits.slots))
-        return await watch.observe(single, groups(limits), beside)
+        return await watch.observe(single, groups(limits), beside, follows)
 
 
 class _Watch:
@@ -149,12 +168,22 @@ class _Watch:
         single: Sequence[tuple[Workload, int]],
         many_at_once: Sequence[Workload],
         beside: Workload,
+        followed: Sequence[Workload],
     ) -> Observations:
-        """Everything once, unmeasured; then alone, in groups, and beside other work."""
+        """Everything once, unmeasured; then alone, in groups, and beside other work.
+
+        Args:
+            single: What is asked alone, and how often.
+            many_at_once: What several clients ask.
+            beside: What is asked beside other work.
+            followed: Of ``single``, what follow-ups are asked about.
+        """
         lone = [(each, await self._asker.prepare(each, count + 1)) for each, count in single]
         for workload, bodies in lone:
             await self._asker.one(workload, bodies[0])
-        found = []
+            if workload in followed:
+                await self._asker.one(workload, self._asker.follow_up(bodies[0]))
+        found, later = [], []
         before, media_s = cpu_seconds(self._server.pid)["decode"], 0.0
         for workload, bodies in lone:
             for body in bodies[1:]:
@@ -162,6 +191,8 @@ class _Watch:
                 stages = found[-1].stages
                 media_s += max(stages.get("video", 0.0), stages.get("audio", 0.0))
                 media_s += stages.get("probe", 0.0) - stages.get("fetch", 0.0)
+                if workload in followed:
+                    later.append(await self._asker.one(workload, self._asker.follow_up(body)))
         decode_threads = (
             (cpu_seconds(self._server.pid)["decode"] - before) / media_s if media_s > 0 else 1.0
         )
@@ -171,16 +202,18 @@ class _Watch:
         tokens = sum(asked.timing.tokens for asked in many)
         token_s = (cpu_seconds(self._server.pid)["api"] - spent) / tokens
         quiet = await self._together(beside)
-        with _busy_cores(clip(_BUSY_CLIP, self._folder, 0)):
+        cores = os.sched_getaffinity(self._server.pid)
+        with _busy_cores(clip(_BUSY_CLIP, self._folder, 0), cores):
             busy = await self._together(beside)
         return Observations(
             found,
+            later,
             many,
-            self._steps([*found, *many]),
+            self._steps([*found, *later, *many]),
             (self._steps(busy), self._steps(quiet)),
             token_s,
             decode_threads,
-            os.cpu_count() or 1,
+            len(cores),
         )
 
     async def _together(self, workload: Workload) -> list[Asked]:
@@ -196,18 +229,20 @@ class _Watch:
 
 
 @contextmanager
-def _busy_cores(file: Path) -> Iterator[None]:
-    """Decode a video on all cores but one, again and again, until the block ends."""
+def _busy_cores(file: Path, cores: Collection[int]) -> Iterator[None]:
+    """Decode a video in ``busy_threads`` on these cores, again and again, until the block ends."""
     ends = threading.Event()
 
     def decode() -> None:
+        # Of this thread alone.
+        os.sched_setaffinity(0, cores)
         while not ends.is_set():
             with av.open(str(file)) as container:
                 for _ in container.decode(video=0):
                     if ends.is_set():
                         return
 
-    threads = [threading.Thread(target=decode) for _ in range((os.cpu_count() or 1) - 1)]
+    threads = [threading.Thread(target=decode) for _ in range(busy_threads(len(cores)))]
     for thread in threads:
         thread.start()
     try:

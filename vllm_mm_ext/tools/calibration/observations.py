@@ -16,6 +16,7 @@ from vllm_mm_ext.planner.step_contents import (
     RequestPart,
     StepContents,
     encoder_work,
+    inputs_of,
     step_contents,
 )
 from vllm_mm_ext.planner.step_costs import StepCosts, StepFit, fit, non_negative
@@ -55,15 +56,17 @@ class Observations:
 
     Attributes:
         alone: Requests that had the server to themselves.
+        follow_ups: The same, each about media of the one before it.
         groups: Requests of several clients at a time.
         steps: Steps of all of these.
-        busy_steps: Steps of texts while the other cores were busy, and while they were not.
+        busy_steps: Steps of texts beside ``busy_threads``, and by themselves.
         token_s: CPU seconds of the API server for a token of an answer.
         decode_threads: Cores that a decode keeps busy.
-        cores: Cores of the machine, of which all but one were busy.
+        cores: Cores of the server.
     """
 
     alone: Sequence[Asked]
+    follow_ups: Sequence[Asked]
     groups: Sequence[Asked]
     steps: Sequence[LoggedStep]
     busy_steps: tuple[Sequence[LoggedStep], Sequence[LoggedStep]]
@@ -103,14 +106,20 @@ def fitted(seen: Observations, tokens_of: TokensOf) -> Fitted:
 
 def _steps(seen: Observations, tokens_of: TokensOf) -> list[tuple[StepContents, float]]:
     works = {
-        asked.key: encoder_work(tokens_of(asked.workload)) for asked in (*seen.alone, *seen.groups)
+        asked.key: encoder_work(tokens_of(asked.workload))
+        for asked in (*seen.alone, *seen.follow_ups, *seen.groups)
     }
     found = []
+    begun = set[str]()
     for step in seen.steps:
         parts = []
         for name, tokens, before, prompt, items in step.work:
-            work: tuple[EncoderWork, ...] = works[key_of(name)]
-            parts.append(RequestPart(tokens, before, prompt, [work[index] for index in items]))
+            key = key_of(name)
+            work: tuple[EncoderWork, ...] = works[key]
+            encoded = [work[index] for index in items]
+            inputs = 0 if key in begun else inputs_of(work)
+            begun.add(key)
+            parts.append(RequestPart(tokens, before, prompt, encoded, inputs))
         found.append((step_contents(parts), step.seconds))
     return found
 
@@ -141,7 +150,7 @@ def _host(
     seen: Observations, tokens_of: TokensOf, steps: StepCosts
 ) -> tuple[HostCosts, list[float]]:
     """Costs of the host, and what requests took over what the costs add up to."""
-    rows = _rows(seen, tokens_of)
+    rows = _rows(seen.alone, seen.steps, tokens_of)
     # What the server says of its stages, it says of requests with a video or a sound.
     told = [row for row in rows if all(medium.in_worker for medium in row.media)]
     main = _solve(
@@ -170,6 +179,7 @@ def _host(
         [row.preprocess_s for row in prepared],
     )
     probes = [row.probe_s for row in decoded if row.probe_s]
+    cached = _cached(_rows(seen.follow_ups, seen.steps, tokens_of), main[0])
     costs = HostCosts(
         request=main[0],
         medium=main[1],
@@ -185,8 +195,24 @@ def _host(
         preprocess_sound_second=preprocess[2],
         decode_threads=max(0.1, seen.decode_threads),
         engine_threads=_engine_threads(seen, steps),
+        cached_medium=cached[0] if cached else None,
+        cached_input=cached[1] if cached else 0.0,
     )
     return costs, [_total(row) / max(1e-9, _expected(row, costs)) for row in rows]
+
+
+def _cached(rows: Sequence[_Row], request_s: float) -> list[float]:
+    """Costs of media that caches hold: of a medium and of an input of it; none if none was asked.
+
+    Args:
+        rows: The follow-ups.
+        request_s: What a request takes without media.
+    """
+    if not rows:
+        return []
+    # What no cost explains is never nothing: an error counts as a share of it.
+    took = [max(_total(row) - request_s, 0.01 * _total(row)) for row in rows]
+    return _solve([(len(row.media), _sum(row, "sent")) for row in rows], took)
 
 
 def _with_preprocessing(row: _Row, main: Sequence[float]) -> _Row:
@@ -197,10 +223,15 @@ def _with_preprocessing(row: _Row, main: Sequence[float]) -> _Row:
     return replace(row, main_s=main_s, preprocess_s=max(0.0, row.main_s - main_s))
 
 
-def _engine_threads(seen: Observations, costs: StepCosts) -> float:
-    """Cores that steps take: as many as explain how much slower they are while others are busy.
+def busy_threads(cores: int) -> int:
+    """Threads that keep a server's cores busy while its steps are measured beside them."""
+    return max(1, cores - 1)
 
-    With ``n`` threads on the other cores, a step that takes ``e`` of them has the speed
+
+def _engine_threads(seen: Observations, costs: StepCosts) -> float:
+    """Cores that steps take: as many as explain how much slower they are beside other threads.
+
+    With ``n`` threads on its cores, a step that takes ``e`` of them has the speed
     ``cores / (n + e)``.
     """
     if not all(seen.busy_steps):
@@ -211,20 +242,20 @@ def _engine_threads(seen: Observations, costs: StepCosts) -> float:
         for steps in seen.busy_steps
     )
     slower = max(1.0, busy / quiet)
-    return seen.cores * slower - (seen.cores - 1)
+    return max(0.1, seen.cores * slower - busy_threads(seen.cores))
 
 
-def _rows(seen: Observations, tokens_of: TokensOf) -> list[_Row]:
+def _rows(alone: Sequence[Asked], steps: Sequence[LoggedStep], tokens_of: TokensOf) -> list[_Row]:
     """A row for each workload that was asked alone."""
     first: dict[str, float] = {}
     prefilled: dict[str, float] = {}
-    for step in seen.steps:
+    for step in steps:
         for name, _, before, prompt, _ in step.work:
             first.setdefault(key_of(name), step.began)
             if before < prompt:
                 prefilled[key_of(name)] = step.ended
     rows: dict[Workload, list[_Row]] = {}
-    for asked in seen.alone:
+    for asked in alone:
         if asked.key not in first:
             continue
         stages = asked.stages
