@@ -34,6 +34,7 @@ def test_a_calibration_says_what_everything_costs_that_the_model_does(tmp_path: 
     for one in (rates.low, rates.middle, rates.high):
         assert one.step.step > 0
         assert one.host.request > 0
+        assert one.host.cached_medium is not None
         assert one.host.megapixel.keys() == {"h264", "hevc", "vp9", "av1", "picture"}
     assert rates.low.step.step < rates.middle.step.step < rates.high.step.step
 

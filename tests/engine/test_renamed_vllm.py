@@ -33,6 +33,7 @@ RENAMED = (
     "get_core_engine_for_request",
     "_merge_mm_kwargs",
     "_process_mm_uuids",
+    "get_and_update_features",
     "_try_schedule_encoder_inputs",
     "get_freed_mm_hashes",
     "_tokenize_prompt",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged_files import damage
 from typer.testing import CliRunner, Result
 
 from tests.support.html_page import Page
@@ -247,6 +248,20 @@ def test_a_url_is_sent_as_it_is(replay: Replay) -> None:
     assert Source.of("https://example.com/a%20b.mp4?x=1").name == "a b.mp4"
 
 
+def test_of_a_link_the_server_gets_the_path_of_the_file_and_the_user_sees_the_given_name(
+    clip: Path, tmp_path: Path
+) -> None:
+    stored = tmp_path / "a" / "0123abc"
+    stored.parent.mkdir()
+    stored.write_bytes(clip.read_bytes())
+    link = tmp_path / "clip.mp4"
+    link.symlink_to(stored)
+    source = Source.of(str(link))
+    assert (source.name, source.url, source.path) == ("clip.mp4", stored.as_uri(), stored)
+    assert source.as_data().startswith("data:video/mp4;")
+    assert Source.of(link.as_uri()).path == stored
+
+
 def test_a_file_that_the_server_may_not_read_is_sent_within_the_request(
     replay: Replay, clip: Path
 ) -> None:
@@ -365,6 +380,20 @@ def test_the_page_is_self_contained_and_shows_pictures_notes_and_evidence(
     assert '<a href="#w1">0:00:05</a>' in text
     assert text.count('class="window evidence') == 2
     assert "took longer than 60 s" in text
+
+
+def test_a_window_whose_picture_does_not_decode_is_shown_without_one(
+    replay: Replay, tmp_path: Path
+) -> None:
+    whole, broken, out = (tmp_path / name for name in ("whole.mp4", "broken.mp4", "out.html"))
+    make_clip(whole, width=64, height=48, duration=12, scene="shapes", fps=10, codec="mjpeg")
+    # In the middle of the second window.
+    damage(whole, broken, {70})
+    result = describe(replay, broken, "-q", "What?", "--page", out)
+    assert result.exit_code == 0, result.output
+    page = Page(out.read_text())
+    assert page.ids == ["w0", "w1", "w2"]
+    assert len({link for link in page.links if link.startswith("data:image/jpeg")}) == 2
 
 
 def test_a_page_without_pictures_is_written_where_the_video_is_not_to_be_had(

@@ -13,7 +13,15 @@ from typer.testing import CliRunner
 from tests.support.live_front import live_front
 from vllm_mm_ext.adapters.live.live_page import page
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
-from vllm_mm_ext.tools.cli.live_client import RATE, LiveError, live_session, socket_url
+from vllm_mm_ext.tools.cli.live_client import (
+    RATE,
+    LiveAnswer,
+    LiveError,
+    LiveRefusedError,
+    LiveSession,
+    live_session,
+    socket_url,
+)
 from vllm_mm_ext.tools.cli.live_media import pictures_of, sound_of
 from vllm_mm_ext.tools.cli.main import app
 
@@ -60,6 +68,32 @@ async def test_a_question_is_asked_again_and_again_while_files_are_shown(clip: P
         )
     assert status == 0, output
     assert output.count("model what now") >= 3
+
+
+async def test_a_question_is_asked_again_after_the_server_refused_it_during_a_reply_of_its_own(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    respond, refusals = LiveSession.respond, []
+
+    async def respond_late(session: LiveSession) -> LiveAnswer:
+        if not refusals:
+            await session.say("busy " * 500)
+            await session.request("response.created", "response.create")
+        try:
+            return await respond(session)
+        except LiveRefusedError as error:
+            refusals.append(str(error))
+            raise
+
+    monkeypatch.setattr(LiveSession, "respond", respond_late)
+    async with live_front() as (url, *_):
+        status, output = await live(
+            *("--camera", str(clip), "--url", url, "--ask", "what now", "--every", "0.5")
+        )
+    assert status == 0, output[-200:]
+    assert "already has an active response" in refusals[0]
+    # Once more while the file is shown, and at its end.
+    assert output.count("model what now") >= 2
 
 
 async def test_what_the_server_refuses_is_an_error_with_its_words(clip: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from aiohttp import ClientPayloadError
 from planner_facts import LLAMA_70B
+from server_environment import environment
 from typer.testing import CliRunner
 
 import vllm_mm_ext
@@ -121,6 +122,11 @@ def test_the_written_command_has_what_makes_the_file_and_nothing_else(monkeypatc
     given = ["plan", "/copy", "--gpu", "cpu", "--calibration", "a.json", "--json", "--name=org/m"]
     monkeypatch.setattr(sys, "argv", ["vllm-mm", *given, "--price-per-hour", "2", "--out", "9"])
     assert _command("/copy", "org/m") == "vllm-mm plan org/m --gpu cpu --out 9"
+
+
+def test_a_model_that_is_calibrated_may_be_downloaded(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert "HF_HUB_OFFLINE=0" in environment(["calibrate", str(COMPOSER)], tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

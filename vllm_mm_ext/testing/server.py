@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +38,12 @@ _EXCEPTION = re.compile(r"(?m)(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 # A KV cache that fits next to others. Said in bytes, vLLM does not ask for most of the memory to be
 # free when it starts.
 KV_CACHE_BYTES = 1 << 30
-# Offline, no telemetry.
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+# Offline, no telemetry. A key that the user has exported is for other servers: this one is on
+# loopback, and clients of it send none.
 _ENV = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
+    **dict.fromkeys(_OFFLINE, "1"),
+    "VLLM_API_KEY": "",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
@@ -123,6 +125,7 @@ def serve(
     enforce_eager: bool = True,
     kv_cache_bytes: int | None = KV_CACHE_BYTES,
     timeout_s: float = 300.0,
+    cores: Collection[int] = (),
 ) -> Iterator[Server]:
     """Run ``vllm serve`` on loopback until the block ends, then kill its whole process group.
 
@@ -137,6 +140,7 @@ def serve(
         enforce_eager: Skip compilation and graph capture.
         kv_cache_bytes: Size of the KV cache; None: as ``args`` say.
         timeout_s: Seconds to wait for health.
+        cores: Numbers of the cores that it may use; none: all.
 
     Raises:
         ServerError: It died or was not healthy in time; says why with the tail of the log.
@@ -167,7 +171,9 @@ def serve(
             **(env or {}),
         }
         name = "plugin" if plugin else "stock"
-        with running(command, variables, port, log, timeout_s=timeout_s, name=name) as server:
+        with running(
+            command, variables, port, log, timeout_s=timeout_s, name=name, cores=cores
+        ) as server:
             server.plugin = plugin
             yield server
 
@@ -182,6 +188,7 @@ def running(
     timeout_s: float = 300.0,
     name: str = "",
     cwd: Path | None = None,
+    cores: Collection[int] = (),
 ) -> Iterator[Server]:
     """Run a command that serves on loopback until the block ends, then kill its process group.
 
@@ -193,6 +200,7 @@ def running(
         timeout_s: Seconds to wait for health.
         name: Which server it is, for messages.
         cwd: Directory in which it runs; by default this process's.
+        cores: Numbers of the cores that it may use; none: all.
 
     Raises:
         ServerError: It died or was not healthy in time; says why with the tail of the log.
@@ -209,6 +217,9 @@ def running(
             cwd=cwd,
             start_new_session=True,
         )
+        if cores:
+            # Its threads and processes, which it does not have yet, inherit them.
+            os.sched_setaffinity(process.pid, cores)
         stack.callback(_kill_group, process)
         stack.enter_context(_ended_with_us(process.pid))
         url = f"http://127.0.0.1:{port}"
@@ -275,6 +286,14 @@ def together(
             if start.exception() is None:
                 stack.push(manager)
         yield [start.result() for start in starts]
+
+
+def may_download() -> dict[str, str]:
+    """Variables for the ``env`` of ``serve`` that let the server download its model.
+
+    Where the user's own environment says whether to be offline, that holds.
+    """
+    return {name: os.environ.get(name, "0") for name in _OFFLINE}
 
 
 def free_port() -> int:

@@ -21,11 +21,13 @@ _STEP_ROWS = {
     "prefill": ("1,000 tokens of a prompt", 1e3),
     "vision": ("1,000 patches encoded", 1e3),
     "audio": ("1,000 positions of sound encoded", 1e3),
+    "inputs": ("1,000 patches or positions handed to workers", 1e3),
 }
 # Share of steps held up from which on the machine was too busy to be measured.
 _BUSY = 0.2
 _HOST_ROWS = {
     "request": ("a request, API server", 1.0),
+    "cached_medium": ("a video or sound in caches, API server", 1.0),
     "token": ("1,000 tokens of answers, API server", 1e3),
     "preprocess_input": ("1,000 patches preprocessed", 1e3),
 }
@@ -57,6 +59,7 @@ def calibrate(
     from vllm_mm_ext.planner.calibration_file import write
     from vllm_mm_ext.planner.model_folder import ModelFilesError
     from vllm_mm_ext.testing.checkpoints import cache_root
+    from vllm_mm_ext.testing.server import may_download
     from vllm_mm_ext.tools.calibration import calibrating
 
     folder = work_dir or cache_root() / "bench"
@@ -66,7 +69,7 @@ def calibrate(
             if config is None
             else calibrating.Setting.of(config)
         )
-        found = calibrating.calibrate(model, folder, setting)
+        found = calibrating.calibrate(model, folder, setting, may_download())
     except (ModelFilesError, ValueError, RuntimeError, OSError, aiohttp.ClientError) as error:
         # The server did not come up, refused a request, broke off, or was too slow.
         told = escape(str(error) or type(error).__name__)
@@ -94,7 +97,8 @@ def _table(found: Calibration) -> Table:
     for rows, part in ((_STEP_ROWS, "step"), (_HOST_ROWS, "host")):
         for name, (what, count) in rows.items():
             least, value, most = (
-                1e3 * count * getattr(getattr(one, part), name) for one in (low, middle, high)
+                1e3 * count * (getattr(getattr(one, part), name) or 0.0)
+                for one in (low, middle, high)
             )
             if value:
                 table.add_row(what, f"{value:.3g}", f"{least:.3g} to {most:.3g}")

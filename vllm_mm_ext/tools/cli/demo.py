@@ -63,7 +63,7 @@ def demo(
     """
     from vllm_mm_ext.testing.checkpoints import checkpoint
     from vllm_mm_ext.testing.media import bunny_path
-    from vllm_mm_ext.testing.server import serve
+    from vllm_mm_ext.testing.server import may_download, serve
     from vllm_mm_ext.tools.cli.inspect import inspect
 
     console = Console()
@@ -85,7 +85,7 @@ def demo(
             args += ["--config", str(config)]
         else:
             args += ["--additional-config.mm_ext.reports.cache_hits", "true"]
-        env = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"} if model else {}
+        env = may_download() if model else {}
         server = stack.enter_context(
             serve(served, plugin=True, args=args, env=env, timeout_s=1800 if model else 300)
         )

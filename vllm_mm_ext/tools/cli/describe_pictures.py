@@ -32,11 +32,13 @@ _MAX_FETCHED_BYTES = 4 << 30
 _FETCH_TIMEOUT_S = 60.0
 _LIMITS = DecodeLimits(max_frames=_MOST, max_duration_s=0)
 
-Frames = npt.NDArray[np.uint8]
+Frame = npt.NDArray[np.uint8]
 
 
 def window_pictures(source: Source, windows: Sequence[NotedWindow]) -> Mapping[int, str]:
     """A picture out of each window, by the window's number, as data URIs.
+
+    A window whose picture does not decode has none.
 
     Args:
         source: The video; fetched to a temporary file where it does not lie here.
@@ -49,18 +51,23 @@ def window_pictures(source: Source, windows: Sequence[NotedWindow]) -> Mapping[i
     chosen = windows[:: max(1, stride)]
     try:
         with _local(source) as path:
-            frames = _decoded(str(path), chosen)
+            found = _decoded(str(path), chosen)
     except (OSError, MediaError) as error:
         raise DescribeError(f"no pictures of {source.name}: {error}") from error
-    uris = [f"data:image/jpeg;base64,{base64.b64encode(j).decode()}" for j in _fitted(frames)]
-    return {window.number: uri for window, uri in zip(chosen, uris, strict=True)}
+    pictures = _fitted(list(found.values()))
+    return {
+        number: f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+        for number, picture in zip(found, pictures, strict=True)
+    }
 
 
-def _decoded(path: str, windows: Sequence[NotedWindow]) -> Frames:
+def _decoded(path: str, windows: Sequence[NotedWindow]) -> dict[int, Frame]:
+    """Pictures by the number of the window."""
     info = run_job(path, DecodeRequest(probe_only=True, limits=_LIMITS)).info
     if info.packets is None or not len(info.packets):
         raise MediaError("the file has no video stream")
-    indices = tuple(sorted(_index(info.packets, window) for window in windows))
+    wanted = {window.number: _index(info.packets, window) for window in windows}
+    indices = tuple(sorted(set(wanted.values())))
     done = run_job(
         path,
         DecodeRequest(
@@ -71,7 +78,9 @@ def _decoded(path: str, windows: Sequence[NotedWindow]) -> Frames:
         ),
     )
     assert done.frames is not None
-    return done.frames
+    assert done.selection is not None
+    frames = dict(zip(done.selection.indices.tolist(), done.frames, strict=True))
+    return {number: frames[index] for number, index in wanted.items() if index in frames}
 
 
 def _index(packets: PacketTable, window: NotedWindow) -> int:
@@ -85,7 +94,7 @@ def _index(packets: PacketTable, window: NotedWindow) -> int:
     return int(rows[np.abs(packets.time[rows] - middle).argmin()])
 
 
-def _fitted(frames: Frames) -> list[bytes]:
+def _fitted(frames: Sequence[Frame]) -> list[bytes]:
     """The pictures as JPEG, as large as all of them fit."""
     images = [Image.fromarray(frame) for frame in frames]
     encoded: list[bytes] = []

@@ -42,9 +42,10 @@ class Source:
     """A video that is asked about.
 
     Attributes:
-        name: What to call it.
+        name: What to call it: a file's name as it was given.
         url: What the server gets first: a URL as it was given, or that of a local file.
-        path: The local file, where there is one.
+        path: The local file, where there is one, without links: servers look where a file really
+            lies.
         given: The user gave a URL, which is sent as it is.
     """
 
@@ -66,11 +67,12 @@ class Source:
             return cls(name, text, None, given=True)
         if parts.scheme == "file":
             path = Path(url2pathname(parts.path))
-            return cls(path.name, text, path if path.is_file() else None, given=True)
-        path = Path(text).absolute()
+            return cls(path.name, text, path.resolve() if path.is_file() else None, given=True)
+        path = Path(text)
         if not path.is_file():
             raise DescribeError(f"{text}: neither a file nor a URL (http:, https:, file:)")
-        return cls(path.name, path.as_uri(), path, given=False)
+        real = path.resolve()
+        return cls(path.name, real.as_uri(), real, given=False)
 
     def as_data(self) -> str:
         """The file itself as a ``data:`` URL.
@@ -81,11 +83,11 @@ class Source:
         assert self.path is not None
         if (size := self.path.stat().st_size) > MAX_SENT_BYTES:
             raise DescribeError(
-                f"{self.path.name} has {size / (1 << 20):,.0f} MiB. The server may not read it "
+                f"{self.name} has {size / (1 << 20):,.0f} MiB. The server may not read it "
                 f"where it lies (`{_FLAG} {self.path.parent}` lets it), and a file sent within the "
                 f"request may have {MAX_SENT_BYTES >> 20} MiB at most."
             )
-        kind = mimetypes.guess_type(self.path.name)[0] or "video/mp4"
+        kind = mimetypes.guess_type(self.name)[0] or "video/mp4"
         return f"data:{kind};base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 

@@ -27,6 +27,10 @@ class LiveError(Exception):
     """The server refused or failed, or the connection is gone; the message is for the user."""
 
 
+class LiveRefusedError(LiveError):
+    """The server refused a request; the session goes on."""
+
+
 @dataclass
 class LiveAnswer:
     """One response of the server. Times are those of ``time.perf_counter``.
@@ -129,7 +133,8 @@ class LiveSession:
         """Send an event and wait for the event that answers it.
 
         Raises:
-            LiveError: The server answered with an error, or the connection is gone.
+            LiveRefusedError: The server answered with an error.
+            LiveError: It did not answer in time, or the connection is gone.
         """
         future: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
         # The id that `send` will give.
@@ -173,12 +178,18 @@ class LiveSession:
         """Ask for a response and wait for its end.
 
         Raises:
-            LiveError: The server refused, or the connection is gone.
+            LiveRefusedError: The server refused.
+            LiveError: It did not answer in time, or the connection is gone.
         """
         known = len(self.answers)
         self._asked = time.perf_counter()
         fields = {"response": options} if options else {}
-        await self.request("response.created", "response.create", **fields)
+        try:
+            await self.request("response.created", "response.create", **fields)
+        except LiveError:
+            # What the server begins by itself was not asked for here.
+            self._asked = None
+            raise
         answer = self.answers[known]
         await self.until(lambda: answer.ended is not None)
         return answer
@@ -260,7 +271,7 @@ class LiveSession:
                 if future is None or future.done():
                     self.errors.append(error)
                 else:
-                    future.set_exception(LiveError(_told(error)))
+                    future.set_exception(LiveRefusedError(_told(error)))
         for answered_by, future in self._waiting.values():
             if answered_by == event.get("type") and not future.done():
                 future.set_result(event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,13 @@ from rich.markup import escape
 
 from vllm_mm_ext.tools.cli.common import media_errors, printable
 from vllm_mm_ext.tools.cli.live_captions import Captions, summary
-from vllm_mm_ext.tools.cli.live_client import RATE, LiveError, LiveSession, live_session
+from vllm_mm_ext.tools.cli.live_client import (
+    RATE,
+    LiveError,
+    LiveRefusedError,
+    LiveSession,
+    live_session,
+)
 from vllm_mm_ext.tools.cli.live_media import pictures_of, sound_of
 from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, own_server
 
@@ -179,12 +185,16 @@ class _Show:
             self._began = time.perf_counter()
             captions.start()
             playing = [self._play(session), self._film(session)]
-            caption = asyncio.create_task(self._caption(session))
+            over = asyncio.Event()
+            caption = asyncio.create_task(self._caption(session, over))
             try:
                 await asyncio.gather(*playing)
+                over.set()
+                # What is asked already is heard out, as is what the server says by itself.
+                await caption
             finally:
                 caption.cancel()
-            # The one under way is heard out.
+                await asyncio.gather(caption, return_exceptions=True)
             await session.until(lambda: _idle(session), _ANSWER_S)
             if self._turns is not Turns.manual:
                 await self._hear_out(session)
@@ -210,13 +220,21 @@ class _Show:
             await session.picture(image, second)
             self._unasked = True
 
-    async def _caption(self, session: LiveSession) -> None:
-        second = self._every
-        while second is not None and self._every is not None:
-            await self._at(second)
-            if _idle(session):
-                await self._ask(session, self._questions[0])
-            second += self._every
+    async def _caption(self, session: LiveSession, over: asyncio.Event) -> None:
+        """Ask the first question at each moment for it, until ``over``."""
+        every = self._every
+        if every is None:
+            return
+        second = every
+        while not over.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), self._left(second))
+            if not over.is_set() and _idle(session):
+                # The server may begin a reply of its own before it is asked for one. Its refusal is
+                # printed, as all its errors are, and the next moment is another try.
+                with suppress(LiveRefusedError):
+                    await self._ask(session, self._questions[0])
+            second += every
 
     async def _ask(self, session: LiveSession, question: str) -> None:
         if self._unasked and self._turns is Turns.manual:
@@ -238,7 +256,11 @@ class _Show:
 
     async def _at(self, second: float) -> None:
         """Wait until a moment of the media."""
-        await asyncio.sleep(max(0.0, self._began + second - time.perf_counter()))
+        await asyncio.sleep(self._left(second))
+
+    def _left(self, second: float) -> float:
+        """Seconds until a moment of the media, 0 if it has passed."""
+        return max(0.0, self._began + second - time.perf_counter())
 
 
 def _idle(session: LiveSession) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -28,6 +29,7 @@ from vllm_mm_ext.tools.cli.plan_start import machine_memory, register_quietly, u
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.planning.planner import Planner
     from vllm_mm_ext.planner.plan import Plan
+    from vllm_mm_ext.planner.rates import Rates
     from vllm_mm_ext.tools.cli.plan_tables import Expected
 
 # Options with a value that change nothing in the written file.
@@ -75,8 +77,8 @@ def plan(
     reduction: Annotated[
         str | None,
         typer.Option(
-            help="Token reduction of videos, `pool=2,temporal=2` or `static=merge,keep=0.5`; else "
-            "the checkpoint's own."
+            help="Token reduction of videos, `pool=2,temporal=2`, `static=merge,keep=0.5`, or "
+            "`none`; else the checkpoint's own."
         ),
     ] = None,
     context: Annotated[
@@ -176,6 +178,7 @@ def _expected(
 ) -> Expected | None:
     """What clients see, and where that is from; None where nothing tells what work costs."""
     from vllm_mm_ext.adapters.planning.estimates import estimate_plan
+    from vllm_mm_ext.planner.estimate import follow_up_s
     from vllm_mm_ext.planner.host_work import host_work
     from vllm_mm_ext.tools.cli.plan_rates import RatesError, chosen_rates
     from vllm_mm_ext.tools.cli.plan_tables import Expected
@@ -192,11 +195,17 @@ def _expected(
     found = estimate_plan(planner.loaded.config, made, rates)
     per_hour = None if price is None else price * made.site.tp * made.site.dp
     work = host_work(made.workload, made.request)
-    decode = [
-        sum(one.decode_s(each.host) for one in work)
-        for each in (rates.low, rates.middle, rates.high)
-    ]
-    return Expected(found, source, per_hour, (decode[0], decode[1], decode[2]))
+
+    def at_each(seconds: Callable[[Rates], float]) -> tuple[float, float, float]:
+        return seconds(rates.low), seconds(rates.middle), seconds(rates.high)
+
+    return Expected(
+        found,
+        source,
+        per_hour,
+        decode_s=at_each(lambda each: sum(one.decode_s(each.host) for one in work)),
+        follow_up_s=at_each(lambda each: follow_up_s(work, made.request, each)),
+    )
 
 
 def _command(model: str, name: str | None) -> str:

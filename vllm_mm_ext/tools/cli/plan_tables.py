@@ -29,20 +29,25 @@ class Expected:
         source: Where they are from.
         per_hour: Price of all GPUs for an hour; None if it is not known.
         decode_s: CPU seconds of decode workers for a request: least, likely and most.
+        follow_up_s: The same of seconds to the first token of a follow-up that is asked alone.
     """
 
     estimate: Estimate
     source: str
     per_hour: float | None
     decode_s: tuple[float, float, float]
+    follow_up_s: tuple[float, float, float]
 
     def rows(self) -> list[tuple[str, float, float, float]]:
         """Name and low, middle and high value of each figure."""
         estimate = self.estimate
         low, middle, high = (
-            self._values(figures, decode_s)
-            for figures, decode_s in zip(
-                (estimate.low, estimate.middle, estimate.high), self.decode_s, strict=True
+            self._values(*each)
+            for each in zip(
+                (estimate.low, estimate.middle, estimate.high),
+                self.decode_s,
+                self.follow_up_s,
+                strict=True,
             )
         )
         return [
@@ -50,10 +55,11 @@ class Expected:
             for name in middle
         ]
 
-    def _values(self, figures: Figures, decode_s: float) -> dict[str, float]:
+    def _values(self, figures: Figures, decode_s: float, follow_up_s: float) -> dict[str, float]:
         values = {
             "seconds to the first token, median": figures.ttft_p50_s,
             "seconds to the first token, slowest in 20": figures.ttft_p95_s,
+            "seconds to the first token, a follow-up alone": follow_up_s,
             "seconds between tokens": figures.itl_p50_s,
             "requests a second": figures.requests_per_s,
             "CPU seconds of decoding, a request": decode_s,
