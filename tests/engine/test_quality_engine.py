@@ -104,7 +104,12 @@ def test_all_api_servers_share_a_tier_that_follows_the_load(
         tier = ServiceTier(SETTINGS, state)
         assert tier.level(time.monotonic()) == 0
         assert asyncio.run(_levels(server, [first])) == [0]
-        levels = asyncio.run(_crowd(server, 16, tier))
+        levels = [0]
+        for _ in range(5):
+            # Where the machine is busy, a crowd may be gone before a load is measured.
+            levels += asyncio.run(_crowd(server, 16, tier))
+            if max(levels) == 2:
+                break
         assert max(levels) == 2
         load = state.load(0)
         assert load is not None
