@@ -64,7 +64,7 @@ class RecordedItems:
             RecordError: A video that another server decoded cannot be split by its record.
         """
         videos = inputs.mm_data_items.get("video")
-        if any(True for _ in _whole_recorded(videos)):
+        if _has_whole_recorded(videos):
             raise RecordError("vLLM's own processor needs the pixels")
         if any(segment.recorded is not None for _, segment in _segments(videos)):
             inputs = dataclasses.replace(inputs, cache=RecordedCache(inputs, self))
@@ -244,12 +244,12 @@ def unpacked(data: bytes) -> MultiModalKwargsItem:
     return found
 
 
-def _recorded(segment: VideoSegment, own: Mapping[str, bytes]) -> RecordedSegment:
+def _recorded(segment: VideoSegment, own: dict[str, bytes]) -> RecordedSegment:
     kept, track = part_of(segment).kept, segment.audio
     return RecordedSegment(
         None if track is None else str(track.digest),
         None if kept is None else kept.tobytes(),
-        dict(own),
+        own,
     )
 
 
@@ -293,13 +293,13 @@ def _segments(videos: Any) -> Iterator[tuple[int, VideoSegment]]:
                 yield index, segment
 
 
-def _whole_recorded(videos: Any) -> Iterator[RecordedFrames]:
-    if isinstance(videos, VideoProcessorItems):
-        for index in range(len(videos)):
-            item = videos.get(index)
-            frames = item[0] if isinstance(item, tuple) else item
-            if isinstance(frames, RecordedFrames):
-                yield frames
+def _has_whole_recorded(videos: Any) -> bool:
+    """Whether a recorded video was not split."""
+    if not isinstance(videos, VideoProcessorItems):
+        return False
+    items = (videos.get(index) for index in range(len(videos)))
+    frames = (item[0] if isinstance(item, tuple) else item for item in items)
+    return any(isinstance(one, RecordedFrames) for one in frames)
 
 
 def _values(data: Any) -> int:
