@@ -35,6 +35,7 @@ TOLD: dict[str, Any] = {
     ],
     "engines": [
         {
+            "number": 4,
             "load": {"running": 3.0, "waiting": 1.0, "itl_s": 0.02, "backlog_s": None},
             "kv": {
                 "blocks": 100,
@@ -58,7 +59,7 @@ TOLD: dict[str, Any] = {
             },
             "encoder": None,
         },
-        {"load": None, "kv": None, "encoder": None},
+        {"number": 5, "load": None, "kv": None, "encoder": None},
     ],
     "requests": [
         {
@@ -108,7 +109,8 @@ def test_what_a_server_tells_is_shown(url: str) -> None:
         "load tier 1",
         "3 running, 1 waiting, 20 ms a token",
         "40%",
-        "engine 1",
+        "engine 4",
+        "engine 5",
         "live sess_1  12 s, 3 files",
         "1 sessions in KV, 1 pinned",
         "clip.mp4 and 2 more",

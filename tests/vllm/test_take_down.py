@@ -22,6 +22,7 @@ from vllm.multimodal.cache import (
     ShmObjectStoreSenderCache,
 )
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_mm_ext.adapters.serving import answers
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
@@ -141,15 +142,19 @@ def test_an_item_in_shared_memory_is_overwritten_and_its_place_used_again(
         cache.close()
 
 
+def runner_of(**parts: Any) -> SimpleNamespace:
+    """A model runner, as far as takedowns know it."""
+    config = SimpleNamespace(has_mamba_layers=parts.pop("mamba", False))
+    return SimpleNamespace(kv_cache_config=config, device=torch.device("cpu"), **parts)
+
+
 def test_a_worker_overwrites_outputs_and_blocks() -> None:
     zeroed: list[int] = []
     with torch.inference_mode():
         gone, kept = torch.ones(4, 8), torch.ones(4, 8)
-    runner = SimpleNamespace(
-        encoder_cache={"gone": gone, "kept": kept}, _zero_block_ids=zeroed.extend
-    )
+    runner = runner_of(encoder_cache={"gone": gone, "kept": kept}, _zero_block_ids=zeroed.extend)
     worker = SimpleNamespace(model_runner=runner)
-    assert worker_part.take_down(worker, ["gone", "unknown"], [3, 4]) == 1
+    assert worker_part.take_down(worker, ["gone", "unknown"], [3, 4]) == (1, True)
     assert not gone.any()
     assert kept.all()
     assert list(runner.encoder_cache) == ["kept"]
@@ -157,12 +162,55 @@ def test_a_worker_overwrites_outputs_and_blocks() -> None:
     # vLLM's second runner.
     outputs = SimpleNamespace(encoder_outputs={"gone": torch.ones(2)})
     zeroer = SimpleNamespace(zero_block_ids=zeroed.extend)
-    second = SimpleNamespace(encoder_cache=outputs, kv_block_zeroer=zeroer)
-    assert worker_part.take_down(SimpleNamespace(model_runner=second), ["gone"], [5]) == 1
+    second = runner_of(encoder_cache=outputs, kv_block_zeroer=zeroer)
+    assert worker_part.take_down(SimpleNamespace(model_runner=second), ["gone"], [5]) == (1, True)
     assert zeroed == [3, 4, 5]
     # A model without an encoder.
-    none = SimpleNamespace(encoder_cache=None, kv_block_zeroer=zeroer)
-    assert worker_part.take_down(SimpleNamespace(model_runner=none), ["gone"], []) == 0
+    none = runner_of(encoder_cache=None, kv_block_zeroer=zeroer)
+    assert worker_part.take_down(SimpleNamespace(model_runner=none), ["gone"], []) == (0, True)
+
+
+class OnDevice:
+    """The part of vLLM's model runners that overwrites blocks of a GPU, by its own code.
+
+    vLLM makes what does so for few models.
+    """
+
+    device = torch.device("cuda")
+    kv_cache_config = SimpleNamespace(has_mamba_layers=False)
+
+    def __init__(self, zeroed: list[int]) -> None:
+        self.zeroed = zeroed
+
+
+class FirstRunner(OnDevice):
+    _zero_block_ids = GPUModelRunner._zero_block_ids
+
+    def _init_kv_zero_meta(self) -> None:
+        self._kv_block_zeroer = SimpleNamespace(zero_block_ids=self.zeroed.extend)
+
+
+class SecondRunner(OnDevice):
+    kv_block_zeroer: Any = None
+
+    def _init_kv_zero_meta(self) -> None:
+        assert self.kv_block_zeroer is None, "made twice"
+        self.kv_block_zeroer = SimpleNamespace(zero_block_ids=self.zeroed.extend)
+
+
+@pytest.mark.parametrize("runner", [FirstRunner, SecondRunner])
+def test_blocks_of_a_gpu_are_overwritten_also_where_vllm_never_does(runner: Any) -> None:
+    zeroed: list[int] = []
+    one = runner(zeroed)
+    assert worker_part.zero_blocks(one, [3])
+    assert worker_part.zero_blocks(one, [4, 5])
+    assert zeroed == [3, 4, 5]
+
+
+def test_blocks_that_nothing_overwrites_are_told() -> None:
+    assert not worker_part.zero_blocks(runner_of(), [3])
+    assert not worker_part.zero_blocks(runner_of(_zero_block_ids=lambda _: None, mamba=True), [3])
+    assert worker_part.zero_blocks(runner_of(), [])
 
 
 class Serving:

@@ -90,7 +90,8 @@ class Engine:
         raise AssertionError("others' outputs are dropped as well")
 
     def collective_rpc(self, method: Any, args: Any = ()) -> list[Any]:
-        worker = SimpleNamespace(model_runner=SimpleNamespace(encoder_cache=self.outputs))
+        runner = SimpleNamespace(encoder_cache=self.outputs, kv_block_zeroer=None)
+        worker = SimpleNamespace(model_runner=runner)
         return [method(worker, *args)]
 
     async def call_utility_all_async(self, _: str, action: str, arguments: Any) -> list[Any]:

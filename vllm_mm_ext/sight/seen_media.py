@@ -6,14 +6,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from blake3 import blake3
 
 from vllm_mm_ext.request.media_items import ImageItem, MediaItem
 
-# Hashes of mm items that are remembered, about 200 bytes each: more than the caches of an engine
-# have items.
-MAX_HASHES = 1 << 16
+# Files and hashes of mm items that are remembered, some hundred bytes each: more than the caches of
+# an engine have items. Those that requests used together count once for each such set.
+MAX_NOTED = 1 << 16
 # URLs remembered of one file, and characters of a URL; longer ones are known by their digest alone.
 _MAX_URLS = 16
 _MAX_URL = 4096
@@ -27,31 +28,45 @@ class Medium:
         digest: Hex BLAKE3 of the file; of a file whose content is not known, ``unknown_digest``.
         modality: `video`, `audio` or `image`.
         urls: URLs under which requests named it, the last one last. Data URLs are not among them.
-        hashes: vLLM's hashes of the mm items that requests with the file had, the last ones last.
-            An item of another file of the same request may be among them.
+        uses: The uses of which it is a part.
         noted: Value of ``time.monotonic()`` when a request used the file last.
     """
 
     digest: str
     modality: str
     urls: dict[str, None] = field(default_factory=dict)
-    hashes: dict[str, None] = field(default_factory=dict)
+    uses: set[_Use] = field(default_factory=set)
     noted: float = 0.0
 
 
-class SeenMedia:
-    """Files by digest, those used last; not more of them than have ``max_hashes`` hashes together.
+class _Use(NamedTuple):
+    """Files that requests used together, and vLLM's hashes of all mm items made of these files."""
 
-    For one event loop.
+    digests: frozenset[str]
+    hashes: frozenset[str]
+
+    @property
+    def count(self) -> int:
+        return len(self.digests) + len(self.hashes)
+
+
+class SeenMedia:
+    """Files by digest, and what was made of them, as far as the uses that came last tell.
+
+    Which item of a request was made of which of its files is not noted, so that a request costs as
+    much as it has files and items. For one event loop.
 
     Args:
-        max_hashes: Hashes remembered at most. A file counts as one more.
+        most: Files and hashes remembered at most, those of each use counted anew. The last use is
+            remembered in any case.
     """
 
-    def __init__(self, max_hashes: int = MAX_HASHES) -> None:
-        self._max = max_hashes
-        self._media: OrderedDict[str, Medium] = OrderedDict()
-        self._of_hash: dict[str, dict[str, None]] = {}
+    def __init__(self, most: int = MAX_NOTED) -> None:
+        self._most = most
+        self._media: dict[str, Medium] = {}
+        # The one that came last is the last.
+        self._uses: OrderedDict[_Use, None] = OrderedDict()
+        self._of_hash: dict[str, set[_Use]] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -66,28 +81,7 @@ class SeenMedia:
             url: As the request names it.
             hashes: vLLM's hashes of all mm items of the request.
         """
-        medium = self._media.get(digest)
-        if medium is None:
-            medium = self._media[digest] = Medium(digest, modality)
-            self._count += 1
-        self._media.move_to_end(digest)
-        medium.noted = time.monotonic()
-        if url and len(url) <= _MAX_URL and url[:5].lower() != "data:":
-            medium.urls.pop(url, None)
-            medium.urls[url] = None
-            while len(medium.urls) > _MAX_URLS:
-                del medium.urls[next(iter(medium.urls))]
-        for one in hashes:
-            if one in medium.hashes:
-                del medium.hashes[one]
-            else:
-                self._count += 1
-                self._of_hash.setdefault(one, {})[digest] = None
-            medium.hashes[one] = None
-        while self._count > self._max and len(self._media) > 1:
-            self._drop(next(iter(self._media)))
-        while self._count > self._max and medium.hashes:
-            self._drop_hash(medium, next(iter(medium.hashes)))
+        self._note([(digest, modality, url)], hashes)
 
     def note_all(
         self, items: Iterable[MediaItem], images: Iterable[ImageItem], hashes: Collection[str]
@@ -99,11 +93,29 @@ class SeenMedia:
             images: Its images.
             hashes: vLLM's hashes of all its mm items.
         """
-        for item in items:
-            digest = item.known_digest or unknown_digest(item.url)
-            self.note(digest, item.modality, item.url, hashes)
-        for image in images:
-            self.note(image.digest or unknown_digest(image.url), "image", image.url, hashes)
+        files = [
+            (one.known_digest or unknown_digest(one.url), one.modality, one.url) for one in items
+        ]
+        files += [(one.digest or unknown_digest(one.url), "image", one.url) for one in images]
+        self._note(files, hashes)
+
+    def _note(self, files: Collection[tuple[str, str, str]], hashes: Iterable[str]) -> None:
+        if not files:
+            return
+        use = _Use(frozenset(digest for digest, _, _ in files), frozenset(hashes))
+        now = time.monotonic()
+        for digest, modality, url in files:
+            medium = self._media.setdefault(digest, Medium(digest, modality))
+            medium.noted = now
+            if url and len(url) <= _MAX_URL and url[:5].lower() != "data:":
+                medium.urls.pop(url, None)
+                medium.urls[url] = None
+                while len(medium.urls) > _MAX_URLS:
+                    del medium.urls[next(iter(medium.urls))]
+        self._add(use)
+        self._uses.move_to_end(use)
+        while self._count > self._most and len(self._uses) > 1:
+            self._drop(next(iter(self._uses)))
 
     def digests_at(self, url: str) -> set[str]:
         """Digests of the files that requests got from a URL."""
@@ -118,7 +130,7 @@ class SeenMedia:
     def hashes_of(self, digests: Collection[str]) -> set[str]:
         """vLLM's hashes of the mm items of all requests with one of these files."""
         known = (self._media[digest] for digest in digests if digest in self._media)
-        return {one for medium in known for one in medium.hashes}
+        return {one for medium in known for use in medium.uses for one in use.hashes}
 
     def medium_of(self, mm_hash: str, modality: str) -> Medium | None:
         """The file that an mm item was made of; None where it is not known for sure.
@@ -127,7 +139,12 @@ class SeenMedia:
             mm_hash: vLLM's hash of the item.
             modality: Of the item.
         """
-        media = [self._media[digest] for digest in self._of_hash.get(mm_hash, {})]
+        uses = self._of_hash.get(mm_hash)
+        if not uses:
+            return None
+        # It was made of a file that was there each time.
+        digests = frozenset.intersection(*(use.digests for use in uses))
+        media = [self._media[digest] for digest in digests]
         if len(media) > 1:
             media = [medium for medium in media if medium.modality == modality]
         return media[0] if len(media) == 1 else None
@@ -139,34 +156,51 @@ class SeenMedia:
             digests: Of the files.
             before: Value of ``time.monotonic()``.
         """
-        for digest in digests:
-            if digest in self._media and self._media[digest].noted < before:
-                self._drop(digest)
+        known = (self._media[digest] for digest in digests if digest in self._media)
+        gone = frozenset(medium.digest for medium in known if medium.noted < before)
+        for use in {use for digest in gone for use in self._media[digest].uses}:
+            # What became of the other files is still known.
+            left = _Use(use.digests - gone, use.hashes)
+            if left.digests:
+                self._add(left)
+            self._drop(use)
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` if files and hashes disagree; for tests."""
-        found: dict[str, set[str]] = {}
-        for digest, medium in self._media.items():
-            assert medium.digest == digest
-            for one in medium.hashes:
-                found.setdefault(one, set()).add(digest)
-        assert found == {one: set(digests) for one, digests in self._of_hash.items()}
-        assert self._count == sum(1 + len(medium.hashes) for medium in self._media.values())
+        """Raise ``AssertionError`` if files, uses and hashes disagree; for tests."""
+        of_file: dict[str, set[_Use]] = {}
+        of_hash: dict[str, set[_Use]] = {}
+        for use in self._uses:
+            for digest in use.digests:
+                of_file.setdefault(digest, set()).add(use)
+            for one in use.hashes:
+                of_hash.setdefault(one, set()).add(use)
+        assert of_file == {digest: medium.uses for digest, medium in self._media.items()}
+        assert of_hash == self._of_hash
+        assert self._count == sum(use.count for use in self._uses)
 
-    def _drop(self, digest: str) -> None:
-        medium = self._media[digest]
-        for one in list(medium.hashes):
-            self._drop_hash(medium, one)
-        del self._media[digest]
-        self._count -= 1
+    def _add(self, use: _Use) -> None:
+        if use in self._uses:
+            return
+        self._uses[use] = None
+        self._count += use.count
+        for digest in use.digests:
+            self._media[digest].uses.add(use)
+        for one in use.hashes:
+            self._of_hash.setdefault(one, set()).add(use)
 
-    def _drop_hash(self, medium: Medium, one: str) -> None:
-        del medium.hashes[one]
-        self._count -= 1
-        owners = self._of_hash[one]
-        del owners[medium.digest]
-        if not owners:
-            del self._of_hash[one]
+    def _drop(self, use: _Use) -> None:
+        del self._uses[use]
+        self._count -= use.count
+        for digest in use.digests:
+            medium = self._media[digest]
+            medium.uses.discard(use)
+            if not medium.uses:
+                del self._media[digest]
+        for one in use.hashes:
+            uses = self._of_hash[one]
+            uses.discard(use)
+            if not uses:
+                del self._of_hash[one]
 
 
 def unknown_digest(url: str) -> str:

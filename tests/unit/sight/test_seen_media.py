@@ -60,20 +60,67 @@ def test_memory_is_bounded_and_the_file_used_last_is_known(notes: list[Note], mo
         seen.note(digest, "video", url, hashes)
         seen.check_integrity()
         found = seen.hashes_of(DIGESTS)
-        assert len(seen) + len(found) <= most
+        assert len(seen) + len(found) <= max(most, 1 + len(set(hashes)))
         assert digest in seen.digests_at(url) or not url.startswith("http")
-        assert set(hashes[-1:]) <= found
+        assert set(hashes) <= seen.hashes_of([digest])
+
+
+def test_a_request_with_many_files_leaves_those_of_others_known() -> None:
+    seen = SeenMedia(10_000)
+    for n in range(1000):
+        seen.note(f"{n:064x}", "video", "", [f"video {n}"])
+    pictures = [ImageItem("", f"{n:064x}") for n in range(5000, 5999)]
+    seen.note_all([], pictures, [f"picture {n}" for n in range(999)])
+    assert seen.hashes_of([f"{0:064x}"]) == {"video 0"}
+    assert len(seen.hashes_of([f"{5000:064x}"])) == 999
+    assert len(seen) == 1999
+
+
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(DIGESTS), min_size=1, max_size=4),
+            st.lists(st.sampled_from(HASHES), max_size=5),
+        ),
+        max_size=12,
+    ),
+    gone=st.sets(st.sampled_from(DIGESTS)),
+)
+def test_to_forget_a_file_leaves_what_became_of_those_it_was_used_with(
+    requests: list[tuple[list[str], list[str]]], gone: set[str]
+) -> None:
+    seen = SeenMedia()
+    model: dict[str, set[str]] = {}
+    for digests, hashes in requests:
+        seen.note_all([], [ImageItem("", digest) for digest in digests], hashes)
+        for digest in digests:
+            model.setdefault(digest, set()).update(hashes)
+    seen.forget(gone, before=math.inf)
+    seen.check_integrity()
+    for digest in DIGESTS:
+        assert seen.hashes_of([digest]) == (set() if digest in gone else model.get(digest, set()))
 
 
 def test_an_item_is_ascribed_to_a_file_where_only_one_can_be_it() -> None:
     seen = SeenMedia()
-    seen.note(DIGESTS[0], "video", "http://a/1", ["own", "shared"])
-    seen.note(DIGESTS[1], "audio", "http://a/2", ["shared"])
-    for name, digest in (("own", DIGESTS[0]), ("shared", DIGESTS[1])):
-        medium = seen.medium_of(name, "audio")
+    video, sound = (
+        MediaItem(modality, f"http://a/{n}", digest=DIGESTS[n])
+        for n, modality in enumerate(("video", "audio"))
+    )
+    picture = ImageItem("http://a/2", DIGESTS[2])
+    seen.note_all([video], [], ["own"])
+    seen.note_all([video, sound], [picture], ["own", "shared"])
+    for name, modality, digest in (
+        ("own", "audio", DIGESTS[0]),
+        ("shared", "audio", DIGESTS[1]),
+        ("shared", "image", DIGESTS[2]),
+    ):
+        medium = seen.medium_of(name, modality)
         assert medium is not None
         assert medium.digest == digest
-    assert seen.medium_of("shared", "image") is None
+    seen.note_all([sound], [ImageItem("http://a/3", DIGESTS[3])], ["two sounds"])
+    seen.note_all([MediaItem("audio", "http://a/4", digest=DIGESTS[4])], [], ["two sounds"])
+    assert seen.medium_of("two sounds", "audio") is None
     assert seen.medium_of("other", "video") is None
 
 

@@ -27,13 +27,17 @@ OPERATOR_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.distributed.ec_transfer:has_ec_transfer"),
     VllmName("vllm.renderers.base:BaseRenderer.mm_processor_cache"),
     VllmName("vllm.v1.worker.gpu_model_runner:GPUModelRunner._zero_block_ids", ("block_ids",)),
+    VllmName("vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_kv_zero_meta", ("self",)),
+    VllmName("vllm.v1.worker.gpu.model_runner:GPUModelRunner._init_kv_zero_meta", ("self",)),
+    VllmName("vllm.v1.kv_cache_interface:KVCacheConfig.has_mamba_layers"),
     VllmName("vllm.v1.worker.utils:KVBlockZeroer.zero_block_ids", ("block_ids",)),
     VllmName(f"{_SHM}:SingleWriterShmRingBuffer.access_buf", ("address",)),
     VllmAttributes(
         "vllm.v1.engine.core:EngineCore", ("mm_receiver_cache", "model_executor", "scheduler")
     ),
     VllmAttributes(
-        _SCHEDULER, ("connector", "encoder_cache_manager", "kv_cache_manager", "requests")
+        _SCHEDULER,
+        ("connector", "encoder_cache_manager", "kv_cache_manager", "parallel_config", "requests"),
     ),
     VllmAttributes(
         "vllm.v1.core.encoder_cache_manager:EncoderCacheManager",
@@ -43,9 +47,13 @@ OPERATOR_NAMES: tuple[Checked, ...] = (
     VllmAttributes(f"{_QUEUE}:ShmRingBuffer", ("max_chunk_bytes", "max_chunks")),
     VllmAttributes("vllm.v1.executor.multiproc_executor:MultiprocExecutor", ("rpc_broadcast_mq",)),
     VllmAttributes("vllm.v1.worker.worker_base:WorkerBase", ("model_runner",)),
-    VllmAttributes("vllm.v1.worker.gpu_model_runner:GPUModelRunner", ("encoder_cache",)),
     VllmAttributes(
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner", ("encoder_cache", "kv_block_zeroer")
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+        ("_kv_block_zeroer", "device", "encoder_cache", "kv_cache_config"),
+    ),
+    VllmAttributes(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+        ("device", "encoder_cache", "kv_block_zeroer", "kv_cache_config"),
     ),
     VllmAttributes("vllm.v1.worker.gpu.mm.encoder_cache:EncoderCache", ("encoder_outputs",)),
     VllmAttributes(f"{_CACHE}:MultiModalProcessorOnlyCache", ("_cache",)),
@@ -60,6 +68,6 @@ OPERATOR_NAMES: tuple[Checked, ...] = (
     VllmAttributes("vllm.multimodal.media.base:MediaWithBytes", ("media", "original_bytes")),
     VllmAttributes(
         "vllm.config:ParallelConfig",
-        ("_api_process_count", "_api_process_rank", "data_parallel_size"),
+        ("_api_process_count", "_api_process_rank", "data_parallel_index", "data_parallel_size"),
     ),
 )

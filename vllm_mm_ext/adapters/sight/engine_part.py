@@ -53,6 +53,8 @@ def look(core: Any) -> dict[str, Any]:
     """
     pool = kv_part.pool_of(core)
     return {
+        # Among all engines of the service: a machine's own may begin with any.
+        "number": core.scheduler.parallel_config.data_parallel_index,
         "kv": None if pool is None else kv_part.view(pool),
         "encoder": _encoder(core.scheduler.encoder_cache_manager),
     }
@@ -83,7 +85,8 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
 
     Returns:
         Numbers of what was dropped: ``kv_blocks``, ``outputs`` (of encoders), ``inputs``; ``busy``
-        is the number of requests that use an item, ``kv_left`` whether cached KV may be left.
+        is the number of requests that use an item, ``kv_left`` whether cached KV may be left,
+        ``kv_overwritten`` whether the KV blocks hold nothing any more.
     """
     scheduler = core.scheduler
     wanted = _one_of(hashes)
@@ -116,10 +119,6 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
     elif hashes and not scheduler.requests:
         # That of encoder-decoders takes nothing for cached, but the worker's outputs stay a while.
         core.reset_encoder_cache()
-    forget_stored = getattr(scheduler.ec_connector, "forget_stored", None)
-    if forget_stored is not None:
-        # The shared store does not tell what it holds.
-        forget_stored(sorted(identifiers))
     known = frozenset(hashes)
     with _INPUTS:
         inputs = drop_inputs(
@@ -129,13 +128,18 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
     idle = [block for block in evicted if not blocks[block].ref_cnt]
     executor = core.model_executor
     _overwrite_queue(executor)
-    outputs = executor.collective_rpc(worker_part.take_down, args=(sorted(identifiers), idle))
+    found = executor.collective_rpc(worker_part.take_down, args=(sorted(identifiers), idle))
+    forget_stored = getattr(scheduler.ec_connector, "forget_stored", None)
+    if forget_stored is not None:
+        # The shared store does not tell what it holds. The steps that wrote to it have ended.
+        forget_stored(sorted(identifiers))
     scrub()
     return {
         "busy": busy(core, hashes),
         "kv_blocks": len(evicted),
         "kv_left": kv_left,
-        "outputs": max(outputs, default=0),
+        "kv_overwritten": all(zeroed for _, zeroed in found),
+        "outputs": max((dropped for dropped, _ in found), default=0),
         "inputs": inputs,
     }
 

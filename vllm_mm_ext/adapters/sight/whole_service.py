@@ -157,6 +157,8 @@ class WholeService:
             left.append("requests that engines still work on")
         if any(one["kv_left"] for one in engines):
             left.append("KV blocks of engines without the plugin's block pool, which are busy")
+        if not all(one["kv_overwritten"] for one in engines):
+            left.append("what KV blocks held, until other requests overwrite it")
         if not left:
             # Not before: whoever asks again must find what is left.
             await self._servers("forget", digests=digests, before=before)
@@ -224,8 +226,9 @@ class WholeService:
             "tier": state.tier().level,
             "servers": servers,
             "engines": [
-                {**engine, "load": asdict(loads[index]) if index in loads else None}
-                for index, engine in enumerate(engines)
+                {**engine, "load": asdict(loads[number]) if number in loads else None}
+                for engine in engines
+                for number in (engine["number"],)
             ],
             "requests": requests[:SHOWN],
         }

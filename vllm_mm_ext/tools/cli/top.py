@@ -104,18 +104,18 @@ def shown(told: Mapping[str, Any]) -> RenderableType:
         (told["model"], "bold"), f"  {clock}  load tier ", (str(tier), "red" if tier else "green")
     )
     parts: list[RenderableType] = [title]
-    for number, engine in enumerate(told["engines"]):
-        parts.append(_engine(number, engine))
+    for engine in told["engines"]:
+        parts.append(_engine(engine))
     for server in told["servers"]:
         parts.append(_server(server))
     parts += [_media(told["engines"]), _sessions(told), _requests(told)]
     return Group(*parts)
 
 
-def _engine(number: int, engine: Mapping[str, Any]) -> RenderableType:
+def _engine(engine: Mapping[str, Any]) -> RenderableType:
     load, kv, encoder = engine["load"], engine["kv"], engine["encoder"]
     table = Table.grid(padding=(0, 2))
-    line = f"engine {number}"
+    line = f"engine {engine['number']}"
     if load is not None:
         line += f"  {load['running']:.0f} running, {load['waiting']:.0f} waiting"
         if load["itl_s"]:
