@@ -188,11 +188,15 @@ async def test_live_sessions_of_one_key_go_to_one_server(
     assert len(places) == len(servers), "one server got all sessions"
 
 
-def test_what_is_for_operators_is_asked_of_each_server_itself(routed: tuple[str, Server]) -> None:
+def test_what_needs_no_key_or_is_for_operators_is_asked_of_each_server_itself(
+    routed: tuple[str, Server],
+) -> None:
     name, running = routed
     if name not in SOCKETS:
         pytest.skip(f"{name} refuses no paths")
-    for path in ("/metrics", "/mm_ext/sight", "/mm_ext/stats", "/mm%5Fext/media/take-down"):
+    for path in ("/metrics", "/mm_ext/sight", "/mm_ext/stats", "/mm%5Fext/media/drop"):
         assert httpx.get(f"{running.url}{path}").status_code == 403
-    for path in ("/mm_ext/health", "/v1/models"):
+    for path in ("/invocations", "/v1/%2e%2e/invocations", "/tokenize", "/scale_elastic_ep"):
+        assert httpx.post(f"{running.url}{path}", json={}).status_code in (403, 404)
+    for path in ("/health", "/mm_ext/health", "/v1/models"):
         assert httpx.get(f"{running.url}{path}").status_code == 200

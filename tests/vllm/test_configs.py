@@ -1,11 +1,14 @@
 """Every shipped --config file is one vLLM and the plugin accept."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vllm_mm_ext.config.root import MMExtConfig
+from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.tools.calibration.calibrating import Model, Setting, server_arguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -22,13 +25,8 @@ def test_configs_are_shipped_for_the_promised_models() -> None:
     }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_vllm_and_the_plugin_accept_the_config_file(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Offline, vLLM looks for the model's files while it parses; only the arguments matter here.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    from vllm.engine.arg_utils import AsyncEngineArgs
+def parsed(*arguments: str) -> argparse.Namespace:
+    """What vLLM takes arguments of ``vllm serve`` for."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     # The module has moved between vLLM 0.32 and 0.33.
@@ -37,9 +35,19 @@ def test_vllm_and_the_plugin_accept_the_config_file(
     except ModuleNotFoundError:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
-    args = parser.parse_args(["--config", str(path)])
-    engine_args = AsyncEngineArgs.from_cli_args(args)
+    found: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([*arguments])
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_vllm_and_the_plugin_accept_the_config_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Offline, vLLM looks for the model's files while it parses; only the arguments matter here.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    engine_args = AsyncEngineArgs.from_cli_args(parsed("--config", str(path)))
     config = MMExtConfig.from_additional_config(engine_args.additional_config)
 
     raw = yaml.safe_load(path.read_text())
@@ -50,3 +58,13 @@ def test_vllm_and_the_plugin_accept_the_config_file(
     )
     assert engine_args.max_num_batched_tokens == raw["max-num-batched-tokens"]
     assert engine_args.limit_mm_per_prompt["video"] >= 1
+
+
+def test_a_plan_of_several_replicas_is_calibrated_on_one(tmp_path: Path) -> None:
+    planned = yaml.safe_load(CONFIGS[0].read_text()) | {"data-parallel-size": 4}
+    config = tmp_path / "plan.yaml"
+    config.write_text(yaml.safe_dump(planned))
+    setting = Setting.of(config)
+    args = parsed(*server_arguments(Model(str(checkpoint("qwen2_5_omni")), setting), setting))
+    assert (args.data_parallel_size, args.api_server_count) == (1, 1)
+    assert args.max_num_seqs == planned["max-num-seqs"]

@@ -92,6 +92,40 @@ def test_prometheus_takes_the_alerts() -> None:
 
 
 @with_promtool
+def test_origins_that_never_answered_raise_the_alert(tmp_path: Path) -> None:
+    assert PROMTOOL is not None
+    failed = 'mm_ext_refused_requests_total{instance="a", reason="unreachable"}'
+    (rule,) = (one for one in alerts() if one["alert"] == "MmExtOriginsFail")
+    test = {
+        "rule_files": [str(DASHBOARDS / "alerts.yaml")],
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": failed, "values": "0+6x40"}],
+                "alert_rule_test": [
+                    {
+                        "eval_time": "30m",
+                        "alertname": "MmExtOriginsFail",
+                        "exp_alerts": [
+                            {
+                                "exp_labels": {"severity": "warning", "instance": "a"},
+                                "exp_annotations": rule["annotations"],
+                            }
+                        ],
+                    }
+                ],
+            }
+        ],
+    }
+    made = tmp_path / "test.yaml"
+    made.write_text(yaml.safe_dump(test))
+    told = subprocess.run(
+        [PROMTOOL, "test", "rules", str(made)], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
+@with_promtool
 def test_prometheus_parses_every_query(tmp_path: Path) -> None:
     rules = [{"record": f"query:{i}", "expr": query} for i, query in enumerate(queries())]
     made = tmp_path / "rules.yaml"

@@ -164,12 +164,13 @@ class Model:
 
 
 def server_arguments(model: Model, setting: Setting) -> list[str]:
-    """Arguments of ``vllm serve``."""
+    """Arguments of ``vllm serve``: one engine and one API server, of which an estimate is."""
     kv = model.facts.kv_bytes_per_token(setting.tp) * setting.context * _CONTEXTS_OF_KV
     kwargs = setting.mm_processor_kwargs
     return [
         *setting.arguments,
         *("--tensor-parallel-size", str(setting.tp)),
+        *("--data-parallel-size", "1", "--api-server-count", "1"),
         *("--max-model-len", str(setting.context)),
         *("--max-num-seqs", str(setting.slots)),
         *("--max-num-batched-tokens", str(setting.step_tokens)),
