@@ -42,6 +42,9 @@ def test_one_slot_is_enough_to_tell_how_many_cores_a_step_takes() -> None:
     # One core: beside a thread, a step that would have it to itself takes twice as long.
     twice = replace(seen, busy_steps=(steps(alone * 2), steps(alone)), cores=1)
     assert _engine_threads(twice, COSTS) == pytest.approx(1.0, rel=0.01)
+    # The API server wants the core, too: by itself a step is as fast as was measured all the same.
+    thrice = replace(seen, busy_steps=(steps(alone * 3), steps(alone)), cores=1)
+    assert _engine_threads(thrice, COSTS) == 1.0
     with pytest.raises(ValueError, match="repeat"):
         _engine_threads(replace(seen, busy_steps=([], steps(alone))), COSTS)
 

@@ -193,7 +193,7 @@ def _host(
         preprocess=preprocess[0],
         preprocess_input=preprocess[1],
         preprocess_sound_second=preprocess[2],
-        decode_threads=max(0.1, seen.decode_threads),
+        decode_threads=min(seen.cores, max(0.1, seen.decode_threads)),
         engine_threads=_engine_threads(seen, steps),
         cached_medium=cached[0] if cached else None,
         cached_input=cached[1] if cached else 0.0,
@@ -232,7 +232,8 @@ def _engine_threads(seen: Observations, costs: StepCosts) -> float:
     """Cores that steps take: as many as explain how much slower they are beside other threads.
 
     With ``n`` threads on its cores, a step that takes ``e`` of them has the speed
-    ``cores / (n + e)``.
+    ``cores / (n + e)``. It takes no more of them than there are: what a step costs was measured on
+    these cores, so by itself it is not slowed down, however much slower it is beside others.
     """
     if not all(seen.busy_steps):
         raise ValueError("no step of the requests beside busy cores was logged by itself: repeat")
@@ -242,7 +243,7 @@ def _engine_threads(seen: Observations, costs: StepCosts) -> float:
         for steps in seen.busy_steps
     )
     slower = max(1.0, busy / quiet)
-    return max(0.1, seen.cores * slower - busy_threads(seen.cores))
+    return min(seen.cores, max(0.1, seen.cores * slower - busy_threads(seen.cores)))
 
 
 def _rows(alone: Sequence[Asked], steps: Sequence[LoggedStep], tokens_of: TokensOf) -> list[_Row]:
