@@ -1,8 +1,8 @@
 """A replica's KV cache, counted: the block pool's pieces and its rule of value, without blocks.
 
-Of a conversation there are two pieces: the medium at its beginning, which conversations share, and
-all that follows, which grows with each turn. Which of them are given up is decided by the classes
-that decide it in an engine (``policies.kv``).
+Of a conversation there are the pieces of the medium at its beginning, which conversations share,
+and one of all that follows, which grows with each turn. Which of them are given up is decided by
+the classes that decide it in an engine (``policies.kv``).
 """
 
 from __future__ import annotations
@@ -17,28 +17,43 @@ from vllm_mm_ext.policies.kv.sessions import Sessions
 
 # Of so many blocks one is given up before it is needed.
 _AHEAD = 256
+# Pieces of a medium at most. In an engine each segment is one: its end is given up and comes back
+# apart from its beginning, which teaches how soon what was given up is wanted. Where each of two
+# replicas has half of the turns, as one piece 3 % less is found, as three as much as in an engine.
+_MOST_PIECES = 3
+
+
+def pieces_of(head: str, tokens: int, items: int) -> tuple[tuple[bytes, int], ...]:
+    """The pieces of a medium at the beginning of prompts: what each is known by, and its end.
+
+    Args:
+        head: Name of the medium.
+        tokens: Its tokens.
+        items: Its mm items.
+    """
+    count = min(items, _MOST_PIECES)
+    return tuple(
+        (f"{head}/{place}".encode(), tokens * (place + 1) // count) for place in range(count)
+    )
 
 
 class Prompt(NamedTuple):
     """A prompt.
 
     Attributes:
-        session: Number of the conversation.
         head: Name of the medium at its beginning; "" without one.
-        head_tokens: Tokens of that.
+        head_pieces: Its pieces, as of ``pieces_of``; none without one.
         tokens: All its tokens.
         output: Tokens of its answer.
         kept: Its answer is part of the conversation's later prompts.
-        head_key, rest_key: What the pieces of the medium, and of what follows, are known by.
+        rest_key: What the piece of what follows is known by.
     """
 
-    session: int
     head: str
-    head_tokens: int
+    head_pieces: tuple[tuple[bytes, int], ...]
     tokens: int
     output: int
     kept: bool
-    head_key: bytes
     rest_key: bytes
 
 
@@ -47,12 +62,14 @@ class Held:
     """What a request that runs holds of the cache.
 
     Attributes:
+        number: Tells requests apart.
         prompt: The request.
         found: Tokens of the prompt that were cached.
         reserved: Blocks that are part of no piece yet.
         pieces: Those that it uses, in the order of the prompt.
     """
 
+    number: int
     prompt: Prompt
     found: int
     reserved: int
@@ -75,8 +92,7 @@ class PromptCache:
         self.retention = Retention(Sessions(), hidden_size)
         self._pieces: dict[bytes, Piece] = {}
         self._users: dict[Piece, int] = {}
-        # Answers that are pieces of their own, so far.
-        self._answers = 0
+        self._requests = 0
         # Blocks that hold nothing, and those of pieces that no request uses.
         self._free = blocks
         self._idle = 0
@@ -108,33 +124,36 @@ class PromptCache:
             while self._free < wanted:
                 self._give_up(wanted - self._free)
         self._free -= needed
-        return Held(prompt, found, needed, pieces)
+        self._requests += 1
+        return Held(self._requests, prompt, found, needed, pieces)
 
     def computed(self, held: Held) -> None:
         """Note that a request's prompt is computed: others find it from now on."""
-        prompt = held.prompt
-        head = prompt.head_tokens // self._size
-        self._extend(held, 0, prompt.head_key, head)
-        self._extend(held, head, prompt.rest_key, prompt.tokens // self._size - head)
+        prompt, start = held.prompt, 0
+        for key, end in prompt.head_pieces:
+            if end > held.found:
+                self._extend(held, start, key, end // self._size - start)
+            start = end // self._size
+        self._extend(held, start, prompt.rest_key, prompt.tokens // self._size - start)
 
     def release(self, held: Held) -> None:
         """Note that a request has its answer, which is cached as well."""
         prompt = held.prompt
-        head = prompt.head_tokens // self._size
+        head = self._head_blocks(prompt)
         # Of its last token no KV is computed.
         filled = (prompt.tokens + prompt.output - 1) // self._size
         if prompt.kept:
             self._extend(held, head, prompt.rest_key, filled - head)
         else:
-            self._answers += 1
             begin = prompt.tokens // self._size
-            self._extend(held, begin, b"answer %d" % self._answers, filled - begin)
+            self._extend(held, begin, b"answer %d" % held.number, filled - begin)
         self._free += held.reserved
         for piece in reversed(held.pieces):
             self._leave(piece)
 
     def check_integrity(self, running: Iterable[Held]) -> None:
-        """Raise ``AssertionError`` unless all blocks are accounted for; for tests.
+        """Raise ``AssertionError`` unless all blocks are accounted for, and no piece is cached
+        without all before it; for tests.
 
         Args:
             running: All that requests hold.
@@ -146,23 +165,26 @@ class PromptCache:
         reserved = sum(held.reserved for held in running)
         assert self._free + idle + used + reserved == self.blocks
         assert len(self._tree) == len(self._pieces)
+        for piece in self._tree:
+            above = piece.parent
+            assert piece.start <= (above.start + len(above.blocks) if above is not None else 0)
 
     def _blocks_of(self, prompt: Prompt) -> int:
         return -(-(prompt.tokens + prompt.output - 1) // self._size)
 
+    def _head_blocks(self, prompt: Prompt) -> int:
+        return prompt.head_pieces[-1][1] // self._size if prompt.head_pieces else 0
+
     def _found(self, prompt: Prompt) -> tuple[int, list[Piece]]:
         """Cached tokens of a prompt, and the pieces with them."""
-        blocks, pieces = 0, []
-        head = prompt.head_tokens // self._size
-        if head:
-            piece = self._pieces.get(prompt.head_key)
-            if piece is None:
-                return 0, []
-            pieces.append(piece)
-            blocks = len(piece.blocks)
-        if blocks == head and (piece := self._pieces.get(prompt.rest_key)) is not None:
-            pieces.append(piece)
-            blocks += len(piece.blocks)
+        blocks, pieces = 0, list[Piece]()
+        for key, end in (*prompt.head_pieces, (prompt.rest_key, 0)):
+            piece = self._pieces.get(key)
+            if piece is not None:
+                pieces.append(piece)
+                blocks += len(piece.blocks)
+            if blocks < end // self._size:
+                break
         # vLLM computes the last token in any case.
         return min(blocks, (prompt.tokens - 1) // self._size) * self._size, pieces
 
@@ -193,7 +215,7 @@ class PromptCache:
         if piece is None:
             if not held.reserved:
                 return  # No piece is empty.
-            piece = self._new(held.prompt, key, start, parent)
+            piece = self._new(held, key, start, parent)
         if piece not in held.pieces:
             if piece in self._users or len(piece.blocks):
                 # Another request has computed the same meanwhile.
@@ -208,9 +230,10 @@ class PromptCache:
             piece.whole = len(piece.blocks) >= blocks
             held.reserved -= more
 
-    def _new(self, prompt: Prompt, key: bytes, start: int, parent: Piece | None) -> Piece:
-        content = TEXT_CONTENT if start or not prompt.head else Content(prompt.head, "video")
-        piece = Piece(key, content, start, self._size, parent, str(prompt.session))
+    def _new(self, held: Held, key: bytes, start: int, parent: Piece | None) -> Piece:
+        is_media = start < self._head_blocks(held.prompt)
+        content = Content(held.prompt.head, "video") if is_media else TEXT_CONTENT
+        piece = Piece(key, content, start, self._size, parent, str(held.number))
         # Where nothing had followed, it is the end of a conversation that goes on.
         goes_on = parent is not None and (parent.owner == piece.owner or not parent.followed)
         kind = kind_of(piece, session=True)

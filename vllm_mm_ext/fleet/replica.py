@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from vllm_mm_ext.fleet.encoder_outputs import EncoderOutputs
 from vllm_mm_ext.fleet.fluid_engine import Ended, FluidEngine, PromptWork
 from vllm_mm_ext.fleet.front import Front
-from vllm_mm_ext.fleet.prompt_cache import Held, Prompt, PromptCache
+from vllm_mm_ext.fleet.prompt_cache import Held, Prompt, PromptCache, pieces_of
 from vllm_mm_ext.fleet.shapes import MediumCosts, ReplicaShape
 from vllm_mm_ext.fleet.shared_cores import SharedCores
 
@@ -27,21 +27,21 @@ class Conversation:
         number: The session's.
         media: Number, kind and end in the prompt of each medium.
         tokens: Tokens of the prompt so far: what was asked, and all answers.
-        head_tokens: Tokens of the first medium, if it stands at the beginning.
         media_tokens: Tokens of all media.
-        head: Name of that medium; "" without one.
-        keys: What the KV of it, and of what follows, is known by.
+        head: Name of the first medium, if it stands at the beginning; else "".
+        head_pieces: Pieces of its KV.
+        rest_key: What the KV of all that follows is known by.
     """
 
     number: int
     media: list[tuple[int, int, int]] = field(default_factory=list)
     tokens: int = 0
-    head_tokens: int = 0
     media_tokens: int = 0
     head: str = ""
-    keys: tuple[bytes, bytes] = (b"", b"")
+    head_pieces: tuple[tuple[bytes, int], ...] = ()
+    rest_key: bytes = b""
 
-    def say(self, media: int, kind: int, media_tokens: int, text: int) -> None:
+    def say(self, media: int, kind: int, media_tokens: int, text: int, items: int = 1) -> None:
         """Add what a request brings.
 
         Args:
@@ -49,11 +49,13 @@ class Conversation:
             kind: The medium's kind.
             media_tokens: Its tokens.
             text: Tokens of text.
+            items: The medium's mm items.
         """
         if not self.tokens:
             if media >= 0:
-                self.head, self.head_tokens = str(media), media_tokens
-            self.keys = self.head.encode(), f"{self.number} after {self.head}".encode()
+                self.head = str(media)
+                self.head_pieces = pieces_of(self.head, media_tokens, items)
+            self.rest_key = f"{self.number} after {self.head}".encode()
         if media >= 0:
             self.media.append((media, kind, self.tokens + media_tokens))
             self.tokens += media_tokens
@@ -67,9 +69,7 @@ class Conversation:
             output: Tokens of its answer.
             kept: Later prompts have the answer as it was written.
         """
-        return Prompt(
-            self.number, self.head, self.head_tokens, self.tokens, output, kept, *self.keys
-        )
+        return Prompt(self.head, self.head_pieces, self.tokens, output, kept, self.rest_key)
 
 
 @dataclass(slots=True, eq=False)

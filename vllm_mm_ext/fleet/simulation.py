@@ -209,8 +209,9 @@ class _Simulation:
     def _send(self, now: float, session: _Session, ask: Ask) -> None:
         talk = session.talk
         first = not talk.tokens
-        media_tokens = self._fleet.kinds[ask.kind].tokens if ask.media >= 0 else 0
-        talk.say(ask.media, ask.kind, media_tokens, ask.text)
+        costs = self._fleet.kinds[ask.kind]
+        media_tokens = costs.tokens if ask.media >= 0 else 0
+        talk.say(ask.media, ask.kind, media_tokens, ask.text, costs.items)
         measured = self.tally.sent >= self._unmeasured
         self.tally.sent += 1
         prompt = talk.prompt(ask.output, kept=ask.kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from vllm_mm_ext.config.scheduler_settings import SchedulerSettings
 from vllm_mm_ext.fleet.encoder_outputs import EncoderOutputs
 from vllm_mm_ext.fleet.fluid_engine import FluidEngine, PromptWork
 from vllm_mm_ext.fleet.front import Front
-from vllm_mm_ext.fleet.prompt_cache import Held, PromptCache
+from vllm_mm_ext.fleet.prompt_cache import Held, Prompt, PromptCache
 from vllm_mm_ext.fleet.replica import Conversation
 from vllm_mm_ext.fleet.shared_cores import SharedCores
 
@@ -101,23 +102,58 @@ def test_who_waited_long_goes_before_shorter_ones():
     assert 15 < played.first["long"] - 0.1 < 20
 
 
+class Blocks:
+    """A KV cache with room for everything, block by block."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._cached: set[tuple[object, ...]] = set()
+
+    def found(self, prompt: Prompt) -> int:
+        """Tokens of a prompt that are cached."""
+        names = self._names(prompt)
+        known = list(itertools.takewhile(self._cached.__contains__, names))
+        return min(len(known), (prompt.tokens - 1) // self._size) * self._size
+
+    def computed(self, prompt: Prompt) -> None:
+        """A prompt is computed."""
+        self._cached.update(self._names(prompt))
+
+    def answered(self, prompt: Prompt) -> None:
+        """Its answer is there, and is part of later prompts; of its last token there is no KV."""
+        if prompt.kept:
+            self._cached.update(self._names(prompt, prompt.output - 1))
+
+    def _names(self, prompt: Prompt, more: int = 0) -> list[tuple[object, ...]]:
+        head = prompt.head_pieces[-1][1] if prompt.head_pieces else 0
+        return [
+            ("medium", prompt.head, place)
+            if (place + 1) * self._size <= head
+            else (prompt.rest_key, place)
+            for place in range((prompt.tokens + more) // self._size)
+        ]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.integers(-1, 3), st.integers(1, 300), st.integers(1, 40)),
         max_size=60,
     ),
-    st.integers(20, 120),
+    st.one_of(st.integers(20, 120), st.just(100_000)),
+    st.integers(1, 9),
     st.randoms(use_true_random=False),
 )
-def test_blocks_of_the_kv_cache_are_accounted_for_whatever_runs_together(asks, blocks, random):
-    cache = PromptCache(blocks, 16, 256)
+def test_what_is_found_is_what_a_cache_of_blocks_has_and_all_blocks_are_accounted_for(
+    asks, blocks, items, random
+):
+    cache, reference = PromptCache(blocks, 16, 256), Blocks(16)
     talks: dict[int, Conversation] = {}
     running: list[Held] = []
     computed: list[Held] = []
     for number, video, text, output in asks:
         talk = talks.setdefault(number, Conversation(number))
-        talk.say(-1 if talk.tokens else video, 0, 400, text)
+        talk.say(-1 if talk.tokens else video, 0, 400, text, items)
         prompt = talk.prompt(output, kept=random.random() < 0.5)
         if not cache.fits(prompt):
             talks.pop(number)
@@ -126,14 +162,20 @@ def test_blocks_of_the_kv_cache_are_accounted_for_whatever_runs_together(asks, b
         held = cache.admit(prompt)
         if held is not None:
             assert known == held.found < prompt.tokens
+            # With room for everything as much is found, with less room at most as much.
+            most = reference.found(prompt)
+            assert held.found == most if blocks == 100_000 else held.found <= most
             running.append(held)
             talk.tokens += output
         cache.check_integrity((*running, *computed))
         if running and random.random() < 0.6:
             computed.append(running.pop(random.randrange(len(running))))
             cache.computed(computed[-1])
+            reference.computed(computed[-1].prompt)
         if computed and random.random() < 0.6:
-            cache.release(computed.pop(random.randrange(len(computed))))
+            held = computed.pop(random.randrange(len(computed)))
+            cache.release(held)
+            reference.answered(held.prompt)
         cache.check_integrity((*running, *computed))
     for held in running:
         cache.computed(held)
