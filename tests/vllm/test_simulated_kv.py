@@ -22,7 +22,7 @@ def simulated(asks: list[Ask], blocks: int) -> list[int]:
     cache, talks, found = PromptCache(blocks, _BLOCK, _HIDDEN), {}, []
     for ask in asks:
         talk = talks.setdefault(ask.session, Conversation(ask.session))
-        talk.say(ask.media, 0, VIDEO.tokens if ask.media >= 0 else 0, ask.text)
+        talk.say(ask.media, 0, VIDEO.tokens if ask.media >= 0 else 0, ask.text, VIDEO.items)
         held = cache.admit(talk.prompt(ask.output))
         assert held is not None
         cache.computed(held)
@@ -50,9 +50,12 @@ def real(asks: list[Ask], blocks: int) -> list[int]:
             for place in range((prompt + ask.output - 1) // _BLOCK)
         ]
         used = tuple(numbers.setdefault(name, len(numbers)) for name in names)
-        item = Item(video, 0, VIDEO.tokens)
+        size = VIDEO.tokens // VIDEO.items
+        items = tuple(
+            Item(video * VIDEO.items + place, place * size, size) for place in range(VIDEO.items)
+        )
         # Of the last token of an answer no KV is computed.
-        accesses.append(Access(str(ask.session), prompt, ask.output - 1, used, (item,)))
+        accesses.append(Access(str(ask.session), prompt, ask.output - 1, used, items))
     events = tuple((n, begins) for n in range(len(asks)) for begins in (True, False))
     trace = KVTrace(_BLOCK, _HIDDEN, tuple(accesses), events)
     return Replay(trace, blocks, KVSettings()).run().found
