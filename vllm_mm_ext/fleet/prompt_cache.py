@@ -18,8 +18,8 @@ from vllm_mm_ext.policies.kv.sessions import Sessions
 # Of so many blocks one is given up before it is needed.
 _AHEAD = 256
 # Pieces of a medium at most. In an engine each segment is one: its end is given up and comes back
-# apart from its beginning, which teaches how soon what was given up is wanted. Where each of two
-# replicas has half of the turns, as one piece 3 % less is found, as three as much as in an engine.
+# apart from its beginning, which teaches how soon what was given up is wanted. Where two replicas
+# take turns, 3 % less is found with one piece than in an engine, 1.5 % less with three.
 _MOST_PIECES = 3
 
 
