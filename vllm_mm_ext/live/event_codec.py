@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, cast
 
@@ -46,6 +46,9 @@ LONGEST_ID = 128
 LONGEST_EVENT_ID = 512
 # The protocol's limits of response metadata.
 _METADATA_PAIRS, _METADATA_KEY, _METADATA_VALUE = 16, 64, 512
+# Of the contents of an event's items, a reference to an item counted as one: each takes a little of
+# the event loop's time, and a message of the socket has room for half a million.
+_MOST_CONTENTS = 1024
 # More tokens than any context has; the session checks against its own.
 _MOST_TOKENS = 1 << 24
 # Which contents a message of each role can have.
@@ -194,12 +197,9 @@ def _response_request(fields: EventFields) -> ResponseRequest:
     fields.unsupported("audio", "Only text is written here.")
     conversation = fields.text("conversation", choices=("auto", "none"))
     given = fields.array("input")
-    name = fields.name("input")
     request = ResponseRequest(
         in_conversation=conversation != "none",
-        input=None
-        if given is None
-        else tuple(_input_item(EventFields(x, f"{name}[{i}]")) for i, x in enumerate(given)),
+        input=None if given is None else _input(given, fields.name("input")),
         instructions=fields.text("instructions"),
         max_output_tokens=read_max_output_tokens(fields, _MOST_TOKENS),
         temperature=read_temperature(fields),
@@ -233,6 +233,22 @@ def _metadata(fields: EventFields) -> dict[str, str] | None:
     return dict(given)
 
 
+def _input(given: Sequence[Any], name: str) -> tuple[NewItem | ItemReference, ...]:
+    _check_count(len(given), name)
+    items = tuple(_input_item(EventFields(x, f"{name}[{i}]")) for i, x in enumerate(given))
+    _check_count(sum(len(x.content) if isinstance(x, NewItem) else 1 for x in items), name)
+    return items
+
+
+def _check_count(count: int, name: str) -> None:
+    if count > _MOST_CONTENTS:
+        raise WireError(
+            f"'{name}' has {count} contents; at most {_MOST_CONTENTS} are taken.",
+            code="array_above_max_length",
+            param=name,
+        )
+
+
 def _input_item(fields: EventFields) -> NewItem | ItemReference:
     if fields.peek("type") != "item_reference":
         return _new_item(fields)
@@ -259,6 +275,7 @@ def _new_item(fields: EventFields) -> NewItem:
     name = fields.name("content")
     if not contents:
         raise WireError(f"'{name}' is empty.", param=name)
+    _check_count(len(contents), name)
     item = NewItem(
         item_id,
         role,

@@ -346,14 +346,16 @@ class LiveConversation:
     ) -> list[Item]:
         reader = self._reader()
         items = []
+        tokens = 0
         for index, new in enumerate(given):
             name = f"response.input[{index}]"
             if isinstance(new, NewItem):
                 items.append(reader.read(new, new_id("item"), media, name))
             else:
                 items.append(self._find(new.item_id, "item_reference_invalid_item_id", name))
+            tokens += items[-1].tokens
             # Items that come after too many are not read for nothing.
-            self._check_room(sum(item.tokens for item in items))
+            self._check_room(tokens)
         return items
 
     def _check_room(self, tokens: int) -> None:

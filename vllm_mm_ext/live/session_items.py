@@ -12,6 +12,8 @@ from vllm_mm_ext.live.server_events import Event, ItemStatus, item
 
 #: Bytes of an item beside its contents, so that a crowd of empty ones is bounded too.
 ITEM_BYTES = 1024
+# Tokens of an item at least, for the same reason: about those that a template puts around a message.
+_ITEM_TOKENS = 4
 # Bytes of a content beside its text, for the same reason.
 _CONTENT_BYTES = 256
 #: How often media that came over time are held: as units, and by the engine's side as they grow.
@@ -104,7 +106,7 @@ class Item:
     @property
     def tokens(self) -> int:
         """Tokens of the item, or a few more."""
-        return sum(part.tokens for part in self.parts)
+        return max(_ITEM_TOKENS, sum(part.tokens for part in self.parts))
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +138,7 @@ class SessionItems:
 
     def __init__(self) -> None:
         self._items: list[Item] = []
+        self._by_id: dict[str, Item] = {}
         self.tokens = self.system_tokens = self.nbytes = 0
 
     def __iter__(self) -> Iterator[Item]:
@@ -146,11 +149,12 @@ class SessionItems:
 
     def find(self, item_id: str) -> Item | None:
         """The item of this name that the client was told of."""
-        return next((x for x in self._items if x.added and x.item_id == item_id), None)
+        found = self._by_id.get(item_id)
+        return found if found is not None and found.added else None
 
     def holds(self, item_id: str) -> bool:
         """Whether the name is taken."""
-        return any(x.item_id == item_id for x in self._items)
+        return item_id in self._by_id
 
     def previous_id(self, before: Item | None = None) -> str | None:
         """The item before this one, as the client knows the order; None: this one is the first.
@@ -166,16 +170,19 @@ class SessionItems:
     def append(self, new: Item) -> None:
         """Add an item at the end."""
         self._items.append(new)
+        self._by_id[new.item_id] = new
         self._count(new, 1)
 
     def insert(self, new: Item, after: Item | None) -> None:
         """Add an item behind another one; None: at the front."""
         self._items.insert(0 if after is None else self._items.index(after) + 1, new)
+        self._by_id[new.item_id] = new
         self._count(new, 1)
 
     def remove(self, old: Item) -> None:
         """Drop an item."""
         self._items.remove(old)
+        del self._by_id[old.item_id]
         self._count(old, -1)
 
     @contextmanager
@@ -188,6 +195,7 @@ class SessionItems:
     def clear(self) -> None:
         """Drop all items."""
         self._items.clear()
+        self._by_id.clear()
         self.tokens = self.system_tokens = self.nbytes = 0
 
     def _count(self, item: Item, sign: int) -> None:

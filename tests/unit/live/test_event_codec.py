@@ -246,6 +246,7 @@ TEXT = {"type": "input_text", "text": "Hi"}
             "item.type",
         ),
         (message(), "invalid_value", "item.content"),
+        (message(*[TEXT] * 1025), "array_above_max_length", "item.content"),
         (message(TEXT, role="tool"), "invalid_value", "item.role"),
         (message(TEXT, role="assistant"), "invalid_value", "item.content[0].type"),
         (
@@ -294,6 +295,19 @@ TEXT = {"type": "input_text", "text": "Hi"}
             {"type": "response.create", "response": {"conversation": "other"}},
             "invalid_value",
             "response.conversation",
+        ),
+        (
+            {"type": "response.create", "response": {"input": [{}] * 1025}},
+            "array_above_max_length",
+            "response.input",
+        ),
+        (
+            {
+                "type": "response.create",
+                "response": {"input": [message(*[TEXT] * 600)["item"]] * 2},
+            },
+            "array_above_max_length",
+            "response.input",
         ),
         (
             {"type": "response.create", "response": {"temperature": 1}},

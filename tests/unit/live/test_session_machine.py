@@ -19,6 +19,7 @@ from live_sessions import (
 
 from vllm_mm_ext.live.effects import Abort, Append, Close, Respond, TurnEnd
 from vllm_mm_ext.live.prompt import Generated, Stretch, Text
+from vllm_mm_ext.live.session_items import Item
 
 ANSWER = [
     "response.output_item.added",
@@ -339,6 +340,30 @@ def test_what_answers_outside_the_conversation_are_asked_counts_as_the_session_s
     driver.end()
     driver.respond(conversation="none", input=[message, message])
     assert len(driver.protocol.active) == 1
+
+
+def test_each_item_that_an_answer_is_asked_about_is_counted_once_or_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = 0
+
+    def tokens(item: Item) -> int:
+        nonlocal counted
+        counted += 1
+        return sum(part.tokens for part in item.parts)
+
+    driver = manual()
+    empty = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": ""}]}
+    monkeypatch.setattr(Item, "tokens", property(tokens))
+    driver.respond(conversation="none", input=[empty] * 1000)
+    assert 1000 <= counted <= 2000
+
+
+def test_items_without_text_are_bounded_by_the_tokens_of_the_context() -> None:
+    driver = manual(prompt_tokens=400)
+    for _ in range(150):
+        driver.say("")
+    assert len(driver.protocol.items) <= 100
 
 
 def test_what_was_committed_is_computed_if_nobody_asks_about_it_at_once() -> None:
@@ -768,10 +793,12 @@ def test_transcripts_count_as_what_the_session_holds() -> None:
 
 def test_contents_without_text_count_as_what_the_session_holds() -> None:
     driver = manual(max_bytes=1 << 20)
-    content = [{"type": "input_text", "text": ""}] * 5000
+    content = [{"type": "input_text", "text": ""}] * 1000
     item = {"type": "message", "role": "user", "content": content}
-    error = error_of(driver.send({"type": "conversation.item.create", "item": item}))
-    assert error["code"] == "session_too_large"
+    for _ in range(8):
+        driver.send({"type": "conversation.item.create", "item": item})
+    # Each takes nearly a quarter of what the session may hold.
+    assert len(driver.protocol.items) <= 4
 
 
 def test_a_session_that_holds_too_much_is_told_so_and_closed() -> None:
