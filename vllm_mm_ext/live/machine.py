@@ -238,7 +238,7 @@ class SessionMachine:
             case ItemTruncate():
                 return sends(conversation.truncate(event))
             case ResponseCreate():
-                return self._respond(event.response, media, event.event_id)
+                return self._respond(event, media)
             case ResponseCancel():
                 return self._end(now, self._responses.cancel, event.response_id, "client_cancelled")
         raise AssertionError(event)
@@ -294,7 +294,7 @@ class SessionMachine:
         effects = [Send(event), *self._commit(now)]
         detection = self.options.turn_detection
         if detection is not None and detection.create_response:
-            effects += self._respond(ResponseRequest(), (), None)
+            effects += self._respond(None)
         return effects
 
     def _prompt_user(self, silent_from_ms: int, now: float) -> list[Effect]:
@@ -307,26 +307,26 @@ class SessionMachine:
             silent_from_ms, open_message.at_ms, self._conversation.speech_item
         )
         open_message.take_silence()
-        effects = [Send(event), *self._commit(now)]
-        effects += self._respond(ResponseRequest(), (), None)
+        effects = [Send(event), *self._commit(now), *self._respond(None)]
         return effects + self._settle()
 
     # Responses.
 
-    def _respond(
-        self, request: ResponseRequest, media: Sequence[Media], event_id: str | None
-    ) -> list[Effect]:
+    def _respond(self, event: ResponseCreate | None, media: Sequence[Media] = ()) -> list[Effect]:
+        """Answer as a client asks, or the turn that just ended; None: the latter."""
+        request = ResponseRequest() if event is None else event.response
         effects: list[Effect] = []
         try:
             self._responses.check_room(request)
-            if request.in_conversation:
+            # Frames since the end of a turn follow its answer, whose prompt is computed already.
+            if event is not None and request.in_conversation:
                 effects += sends(self._conversation.commit_frames())
             held = self._responses.nbytes
             effects += sends(self._conversation.make_room(self.options.truncation, held))
             asked = self._conversation.asked(request, media)
             self._conversation.check_bytes(held + asked.nbytes)
         except WireError as error:
-            error.event_id = event_id
+            error.event_id = None if event is None else event.event_id
             return effects + _error(error)
         if request.in_conversation:
             self._timers.spoken()

@@ -12,7 +12,7 @@ from vllm_mm_ext.live.server_events import Event, ItemStatus, item
 
 #: Bytes of an item beside its contents, so that a crowd of empty ones is bounded too.
 ITEM_BYTES = 1024
-# Tokens of an item at least, for the same reason: about those that a template puts around a message.
+# Tokens of an item at least, for the same reason: about what a template puts around a message.
 _ITEM_TOKENS = 4
 # Bytes of a content beside its text, for the same reason.
 _CONTENT_BYTES = 256

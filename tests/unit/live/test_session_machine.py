@@ -186,6 +186,29 @@ def test_a_pause_lets_the_engine_compute_the_very_prompt_that_is_then_answered()
     assert [stretch.units for stretch in before] == [stretch.units for stretch in after]
 
 
+def test_frames_of_the_silence_that_ends_a_turn_come_after_its_answer() -> None:
+    driver = LiveDriver()
+    driver.speak(3.0, 0.9)
+    driver.show(10)
+    driver.speak(0.3, 0.0)
+    prepared = driver.appended
+    assert prepared is not None
+    driver.show(200)
+    events = driver.speak(0.3, 0.0)
+    (respond,) = [x for x in driver.effects if isinstance(x, Respond)]
+    before, after = stretches_of(prepared), stretches_of(respond.prompt)
+    assert [stretch.units for stretch in before] == [stretch.units for stretch in after]
+    assert kinds(events).count("conversation.item.added") == 1
+    driver.write("Fine")
+    driver.wait(3.0)
+    driver.end()
+    assert driver.appended is not None
+    assert [x.role for x in driver.appended.messages] == ["user", "assistant", "user"]
+    (later,) = driver.appended.messages[-1].parts
+    assert isinstance(later, Stretch)
+    assert later.units[0].frames[0].pixels.max() == 200
+
+
 def test_a_pause_within_speech_loses_no_sound() -> None:
     driver = LiveDriver()
     driver.speak(1.0, 0.9)
