@@ -38,11 +38,9 @@ async def reduced(looks: Looks, entries: Sequence[Entry], room: int) -> tuple[li
     while (before := sum(tokens)) > room:
         groups = _groups(kept, tokens, per_prompt)
         replies = await looks.ask_texts(_select_ask(looks, group, per_prompt) for group in groups)
-        matter = [
-            entry
-            for group, reply in zip(groups, replies, strict=True)
-            for entry in _what_matters(group, reply)
-        ]
+        matter: list[Entry] = []
+        for group, reply in zip(groups, replies, strict=True):
+            matter += await _what_matters(looks.model, group, reply, room)
         if not matter:
             return _thinned(kept, tokens, room), True
         kept, tokens = matter, await token_counts(looks.model, matter)
@@ -83,9 +81,16 @@ def _select_ask(looks: Looks, group: Sequence[Entry], room: int) -> Ask:
     return Ask(None, None, (text,), max_tokens=room - TIMES)
 
 
-def _what_matters(group: Sequence[Entry], reply: Reply | None) -> Sequence[Entry]:
+async def _what_matters(
+    model: Model, group: Sequence[Entry], reply: Reply | None, room: int
+) -> Sequence[Entry]:
     # Nobody said that notes of a prompt that failed do not matter.
-    return group if reply is None else selected(reply.text, group)
+    if reply is None:
+        return group
+    chosen = selected(reply.text, group)
+    # A summary without room would be left out in the end, and nothing would stand for its notes.
+    has_room = max(await token_counts(model, chosen), default=0) <= room
+    return chosen if has_room else group
 
 
 def _thinned(entries: Sequence[Entry], tokens: Sequence[int], room: int) -> list[Entry]:

@@ -67,6 +67,13 @@ async def test_where_the_model_does_not_choose_notes_are_thinned_evenly(
     assert max(gaps) < 3 * 1000 / len(numbers)
 
 
+async def test_a_summary_that_has_no_room_does_not_take_the_place_of_the_notes() -> None:
+    model = SimulatedModel([], select=lambda _: "word " * 900, context_tokens=14_000)
+    kept, is_thinned = await reduced(looks(model, 6000), entries(3000), 700)
+    assert is_thinned
+    assert 0.9 * 700 < count(lines_of(kept)) <= 700
+
+
 async def test_a_group_whose_prompt_fails_is_kept_until_there_is_no_room() -> None:
     model = SimulatedModel([], fails_on_text=True)
     kept, is_thinned = await reduced(looks(model, 1000), entries(300), 800)
@@ -96,6 +103,7 @@ async def test_whatever_the_model_replies_it_ends_within_the_room(
     model = SimulatedModel([], select=reply, context_tokens=context)
     kept, _ = await reduced(looks(model, 600), entries(number), room)
     assert sum(count(f"{e};") for e in kept) <= room
+    assert kept or not number
     assert [e.time for e in kept] == sorted(e.time for e in kept)
 
 
