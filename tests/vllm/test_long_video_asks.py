@@ -17,6 +17,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 )
 from vllm.lora.request import LoRARequest
 
+from vllm_mm_ext.adapters.long_video import engine_model
 from vllm_mm_ext.adapters.long_video.ask_requests import (
     chances,
     first_tokens,
@@ -31,7 +32,8 @@ from vllm_mm_ext.config.options import Reduction, RequestOptions, TrainedReducti
 from vllm_mm_ext.config.quality_settings import BoundSettings
 from vllm_mm_ext.config.report_settings import ReportsConfig
 from vllm_mm_ext.config.root import MMExtConfig
-from vllm_mm_ext.long_video.asking import Ask, Cost, Look, Window
+from vllm_mm_ext.errors import BusyError
+from vllm_mm_ext.long_video.asking import Ask, AskFailedError, Cost, Look, Window
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.policies.quality.videos import ContextUse
 from vllm_mm_ext.request.context import RequestContext
@@ -109,6 +111,18 @@ async def test_notes_that_others_may_have_asked_for_change_no_answer_unless_hits
     model = model_of(salt, ReportsConfig(cache_hits=cache_hits))
     assert model.known_window_key(WINDOW, Look("note")) == expected
     assert await model.window_key(WINDOW, Look("note")) == "digest", "not decoded again"
+
+
+async def test_a_window_that_meets_a_busy_front_end_is_decoded_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, look = model_of("salt", ReportsConfig()), Look("close", fps=1.0)
+    busy = BusyError("no room")
+    monkeypatch.setattr(model, "_digest", AsyncMock(side_effect=[busy, "digest", busy, busy]))
+    monkeypatch.setattr(engine_model, "_BUSY_PAUSE_S", 0.0)
+    assert await model.window_key(WINDOW, look) == "digest"
+    with pytest.raises(AskFailedError, match="no room"):
+        await model.window_key(WINDOW, look)
 
 
 async def test_a_takedown_finds_the_items_of_a_window_by_the_clients_request() -> None:

@@ -115,28 +115,19 @@ class EngineModel:
         Raises:
             AskFailedError: The prompt failed for good; the message is vLLM's.
         """
-        for last in (False, True):
-            made = await _alone(self._sent(ask))
-            if isinstance(made, Reply):
-                return made
-            if last or not _may_pass(made.error.code):
-                break
-            if made.error.code == HTTPStatus.SERVICE_UNAVAILABLE:
-                await asyncio.sleep(_BUSY_PAUSE_S)
-        raise self._failed(made)
+        reply: Reply = await self._tried(lambda: self._sent(ask))
+        return reply
 
     async def window_key(self, window: Window, look: Look) -> str:
-        """Digest of what the model is shown of a window.
+        """Digest of what the model is shown of a window, decoded as often as a prompt is sent.
 
         Raises:
             AskFailedError: The window cannot be read; the message is vLLM's.
         """
         if (known := self._known(window, look)) is not None:
             return known
-        made = await _alone(self._decoded(window, look))
-        if not isinstance(made, str):
-            raise self._failed(made)
-        return made
+        key: str = await self._tried(lambda: self._decoded(window, look))
+        return key
 
     def known_window_key(self, window: Window, look: Look) -> str | None:
         """The same digest where it is known without decoding, else None.
@@ -193,9 +184,20 @@ class EngineModel:
         url = None if ask.window is None else self._survey.urls[ask.window.video]
         return request_for(ask, self._client, url, session=self._session, priority=self._priority)
 
-    def _failed(self, answer: Any) -> AskFailedError:
-        self.first_error = self.first_error or answer
-        return AskFailedError(answer.error.message)
+    async def _tried(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Result of work, which is done once more where it fails in a way that may pass."""
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        for last in (False, True):
+            made = await _alone(work())
+            if not isinstance(made, ErrorResponse):
+                return made
+            if last or not _may_pass(made.error.code):
+                break
+            if made.error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+                await asyncio.sleep(_BUSY_PAUSE_S)
+        self.first_error = self.first_error or made
+        raise AskFailedError(made.error.message)
 
     # --- each in a task of its own, as its context is its own -------------------------------------
 
