@@ -61,6 +61,15 @@ async def test_questions_about_files_are_answered_with_times_and_what_they_took(
     assert engine.appended >= 1
 
 
+async def test_sound_that_is_too_short_for_a_commit_is_asked_about_too(tmp_path: Path) -> None:
+    path = tmp_path / "click.wav"
+    make_audio(path, duration=0.05, tones=[Tone(1000.0, 0.0, 0.05)])
+    async with live_front() as (url, *_):
+        status, output = await live("--mic", str(path), "--url", url, "--ask", "what was it")
+    assert status == 0, output
+    assert "model what was it" in output
+
+
 async def test_a_question_is_asked_again_and_again_while_files_are_shown(clip: Path) -> None:
     async with live_front() as (url, *_):
         status, output = await live(

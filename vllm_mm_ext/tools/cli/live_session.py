@@ -27,7 +27,7 @@ from vllm_mm_ext.tools.cli.live_media import pictures_of, sound_of
 from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, own_server
 
 _INTERRUPTED = 130
-# What a microphone delivers at a time.
+# What a microphone delivers at a time; no less can be committed.
 _CHUNK_S = 0.1
 # After the file a microphone would go on: so much silence at most, until a turn's end is noticed.
 _SILENCE_S = 10.0
@@ -205,10 +205,10 @@ class _Show:
     async def _play(self, session: LiveSession) -> None:
         size = 2 * round(_CHUNK_S * RATE)
         for start in range(0, len(self._sound), size):
-            chunk = self._sound[start : start + size]
-            await self._at((start + len(chunk)) / 2 / RATE)
-            await session.sound(chunk)
+            await self._at((start + size) / 2 / RATE)
             self._unasked = True
+            # The microphone goes on for the rest of the last piece.
+            await session.sound(self._sound[start : start + size].ljust(size, b"\0"))
 
     async def _film(self, session: LiveSession) -> None:
         if self._camera is None:
@@ -217,8 +217,8 @@ class _Show:
         while (picture := await asyncio.to_thread(next, pictures, None)) is not None:
             second, image = picture
             await self._at(second)
-            await session.picture(image, second)
             self._unasked = True
+            await session.picture(image, second)
 
     async def _caption(self, session: LiveSession, over: asyncio.Event) -> None:
         """Ask the first question at each moment for it, until ``over``."""
