@@ -46,9 +46,9 @@ def removals(
     """What goes, oldest first, so that at least ``excess`` goes if so much can.
 
     Messages go whole, answers with what they answer. The last turn stays, which is the open
-    message, or the user's last item if nothing is open, and what follows it; of its media the
-    oldest stretches can go, never the last one. Messages of the system stay, as do the stretches
-    with the latest frames, unless there is no other way.
+    message, or the user's last item if nothing is open, and what follows it. So does the item that
+    is being answered. Of their media the oldest stretches can go, never the last one. Messages of
+    the system stay, as do the stretches with the latest frames, unless there is no other way.
 
     Args:
         items: The conversation.
@@ -92,17 +92,18 @@ def _latest_frames(
 def _oldest_first(
     items: Sequence[Item], open_parts: Sequence[Weighed], kept: frozenset[int]
 ) -> Iterator[Removal]:
-    last_turn = len(items)
-    if not open_parts:
-        users = [i for i, item in enumerate(items) if item.role == "user"]
-        last_turn = users[-1] if users else len(items)
+    users = [i for i, item in enumerate(items) if item.role == "user"]
+    last_turn = users[-1] if users and not open_parts else len(items)
+    answer = next((i for i, item in enumerate(items) if item.status == "in_progress"), 0)
+    answered = next((i for i in reversed(users) if i < answer), None)
     for index, item in enumerate(items):
         if item.role == "system" or item.status == "in_progress":
             continue
-        if index < last_turn and not any(id(part) in kept for part in item.parts):
+        goes = index < last_turn and index != answered
+        if goes and not any(id(part) in kept for part in item.parts):
             yield Removal(item, None)
         elif item.role == "user":
-            yield from _old_stretches(item, item.parts, kept, whole=index < last_turn)
+            yield from _old_stretches(item, item.parts, kept, whole=goes)
     yield from _old_stretches(None, open_parts, kept, whole=False)
 
 

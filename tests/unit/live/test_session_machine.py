@@ -544,6 +544,20 @@ def test_without_interrupt_response_speech_lets_a_response_go_on() -> None:
     assert driver.protocol.items[1] == driver.protocol.items[-2]
 
 
+def test_a_user_who_talks_on_during_an_answer_does_not_lose_the_question() -> None:
+    driver = LiveDriver(limits=replace(LIMITS, prompt_tokens=400))
+    driver.detect({"type": "server_vad", "interrupt_response": False})
+    driver.say("Hello")
+    driver.respond()
+    driver.write("Hi")
+    events = [event for _ in range(30) for event in driver.speak(1.0, 0.9)]
+    assert "mm_ext.truncated" in kinds(events)
+    driver.end()
+    assert driver.appended is not None
+    roles = [message.role for message in driver.appended.messages]
+    assert roles == ["user", "assistant", "user"]
+
+
 def test_without_create_response_a_turn_waits_for_the_client() -> None:
     driver = LiveDriver()
     driver.detect({"type": "server_vad", "create_response": False})

@@ -81,6 +81,20 @@ def test_the_last_turn_stays_and_what_is_before_it_goes_first() -> None:
     ]
 
 
+def test_a_question_stays_while_its_answer_is_written() -> None:
+    old = Item("a", "user", (weighed(Text("old"), 50),))
+    asked = Item("b", "user", (weighed(stretch(1), 50), weighed(Text("What?"), 50)))
+    answer = Item("c", "assistant", status="in_progress")
+    later = Item("d", "user", (weighed(stretch(1), 50),))
+    open_parts = [weighed(stretch(1), 50), weighed(stretch(1), 50)]
+    gone = removals([old, asked, answer, later], open_parts, 1000, tokens, 0)
+    assert [(r.item and r.item.item_id, r.part) for r in gone] == [
+        ("a", None),
+        ("d", None),
+        (None, open_parts[0]),
+    ]
+
+
 def test_the_latest_frames_stay_while_anything_else_can_go() -> None:
     seen = Item("a", "user", (weighed(stretch(2), 50), weighed(Text("Look"), 20)))
     asked = Item("b", "user", (weighed(Text("old"), 50),))
