@@ -97,6 +97,7 @@ class OpenMessage:
         self._go_on()
         self._detection = detection
         if detection is None:
+            self._detector.look_away()
             self._cutter.gate(None)
             return
         self._detector.options = _detector_options(detection)

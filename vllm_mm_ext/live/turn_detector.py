@@ -102,6 +102,10 @@ class TurnDetector:
         """
         return 0 if self._silence_start is None else position - self._silence_start
 
+    def look_away(self) -> None:
+        """Windows follow that are not judged: what began in the last ones counts no more."""
+        self._candidate = self._silence_start = None
+
     def end(self, position: int) -> None:
         """Let speech end: by silence, a commit or a clear, or as the model says that a turn ended.
 
@@ -110,7 +114,7 @@ class TurnDetector:
         """
         self.speaking = False
         self._ended = position
-        self._candidate = self._silence_start = None
+        self.look_away()
 
     def _samples(self, milliseconds: int) -> int:
         return milliseconds * self._rate // 1000

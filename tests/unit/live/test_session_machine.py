@@ -727,6 +727,17 @@ def test_turning_detection_off_while_the_user_speaks_keeps_the_sound() -> None:
     assert samples_of(prompt) == list(range(36_800))
 
 
+def test_a_silence_from_before_detection_was_off_does_not_end_the_turn() -> None:
+    driver = LiveDriver()
+    driver.speak(1.0, 0.9)
+    driver.speak(0.1, 0.0)
+    driver.detect(None)
+    driver.speak(5.0, 0.9)
+    driver.detect({"type": "server_vad"})
+    assert driver.speak(0.4, 0.0) == []
+    assert kinds(driver.speak(0.2, 0.0))[0] == "input_audio_buffer.speech_stopped"
+
+
 def test_the_oldest_turns_go_when_the_context_is_full() -> None:
     driver = manual(prompt_tokens=400)
     gone: list[str] = []
