@@ -17,6 +17,7 @@ from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
 from vllm_mm_ext.adapters.names.frontend_names import CONNECTOR_NAMES, FRONTEND_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
 from vllm_mm_ext.adapters.names.names_check import VllmName
+from vllm_mm_ext.adapters.scheduler.late_inputs import LATE_INPUTS_FEATURE
 from vllm_mm_ext.adapters.serving.encoders_apart_feature import ENCODERS_APART_FEATURE
 from vllm_mm_ext.adapters.serving.routing import ROUTING_FEATURE
 from vllm_mm_ext.adapters.serving.serving_features import SERVING_FEATURES
@@ -241,6 +242,7 @@ FEATURES: tuple[Feature, ...] = (
         (_REGISTER_MODEL, *COMPOSER_NAMES),
         _install_composer,
     ),
+    LATE_INPUTS_FEATURE,
     *ENCODER_CACHE_FEATURES,
     SHARED_OUTPUTS_FEATURE,
     *SERVING_FEATURES,

@@ -20,6 +20,7 @@ from vllm.v1.request import RequestStatus
 from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
 from vllm_mm_ext.adapters.scheduler.admission import Admission
 from vllm_mm_ext.adapters.scheduler.choice import start_warnings
+from vllm_mm_ext.adapters.scheduler.late_inputs import applies, send_late
 from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.adapters.scheduler.prompts import Prompts, decode_tokens
 from vllm_mm_ext.adapters.scheduler.queue import ArrangedQueue
@@ -59,6 +60,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._clock: Callable[[], float] = time.monotonic
         self._times = StepTimes()
         self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
+        self._sends_late = self._plans_encoder and applies(vllm_config)
         # Where vLLM must compute prompts or blocks in one piece, a limit could stop them for good.
         self._limits_prefill = not (
             self.need_mamba_block_aligned_split
@@ -108,7 +110,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         held = bool(decoding) and self._holds_prefill(throttle_prefills)
         with self.waiting.showing(shown):
             output = super().schedule(throttle_prefills)
-        self._send_all_inputs(output)
+        self._send_inputs(output)
         missed = grants.keys() - output.num_scheduled_tokens.keys()
         self._stuck = {one.request_id for one in running} & missed
         planned = {key for key, grant in grants.items() if grant.items}
@@ -121,6 +123,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """A step without a prompt is vLLM's own: most steps are, and they are short."""
         self._plan, self._late_s = StepPlan(), 0.0
         output = super().schedule(throttle_prefills)
+        if output.scheduled_encoder_inputs:
+            # A request whose KV a connector failed to bring computes its prompt again.
+            self._send_inputs(output)
         self._admission.note(set(), {}, output.num_scheduled_tokens)
         self._begun[id(output)] = now, StepWork(output.total_num_scheduled_tokens, 0, 0)
         return output
@@ -205,25 +210,18 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         early = interval > 1 and executed + 1 - last < interval
         return (throttled or early) and not self.prefill_capacity_bound
 
-    def _send_all_inputs(self, output: Any) -> None:
-        """Send new requests with the inputs of all their items.
+    def _send_inputs(self, output: Any) -> None:
+        """Have workers get the inputs of all items that they will ever be asked to encode.
 
         vLLM leaves out those of items whose KV is there. A V1 model runner gets nothing sent again
         when a request goes on after it was preempted, and if the KV is gone by then, it would have
         nothing to encode. V2 runners get such a request as a new one.
         """
-        if self.use_v2_model_runner:
-            return
-        overlaps = (
-            self.scheduler_config.async_scheduling
-            or self.parallel_config.pipeline_parallel_size > 1
-        )
-        for new in output.scheduled_new_reqs:
-            request = self.requests[new.req_id]
-            # A request that ends with this step, as a live session's do, is not preempted any more.
-            ends = request.max_tokens == 1 and not request.is_prefill_chunk and not overlaps
-            if not ends:
-                new.mm_features = request.mm_features
+        if self._sends_late:
+            send_late(output, self.requests)
+        elif not self.use_v2_model_runner:
+            for new in output.scheduled_new_reqs:
+                new.mm_features = self.requests[new.req_id].mm_features
 
     # --- what steps and requests were -------------------------------------------------------------
 
