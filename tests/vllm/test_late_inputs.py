@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from omni_reference import even, features, make_processor, pixels, render, sound, video
 from scheduler_harness import PIXELS, Play, make_scheduler, request
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
@@ -19,10 +20,25 @@ from vllm.multimodal.inputs import (
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from vllm_mm_ext.adapters.scheduler.late_inputs import applies
+from vllm_mm_ext.adapters.models.qwen2_5_omni import Qwen2_5OmniForConditionalGeneration
+from vllm_mm_ext.adapters.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm_mm_ext.adapters.models.qwen3_omni import Qwen3OmniMoeForConditionalGeneration
+from vllm_mm_ext.adapters.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm_mm_ext.adapters.scheduler.late_inputs import applies, without_inputs
 
 VIDEO = (600, 600, 600)
 ONE = PIXELS["dummy"].data.nbytes
+_QWEN, _OMNI = (
+    "<|vision_start|><|video_pad|><|vision_end|>",
+    "<|vision_bos|><|VIDEO|><|vision_eos|>",
+)
+# Families with M-RoPE, what stands for a video in their prompts, and whether they hear its sound.
+ROTARY = (
+    ("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration, _QWEN, False),
+    ("qwen2_5_omni", Qwen2_5OmniForConditionalGeneration, _OMNI, True),
+    ("qwen3_vl", Qwen3VLForConditionalGeneration, _QWEN, False),
+    ("qwen3_omni", Qwen3OmniMoeForConditionalGeneration, _QWEN, True),
+)
 
 
 class Worker:
@@ -172,10 +188,40 @@ def test_an_address_in_shared_memory_goes_with_the_request_alone() -> None:
     assert not hasattr(play.steps[0], "mm_ext_inputs")
 
 
-@pytest.mark.parametrize("backend", ["uni", "ray", "external_launcher"])
-def test_inputs_go_with_the_request_where_workers_may_not_look_for_them(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "model", "prompt", "hears"), ROTARY, ids=[one[0] for one in ROTARY]
+)
+def test_positions_follow_from_what_goes_with_the_request(
+    family: str, model: Any, prompt: str, hears: bool
+) -> None:
+    processor = make_processor(family, model)
+    processor.segment_tokens = 24
+    clip = video(pixels(12, 112, 112), even(12, 2.0), sound(6.0) if hears else None)
+    result = render(processor, f"see {prompt} what", {"video": [clip]})
+    ids, whole = result["prompt_token_ids"], features(result)
+    sent = [without_inputs(one) for one in whole]
+    assert all(len(mine.data) < len(theirs.data) for mine, theirs in zip(sent, whole, strict=True))
+    runs = object.__new__(model)
+    torch.nn.Module.__init__(runs)
+    runs.config = processor.info.get_hf_config()
+    mine, theirs = (runs.get_mrope_input_positions(ids, one) for one in (sent, whole))
+    assert torch.equal(mine[0], theirs[0])
+    assert mine[1] == theirs[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("distributed_executor_backend", "uni"),
+        ("distributed_executor_backend", "ray"),
+        ("nnodes", 2),
+    ],
+)
+def test_inputs_go_with_the_request_where_workers_may_not_look_for_them(
+    setting: str, value: Any
+) -> None:
     def change(config: Any) -> None:
-        config.parallel_config.distributed_executor_backend = backend
+        setattr(config.parallel_config, setting, value)
 
     play = Play(make_scheduler(change=change))
     assert not applies(play.scheduler.vllm_config)

@@ -158,7 +158,7 @@ LATE_INPUTS_NAMES: tuple[Checked, ...] = (
     VllmAttributes(
         "vllm.config:VllmConfig", ("model_config", "parallel_config", "use_v2_model_runner")
     ),
-    VllmAttributes("vllm.config:ParallelConfig", ("distributed_executor_backend",)),
+    VllmAttributes("vllm.config:ParallelConfig", ("distributed_executor_backend", "nnodes")),
     VllmAttributes("vllm.config:ModelConfig", ("is_multimodal_raw_input_only_model",)),
 )
 

@@ -39,13 +39,16 @@ def install() -> None:
 def applies(vllm_config: VllmConfig) -> bool:
     """Whether inputs may be held back: it saves a copy, and the workers take them later.
 
-    Workers that the ``mp`` executor starts load the plugins that this process has loaded. V2 model
-    runners are sent nothing that they do not need, as vLLM sends them a preempted request again.
+    Workers that the ``mp`` executor starts load the plugins that this process has loaded; those of
+    other nodes were started by somebody else. V2 model runners are sent nothing that they do not
+    need, as vLLM sends them a preempted request again.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+    parallel = vllm_config.parallel_config
     return (
-        vllm_config.parallel_config.distributed_executor_backend == "mp"
+        parallel.distributed_executor_backend == "mp"
+        and parallel.nnodes == 1
         and not vllm_config.use_v2_model_runner
         # Such a model has no encoder: it takes the inputs themselves, in a request's first step.
         and not vllm_config.model_config.is_multimodal_raw_input_only_model
@@ -61,7 +64,7 @@ def send_late(output: Any, requests: Mapping[str, Any]) -> None:
         requests: All requests of the scheduler by id; they keep their inputs.
     """
     for new in output.scheduled_new_reqs:
-        new.mm_features = [_without_late(one) for one in requests[new.req_id].mm_features]
+        new.mm_features = [without_inputs(one) for one in requests[new.req_id].mm_features]
     late: dict[str, dict[int, Any]] = {}
     for key, indices in output.scheduled_encoder_inputs.items():
         features = requests[key].mm_features
@@ -72,15 +75,16 @@ def send_late(output: Any, requests: Mapping[str, Any]) -> None:
         set_on(output, "vllm.v1.core.sched.output:SchedulerOutput.mm_ext_inputs", late)
 
 
-def _is_late(feature: Any) -> bool:
-    return feature.data is not None and any(map(_is_large, feature.data.values()))
-
-
-def _without_late(feature: Any) -> Any:
+def without_inputs(feature: Any) -> Any:
+    """An mm feature as it goes with a request: what is small of it, from which positions follow."""
     if not _is_late(feature):
         return feature
     small = {name: one for name, one in feature.data.items() if not _is_large(one)}
     return replace(feature, data=type(feature.data)(small))
+
+
+def _is_late(feature: Any) -> bool:
+    return feature.data is not None and any(map(_is_large, feature.data.values()))
 
 
 def _is_large(element: Any) -> bool:
