@@ -192,6 +192,8 @@ def main(mode: str) -> None:
         "items_again": seen["items"],
         "left": len(scheduler.requests),
     }
+    # Here rather than at the end of the process, after which it writes to the log.
+    llm.llm_engine.engine_core.shutdown()
     del llm, scheduler
     gc.collect()
     print(json.dumps(found))
