@@ -23,9 +23,9 @@ from vllm_mm_ext.tools.bench.chat import ask, conversation
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
 
 FRAMES = 32
-# 640x360 of 720p: 4 bytes for each value.
 FRAME_PIXELS = 640 * 360
-PIXEL_MB = FRAMES * FRAME_PIXELS * 3 * 4 / 1e6
+# Of a prompt token: two frames of 28x28 pixels, three colours, 4 bytes for each value.
+_TOKEN_BYTES = 2 * 28 * 28 * 3 * 4
 FOLLOW_UPS = 20
 _SIDES = ("stock", "plugin")
 
@@ -55,6 +55,7 @@ def run(context: BenchContext) -> BenchResult:
             begin(side)
             with _server(model, media, side) as server:
                 found[side] = _asked(server, [video.as_uri() for video in videos])
+    tokens = found["plugin"].pop("tokens")[0]
     rows = [
         Row.of(name, unit, **{side: found[side][name] for side in _SIDES})
         for name, unit in (
@@ -65,8 +66,9 @@ def run(context: BenchContext) -> BenchResult:
         )
     ]
     notes = [
-        f"60 s of 720p in {FRAMES} frames: {PIXEL_MB:.0f} MB of pixels in the encoder's input; "
-        f"{FOLLOW_UPS} follow-ups a repeat, one at a time",
+        f"60 s of 720p in {FRAMES} frames, a prompt of {tokens:.0f} tokens: "
+        f"{tokens * _TOKEN_BYTES / 1e6:.0f} MB of pixels; {FOLLOW_UPS} follow-ups a repeat, one at "
+        "a time",
         "stock: the plugin, with all inputs sent with each request",
     ]
     return BenchResult("worker-inputs", rows, notes)
@@ -91,6 +93,7 @@ def _server(model: Path, media: Path, side: str) -> Any:
 
 def _asked(server: Server, videos: list[str]) -> dict[str, list[float]]:
     """Each measurement by name, one for each video but the first."""
+    tokens: list[float] = []
     first: list[float] = []
     engine: list[float] = []
     api: list[float] = []
@@ -106,11 +109,13 @@ def _asked(server: Server, videos: list[str]) -> dict[str, list[float]]:
             ]
             after = cpu_seconds(server.pid)
             if number:
+                tokens.append(answer.prompt_tokens)
                 first.append(1e3 * answer.ttft_s)
                 engine.append(1e3 * (after["engine"] - before["engine"]) / FOLLOW_UPS)
                 api.append(1e3 * (after["api"] - before["api"]) / FOLLOW_UPS)
                 later += [1e3 * each for each in times]
     return {
+        "tokens": tokens,
         "first turn: time to first token": first,
         "follow-ups: CPU of the engine and its worker, each": engine,
         "follow-ups: CPU of the API server, each": api,
