@@ -24,6 +24,7 @@ from vllm_mm_ext.adapters.models.qwen2_5_omni import Qwen2_5OmniForConditionalGe
 from vllm_mm_ext.adapters.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm_mm_ext.adapters.models.qwen3_omni import Qwen3OmniMoeForConditionalGeneration
 from vllm_mm_ext.adapters.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm_mm_ext.adapters.scheduler import late_inputs
 from vllm_mm_ext.adapters.scheduler.late_inputs import applies, without_inputs
 
 VIDEO = (600, 600, 600)
@@ -207,6 +208,16 @@ def test_positions_follow_from_what_goes_with_the_request(
     mine, theirs = (runs.get_mrope_input_positions(ids, one) for one in (sent, whole))
     assert torch.equal(mine[0], theirs[0])
     assert mine[1] == theirs[1]
+
+
+def test_inputs_go_with_the_request_where_the_feature_is_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    play = Play(make_scheduler())
+    assert applies(play.scheduler.vllm_config)
+    monkeypatch.setattr(late_inputs, "ledger", dict)
+    # Of a vLLM whose names have changed nothing may be asked.
+    assert not applies(SimpleNamespace())
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,6 @@ def wrap(
     replace_attribute(owner, method, wrapper)
 
 
-def is_wrapped(
-    owner: type, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> bool:
-    """Whether ``wrap`` has made this change in this process."""
-    return make.__qualname__ in getattr(getattr(owner, method), "_mm_ext", ())
-
-
 def set_on(owner: Any, target: str, value: object) -> None:
     """Set an attribute of one of vLLM's objects.
 

@@ -15,12 +15,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_mm_ext.adapters.names.scheduler_names import LATE_INPUTS_NAMES
-from vllm_mm_ext.adapters.patches import is_wrapped, set_on, wrap
+from vllm_mm_ext.adapters.patches import ledger, set_on, wrap
 from vllm_mm_ext.adapters.vllm_compat import Feature
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+_NAME: Final = "late inputs"
 LATE: Final = "mm_ext_inputs"
 """Attribute of a ``SchedulerOutput``: by request and place of the item, what is to be encoded."""
 
@@ -43,8 +44,9 @@ def applies(vllm_config: VllmConfig) -> bool:
     other nodes were started by somebody else. V2 model runners are sent nothing that they do not
     need, as vLLM sends them a preempted request again.
     """
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
+    # First of all: without the feature the other names may not be there.
+    if _NAME not in ledger():
+        return False
     parallel = vllm_config.parallel_config
     return (
         parallel.distributed_executor_backend == "mp"
@@ -52,7 +54,6 @@ def applies(vllm_config: VllmConfig) -> bool:
         and not vllm_config.use_v2_model_runner
         # Such a model has no encoder: it takes the inputs themselves, in a request's first step.
         and not vllm_config.model_config.is_multimodal_raw_input_only_model
-        and is_wrapped(WorkerWrapperBase, "execute_model", _with_late_inputs)
     )
 
 
@@ -121,7 +122,7 @@ def _with_late_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 LATE_INPUTS_FEATURE = Feature(
-    "late inputs",
+    _NAME,
     "each request takes all its pixels to workers that are other processes, whatever is cached",
     LATE_INPUTS_NAMES,
     install,
