@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.client_id_wrappers import CLIENT_ID_FEATURE
+from vllm_mm_ext.adapters.encoder_cache.late_inputs import LATE_INPUTS_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.shared_names import SHARED_OUTPUTS_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.adapters.live.live_feature import LIVE_FEATURE
@@ -17,7 +18,6 @@ from vllm_mm_ext.adapters.names.composer_names import COMPOSER_NAMES
 from vllm_mm_ext.adapters.names.frontend_names import CONNECTOR_NAMES, FRONTEND_NAMES
 from vllm_mm_ext.adapters.names.kv_names import CONTROL_NAMES, POOL_NAMES
 from vllm_mm_ext.adapters.names.names_check import VllmName
-from vllm_mm_ext.adapters.scheduler.late_inputs import LATE_INPUTS_FEATURE
 from vllm_mm_ext.adapters.serving.encoders_apart_feature import ENCODERS_APART_FEATURE
 from vllm_mm_ext.adapters.serving.routing import ROUTING_FEATURE
 from vllm_mm_ext.adapters.serving.serving_features import SERVING_FEATURES

@@ -25,7 +25,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_mm_ext.adapters.scheduler.late_inputs import LATE
+from vllm_mm_ext.adapters.encoder_cache.late_inputs import LATE
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 BLOCK = 16

@@ -93,7 +93,7 @@ class SeenMedia:
             images: Its images.
             hashes: vLLM's hashes of all its mm items.
         """
-        files = [
+        files: list[tuple[str, str, str]] = [
             (one.known_digest or unknown_digest(one.url), one.modality, one.url) for one in items
         ]
         files += [(one.digest or unknown_digest(one.url), "image", one.url) for one in images]

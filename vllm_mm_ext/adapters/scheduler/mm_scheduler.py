@@ -17,10 +17,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from vllm_mm_ext.adapters.encoder_cache.late_inputs import applies, send_late
 from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
 from vllm_mm_ext.adapters.scheduler.admission import Admission
 from vllm_mm_ext.adapters.scheduler.choice import start_warnings
-from vllm_mm_ext.adapters.scheduler.late_inputs import applies, send_late
 from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.adapters.scheduler.prompts import Prompts, decode_tokens
 from vllm_mm_ext.adapters.scheduler.queue import ArrangedQueue
