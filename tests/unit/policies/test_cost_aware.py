@@ -161,6 +161,26 @@ def test_kinds_are_told_apart_by_what_comes_back_of_each() -> None:
     assert history.rate("other") > 5 * history.rate("new")
 
 
+def test_what_all_requests_share_stays_and_teaches_nothing_of_other_items() -> None:
+    def traffic(*, shared: bool) -> ReuseHistory[int]:
+        """Every second item comes back, once and after 20 requests."""
+        history: ReuseHistory[int] = ReuseHistory()
+        if shared:
+            history.add(-1)
+        for number in range(100):
+            if shared and number:
+                history.use(-1)
+            history.add(number)
+            if number >= 20 and number % 2:
+                history.use(number - 20)
+            history.tick()
+        return history
+
+    with_it, without = traffic(shared=True), traffic(shared=False)
+    assert with_it.rate(-1) > max(with_it.rate(number) for number in range(100))
+    assert with_it.rate(99) == pytest.approx(without.rate(99), rel=0.1)
+
+
 def test_what_continues_an_item_counts_as_used_as_often() -> None:
     history: ReuseHistory[str] = ReuseHistory()
     history.add("talk")

@@ -15,6 +15,8 @@ K = TypeVar("K", bound=Hashable)
 # Uses after which the rates are learnt anew: few at first, then this many, and more where there are
 # more items, so that the work per use is constant.
 _FIRST_LESSON, _LESSON = 8, 256
+# What was used in more than this share of all time, and so often, is shared by most requests.
+_SHARED, _SHARED_USES = 0.5, 4
 # Items that a lesson looks at, at most, so that it takes a few milliseconds: every second, third...
 # stands for all.
 _LOOKED_AT = 4096
@@ -38,7 +40,9 @@ class _History:
 class ReuseHistory(Generic[K]):
     """How soon cached items are expected to be used again; learnt from when they are.
 
-    Every operation takes constant time on average.
+    Every operation takes constant time on average. An item that most requests share, as a system
+    prompt, has the rate at which the item itself was used, and teaches nothing of others: the item
+    always comes back at once, which others of its kind and age do not.
 
     Args:
         ghosts: Evicted keys that are remembered at most. Their uses count when they come back, and
@@ -123,6 +127,8 @@ class ReuseHistory(Generic[K]):
             KeyError: The item is unknown.
         """
         item = self._items[key]
+        if self._shared(item):
+            return item.uses / self._clock
         return self._model.density(item.kind, item.uses, self._clock - item.last)
 
     def check_integrity(self) -> None:
@@ -131,8 +137,12 @@ class ReuseHistory(Generic[K]):
         assert len(self._ghosts) <= self._limit
         assert all(0 <= self.rate(key) < float("inf") for key in self._items)
 
+    def _shared(self, item: _History) -> bool:
+        return item.uses > _SHARED * self._clock > 0 and item.uses >= _SHARED_USES
+
     def _again(self, item: _History) -> None:
-        self._model.end(item.kind, item.uses, self._clock - item.last, reused=True)
+        if not self._shared(item):
+            self._model.end(item.kind, item.uses, self._clock - item.last, reused=True)
         item.uses += 1
         item.last = self._clock
 

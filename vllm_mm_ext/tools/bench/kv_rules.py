@@ -22,6 +22,7 @@ _CONSTANTS: tuple[tuple[str, Any, str, tuple[float, ...]], ...] = (
     ("memory", reuse, "_MEMORY", (0.5, 2.0)),
     ("uses before the first lesson", reuse_history, "_FIRST_LESSON", (0.5, 2.0)),
     ("uses between lessons", reuse_history, "_LESSON", (0.5, 2.0)),
+    ("share of uses of what is shared", reuse_history, "_SHARED", (0.5, 1.5, 1e9)),
     ("pieces ranked at a time", retention, "_DRAWN", (0.5, 2.0)),
     ("share given up ahead of need", block_pool, "_AHEAD", (0.5, 2.0)),
     ("cost of encoding", pieces, "ENCODE_COST", (0.0, 0.5, 2.0)),
