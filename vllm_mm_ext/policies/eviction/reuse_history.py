@@ -127,7 +127,8 @@ class ReuseHistory(Generic[K]):
             KeyError: The item is unknown.
         """
         item = self._items[key]
-        if self._shared(item):
+        # The count first: it rules most items out, and all that are ranked come here.
+        if item.uses >= _SHARED_USES and self._shared(item):
             return item.uses / self._clock
         return self._model.density(item.kind, item.uses, self._clock - item.last)
 
