@@ -46,7 +46,7 @@ class _Use(NamedTuple):
     hashes: frozenset[str]
 
     @property
-    def count(self) -> int:
+    def places(self) -> int:
         return len(self.digests) + len(self.hashes)
 
 
@@ -176,13 +176,13 @@ class SeenMedia:
                 of_hash.setdefault(one, set()).add(use)
         assert of_file == {digest: medium.uses for digest, medium in self._media.items()}
         assert of_hash == self._of_hash
-        assert self._count == sum(use.count for use in self._uses)
+        assert self._count == sum(use.places for use in self._uses)
 
     def _add(self, use: _Use) -> None:
         if use in self._uses:
             return
         self._uses[use] = None
-        self._count += use.count
+        self._count += use.places
         for digest in use.digests:
             self._media[digest].uses.add(use)
         for one in use.hashes:
@@ -190,7 +190,7 @@ class SeenMedia:
 
     def _drop(self, use: _Use) -> None:
         del self._uses[use]
-        self._count -= use.count
+        self._count -= use.places
         for digest in use.digests:
             medium = self._media[digest]
             medium.uses.discard(use)
