@@ -369,3 +369,31 @@ def test_segments_with_different_reductions_are_encoded_together() -> None:
             assert len(tokens) == reductions[index].count(counts[index], 4, 4)
             assert torch.allclose(tokens, alone, atol=1e-5)
     assert all(len(a) or len(b) for a, b in itertools.pairwise(together))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_towers_run_side_by_side_only_where_no_other_rank_shares_their_sums(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_mm_ext.adapters.models import composer
+
+    stream, given = object(), []
+
+    def in_parallel(see: Any, hear: Any, *events_and_stream: Any) -> tuple[Any, Any]:
+        given.append(events_and_stream[-1])
+        return see(), hear()
+
+    monkeypatch.setattr(composer, "get_tensor_model_parallel_world_size", lambda: ranks)
+    monkeypatch.setattr(composer, "aux_stream", lambda: stream)
+    monkeypatch.setattr(composer, "maybe_execute_in_parallel", in_parallel)
+    fake: Any = SimpleNamespace(
+        _events=(None, None),
+        _encode_frames=lambda *_: ["seen"],
+        _encode_windows=lambda _: ["heard"],
+    )
+    frames: Any = [SimpleNamespace(is_cuda=True)]
+    inputs: Any = {"video_reduction": [], "video_kept": []}
+    windows = [(torch.empty(1, 1), 1, 0.0)]
+    made = MMExtComposerForConditionalGeneration._side_by_side(fake, frames, [], inputs, windows)
+    assert made == (["seen"], ["heard"])
+    assert given == [stream if ranks == 1 else None]

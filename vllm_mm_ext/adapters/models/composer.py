@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.interfaces import (
     MultiModalEmbeddings,
     SupportsLoRA,
@@ -175,7 +176,7 @@ class MMExtComposerForConditionalGeneration(
         kwargs: Mapping[str, Any],
         heard: Windows,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Frames and windows of sound; on CUDA, each kind on a stream of its own."""
+        """Frames and windows of sound; on one CUDA device, each kind on a stream of its own."""
 
         def see() -> list[torch.Tensor]:
             reductions = [reduction_of(values) for values in kwargs[REDUCTION]]
@@ -183,7 +184,10 @@ class MMExtComposerForConditionalGeneration(
 
         if not heard:
             return see(), []
-        stream = aux_stream() if frames[0].is_cuda else None
+        # Ranks of a tensor-parallel group share one buffer for their sums, so the towers must not
+        # sum at the same time.
+        alone = get_tensor_model_parallel_world_size() == 1
+        stream = aux_stream() if frames[0].is_cuda and alone else None
         if stream is not None and self._events is None:
             self._events = (torch.cuda.Event(), torch.cuda.Event())
         found: tuple[list[torch.Tensor], list[torch.Tensor]] = maybe_execute_in_parallel(
