@@ -22,12 +22,8 @@ def frame_bytes(info: MediaInfo, request: DecodeRequest) -> int:
     sampling, video = request.sampling, info.video
     if sampling is None or video is None:
         return 0
-    if sampling.indices is not None:
-        count = len(sampling.indices)
-    elif sampling.policy == "keyframe":
-        count = min(sampling.max_frames, video.num_frames)
-    else:
-        count = target_count(info, sampling)
+    taken = sampling.indices
+    count = target_count(info, sampling) if taken is None else len(taken)
     height, width = target_size(
         request.size, width=video.width, height=video.height, num_frames=count
     )

@@ -26,7 +26,7 @@ def info_of(info: MediaInfo, sampling: SamplingSpec | None) -> MediaInfo:
 
     Args:
         info: Of the whole file. Without its packet table, the number of frames is an estimate, one
-            too many rather than one too few.
+            too many rather than one too few; of keyframes there are as many at most.
         sampling: The frames wanted; without a span, ``info`` itself is returned.
 
     Raises:
@@ -36,12 +36,14 @@ def info_of(info: MediaInfo, sampling: SamplingSpec | None) -> MediaInfo:
     if sampling is None or sampling.span is None or video is None:
         return info
     begin, end = _checked(sampling.span, clip_duration(info))
+    frames = min(video.num_frames, math.ceil((end - begin) * video.fps) + 1)
     video = replace(
         video,
         duration=end - begin,
         start=video.start + begin,
         origins=tuple(origin + begin for origin in video.origins),
-        num_frames=min(video.num_frames, math.ceil((end - begin) * video.fps) + 1),
+        num_frames=frames,
+        num_keyframes=min(video.num_keyframes, frames),
     )
     table = info.packets
     if table is not None:
@@ -51,7 +53,8 @@ def info_of(info: MediaInfo, sampling: SamplingSpec | None) -> MediaInfo:
             fps = len(table) / (end - begin)
         elif video.is_vfr and len(table) > 1:
             fps = (len(table) - 1) / float(table.time[-1] - table.time[0])
-        video = replace(video, num_frames=len(table), is_vfr=uneven, fps=fps)
+        keys = int(table.is_key.sum())
+        video = replace(video, num_frames=len(table), num_keyframes=keys, is_vfr=uneven, fps=fps)
     sounds = tuple(_clipped(sound, video.start, end - begin) for sound in info.audio)
     return replace(info, duration=end - begin, video=video, audio=sounds, packets=table)
 

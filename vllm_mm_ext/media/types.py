@@ -29,6 +29,7 @@ class VideoStream:
         fps: Average frame rate in frames per second.
         is_vfr: True when the gaps between presentation times are uneven.
         num_frames: Presentable frames (frames that an edit list hides do not count).
+        num_keyframes: Keyframes among them.
         duration: Seconds from the start of the first frame to the end of the last.
         pixel_format: FFmpeg pixel format name, of the first picture; empty if nothing gives one.
         start: Seconds on the container's clock at which the first frame is shown. The times of the
@@ -58,6 +59,7 @@ class VideoStream:
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     plain: bool = True
     origins: tuple[float, ...] = ()
+    num_keyframes: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from vllm_mm_ext.testing.media import Tone, make_clip
 SMALL = SizeRule(kind="fixed", height=28, width=28)
 
 
-@pytest.mark.parametrize("policy", ["uniform", "adaptive"])
+@pytest.mark.parametrize("policy", ["uniform", "adaptive", "keyframe"])
 @pytest.mark.parametrize("fps", [0.3, 1.0, 3.7, 60.0])
 @pytest.mark.parametrize("multiple_of", [1, 2])
 def test_a_clip_gets_room_for_the_frames_that_are_taken_of_it(

@@ -51,7 +51,10 @@ def media(
     )
     duration = float(time[-1] + gap)
     fps = 1 / gap if gap else 0.0
-    stream = VideoStream(0, "h264", 640, 360, 0, fps, False, count, duration, "yuv420p")
+    stream = VideoStream(
+        *(0, "h264", 640, 360, 0, fps, False, count, duration, "yuv420p"),
+        num_keyframes=int(key.sum()),
+    )
     return MediaInfo("mp4", 1, duration, stream, (), packets)
 
 
@@ -133,9 +136,9 @@ def test_any_policy_keeps_its_budget_order_and_times(info: MediaInfo, spec: Samp
     assert (selection.indices == again.indices).all()
     if count >= spec.multiple_of:
         assert count % spec.multiple_of == 0
-    if spec.policy != "keyframe":
-        # What a planner without the packets may count on.
-        assert count <= timeline.target_count(replace(info, packets=None), spec)
+    # What a planner without the packets counts on.
+    planned = timeline.target_count(replace(info, packets=None), spec)
+    assert count == planned if spec.policy == "keyframe" else count <= planned
     least = min(spec.min_frames, spec.max_frames, len(info.packets))
     assert count >= least - least % spec.multiple_of
     assert (selection.profile is not None) == (spec.policy == "adaptive")

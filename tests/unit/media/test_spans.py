@@ -13,6 +13,7 @@ from vllm_mm_ext.errors import MediaError, MediaTooLongError
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.output_bytes import audio_seconds
+from vllm_mm_ext.media.sampling.basic import select_keyframe
 from vllm_mm_ext.media.span import first_row, info_of
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
@@ -154,3 +155,25 @@ def test_a_plan_with_a_span_costs_what_the_span_costs(clips: dict[str, Path]) ->
     assert run_job(str(clips["mp4"]), request).audio_note == ""
     with pytest.raises(MediaTooLongError):
         run_job(str(clips["mp4"]), replace(request, sampling=SamplingSpec()))
+
+
+@pytest.mark.parametrize("gop", [1, 7, 1000])
+@pytest.mark.parametrize("span", [None, (0.4, 2.6)])
+def test_a_plan_counts_the_keyframes_that_are_taken(
+    tmp_path: Path, gop: int, span: tuple[float, float] | None
+) -> None:
+    path = str(make_clip(tmp_path / "a.mp4", duration=4, fps=10, gop=gop).path)
+    known = probe(path, LIMITS)
+    info = replace(known, packets=None)
+    ref: Any = None  # Costs follow from the probe alone.
+    for least, most in ((1, 32), (4, 8), (9, 100)):
+        spec = SamplingSpec(
+            "keyframe", fps=1.0, min_frames=least, max_frames=most, multiple_of=2, span=span
+        )
+        video = PlannedVideo.of("", 1, ref, info, VideoPlan(spec, SIZE, audio=False))
+        assert video is not None
+        costs = FrontendCosts([video], None, ModelTraits(), LIMITS)
+        taken = len(select_keyframe(info_of(known, spec), spec).indices)
+        # Where the keyframes of a span lie is not known before its decode.
+        planned = costs.frames(0, 1.0, least, most)
+        assert planned == taken or (span and planned > taken)

@@ -301,6 +301,7 @@ def _describe(
         fps=fps,
         is_vfr=is_vfr,
         num_frames=len(order),
+        num_keyframes=int(table.is_key.sum()),
         duration=duration,
         pixel_format=stream.codec_context.pix_fmt or "",
         start=start,

@@ -153,6 +153,7 @@ def _check_video(stream: VideoStream) -> None:
     names = (stream.codec, stream.pixel_format)
     require(all(len(name) <= _MAX_NAME for name in names) and stream.index >= 0, "video stream")
     require(min(stream.width, stream.height, stream.num_frames) > 0, "video stream")
+    require(0 <= stream.num_keyframes <= stream.num_frames, "number of keyframes")
     require(stream.rotation in (0, 90, 180, 270), "rotation")
     require(math.isfinite(stream.sample_aspect) and stream.sample_aspect > 0, "pixel aspect")
     require(all(0 <= cut <= _MAX_SIDE for cut in stream.crop), "cropping")

@@ -70,9 +70,7 @@ def select_keyframe(info: MediaInfo, spec: SamplingSpec) -> FrameSelection:
     """
     packets = _packets(info)
     keys = np.flatnonzero(packets.is_key).astype(np.int64)
-    most = min(len(packets), spec.max_frames)
-    wanted = max(1, min(most, max(spec.min_frames, len(keys))))
-    count = wanted - wanted % spec.multiple_of or min(most, spec.multiple_of)
+    count = target_count(info, spec)
     if count <= len(keys) <= spec.max_frames:
         # Rounding takes from the end: a longer clip keeps its leading keyframes.
         indices = keys[:count]

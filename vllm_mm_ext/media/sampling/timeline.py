@@ -16,13 +16,16 @@ Times = npt.NDArray[np.float64]
 def target_count(info: MediaInfo, spec: SamplingSpec) -> int:
     """How many frames a policy should choose.
 
-    That is ``floor(duration * fps)``, kept within ``min_frames``..``max_frames`` and the frames
-    that the clip has, then rounded down to ``multiple_of`` (but not to 0: a smaller number becomes
-    ``multiple_of`` where ``max_frames`` and the clip allow that many).
+    That is ``floor(duration * fps)``, for ``keyframe`` the number of the clip's keyframes, kept
+    within ``min_frames``..``max_frames`` and the frames that the clip has, then rounded down
+    to ``multiple_of`` (but not to 0: a smaller number becomes ``multiple_of`` where ``max_frames``
+    and the clip allow that many).
     """
     assert info.video is not None
     most = min(info.video.num_frames, spec.max_frames)
-    count = min(most, max(spec.min_frames, asked_count(info, spec), 1))
+    by_keyframes = spec.policy == "keyframe"
+    asked = info.video.num_keyframes if by_keyframes else asked_count(info, spec)
+    count = min(most, max(spec.min_frames, asked, 1))
     rounded = count - count % spec.multiple_of
     return rounded or min(most, spec.multiple_of)
 
