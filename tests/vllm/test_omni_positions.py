@@ -172,19 +172,29 @@ def test_a_list_of_frames_has_the_positions_of_stock_vllm(vl, stock_vl, indices)
 
 @given(st.lists(st.sampled_from(["video", "audio", "image"]), min_size=1, max_size=40), st.data())
 def test_encoder_outputs_end_up_at_their_own_tokens(placed, data):
-    """Each modality's rows, whole or cut anywhere, come out in the order of the placeholders."""
+    """Rows of video and sound, whole or cut anywhere, come out in the order of the placeholders.
+
+    So do those of images and of a client's own embeddings, which come in that order.
+    """
     kinds = sorted(set(placed))
-    rows: dict[str, list[float]] = {
-        kind: [i + 0.5 for i, k in enumerate(placed) if k == kind] for kind in kinds
-    }
-    given_kinds, embeddings = [], []
-    for kind in data.draw(st.permutations(kinds)):
-        cut = data.draw(st.integers(0, len(rows[kind])))
-        for part in (rows[kind][:cut], rows[kind][cut:]):
-            given_kinds.append(kind)
-            embeddings.append(torch.tensor(part).reshape(-1, 1))
-    ordered = in_prompt_order(embeddings, given_kinds, np.asarray(placed))
-    assert torch.cat(ordered).flatten().tolist() == [i + 0.5 for i in range(len(placed))]
+    parts: dict[str, list[tuple[str, list[int]]]] = {}
+    for kind in kinds:
+        rows = [i for i, k in enumerate(placed) if k == kind]
+        if kind == "image":
+            items = [rows[i : i + 1] for i in range(len(rows))]
+            names = st.sampled_from(["image", "prompt_embeds"])
+            parts[kind] = [(data.draw(names), item) for item in items]
+        else:
+            cut = data.draw(st.integers(0, len(rows)))
+            parts[kind] = [(kind, rows[:cut]), (kind, rows[cut:])]
+    given_parts = [part for kind in data.draw(st.permutations(kinds)) for part in parts[kind]]
+    # Images have more columns: what the deeper layers get.
+    embeddings = [
+        torch.tensor(rows).reshape(-1, 1).expand(-1, 3 if name == "image" else 1)
+        for name, rows in given_parts
+    ]
+    ordered = in_prompt_order(embeddings, [name for name, _ in given_parts], np.asarray(placed))
+    assert torch.cat([e[:, 0] for e in ordered]).tolist() == list(range(len(placed)))
     assert [e.modality for e in ordered for _ in range(len(e))] == placed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,10 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_mm_ext.adapters.models.frame_positions import FrameTimesModel
 from vllm_mm_ext.adapters.models.mrope import Markers
+
+_MOVED = ("video", "audio")
+# What vLLM's omni models take all other items for. A client's own embeddings are among them.
+_OTHER = "image"
 
 
 def in_prompt_order(
@@ -26,26 +31,41 @@ def in_prompt_order(
     Args:
         embeddings: Encoder outputs ``[tokens, hidden]``, in order within each modality.
         kinds: Modality of each.
-        modality: Modality of each placeholder token of the step, in prompt order.
+        modality: Of each placeholder token of the step, in prompt order: ``video``, ``audio``, or
+            ``image`` for one of any other item.
 
     Returns:
-        The same rows, one tensor per run of tokens of one modality, marked with it.
+        The same rows, marked with their modality: one tensor per run of tokens of video or of
+        audio, and the outputs of other items as they came.
+
+    Raises:
+        ValueError: There are more or fewer rows than tokens.
     """
+    pairs = list(zip(embeddings, kinds, strict=True))
     streams = {
-        kind: torch.cat([e for e, k in zip(embeddings, kinds, strict=True) if k == kind])
-        for kind in dict.fromkeys(kinds)
+        kind: torch.cat([e for e, k in pairs if k == kind]) for kind in _MOVED if kind in kinds
     }
+    # These are in order already. Some may have more columns than others.
+    others = deque(e for e, k in pairs if k not in _MOVED)
+    given = {kind: len(stream) for kind, stream in streams.items()}
+    given[_OTHER] = sum(map(len, others))
+    placed = {kind: int((modality == kind).sum()) for kind in given}
+    if given != placed or sum(placed.values()) != len(modality):
+        raise ValueError(f"encoder outputs {given} for placeholder tokens {placed}")
     taken = dict.fromkeys(streams, 0)
     bounds = [0, *(np.flatnonzero(modality[1:] != modality[:-1]) + 1).tolist(), len(modality)]
     runs = []
     for begin, end in pairwise(bounds):
         kind = str(modality[begin])
+        if kind == _OTHER:
+            left = end - begin
+            while left > 0:
+                runs.append(set_mm_embedding_modality(others.popleft()[:], kind))
+                left -= len(runs[-1])
+            continue
         first = taken[kind]
         taken[kind] = first + end - begin
         runs.append(set_mm_embedding_modality(streams[kind][first : taken[kind]], kind))
-    wrong = {k: len(s) for k, s in streams.items() if taken[k] != len(s)}
-    if wrong:
-        raise ValueError(f"encoder outputs {wrong} for placeholder tokens {taken}")
     return runs
 
 
@@ -86,7 +106,7 @@ class SoundTrackModel(FrameTimesModel):
         if is_multimodal is not None and {"audio", "video"} <= kinds:
             with gpu_sync_allowed():
                 placed = input_ids.cpu()[is_multimodal.cpu()].numpy()
-            modality = np.full(len(placed), "image")
+            modality = np.full(len(placed), _OTHER)
             modality[placed == self.config.video_token_id] = "video"
             modality[placed == self.config.audio_token_id] = "audio"
             multimodal_embeddings = in_prompt_order(
