@@ -278,6 +278,16 @@ def test_a_plan_replaces_stocks_choice_and_a_plan_with_it_keeps_stocks_metadata(
     assert frames.reduction == Reduction(pool=2)
 
 
+def test_the_servers_resolution_holds_for_a_request_with_a_size_of_its_own(
+    clips: dict[str, Path],
+) -> None:
+    attach({"sampling": {"resolution": 112}})
+    asked = SizeRule("qwen_vl", factor=28, min_pixels=28**2, max_pixels=448**2)
+    plan = server_plan(current_runtime(), {}, clips["h264"].as_uri(), None, asked)
+    assert plan is not None
+    assert plan.size == dataclasses.replace(asked, max_frame_pixels=112**2)
+
+
 def test_what_planning_resolved_is_not_fetched_again(clips: dict[str, Path]) -> None:
     attach({})
     with Origin() as origin:

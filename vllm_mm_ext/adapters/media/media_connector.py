@@ -106,9 +106,13 @@ def server_plan(
     frontend = runtime.frontend
     with client_errors():
         sampling = sampling_for(runtime.config.media.sampling, read_video_kwargs(kwargs))
+    rule = frontend.size_rule
+    if size is not None:
+        # The server's cap on the pixels of a frame holds for the request's size, too.
+        rule = replace(size, max_frame_pixels=rule.max_frame_pixels)
     plan = VideoPlan(
         spec_for(sampling, frontend.traits.frame_multiple),
-        size or frontend.size_rule,
+        rule,
         audio=frontend.wants_audio_in_video,
         audio_stream=runtime.config.media.audio.audio_stream,
         reduction=runtime.default_reduction,
