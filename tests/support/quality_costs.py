@@ -57,6 +57,10 @@ class RuleCosts:
         visual = reduction.count(grids, height // side, width // side)
         return visual + 2 + round(self.videos[index].duration * self.sound_rate)
 
+    def item_tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
+        """Made-up videos are not cut."""
+        return self.tokens(index, frames, cap, reduction)
+
 
 def defaults(fps: float = 1.0, max_frames: int = 64) -> SamplingDefaults:
     return SamplingDefaults(fps, min(4, max_frames), max_frames, Reduction())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -16,6 +17,8 @@ from vllm_mm_ext.media.span import info_of
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import DecodeLimits, MediaInfo, VideoStream
 from vllm_mm_ext.media.video_plan import VideoPlan
+from vllm_mm_ext.policies.quality.videos import VideoDecision
+from vllm_mm_ext.video.token_counts import TokenCount
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,23 @@ class PlannedVideo:
         """
         part = info_of(info, plan.sampling)
         return None if part.video is None else cls(url, uses, ref, part, part.video, plan)
+
+    def planned(self, decision: VideoDecision, densest: float | None) -> VideoPlan:
+        """The plan as the quality controller has decided.
+
+        Args:
+            decision: The decision about this video.
+            densest: ``max_fps`` of its sampling; None for the plan's own.
+        """
+        sampling = replace(
+            self.plan.sampling,
+            fps=decision.fps,
+            min_frames=decision.min_frames,
+            max_frames=decision.max_frames,
+            max_fps=densest or self.plan.sampling.max_fps,
+        )
+        size = replace(self.plan.size, max_frame_pixels=decision.frame_pixels)
+        return replace(self.plan, sampling=sampling, size=size, reduction=decision.reduction)
 
 
 class FrontendCosts:
@@ -125,13 +145,57 @@ class FrontendCosts:
             cap: Most pixels of a frame; 0 for no cap.
             reduction: The token reduction.
         """
+        # Times decide where a video with sound is cut, and how many digits are written. Of the
+        # whole prompt, evenly spaced times tell enough.
+        step = self._videos[index].stream.duration / frames
+        return int(self._counted(index, frames, cap, reduction, step).total)
+
+    def item_tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
+        """Most tokens of a segment of the video, or of the video if it is not cut.
+
+        Args:
+            index: Index of the video.
+            frames: Number of frames delivered.
+            cap: Most pixels of a frame; 0 for no cap.
+            reduction: The token reduction.
+        """
+        video = self._videos[index]
+        # The closest that evenly spaced frames are: from the first of the clip to the last.
+        last = video.stream.duration * (1 - 1 / video.stream.num_frames)
+        rate = max(1, frames - 1) / max(last, 1e-6)
+        if video.plan.sampling.policy == "adaptive":
+            # As many frames in any second; ``densest`` sees to it that there are no more.
+            rate = math.ceil(rate)
+        return self._item(index, frames, cap, reduction, rate)
+
+    def densest(self, index: int, frames: int, cap: int, reduction: Reduction, limit: int) -> float:
+        """The ``max_fps`` with which no choice of ``adaptive`` makes a segment of more tokens.
+
+        Args:
+            index: Index of the video.
+            frames: Number of frames delivered.
+            cap: Most pixels of a frame; 0 for no cap.
+            reduction: The token reduction.
+            limit: Most tokens of a segment.
+        """
+        most = self._videos[index].plan.sampling.max_fps
+        rates = range(math.floor(most), 1, -1)
+        fits = (r for r in rates if self._item(index, frames, cap, reduction, r) <= limit)
+        rate = next(fits, 1)
+        return most if rate >= math.floor(most) else float(rate)
+
+    def _item(self, index: int, frames: int, cap: int, reduction: Reduction, rate: float) -> int:
+        return int(self._counted(index, frames, cap, reduction, 1 / rate).largest)
+
+    def _counted(
+        self, index: int, frames: int, cap: int, reduction: Reduction, step: float
+    ) -> TokenCount:
+        """Tokens of a video with frames every ``step`` seconds."""
         video = self._videos[index]
         height, width = self._size(index, frames, cap)
-        # Only families that write times into the prompt use the times, to count their digits. So
-        # evenly spaced times will do.
-        times = [k * video.stream.duration / frames for k in range(frames)]
+        times = [k * step for k in range(frames)]
         assert self._count is not None
-        count = self._count(
+        count: TokenCount = self._count(
             frames,
             height,
             width,
@@ -139,7 +203,7 @@ class FrontendCosts:
             audio_samples=self._samples(video),
             reduction=reduction,
         )
-        return int(count.total)
+        return count
 
     def _size(self, index: int, frames: int, cap: int) -> tuple[int, int]:
         video = self._videos[index]

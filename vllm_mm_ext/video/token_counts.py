@@ -24,11 +24,13 @@ class TokenCount(NamedTuple):
         visual: Tokens whose embeddings are encoder outputs of the frames.
         audio: Tokens whose embeddings are encoder outputs of the sound.
         text: Tokens around and between those (markers, written times).
+        largest: Most visual and audio tokens of a segment.
     """
 
     visual: int
     audio: int
     text: int
+    largest: int
 
     @property
     def total(self) -> int:

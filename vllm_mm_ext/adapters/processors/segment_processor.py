@@ -161,14 +161,15 @@ class SegmentProcessor(RecordedItems):
         if layout is None:
             raise ValueError("stock vLLM lays this video out")
         reduction = shape.reduction
-        visual = text = audio = 0
+        visual = text = audio = largest = 0
         for cut in cut_video(layout, reduction, self.segment_tokens):
-            grids = cut.grids[1] - cut.grids[0]
-            visual += reduction.count(grids, layout.height, layout.width)
-            audio += cut.audio[1] - cut.audio[0]
+            seen = reduction.count(cut.grids[1] - cut.grids[0], layout.height, layout.width)
+            heard = cut.audio[1] - cut.audio[0]
+            visual, audio, largest = visual + seen, audio + heard, max(largest, seen + heard)
             text += self.text_tokens(layout, cut.grids, reduction)
         before, after = self.around(layout)
-        return TokenCount(visual + layout.tail, audio, text + len(before) + len(after))
+        around = len(before) + len(after)
+        return TokenCount(visual + layout.tail, audio, text + around, largest + layout.tail)
 
     def text_tokens(self, layout: VideoLayout, grids: tuple[int, int], reduction: Reduction) -> int:
         """Number of tokens for neither picture nor sound in a segment of these grids."""

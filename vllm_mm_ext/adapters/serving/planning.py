@@ -21,6 +21,7 @@ from vllm.transformers_utils.processor import get_video_processor_cls_name
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, server_plan
 from vllm_mm_ext.adapters.processors.model_traits import requested_size
+from vllm_mm_ext.adapters.processors.segment_info import SegmentInfo
 from vllm_mm_ext.adapters.quality.service import controller_for
 from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
@@ -153,6 +154,7 @@ class Conversation:
         self.tools = chat_params.chat_template_kwargs.get("tools")
         self.tok_params = tok_params or renderer.default_chat_tok_params
         self.plans: dict[str, VideoPlan] = {}
+        self._densest: dict[str, float] = {}
         self.stages: list[dict[str, float]] = []
         asked = context.options != DEFAULT_OPTIONS
         if asked:
@@ -276,7 +278,7 @@ class Conversation:
         for item in self.items:
             if item.url in decided:
                 video, decision = decided[item.url]
-                item.plan = _plan_of(video, decision)
+                item.plan = video.planned(decision, self._densest.get(item.url))
                 item.content = video.ref
                 lowered = tuple(entry._asdict() for entry in decision.lowered)
                 item.decision = PlanReport(decision.level, lowered)
@@ -332,7 +334,7 @@ class Conversation:
             )
             for video in videos
         ]
-        return self.controller.plan(
+        decisions = self.controller.plan(
             sources,
             costs,
             defaults=defaults,
@@ -344,6 +346,15 @@ class Conversation:
             # A long video has hundreds of windows. They would push out what conversations go by.
             sticky=self.context.span is None,
         )
+        if family.max_item_tokens and countable and sampling.policy == "adaptive":
+            self._densest = {
+                video.url: costs.densest(
+                    *(index, made.frames, made.frame_pixels, made.reduction),
+                    family.max_item_tokens,
+                )
+                for index, (video, made) in enumerate(zip(videos, decisions, strict=True))
+            }
+        return decisions
 
     def _own(self, video: PlannedVideo) -> str:
         """A digest of a video, the engine, the ``cache_salt`` and the sampling.
@@ -358,15 +369,17 @@ class Conversation:
         return str(hasher.hexdigest())
 
     def _largest_item(self) -> int:
-        """Most tokens of a video that is one mm item: as many as vLLM's encoder cache surely holds.
+        """Most tokens of a segment, or of a video that is one mm item.
 
-        0, for no limit, where videos are cut into segments.
+        That is as many as vLLM's encoder cache surely holds. 0, for no limit, of a family whose
+        videos can be cut anywhere.
         """
         config = self.renderer.config
-        if vllm_compat.settings_of(config.model_config).segments.tokens:
-            return 0
         tokens: int = config.scheduler_config.max_num_batched_tokens
-        return tokens
+        if not vllm_compat.settings_of(config.model_config).segments.tokens:
+            return tokens
+        info = self.renderer.mm_processor.info
+        return max(tokens, info.largest_segment()) if isinstance(info, SegmentInfo) else 0
 
     def context_use(self, text_tokens: int) -> ContextUse:
         """The context of the conversation, and what its text and the answer take of it.
@@ -381,18 +394,3 @@ class Conversation:
             text=text_tokens + template_tokens(self.messages),
             output=self.tok_params.max_output_tokens or share,
         )
-
-
-def _plan_of(video: PlannedVideo, decision: VideoDecision) -> VideoPlan:
-    sampling = replace(
-        video.plan.sampling,
-        fps=decision.fps,
-        min_frames=decision.min_frames,
-        max_frames=decision.max_frames,
-    )
-    return replace(
-        video.plan,
-        sampling=sampling,
-        size=replace(video.plan.size, max_frame_pixels=decision.frame_pixels),
-        reduction=decision.reduction,
-    )

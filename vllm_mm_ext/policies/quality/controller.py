@@ -18,6 +18,7 @@ from vllm_mm_ext.policies.quality.targets import Delivery, Targets
 from vllm_mm_ext.policies.quality.videos import (
     ContextUse,
     Family,
+    ItemCosts,
     Lowered,
     Reason,
     SamplingDefaults,
@@ -107,7 +108,7 @@ class QualityController:
             for video in videos
         ]
         targets = Targets(self.settings, costs, defaults, family, options)
-        decisions, ladders = [], []
+        decisions, ladders, items = [], [], []
         for index, (video, known) in enumerate(zip(videos, earlier, strict=True)):
             level = self._level(options, known)
             if levels is not None and index < len(levels):
@@ -115,10 +116,12 @@ class QualityController:
             asked = targets.asked(index)
             wanted = targets.under_load(index, video, asked, level)
             decisions.append(_decision(level, asked, wanted, targets.reduction))
-            ladders.append(Ladder(index, targets.target(video, asked, wanted), costs, family))
+            target = targets.target(video, asked, wanted)
+            ladders.append(Ladder(index, target, costs, family))
+            items.append(Ladder(index, target, ItemCosts(costs), family))
         if family.countable:
             limit = limit_of(options, context, self.settings.bounds)
-            _check_floors(ladders, limit, costs, family)
+            _check_floors(ladders, items, limit, costs, family)
             granted = grants(
                 ladders,
                 [0 if known is None else known.tokens for known in earlier],
@@ -126,8 +129,10 @@ class QualityController:
                 limit.tokens,
             )
             decisions = [
-                _fitted(decision, ladder, tokens, limit.why, family)
-                for decision, ladder, tokens in zip(decisions, ladders, granted, strict=True)
+                _fitted(decision, ladder, item, tokens, limit.why, family)
+                for decision, ladder, item, tokens in zip(
+                    decisions, ladders, items, granted, strict=True
+                )
             ]
         for video, decision in zip(videos, decisions, strict=True) if sticky else ():
             self._sticky.remember(
@@ -142,13 +147,17 @@ class QualityController:
 
 
 def _check_floors(
-    ladders: Sequence[Ladder], limit: Limit, costs: VideoCosts, family: Family
+    ladders: Sequence[Ladder],
+    items: Sequence[Ladder],
+    limit: Limit,
+    costs: VideoCosts,
+    family: Family,
 ) -> None:
     if family.max_item_tokens:
         words = "the encoder cache of this server"
-        for ladder in ladders:
-            if ladder.floor > family.max_item_tokens:
-                raise over_budget([ladder], family.max_item_tokens, costs, words)
+        for item in items:
+            if item.floor > family.max_item_tokens:
+                raise over_budget([item], family.max_item_tokens, ItemCosts(costs), words)
     if floors_of(ladders) > limit.tokens:
         raise over_budget(ladders, limit.tokens, costs, limit.words, limit.cure)
 
@@ -173,13 +182,16 @@ def _decision(level: int, asked: Delivery, wanted: Delivery, reduction: Reductio
 
 
 def _fitted(
-    decision: VideoDecision, ladder: Ladder, tokens: int, why: Reason, family: Family
+    decision: VideoDecision, ladder: Ladder, item: Ladder, tokens: int, why: Reason, family: Family
 ) -> VideoDecision:
-    """The decision with the best plan of its video that fits into ``tokens``."""
+    """The decision with the best plan of its video that fits into ``tokens``.
+
+    ``item`` has the same plans as ``ladder``, and the tokens of the largest segment of each.
+    """
     place = ladder.best(tokens)
     # An earlier grant may be what the item limit left of a larger one.
-    if family.max_item_tokens and place <= ladder.best(family.max_item_tokens):
-        place, why = ladder.best(family.max_item_tokens), "limit"
+    if family.max_item_tokens and place <= item.best(family.max_item_tokens):
+        place, why = item.best(family.max_item_tokens), "limit"
     cost = ladder.cost(place)
     if place == 0:
         return replace(decision, tokens=cost)

@@ -22,7 +22,7 @@ from operator import mul
 
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.errors import OverBudgetError
-from vllm_mm_ext.policies.quality.videos import Family, VideoCosts, VideoSource
+from vllm_mm_ext.policies.quality.videos import Family, TokenCosts, VideoSource
 
 # Sides differ by the larger of the patch sizes in use: smaller steps would change no token count.
 _SIDE_STEP = 28
@@ -74,7 +74,7 @@ class Ladder:
         family: What can be lowered for the served model.
     """
 
-    def __init__(self, index: int, target: Target, costs: VideoCosts, family: Family) -> None:
+    def __init__(self, index: int, target: Target, costs: TokenCosts, family: Family) -> None:
         self.target = target
         self.steps = _steps(target, family)
         self.index = index
@@ -82,7 +82,7 @@ class Ladder:
         self._known: dict[int, int] = {}
 
     def cost(self, place: int) -> int:
-        """Prompt tokens of the plan at ``place``."""
+        """Tokens of the plan at ``place``."""
         if place not in self._known:
             step = self.steps[place]
             self._known[place] = self._costs.tokens(
@@ -149,7 +149,7 @@ def floors_of(ladders: Sequence[Ladder]) -> int:
 
 
 def over_budget(
-    ladders: Sequence[Ladder], budget: int, costs: VideoCosts, reason: str, cure: str = ""
+    ladders: Sequence[Ladder], budget: int, costs: TokenCosts, reason: str, cure: str = ""
 ) -> OverBudgetError:
     """The error for videos whose lowest plans do not fit, with what would.
 
@@ -248,7 +248,7 @@ def _fewer_videos(ladders: Sequence[Ladder], budget: int) -> list[str]:
     return [f"{fitting} of the videos"] if 0 < fitting < len(floors) else []
 
 
-def _less_of_one(ladders: Sequence[Ladder], budget: int, costs: VideoCosts) -> list[str]:
+def _less_of_one(ladders: Sequence[Ladder], budget: int, costs: TokenCosts) -> list[str]:
     """Hints that hold if every video had an equal part."""
     count = sum(ladder.uses for ladder in ladders)
     part = budget // count

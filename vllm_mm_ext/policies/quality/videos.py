@@ -57,8 +57,8 @@ class Family:
         reducible: Tokens can be reduced.
         countable: Tokens can be counted in advance; otherwise videos are not fitted to budgets.
         frame_multiple: Frame counts are multiples of this (temporal patch size).
-        max_item_tokens: Tokens one video may have at most, 0 for any number (a video that is not
-            cut into segments must fit into vLLM's encoder cache).
+        max_item_tokens: Tokens that a segment of a video, or a video that is not cut, may have at
+            most, as it must fit into vLLM's encoder cache; 0 for any number.
         trained: The reductions the model was trained for; None where any can be used.
     """
 
@@ -90,8 +90,18 @@ class ContextUse:
         return max(0, self.length - self.text - self.output)
 
 
-class VideoCosts(Protocol):
-    """What a request's videos would become; ``index`` is a video's place among them."""
+class TokenCosts(Protocol):
+    """How many tokens a request's videos would become; ``index`` is a video's place among them."""
+
+    def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
+        """Tokens of one use of the video.
+
+        Fewer frames, a lower cap or a stronger reduction never cost more.
+        """
+
+
+class VideoCosts(TokenCosts, Protocol):
+    """What a request's videos would become; ``tokens`` are those of the prompt, with sound."""
 
     def frames(self, index: int, fps: float, min_frames: int, max_frames: int) -> int:
         """Frames that sampling would deliver."""
@@ -99,11 +109,19 @@ class VideoCosts(Protocol):
     def pixels(self, index: int, frames: int, cap: int) -> int:
         """Pixels of one delivered frame if none may have more than ``cap`` (0: no cap)."""
 
-    def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
-        """Prompt tokens of one use, with sound and markers.
+    def item_tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
+        """Most tokens of a segment of the video, or of the video if it is not cut."""
 
-        Fewer frames, a lower cap or a stronger reduction never cost more.
-        """
+
+@dataclass(frozen=True)
+class ItemCosts:
+    """The ``TokenCosts`` whose tokens are those of the largest segment."""
+
+    costs: VideoCosts
+
+    def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
+        """As ``VideoCosts.item_tokens``."""
+        return self.costs.item_tokens(index, frames, cap, reduction)
 
 
 class Lowered(NamedTuple):
