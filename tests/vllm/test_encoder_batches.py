@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.config import LoRAConfig
 
 from vllm_mm_ext.adapters.models.encoder_batches import (
     cut_batches,
     encode_frames_in_batches,
     encode_in_batches,
 )
+from vllm_mm_ext.adapters.models.reduced_outputs import ReducedOutputs
 
 grids = st.lists(
     st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 6)).map(list),
@@ -90,3 +94,23 @@ def test_frames_go_to_the_encoder_a_bounded_number_at_a_time(bound: int, calls: 
     got = encode_frames_in_batches(encode, frames, bound)
     assert torch.equal(got, (frames * 2).flatten(1).unsqueeze(1))
     assert sizes == calls
+
+
+@pytest.mark.parametrize("for_towers", [False, True])
+def test_a_server_with_lora_on_the_vision_tower_does_not_start(for_towers: bool) -> None:
+    class Model:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+    class Reduced(ReducedOutputs, Model):
+        pass
+
+    config: Any = SimpleNamespace(
+        lora_config=LoRAConfig(enable_tower_connector_lora=for_towers),
+        model_config=None,
+    )
+    if not for_towers:
+        assert Reduced(vllm_config=config).encoder_max_patches > 0
+        return
+    with pytest.raises(ValueError, match="enable_tower_connector_lora must be false"):
+        Reduced(vllm_config=config)

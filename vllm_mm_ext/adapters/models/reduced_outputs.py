@@ -26,12 +26,24 @@ class ReducedOutputs:
     Attributes:
         encoder_max_patches: Patches of one encoder call, which the family keeps to; what the
             encoder must see at once (an image, a temporal grid) is never cut. 0: no bound.
+
+    Raises:
+        ValueError: The server takes LoRA adapters for the vision tower.
     """
 
     multimodal_config: Any
     encoder_max_patches: int
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        lora = vllm_config.lora_config
+        if lora is not None and lora.enable_tower_connector_lora:
+            # vLLM tells by an item's embeddings which patches of a call an adapter is for. Here a
+            # call may have a part of the patches, and an item fewer embeddings.
+            raise ValueError(
+                "enable_tower_connector_lora must be false: mm_ext reduces videos and divides "
+                "calls of the encoder, for which vLLM cannot tell whose adapter to use. LoRA on "
+                "the language model works."
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         settings = vllm_compat.settings_of(vllm_config.model_config)
         self.encoder_max_patches = settings.compression.encoder_max_patches

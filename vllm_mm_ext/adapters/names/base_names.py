@@ -133,6 +133,8 @@ _REDUCED_NAMES: tuple[Checked, ...] = (
         by_source=True,
     ),
     VllmAttributes("vllm.config:MultiModalConfig", ("mm_encoder_tp_mode",)),
+    VllmAttributes("vllm.config:VllmConfig", ("lora_config",)),
+    VllmAttributes("vllm.config:LoRAConfig", ("enable_tower_connector_lora",)),
 )
 
 
