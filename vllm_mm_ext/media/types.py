@@ -97,8 +97,7 @@ class PacketTable:
         size: int32 ``[n]`` packet size in bytes.
         is_key: bool ``[n]`` whether the packet is a keyframe (a seek may land there).
         time_base: Seconds per unit of ``pts``.
-        order: int64 ``[n]`` position of each row's packet among all packets in decoding order; by
-            default that of the row.
+        order: int64 ``[n]`` place of each row's packet in decoding order; by default the row's.
         exact: ``pts`` are the file's own and unique, so a decoded frame is known by its timestamp.
             Where timestamps had to be made up, frames are known by counting.
         seekable: A seek leaves out nothing that a decoder needs behind it, as new parameters.
@@ -339,8 +338,7 @@ class DecodeRequest:
         info: What an earlier probe of the same file returned; the container is not read again.
         limits: Hard limits of the job.
         picture: How pictures are shown.
-        audio_stream: Number of the audio stream among those of the file, from 0; None for the one
-            that a player plays.
+        audio_stream: Number among the file's audio streams, from 0; None for a player's choice.
         content: Digest of the file. A worker that does a job about a span of a file with a digest
             keeps the file open for the next one.
     """

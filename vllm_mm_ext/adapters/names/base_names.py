@@ -30,6 +30,17 @@ PROCESSING_INFO = VllmAttributes(
     ("ctx", "data_parser", "get_hf_config", "get_hf_processor", "get_tokenizer"),
 )
 
+PROCESSOR_CACHE_NAMES: tuple[Checked, ...] = tuple(
+    VllmName(f"vllm.multimodal.cache.base:BaseMultiModalProcessorCache.{name}", parameters)
+    for name, parameters in (
+        ("is_cached", ("mm_hashes",)),
+        ("is_cached_item", ("mm_hash",)),
+        ("touch_sender_cache_item", ("mm_hash",)),
+        ("get_and_update_item", ("mm_item", "mm_hash")),
+        ("release_sender_touches", ()),
+    )
+)
+
 # Methods that ``processing`` and ``models`` override in vLLM's classes, with their parameters.
 _OVERRIDDEN = {
     "_postprocess_hf_mm_data": ("processed_data",),
@@ -76,7 +87,14 @@ SEGMENT_NAMES: tuple[Checked, ...] = (
     ),
     VllmName("vllm.config:MultiModalConfig.get_limit_per_prompt", ("modality",)),
     VllmName("vllm.config:MultiModalConfig.is_multimodal_pruning_enabled"),
-    VllmAttributes("vllm.config:MultiModalConfig", ("mm_processor_cache_gb",)),
+    VllmAttributes(
+        "vllm.config:MultiModalConfig", ("mm_device_do_normalize", "mm_processor_cache_gb")
+    ),
+    # Requests that are too large for the processor cache.
+    *PROCESSOR_CACHE_NAMES,
+    VllmName("vllm.multimodal.cache:LruKeyReplicatedSenderCache.invalidate", ("mm_hash",)),
+    VllmName(f"{_PROCESSOR}._get_mm_hashes", ("inputs",)),
+    VllmName("vllm.multimodal.utils:argsort_mm_positions", ("mm_positions",)),
     VllmName("vllm.multimodal.inputs:MultiModalFlatField.build_elems", ("modality", "key", "data")),
     VllmName(f"{_PROCESSOR}.apply", ("inputs", "timing_ctx")),
     VllmName(f"{_PROCESSOR}._apply_hf_processor_main", ("mm_items", "hf_kwargs")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.base_names import PROCESSOR_CACHE_NAMES
 from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 
 _MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
@@ -161,16 +162,7 @@ BARE_NAMES: tuple[Checked, ...] = (
         "vllm.multimodal.cache.base:BaseMultiModalReceiverCache.get_and_update_features",
         ("mm_features",),
     ),
-    *(
-        VllmName(f"vllm.multimodal.cache.base:BaseMultiModalProcessorCache.{name}", parameters)
-        for name, parameters in (
-            ("is_cached", ("mm_hashes",)),
-            ("is_cached_item", ("mm_hash",)),
-            ("touch_sender_cache_item", ("mm_hash",)),
-            ("get_and_update_item", ("mm_item", "mm_hash")),
-            ("release_sender_touches", ()),
-        )
-    ),
+    *PROCESSOR_CACHE_NAMES,
     VllmAttributes("vllm.multimodal.inputs:MultiModalFieldElem", ("data",)),
     VllmAttributes("vllm.outputs:RequestOutput", ("outputs",)),
     VllmAttributes("vllm.outputs:CompletionOutput", ("finish_reason", "token_ids")),

@@ -21,6 +21,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.processors import fields
+from vllm_mm_ext.adapters.processors.large_requests import LargeRequestCache, is_large
 from vllm_mm_ext.adapters.processors.recorded_items import RecordedItems
 from vllm_mm_ext.adapters.processors.segment_items import SegmentItems, part_of, segment_at
 from vllm_mm_ext.config.options import Reduction
@@ -46,8 +47,6 @@ from vllm_mm_ext.video.splits import (
 )
 from vllm_mm_ext.video.token_counts import TokenCount
 
-# Pixels of one request may take this share of vLLM's processor cache, which holds other items too.
-_CACHE_SHARE = 0.5
 # Videos with a ``uuid`` whose split is remembered, for requests that send the ``uuid`` alone.
 _MAX_NAMES = 4096
 
@@ -180,23 +179,12 @@ class SegmentProcessor(RecordedItems):
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Split the videos of a request, then process the request as vLLM does."""
         inputs = self.split(inputs)
-        if inputs.cache is not None and not self._fits_cache(inputs.mm_data_items.get("video")):
-            # vLLM expects items found in its cache to be still there once the others are added.
-            inputs = dataclasses.replace(inputs, cache=None)
-        return super().apply(inputs, timing_ctx)
-
-    def _fits_cache(self, videos: Any) -> bool:
-        """Whether the pixels of all segments fit their share of vLLM's processor cache."""
-        if not isinstance(videos, SegmentItems):
-            return True
-        config = self.info.ctx.model_config
-        capacity = self.info.ctx.get_mm_config().mm_processor_cache_gb * (1 << 30)
-        values = 0
-        for index in range(len(videos)):
-            if (segment := segment_at(videos, index)) is not None:
-                height, width = part_of(segment).layout.size
-                values += len(segment) * 3 * height * width
-        return bool(values * config.dtype.itemsize <= _CACHE_SHARE * capacity)
+        if inputs.cache is None or not is_large(inputs, self.info.ctx):
+            return super().apply(inputs, timing_ctx)
+        cache = LargeRequestCache(inputs, self)
+        made = super().apply(dataclasses.replace(inputs, cache=cache), timing_ctx)
+        cache.follow_engine(made)
+        return made
 
     def split(self, inputs: Any) -> Any:
         """Replace the videos in a request's ``ProcessorInputs`` by their segments.

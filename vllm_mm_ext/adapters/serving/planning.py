@@ -379,7 +379,7 @@ class Conversation:
         if not vllm_compat.settings_of(config.model_config).segments.tokens:
             return tokens
         info = self.renderer.mm_processor.info
-        return max(tokens, info.largest_segment()) if isinstance(info, SegmentInfo) else 0
+        return max(tokens, info.largest_segment() or 0) if isinstance(info, SegmentInfo) else 0
 
     def context_use(self, text_tokens: int) -> ContextUse:
         """The context of the conversation, and what its text and the answer take of it.
