@@ -149,6 +149,20 @@ PATCHES: tuple[Patch, ...] = (
             "InternVL",
         )
     ),
+    *(
+        Patch(
+            family,
+            (f"vllm.model_executor.models.{module}:check_interleaved_audio_video",),
+            "vLLM asks for each token whether video and sound alternate, which costs a fifth of a "
+            "live session's unit; embeddings in the order of the prompt need no answer.",
+            "vLLM's search does not ask for each token by itself",
+            later=True,
+        )
+        for family, module in (
+            ("Qwen2.5-Omni", "qwen2_5_omni_thinker"),
+            ("Qwen3-Omni", "qwen3_omni_moe_thinker"),
+        )
+    ),
     Patch(
         "Composer",
         (_MODELS,),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -78,6 +79,15 @@ class SoundTrackModel(FrameTimesModel):
 
     shares_markers: bool
 
+    def searching_nothing(self) -> AbstractContextManager[None]:
+        """While this is open, vLLM does not look for video and sound that alternate.
+
+        vLLM asks for the place of each token by itself, a millisecond for each 100 tokens, and then
+        places embeddings by modality. Those that are in the order of the prompt go where they
+        belong without that.
+        """
+        raise NotImplementedError
+
     def markers(self) -> Markers:
         """Token ids around sound in video."""
         config = self.config
@@ -109,10 +119,18 @@ class SoundTrackModel(FrameTimesModel):
             modality = np.full(len(placed), _OTHER)
             modality[placed == self.config.video_token_id] = "video"
             modality[placed == self.config.audio_token_id] = "audio"
-            multimodal_embeddings = in_prompt_order(
-                multimodal_embeddings, get_mm_embedding_modalities(given), modality
-            )
+            ordered = in_prompt_order(given, get_mm_embedding_modalities(given), modality)
+            with self.searching_nothing():
+                return self._embedded(input_ids, ordered, is_multimodal)
+        return self._embedded(input_ids, given, is_multimodal)
+
+    def _embedded(self, input_ids: torch.Tensor, embeddings: Any, placed: Any) -> torch.Tensor:
         embedded: torch.Tensor = super().embed_input_ids(  # type: ignore[misc]
-            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+            input_ids, embeddings, is_multimodal=placed
         )
         return embedded
+
+
+def nothing_alternates(*_: Any) -> bool:
+    """Says of video and sound that they do not alternate, in the place of vLLM's search."""
+    return False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
+from vllm.model_executor.models import qwen2_5_omni_thinker
 from vllm.model_executor.models.qwen2_5_omni_thinker import (
     Qwen2_5OmniThinkerDummyInputsBuilder,
     Qwen2_5OmniThinkerForConditionalGeneration,
@@ -9,8 +12,9 @@ from vllm.model_executor.models.qwen2_5_omni_thinker import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_mm_ext.adapters.models.omni import SoundTrackModel
+from vllm_mm_ext.adapters.models.omni import SoundTrackModel, nothing_alternates
 from vllm_mm_ext.adapters.models.reduced import ReducedVideoModel
+from vllm_mm_ext.adapters.patches import set_meanwhile
 from vllm_mm_ext.adapters.processors.qwen2_5_omni import (
     Qwen2_5OmniMultiModalProcessor,
     audio_window,
@@ -40,3 +44,11 @@ class Qwen2_5OmniForConditionalGeneration(  # noqa: N801
     """vLLM's thinker, its processor replaced."""
 
     shares_markers = True
+
+    def searching_nothing(self) -> AbstractContextManager[None]:
+        """As the mixin has it."""
+        return set_meanwhile(
+            qwen2_5_omni_thinker,
+            "vllm.model_executor.models.qwen2_5_omni_thinker:check_interleaved_audio_video",
+            nothing_alternates,
+        )

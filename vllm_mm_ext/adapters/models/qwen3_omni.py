@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
+from vllm.model_executor.models import qwen3_omni_moe_thinker
 from vllm.model_executor.models.qwen3_omni_moe_thinker import (
     Qwen3OmniMoeThinkerDummyInputsBuilder,
     Qwen3OmniMoeThinkerForConditionalGeneration,
@@ -9,8 +12,9 @@ from vllm.model_executor.models.qwen3_omni_moe_thinker import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_mm_ext.adapters.models.omni import SoundTrackModel
+from vllm_mm_ext.adapters.models.omni import SoundTrackModel, nothing_alternates
 from vllm_mm_ext.adapters.models.reduced import ReducedVideoModel
+from vllm_mm_ext.adapters.patches import set_meanwhile
 from vllm_mm_ext.adapters.processors.qwen3_omni import Qwen3OmniMoeMultiModalProcessor, audio_window
 from vllm_mm_ext.adapters.processors.segment_info import SegmentInfo
 from vllm_mm_ext.video.track_pieces import AudioWindow
@@ -37,3 +41,11 @@ class Qwen3OmniMoeForConditionalGeneration(
     """vLLM's thinker, its processor replaced."""
 
     shares_markers = False
+
+    def searching_nothing(self) -> AbstractContextManager[None]:
+        """As the mixin has it."""
+        return set_meanwhile(
+            qwen3_omni_moe_thinker,
+            "vllm.model_executor.models.qwen3_omni_moe_thinker:check_interleaved_audio_video",
+            nothing_alternates,
+        )

@@ -188,6 +188,7 @@ FAMILY_NAMES: Mapping[str, tuple[Checked, ...]] = {
             "qwen2_5_omni_thinker",
             "Qwen2_5OmniThinkerDummyInputsBuilder",
             "Qwen2_5OmniThinkerProcessingInfo",
+            "check_interleaved_audio_video",
         ),
         VllmName(
             f"{_MODELS}.qwen2_5_omni_thinker:Qwen2_5OmniThinkerProcessingInfo.get_feature_extractor",
@@ -221,6 +222,7 @@ FAMILY_NAMES: Mapping[str, tuple[Checked, ...]] = {
             "Qwen3OmniMoeThinkerDummyInputsBuilder",
             "Qwen3OmniMoeThinkerProcessingInfo",
             "_get_feat_extract_output_lengths",
+            "check_interleaved_audio_video",
         ),
         VllmName(
             f"{_MODELS}.qwen3_omni_moe_thinker:Qwen3OmniMoeThinkerProcessingInfo.get_feature_extractor",
