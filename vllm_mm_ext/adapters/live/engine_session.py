@@ -209,6 +209,8 @@ class EngineSession:
             temperature=0.0,
             allowed_token_ids=None if end is None else [end],
             logprobs=None if end is None else 0,
+            # vLLM would read the prompt's last tokens as text, to go on from there.
+            detokenize=False,
         )
         last = None
         # To its end: a generator that is left before is closed some time later.

@@ -17,6 +17,7 @@ import aiohttp
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
+from vllm_mm_ext.testing.memory import Role, cpu_seconds
 from vllm_mm_ext.testing.server import Server
 from vllm_mm_ext.tools.bench.harness import Row, percentile
 from vllm_mm_ext.tools.bench.live_feed import Feed, made_feed, play
@@ -33,6 +34,10 @@ SESSIONS = 32
 _FEEDS = 8
 _TALK_S = 60.0
 _TURN_S = 6.0
+# Sessions whose CPU is measured: so few that appends do not wait for each other.
+_FEW = 4
+_WINDOW_S = 12.0
+_GROWN_S = 24.0
 # What an operator asks for who wants no gap between tokens twice as long as without sessions.
 _TARGET = 1.5
 _DROPPED, _WARM, _AT_ONCE = 1000, 100, 16
@@ -98,10 +103,12 @@ def sessions(study: Study) -> list[Row]:
     texts = Texts(study.omni, 0)
     every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
     target_ms = _TARGET * 1e3 * percentile(texts.stream(every_s), 99)
-    with omni_server(settings={"scheduler": {"target_itl_ms": target_ms}}) as server:
-        with _talking(server, 4):
+    settings = {"scheduler": {"target_itl_ms": target_ms}}
+    with omni_server(settings=settings, logged=False) as server:
+        with _talking(server, _FEW):
             # The scheduler learns what steps cost.
             time.sleep(10)
+        cpu = _unit_cpu(server)
         for repeat in range(study.context.repeats):
             texts = Texts(server, 1 + repeat)
             every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
@@ -120,7 +127,9 @@ def sessions(study: Study) -> list[Row]:
         f"sessions: {SESSIONS} of a tiny Omni, each with sound and 1 picture a second in real "
         f"time, a turn of {_TURN_S:g} s after another; late: a unit that was in KV later than one "
         "unit's time (2 s) after it was complete, as the server counts; target_itl_ms "
-        f"{target_ms:.0f}: {_TARGET:g}x the p99 of texts alone"
+        f"{target_ms:.0f}: {_TARGET:g}x the p99 of texts alone; CPU of a unit: of {_FEW} sessions "
+        f"without texts, answers included, stock column: from {_TURN_S:g} s on, plugin column: "
+        f"{_WINDOW_S + _GROWN_S:g} s later"
     )
     name = f"{SESSIONS} sessions"
     return [
@@ -129,6 +138,27 @@ def sessions(study: Study) -> list[Row]:
         Row.of(f"{name}: commit to first token, median", "ms", plugin=[float(np.median(firsts))]),
         Row.of(f"{name}: commit to first token, p99", "ms", plugin=[percentile(firsts, 99)]),
         Row.of("text ITL p99: alone, beside them", "ms", stock=alone, plugin=beside),
+        *cpu,
+    ]
+
+
+def _unit_cpu(server: Server) -> list[Row]:
+    """CPU milliseconds of a unit by process, early in conversations and once they have grown."""
+    early: dict[Role, float] = {}
+    late: dict[Role, float] = {}
+    with _talking(server, _FEW):
+        for wait_s in (_TURN_S, _GROWN_S):
+            time.sleep(wait_s)
+            units, spent = live_stats(server)["units"], cpu_seconds(server.pid)
+            time.sleep(_WINDOW_S)
+            now = cpu_seconds(server.pid)
+            units = live_stats(server)["units"] - units
+            late = {role: 1e3 * (now[role] - spent[role]) / units for role in now}
+            early = early or late
+    names: dict[Role, str] = {"api": "API server", "engine": "engine"}
+    return [
+        Row.of(f"CPU of a unit: {name}", "ms", stock=[early[role]], plugin=[late[role]])
+        for role, name in names.items()
     ]
 
 

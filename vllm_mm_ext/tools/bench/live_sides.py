@@ -24,6 +24,9 @@ LOGGED = "--enable-logging-iteration-details"
 _ARGS = (
     *("--max-model-len", "16384", "--max-num-seqs", "64", "--max-num-batched-tokens", "8192"),
     *("--limit-mm-per-prompt", '{"video": 8, "audio": 64, "image": 8}'),
+    # By default vLLM's blocks have 16 tokens on a GPU and 128 on a CPU, where 32 are the fewest. A
+    # unit of the tiny Omni has 114 tokens.
+    *("--block-size", "32"),
     "--enable-prompt-tokens-details",
 )
 COMPOSER_FPS = 4.0
@@ -57,20 +60,26 @@ class Study:
 
 @contextmanager
 def omni_server(
-    *, plugin: bool = True, settings: Mapping[str, Any] | None = None
+    *, plugin: bool = True, settings: Mapping[str, Any] | None = None, logged: bool = True
 ) -> Iterator[Server]:
     """A server of a tiny Qwen2.5-Omni, with the plugin or stock vLLM.
 
     Args:
         plugin: Whether with the plugin.
         settings: Of ``mm_ext``.
+        logged: Whether the server's log says what each step computed, which each step pays for.
     """
     with serve(
         checkpoint("qwen2_5_omni"),
         plugin=plugin,
-        args=[*_ARGS, LOGGED, *(as_flags(SCHEDULER) if plugin else [])],
-        # On the engine's core, others would stop all of its threads.
-        env={"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1))},
+        args=[*_ARGS, *([LOGGED] if logged else []), *(as_flags(SCHEDULER) if plugin else [])],
+        env={
+            # On the engine's core, others would stop all of its threads.
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),
+            # One process for engine and worker, as vLLM has it with one GPU. With two, each waits
+            # for the other in a loop that takes a core.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        },
         additional_config=None if settings is None else {"mm_ext": settings},
     ) as server:
         yield server
