@@ -83,7 +83,9 @@ class VllmName:
             raise IncompatibleError(f"{self.path} is not there: no module {module_name}")
         found: Any = _parsed(spec.origin)
         for part in attributes.split("."):
-            named = [node for node in found.body if part in _names_bound(node)]
+            # What an import brings has no body here.
+            body = getattr(found, "body", ())
+            named = [node for node in body if part in _names_bound(node)]
             if not named:
                 raise IncompatibleError(f"{self.path} is not there")
             found = named[-1]
@@ -155,6 +157,8 @@ def _names_bound(statement: ast.stmt) -> list[str]:
         return [statement.target.id]
     if isinstance(statement, ast.Assign):
         return [target.id for target in statement.targets if isinstance(target, ast.Name)]
+    if isinstance(statement, ast.ImportFrom):
+        return [alias.asname or alias.name for alias in statement.names]
     return []
 
 
