@@ -34,6 +34,8 @@ class Client:
     def __init__(self) -> None:
         self.renderer = self
         self.ended = 0
+        # Of each prompt, whether its tokens are made into text.
+        self.texts: list[bool] = []
         self.salts: set[str] = set()
         # Prompts are answered as long as this is set.
         self.answers = asyncio.Event()
@@ -46,6 +48,7 @@ class Client:
         return prompts
 
     async def generate(self, prompt: Any, params: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        self.texts.append(params.detokenize)
         await self.answers.wait()
         logprobs = None
         if params.allowed_token_ids is not None:
@@ -119,6 +122,18 @@ async def test_an_append_tells_what_was_computed_and_what_the_model_says_of_the_
         # The engine's outputs were read to their end, so nothing is left to be aborted.
         assert client.ended == 2
         await session.close()
+
+
+async def test_only_an_answer_is_made_into_text() -> None:
+    client, listener = Client(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        session.append(Append(PROMPT))
+        await listener.told.get()
+        session.respond(Respond("one", PROMPT, ResponseOptions(1, 0.0)))
+        await listener.answered.get()
+        await session.close()
+    assert client.texts == [False, True]
 
 
 async def test_an_append_waits_for_the_one_before_it_and_takes_the_place_of_one_that_waits() -> (
