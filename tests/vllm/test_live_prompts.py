@@ -112,6 +112,32 @@ def test_a_unit_more_changes_nothing_of_what_the_prompt_had(served: Any) -> None
             before = result
 
 
+def test_a_unit_more_prepares_the_items_of_that_unit_alone(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, renderer = served
+    prepare = renderer.mm_processor._apply_hf_processor_main
+    prepared: list[int] = []
+
+    def counted(mm_items: Any, hf_kwargs: Any) -> Any:
+        prepared.append(sum(map(len, mm_items.values())))
+        return prepare(mm_items, hf_kwargs)
+
+    monkeypatch.setattr(renderer.mm_processor, "_apply_hf_processor_main", counted)
+    for sound, frames in kinds_of(live.traits):
+        # Other tests have such units too.
+        renderer.clear_mm_cache()
+        units = stretch_units(live.traits, sound=sound, frames=frames, whole=3)[:3]
+        kept: dict[str, Any] = {}
+        known = 0
+        for count in (1, 2, 3):
+            prepared.clear()
+            prompt = conversation([SYSTEM], units[:count], "one", open=True)
+            result = rendered(served, prompt, kept)
+            assert sum(prepared) == len(items(result)) - known
+            known = len(items(result))
+
+
 def test_units_as_they_come_make_the_prompt_of_the_whole_stretch(served: Any) -> None:
     traits = served[0].traits
     for sound, frames in kinds_of(traits):
