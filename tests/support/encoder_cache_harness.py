@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from vllm.distributed.ec_transfer import ec_transfer_state
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -28,6 +30,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker.gpu.ec_connector import ActiveECConnector
 
 from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector
 from vllm_mm_ext.adapters.encoder_cache.startup import keep_raw_embeddings_out
@@ -199,6 +202,7 @@ class Engine:
         settings: The plugin's settings of its scheduler.
         shared: Directory of a store that several instances share.
         role: vLLM's ``ec_role``.
+        second_runner: The connector is used as by vLLM's second model runner (CUDA).
 
     Attributes:
         now_s: The clock of the plugin's parts.
@@ -227,6 +231,7 @@ class Engine:
         settings: Mapping[str, Any] | None = None,
         shared: Path | None = None,
         role: str = "ec_both",
+        second_runner: bool = False,
     ) -> None:
         config = copy.deepcopy(engine_config())
         config.scheduler_config.max_num_seqs = slots
@@ -260,6 +265,10 @@ class Engine:
         self.worker = MMExtECConnector(config, ECConnectorRole.WORKER)
         self.kv = WorkerKV(blocks)
         self.device: dict[str, torch.Tensor] = {}
+        self._second: ActiveECConnector | None = None
+        if second_runner:
+            with patch.object(ec_transfer_state, "_EC_CONNECTOR_AGENT", self.worker):
+                self._second = ActiveECConnector(config, self.device)
         self.now_s = 0.0
         self.answers: Counter[str] = Counter()
         self.encoded: list[str] = []
@@ -403,23 +412,32 @@ class Engine:
             self.device.pop(key, None)
         if not output.total_num_scheduled_tokens:
             return
-        self.worker.bind_connector_metadata(output.ec_connector_metadata)
         before = set(self.device)
+        connected = self._first_runner if self._second is None else self._second.maybe_get_output
+        with connected(output):
+            self.loaded += self.device.keys() - before
+            for name, indices in output.scheduled_encoder_inputs.items():
+                for index in indices:
+                    feature = self._features[name][index]
+                    key, count = feature.identifier, feature.mm_position.get_num_embeds()
+                    self.device[key] = _output(key, count)
+                    self.encoded.append(key)
+                    if self._second is None:
+                        self.worker.save_caches(self.device, key)
+        for name, begin, count in _computed(output):
+            self._gather(name, begin, begin + count)
+        self.kv.compute(output)
+
+    @contextmanager
+    def _first_runner(self, output: Any) -> Iterator[None]:
+        """What vLLM's first model runner asks of the connector around the encoders' work."""
+        self.worker.bind_connector_metadata(output.ec_connector_metadata)
         if self.worker.is_producer:
             self.worker.start_save_caches(encoder_cache=self.device)
         if self.worker.is_consumer:
             self.worker.start_load_caches(self.device)
-        self.loaded += self.device.keys() - before
-        for name, indices in output.scheduled_encoder_inputs.items():
-            for index in indices:
-                feature = self._features[name][index]
-                key, count = feature.identifier, feature.mm_position.get_num_embeds()
-                self.device[key] = _output(key, count)
-                self.encoded.append(key)
-                self.worker.save_caches(self.device, key)
-        for name, begin, count in _computed(output):
-            self._gather(name, begin, begin + count)
-        self.kv.compute(output)
+        yield
+        self.worker.get_finished(output.finished_req_ids)
         self.worker.clear_connector_metadata()
 
     def _gather(self, name: str, begin: int, end: int) -> None:

@@ -32,7 +32,7 @@ def add(engine: Engine, name: str, items: list[Item], job: str | None = None) ->
 
 
 def consumer(shared: Path, wait_s: float = 5.0, **options: Any) -> Engine:
-    engine = Engine(shared=shared, role="ec_consumer", **options)
+    engine = Engine(shared=shared, **{"role": "ec_consumer", **options})
     engine.connector._expectations = Expectations(wait_s, lambda: engine.now_s)
     began = time.time()
     engine.connector.transport.files._clock = lambda: began + engine.now_s
@@ -68,6 +68,19 @@ def test_what_comes_from_elsewhere_is_kept_on_the_host(tmp_path: Path) -> None:
         run(engine, str(number), VIDEO)
         engine.connector.transport.forget(NAMES)
     assert engine.encoded == []
+    assert len(engine.connector._tier) == len(VIDEO)
+
+
+@pytest.mark.parametrize("role", ["ec_consumer", "ec_both"])
+@pytest.mark.parametrize("second_runner", [False, True])
+def test_what_an_engine_encoded_itself_is_kept_on_the_host(
+    tmp_path: Path, role: str, second_runner: bool
+) -> None:
+    engine = consumer(tmp_path, role=role, device=90, second_runner=second_runner)
+    for number in range(3):
+        run(engine, str(number), VIDEO)
+        engine.connector.transport.forget(NAMES)
+    assert sorted(engine.encoded) == NAMES
     assert len(engine.connector._tier) == len(VIDEO)
 
 

@@ -91,6 +91,8 @@ class TransportConnector(MMExtECConnector):
                 lambda key: self._on_device(key) or key in self._tier,
             )
         self._counts = dict.fromkeys(("loaded", "missed", "waits_ended"), 0)
+        # The runner's encoder cache, once a step has begun in a worker.
+        self._device_outputs: dict[str, torch.Tensor] = {}
 
     # --- in the scheduler -------------------------------------------------------------------------
 
@@ -298,22 +300,23 @@ class TransportConnector(MMExtECConnector):
         """Load what the scheduler planned, from the host and from elsewhere."""
         super().start_load_caches(encoder_cache)
         self.transport.start_load_caches(encoder_cache, **kwargs)
-        # What came from elsewhere; the rest is saved when it is encoded.
-        for key in self._plan().saves:
-            if key in encoder_cache:
-                self._store.save(key, encoder_cache[key])
+        self._device_outputs = encoder_cache
         if self._shared is not None and self.is_producer:
             # What the host had is in the encoder cache only now.
             self._shared.start_save_caches(encoder_cache)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
-        """Keep an item that was just encoded, and let the transport have it."""
-        super().save_caches(encoder_cache, mm_hash)
+        """Let the transport have an item that was just encoded; ``get_finished`` keeps it."""
         if self.is_producer and is_shared(mm_hash):
             self.transport.save_caches(encoder_cache, mm_hash)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose transfers have ended."""
+        """Keep what came from elsewhere or was encoded; tell requests whose transfers have ended."""
+        # vLLM's second model runner tells only producers of what was just encoded, and both runners
+        # ask for this when it is.
+        for key in self._plan().saves:
+            if key in self._device_outputs:
+                self._store.save(key, self._device_outputs[key])
         found: tuple[set[str] | None, set[str] | None] = self.transport.get_finished(
             finished_req_ids
         )
