@@ -215,6 +215,33 @@ def test_what_only_a_client_names_is_neither_stored_nor_loaded_nor_awaited(
     assert engine.now_s < 1.0
 
 
+def with_embeddings(name: str) -> Any:
+    """A request whose first item is embeddings of its client's."""
+    one = request(name, VIDEO)
+    one.mm_features[0].modality = "prompt_embeds"
+    return one
+
+
+@pytest.mark.parametrize("second_runner", [False, True])
+def test_embeddings_that_clients_send_are_not_stored(tmp_path: Path, second_runner: bool) -> None:
+    # The device keeps all of it, and gives up all of it.
+    for device, times in ((256, 2), (90, 4)):
+        engine = Engine(shared=tmp_path, device=device, second_runner=second_runner)
+        for number in range(times):
+            engine.add(with_embeddings(str(number)))
+            engine.run()
+        assert not engine.worker.transport.files.path(NAMES[0]).exists()
+        assert engine.worker.transport.files.path(NAMES[1]).exists()
+
+
+def test_embeddings_of_a_client_that_are_in_the_store_are_read(tmp_path: Path) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO)
+    engine = consumer(tmp_path)
+    engine.add(with_embeddings("embeddings"))
+    engine.run()
+    assert engine.answers["embeddings"] == 3
+
+
 @SCHEDULERS
 def test_what_comes_while_the_engine_has_no_time_for_it_prolongs_the_wait(
     tmp_path: Path, scheduler: Any

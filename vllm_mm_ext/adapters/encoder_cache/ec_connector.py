@@ -18,7 +18,11 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 
 from vllm_mm_ext.adapters.encoder_cache.host_store import HostStore
 from vllm_mm_ext.adapters.encoder_cache.manager import attach_host_tier
-from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost, output_bytes
+from vllm_mm_ext.adapters.encoder_cache.mm_features import (
+    PROMPT_EMBEDS,
+    feature_cost,
+    output_bytes,
+)
 from vllm_mm_ext.adapters.encoder_cache.startup import check_host_tier, host_bytes
 from vllm_mm_ext.adapters.encoder_cache.transport_options import CPU, transport_of
 from vllm_mm_ext.adapters.names.encoder_cache_names import (
@@ -160,8 +164,8 @@ class MMExtECConnector(ECConnectorBase):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Request, index: int) -> None:
         """Plan the load or save of an item for which the device tier has space now."""
         feature = request.mm_features[index]
-        if feature.modality == "prompt_embeds":
-            return  # The client sent the embeddings: there is nothing to encode.
+        if feature.modality == PROMPT_EMBEDS:
+            return
         size = feature.mm_position.get_num_embeds() * self._sizes.of(feature.modality)
         cost = feature_cost(feature)
         self._tier.allocated(feature.identifier, size, cost, request.request_id, index)

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecoderCacheManager
 
-from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost, output_bytes
+from vllm_mm_ext.adapters.encoder_cache.mm_features import (
+    PROMPT_EMBEDS,
+    feature_cost,
+    output_bytes,
+)
 from vllm_mm_ext.adapters.names.encoder_cache_names import DEVICE_TIER_NAMES
 from vllm_mm_ext.adapters.names.names_check import problem
 from vllm_mm_ext.adapters.patches import set_on
@@ -335,7 +339,8 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
 
     def _use(self, request: str, input_id: int, key: str) -> None:
         self._inputs.setdefault(request, {})[input_id] = key
-        if self._cache.use(key, request) and self._host is not None:
+        hit = self._cache.use(key, request)
+        if hit and self._host is not None and self._modalities[key] != PROMPT_EMBEDS:
             self._host.used(key)
 
     def _evict(self, size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm_mm_ext.adapters.encoder_cache.bare_items import BARE, is_bare
 from vllm_mm_ext.policies.encoder_cache.items import OutputBytes, deepstack_levels, encode_cost
@@ -10,6 +10,9 @@ from vllm_mm_ext.policies.encoder_cache.items import OutputBytes, deepstack_leve
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# Modality of embeddings that a client sends as part of the prompt: nothing encodes them, so no tier
+# keeps them and no instance shares them. vLLM puts them into its encoder cache all the same.
+PROMPT_EMBEDS: Final = "prompt_embeds"
 
 def output_bytes(vllm_config: VllmConfig) -> OutputBytes:
     """Bytes of one embedding that the engine's model makes, by modality.

@@ -91,7 +91,7 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
         self.files.look_again()
 
     def publish(self, key: str) -> None:
-        """Have an output stored that the producer has in its encoder cache already."""
+        """Have an output stored that the producer has in its encoder cache, or is about to make."""
         self._publishes[key] = None
 
     def cancel(self, key: str) -> None:
@@ -139,8 +139,9 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
                 self._store(key, encoder_cache[key])
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
-        """Store an output that was just made."""
-        self._store(mm_hash, encoder_cache[mm_hash])
+        """Store an output that was just made, if it is named: vLLM tells of clients' embeddings too."""
+        if mm_hash in self._store_plan().publishes:
+            self._store(mm_hash, encoder_cache[mm_hash])
 
     def _store(self, key: str, output: torch.Tensor) -> None:
         if not self._writes:

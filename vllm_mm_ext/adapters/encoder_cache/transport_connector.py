@@ -20,7 +20,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 from vllm_mm_ext.adapters.encoder_cache.bare_items import Bare
 from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector
 from vllm_mm_ext.adapters.encoder_cache.instance_plan import join_shared_store
-from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost
+from vllm_mm_ext.adapters.encoder_cache.mm_features import PROMPT_EMBEDS, feature_cost
 from vllm_mm_ext.adapters.encoder_cache.shared_store import SharedStoreConnector
 from vllm_mm_ext.adapters.encoder_cache.startup import encoder_settings
 from vllm_mm_ext.adapters.encoder_cache.transport_options import (
@@ -134,7 +134,7 @@ class TransportConnector(MMExtECConnector):
             return bare
         feature = request.mm_features[index]
         # Embeddings of a prompt come with the request.
-        if _job_of(request) is None or feature.modality == "prompt_embeds":
+        if _job_of(request) is None or feature.modality == PROMPT_EMBEDS:
             return False
         key = feature.identifier
         if not is_shared(key) or self.has_cache_item(key):
@@ -204,7 +204,10 @@ class TransportConnector(MMExtECConnector):
         """Plan the load or save of an item for which the device tier has space now."""
         feature = request.mm_features[index]
         key = feature.identifier
-        if feature.modality == "prompt_embeds":
+        if feature.modality == PROMPT_EMBEDS:
+            if self._is_elsewhere(key):
+                # vLLM takes it for one that is loaded.
+                self.transport.update_state_after_alloc(request, index)
             return
         if key in self._tier:
             super().update_state_after_alloc(request, index)
@@ -223,6 +226,8 @@ class TransportConnector(MMExtECConnector):
         if not is_shared(key):
             return
         self.transport.update_state_after_alloc(request, index)
+        if not elsewhere:
+            self._publish(key)
         if self.is_consumer:
             self._counts["loaded" if elsewhere else "missed"] += 1
 
