@@ -144,7 +144,7 @@ class OutputStore:
             awaited: Somebody waits for it, so it is looked for again after a shorter time.
         """
         own, now = self._own_directory(), self._clock()
-        if key in self._pinned and self.held_path(key).exists():
+        if key in self._pinned and os.path.exists(self.held_path(key)):
             # Others may take a server that was paused for dead, and remove what it holds.
             return True
         if now - self._held.get(key, -HOLD_S) < HOLD_S:
@@ -229,7 +229,7 @@ class OutputStore:
             if now - found < kept_s:
                 return
             del self._held[key]
-            self.held_path(key).unlink(missing_ok=True)
+            self._remove_link(key)
 
     def forget(self, key: str) -> None:
         """Remove the output of a key from the store, and from what this and idle readers hold.
@@ -250,7 +250,7 @@ class OutputStore:
     def let_go(self) -> None:
         """Let go of everything that is held and not pinned; no read may be under way."""
         for key in self._held:
-            self.held_path(key).unlink(missing_ok=True)
+            self._remove_link(key)
         self._held.clear()
 
     def close(self) -> None:
@@ -300,6 +300,11 @@ class OutputStore:
                 with suppress(OSError):
                     found = entry.stat(follow_symlinks=False)
                     yield _File(found.st_mtime, found.st_size, Path(entry.path))
+
+    def _remove_link(self, key: str) -> None:
+        # A link that stays for an error goes with the server's place in the store.
+        with suppress(OSError):
+            os.unlink(self.held_path(key))
 
     def _own_directory(self) -> Path:
         if self._own is None:

@@ -313,6 +313,33 @@ def test_a_store_that_cannot_be_read_is_said_once(
     assert "cannot be read" in record.getMessage()
 
 
+def test_no_error_of_a_held_file_reaches_who_lets_go_of_it(tmp_path: Path) -> None:
+    clock = Clock()
+    store = OutputStore(tmp_path, CAPACITY, "reader", clock=clock)
+    for let_go in (store.release, store.let_go):
+        put(store, "a")
+        assert store.hold("a")
+        # Nobody may remove a directory in this way, whoever runs the test.
+        store.held_path("a").unlink()
+        store.held_path("a").mkdir()
+        clock.now += 2 * HOLD_S
+        let_go()
+        store.held_path("a").rmdir()
+        assert store.hold("a")
+        store.let_go()
+
+
+def test_an_error_of_a_pinned_file_is_none_of_who_looks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    put(store, "a")
+    assert store.pin("a")
+    # A name that is too long for the file system is an error that ``Path.exists`` raises.
+    monkeypatch.setattr(store, "held_path", lambda _: tmp_path / ("x" * 300))
+    assert store.hold("a")
+
+
 def test_a_takedown_leaves_no_copy_that_idle_readers_hold(tmp_path: Path) -> None:
     clock = Clock()
     readers = [OutputStore(tmp_path, CAPACITY, name, clock=clock) for name in ("idle", "at work")]
