@@ -215,6 +215,17 @@ def test_what_only_a_client_names_is_neither_stored_nor_loaded_nor_awaited(
     assert engine.now_s < 1.0
 
 
+def test_a_first_look_at_a_long_video_holds_what_the_step_reaches(tmp_path: Path) -> None:
+    video = [Item(f"part {number}", 10) for number in range(60)]
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", video)
+    engine = consumer(tmp_path, scheduler=MMExtScheduler, chunk=64)
+    add(engine, "video", video)
+    engine.step()
+    assert 0 < len(engine.connector.transport.files._held) < 10
+    engine.run()
+    assert engine.encoded == []
+
+
 def with_embeddings(name: str) -> Any:
     """A request whose first item is embeddings of its client's."""
     one = request(name, VIDEO)

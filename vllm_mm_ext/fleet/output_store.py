@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Final, NamedTuple
 from uuid import uuid4
 
@@ -40,7 +41,7 @@ _GROWTH = 0.05
 # Down to this share of its capacity files are evicted.
 _EVICT_TO = 0.9
 # Of more held files those go that were not found for so many seconds: the others may be in the plan
-# of a step that is under way.
+# of a step that is under way. Of no more files it is known that they were seen, or were absent.
 _MOST_HELD = 4096
 _UNDER_WAY_S = 10.0
 
@@ -83,8 +84,12 @@ class OutputStore:
         # How often each pinned file is pinned; these are not among those held.
         self._pinned: dict[str, int] = {}
         self._absent: OrderedDict[str, float] = OrderedDict()
+        # When each file that is not held was seen.
+        self._seen: OrderedDict[str, float] = OrderedDict()
         self._told_of_failure = False
         self._written = 0
+        # Held while the store is looked through.
+        self._sweeping = Lock()
         self._shown = clock()
         self.evicted = 0
         self.sweep()
@@ -130,8 +135,10 @@ class OutputStore:
             part.unlink(missing_ok=True)
         self._absent.pop(key, None)
         self._written += size
-        if self._written > _GROWTH * self._capacity:
-            self.sweep()
+        if self._written > _GROWTH * self._capacity and self._sweeping.acquire(blocking=False):
+            # Apart: a model's forward pass waits for this call, and a network file system takes
+            # seconds to tell of all files.
+            Thread(target=self._sweep, daemon=True).start()
         return True
 
     # --- for readers ------------------------------------------------------------------------------
@@ -154,6 +161,7 @@ class OutputStore:
         if now - self._absent.get(key, -_ABSENT_S) < (_AWAITED_S if awaited else _ABSENT_S):
             return False
         self._held.pop(key, None)
+        self._seen.pop(key, None)
         path, link = self.path(key), own / (_name(key) + SUFFIX)
         try:
             self._link(path, link)
@@ -170,15 +178,29 @@ class OutputStore:
             if not isinstance(error, FileNotFoundError) and not self._told_of_failure:
                 self._told_of_failure = True
                 logger.warning("mm_ext: the store of encoder outputs cannot be read: %s", error)
-            self._absent[key] = now
-            self._absent.move_to_end(key)
-            if len(self._absent) > _MOST_HELD:
-                self._absent.popitem(last=False)
+            _note(self._absent, key, now)
             return False
         if key not in self._pinned:
             self._held[key] = now
         self._told_of_failure = False
         return True
+
+    def seems_there(self, key: str) -> bool:
+        """Whether the output of a key can probably be held: it was there in the last ``HOLD_S``.
+
+        A first look takes much less time than ``hold``, which a scheduler cannot wait for with each
+        of a thousand items.
+        """
+        now = self._clock()
+        if key in self._pinned or any(
+            now - known.get(key, -HOLD_S) < HOLD_S for known in (self._held, self._seen)
+        ):
+            return True
+        if now - self._absent.get(key, -_ABSENT_S) < _ABSENT_S:
+            return False
+        found = os.path.exists(self.path(key))
+        _note(self._seen if found else self._absent, key, now)
+        return found
 
     def _link(self, path: Path, link: Path) -> None:
         try:
@@ -237,8 +259,8 @@ class OutputStore:
         A reader at work may be about to read it, and lets go within ``HOLD_S`` of its last use.
         """
         self.path(key).unlink(missing_ok=True)
-        self._held.pop(key, None)
-        self._pinned.pop(key, None)
+        for known in (self._held, self._pinned, self._seen):
+            known.pop(key, None)
         # One at work shows it every ``HOLD_S``.
         idle = self._clock() - 2 * HOLD_S
         for reader in _entries(self._root / _HELD):
@@ -252,6 +274,7 @@ class OutputStore:
         for key in self._held:
             self._remove_link(key)
         self._held.clear()
+        self._seen.clear()
 
     def close(self) -> None:
         """Let go of everything, and of the place for it."""
@@ -263,6 +286,16 @@ class OutputStore:
 
     def sweep(self) -> None:
         """Evict what was used least recently, down to the capacity, and clean up after the dead."""
+        self._sweeping.acquire()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        try:
+            self._look_through()
+        finally:
+            self._sweeping.release()
+
+    def _look_through(self) -> None:
         self._written = 0
         before = self._clock() - _ABANDONED_S
         for part in _entries(self._parts):
@@ -332,6 +365,13 @@ def is_whole(path: Path) -> bool:
         except (ValueError, TypeError, AttributeError, KeyError, IndexError):
             return False
     return bool(ends) and size == 8 + length + max(ends)
+
+
+def _note(times: OrderedDict[str, float], key: str, now: float) -> None:
+    times[key] = now
+    times.move_to_end(key)
+    if len(times) > _MOST_HELD:
+        times.popitem(last=False)
 
 
 def _name(key: str) -> str:

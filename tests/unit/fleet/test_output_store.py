@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from threading import Event
 
 import pytest
 from hypothesis import given, settings
@@ -111,6 +112,8 @@ def test_two_writers_keep_the_bound_and_their_writers_share(
     stores = [OutputStore(root, CAPACITY), OutputStore(root, CAPACITY)]
     for writer, key, size in writes:
         put(stores[writer], str(key), size)
+        with stores[writer]._sweeping:
+            pass
     # Each may have added a twentieth and one file since it looked.
     count, held = stores[0].figures()
     assert held <= CAPACITY + 2 * (CAPACITY // 20 + 1000)
@@ -118,6 +121,27 @@ def test_two_writers_keep_the_bound_and_their_writers_share(
     count, held = stores[1].figures()
     assert held <= CAPACITY
     assert count == len([one for one in names(root) if one.suffix == ".safetensors"])
+
+
+def test_who_writes_does_not_wait_while_the_store_is_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = OutputStore(tmp_path, CAPACITY)
+    may_end, looked = Event(), []
+
+    def look_through() -> None:
+        looked.append(may_end.wait())
+
+    monkeypatch.setattr(store, "_look_through", look_through)
+    assert all(put(store, str(number), 500) for number in range(4))
+    may_end.set()
+    with store._sweeping:
+        # One at a time.
+        assert looked == [True]
+    monkeypatch.undo()
+    assert put(store, "more", 2000)
+    with store._sweeping:
+        assert store.figures()[1] <= CAPACITY
 
 
 def test_what_a_reader_holds_outlives_its_eviction(tmp_path: Path) -> None:
@@ -311,6 +335,46 @@ def test_a_store_that_cannot_be_read_is_said_once(
         assert not store.hold(f"no {key}")
     (record,) = caplog.records
     assert "cannot be read" in record.getMessage()
+
+
+def test_a_look_at_many_files_holds_none_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    store = OutputStore(tmp_path, 1 << 20, "reader", clock=clock)
+    keys = [str(number) for number in range(1000)]
+    for key in keys[::2]:
+        put(store, key)
+    asked: list[Path] = []
+    exists = os.path.exists
+
+    def look(path: Path) -> bool:
+        asked.append(path)
+        return exists(path)
+
+    monkeypatch.setattr(os.path, "exists", look)
+    monkeypatch.setattr(os, "link", None)
+    for _ in range(2):
+        assert [key for key in keys if store.seems_there(key)] == keys[::2]
+        assert len(asked) == 1000
+    # What is absent is looked for again, as in ``hold``.
+    put(OutputStore(tmp_path, 1 << 20), "1")
+    clock.now += 2.0
+    assert store.seems_there("1")
+
+
+def test_what_seemed_to_be_there_and_cannot_be_held_is_known_to_be_absent(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    for takedown in (False, True):
+        put(store, "a")
+        assert store.seems_there("a")
+        if takedown:
+            store.forget("a")
+        else:
+            store.path("a").unlink()
+        assert not store.hold("a")
+        assert not store.seems_there("a")
+        store.look_again()
 
 
 def test_no_error_of_a_held_file_reaches_who_lets_go_of_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # keeps them and no instance shares them. vLLM puts them into its encoder cache all the same.
 PROMPT_EMBEDS: Final = "prompt_embeds"
 
+
 def output_bytes(vllm_config: VllmConfig) -> OutputBytes:
     """Bytes of one embedding that the engine's model makes, by modality.
 

@@ -100,6 +100,14 @@ class TransportConnector(MMExtECConnector):
         """Whether an item can be loaded instead of encoded, from the host or from elsewhere."""
         return identifier in self._tier or self._is_elsewhere(identifier)
 
+    def seems_there(self, identifier: str) -> bool:
+        """As ``has_cache_item``, but briefer, and for plans of the scheduler: nothing is held."""
+        if self._shared is None:
+            return self.has_cache_item(identifier)
+        return identifier in self._tier or (
+            is_shared(identifier) and self._shared.files.seems_there(identifier)
+        )
+
     def _is_elsewhere(self, key: str) -> bool:
         return is_shared(key) and bool(self.transport.has_cache_item(key))
 
@@ -316,7 +324,7 @@ class TransportConnector(MMExtECConnector):
             self.transport.save_caches(encoder_cache, mm_hash)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Keep what came from elsewhere or was encoded; tell requests whose transfers have ended."""
+        """Keep what came from elsewhere or was encoded; tell whose transfers have ended."""
         # vLLM's second model runner tells only producers of what was just encoded, and both runners
         # ask for this when it is.
         for key in self._plan().saves:

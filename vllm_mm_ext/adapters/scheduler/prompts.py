@@ -177,12 +177,12 @@ class Prompts:
 
     def is_there(self, request: Any, item: Item) -> bool:
         """Whether an item need not be encoded: it is cached, or an EC connector has it."""
-        scheduler = self._scheduler
-        cached = scheduler.encoder_cache_manager.get_cached_num_encoder_embeds
+        cached = self._scheduler.encoder_cache_manager.get_cached_num_encoder_embeds
         if not item.tokens or cached(request, item.index) is not None:
             return True
-        connector = scheduler.ec_connector
-        return connector is not None and bool(connector.has_cache_item(item.digest))
+        connector = self._scheduler.ec_connector
+        has = getattr(connector, "seems_there", None) or getattr(connector, "has_cache_item", None)
+        return has is not None and bool(has(item.digest))
 
     def _read(self, request: Any, computed: int) -> Need:
         missing: list[Item] = []
