@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core import kv_cache_coordinator
 from vllm.v1.core.block_pool import BlockPool
@@ -55,6 +56,34 @@ def test_schedulers_get_the_pool_with_their_settings(config: Any, cls: type) -> 
     assert all(m.block_pool is pool for m in made.kv_cache_manager.coordinator.single_type_managers)
     assert kv_cache_coordinator.BlockPool is BlockPool
     assert pool.true_pressure() == 0.0
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_who_copies_what_is_in_vllms_list_of_free_blocks_gets_vllms_pool(
+    config: Any, lazy: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built: list[Any] = []
+
+    def init(*_: Any) -> None:
+        built.append(kv_cache_coordinator.BlockPool)
+
+    transfer = KVTransferConfig(
+        kv_connector="SimpleCPUOffloadConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"lazy_offload": lazy},
+    )
+    config.additional_config = {}
+    monkeypatch.setattr(config, "kv_transfer_config", transfer)
+    asked: list[Any] = []
+    pool = SimpleNamespace(ask_for_outputs=asked.append)
+    made = SimpleNamespace(
+        encoder_cache_manager=None, kv_cache_manager=SimpleNamespace(block_pool=pool)
+    )
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        adapter._with_pool(init)(made, config, KVCacheConfig(101, [], []))
+    assert (built == [BlockPool]) == lazy
+    assert ("lazy_offload" in caplog.text) == lazy
+    assert bool(asked) != lazy
 
 
 def test_switched_off_it_is_vllms_own(config: Any) -> None:

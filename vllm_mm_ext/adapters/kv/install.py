@@ -14,6 +14,7 @@ from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.policies.kv.control import KVControl
 
 GIB = 1 << 30
+_SIMPLE_OFFLOAD = "SimpleCPUOffloadConnector"
 
 
 def install() -> None:
@@ -49,11 +50,10 @@ def control_of(scheduler: Any) -> KVControl | None:
 def _with_pool(original: Callable[..., Any]) -> Callable[..., Any]:
     def init(self: Any, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         settings = MMExtConfig.from_additional_config(vllm_config.additional_config).kv
-        # HiSparse moves blocks between pools of its own.
-        hisparse = vllm_config.attention_config.hisparse_config is not None
-        if hisparse and settings.enabled:
-            logger.warning("mm_ext: kv is off, HiSparse needs vLLM's own block pool")
-        if hisparse or not settings.enabled:
+        user = user_of_vllms_pool(vllm_config)
+        if user is not None and settings.enabled:
+            logger.warning("mm_ext: kv is off, %s needs vLLM's own block pool", user)
+        if user is not None or not settings.enabled:
             original(self, vllm_config, kv_cache_config, *args, **kwargs)
             return
         model = vllm_config.model_config
@@ -72,6 +72,23 @@ def _with_pool(original: Callable[..., Any]) -> Callable[..., Any]:
         self.kv_cache_manager.block_pool.ask_for_outputs(holds)
 
     return init
+
+
+def user_of_vllms_pool(vllm_config: Any) -> str | None:
+    """What in an engine cannot work with the plugin's block pool; None if nothing is there."""
+    if vllm_config.attention_config.hisparse_config is not None:
+        # Moves blocks between pools of its own.
+        return "HiSparse"
+    transfer = vllm_config.kv_transfer_config
+    if (
+        transfer is not None
+        and transfer.kv_connector == _SIMPLE_OFFLOAD
+        and transfer.kv_connector_extra_config.get("lazy_offload")
+    ):
+        # Copies cached blocks from vLLM's list of free ones, and the plugin's pool keeps cached
+        # blocks out of that list until they are needed.
+        return f"{_SIMPLE_OFFLOAD} with lazy_offload"
+    return None
 
 
 @contextmanager

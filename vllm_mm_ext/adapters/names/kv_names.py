@@ -99,8 +99,10 @@ POOL_NAMES: tuple[Checked, ...] = (
     VllmAttributes("vllm.v1.kv_cache_interface:KVCacheConfig", ("kv_cache_tensors", "num_blocks")),
     VllmAttributes("vllm.v1.kv_cache_interface:KVCacheTensor", ("size",)),
     VllmAttributes(
-        "vllm.config:VllmConfig", ("additional_config", "attention_config", "model_config")
+        "vllm.config:VllmConfig",
+        ("additional_config", "attention_config", "kv_transfer_config", "model_config"),
     ),
+    VllmAttributes("vllm.config:KVTransferConfig", ("kv_connector", "kv_connector_extra_config")),
     VllmAttributes("vllm.config:ModelConfig", ("get_hidden_size", "hf_config")),
 )
 
