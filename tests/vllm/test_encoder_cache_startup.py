@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from encoder_cache_harness import WIDTH, Item, engine_config, request
+from encoder_cache_harness import EMBEDDING_MB, WIDTH, Item, engine_config, request
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
+from vllm.distributed.ec_transfer.ec_connector.cpu.common import (
+    ECCPUConnectorMetadata,
+    create_ec_shared_region,
+)
+from vllm.distributed.ec_transfer.ec_connector.cpu.session import ProducerSession
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecoderCacheManager
 
 from vllm_mm_ext import encoder_cache
@@ -26,6 +32,7 @@ from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector, No
 from vllm_mm_ext.adapters.encoder_cache.host_store import HostStore
 from vllm_mm_ext.adapters.encoder_cache.manager import HostSide, MMExtEncoderCacheManager
 from vllm_mm_ext.adapters.encoder_cache.startup import HostTierError
+from vllm_mm_ext.adapters.encoder_cache.transport_options import OWN
 from vllm_mm_ext.adapters.names.encoder_cache_names import (
     CUDA_HOST_TIER_NAMES,
     DEVICE_TIER_NAMES,
@@ -187,7 +194,12 @@ def test_on_cuda_what_cannot_work_is_refused(config: Any) -> None:
         CudaECConnector(config, ECConnectorRole.SCHEDULER)
     del extra["ec_enable_nixl"]
     config.parallel_config.pipeline_parallel_size = 2
+    config.parallel_config.distributed_executor_backend = "ray"
     with pytest.raises(HostTierError, match="pipeline"):
+        CudaECConnector(config, ECConnectorRole.SCHEDULER)
+    # Its processes pass on what every stage reports. (This machine has the first runner.)
+    config.parallel_config.distributed_executor_backend = "mp"
+    with pytest.raises(ValueError, match="requires the V2 model runner"):
         CudaECConnector(config, ECConnectorRole.SCHEDULER)
 
 
@@ -286,3 +298,142 @@ def test_on_cuda_new_weights_forget_what_is_there_and_what_is_being_copied(
     assert not cuda.has_cache_item("being copied")
     assert not len(cuda._cache.ranks)
     assert not cuda.has_pending_push_work()
+
+
+def test_on_cuda_a_takedown_takes_what_is_being_copied_too(cuda: CostAwareScheduler) -> None:
+    one = request("a", [Item("saved", 100), Item("loaded", 100)])
+    cuda.update_state_after_alloc(one, 1)
+    done(cuda, step(cuda, {"a": [1]}))
+    cuda.update_state_after_alloc(one, 0)
+    cuda.update_state_after_alloc(one, 1)
+    meta = step(cuda, {"a": [0]})
+    assert (list(meta.saves), list(meta.loads)) == (["saved"], ["loaded"])
+    cuda._region.blocks.fill_(1)
+    cuda.forget(["saved", "loaded", "never there"])
+    assert not cuda.has_cache_item("loaded")
+    done(cuda, meta)
+    assert not cuda.has_cache_item("saved")
+    assert cuda.items() == []
+    assert not cuda._region.blocks[meta.saves["saved"]].any()
+    assert not cuda._region.blocks[meta.loads["loaded"][1]].any()
+    assert not cuda.has_pending_push_work()
+
+
+def test_on_cuda_the_memory_of_the_tier_has_no_name_once_all_have_opened_it(
+    config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    config.additional_config = {"mm_ext": {"encoder_cache": {"host_mb": 1024 * EMBEDDING_MB}}}
+    extra = config.ec_transfer_config.ec_connector_extra_config
+    extra["ec_cpu_bytes"] = 1024 * WIDTH * 4
+    made = Worker()
+    made._region = region = create_ec_shared_region(config)
+    monkeypatch.setattr(CudaECConnector, "_make_worker", lambda *_: made)
+    worker: Any = MMExtECConnector(config, ECConnectorRole.WORKER)
+    scheduler = CostAwareScheduler(config)
+    assert not Path(region._mmap_path).exists()
+    region.blocks[3] = 7
+    assert scheduler._region.blocks[3].eq(7).all()
+    scheduler.shutdown()
+    worker.shutdown()
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
+class Worker:
+    """Loads as vLLM's worker side does: all items of a step into one buffer."""
+
+    _region: Any
+
+    def start_load_caches(self, outputs: dict[str, torch.Tensor], connector_metadata: Any) -> None:
+        buffer = torch.arange(8.0 * len(connector_metadata.loads)).reshape(-1, 2)
+        for place, key in enumerate(connector_metadata.loads):
+            outputs[key] = buffer[4 * place : 4 * place + 4]
+
+    def shutdown(self) -> None:
+        self._region.cleanup()
+
+
+def test_on_cuda_what_is_loaded_holds_no_memory_of_other_items(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(CudaECConnector, "_make_worker", lambda *_: Worker())
+    made = MMExtECConnector(config, ECConnectorRole.WORKER)
+    assert isinstance(made, CudaECConnector)
+    loads = {name: (0, [0], (4, 2)) for name in ("one", "other")}
+    made.bind_connector_metadata(ECCPUConnectorMetadata(loads=loads))
+    outputs: dict[str, torch.Tensor] = {}
+    made.start_load_caches(outputs)
+    assert outputs["other"].tolist() == torch.arange(8.0, 16.0).reshape(4, 2).tolist()
+    assert [one.untyped_storage().nbytes() for one in outputs.values()] == [32, 32]
+
+
+# --- the host tier on CUDA as a transport between instances ---------------------------------------
+
+
+@pytest.fixture
+def nixl(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes a scheduler side that transfers items, but for the libraries that do it."""
+    made: list[CostAwareScheduler] = []
+
+    def set_up(self: Any, _: Any) -> None:
+        if self._is_producer:
+            nothing = SimpleNamespace(close=lambda: None, poll=lambda **_: [])
+            data = SimpleNamespace(get_notifs=dict, deregister=lambda: None)
+            self._producer_session = ProducerSession(nothing, data, self._cache, "one")
+
+    def make(role: str) -> CostAwareScheduler:
+        transfer = config.ec_transfer_config
+        transfer.ec_role = role
+        transfer.ec_connector_extra_config |= {
+            "ec_cpu_bytes": 1024 * WIDTH * 4,
+            "ec_enable_nixl": True,
+        }
+        if role == "ec_consumer":
+            # vLLM measures these where something is saved.
+            transfer.mm_encoder_output_widths = {}
+        made.append(CostAwareScheduler(config))
+        return made[-1]
+
+    monkeypatch.setattr(CostAwareScheduler, "_setup_nixl", set_up)
+    yield make
+    for one in made:
+        one.shutdown()
+
+
+def test_on_cuda_other_instances_are_given_what_is_in_the_tier(nixl: Any) -> None:
+    producer = nixl("ec_producer")
+    one = request("a", [Item("video", 100)])
+    producer.update_state_after_alloc(one, 0)
+    done(producer, step(producer, {"a": [0]}))
+    assert producer._producer_session._cache.get("video").ready
+
+
+def test_on_cuda_what_came_from_another_instance_is_loaded(nixl: Any) -> None:
+    consumer = nixl("ec_consumer")
+    consumer._cache.alloc("video", 100, (100, WIDTH))
+    consumer._cache.mark_ready("video")
+    one = request("a", [Item("video", 100), Item("not there", 100)])
+    assert consumer.has_cache_item("video")
+    consumer.update_state_after_alloc(one, 0)
+    consumer.update_state_after_alloc(one, 1)
+    meta = step(consumer, {"a": [1]})
+    assert (list(meta.loads), list(meta.saves)) == (["video"], [])
+
+
+def test_on_cuda_what_only_a_client_names_is_neither_announced_nor_asked_for(nixl: Any) -> None:
+    own = f"client's name{OWN}"
+    producer = nixl("ec_producer")
+    producer._peer_host, producer._peer_port = "peer", 1
+    one = request("a", [Item("video", 100), Item(own, 100)])
+    for index in range(2):
+        producer.update_state_after_alloc(one, index)
+    done(producer, step(producer, {"a": [0, 1]}))
+    _, told = producer.request_finished(one)
+    assert list(told) == ["video"]
+    consumer = nixl("ec_consumer")
+    one.ec_transfer_params = {own: told["video"], "video": told["video"]}
+    asked: list[str] = []
+    consumer._start_xfer = lambda name, *_: asked.append(name)
+    assert not consumer._nixl_consumer_admit(one, 0)
+    assert asked == ["video"]

@@ -6,6 +6,8 @@ decides which items stay.
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
@@ -18,8 +20,14 @@ from vllm.distributed.ec_transfer.ec_connector.cpu.scheduler.embedding_cache imp
 
 from vllm_mm_ext.adapters.encoder_cache.manager import attach_host_tier
 from vllm_mm_ext.adapters.encoder_cache.mm_features import feature_cost
+from vllm_mm_ext.adapters.encoder_cache.outputs import owned
 from vllm_mm_ext.adapters.encoder_cache.startup import HostTierError, check_host_tier, host_bytes
-from vllm_mm_ext.adapters.encoder_cache.transport_options import CPU, TRANSPORT, transport_of
+from vllm_mm_ext.adapters.encoder_cache.transport_options import (
+    CPU,
+    TRANSPORT,
+    is_shared,
+    transport_of,
+)
 from vllm_mm_ext.policies.eviction.cost_aware import CostAware
 
 if TYPE_CHECKING:
@@ -102,11 +110,19 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         super().__init__(vllm_config)
+        # Workers, which vLLM builds first, have the region open. Without a name its memory is freed
+        # however they end: a name would outlive those that are killed.
+        with suppress(FileNotFoundError):
+            os.unlink(self._region._mmap_path)
+        self._region._is_creator = False
         self._cache = CostAwareEmbeddingCache(self._region.num_blocks)
+        if self._producer_session is not None:
+            # vLLM gave the session the cache that this one takes the place of.
+            self._producer_session._cache = self._cache
         self._widths = vllm_config.ec_transfer_config.mm_encoder_output_widths
         # By item to be saved, the requests and indices it may be encoded for.
         self._planned: dict[str, list[tuple[Request, int]]] = {}
-        # Items that were being copied when the model's weights changed.
+        # Items that were being copied when they were to be forgotten.
         self._stale: set[str] = set()
         self._loads = 0
 
@@ -138,11 +154,13 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         """
         feature = request.mm_features[index]
         key = feature.identifier
-        # vLLM measures no width for embeddings that clients send: there is nothing to encode.
-        if key in self._stale or feature.modality not in self._widths:
+        if key in self._stale:
             return
         if self._cache.get(key) is None:
-            self._planned.setdefault(key, []).append((request, index))
+            # vLLM measures no width for embeddings that clients send, as nothing encodes them, and
+            # none where nothing is saved.
+            if feature.modality in self._widths:
+                self._planned.setdefault(key, []).append((request, index))
         elif key not in self._pending_loads:
             self._loads += 1
             self._cache.ranks.hit(key)
@@ -163,11 +181,19 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
     def update_connector_output(self, connector_output: Any) -> None:
         """Note finished copies, and drop stale items that no copy uses any more."""
         super().update_connector_output(connector_output)
-        for key in list(self._stale):
-            entry = self._cache.get(key)
-            if entry is None or entry.evictable:
-                self._cache.drop(key)
-                self._stale.discard(key)
+        stale, self._stale = self._stale, set()
+        self.forget(stale)
+
+    def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """Forget a request; its answer tells where other instances find what they may share."""
+        delayed, told = super().request_finished(request)
+        return delayed, told and {key: told[key] for key in told if is_shared(key)}
+
+    def _admit_item(self, request: Request, feature: Any, *rest: Any) -> bool:
+        # Of what only a client named nothing is read from another instance.
+        return not is_shared(feature.identifier) or bool(
+            super()._admit_item(request, feature, *rest)
+        )
 
     def used(self, key: str) -> None:
         """Note that a request found an item in the device tier."""
@@ -190,13 +216,17 @@ class CostAwareScheduler(ECCPUScheduler):  # type: ignore[misc]
         return found
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Overwrite and forget items, unless a copy uses them."""
+        """Overwrite and forget items; those that a copy uses, once it has ended."""
         for key in keys:
             entry = self._cache.get(key)
-            if entry is not None and entry.evictable:
+            if entry is None:
+                continue
+            if entry.evictable:
                 for block in entry.block_ids:
                     self._region.blocks[block].zero_()
                 self._cache.drop(key)
+            else:
+                self._stale.add(key)
 
     def figures(self) -> dict[str, float]:
         """Counts since the start, and what the tier holds, in bytes and items."""
@@ -221,9 +251,15 @@ class CudaECConnector(ECCPUConnector):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         check_host_tier(vllm_config)
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            # Reports of finished copies come from the last stage, and copies are made in the first.
-            raise HostTierError("the host tier on CUDA does not go with pipeline parallelism")
+        parallel = vllm_config.parallel_config
+        executor = parallel.distributed_executor_backend
+        if parallel.pipeline_parallel_size > 1 and executor != "mp":
+            # The first stage copies, and reports when it is done.
+            raise HostTierError(
+                "with pipeline parallelism the host tier on CUDA needs "
+                f"--distributed-executor-backend mp, got {executor}: others pass on what the last "
+                "stage reports"
+            )
         extra = vllm_config.ec_transfer_config.ec_connector_extra_config
         if extra.get("ec_enable_nixl") and transport_of(vllm_config.ec_transfer_config) != CPU:
             raise HostTierError(
@@ -237,6 +273,19 @@ class CudaECConnector(ECCPUConnector):  # type: ignore[misc]
 
     def _make_scheduler(self, vllm_config: VllmConfig) -> CostAwareScheduler:
         return CostAwareScheduler(vllm_config)
+
+    def shutdown(self) -> None:
+        """Shut down as vLLM does, but for a name of the region that is gone."""
+        worker = self.connector_worker
+        if worker is not None and not os.path.exists(worker._region._mmap_path):
+            worker._region._is_creator = False
+        super().shutdown()
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
+        """Load what the scheduler planned; vLLM loads all of a step into one buffer."""
+        super().start_load_caches(encoder_cache)
+        for key in self._get_connector_metadata().loads:
+            encoder_cache[key] = owned(encoder_cache[key])
 
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
         """Save planned items that are on the device already: the runner does not encode them."""

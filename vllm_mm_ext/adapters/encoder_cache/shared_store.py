@@ -139,7 +139,7 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
                 self._store(key, encoder_cache[key])
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
-        """Store an output that was just made, if it is named: vLLM tells of clients' embeddings too."""
+        """Store what was just made and is named: vLLM tells of embeddings of clients as well."""
         if mm_hash in self._store_plan().publishes:
             self._store(mm_hash, encoder_cache[mm_hash])
 

@@ -92,14 +92,25 @@ CUDA_HOST_TIER_NAMES: tuple[Checked, ...] = (
     VllmName(
         f"{_CPU}.worker:ECCPUWorker.save_caches", ("encoder_cache", "mm_hash", "connector_metadata")
     ),
-    VllmAttributes(f"{_CPU}.connector:ECCPUConnector", ("connector_scheduler",)),
-    VllmAttributes(f"{_CPU}.common:ECCPUConnectorMetadata", ("saves",)),
+    VllmName(
+        f"{_CPU}.scheduler:ECCPUScheduler._admit_item", ("request", "feature"), passed_on=True
+    ),
+    VllmName(f"{_CPU}.scheduler:ECCPUScheduler.request_finished", ("request",)),
+    VllmName(f"{_CPU}.connector:ECCPUConnector.shutdown"),
+    VllmAttributes(f"{_CPU}.connector:ECCPUConnector", ("connector_scheduler", "connector_worker")),
+    VllmAttributes(f"{_CPU}.common:ECCPUConnectorMetadata", ("loads", "saves")),
+    VllmAttributes(f"{_CPU}.session:ProducerSession", ("_cache",)),
+    VllmAttributes(f"{_CPU}.worker:ECCPUWorker", ("_region",)),
     VllmAttributes(
         f"{_CPU}.scheduler:ECCPUScheduler",
-        ("_cache", "_load_acks", "_pending_loads", "_region", "has_cache_item"),
+        (
+            *("_cache", "_load_acks", "_pending_loads", "_producer_session", "_region"),
+            "has_cache_item",
+        ),
     ),
     VllmAttributes(
-        f"{_CPU}.ec_shared_region:ECSharedRegion", ("block_size_bytes", "blocks", "num_blocks")
+        f"{_CPU}.ec_shared_region:ECSharedRegion",
+        ("_is_creator", "_mmap_path", "block_size_bytes", "blocks", "num_blocks"),
     ),
     VllmAttributes(
         f"{_CPU}.scheduler.embedding_cache:EmbeddingCache",
@@ -117,8 +128,9 @@ CUDA_HOST_TIER_NAMES: tuple[Checked, ...] = (
     VllmAttributes(
         f"{_CPU}.scheduler.embedding_cache:CacheEntry", ("block_ids", "evictable", "shape")
     ),
-    VllmAttributes(f"{_CPU}.ec_shared_region:ECSharedRegion", ("block_size_bytes", "num_blocks")),
-    VllmAttributes("vllm.config:ParallelConfig", ("pipeline_parallel_size",)),
+    VllmAttributes(
+        "vllm.config:ParallelConfig", ("distributed_executor_backend", "pipeline_parallel_size")
+    ),
 )
 
 EMBEDS_NAMES: tuple[Checked, ...] = (
