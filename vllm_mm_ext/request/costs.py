@@ -99,6 +99,7 @@ class FrontendCosts:
         self._traits = traits
         self._limits = limits
         self._count = getattr(processor, "video_tokens", None)
+        self._known: dict[tuple[int, int, int, Reduction], TokenCount] = {}
 
     @property
     def knows_tokens(self) -> bool:
@@ -145,10 +146,7 @@ class FrontendCosts:
             cap: Most pixels of a frame; 0 for no cap.
             reduction: The token reduction.
         """
-        # Times decide where a video with sound is cut, and how many digits are written. Of the
-        # whole prompt, evenly spaced times tell enough.
-        step = self._videos[index].stream.duration / frames
-        return int(self._counted(index, frames, cap, reduction, step).total)
+        return int(self._whole(index, frames, cap, reduction).total)
 
     def item_tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
         """Most tokens of a segment of the video, or of the video if it is not cut.
@@ -160,6 +158,9 @@ class FrontendCosts:
             reduction: The token reduction.
         """
         video = self._videos[index]
+        if not self._samples(video):
+            # Cut by the number of frames alone.
+            return int(self._whole(index, frames, cap, reduction).largest)
         # The closest that evenly spaced frames are: from the first of the clip to the last.
         last = video.stream.duration * (1 - 1 / video.stream.num_frames)
         rate = max(1, frames - 1) / max(last, 1e-6)
@@ -185,15 +186,25 @@ class FrontendCosts:
         return most if rate >= math.floor(most) else float(rate)
 
     def _item(self, index: int, frames: int, cap: int, reduction: Reduction, rate: float) -> int:
-        return int(self._counted(index, frames, cap, reduction, 1 / rate).largest)
+        times = [k / rate for k in range(frames)]
+        return int(self._counted(index, times, cap, reduction).largest)
+
+    def _whole(self, index: int, frames: int, cap: int, reduction: Reduction) -> TokenCount:
+        """Tokens of a video; counting is slow, so counts are kept."""
+        key = index, frames, cap, reduction
+        if key not in self._known:
+            # Times decide how many digits are written. Of all of them, evenly spaced ones tell
+            # enough.
+            times = [k * self._videos[index].stream.duration / frames for k in range(frames)]
+            self._known[key] = self._counted(index, times, cap, reduction)
+        return self._known[key]
 
     def _counted(
-        self, index: int, frames: int, cap: int, reduction: Reduction, step: float
+        self, index: int, times: Sequence[float], cap: int, reduction: Reduction
     ) -> TokenCount:
-        """Tokens of a video with frames every ``step`` seconds."""
-        video = self._videos[index]
+        """Tokens of a video with frames at these times."""
+        video, frames = self._videos[index], len(times)
         height, width = self._size(index, frames, cap)
-        times = [k * step for k in range(frames)]
         assert self._count is not None
         count: TokenCount = self._count(
             frames,
