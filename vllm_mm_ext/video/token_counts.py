@@ -24,7 +24,7 @@ class TokenCount(NamedTuple):
         visual: Tokens whose embeddings are encoder outputs of the frames.
         audio: Tokens whose embeddings are encoder outputs of the sound.
         text: Tokens around and between those (markers, written times).
-        largest: Most visual and audio tokens of a segment.
+        largest: Most visual and audio tokens of one mm item.
     """
 
     visual: int

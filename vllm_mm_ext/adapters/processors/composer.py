@@ -119,6 +119,8 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
             to prune videos (``--video-pruning-rate``).
     """
 
+    joins_sound = True
+
     def __init__(self, info: ComposerProcessingInfo, *args: Any, **kwargs: Any) -> None:
         config = info.get_hf_config()
         self.trained = TrainedReductions(config.pairs)

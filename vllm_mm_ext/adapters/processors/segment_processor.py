@@ -60,6 +60,8 @@ class SegmentProcessor(RecordedItems):
 
     checkpoint_reduction: Reduction | None = None
     """The reduction that the checkpoint declares for requests that name none."""
+    joins_sound = False
+    """Whether a segment and its sound are one mm item."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -164,7 +166,8 @@ class SegmentProcessor(RecordedItems):
         for cut in cut_video(layout, reduction, self.segment_tokens):
             seen = reduction.count(cut.grids[1] - cut.grids[0], layout.height, layout.width)
             heard = cut.audio[1] - cut.audio[0]
-            visual, audio, largest = visual + seen, audio + heard, max(largest, seen + heard)
+            visual, audio = visual + seen, audio + heard
+            largest = max(largest, seen + heard if self.joins_sound else max(seen, heard))
             text += self.text_tokens(layout, cut.grids, reduction)
         before, after = self.around(layout)
         around = len(before) + len(after)
