@@ -121,6 +121,25 @@ async def test_one_that_cannot_is_not_the_last_that_is_asked(
     assert len(caplog.records) == 2
 
 
+async def test_a_proxy_may_say_in_any_encoding_that_an_encoder_is_gone() -> None:
+    async def latin(_: web.Request) -> web.Response:
+        return web.Response(status=502, body="\xe9".encode("latin-1") * 10_000)
+
+    core = Core()
+    async with AsyncExitStack() as stack:
+        urls = [await stack.enter_async_context(encoder(a)) for a in (latin, saying(200))]
+        bodies = ({**BODY, "mm_ext": {"key": str(number)}} for number in range(1000))
+        first = next(b for b in bodies if ranked(str(route_key(b)), urls)[0] == urls[0])
+        asks = EncoderAsks(urls, PLAN, 30.0)
+        job = asks.job(first, SENT, {}, core)
+        assert job is not None
+        job.begin(())
+        while asks._tasks:
+            await asyncio.sleep(0.01)
+        assert asks.counts["encoded"] == 1
+        assert asks._choice.candidates(job.key) == [urls[1]]
+
+
 async def test_what_an_encoder_refuses_for_the_request_is_not_asked_again() -> None:
     core = Core()
     async with encoder(saying(422)) as url:

@@ -117,6 +117,17 @@ def test_requests_that_go_on_in_other_ways_share_what_is_before() -> None:
     assert len(shared.children) == 2
 
 
+def test_a_piece_is_not_cut_before_a_block_whose_hash_vllm_dropped() -> None:
+    """As vLLM does with states of Mamba layers."""
+    engine = Engine(100)
+    engine.serve(request("first", [Text(0, 4), Text(1, 4)]))
+    (piece,) = {engine.pool.holds(block.block_id) for block in engine.pool.blocks} - {None}
+    assert len(piece.blocks) == 2
+    engine.pool.blocks[piece.blocks[1]].reset_hash()
+    engine.serve(request("second", [Text(0, 4), Text(2, 4)]))
+    assert len(piece.blocks) == 2
+
+
 def test_of_two_videos_after_the_same_text_one_can_go_without_the_other() -> None:
     engine = Engine(64)
     other = (PROMPT, Media("b.0", 20), Text(1, 6))

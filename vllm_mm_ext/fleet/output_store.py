@@ -269,6 +269,13 @@ class OutputStore:
                 with suppress(OSError):
                     os.unlink(Path(reader.path) / (_name(key) + SUFFIX))
 
+    def empty(self) -> None:
+        """Remove all files, and let go of what is held and not pinned; no read may be under way."""
+        self.let_go()
+        for file in self._files():
+            with suppress(OSError):
+                file.path.unlink()
+
     def let_go(self) -> None:
         """Let go of everything that is held and not pinned; no read may be under way."""
         for key in self._held:

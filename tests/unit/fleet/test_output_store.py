@@ -419,6 +419,21 @@ def test_a_takedown_leaves_no_copy_that_idle_readers_hold(tmp_path: Path) -> Non
     assert not readers[1].held_path("key").exists()
 
 
+def test_what_was_made_with_other_weights_is_found_by_nobody(tmp_path: Path) -> None:
+    store, other = (OutputStore(tmp_path, CAPACITY, name) for name in ("reader", "other"))
+    for key in ("held", "stored"):
+        assert put(store, key)
+    assert store.hold("held")
+    store.empty()
+    for one in (store, other):
+        one.look_again()
+        assert not one.hold("held")
+        assert not one.hold("stored")
+    assert put(store, "held"), "what is made anew is stored"
+    other.look_again()
+    assert other.hold("held")
+
+
 def test_what_is_let_go_is_found_only_where_it_is_still_stored(tmp_path: Path) -> None:
     store = OutputStore(tmp_path, CAPACITY, "reader")
     for key in ("kept", "gone"):

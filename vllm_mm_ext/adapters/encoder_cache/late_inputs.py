@@ -76,6 +76,21 @@ def send_late(output: Any, requests: Mapping[str, Any]) -> None:
         set_on(output, "vllm.v1.core.sched.output:SchedulerOutput.mm_ext_inputs", late)
 
 
+def send_all(output: Any, requests: Mapping[str, Any]) -> None:
+    """Send new requests to V1 model runners with the inputs of all their items.
+
+    vLLM leaves out those of items whose KV is there. A V1 runner gets nothing sent again when a
+    request goes on after it was preempted, and if the KV is gone by then, it would have nothing to
+    encode. V2 runners get such a request as a new one.
+
+    Args:
+        output: vLLM's ``SchedulerOutput``.
+        requests: All requests of the scheduler by id.
+    """
+    for new in output.scheduled_new_reqs:
+        new.mm_features = requests[new.req_id].mm_features
+
+
 def without_inputs(feature: Any) -> Any:
     """An mm feature as it goes with a request: what is small of it, from which positions follow."""
     if not _is_late(feature):

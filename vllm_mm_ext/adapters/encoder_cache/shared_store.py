@@ -104,8 +104,8 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
             self.files.forget(key)
 
     def reset(self) -> None:
-        """Let go of what is held: it was made with other weights, or is gone from the store."""
-        self.files.let_go()
+        """Empty the store: what it holds was made with other weights."""
+        self.files.empty()
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata:
         """End the scheduling pass."""

@@ -147,7 +147,11 @@ class Tagger:
         key = bytes(way.blocks[index].block_hash)
         piece = way.piece
         if piece is not None and way.last is not None and piece.blocks[-1] != way.last:
-            piece = self._split(piece, piece.blocks.index(way.last) + 1)
+            count = piece.blocks.index(way.last) + 1
+            if self._blocks[piece.blocks[count]].block_hash is None:
+                # Vllm has dropped a Mamba state, by which the rest would be named.
+                return None
+            piece = self._split(piece, count)
         if (
             piece is None
             or piece.owner != request.request_id

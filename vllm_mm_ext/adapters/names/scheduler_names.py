@@ -59,7 +59,9 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
         ("request", "input_id", "encoder_compute_budget", "num_embeds_to_schedule"),
     ),
     VllmName(f"{_MANAGER}.free", ("request",)),
+    VllmName(f"{_SCHEDULER}.pause_state"),
     # What objects have and the plugin reads or sets.
+    VllmAttributes("vllm.v1.core.sched.interface:PauseState", ("UNPAUSED",)),
     VllmAttributes(
         _SCHEDULER,
         (

@@ -14,10 +14,11 @@ from typing import Any
 
 from cachetools import FIFOCache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.adapters.encoder_cache.late_inputs import applies, send_late
+from vllm_mm_ext.adapters.encoder_cache.late_inputs import applies, send_all, send_late
 from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
 from vllm_mm_ext.adapters.scheduler.admission import Admission
 from vllm_mm_ext.adapters.scheduler.choice import start_warnings
@@ -93,7 +94,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Prepare a step, and let vLLM fill it."""
         now = self._clock()
         decoding = [request for request in self.running if not request.is_prefill_chunk]
-        comes = self._free_slots() and (self.waiting or self.kv_holding_waiting)
+        comes = self._admits() or (self._free_slots() and self.kv_holding_waiting)
         if len(decoding) == len(self.running) and not comes:
             return self._decode(throttle_prefills, now)
         self._admission.keep_door(now)
@@ -134,7 +135,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """Requests that could get on, by rank; of many that wait those whose turn may come."""
         running = [one for one in self.running if one.is_prefill_chunk]
         found = [self._candidate(one, now) for one in (*running, *self.kv_holding_waiting)]
-        if self._free_slots():
+        if self._admits():
             first, later = self.waiting.to_look_at()
             # Nobody passes an aged request for not being looked at.
             aged = (one for one in later if self._prompts.is_aged(one, now))
@@ -196,6 +197,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         )
         return plan(candidates, room, times)
 
+    def _admits(self) -> bool:
+        """Whether a request that waits may be let in. A paused engine lets none in."""
+        unpaused = self.pause_state == PauseState.UNPAUSED
+        return bool(unpaused and self.waiting and self._free_slots())
+
     def _free_slots(self) -> int:
         used = len(self.running) + self.num_waiting_for_streaming_input
         return max(0, int(self.max_num_active_reqs - used))
@@ -211,17 +217,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         return (throttled or early) and not self.prefill_capacity_bound
 
     def _send_inputs(self, output: Any) -> None:
-        """Have workers get the inputs of all items that they will ever be asked to encode.
-
-        vLLM leaves out those of items whose KV is there. A V1 model runner gets nothing sent again
-        when a request goes on after it was preempted, and if the KV is gone by then, it would have
-        nothing to encode. V2 runners get such a request as a new one.
-        """
+        """Have workers get the inputs of all items that they will ever be asked to encode."""
         if self._sends_late:
             send_late(output, self.requests)
         elif not self.use_v2_model_runner:
-            for new in output.scheduled_new_reqs:
-                new.mm_features = self.requests[new.req_id].mm_features
+            send_all(output, self.requests)
 
     # --- what steps and requests were -------------------------------------------------------------
 

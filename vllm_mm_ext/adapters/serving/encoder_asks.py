@@ -133,7 +133,10 @@ class EncoderAsks:
             ) as response:
                 self._answered[encoder] = time.monotonic()
                 status = response.status
-                said = "" if status == 200 else (await response.text())[:_SHOWN]
+                said = ""
+                if status != 200:
+                    # A proxy may say it in any encoding.
+                    said = (await response.content.read(_SHOWN)).decode(errors="replace")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             self._choice.failed(encoder)
             self._warn(encoder, f"does not answer ({type(error).__name__}: {error})")

@@ -124,11 +124,16 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
         inputs = drop_inputs(
             core.mm_receiver_cache, {one for name in identifiers if (one := _hash_of(name, known))}
         )
-    blocks = scheduler.kv_cache_manager.block_pool.blocks
-    idle = [block for block in evicted if not blocks[block].ref_cnt]
+    # The end of a prompt that fills no block is free without ever having been cached.
+    blocks = [
+        block.block_id
+        for block in scheduler.kv_cache_manager.block_pool.blocks
+        if not (block.ref_cnt or block.is_null)
+        and (block.block_id in evicted or block.block_hash is None)
+    ]
     executor = core.model_executor
     _overwrite_queue(executor)
-    found = executor.collective_rpc(worker_part.take_down, args=(sorted(identifiers), idle))
+    found = executor.collective_rpc(worker_part.take_down, args=(sorted(identifiers), blocks))
     forget_stored = getattr(scheduler.ec_connector, "forget_stored", None)
     if forget_stored is not None:
         # The shared store does not tell what it holds. The steps that wrote to it have ended.
