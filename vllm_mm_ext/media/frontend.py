@@ -26,6 +26,7 @@ from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
+from vllm_mm_ext.media.job_rules import decode_limits, picture_rules
 from vllm_mm_ext.media.output_bytes import audio_bytes, claimed_audio_bytes, frame_bytes
 from vllm_mm_ext.media.payload import SampledFrames, Waveform, reduced_digest
 from vllm_mm_ext.media.recorded import DELIVERED, Delivered, limits_key
@@ -40,10 +41,8 @@ from vllm_mm_ext.media.sizing import is_pinned
 from vllm_mm_ext.media.span import info_of
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import (
-    DecodeLimits,
     DecodeRequest,
     MediaInfo,
-    PictureRules,
     SamplingSpec,
     SizeRule,
 )
@@ -54,8 +53,6 @@ __all__ = ["AudioResult", "MediaFrontend", "VideoPlan", "VideoResult"]
 # Each remembered item holds up to two memory mappings, of which Linux allows a process 65530.
 _MAX_DECODED = 4096
 
-# What settings and requests are allowed to ask for; the bytes of the result are bounded too.
-_MAX_FRAMES = 4096
 # Probes remembered; each is a few hundred bytes.
 _MAX_PROBED = 4096
 # Digests of windows remembered, about 300 bytes each.
@@ -86,7 +83,7 @@ class MediaFrontend:
     ) -> None:
         self.config = config
         self.traits = traits
-        decode, sound = config.decode, config.audio
+        decode = config.decode
         self.gpu, sessions = gpu_rules(decode)
         self.pool = DecodePool(decode.workers, decode.threads, gpu_sessions=sessions)
         self.cache: ByteBudgetCache[str, VideoResult | AudioResult] = ByteBudgetCache(
@@ -107,20 +104,10 @@ class MediaFrontend:
         # What the spans of videos show, by the key of their decode.
         self._windows: ByteBudgetCache[str, str] = ByteBudgetCache(_MAX_WINDOWS, lambda _: 1)
         self._probe_flights: SingleFlight[str, MediaInfo] = SingleFlight()
-        self.limits = DecodeLimits(
-            timeout_s=decode.timeout_s,
-            memory_bytes=decode.worker_memory_mb * MIB,
-            max_pixels=min(decode.max_pixels, max_pixels if max_pixels > 0 else decode.max_pixels),
-            max_frames=_MAX_FRAMES,
-            max_output_bytes=decode.max_output_mb * MIB,
-            max_duration_s=decode.max_duration_s,
-            max_audio_s=min(sound.max_duration_s or max_audio_s, max_audio_s),
-            max_audio_bytes=max_audio_bytes,
-            truncate_audio=sound.overflow == "truncate",
+        self.limits = decode_limits(
+            config, max_pixels=max_pixels, max_audio_s=max_audio_s, max_audio_bytes=max_audio_bytes
         )
-        red, green, blue = bytes.fromhex(config.picture.background[1:])
-        stretch = config.picture.pixel_aspect == "stretch"
-        self.picture = PictureRules(stretch=stretch, background=(red, green, blue))
+        self.picture = picture_rules(config)
 
     @property
     def size_rule(self) -> SizeRule:
@@ -148,6 +135,9 @@ class MediaFrontend:
         """
         key = _probe_key(ref, "sound" if sound_alone else video_stream)
         found = self._probed.get(key)
+        if found is None:
+            ref = await ref.opened()
+            found = self._probed.get(key)
         if found is not None:
             return found
 
@@ -179,6 +169,9 @@ class MediaFrontend:
         """
         key = self.video_key(ref, plan)
         found = self.cache.get(key)
+        if found is None:
+            ref = await ref.opened()
+            found = self._decoded_meanwhile(key)
         if isinstance(found, VideoResult):
             result = replace(found, stages={}, cached=True)
         else:
@@ -237,6 +230,9 @@ class MediaFrontend:
         rate, limits = str(self.traits.audio_rate), str(self.limits)
         key = key_of("audio", ref.digest, rate, limits, str(stream))
         found = self.cache.get(key)
+        if found is None:
+            ref = await ref.opened()
+            found = self._decoded_meanwhile(key)
         if isinstance(found, AudioResult):
             return replace(found, stages={}, cached=True)
 
@@ -343,6 +339,10 @@ class MediaFrontend:
         return VideoResult(
             frames, done.info, done.selection, stages, False, lease, done.audio_note, ref.digest
         )
+
+    def _decoded_meanwhile(self, key: str) -> VideoResult | AudioResult | None:
+        """What is in the cache by now; that it still is not there is no further miss."""
+        return self.cache.get(key) if key in self.cache else None
 
     async def _room(
         self, ref: MediaRef, blob: Blob, info: MediaInfo, request: DecodeRequest

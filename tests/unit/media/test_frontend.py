@@ -16,9 +16,12 @@ from tests.support.transport_streams import copied
 from vllm_mm_ext.adapters.runtime import Runtime
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MMExtConfig
-from vllm_mm_ext.errors import MediaTooLongError, NoSuchStreamError
+from vllm_mm_ext.errors import MediaTooLongError, NoSuchStreamError, OriginError
+from vllm_mm_ext.media.fetch.blob import Blob
+from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher, MediaRef
 from vllm_mm_ext.media.fetch.file_source import _RACY_NS
+from vllm_mm_ext.media.fetch.source import Fetched
 from vllm_mm_ext.media.frontend import VideoResult
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
@@ -364,3 +367,42 @@ async def test_a_file_that_changes_while_it_waits_to_be_read_is_used_as_it_is_th
     older.end()
     held.release()
     assert (await used).result == (await resolve(runtime, clips["b"])).digest
+
+
+@pytest.mark.parametrize("asked", ["video", "audio", "probe"])
+async def test_one_requests_origin_never_fails_or_stalls_another_with_the_same_content(
+    runtime: Runtime, clips: dict[str, Path], asked: str
+) -> None:
+    blob = Blob.from_bytes(clips["a"].read_bytes())
+    asks, gives_up = asyncio.Event(), asyncio.Event()
+
+    async def load(claim: Claim) -> Blob:
+        asks.set()
+        await gives_up.wait()
+        raise OriginError("bad.example answered HTTP 500.")
+
+    known = Fetched(blob.digest, blob.size, None)
+    bad = MediaRef(known, load, runtime.budget.claim())
+    good = MediaRef(Fetched.of(blob), load, runtime.budget.claim())
+    args = (PLAN,) if asked == "video" else ()
+    first = asyncio.create_task(getattr(runtime.frontend, asked)(bad, *args))
+    await asks.wait()
+    async with asyncio.timeout(30):
+        await getattr(runtime.frontend, asked)(good, *args)
+    gives_up.set()
+    with pytest.raises(OriginError, match="bad.example"):
+        await first
+
+
+async def test_what_was_decoded_while_a_request_read_its_bytes_is_not_decoded_again(
+    runtime: Runtime, clips: dict[str, Path]
+) -> None:
+    blob = Blob.from_bytes(clips["b"].read_bytes())
+
+    async def load(claim: Claim) -> Blob:
+        await runtime.frontend.video(MediaRef(Fetched.of(blob), load, claim), PLAN)
+        return blob
+
+    slow = MediaRef(Fetched(blob.digest, blob.size, None), load, runtime.budget.claim())
+    assert (await runtime.frontend.video(slow, PLAN)).cached
+    assert jobs(runtime) == 2  # A probe and a decode.

@@ -67,6 +67,18 @@ class MediaRef:
             blob = self._blob = await self._load(self.claim)
         return blob
 
+    async def opened(self) -> MediaRef:
+        """The same media for work that other requests may wait for, with the bytes in hand.
+
+        Such work must not depend on where one of the requests gets its bytes from, which can fail
+        or take long, nor on how long that request keeps them.
+
+        Raises:
+            MediaError: As ``open``.
+        """
+        await self.open()
+        return self.claimed_by(self.claim)
+
     def claimed_by(self, claim: Claim) -> MediaRef:
         """The same media for another request, with the bytes that this reference holds now.
 
