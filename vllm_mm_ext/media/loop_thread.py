@@ -7,15 +7,20 @@ import socket
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar
+
+from vllm_mm_ext.errors import BusyError
 
 T = TypeVar("T")
 
 
 # Lookups of host names that wait for name servers at the same time.
-_LOOKUPS = 16
+_LOOKUPS = 64
+# Seconds that a lookup waits for a thread, far longer than where name servers answer.
+_LOOKUP_WAIT_S = 2.0
 
 
 class _Loop(asyncio.SelectorEventLoop):
@@ -28,11 +33,29 @@ class _Loop(asyncio.SelectorEventLoop):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.lookups = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix=f"{name}-dns")
+        self._free = asyncio.Semaphore(_LOOKUPS)
 
     async def getaddrinfo(self, host: Any, port: Any, **hints: int) -> list[Any]:
-        """See ``AbstractEventLoop.getaddrinfo``."""
-        look_up = partial(socket.getaddrinfo, host, port, **hints)
-        return await self.run_in_executor(self.lookups, look_up)
+        """See ``AbstractEventLoop.getaddrinfo``.
+
+        Raises:
+            BusyError: Name servers that do not answer have taken all threads.
+        """
+        try:
+            async with asyncio.timeout(_LOOKUP_WAIT_S):
+                await self._free.acquire()
+        except TimeoutError:
+            raise BusyError(
+                "The server waits for the name servers of too many other hosts. Try again later."
+            ) from None
+        lookup = self.lookups.submit(partial(socket.getaddrinfo, host, port, **hints))
+        # A lookup keeps its thread when nobody waits for it any more.
+        lookup.add_done_callback(self._looked_up)
+        return await asyncio.wrap_future(lookup)
+
+    def _looked_up(self, _: Future[Any]) -> None:
+        with suppress(RuntimeError):  # The loop is closed.
+            self.call_soon_threadsafe(self._free.release)
 
 
 class LoopThread:

@@ -275,6 +275,36 @@ class TestHttpLimits:
             await get(make_fetcher(), url, timeout_s=0.2)
         release.set()
 
+    async def test_slow_origins_hold_up_no_other_origin(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        fetcher, release = make_fetcher(), threading.Event()
+        slow = [origin.serve(f"/{i}", Resource(BODY, hold=release)) for i in range(101)]
+        tasks = [asyncio.create_task(get(fetcher, url)) for url in slow]
+        while sum(origin.requests.values()) < 100:
+            await asyncio.sleep(0.01)
+        origin.serve("/a", Resource(BODY))
+        assert (await get(fetcher, origin.url("/a", "localhost"))).digest == DIGEST
+        release.set()
+        assert {(await task).digest for task in tasks} == {DIGEST}
+
+    async def test_the_wait_for_others_downloads_from_a_host_is_not_the_hosts_fault(
+        self, origin: Origin, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("vllm_mm_ext.media.fetch.http_source._PER_HOST", 1)
+        monkeypatch.setattr("vllm_mm_ext.media.fetch.http_source._MAX_WAIT_S", 0.05)
+        fetcher, release = make_fetcher(), threading.Event()
+        slow = origin.serve("/slow", Resource(BODY, hold=release))
+        first = asyncio.create_task(get(fetcher, slow))
+        while not origin.requests["/slow"]:
+            await asyncio.sleep(0.01)
+        url = origin.serve("/a", Resource(BODY))
+        with pytest.raises(BusyError):
+            await get(fetcher, url)
+        release.set()
+        await first
+        assert (await get(fetcher, url)).digest == DIGEST
+
     @pytest.mark.parametrize(
         ("status", "headers"),
         [
@@ -951,6 +981,21 @@ async def test_a_server_without_descriptors_is_busy_and_the_file_is_not_at_fault
             BlobWriter()
         with pytest.raises(BusyError):
             source._open(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+async def test_without_descriptors_for_a_connection_the_server_is_busy_and_no_origin_at_fault(
+    origin: Origin, make_fetcher: MakeFetcher
+) -> None:
+    fetcher, url = make_fetcher(), origin.serve("/a", Resource(BODY))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(BusyError):
+            await get(fetcher, url)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from vllm_mm_ext.errors import BusyError
+from vllm_mm_ext.media import loop_thread
 from vllm_mm_ext.media.loop_thread import LoopThread
 
 
@@ -37,6 +39,42 @@ async def test_names_whose_servers_do_not_answer_hold_up_no_other_blocking_call(
         assert await thread.run(asyncio.to_thread(lambda: "done")) == "done"
         answer.set()
         assert [await asyncio.wrap_future(one) for one in lookups] == [[]] * 40
+    finally:
+        answer.set()
+        thread.stop(nothing())
+
+
+async def test_a_name_that_finds_only_dead_name_servers_in_the_way_is_busy_and_not_at_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, answer = threading.Semaphore(0), threading.Event()
+
+    def look_up(host: str, *_: object, **__: object) -> list[Any]:
+        if host == "dead.test":
+            begun.release()
+            answer.wait()
+        return [host]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(loop_thread, "_LOOKUPS", 2)
+    monkeypatch.setattr(loop_thread, "_LOOKUP_WAIT_S", 0.05)
+    thread = LoopThread("test")
+
+    async def nothing() -> None:
+        """Nothing is to be closed."""
+
+    async def ask(host: str) -> list[Any]:
+        return await asyncio.get_running_loop().getaddrinfo(host, 80, type=0)
+
+    try:
+        for one in [thread.submit(ask("dead.test")) for _ in range(2)]:
+            await asyncio.to_thread(begun.acquire)
+            one.cancel()
+        with pytest.raises(BusyError):
+            await thread.run(ask("good.test"))
+        answer.set()
+        monkeypatch.setattr(loop_thread, "_LOOKUP_WAIT_S", 30.0)
+        assert await thread.run(ask("good.test")) == ["good.test"]
     finally:
         answer.set()
         thread.stop(nothing())

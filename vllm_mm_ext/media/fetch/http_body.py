@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import aiohttp
 
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter
@@ -11,6 +13,8 @@ from vllm_mm_ext.media.fetch.source import tighter
 
 # Bytes that a body may hold before they have arrived. Few: an origin may take minutes to send them.
 _STEP_BYTES = 1 << 20
+# A range that begins with the first byte (RFC 9110, section 14.4).
+_RANGE = re.compile(r"\s*bytes\s+0-(?P<last>\d{1,18})/(?P<all>\d{1,18})\s*", re.IGNORECASE)
 
 
 class NoRoomError(Exception):
@@ -63,6 +67,17 @@ async def read_body(
         blob = writer.finish()
     blob.hold(lease.move())
     return blob
+
+
+def whole_range(response: aiohttp.ClientResponse) -> int | None:
+    """Length of the content if a 206 has all of it, else None.
+
+    Some servers and proxies answer a request without a range as if it had asked for all bytes.
+    """
+    found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if found is None or int(found["last"]) + 1 != int(found["all"]):
+        return None
+    return int(found["all"])
 
 
 def _at_most(most: int | None, num_bytes: int) -> int:

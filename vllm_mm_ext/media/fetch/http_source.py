@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
-import re
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from urllib.parse import urljoin
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -19,6 +20,7 @@ from urllib3.util import Url, parse_url
 from yarl import URL
 
 from vllm_mm_ext.errors import (
+    BusyError,
     ForbiddenDomainError,
     ForbiddenMediaError,
     MediaError,
@@ -32,7 +34,7 @@ from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.checked_resolver import CheckedResolver
 from vllm_mm_ext.media.fetch.freshness import StoredResponse, freshness_fields, judge
-from vllm_mm_ext.media.fetch.http_body import NoRoomError, read_body
+from vllm_mm_ext.media.fetch.http_body import NoRoomError, read_body, whole_range
 from vllm_mm_ext.media.fetch.source import Fetched, tighter
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -42,12 +44,14 @@ _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 # These 4xx answers say nothing against the URL: the origin gave up waiting, or sees too many
 # requests.
 _ORIGIN_IS_BUSY = frozenset({408, 429})
+_NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_SUCH_HOST = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 # Same growth of timeout and pause per retry as vLLM's own media client.
 _BACKOFF_FACTOR = 4
+# Downloads from one host at a time. Others wait, so that a slow host takes no more connections.
+_PER_HOST = 100
+_MAX_WAIT_S = 30.0
 _WHAT = "The remote media"
-# A range that begins with the first byte (RFC 9110, section 14.4).
-_RANGE = re.compile(r"\s*bytes\s+0-(?P<last>\d{1,18})/(?P<all>\d{1,18})\s*", re.IGNORECASE)
 
 
 class _TransientError(MediaError):
@@ -118,6 +122,8 @@ class HttpSource:
         self._retry_pause_s = retry_pause_s
         # Only touched on the fetcher's event loop, so it needs no lock.
         self._known: LRUCache[str, StoredResponse] = LRUCache(max_known)
+        # By host, for as long as somebody downloads from it or waits to.
+        self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._session: aiohttp.ClientSession | None = None
         self.counts = {
             "http_requests": 0,
@@ -215,6 +221,16 @@ class HttpSource:
         lease: Lease,
     ) -> Fetched:
         host = _host(parse_url(location))
+        slots = self._slots.setdefault(host, asyncio.Semaphore(_PER_HOST))
+        try:
+            # Not within the attempt's own timeout: this wait is not the origin's fault.
+            async with asyncio.timeout(_MAX_WAIT_S):
+                await slots.acquire()
+        except TimeoutError:
+            raise BusyError(
+                f"The server downloads {_PER_HOST} media from {host}, and none was done within "
+                f"{_MAX_WAIT_S:g} s. Try again later."
+            ) from None
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._follow(location, known, limit, claim, lease)
@@ -225,13 +241,17 @@ class HttpSource:
             raise failure(f"The host name {host} cannot be resolved.") from None
         except aiohttp.ClientPayloadError:
             raise _TransientError(f"{host} broke off in the middle of the media.") from None
-        except (aiohttp.ClientConnectionError, OSError):
+        except (aiohttp.ClientConnectionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
+                raise BusyError("The server has too many files and connections open.") from None
             raise _TransientError(f"The connection to {host} failed.") from None
         except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error, MediaError):
                 raise
             # Not the error's own text: it may quote the URL with its credentials.
             raise OriginError(f"{host} did not answer with valid HTTP.") from None
+        finally:
+            slots.release()
 
     async def _follow(
         self,
@@ -268,7 +288,7 @@ class HttpSource:
                     self.counts["http_not_modified"] += 1
                     self._remember(location, known.refreshed(fields, fresh_until), storable)
                     return Fetched(known.digest, known.size, None, storable)
-                whole = _whole_range(response) if response.status == 206 else None
+                whole = whole_range(response) if response.status == 206 else None
                 if response.status not in (200, 203) and whole is None:
                     _raise_for_status(response.status, _host(parse_url(url)))
                 check_size(response.content_length or 0, limit, _WHAT)
@@ -345,7 +365,7 @@ class HttpSource:
         if self._session is None:
             resolver = CheckedResolver(self._rules, self._make_resolver())
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=resolver),
+                connector=aiohttp.TCPConnector(resolver=resolver, limit=0),  # See _PER_HOST.
                 # A cookie that came with one client's media must not go out with another's.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
@@ -355,17 +375,6 @@ class HttpSource:
                 trust_env=False,
             )
         return self._session
-
-
-def _whole_range(response: aiohttp.ClientResponse) -> int | None:
-    """Length of the content if a 206 has all of it, else None.
-
-    Some servers and proxies answer a request without a range as if it had asked for all bytes.
-    """
-    found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if found is None or int(found["last"]) + 1 != int(found["all"]):
-        return None
-    return int(found["all"])
 
 
 def _host(spec: Url) -> str:
