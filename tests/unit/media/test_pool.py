@@ -30,7 +30,7 @@ from vllm_mm_ext.errors import (
     NoSuchStreamError,
 )
 from vllm_mm_ext.media.decode import pool as pool_module
-from vllm_mm_ext.media.decode import wire, worker_talk
+from vllm_mm_ext.media.decode import wire, worker_process, worker_talk
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.pool import DecodePool
 from vllm_mm_ext.media.decode.worker import _SharedAllocator
@@ -184,6 +184,35 @@ async def test_a_job_past_its_time_is_stopped_and_the_next_one_runs(pool, fd):
         await pool.run(fd, wanting(*range(60), limits=DecodeLimits(timeout_s=0.001)))
     assert pool.stats()["timed_out"] == before + 1
     assert len((await pool.run(fd, wanting(0))).frames) == 1
+
+
+async def test_a_worker_that_a_kill_does_not_end_holds_up_no_request_and_keeps_its_seat(
+    fd, monkeypatch
+):
+    started = []
+
+    class Unending(subprocess.Popen):
+        def __init__(self, _command, **options):
+            super().__init__(["sleep", "600"], **options)
+            started.append(self)
+
+        def kill(self):
+            """Has no effect: the process waits in the kernel."""
+
+    monkeypatch.setattr(worker_process.subprocess, "Popen", Unending)
+    monkeypatch.setattr(worker_process, "_END_S", 0.05)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    pool = DecodePool(workers=1, gpu_sessions=1)
+    try:
+        with pytest.raises(DecodeTimeoutError):
+            await pool.run(fd, wanting(0, limits=DecodeLimits(timeout_s=0.2)))
+        assert pool._seats.take() is None
+        started[0].send_signal(signal.SIGKILL)
+        while (seat := pool._seats.take()) is None:
+            await asyncio.sleep(0.01)
+        seat.release()
+    finally:
+        pool.close()
 
 
 def workers_of(pool) -> list[psutil.Process]:

@@ -131,7 +131,8 @@ class DecodePool:
     def renew(self) -> None:
         """End all workers, with what their memory holds; jobs under way begin again in fresh ones.
 
-        The processes are gone when this returns.
+        The processes are gone when this returns, but for one that does not end though it was
+        killed: it does nothing more with what it holds.
         """
         with self._lock:
             idle, self._idle = self._idle, []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from socket import socketpair
@@ -13,6 +15,11 @@ from vllm_mm_ext.media.decode.decoders.nvdec_device import VISIBLE_DEVICES
 from vllm_mm_ext.media.decode.gpu_seats import Seat
 from vllm_mm_ext.media.decode.pool_queue import HeldFiles
 
+logger = logging.getLogger("vllm.mm_ext")
+
+# Seconds that a killed process has to end. One that waits in the kernel, as for a GPU whose driver
+# hangs, does not end before the kernel lets it.
+_END_S = 5.0
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
 # What a worker gets of the server's environment: what programs and Python are found by, language,
 # place of temporary files, and what sets the number of threads and the use of memory. Nothing else:
@@ -41,7 +48,7 @@ class WorkerProcess:
 
     Attributes:
         sock: The pool's end of the socket, for ``wire``.
-        seat: As given; given back when the worker is disposed of.
+        seat: As given; given back when the worker is disposed of and its process has ended.
         files: The files that the worker keeps open; the pool's lock guards them.
         retired: The pool has ended the worker, which is not the fault of its job.
     """
@@ -80,19 +87,31 @@ class WorkerProcess:
         """End the process; whoever waits for the worker sees the end of its socket."""
         self._process.kill()
 
-    def wait(self) -> int:
-        """End the process, unless it has ended.
+    def wait(self) -> int | None:
+        """End the process, unless it has ended; this takes a few seconds at most.
 
         Returns:
-            The exit status; a signal is negative.
+            The exit status; a signal is negative. None for a process that was killed and is still
+            there.
         """
         self._process.kill()
-        return self._process.wait()
+        try:
+            return self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return None
 
     def dispose(self) -> None:
         """End the process and close the socket."""
-        self.wait()
         self.sock.close()
+        if self.wait() is None:
+            logger.error("mm_ext: decode worker %d was killed and does not end", self.pid)
+            threading.Thread(target=self._reap, name="decode-reaper", daemon=True).start()
+        else:
+            self._reap()
+
+    def _reap(self) -> None:
+        """Wait for the end of the process, however long that takes, and give its seat back."""
+        self._process.wait()
         if self.seat is not None:
             self.seat.release()
 
