@@ -215,6 +215,35 @@ async def test_a_worker_that_a_kill_does_not_end_holds_up_no_request_and_keeps_i
         pool.close()
 
 
+class SilentWorker(FakeWorker):
+    """Takes jobs and does nothing."""
+
+    def talk(self, sock, request):
+        pass
+
+
+async def test_a_job_that_ran_out_of_time_beside_others_may_be_sent_again(fd, monkeypatch):
+    monkeypatch.setattr(pool_module, "WorkerProcess", SilentWorker)
+    pool = DecodePool(workers=2)
+    monkeypatch.setattr(pool, "_shared_threads", 2)
+    try:
+        limits = DecodeLimits(timeout_s=0.3)
+        other = asyncio.create_task(pool.run(fd, wanting(0)))
+        while not pool.stats()["busy"]:
+            await asyncio.sleep(0.01)
+        with pytest.raises(BusyError, match=r"limit of 0\.3 s"):
+            await pool.run(fd, wanting(0, limits=limits))
+        other.cancel()
+        while pool.stats()["busy"]:
+            await asyncio.sleep(0.01)
+        with pytest.raises(DecodeTimeoutError):
+            await pool.run(fd, wanting(0, limits=limits))
+        assert pool.stats()["timed_out"] == 2
+        assert pool.worker_pids() == []
+    finally:
+        pool.close()
+
+
 def workers_of(pool) -> list[psutil.Process]:
     return [psutil.Process(pid) for pid in pool.worker_pids()]
 

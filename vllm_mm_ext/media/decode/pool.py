@@ -15,7 +15,6 @@ from functools import partial
 from vllm_mm_ext.errors import (
     BusyError,
     DecodeCrashError,
-    DecodeTimeoutError,
     MediaError,
 )
 from vllm_mm_ext.media.decode.gpu_seats import GpuSeats
@@ -95,9 +94,9 @@ class DecodePool:
 
         Raises:
             DecodeTimeoutError: It took longer than ``limits.timeout_s`` (time in queues does not
-                count).
+                count) with all the threads that it can have.
             DecodeCrashError: Two workers died on it.
-            BusyError: The pool is closed.
+            BusyError: The pool is closed, or the job took too long while others had some threads.
             InternalMediaError: The decoder itself is at fault; the log says how.
             MediaError: As ``run_job``.
         """
@@ -260,6 +259,7 @@ class DecodePool:
             worker.files.use(job.place, time.monotonic())
             # The spans of a file are read by one worker, which the others wait for.
             jobs = 1 if file else self._stats.busy + self._stats.waiting
+            job.alone = job.request.threads or self._threads or self._shared_threads
             share = math.ceil(self._shared_threads / jobs)
             job.threads = job.request.threads or self._threads or share
             if job.cancelled or self._closed:
@@ -275,7 +275,7 @@ class DecodePool:
             with self._lock:
                 worker.files.drop(file)
             # A worker that reports an error is in order; one that ran out of time is not.
-            reusable = not isinstance(error, DecodeTimeoutError)
+            reusable = not isinstance(error.__cause__, TimeoutError)
             raise
         finally:
             with self._lock:
@@ -301,10 +301,7 @@ class DecodePool:
         except TimeoutError as error:
             with self._lock:
                 self._stats.timed_out += 1
-            raise DecodeTimeoutError(
-                f"Decoding took longer than the limit of {request.limits.timeout_s:g} s "
-                "and was stopped."
-            ) from error
+            raise job.out_of_time() from error
         except WorkerDiedError:
             with self._lock:
                 self._stats.died += not (job.cancelled or self._closed or worker.retired)

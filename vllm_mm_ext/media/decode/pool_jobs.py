@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from vllm_mm_ext.errors import BusyError, DecodeTimeoutError, MediaError
 from vllm_mm_ext.media.decode.open_files import file_key
 from vllm_mm_ext.media.decode.pool_queue import Place
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
@@ -26,6 +27,7 @@ class Job:
         place: Its place in the queue.
         known: The worker has the file open, with its packet table.
         threads: Decoding threads.
+        alone: Decoding threads that it would have without other jobs.
     """
 
     def __init__(
@@ -42,6 +44,17 @@ class Job:
         self.place = Place(file_key(request), span[0] if span else 0.0)
         self.known = False
         self.threads = 0
+        self.alone = 0
+
+    def out_of_time(self) -> MediaError:
+        """What a client is told of a job that was stopped at its time limit.
+
+        A job that shared the threads with others may have time enough when there are fewer.
+        """
+        limit = f"Decoding took longer than the limit of {self.request.limits.timeout_s:g} s"
+        if self.threads < self.alone:
+            return BusyError(f"{limit}, beside that of other media. Try again later.")
+        return DecodeTimeoutError(f"{limit} and was stopped.")
 
 
 class Lane:
