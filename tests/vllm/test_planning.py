@@ -16,7 +16,11 @@ from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
-from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
+from vllm.renderers.chat_utils import (
+    AsyncMultiModalItemTracker,
+    parse_chat_messages,
+    parse_chat_messages_async,
+)
 
 from vllm_mm_ext.adapters.media import media_connector as connector
 from vllm_mm_ext.adapters.media.media_connector import server_plan
@@ -224,6 +228,30 @@ def test_text_that_pydantic_gives_once_only_takes_its_room_and_is_rendered(front
         return request.messages[0]["content"]
 
     assert asyncio.run(planned()) == said["content"]
+
+
+def test_a_route_that_renders_no_chat_asks_for_no_media_bytes_while_it_generates(
+    front: Front,
+) -> None:
+    url = front.messages("short.mp4")[0]["content"][0]["video_url"]["url"]
+
+    async def generate() -> None:
+        # As `/inference/v1/generate` does.
+        context = enter_request(RequestContext())
+        tracker = AsyncMultiModalItemTracker(front.renderer.model_config)
+        tracker.create_parser().parse_video(url, None)
+        data, _ = await tracker.resolve_items()
+        budget = runtime_of(front.renderer).budget
+        assert len(budget._live) == 1
+        ids = front.renderer.get_tokenizer().encode("<|vision_start|><|video_pad|><|vision_end|>")
+        await front.renderer.render_cmpl_async(
+            [{"prompt_token_ids": ids, "multi_modal_data": data}]
+        )
+        assert len(budget._live) == 0
+        assert context.trace.tokens["video"] > 0
+
+    current_runtime().frontend.cache.clear()
+    asyncio.run(generate())
 
 
 def test_a_video_that_is_sampled_otherwise_takes_over_no_decision(front: Front) -> None:

@@ -211,11 +211,13 @@ def after_cache_lookup(
 def around_preprocessing(
     before: Callable[[], Any],
     after: Callable[[Any, Any, Mapping[str, list[Span]], Sequence[int]], None],
+    scope: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Observe the step that turns media into model inputs; its errors become vLLM's.
 
     ``before()`` runs first and its result comes back to ``after(token, renderer, spans, prompt)``,
-    with the mm items of each modality in their order and the prompt's token ids.
+    with the mm items of each modality in their order and the prompt's token ids. What ``scope()``
+    returns is open meanwhile: some routes fetch media outside ``around_chat_rendering``.
     """
     from vllm.renderers.base import BaseRenderer
 
@@ -223,7 +225,7 @@ def around_preprocessing(
         async def process_for_engine_async(
             self: Any, prompt: Any, *args: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
-            with client_errors():
+            with client_errors(), scope():
                 token = before()
                 with _placeholders_cut_off(prompt, tok_params):
                     engine_input = await original(

@@ -94,6 +94,7 @@ class TraceMiddleware:
                 if not status:
                     await answer_error(send_with_headers, TakenDownError())
         finally:
+            context.end_claim()  # Where media were fetched and never rendered.
             if context.elsewhere is not None:
                 context.elsewhere.end()
             self._sight.ended(trace)

@@ -21,8 +21,9 @@ _RENDER = ("conversations", "chat_params", "tok_params")
 def _install_timing() -> None:
     from vllm_mm_ext.adapters import rendering_wrappers
     from vllm_mm_ext.adapters.serving.preprocessing import finished, started
+    from vllm_mm_ext.request.context import claim_while_rendered
 
-    rendering_wrappers.around_preprocessing(started, finished)
+    rendering_wrappers.around_preprocessing(started, finished, claim_while_rendered)
 
 
 def _install_long_video() -> None:
