@@ -7,8 +7,11 @@ every route. ``docs/options.md`` lists the statuses for clients.
 
 from __future__ import annotations
 
+import errno
+import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -153,6 +156,25 @@ class BusyError(MediaError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     #: Seconds after which the same request may succeed, for the Retry-After header.
     retry_after_s: ClassVar[int] = 1
+
+
+_SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+@contextmanager
+def busy_if_short() -> Iterator[None]:
+    """Make a ``BusyError`` of an ``OSError`` that says what the server is short of.
+
+    That is processes, memory or descriptors; they may be there again soon.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _SHORTAGES:
+            raise
+        raise BusyError(
+            f"The server cannot take more media at present: {os.strerror(error.errno)}."
+        ) from None
 
 
 class EncodeOnlyError(MediaError):

@@ -159,7 +159,8 @@ makes other segments. | no |
 the stream asked for, takes too long to decode, or makes the decoder crash. | no |
 | 500 | The server's own fault; its log has the cause. | no |
 | 502 | The origin of the media fails, or changes the media while it is read. | later |
-| 503 | The server has no room at present, had too little time for a decode beside others, or has lost the preprocessed media of the request. | \
+| 503 | The server has no room at present, had too little time for a decode beside others, or has \
+lost the preprocessed media of the request. | \
 after `Retry-After` seconds |
 | 504 | The origin of the media takes too long. | later |
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import io
 import os
@@ -240,6 +241,56 @@ async def test_a_job_that_ran_out_of_time_beside_others_may_be_sent_again(fd, mo
             await pool.run(fd, wanting(0, limits=limits))
         assert pool.stats()["timed_out"] == 2
         assert pool.worker_pids() == []
+    finally:
+        pool.close()
+
+
+async def test_a_shortage_of_processes_is_busy_and_costs_no_gpu_seat(fd, monkeypatch):
+    def short(*_args, **_options):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    pool = DecodePool(workers=1, gpu_sessions=1)
+    before = psutil.Process().num_fds()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(worker_process.subprocess, "Popen", short)
+            with pytest.raises(BusyError):
+                await pool.run(fd, wanting(0))
+        assert pool._seats.take() is not None
+        assert psutil.Process().num_fds() == before
+    finally:
+        pool.close()
+
+
+async def test_without_descriptors_for_a_job_the_server_is_busy(pool, fd, monkeypatch):
+    def short(_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", short)
+        with pytest.raises(BusyError):
+            await pool.run(fd, wanting(0))
+    assert len((await pool.run(fd, wanting(0))).frames) == 1
+
+
+async def test_a_job_for_which_no_thread_starts_is_busy_and_leaves_nothing_behind(fd, monkeypatch):
+    def short(_):
+        raise RuntimeError("can't start new thread")
+
+    pool = DecodePool(workers=1, threads=1)
+    before = psutil.Process().num_fds()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", short)
+            with pytest.raises(BusyError):
+                await pool.run(fd, wanting(0))
+        assert psutil.Process().num_fds() == before
+        assert pool.stats()["waiting"] == 0
+        # One thread for all: none waits for a job that is not there.
+        for _ in range(2):
+            assert len((await pool.run(fd, wanting(0))).frames) == 1
+        assert pool.stats()["jobs"] == 2
     finally:
         pool.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import resource
 import socket
 import struct
 import time
@@ -290,6 +291,26 @@ def test_waiting_for_either_side_ends_at_the_deadline() -> None:
         request = replace(REQUEST, info=replace(INFO, packets=table))
         with pytest.raises(TimeoutError):
             wire.send(ours, wire.Job(request), (), time.monotonic() + 0.05)
+
+
+def test_a_process_without_descriptors_is_busy_and_the_worker_is_not_at_fault() -> None:
+    ours, theirs = socket.socketpair()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ours, theirs, open(os.devnull) as file:
+        wire.send(theirs, wire.Reserve(1), [file.fileno(), file.fileno()])
+        wire.send(theirs, wire.Reserve(2))
+        before = open_descriptors()
+        lowest = os.dup(0)
+        os.close(lowest)
+        # Room for one of the two.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, limits[1]))
+        try:
+            with pytest.raises(BusyError):
+                wire.receive(ours, wire.decode_reply)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert open_descriptors() == before
+        assert wire.receive(ours, wire.decode_reply) == (wire.Reserve(2), [])
 
 
 # --- a worker that a file took over ---------------------------------------------------------------

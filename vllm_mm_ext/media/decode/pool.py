@@ -16,6 +16,7 @@ from vllm_mm_ext.errors import (
     BusyError,
     DecodeCrashError,
     MediaError,
+    busy_if_short,
 )
 from vllm_mm_ext.media.decode.gpu_seats import GpuSeats
 from vllm_mm_ext.media.decode.pool_jobs import Job, Lane, PoolStats
@@ -96,16 +97,17 @@ class DecodePool:
             DecodeTimeoutError: It took longer than ``limits.timeout_s`` (time in queues does not
                 count) with all the threads that it can have.
             DecodeCrashError: Two workers died on it.
-            BusyError: The pool is closed, or the job took too long while others had some threads.
+            BusyError: The pool is closed, processes, memory or descriptors are short, or the job
+                took too long while others had some of the threads.
             InternalMediaError: The decoder itself is at fault; the log says how.
             MediaError: As ``run_job``.
         """
         lane = self._probes if request.probe_only else self._decodes
         with self._lock:
             self._check_open()
-            job, future = Job(os.dup(fd), request, sized), Future[DecodeResult]()
-            lane.jobs.append((job, future))
-            lane.threads.submit(self._run_next, lane)
+            with busy_if_short():
+                job, future = Job(os.dup(fd), request, sized), Future[DecodeResult]()
+            lane.add(job, future, self._run_next)
             self._stats.waiting += 1
             self._changed.notify_all()
         future.add_done_callback(partial(self._release, job))
@@ -183,10 +185,12 @@ class DecodePool:
 
         Returns:
             The job, and the idle worker that has its file open, if there is one; None for a job
-            that was given up.
+            that was given up or could not be taken in.
         """
         with self._changed:
             while True:
+                if not lane.jobs:
+                    return None
                 number, seconds = self._choose(lane)
                 if number >= 0:
                     break
@@ -379,7 +383,8 @@ class DecodePool:
 
     def _new_worker(self) -> WorkerProcess:
         # Without the lock: an event loop may wait for that one.
-        worker = WorkerProcess(self._seats.take())
+        with busy_if_short():
+            worker = WorkerProcess(self._seats.take())
         with self._lock:
             self._live.add(worker)
             self._stats.started += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,6 +69,22 @@ class Lane:
     def __init__(self, threads: int, name: str) -> None:
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self.jobs: list[tuple[Job, Future[DecodeResult]]] = []
+
+    def add(self, job: Job, future: Future[DecodeResult], run_next: Callable[[Lane], None]) -> None:
+        """Append a job, and have a thread call ``run_next``.
+
+        Raises:
+            BusyError: No thread can start. ``run_next`` may be called all the same.
+        """
+        self.jobs.append((job, future))
+        try:
+            self.threads.submit(run_next, self)
+        except RuntimeError:
+            self.jobs.remove((job, future))
+            os.close(job.fd)
+            raise BusyError(
+                "The server cannot take more media at present: no thread can start."
+            ) from None
 
 
 @dataclass

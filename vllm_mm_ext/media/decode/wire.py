@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from vllm_mm_ext.errors import (
+    BusyError,
     MediaError,
     MediaTooLargeError,
     MediaTooLongError,
@@ -305,15 +306,20 @@ def receive(
         EOFError, OSError: The other side is gone.
         TimeoutError: The deadline passed.
         MalformedMessageError: The message is too long, or ``decode`` refuses it.
+        BusyError: This process is short of descriptors; the message has been read.
     """
     _arm(sock, deadline)
-    header, fds, _, _ = socket.recv_fds(sock, _HEADER.size, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    header, fds, flags, _ = socket.recv_fds(sock, _HEADER.size, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
     try:
         header += _read(sock, _HEADER.size - len(header), deadline)
         (length,) = _HEADER.unpack(header)
         if length > max_bytes:
             raise MalformedMessageError(f"a message of {length} bytes, more than {max_bytes}")
-        return decode(_read(sock, length, deadline)), fds
+        message = _read(sock, length, deadline)
+        # More descriptors than belong to a message are cut off too, but then the most are there.
+        if flags & socket.MSG_CTRUNC and len(fds) < _MAX_FDS:
+            raise BusyError("The server cannot take more media at present: Too many open files.")
+        return decode(message), fds
     except BaseException:
         for fd in fds:
             os.close(fd)

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from socket import socketpair
+from socket import socket, socketpair
 
 from vllm_mm_ext.media.decode.decoders.nvdec_device import VISIBLE_DEVICES
 from vllm_mm_ext.media.decode.gpu_seats import Seat
@@ -48,30 +48,41 @@ class WorkerProcess:
 
     Attributes:
         sock: The pool's end of the socket, for ``wire``.
-        seat: As given; given back when the worker is disposed of and its process has ended.
+        seat: As given; given back when the worker is disposed of and its process has ended, or if
+            the process cannot be started.
         files: The files that the worker keeps open; the pool's lock guards them.
         retired: The pool has ended the worker, which is not the fault of its job.
+
+    Raises:
+        OSError: The process cannot be started.
     """
 
     def __init__(self, seat: Seat | None = None) -> None:
         self.seat = seat
-        self.sock, theirs = socketpair()
         self.files = HeldFiles()
         self.retired = False
-        with theirs:
-            self._process = subprocess.Popen(
+        try:
+            self.sock, self._process = self._started()
+        except BaseException:
+            if seat is not None:
+                seat.release()
+            raise
+
+    def _started(self) -> tuple[socket, subprocess.Popen[bytes]]:
+        ours, theirs = socketpair()
+        try:
+            with theirs:
                 # -P: no modules from the directory the server happens to run in.
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "vllm_mm_ext.media.decode.worker",
-                    str(theirs.fileno()),
-                ],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=worker_environment(os.environ, None if seat is None else seat.device),
-            )
+                module = [sys.executable, "-P", "-m", "vllm_mm_ext.media.decode.worker"]
+                return ours, subprocess.Popen(
+                    [*module, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=worker_environment(os.environ, self.seat.device if self.seat else None),
+                )
+        except BaseException:
+            ours.close()
+            raise
 
     @property
     def pid(self) -> int:

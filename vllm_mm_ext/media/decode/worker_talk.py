@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.errors import InternalMediaError
+from vllm_mm_ext.errors import BusyError, InternalMediaError
 from vllm_mm_ext.media.decode import shared_array, wire
 from vllm_mm_ext.media.decode.wire_checks import MalformedMessageError, check_reservation
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
@@ -45,6 +45,7 @@ def converse(
         TimeoutError: The deadline passed.
         WorkerDiedError: See there.
         InternalMediaError: The worker itself is at fault; the log says how.
+        BusyError: The server is short of descriptors or memory for the result.
         MediaError: As ``run_job``.
     """
     try:
@@ -114,6 +115,8 @@ def _unpack(
 def _adopt(fd: int, shape: tuple[int, ...], dtype: type[T]) -> npt.NDArray[T]:
     try:
         return cast("npt.NDArray[T]", shared_array.adopt(fd, shape, dtype))
+    except MemoryError as error:
+        raise BusyError(f"The server cannot take more media at present: {error}.") from None
     except ValueError as error:
         raise MalformedMessageError(f"a worker sent memory that is not right: {error}") from error
 

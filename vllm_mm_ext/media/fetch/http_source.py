@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
 import socket
@@ -27,6 +26,7 @@ from vllm_mm_ext.errors import (
     OriginError,
     OriginTimeoutError,
     UnreachableMediaError,
+    busy_if_short,
 )
 from vllm_mm_ext.media.fetch.address_rules import AddressRules, is_literal
 from vllm_mm_ext.media.fetch.blob import check_size
@@ -44,7 +44,6 @@ _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 # These 4xx answers say nothing against the URL: the origin gave up waiting, or sees too many
 # requests.
 _ORIGIN_IS_BUSY = frozenset({408, 429})
-_NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 _NO_SUCH_HOST = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 # Same growth of timeout and pause per retry as vLLM's own media client.
 _BACKOFF_FACTOR = 4
@@ -233,7 +232,8 @@ class HttpSource:
             ) from None
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._follow(location, known, limit, claim, lease)
+                with busy_if_short():
+                    return await self._follow(location, known, limit, claim, lease)
         except TimeoutError:
             raise _TimedOutError(f"{host} did not deliver the media in {timeout_s:g} s.") from None
         except aiohttp.ClientConnectorDNSError as error:
@@ -241,9 +241,7 @@ class HttpSource:
             raise failure(f"The host name {host} cannot be resolved.") from None
         except aiohttp.ClientPayloadError:
             raise _TransientError(f"{host} broke off in the middle of the media.") from None
-        except (aiohttp.ClientConnectionError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
-                raise BusyError("The server has too many files and connections open.") from None
+        except (aiohttp.ClientConnectionError, OSError):
             raise _TransientError(f"The connection to {host} failed.") from None
         except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error, MediaError):
