@@ -465,13 +465,21 @@ class TestHttpFailures:
             "http://evil\nhost/",
             "http://h:99999999/a",
             "https://user@:80/",
+            "http://a..b/x",
+            f"http://{'a' * 70}.test/x",
+            "http://€:p@host.test/",
+            "http://u:%E2%82%AC@host.test/",
+            "http://a%3Ab:p@host.test/",
         ],
     )
     async def test_malformed_url_is_a_client_error(
         self, make_fetcher: MakeFetcher, url: str
     ) -> None:
-        with pytest.raises(MediaError):
-            await get(make_fetcher(), url)
+        fetcher = make_fetcher()
+        with pytest.raises(MediaError) as caught:
+            await get(fetcher, url)
+        assert type(caught.value) is MediaError
+        assert fetcher.stats()["http_requests"] == 0
 
     @pytest.mark.parametrize(
         "url", ["ftp://h/a", "a.mp4", "/etc/passwd", "", "gopher://h", "s3://b/k"]

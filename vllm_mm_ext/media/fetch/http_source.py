@@ -334,10 +334,14 @@ class HttpSource:
         # contacts: both must find the same.
         normalised = spec._replace(fragment=None).url
         try:
-            contacted = URL(normalised, encoded=True).raw_host
+            target = URL(normalised, encoded=True)
+            # As whoever looks the name up, and whoever sends the credentials, will encode them.
+            spec.hostname.encode("idna")
+            f"{target.user}{target.password}".encode("latin-1")
         except ValueError:
             raise MediaError("The media URL is not valid.") from None
-        if contacted != spec.hostname.strip("[]"):
+        contacted = target.raw_host
+        if contacted != spec.hostname.strip("[]") or ":" in (target.user or ""):
             raise MediaError("The media URL is not valid.")
         if self._allowed_domains and spec.hostname not in self._allowed_domains:
             # Word for word vLLM's own message.
