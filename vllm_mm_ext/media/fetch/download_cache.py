@@ -31,6 +31,9 @@ from vllm_mm_ext.media.fetch.source import Fetched, Source, tighter
 logger = logging.getLogger("vllm.mm_ext")
 
 _READ_CHUNK = 1 << 20
+# The time of a file's last use may be this many seconds too early, or a tenth of the time to live.
+# A touch makes every process that shares the directory read the file again.
+_TOUCH_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,12 @@ class CachedDownloads:
             return None
         try:
             before = FileIdentity.of(os.fstat(fd))
-            if time.time() - before.mtime_ns / 1e9 > self._settings.ttl_s:
+            unused_s = time.time() - before.mtime_ns / 1e9
+            if unused_s > self._settings.ttl_s:
                 path.unlink(missing_ok=True)
                 return None
-            os.utime(fd)  # The time of the last use, by which files are evicted.
+            if unused_s > min(_TOUCH_AFTER_S, self._settings.ttl_s / 10):
+                os.utime(fd)  # The time of the last use, by which files are evicted.
             check_size(before.size, limit, "The remote media")
             # Files are replaced, never rewritten, and who touches one changes its identity.
             found = FileIdentity.of(os.fstat(fd))
@@ -202,7 +207,8 @@ class CachedDownloads:
             return
         with self._lock:
             self.counts["disk_writes"] += 1
-        self._evict(keep=path.name)
+        with suppress(OSError):
+            self._evict(keep=path.name)
 
     def _evict(self, keep: str) -> None:
         """Remove what is too old, then the least recently used beyond the bound, but ``keep``."""
