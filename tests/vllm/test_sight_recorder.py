@@ -25,7 +25,8 @@ from vllm_mm_ext.adapters.serving.answers import observer
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
 from vllm_mm_ext.adapters.sight.api_server_sight import ApiServerSight
 from vllm_mm_ext.base.engine_figures import FIGURES, EngineBoard, EngineTimes
-from vllm_mm_ext.request.context import RequestContext, enter_request
+from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
+from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.testing.media import Tone, make_clip
 
 ARRIVED = 1_700_000_000.25
@@ -193,6 +194,26 @@ def test_a_refused_request_is_counted_by_its_reason(front: Front, sight: ApiServ
     with TestClient(app) as client:
         assert client.get("/chat").status_code == 422
     assert grown("mm_ext_refused_requests_total", reason="unreadable") == 1
+
+
+def test_a_request_that_has_ended_keeps_no_place_in_the_order_of_the_media_budget(
+    sight: ApiServerSight,
+) -> None:
+    budget, kept = MediaBudget(10), []
+
+    async def fetch(_: object) -> PlainTextResponse:
+        context = current_request()
+        assert context is not None
+        kept.append(context.budget_claim(budget))
+        (await kept[0].acquire(1)).release()
+        raise ValueError("what was fetched is not rendered")
+
+    app = Starlette(routes=[Route("/generate", fetch)])
+    app.add_middleware(TraceMiddleware, sight=sight)  # type: ignore[arg-type]
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert client.get("/generate").status_code == 500
+    assert kept
+    assert len(budget._live) == 0
 
 
 def test_a_scrape_brings_in_caches_and_engines(front: Front, sight: ApiServerSight) -> None:
