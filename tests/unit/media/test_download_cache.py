@@ -29,7 +29,7 @@ class OneFile:
 
 def server(directory: Path, ttl_s: float = 3600.0) -> CachedDownloads:
     settings = DownloadCacheSettings(directory, 1 << 20, ttl_s)
-    return CachedDownloads(OneFile(), settings, max_bytes=None)  # type: ignore[arg-type]
+    return CachedDownloads(OneFile(), settings, max_bytes=None)
 
 
 async def fetched(downloads: CachedDownloads) -> Fetched:
