@@ -90,7 +90,12 @@ class Engine:
         raise AssertionError("others' outputs are dropped as well")
 
     def collective_rpc(self, method: Any, args: Any = ()) -> list[Any]:
-        runner = SimpleNamespace(encoder_cache=self.outputs, kv_block_zeroer=None)
+        runner = SimpleNamespace(
+            encoder_cache=self.outputs,
+            device=torch.device("cpu"),
+            kv_cache_config=SimpleNamespace(has_mamba_layers=False),
+            _zero_block_ids=lambda _: None,
+        )
         worker = SimpleNamespace(model_runner=runner)
         return [method(worker, *args)]
 

@@ -135,14 +135,12 @@ class OutputStore:
             part.unlink(missing_ok=True)
         self._absent.pop(key, None)
         self._written += size
-        if self._written > _GROWTH * self._capacity and self._sweeping.acquire(blocking=False):
+        if self._written > _GROWTH * self._capacity and not self._sweeping.locked():
             # Apart: a model's forward pass waits for this call, and a network file system takes
-            # seconds to tell of all files.
-            try:
-                Thread(target=self._sweep, daemon=True).start()
-            except RuntimeError:
-                # The system has no thread to give now; a later write tries again.
-                self._sweeping.release()
+            # seconds to tell of all files. Where there is no thread now, a later write has one.
+            with suppress(RuntimeError):
+                Thread(target=self.sweep, daemon=True).start()
+                self._written = 0
         return True
 
     # --- for readers ------------------------------------------------------------------------------
@@ -297,17 +295,10 @@ class OutputStore:
 
     def sweep(self) -> None:
         """Evict what was used least recently, down to the capacity, and clean up after the dead."""
-        self._sweeping.acquire()
-        self._sweep()
-
-    def _sweep(self) -> None:
-        try:
+        with self._sweeping:
             self._look_through()
-        finally:
-            self._sweeping.release()
 
     def _look_through(self) -> None:
-        self._written = 0
         before = self._clock() - _ABANDONED_S
         for part in _entries(self._parts):
             if _older(part, before):
