@@ -47,8 +47,9 @@ def removals(
 
     Messages go whole, answers with what they answer. The last turn stays, which is the open
     message, or the user's last item if nothing is open, and what follows it. So does the item that
-    is being answered. Of their media the oldest stretches can go, never the last one. Messages of
-    the system stay, as do the stretches with the latest frames, unless there is no other way.
+    is being answered, and the user's last item while no answer follows it. Of their media the
+    oldest stretches can go, never the last one. Messages of the system stay, as do the stretches
+    with the latest frames, unless there is no other way.
 
     Args:
         items: The conversation.
@@ -94,7 +95,10 @@ def _oldest_first(
 ) -> Iterator[Removal]:
     users = [i for i, item in enumerate(items) if item.role == "user"]
     last_turn = users[-1] if users and not open_parts else len(items)
-    answer = next((i for i, item in enumerate(items) if item.status == "in_progress"), 0)
+    answers = [i for i, item in enumerate(items) if item.role == "assistant"]
+    # An answer has no place yet when room is made for it.
+    place = len(items) if users[-1:] > answers[-1:] else 0
+    answer = next((i for i in answers if items[i].status == "in_progress"), place)
     answered = next((i for i in reversed(users) if i < answer), None)
     for index, item in enumerate(items):
         if item.role == "system" or item.status == "in_progress":

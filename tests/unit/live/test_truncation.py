@@ -95,6 +95,22 @@ def test_a_question_stays_while_its_answer_is_written() -> None:
     ]
 
 
+def test_a_question_stays_until_its_answer_begins_though_more_came_in_since() -> None:
+    old = Item("a", "user", (weighed(Text("old"), 50),))
+    said = Item("b", "assistant", (weighed(Text("said"), 50),))
+    asked = Item("c", "user", (weighed(stretch(1), 50), weighed(stretch(1), 50)))
+    since = weighed(stretch(1), 50)
+    gone = removals([old, said, asked], [since], 1000, tokens, 0)
+    assert [(r.item and r.item.item_id, r.part) for r in gone] == [
+        ("a", None),
+        ("b", None),
+        ("c", asked.parts[0]),
+    ]
+    # Once it is answered it goes like any other.
+    gone = removals([asked, said], [since], 1000, tokens, 0)
+    assert [r.item and r.item.item_id for r in gone] == ["c", "b"]
+
+
 def test_the_latest_frames_stay_while_anything_else_can_go() -> None:
     seen = Item("a", "user", (weighed(stretch(2), 50), weighed(Text("Look"), 20)))
     asked = Item("b", "user", (weighed(Text("old"), 50),))
