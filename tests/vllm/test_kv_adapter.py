@@ -58,20 +58,33 @@ def test_schedulers_get_the_pool_with_their_settings(config: Any, cls: type) -> 
     assert pool.true_pressure() == 0.0
 
 
+@pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_who_copies_what_is_in_vllms_list_of_free_blocks_gets_vllms_pool(
-    config: Any, lazy: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    config: Any,
+    lazy: bool,
+    within: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     built: list[Any] = []
 
     def init(*_: Any) -> None:
         built.append(kv_cache_coordinator.BlockPool)
 
-    transfer = KVTransferConfig(
-        kv_connector="SimpleCPUOffloadConnector",
-        kv_role="kv_both",
-        kv_connector_extra_config={"lazy_offload": lazy},
-    )
+    chosen: dict[str, Any] = {
+        "kv_connector": "SimpleCPUOffloadConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"lazy_offload": lazy},
+    }
+    if within:
+        other = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+        chosen = {
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"connectors": [other, chosen]},
+        }
+    transfer = KVTransferConfig(**chosen)
     config.additional_config = {}
     monkeypatch.setattr(config, "kv_transfer_config", transfer)
     asked: list[Any] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from vllm_mm_ext.policies.kv.control import KVControl
 
 GIB = 1 << 30
 _SIMPLE_OFFLOAD = "SimpleCPUOffloadConnector"
+# Made of the connectors that its ``kv_connector_extra_config`` lists.
+_MULTI = "MultiConnector"
 
 
 def install() -> None:
@@ -80,15 +82,25 @@ def user_of_vllms_pool(vllm_config: Any) -> str | None:
         # Moves blocks between pools of its own.
         return "HiSparse"
     transfer = vllm_config.kv_transfer_config
-    if (
-        transfer is not None
-        and transfer.kv_connector == _SIMPLE_OFFLOAD
-        and transfer.kv_connector_extra_config.get("lazy_offload")
+    if transfer is not None and _offloads_lazily(
+        transfer.kv_connector, transfer.kv_connector_extra_config
     ):
         # Copies cached blocks from vLLM's list of free ones, and the plugin's pool keeps cached
         # blocks out of that list until they are needed.
         return f"{_SIMPLE_OFFLOAD} with lazy_offload"
     return None
+
+
+def _offloads_lazily(connector: str | None, extra: Mapping[str, Any]) -> bool:
+    """Whether a KV connector, or one of those that it is made of, has ``lazy_offload`` set."""
+    if connector == _MULTI:
+        return any(
+            _offloads_lazily(
+                child.get("kv_connector"), child.get("kv_connector_extra_config") or {}
+            )
+            for child in extra.get("connectors") or ()
+        )
+    return connector == _SIMPLE_OFFLOAD and bool(extra.get("lazy_offload"))
 
 
 @contextmanager
