@@ -57,7 +57,14 @@ class RuleCosts:
         visual = reduction.count(grids, height // side, width // side)
         return visual + 2 + round(self.videos[index].duration * self.sound_rate)
 
-    def item_tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
+    def item_tokens(
+        self,
+        index: int,
+        frames: int,
+        cap: int,
+        reduction: Reduction,
+        fps: float,  # noqa: ARG002
+    ) -> int:
         """Made-up videos are not cut."""
         return self.tokens(index, frames, cap, reduction)
 

@@ -62,14 +62,17 @@ class PlannedVideo:
 
         Args:
             decision: The decision about this video.
-            densest: ``max_fps`` of its sampling; None for the plan's own.
+            densest: Most frames of a second, see ``FrontendCosts.densest``; None for no bound.
         """
+        asked, most = self.plan.sampling, densest or math.inf
         sampling = replace(
-            self.plan.sampling,
-            fps=decision.fps,
+            asked,
+            # ``adaptive`` takes more than ``max_fps`` where one of the other rates asks for it.
+            fps=min(decision.fps, most),
+            min_fps=min(asked.min_fps, most),
+            max_fps=min(asked.max_fps, most),
             min_frames=decision.min_frames,
             max_frames=decision.max_frames,
-            max_fps=densest or self.plan.sampling.max_fps,
         )
         size = replace(self.plan.size, max_frame_pixels=decision.frame_pixels)
         return replace(self.plan, sampling=sampling, size=size, reduction=decision.reduction)
@@ -148,42 +151,57 @@ class FrontendCosts:
         """
         return int(self._whole(index, frames, cap, reduction).total)
 
-    def item_tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
+    def item_tokens(
+        self, index: int, frames: int, cap: int, reduction: Reduction, fps: float
+    ) -> int:
         """Most tokens of a segment of the video, or of the video if it is not cut.
+
+        Where the keyframes of a video are is not known yet, so for ``keyframe`` this is a guess:
+        that they are evenly spaced.
 
         Args:
             index: Index of the video.
             frames: Number of frames delivered.
             cap: Most pixels of a frame; 0 for no cap.
             reduction: The token reduction.
+            fps: Frames per second asked for; ``frames`` may be fewer.
         """
         video = self._videos[index]
         if not self._samples(video):
             # Cut by the number of frames alone.
             return int(self._whole(index, frames, cap, reduction).largest)
-        # The closest that evenly spaced frames are: from the first of the clip to the last.
-        last = video.stream.duration * (1 - 1 / video.stream.num_frames)
-        rate = max(1, frames - 1) / max(last, 1e-6)
-        if video.plan.sampling.policy == "adaptive":
+        sampling, duration = video.plan.sampling, max(video.stream.duration, 1e-6)
+        if sampling.policy == "adaptive":
             # As many frames in any second; ``densest`` sees to it that there are no more.
-            rate = math.ceil(rate)
+            most = max(1, math.ceil(frames / duration - 1e-6))
+            return self._item(index, frames, cap, reduction, most)
+        # Where a bound on the frames binds: from the first frame of the clip to the last.
+        rate = max(1, frames - 1) / (duration * max(1 - 1 / video.stream.num_frames, 1e-6))
+        if sampling.policy == "uniform" and frames > duration * fps - sampling.multiple_of:
+            # Otherwise ``fps`` holds, and after the last frame there may be room for another.
+            rate = max(rate, fps)
         return self._item(index, frames, cap, reduction, rate)
 
-    def densest(self, index: int, frames: int, cap: int, reduction: Reduction, limit: int) -> float:
-        """The ``max_fps`` with which no choice of ``adaptive`` makes a segment of more tokens.
+    def densest(
+        self, index: int, frames: int, cap: int, reduction: Reduction, fps: float, limit: int
+    ) -> float:
+        """Most frames of a second with which ``adaptive`` makes no segment of more tokens.
 
         Args:
             index: Index of the video.
             frames: Number of frames delivered.
             cap: Most pixels of a frame; 0 for no cap.
             reduction: The token reduction.
+            fps: Frames per second asked for.
             limit: Most tokens of a segment.
+
+        Returns:
+            A whole number; where more would fit, one that no rate of the sampling exceeds.
         """
-        most = self._videos[index].plan.sampling.max_fps
-        rates = range(math.floor(most), 1, -1)
+        most = max(fps, self._videos[index].plan.sampling.max_fps)
+        rates = range(math.ceil(most), 1, -1)
         fits = (r for r in rates if self._item(index, frames, cap, reduction, r) <= limit)
-        rate = next(fits, 1)
-        return most if rate >= math.floor(most) else float(rate)
+        return float(next(fits, 1))
 
     def _item(self, index: int, frames: int, cap: int, reduction: Reduction, rate: float) -> int:
         times = [k / rate for k in range(frames)]

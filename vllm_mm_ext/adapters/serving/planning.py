@@ -350,7 +350,7 @@ class Conversation:
             self._densest = {
                 video.url: costs.densest(
                     *(index, made.frames, made.frame_pixels, made.reduction),
-                    family.max_item_tokens,
+                    *(made.fps, family.max_item_tokens),
                 )
                 for index, (video, made) in enumerate(zip(videos, decisions, strict=True))
             }

@@ -108,7 +108,7 @@ class QualityController:
             for video in videos
         ]
         targets = Targets(self.settings, costs, defaults, family, options)
-        decisions, ladders, items = [], [], []
+        decisions, ladders = [], []
         for index, (video, known) in enumerate(zip(videos, earlier, strict=True)):
             level = self._level(options, known)
             if levels is not None and index < len(levels):
@@ -118,10 +118,11 @@ class QualityController:
             decisions.append(_decision(level, asked, wanted, targets.reduction))
             target = targets.target(video, asked, wanted)
             ladders.append(Ladder(index, target, costs, family))
-            items.append(Ladder(index, target, ItemCosts(costs), family))
         if family.countable:
             limit = limit_of(options, context, self.settings.bounds)
-            _check_floors(ladders, items, limit, costs, family)
+            each = ItemCosts(costs, [decision.fps for decision in decisions])
+            items = [Ladder(one.index, one.target, each, family) for one in ladders]
+            _check_floors(ladders, items, limit, costs, each, family)
             granted = grants(
                 ladders,
                 [0 if known is None else known.tokens for known in earlier],
@@ -151,13 +152,14 @@ def _check_floors(
     items: Sequence[Ladder],
     limit: Limit,
     costs: VideoCosts,
+    each: ItemCosts,
     family: Family,
 ) -> None:
     if family.max_item_tokens:
         words = "the encoder cache of this server"
         for item in items:
             if item.floor > family.max_item_tokens:
-                raise over_budget([item], family.max_item_tokens, ItemCosts(costs), words)
+                raise over_budget([item], family.max_item_tokens, each, words)
     if floors_of(ladders) > limit.tokens:
         raise over_budget(ladders, limit.tokens, costs, limit.words, limit.cure)
 

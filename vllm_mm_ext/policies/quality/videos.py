@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -109,19 +110,30 @@ class VideoCosts(TokenCosts, Protocol):
     def pixels(self, index: int, frames: int, cap: int) -> int:
         """Pixels of one delivered frame if none may have more than ``cap`` (0: no cap)."""
 
-    def item_tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
-        """Most tokens of a segment of the video, or of the video if it is not cut."""
+    def item_tokens(
+        self, index: int, frames: int, cap: int, reduction: Reduction, fps: float
+    ) -> int:
+        """Most tokens of a segment of the video, or of the video if it is not cut.
+
+        ``fps`` is the rate asked for, of which the number of frames may leave less.
+        """
 
 
 @dataclass(frozen=True)
 class ItemCosts:
-    """The ``TokenCosts`` whose tokens are those of the largest segment."""
+    """The ``TokenCosts`` whose tokens are those of the largest segment.
+
+    Attributes:
+        costs: What the videos would become.
+        rates: Frames per second asked for, of each video.
+    """
 
     costs: VideoCosts
+    rates: Sequence[float]
 
     def tokens(self, index: int, frames: int, cap: int, reduction: Reduction) -> int:
         """As ``VideoCosts.item_tokens``."""
-        return self.costs.item_tokens(index, frames, cap, reduction)
+        return self.costs.item_tokens(index, frames, cap, reduction, self.rates[index])
 
 
 class Lowered(NamedTuple):
