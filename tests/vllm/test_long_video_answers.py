@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from front import CONTEXT, Front, opened
 from PIL import Image
+from vllm import connections
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -23,7 +24,7 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_mm_ext.adapters.long_video import long_chat
@@ -34,6 +35,7 @@ from vllm_mm_ext.config.options import RequestOptions
 from vllm_mm_ext.policies.quality.controller import QualityController
 from vllm_mm_ext.request.context import RequestContext, enter_request
 from vllm_mm_ext.testing.media import make_clip
+from vllm_mm_ext.testing.origin import Origin, Resource
 
 WINDOWS = 5
 
@@ -88,9 +90,12 @@ class Chat:
         """Jobs of decode workers so far."""
         return runtime_of(self.serving.renderer).frontend.pool.stats()["jobs"]
 
-    async def ask(self, *messages: Any, fps: float | None = None, **more: Any) -> Any:
+    async def ask(
+        self, *messages: Any, fps: float | None = None, url: str | None = None, **more: Any
+    ) -> Any:
         """The answer to the messages and a question about a clip in windows."""
-        video = {"type": "video_url", "video_url": {"url": (self.files / "clip.mp4").as_uri()}}
+        url = url or (self.files / "clip.mp4").as_uri()
+        video = {"type": "video_url", "video_url": {"url": url}}
         text = {"type": "text", "text": "What happens?"}
         windows = LongVideoOptions(strategy="map_reduce", window_s=4, overlap_s=0, fps=fps)
         options = RequestOptions(long_video=windows)
@@ -169,3 +174,27 @@ async def test_a_window_is_shown_at_the_load_tier_at_which_its_digest_was_made(
     monkeypatch.setattr(QualityController, "level", lambda _: next(tiers))
     assert (await chat.ask(fps=4.0)).choices
     assert chat.decode_jobs - before == WINDOWS
+
+
+@pytest.mark.skipif(
+    not hasattr(connections, "MediaRequestDownloadBudget"),
+    reason="this vLLM has no budget for a request's downloads",
+)
+async def test_a_request_pays_once_for_its_long_video_however_many_windows_are_looked_at(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = (chat.files / "clip.mp4").read_bytes()
+    monkeypatch.setenv("VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB", "1")
+    with Origin() as origin:
+        # A player ignores what follows a file's last box.
+        large, too_large = (
+            origin.serve(f"/{size}.mp4", Resource(clip + bytes(size - len(clip))))
+            for size in (900_000, 1_100_000)
+        )
+        assert (await chat.ask(url=large, cache_salt="pays once")).choices
+        assert sum("video_url" in str(request.messages) for request in chat.sent) == WINDOWS
+        before, sent = chat.decode_jobs, len(chat.sent)
+        with pytest.raises(VLLMUnprocessableEntityError, match="REQUEST_DOWNLOAD_SIZE_MB=1 "):
+            await chat.ask(url=too_large)
+        # The file is probed, and nothing more.
+        assert (chat.decode_jobs, len(chat.sent)) == (before + 1, sent)

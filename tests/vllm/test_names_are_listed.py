@@ -85,7 +85,7 @@ OF_SOME_VERSIONS = frozenset(
         *scheduler_names.CADENCE_ATTRIBUTES,
         # Budgets of vLLM 0.33 for a request's media, which the connector's probe tries.
         *("MediaDecodedBudget", "MediaRequestDownloadBudget", "download_budget", "decoded_budget"),
-        *("MediaRequestDownloadSizeExceededError", "charge"),
+        *("MediaRequestDownloadSizeExceededError", "charge", "used"),
         # vLLM has this module where Cohere's package is installed.
         *("CohereServingChatV2", "create_chat_v2"),
     }

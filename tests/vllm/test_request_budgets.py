@@ -14,9 +14,8 @@ from front import opened
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MediaConnector
 
-from vllm_mm_ext.adapters import runtime as runtime_module
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
-from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime
+from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime, detach_runtime
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.testing.media import make_audio, make_clip
@@ -43,8 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def detached() -> Iterator[None]:
     yield
-    current_runtime().close()
-    runtime_module._runtime = None
+    detach_runtime()
 
 
 def budgeted(cls: Any, **kwargs: Any) -> Any:
@@ -145,3 +143,21 @@ def test_a_planned_request_is_charged_for_all_its_videos(
         front.render("clip.mp4", "clip.mp4")
         with pytest.raises(ValueError, match=DECODED):
             front.render("clip.mp4", "clip.mp4", "clip.mp4")
+
+
+def test_what_is_more_than_a_request_may_download_is_refused_before_decoding(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = (files / "clip.mp4").read_bytes()
+    monkeypatch.setenv(DOWNLOADED, "1")
+    with opened(files) as front, Origin() as origin:
+        url = origin.serve("/a.mp4", Resource(clip + bytes(600_000)))
+
+        def render(uses: int) -> None:
+            parts = [{"type": "video_url", "video_url": {"url": url}}] * uses
+            front.render_messages([{"role": "user", "content": parts}])
+
+        with pytest.raises(VLLMUnprocessableEntityError, match=DOWNLOADED):
+            render(2)
+        assert current_runtime().frontend.pool.stats()["jobs"] == 1  # The probe.
+        render(1)

@@ -150,7 +150,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return noted_video(super().fetch_video(video_url, **kwargs), item, context)
         with client_errors(), _in_use(item):
             used = runtime.run_blocking(self._video(context, runtime, item, item.plan))
-        charge_request(self, video_url, used)
+        charge_request(self, context, video_url, used)
         take_pictures(used.result.frames, item, context, runtime)
         return _deliver_video(used, item, item.plan, context, runtime)
 
@@ -175,7 +175,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return noted_video(stock, item, context)
         with client_errors(), _in_use(item):
             used = await runtime.run(self._video(context, runtime, item, item.plan))
-        await charge_request_async(self, video_url, used)
+        await charge_request_async(self, context, video_url, used)
         take_pictures(used.result.frames, item, context, runtime)
         return _deliver_video(used, item, item.plan, context, runtime)
 
@@ -197,7 +197,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return noted_audio(super().fetch_audio(audio_url), item)
         with client_errors():
             used = runtime.run_blocking(self._audio(context, runtime, item))
-        charge_request(self, audio_url, used)
+        charge_request(self, context, audio_url, used)
         return _deliver_audio(used, item, context, runtime)
 
     async def fetch_audio_async(self, audio_url: str) -> Any:
@@ -215,7 +215,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             return noted_audio(await super().fetch_audio_async(audio_url), item)
         with client_errors():
             used = await runtime.run(self._audio(context, runtime, item))
-        await charge_request_async(self, audio_url, used)
+        await charge_request_async(self, context, audio_url, used)
         return _deliver_audio(used, item, context, runtime)
 
     def _load_data_url(self, url: str, media_io: Any) -> Any:

@@ -2,9 +2,12 @@
 
 vLLM gives the connectors of a request two budgets: the bytes that it downloads (256 MB unless
 ``VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB`` says otherwise) and the bytes of what is decoded
-(``VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES``). Planning looks at media through a connector without
-budgets, and caches save downloads, so both are charged when media are delivered: whether a request
-is refused depends on the request alone. vLLM 0.32 has no such budgets.
+(``VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES``). Caches save downloads, so both are charged when media are
+delivered: whether a request is refused depends on the request alone. Planning looks at videos
+through a connector without budgets; it adds up their files by itself, so that what will be refused
+is not decoded. The parts of a long video are delivered to requests of the plugin's own, which
+download nothing: the client's request is charged when its videos are surveyed. vLLM 0.32 has no
+such budgets.
 """
 
 from __future__ import annotations
@@ -22,15 +25,48 @@ from vllm_mm_ext.media.fetch.source import Fetched
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
 from vllm_mm_ext.media.payload import Waveform
 from vllm_mm_ext.media.use_media import MediaUse
+from vllm_mm_ext.request.context import RequestContext
 
 Delivered = MediaUse[VideoResult] | MediaUse[AudioResult]
 
 
-def charge_request(connector: Any, url: str, used: Delivered) -> None:
+def download_budget() -> Any:
+    """A fresh budget for the downloads of one request; None if this vLLM has none."""
+    from vllm import connections
+
+    budget = getattr(connections, "MediaRequestDownloadBudget", None)
+    return None if budget is None else budget()
+
+
+def charge_download(downloads: Any, context: RequestContext, url: str, size: int) -> None:
+    """Charge a download budget with a file, if there is a budget and the file is downloaded.
+
+    Args:
+        downloads: vLLM's budget, or None.
+        context: Of the request.
+        url: Of the file, as the request spells it.
+        size: Bytes of the file.
+
+    Raises:
+        VLLMUnprocessableEntityError: The request downloads too much (a 422, as with stock vLLM).
+    """
+    if downloads is None or url[:4].lower() != "http" or url in context.contents:
+        return
+    from vllm.connections import MediaRequestDownloadSizeExceededError
+    from vllm.multimodal.media.connector import _wrap_media_fetch_error
+
+    try:
+        downloads.charge(size)
+    except MediaRequestDownloadSizeExceededError as error:
+        raise _wrap_media_fetch_error(url, error) from error
+
+
+def charge_request(connector: Any, context: RequestContext, url: str, used: Delivered) -> None:
     """Charge the budgets of a connector's request. May wait for other threads' decoding.
 
     Args:
         connector: The ``MediaConnector`` that delivers.
+        context: Of the request.
         url: Of the media, as the request spells it.
         used: What is delivered, and the media that it was made of.
 
@@ -39,24 +75,19 @@ def charge_request(connector: Any, url: str, used: Delivered) -> None:
         ValueError: The request's decoded media take too much memory (a 400, as with stock vLLM).
     """
     downloads = getattr(connector, "download_budget", None)
-    if downloads is not None and url[:4].lower() == "http":
-        from vllm.connections import MediaRequestDownloadSizeExceededError
-        from vllm.multimodal.media.connector import _wrap_media_fetch_error
-
-        try:
-            downloads.charge(used.content.size)
-        except MediaRequestDownloadSizeExceededError as error:
-            raise _wrap_media_fetch_error(url, error) from error
+    charge_download(downloads, context, url, used.content.size)
     decoded = getattr(connector, "decoded_budget", None)
     if decoded is not None:
         decoded.charge(_decoded_bytes(used.result))
 
 
-async def charge_request_async(connector: Any, url: str, used: Delivered) -> None:
+async def charge_request_async(
+    connector: Any, context: RequestContext, url: str, used: Delivered
+) -> None:
     """``charge_request`` for an event loop, which must not wait."""
     budgets = ("download_budget", "decoded_budget")
     if any(getattr(connector, budget, None) is not None for budget in budgets):
-        await asyncio.to_thread(charge_request, connector, url, used)
+        await asyncio.to_thread(charge_request, connector, context, url, used)
 
 
 def check_budgets() -> None:
@@ -65,7 +96,6 @@ def check_budgets() -> None:
     Raises:
         IncompatibleError: They were not charged.
     """
-    from vllm import connections
     from vllm.multimodal import media
 
     if not hasattr(media, "MediaDecodedBudget"):
@@ -73,12 +103,13 @@ def check_budgets() -> None:
     connector = media.MEDIA_CONNECTOR_REGISTRY.load(
         "mm_ext",
         decoded_budget=media.MediaDecodedBudget(),
-        download_budget=connections.MediaRequestDownloadBudget(),
+        download_budget=download_budget(),
     )
     sound = Waveform(np.zeros(4, np.float32), digest="", rate=1)
     claim = MediaBudget(1).claim()
     content = MediaRef(Fetched("", 3, None), _unread, claim)
-    charge_request(connector, "http://", MediaUse(content, AudioResult(sound, {}, False), 0, 0))
+    used = MediaUse(content, AudioResult(sound, {}, False), 0, 0)
+    charge_request(connector, RequestContext(), "http://", used)
     if (connector.decoded_budget.used, connector.download_budget.used) != (sound.nbytes, 3):
         raise IncompatibleError("a request's media budgets do not add up what is charged")
 

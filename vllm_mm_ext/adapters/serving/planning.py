@@ -20,6 +20,7 @@ from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, server_plan
+from vllm_mm_ext.adapters.media.request_budgets import charge_download, download_budget
 from vllm_mm_ext.adapters.processors.model_traits import requested_size
 from vllm_mm_ext.adapters.processors.segment_info import SegmentInfo
 from vllm_mm_ext.adapters.quality.service import controller_for
@@ -172,7 +173,7 @@ class Conversation:
         renderer.mm_processor.info.validate_num_items("video", len(urls))
         connector = vllm_compat.media_connector(renderer.model_config, chat_params.media_io_kwargs)
         if isinstance(connector, MMExtMediaConnector):
-            self.connector = connector
+            self.connector, self._downloads = connector, download_budget()
             self.runtime: Runtime = runtime_of(renderer)
             size = None
             if self.runtime.config.media.resize == "target":
@@ -208,6 +209,7 @@ class Conversation:
             for url in set(urls)
         }
         self.items = [MediaItem("video", url, plans[url]) for url in urls]
+        self._uses = Counter(urls)
         self.context.add(self.items)
         for url in dict.fromkeys(urls):
             plan = plans[url]
@@ -231,11 +233,10 @@ class Conversation:
     # --- on the front-end's loop ------------------------------------------------------------------
 
     async def probe(self) -> list[PlannedVideo]:
-        """Fetch and probe all videos at once."""
+        """Fetch and probe all videos at once; more than a request may download are refused."""
         probed = await all_or_none(self._probe_one(*planned) for planned in self.plans.items())
-        uses = Counter(item.url for item in self.items)
         planned = (
-            PlannedVideo.of(url, uses[url], content, info, plan)
+            PlannedVideo.of(url, self._uses[url], content, info, plan)
             for (url, plan), (content, info) in zip(self.plans.items(), probed, strict=True)
         )
         # A file without a video stream is left out: the connector raises the error for it.
@@ -252,6 +253,7 @@ class Conversation:
             content=None if known is None else known.claimed_by(claim),
             timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
         )
+        charge_download(self._downloads, self.context, url, self._uses[url] * probed.content.size)
         self.stages.append({"fetch": probed.fetch_s, "probe": probed.use_s})
         note_probe(self.context.trace, self.runtime.recorder, url, probed)
         return probed.content, probed.result
