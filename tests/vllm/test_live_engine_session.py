@@ -14,9 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import RetryableRequestError
 
+from vllm_mm_ext.adapters.live import engine_session
 from vllm_mm_ext.adapters.live.engine_session import Engine, EngineSession, new_salt
 from vllm_mm_ext.adapters.rendering_wrappers import Span
+from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
 from vllm_mm_ext.adapters.serving.preprocessing import finished, looked_up, started
 from vllm_mm_ext.live.effects import Append, Respond, ResponseOptions, TurnEnd
 from vllm_mm_ext.live.prompt import Message, Prompt, Text
@@ -221,6 +224,58 @@ async def test_only_an_answer_of_the_conversation_takes_the_place_of_an_append_t
         told = await listener.told.get()
         # Outside of it, the question whether the turn has ended is still asked.
         assert (told[2] is None) == in_conversation
+
+
+class Refusing(Client):
+    """Refuses prompts as an engine does, and counts how often a prompt is rendered."""
+
+    def __init__(self, *refusals: Exception) -> None:
+        super().__init__()
+        self.refusals = list(refusals)
+        self.rendered = 0
+
+    async def render_cmpl_async(self, prompts: list[Any], **more: Any) -> list[Any]:
+        self.rendered += 1
+        return await super().render_cmpl_async(prompts, **more)
+
+    async def generate(self, *args: Any, **more: Any) -> AsyncIterator[Any]:
+        if self.refusals:
+            raise self.refusals.pop(0)
+        async for output in super().generate(*args, **more):
+            yield output
+
+
+async def test_a_prompt_waits_for_a_paused_engine_and_is_rendered_anew_where_media_got_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+
+    async def wait(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", wait)
+    paused, lost = [RetryableRequestError("Generation is paused.")] * 3, [LostInputsError()] * 2
+    for refusals, renders, waits in ((paused, 1, 3), (lost, 3, 0), (paused[:1] + lost, 3, 1)):
+        waited.clear()
+        client, listener = Refusing(*refusals), Listener()
+        with ThreadPoolExecutor(1) as threads:
+            session = _session(client, listener, threads)
+            session.append(Append(PROMPT))
+            assert await listener.told.get() == (5, 3, None)
+            await session.close()
+        assert (client.rendered, len(waited)) == (renders, waits)
+        assert waited == sorted(set(waited))
+
+
+async def test_a_prompt_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_session, "_WAITS_S", (0.0, 0.0))
+    for error in (RetryableRequestError("Generation is paused."), LostInputsError()):
+        client, listener = Refusing(*[error] * 9), Listener()
+        with ThreadPoolExecutor(1) as threads:
+            session = _session(client, listener, threads)
+            session.append(Append(PROMPT))
+            assert await listener.told.get() == (None, 0, None)
+            await session.close()
 
 
 class Preprocessing(Client):

@@ -75,7 +75,10 @@ def text_of(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
         texts += _texts(part, "text", "thinking", "refusal")
     for message in messages:
         if isinstance(message, Mapping):
-            texts += [str(message[k]) for k in ("tool_calls", "reasoning") if message.get(k)]
+            if message.get("tool_calls"):
+                texts.append(str(message["tool_calls"]))
+            # From vLLM 0.33 on these may be embeddings instead of a text.
+            texts += _texts(message, "reasoning")
     if tools:
         texts.append(json.dumps(tools, default=str))
     return "\n".join(texts)

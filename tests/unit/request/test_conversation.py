@@ -162,6 +162,13 @@ def test_a_content_that_can_be_read_once_only_is_read_by_all(message: dict[str, 
         assert question_of(request.messages) == "What is this?"
 
 
+def test_thoughts_count_as_text_unless_they_are_embeddings() -> None:
+    embeddings = {"type": "prompt_embeds", "data": "QUJD" * 1000}
+    thoughts: list[Any] = ["Left, I think.", embeddings, None]
+    said = [{"role": "assistant", "content": "Left.", "reasoning": one} for one in thoughts]
+    assert text_of(said, None).split("\n") == ["Left."] * 3 + ["Left, I think."]
+
+
 def test_what_a_caller_of_the_library_hands_over_is_read_like_a_list() -> None:
     video = {"type": "video_url", "video_url": {"url": CLIP}}
     for content in ((video, "When?"), iter([video, "When?"])):

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.live.growing import GrowingStretch
 from vllm_mm_ext.adapters.live.live_prompt import PromptError, PromptMaker
+from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
 from vllm_mm_ext.live.effects import Append, Respond, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Prompt
 from vllm_mm_ext.request.context import RequestContext, enter_request
@@ -23,6 +24,8 @@ logger = vllm_compat.logger
 
 # Times that a prompt is sent again whose preprocessed media got lost on the way.
 _RETRIES = 3
+# Seconds before a prompt is sent again that the engine does not take now, as while it is paused.
+_WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Keys of a checkpoint's generation configuration that vLLM applies to chat completions.
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
 # vLLM's least bias of a token: it is never sampled.
@@ -284,7 +287,9 @@ class EngineSession:
     async def _outputs(
         self, prompt: Prompt, params: Callable[[int], Any], *, aside: bool = False
     ) -> AsyncIterator[Any]:
-        """vLLM's outputs for a prompt; sent again if its preprocessed media got lost on the way.
+        """vLLM's outputs for a prompt.
+
+        It is made and sent again if its media got lost on the way, and sent later if refused now.
 
         Args:
             prompt: The prompt.
@@ -293,10 +298,10 @@ class EngineSession:
         """
         from vllm.exceptions import RetryableRequestError
 
-        for last in (*[False] * _RETRIES, True):
-            begun = False
+        retries, waits, rendered, begun = iter(range(_RETRIES)), iter(_WAITS_S), None, False
+        while True:
             try:
-                rendered = await self._rendered(prompt, aside)
+                rendered = rendered or await self._rendered(prompt, aside)
                 length = len(rendered["prompt_token_ids"])
                 if length >= self._engine.context_tokens:
                     raise _TooLongError(length, self._engine.context_tokens)
@@ -313,9 +318,15 @@ class EngineSession:
                     begun = True
                     yield output
                 return
-            except RetryableRequestError:
-                if begun or last:
+            except LostInputsError:
+                if begun or next(retries, None) is None:
                     raise
+                rendered = None
+            except RetryableRequestError:
+                wait_s = next(waits, None)
+                if begun or wait_s is None:
+                    raise
+                await asyncio.sleep(wait_s)
 
     async def _rendered(self, prompt: Prompt, aside: bool) -> Any:
         """The prompt as vLLM's engine takes it."""
