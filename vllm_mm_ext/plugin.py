@@ -109,6 +109,7 @@ def attach(renderer: Any) -> None:
     """Start the front-end of a renderer of vLLM's, with its server's settings and model."""
     from vllm_mm_ext.adapters.encoder_cache.instance_plan import kept_plan
     from vllm_mm_ext.adapters.media.media_records import records_for
+    from vllm_mm_ext.adapters.media.request_budgets import warn_of_decode_bound
     from vllm_mm_ext.adapters.processors.model_traits import read_traits
     from vllm_mm_ext.adapters.runtime import attach_runtime
     from vllm_mm_ext.adapters.serving.encoder_asks import EncoderAsks
@@ -118,6 +119,7 @@ def attach(renderer: Any) -> None:
         config = MMExtConfig.from_additional_config(renderer.config.additional_config)
         domains = renderer.config.model_config.allowed_media_domains
         warn_of_private_addresses(config.media, domains)
+        warn_of_decode_bound(config.media.decode)
         runtime = attach_runtime(config, read_traits(renderer.mm_processor), renderer)
         plan = kept_plan(renderer.config.model_config)
         if plan is not None and config.encoder_cache.encoders:

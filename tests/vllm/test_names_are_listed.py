@@ -86,6 +86,7 @@ OF_SOME_VERSIONS = frozenset(
         # Budgets of vLLM 0.33 for a request's media, which the connector's probe tries.
         *("MediaDecodedBudget", "MediaRequestDownloadBudget", "download_budget", "decoded_budget"),
         *("MediaRequestDownloadSizeExceededError", "charge", "used"),
+        "VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES",
         # vLLM has this module where Cohere's package is installed.
         *("CohereServingChatV2", "create_chat_v2"),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MediaConnector
 
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
+from vllm_mm_ext.adapters.media.request_budgets import warn_of_decode_bound
 from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime, detach_runtime
+from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.testing.media import make_audio, make_clip
@@ -161,3 +164,28 @@ def test_what_is_more_than_a_request_may_download_is_refused_before_decoding(
             render(2)
         assert current_runtime().frontend.pool.stats()["jobs"] == 1  # The probe.
         render(1)
+
+
+@pytest.mark.parametrize(
+    ("decode", "bound", "warnings"),
+    [
+        ({}, None, 0),
+        ({"max_output_mb": 600}, None, 0),
+        ({"max_output_mb": 2000}, None, 1),
+        ({"max_output_mb": 2000}, str(2000 << 20), 0),
+        ({"max_output_mb": 2000}, "0", 0),
+    ],
+)
+def test_the_operator_is_told_of_a_setting_that_vllm_does_not_let_hold(
+    decode: dict[str, int],
+    bound: str | None,
+    warnings: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if bound is not None:
+        monkeypatch.setenv(DECODED, bound)
+    with caplog.at_level(logging.WARNING):
+        warn_of_decode_bound(DecodeConfig.model_validate(decode))
+    told = [record for record in caplog.records if DECODED in record.getMessage()]
+    assert len(told) == warnings

@@ -143,7 +143,8 @@ class DecodeConfig(Section):
         1024,
         ge=16,
         le=MAX_OUTPUT_MB,
-        description="Decoded frames of one video, MiB; more is refused.",
+        description="Decoded frames of one video, MiB; more is refused. vLLM 0.33 also bounds all "
+        "media of a request: VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES, 682 MiB by default.",
     )
     nvdec: NvdecConfig = Field(default_factory=NvdecConfig)
 

@@ -10,7 +10,7 @@ from vllm_mm_ext.media.decode.pool import MAX_DEFAULT_WORKERS
 from vllm_mm_ext.planner.memory_parts import Part, frame_bytes, request_bytes
 from vllm_mm_ext.planner.model_facts import ModelFacts
 from vllm_mm_ext.planner.request_tokens import RequestTokens
-from vllm_mm_ext.planner.workload import Workload
+from vllm_mm_ext.planner.workload import Image, Workload
 
 MIB = 1 << 20
 
@@ -26,6 +26,7 @@ class FrontEnd:
         threads: Threads of each.
         output_mb, worker_memory_mb: ``max_output_mb`` and ``worker_memory_mb`` of ``media.decode``,
             MiB: more than their defaults where the frames of a video take more.
+        request_bytes: Bytes of the decoded media of one request.
         memory: Memory of the API server.
     """
 
@@ -37,6 +38,7 @@ class FrontEnd:
     threads: int
     output_mb: int
     worker_memory_mb: int
+    request_bytes: int
     memory: tuple[Part, ...]
 
 
@@ -80,6 +82,7 @@ def front_end(
         output_mb=output,
         # A worker has the frames in its address space.
         worker_memory_mb=usual.worker_memory_mb + output - usual.max_output_mb,
+        request_bytes=each.decoded + sum(_image_bytes(image) for image in workload.images),
         memory=(
             Part(
                 "Python, vLLM and the processor",
@@ -103,6 +106,11 @@ _LEAST_IN_FLIGHT = 256
 _GROWTH = 60 << 20
 # Float32, as the processor makes them, has twice the bytes of what is sent.
 _PREPROCESSING_COPIES = 3
+
+
+def _image_bytes(image: Image) -> int:
+    """Bytes that vLLM counts for an image, whatever the number of its channels."""
+    return image.width * image.height * 4
 
 
 def _mib(num_bytes: int) -> int:

@@ -26,6 +26,9 @@ _TIERS = (1.25, 1.5)
 # scheduler lets them (``scheduler.aging_s``).
 _BACKLOG_S = (30.0, 60.0)
 _MIB = 1 << 20
+# What the media of a request may take decoded, and vLLM's default for it. vLLM 0.32 has no such
+# bound, and does not read the variable.
+_BOUND, _USUAL_BOUND = "VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES", 715_827_880
 
 
 def plan_yaml(
@@ -57,6 +60,18 @@ def plan_yaml(
     page.put_json("ec-transfer-config", _TRANSFER)
     _plugin(page.deeper("additional-config").deeper("mm_ext"), plan)
     return page.text()
+
+
+def serve_command(plan: Plan, file_name: str) -> str:
+    """The command line that serves a plan.
+
+    Args:
+        plan: The plan.
+        file_name: Name of its file.
+    """
+    needed = math.ceil(plan.front.request_bytes / _MIB) * _MIB
+    variables = f"{_BOUND}={needed} " if needed > _USUAL_BOUND else ""
+    return f"{variables}VLLM_PLUGINS=mm_ext vllm serve {plan.facts.name} --config {file_name}"
 
 
 class _Page:
@@ -124,7 +139,7 @@ def _head(page: _Page, plan: Plan, command: str, file_name: str) -> None:
     page.say(f"{plan.facts.name} on {_machine(plan)}. Written by")
     page.command(command)
     page.say("and served by")
-    page.command(f"VLLM_PLUGINS=mm_ext vllm serve {plan.facts.name} --config {file_name}")
+    page.command(serve_command(plan, file_name))
     kinds = {"video": "video", "audio": "sound", "image": "images"}
     parts = [f"{count:,} of {kinds[kind]}" for kind, count in request.by_modality().items()]
     shown = f" ({', '.join(parts)})" if parts else ""

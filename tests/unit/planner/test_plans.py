@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -275,6 +276,10 @@ def test_the_server_that_is_written_takes_the_videos_of_the_plan(seconds, side):
     usual = DecodeConfig()
     assert needed <= decode.max_output_mb << 20
     assert decode.max_output_mb <= max(usual.max_output_mb, math.ceil(needed / (1 << 20)))
+    # vLLM's own bound for a request, which 0.33 reads from the environment.
+    bound = re.search(r"VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES=(\d+) VLLM_PLUGINS", text)
+    sound = round(video.audio_seconds * 16_000) * 4
+    assert needed + sound <= (715_827_880 if bound is None else int(bound[1]))
     # Beside the frames a worker has as much as by default.
     beside = decode.worker_memory_mb - decode.max_output_mb
     assert beside == usual.worker_memory_mb - usual.max_output_mb

@@ -16,8 +16,11 @@ import asyncio
 from typing import Any
 
 import numpy as np
+from vllm import envs
 
 from vllm_mm_ext.adapters.names.names_check import IncompatibleError
+from vllm_mm_ext.adapters.vllm_compat import logger
+from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
@@ -28,6 +31,24 @@ from vllm_mm_ext.media.use_media import MediaUse
 from vllm_mm_ext.request.context import RequestContext
 
 Delivered = MediaUse[VideoResult] | MediaUse[AudioResult]
+
+
+def warn_of_decode_bound(decode: DecodeConfig) -> None:
+    """Say at start-up that a video may not be as large as the operator allows, if vLLM says so.
+
+    Args:
+        decode: Settings of decode workers.
+    """
+    # vLLM 0.32 has no such bound; 0 is none.
+    bound = getattr(envs, "VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES", 0)
+    asked = decode.max_output_mb if "max_output_mb" in decode.model_fields_set else 0
+    if 0 < bound < asked << 20:
+        logger.warning(
+            "mm_ext: mm_ext.media.decode.max_output_mb allows %d MiB of frames of a video, but "
+            "vLLM refuses requests whose media take more than "
+            "VLLM_MAX_MEDIA_REQUEST_DECODE_BYTES=%d bytes. Set the variable to %d or more.",
+            *(asked, bound, asked << 20),
+        )
 
 
 def download_budget() -> Any:

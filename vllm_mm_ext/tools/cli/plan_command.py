@@ -230,7 +230,7 @@ def _show(
     *,
     as_json: bool,
 ) -> None:
-    from vllm_mm_ext.planner.plan_yaml import plan_yaml
+    from vllm_mm_ext.planner.plan_yaml import plan_yaml, serve_command
     from vllm_mm_ext.tools.cli.plan_tables import as_dict, show_plan
 
     found = () if made.fits else planner.levers(made)
@@ -249,7 +249,7 @@ def _show(
             encoding="utf-8",
         )
         typer.echo(f"{yaml}: start it with", err=True)
-        typer.echo(f"  VLLM_PLUGINS=mm_ext vllm serve {made.facts.name} --config {yaml}", err=True)
+        typer.echo(f"  {serve_command(made, str(yaml))}", err=True)
     if not made.fits:
         if yaml is not None:
             typer.echo(f"{yaml} was not written: the workload does not fit", err=True)
