@@ -20,12 +20,12 @@ from vllm.multimodal.inputs import (
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from vllm_mm_ext.adapters.encoder_cache import late_inputs
 from vllm_mm_ext.adapters.encoder_cache.late_inputs import applies, without_inputs
 from vllm_mm_ext.adapters.models.qwen2_5_omni import Qwen2_5OmniForConditionalGeneration
 from vllm_mm_ext.adapters.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm_mm_ext.adapters.models.qwen3_omni import Qwen3OmniMoeForConditionalGeneration
 from vllm_mm_ext.adapters.models.qwen3_vl import Qwen3VLForConditionalGeneration
-from vllm_mm_ext.adapters.scheduler import late_inputs
 
 VIDEO = (600, 600, 600)
 ONE = PIXELS["dummy"].data.nbytes
