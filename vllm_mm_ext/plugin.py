@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.client_id_wrappers import CLIENT_ID_FEATURE
-from vllm_mm_ext.adapters.encoder_cache.late_inputs import LATE_INPUTS_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.shared_names import SHARED_OUTPUTS_FEATURE
 from vllm_mm_ext.adapters.encoder_cache.startup import ENCODER_CACHE_FEATURES
 from vllm_mm_ext.adapters.live.live_feature import LIVE_FEATURE
@@ -244,7 +243,6 @@ FEATURES: tuple[Feature, ...] = (
         (_REGISTER_MODEL, *COMPOSER_NAMES),
         _install_composer,
     ),
-    LATE_INPUTS_FEATURE,
     *ENCODER_CACHE_FEATURES,
     SHARED_OUTPUTS_FEATURE,
     *SERVING_FEATURES,

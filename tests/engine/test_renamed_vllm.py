@@ -34,7 +34,6 @@ RENAMED = (
     "_merge_mm_kwargs",
     "_process_mm_uuids",
     "get_and_update_features",
-    "is_multimodal_raw_input_only_model",
     "_try_schedule_encoder_inputs",
     "get_freed_mm_hashes",
     "_tokenize_prompt",

@@ -38,8 +38,7 @@ def start(mode: str) -> Any:
 
     extra: dict[str, Any] = {}
     if mode != "stock":
-        # The worker is another process, so what it is to encode must be sent there.
-        extra = {**EVERY_PART, "additional_config": CONFIG, "distributed_executor_backend": "mp"}
+        extra = {**EVERY_PART, "additional_config": CONFIG}
     return LLM(
         str(checkpoint("qwen2_5_vl")),
         dtype="float32",
@@ -146,7 +145,6 @@ def cut_short(llm: Any, video: dict[str, Any], *, preempted: bool) -> list[int]:
     for _ in range(10):
         engine.step()
     if preempted:
-        assert llm.collective_rpc(pixels_held) == [0]
         assert llm.reset_prefix_cache(reset_running_requests=True)
         engine.reset_encoder_cache()
     while engine.has_unfinished_requests():
@@ -155,15 +153,6 @@ def cut_short(llm: Any, video: dict[str, Any], *, preempted: bool) -> list[int]:
                 answer = output
     assert answer.num_cached_tokens > 32
     return list(answer.outputs[0].token_ids)
-
-
-def pixels_held(worker: Any) -> int:
-    """Bytes of pixels that a worker keeps with its requests."""
-    items = [one.data for held in worker.model_runner.requests.values() for one in held.mm_features]
-    assert items
-    return sum(
-        item["pixel_values_videos"].data.nbytes for item in items if "pixel_values_videos" in item
-    )
 
 
 def main(mode: str) -> None:
@@ -192,8 +181,6 @@ def main(mode: str) -> None:
         "items_again": seen["items"],
         "left": len(scheduler.requests),
     }
-    # Here rather than at the end of the process, after which it writes to the log.
-    llm.llm_engine.engine_core.shutdown()
     del llm, scheduler
     gc.collect()
     print(json.dumps(found))

@@ -25,13 +25,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_mm_ext.adapters.encoder_cache.late_inputs import LATE
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 BLOCK = 16
 MAX_TOKENS = 2048
-# What the encoder takes of an item, as large as pixels are.
-PIXELS = MultiModalKwargsItem.dummy(1 << 16)
 
 
 @lru_cache(maxsize=1)
@@ -154,7 +151,7 @@ def request(
             if mask.any():
                 features.append(
                     MultiModalFeatureSpec(
-                        data=PIXELS,
+                        data=MultiModalKwargsItem.dummy(),
                         modality=kind,
                         identifier=f"{digest or name}#{kind}{number}",
                         mm_position=PlaceholderRange(offset, tokens, mask if sound else None),
@@ -285,12 +282,11 @@ class Play:
     def _send(self, output: Any) -> None:
         """What a V1 model runner keeps of requests, and must have for what it is to encode."""
         self._sent |= {new.req_id: new.mm_features for new in output.scheduled_new_reqs}
-        late = getattr(output, LATE, {})
         self.not_sent += [
             (name, index)
             for name, indices in output.scheduled_encoder_inputs.items()
             for index in indices
-            if not (late.get(name, {}).get(index) or self._sent[name][index].data)
+            if not self._sent[name][index].data
         ]
 
     def _samples(self, one: Request, output: Any) -> bool:

@@ -418,6 +418,22 @@ def test_what_was_in_kv_can_be_encoded_after_a_preemption() -> None:
         assert [name for name, _ in play.not_sent] == ([] if sent else ["a20"] * len(VIDEO))
 
 
+def test_a_request_that_ends_with_its_step_is_sent_no_inputs_of_what_is_in_kv() -> None:
+    """It is not preempted any more, and between processes pixels are copied."""
+    scheduler = make_scheduler()
+    play = Play(scheduler)
+    for name, answer in (("first", 1), ("ends", 1), ("goes on", 2)):
+        play.add(request(name, items=VIDEO, answer=answer, prompt=1, digest="same"))
+        output = play.step()
+        while name not in output.num_scheduled_tokens:
+            output = play.step()
+        if name != "first" and not scheduler.use_v2_model_runner:
+            [new] = output.scheduled_new_reqs
+            sent = [bool(feature.data) for feature in new.mm_features]
+            assert sent == [name == "goes on"] * len(VIDEO)
+        play.run()
+
+
 def test_a_finished_request_is_forgotten_also_while_it_waits() -> None:
     scheduler = make_scheduler(slots=1)
     play = Play(scheduler)

@@ -357,19 +357,6 @@ PATCHES: tuple[Patch, ...] = (
         later=True,
     ),
     Patch(
-        "late inputs",
-        ("vllm.v1.worker.worker_base:WorkerWrapperBase.execute_model",),
-        "Pixels of a follow-up question that finds everything in caches are not copied to workers.",
-        "vLLM sends V1 model runners the inputs of an item with the step that encodes it",
-    ),
-    Patch(
-        "late inputs",
-        ("vllm.v1.core.sched.output:SchedulerOutput.mm_ext_inputs",),
-        "A step takes the inputs of what it encodes to the workers.",
-        "vLLM sends V1 model runners the inputs of an item with the step that encodes it",
-        later=True,
-    ),
-    Patch(
         "engine figures",
         tuple(
             f"{_SCHEDULER}.{method}"

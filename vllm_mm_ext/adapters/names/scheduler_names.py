@@ -143,27 +143,6 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
     VllmAttributes("vllm.lora.request:LoRARequest", ("lora_int_id",)),
 )
 
-LATE_INPUTS_NAMES: tuple[Checked, ...] = (
-    VllmName("vllm.v1.worker.worker_base:WorkerWrapperBase.execute_model", ("scheduler_output",)),
-    VllmAttributes("vllm.v1.worker.worker_base:WorkerWrapperBase", ("worker",)),
-    VllmAttributes("vllm.v1.worker.worker_base:WorkerBase", ("model_runner",)),
-    VllmAttributes("vllm.v1.worker.gpu_model_runner:GPUModelRunner", ("requests",)),
-    VllmAttributes("vllm.v1.worker.gpu_input_batch:CachedRequestState", ("mm_features",)),
-    VllmAttributes(
-        "vllm.v1.core.sched.output:SchedulerOutput",
-        ("scheduled_encoder_inputs", "scheduled_new_reqs"),
-    ),
-    VllmAttributes("vllm.v1.core.sched.output:NewRequestData", ("mm_features", "req_id")),
-    VllmAttributes("vllm.multimodal.inputs:MultiModalFeatureSpec", ("data",)),
-    VllmAttributes("vllm.multimodal.inputs:MultiModalFieldElem", ("data", "field")),
-    VllmAttributes("vllm.multimodal.inputs:BaseMultiModalField", ("keep_on_cpu",)),
-    VllmAttributes(
-        "vllm.config:VllmConfig", ("model_config", "parallel_config", "use_v2_model_runner")
-    ),
-    VllmAttributes("vllm.config:ParallelConfig", ("distributed_executor_backend", "nnodes")),
-    VllmAttributes("vllm.config:ModelConfig", ("is_multimodal_raw_input_only_model",)),
-)
-
 # What ``Scheduler.__init__`` sets from vLLM 0.33 on, where ``--prefill-schedule-interval`` acts on
 # engines that are not part of a data-parallel group: the interval in steps, the last step with
 # prefill, and steps so far.

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from vllm_mm_ext.adapters.encoder_cache.late_inputs import applies, send_all, send_late
+from vllm_mm_ext.adapters.encoder_cache.runner_inputs import send_all_inputs
 from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
 from vllm_mm_ext.adapters.scheduler.admission import Admission
 from vllm_mm_ext.adapters.scheduler.choice import start_warnings
@@ -61,7 +61,6 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._clock: Callable[[], float] = time.monotonic
         self._times = StepTimes()
         self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
-        self._sends_late = self._plans_encoder and applies(vllm_config)
         # Where vLLM must compute prompts or blocks in one piece, a limit could stop them for good.
         self._limits_prefill = not (
             self.need_mamba_block_aligned_split
@@ -111,7 +110,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         held = bool(decoding) and self._holds_prefill(throttle_prefills)
         with self.waiting.showing(shown):
             output = super().schedule(throttle_prefills)
-        self._send_inputs(output)
+        send_all_inputs(self, output)
         missed = grants.keys() - output.num_scheduled_tokens.keys()
         self._stuck = {one.request_id for one in running} & missed
         planned = {key for key, grant in grants.items() if grant.items}
@@ -124,9 +123,6 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         """A step without a prompt is vLLM's own: most steps are, and they are short."""
         self._plan, self._late_s = StepPlan(), 0.0
         output = super().schedule(throttle_prefills)
-        if output.scheduled_encoder_inputs:
-            # A request whose KV a connector failed to bring computes its prompt again.
-            self._send_inputs(output)
         self._admission.note(set(), {}, output.num_scheduled_tokens)
         self._begun[id(output)] = now, StepWork(output.total_num_scheduled_tokens, 0, 0)
         return output
@@ -215,13 +211,6 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         interval, last, executed = (getattr(self, name, 0) for name in CADENCE_ATTRIBUTES)
         early = interval > 1 and executed + 1 - last < interval
         return (throttled or early) and not self.prefill_capacity_bound
-
-    def _send_inputs(self, output: Any) -> None:
-        """Have workers get the inputs of all items that they will ever be asked to encode."""
-        if self._sends_late:
-            send_late(output, self.requests)
-        elif not self.use_v2_model_runner:
-            send_all(output, self.requests)
 
     # --- what steps and requests were -------------------------------------------------------------
 

@@ -112,11 +112,6 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "followup:run",
             ),
             Benchmark(
-                "worker-inputs",
-                "Follow-ups about a cached video: engine CPU with pixels sent and held back.",
-                "worker_inputs:run",
-            ),
-            Benchmark(
                 "load",
                 "Many videos at once: API-server memory, and one video asked for 64 times.",
                 "load_bench:run",
