@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
 from urllib.parse import quote
@@ -974,38 +975,38 @@ def _count_memfds() -> int:
     return count
 
 
+@contextmanager
+def without_descriptors() -> Iterator[None]:
+    """No file or connection can be opened meanwhile."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 async def test_a_server_without_descriptors_is_busy_and_the_file_is_not_at_fault(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(BODY)
     source = FileSource(tmp_path, max_bytes=None)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
-    try:
+    with without_descriptors():
         with pytest.raises(BusyError):
             BlobWriter()
         with pytest.raises(BusyError):
             source._open(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 async def test_without_descriptors_for_a_connection_the_server_is_busy_and_no_origin_at_fault(
     origin: Origin, make_fetcher: MakeFetcher
 ) -> None:
     fetcher, url = make_fetcher(), origin.serve("/a", Resource(BODY))
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
-    try:
-        with pytest.raises(BusyError):
-            await get(fetcher, url)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with without_descriptors(), pytest.raises(BusyError):
+        await get(fetcher, url)
 
 
 @pytest.mark.usefixtures("settled")
