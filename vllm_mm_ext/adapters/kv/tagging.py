@@ -149,7 +149,7 @@ class Tagger:
         if piece is not None and way.last is not None and piece.blocks[-1] != way.last:
             count = piece.blocks.index(way.last) + 1
             if self._blocks[piece.blocks[count]].block_hash is None:
-                # Vllm has dropped a Mamba state, by which the rest would be named.
+                # A Mamba state was dropped by vLLM, by whose hash the rest would be named.
                 return None
             piece = self._split(piece, count)
         if (
