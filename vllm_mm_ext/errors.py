@@ -158,6 +158,15 @@ class BusyError(MediaError):
     retry_after_s: ClassVar[int] = 1
 
 
+def no_room(why: str | None) -> BusyError:
+    """What a client is told when the server, and not the media, is why media cannot be taken.
+
+    Args:
+        why: What the server is short of, as the system says it, if it does.
+    """
+    return BusyError(f"The server cannot take more media at present: {why}.")
+
+
 _SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
@@ -172,9 +181,7 @@ def busy_if_short() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _SHORTAGES:
             raise
-        raise BusyError(
-            f"The server cannot take more media at present: {os.strerror(error.errno)}."
-        ) from None
+        raise no_room(os.strerror(error.errno)) from None
 
 
 class EncodeOnlyError(MediaError):

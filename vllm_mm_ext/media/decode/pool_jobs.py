@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from vllm_mm_ext.errors import BusyError, DecodeTimeoutError, MediaError
+from vllm_mm_ext.errors import BusyError, DecodeTimeoutError, MediaError, no_room
 from vllm_mm_ext.media.decode.open_files import file_key
 from vllm_mm_ext.media.decode.pool_queue import Place
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
@@ -82,9 +82,7 @@ class Lane:
         except RuntimeError:
             self.jobs.remove((job, future))
             os.close(job.fd)
-            raise BusyError(
-                "The server cannot take more media at present: no thread can start."
-            ) from None
+            raise no_room("no thread can start") from None
 
 
 @dataclass

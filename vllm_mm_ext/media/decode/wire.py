@@ -9,6 +9,7 @@ request. Nothing that a worker sends is ever run or unpickled.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -21,13 +22,13 @@ import msgspec
 import numpy as np
 
 from vllm_mm_ext.errors import (
-    BusyError,
     MediaError,
     MediaTooLargeError,
     MediaTooLongError,
     NoSuchStreamError,
     UnreadableMediaError,
     UnsupportedFormatError,
+    no_room,
 )
 from vllm_mm_ext.media.decode.packets import MAX_PACKETS
 from vllm_mm_ext.media.decode.wire_checks import (
@@ -318,7 +319,7 @@ def receive(
         message = _read(sock, length, deadline)
         # More descriptors than belong to a message are cut off too, but then the most are there.
         if flags & socket.MSG_CTRUNC and len(fds) < _MAX_FDS:
-            raise BusyError("The server cannot take more media at present: Too many open files.")
+            raise no_room(os.strerror(errno.EMFILE))
         return decode(message), fds
     except BaseException:
         for fd in fds:

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.errors import BusyError, InternalMediaError
+from vllm_mm_ext.errors import InternalMediaError, no_room
 from vllm_mm_ext.media.decode import shared_array, wire
 from vllm_mm_ext.media.decode.wire_checks import MalformedMessageError, check_reservation
 from vllm_mm_ext.media.decode.worker_process import WorkerProcess
@@ -116,7 +116,7 @@ def _adopt(fd: int, shape: tuple[int, ...], dtype: type[T]) -> npt.NDArray[T]:
     try:
         return cast("npt.NDArray[T]", shared_array.adopt(fd, shape, dtype))
     except MemoryError as error:
-        raise BusyError(f"The server cannot take more media at present: {error}.") from None
+        raise no_room(str(error)) from None
     except ValueError as error:
         raise MalformedMessageError(f"a worker sent memory that is not right: {error}") from error
 

@@ -13,7 +13,7 @@ from typing import Self
 
 from blake3 import blake3
 
-from vllm_mm_ext.errors import BusyError, MediaTooLargeError
+from vllm_mm_ext.errors import MediaTooLargeError, no_room
 from vllm_mm_ext.media.fetch.byte_lease import Lease
 
 # memfd_create and file seals exist on Linux only; elsewhere an unlinked temporary file serves.
@@ -106,7 +106,7 @@ class BlobWriter:
         try:
             self._fd = _create_fd()
         except OSError as error:
-            raise out_of_resources(error) from None
+            raise no_room(error.strerror) from None
 
     def append(self, chunk: bytes | bytearray | memoryview) -> None:
         """Add ``chunk`` at the end.
@@ -122,7 +122,7 @@ class BlobWriter:
             while view:
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
-            raise out_of_resources(error) from None
+            raise no_room(error.strerror) from None
         self.size += len(chunk)
 
     def finish(self) -> Blob:
@@ -157,11 +157,6 @@ def check_size(size: int, max_bytes: int | None, what: str = "The media") -> Non
         raise MediaTooLargeError(
             f"{what} has at least {size} bytes; the limit is {max_bytes} bytes.", value=size
         )
-
-
-def out_of_resources(error: OSError) -> BusyError:
-    """What a client is told when the server, and not the media, is why a file cannot be held."""
-    return BusyError(f"The server cannot take more media at present: {error.strerror}.")
 
 
 def _create_fd() -> int:

@@ -16,8 +16,8 @@ from urllib.request import url2pathname
 from cachetools import LRUCache
 from urllib3.util import parse_url
 
-from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError
-from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size, out_of_resources
+from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError, no_room
+from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
 from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.source import Fetched, MediaChangedError, tighter
 
@@ -175,7 +175,7 @@ class FileSource:
             raise UnreachableMediaError("The file does not exist.") from None
         except OSError as error:
             if error.errno in _OURS:
-                raise out_of_resources(error) from None
+                raise no_room(error.strerror) from None
             raise UnreachableMediaError(f"The file cannot be opened: {error.strerror}.") from None
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
