@@ -206,8 +206,13 @@ class ComposerConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def side(self) -> int:
-        """Patches of a frame vertically, and horizontally."""
+        """Patches of a frame vertically, and horizontally; what is left at an edge is not seen."""
         return int(self.vision_config.image_size // self.vision_config.patch_size)
+
+    @property
+    def hears(self) -> bool:
+        """Whether the checkpoint has an audio tower."""
+        return self.audio_config is not None
 
     @property
     def declared(self) -> tuple[Declared, ...]:
@@ -290,9 +295,9 @@ def _sub_config(key: str, given: Any, model_type: str | None) -> Any:
 
 
 def _check_vision(vision: Any) -> None:
-    if vision.image_size % vision.patch_size:
+    if vision.image_size < vision.patch_size:
         raise ValueError(
-            f"vision_config.image_size is {vision.image_size}; it must be a multiple of "
+            f"vision_config.image_size is {vision.image_size}; it must be at least "
             f"vision_config.patch_size ({vision.patch_size})"
         )
 

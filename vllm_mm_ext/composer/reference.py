@@ -12,6 +12,7 @@ from transformers.models.siglip import SiglipVisionModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from vllm_mm_ext.composer.configuration import ComposerConfig
+from vllm_mm_ext.composer.pooling import SpatialPooler, TemporalCompressor
 from vllm_mm_ext.composer.projector import AudioProjector, VideoProjector
 
 
@@ -43,8 +44,13 @@ class ComposerForConditionalGeneration(PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The parts initialise themselves; projectors keep PyTorch's defaults.
-        del module
+        # The towers and the text model have their own; these are modules of the projectors.
+        # transformers calls this for what a checkpoint lacks, such as the weights of a reduction
+        # that was added to its config.json, and sees to it that what was loaded stays.
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, SpatialPooler | TemporalCompressor):
+            nn.init.normal_(module.queries, std=module.queries.shape[1] ** -0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         """The text model's token embeddings."""
