@@ -22,11 +22,10 @@ from typer.testing import CliRunner
 from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.composer.training.batches import (
     IGNORED,
-    answer_logits,
     encode_media,
     make_batch,
+    read_text,
     right_answers,
-    text_states,
 )
 from vllm_mm_ext.composer.training.clips import COLOURS, GLIDES, MOTIONS, PITCHES, SHAPES, draw_clip
 from vllm_mm_ext.composer.training.compose import app as compose_app
@@ -80,8 +79,7 @@ def trainer(**changes: object) -> Trainer:
 def logits_of(model: ComposerForConditionalGeneration, samples: list[Sample]) -> torch.Tensor:
     batch = make_batch(model.config, TOKENIZER, samples, 2, 4)
     with torch.no_grad():
-        states = text_states(model, batch, encode_media(model, batch))
-        return answer_logits(model, batch, states[-1])[0]
+        return read_text(model, batch, encode_media(model, batch)).logits
 
 
 def test_prompts_are_those_of_the_chat_template() -> None:
@@ -217,7 +215,7 @@ def test_greedy_decoding_tells_what_teacher_forcing_calls_right() -> None:
     batch = make_batch(CONFIG, TOKENIZER, samples, 1, 1)
     with torch.no_grad():
         media = encode_media(model, batch)
-        logits, _ = answer_logits(model, batch, text_states(model, batch, media)[-1])
+        logits = read_text(model, batch, media).logits
         embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
     outcome = [right for _, right in right_answers(batch, logits)]
     for span, right in zip(batch.spans, outcome, strict=True):
@@ -422,8 +420,7 @@ def test_a_composed_checkpoint_holds_its_sources_and_runs(
         independent=False,
     )
     batch = make_batch(model.config, tokenizer, [sample], 2, 2)
-    states = text_states(model, batch, encode_media(model, batch))
-    logits, labels = answer_logits(model, batch, states[-1])
+    _, logits, labels = read_text(model, batch, encode_media(model, batch))
     assert logits.shape == (len(labels), model.get_input_embeddings().num_embeddings)
     assert torch.isfinite(logits).all()
 
@@ -461,6 +458,7 @@ def test_answers_from_notes_are_asked_as_the_chat_template_lays_texts_out() -> N
         prompt = TOKENIZER.apply_chat_template(
             [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
         )
+        assert batch.visible is not None
         visible = batch.visible[0, 0, span.start]
         assert [token for token, seen in zip(ids, visible, strict=True) if seen] == (
             TOKENIZER.encode(prompt)

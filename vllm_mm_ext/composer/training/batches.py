@@ -58,7 +58,8 @@ class Batch:
     Attributes:
         input_ids: int64 ``[rows, length]``.
         position_ids: int64 ``[rows, length]``. Independent questions share positions.
-        visible: bool ``[rows, 1, length, length]``: which token (last axis) each token sees.
+        visible: bool ``[rows, 1, length, length]``: which token (last axis) each token sees; None
+            where it is those before it, as without independent questions.
         labels: int64 ``[rows, length]``: the token to predict there; only in answers.
         spans: Where the answers are.
         mentions: Where questions name things of generated clips.
@@ -71,7 +72,7 @@ class Batch:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    visible: torch.Tensor
+    visible: torch.Tensor | None
     labels: torch.Tensor
     spans: list[Span]
     mentions: list[Mention]
@@ -105,7 +106,8 @@ def make_batch(
     Args:
         config: Of the model.
         tokenizer: As from `build_tokenizer`.
-        samples: Of any lengths; rows are padded at the end with tokens that nothing sees.
+        samples: Of any lengths; rows are padded at the end with tokens that nothing sees. Sound is
+            left out if the model hears nothing.
         pool, temporal: The reduction of all of them.
     """
     pieces = chat_pieces(tokenizer)
@@ -128,13 +130,16 @@ def make_batch(
             spans.append(Span(task, index, start, end))
         marks += [Mark(index, position, labels) for position, labels in row.marks]
         mentions += [Mention(index, position, thing) for position, thing in row.mentions]
-    same = owners[:, :, None] == owners[:, None, :]
-    visible = (same | (owners[:, None, :] == 0)) & torch.ones(length, length).tril().bool()
+    visible = None
+    if any(sample.independent for sample in samples):
+        same = owners[:, :, None] == owners[:, None, :]
+        seen = (same | (owners[:, None, :] == 0)) & torch.ones(length, length).tril().bool()
+        visible = seen[:, None]
     sounds = [_windows(config, sample) for sample in samples]
     return Batch(
         input_ids=ids,
         position_ids=positions,
-        visible=visible[:, None],
+        visible=visible,
         labels=labels,
         spans=spans,
         mentions=mentions,
@@ -177,7 +182,7 @@ def _row(
         sample.seconds,
         pool=pool,
         temporal=temporal,
-        audio_samples=0 if sample.sound is None else len(sample.sound),
+        audio_samples=0 if sample.sound is None or not config.hears else len(sample.sound),
         timestamp_tokens=lambda second: text(f"{second:.1f}s"),
     )
     ids = [*pieces.opening, *(layout if sample.seconds else text(sample.text))]
@@ -234,7 +239,7 @@ def _token_ends(tokenizer: Any, text: str) -> list[int]:
 def _windows(
     config: ComposerConfig, sample: Sample
 ) -> tuple[list[torch.Tensor], list[float], list[int]]:
-    if sample.sound is None or not len(sample.sound):
+    if sample.sound is None or not len(sample.sound) or not config.hears:
         return [], [], []
     features = mel_windows(config, sample.sound)
     starts = [config.audio_window_s * index for index in range(len(features))]
@@ -271,37 +276,74 @@ def encode_media(model: ComposerForConditionalGeneration, batch: Batch) -> Media
     return Media(video, audio, patches)
 
 
-def text_states(
-    model: ComposerForConditionalGeneration, batch: Batch, media: Media
-) -> tuple[torch.Tensor, ...]:
-    """Hidden states ``[rows, length, text]`` of the text model: what enters the first layer, and
-    what leaves each of them (the last one's normalised).
+class Reading(NamedTuple):
+    """What the text model makes of a batch.
+
+    Attributes:
+        states: ``[rows, length, text]`` each: what enters the first layer, and what leaves each of
+            them.
+        logits: ``[answer tokens, vocabulary]`` where answers are predicted, row by row.
+        labels: int64 ``[answer tokens]``, what is right there.
     """
-    embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
-    states: tuple[torch.Tensor, ...] = model.language_model.get_decoder()(
-        inputs_embeds=embeds,
-        attention_mask=batch.visible,
-        position_ids=batch.position_ids,
-        output_hidden_states=True,
-    ).hidden_states
-    return states
+
+    states: tuple[torch.Tensor, ...]
+    logits: torch.Tensor
+    labels: torch.Tensor
 
 
-def answer_logits(
-    model: ComposerForConditionalGeneration, batch: Batch, states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits where answers are predicted, and what is right there.
+def read_text(model: ComposerForConditionalGeneration, batch: Batch, media: Media) -> Reading:
+    """Run the text model over a batch.
+
+    It runs as a whole, as some scale or cap their logits, and many have masks of their own.
 
     Args:
-        model: What predicts.
+        model: What predicts. For a batch with ``visible``, one that `check_shares_clips` accepts.
         batch: What is asked.
-        states: The last of `text_states`.
-
-    Returns:
-        ``[answer tokens, vocabulary]`` and int64 ``[answer tokens]``, row by row.
+        media: What the model made of its media.
     """
     asked = batch.labels != IGNORED
-    return model.get_output_embeddings()(states[asked]), batch.labels[asked]
+    # Logits of all tokens of the prompts would take gigabytes.
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: (given[0][asked],)
+    )
+    try:
+        out = model.language_model(
+            inputs_embeds=model.inputs_embeds(batch.input_ids, media.video, media.audio),
+            attention_mask=batch.visible,
+            position_ids=None if batch.visible is None else batch.position_ids,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    finally:
+        hook.remove()
+    return Reading(out.hidden_states, out.logits, batch.labels[asked])
+
+
+def check_shares_clips(model: ComposerForConditionalGeneration) -> None:
+    """Refuse a text model that cannot be asked independent questions about one clip.
+
+    Their tokens do not see each other, which only full attention by SDPA takes in all layers.
+
+    Raises:
+        ValueError: The text model has other layers. The message names them.
+    """
+    text = model.language_model
+    config = text.config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    kinds = set(layers or ()) - {"full_attention"}
+    if layers is None:
+        bounds = ("sliding_window", "attention_chunk_size")
+        kinds |= {name for name in bounds if getattr(config, name, None) is not None}
+    if text._is_stateful and not kinds:
+        kinds.add("a recurrent state")
+    if text.config._attn_implementation != "sdpa":
+        kinds.add(f"{text.config._attn_implementation} attention")
+    if kinds:
+        raise ValueError(
+            f"the text model ({config.model_type}) has {', '.join(sorted(kinds))}; the generator "
+            "asks several questions about one clip, which takes full attention by SDPA in all "
+            "layers. Train on a folder of clips"
+        )
 
 
 def right_answers(batch: Batch, logits: torch.Tensor) -> list[tuple[str, bool]]:

@@ -63,6 +63,7 @@ def compose(
     Raises:
         ValueError: A checkpoint is of another kind, or the configuration cannot be.
     """
+    _check_text(text)
     tokenizer = AutoTokenizer.from_pretrained(text)
     language_model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
     _prepare(tokenizer)
@@ -106,6 +107,15 @@ def _prepare(tokenizer: Any) -> None:
     tokenizer.eos_token = END if END in added else "<|im_end|>"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check_text(directory: Path) -> None:
+    config = AutoConfig.from_pretrained(directory).get_text_config()
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise ValueError(
+            f"{directory.name} holds a {config.model_type}, which has embeddings of each token in "
+            "every layer; the tokens of media have none"
+        )
 
 
 def _config(directory: Path, model_type: str) -> Any:

@@ -78,7 +78,7 @@ def plan_step(config: ComposerConfig, seed: int, step: int, ramp: int) -> Plan:
         duration = int(rng.integers(21, 31))
     frames = min(int(rng.integers(8, most + 1)), 10 * duration)
     pool, temporal = draw_reduction(config, rng)
-    sound = bool(rng.random() >= _SILENT)
+    sound = bool(rng.random() >= _SILENT) and config.hears
     kind = _KINDS[int(rng.choice(len(_KINDS), p=_KIND_SHARES))] if done == 1 else "clips"
     independent = bool(rng.random() >= _CONVERSATIONS) or kind != "clips"
     grown = min(1.0, max(0, step - ramp) / _WINDOW_STEPS)

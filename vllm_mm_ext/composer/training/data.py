@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -10,9 +11,13 @@ import numpy as np
 from vllm_mm_ext.composer.configuration import ComposerConfig
 from vllm_mm_ext.composer.training.batches import Batch, make_batch
 from vllm_mm_ext.composer.training.curriculum import draw_reduction, plan_samples, plan_step
-from vllm_mm_ext.composer.training.folder import Conversation, load_sample
+from vllm_mm_ext.composer.training.folder import CONVERSATIONS, Conversation, load_sample
 from vllm_mm_ext.composer.training.processes import rank, world
+from vllm_mm_ext.composer.training.samples import Sample
 from vllm_mm_ext.composer.training.trainer import Batches
+from vllm_mm_ext.errors import MediaError
+
+logger = logging.getLogger(__name__)
 
 
 def generated_batches(config: ComposerConfig, tokenizer: Any, seed: int, ramp: int) -> Batches:
@@ -44,6 +49,8 @@ def folder_batches(
 ) -> Batches:
     """Batches of the conversations of a folder, in another order each time through.
 
+    A conversation whose file cannot be decoded is passed over, with a warning.
+
     Args:
         config: Of the model.
         tokenizer: Of the model.
@@ -52,18 +59,26 @@ def folder_batches(
         clips: Conversations of a batch.
         frames: Frames of a clip at most.
     """
-    size = int(config.vision_config.image_size)
+    warned: set[int] = set()
 
-    def pick(position: int) -> Conversation:
+    def sample(position: int) -> Sample:
         epoch, place = divmod(position, len(conversations))
         order = np.random.default_rng((seed, 3, epoch)).permutation(len(conversations))
-        return conversations[int(order[place])]
+        for index in np.roll(order, -place).tolist():
+            chosen = conversations[index]
+            try:
+                return load_sample(chosen, config, frames)
+            except (MediaError, OSError) as error:
+                # The next one takes its place: the same whenever the step is computed.
+                if chosen.line not in warned:
+                    warned.add(chosen.line)
+                    where = f"{CONVERSATIONS}, line {chosen.line}: {chosen.name}"
+                    logger.warning("%s is passed over: %s", where, error)
+        raise ValueError(f"none of the files that {CONVERSATIONS} names can be decoded")
 
     def batch(step: int) -> Batch:
-        samples = [
-            load_sample(pick((step * world() + rank()) * clips + index), frames, config.fps, size)
-            for index in range(clips)
-        ]
+        first = (step * world() + rank()) * clips
+        samples = [sample(first + index) for index in range(clips)]
         pool, temporal = draw_reduction(config, np.random.default_rng((seed, 4, step)))
         return make_batch(config, tokenizer, samples, pool, temporal)
 

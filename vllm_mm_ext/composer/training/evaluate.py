@@ -12,11 +12,10 @@ from rich.table import Table
 
 from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.composer.training.batches import (
-    answer_logits,
     encode_media,
     make_batch,
+    read_text,
     right_answers,
-    text_states,
 )
 from vllm_mm_ext.composer.training.note_language import Entry, read_entries
 from vllm_mm_ext.composer.training.note_samples import notes_sample, window_sample
@@ -32,25 +31,35 @@ _SHAPES = ((6, 12), (10, 20), (16, 32), (20, 40), (24, 48), (30, 60))
 _NOTE_TOKENS = 128
 
 
-def held_out_samples(clips: int, size: int) -> list[Sample]:
-    """Held-out clips of all lengths, with 16 questions each; one in ten has no sound track."""
+def held_out_samples(clips: int, size: int, *, sound: bool = True) -> list[Sample]:
+    """Held-out clips of all lengths, with 16 questions each; one in ten has no sound track.
+
+    Args:
+        clips: How many.
+        size: Width and height of the frames.
+        sound: The others have one.
+    """
     return [
         generated_sample(
             HELD_OUT + index,
             *_SHAPES[index % len(_SHAPES)],
             16,
             size,
-            sound=index % 10 != 9,
+            sound=sound and index % 10 != 9,
             augment=False,
         )
         for index in range(clips)
     ]
 
 
-def held_out_windows(count: int, size: int, frames: Sequence[int]) -> list[Sample]:
+def held_out_windows(
+    count: int, size: int, frames: Sequence[int], *, sound: bool = True
+) -> list[Sample]:
     """Windows of held-out recordings, with so many frames in turn."""
     return [
-        window_sample(HELD_OUT + index, frames[index % len(frames)], 9, size, augment=False)
+        window_sample(
+            HELD_OUT + index, frames[index % len(frames)], 9, size, sound=sound, augment=False
+        )
         for index in range(count)
     ]
 
@@ -86,9 +95,8 @@ def accuracy(
         for start in range(0, len(samples), 6):
             part = samples[start : start + 6]
             batch = make_batch(model.config, tokenizer, part, pool, temporal).to(device)
-            states = text_states(model, batch, encode_media(model, batch))
-            logits, _ = answer_logits(model, batch, states[-1])
-            for task, one in right_answers(batch, logits):
+            read = read_text(model, batch, encode_media(model, batch))
+            for task, one in right_answers(batch, read.logits):
                 right[task].append(one)
         shares = {task: sum(all_) / len(all_) for task, all_ in right.items()}
         shares["mean"] = sum(shares.values()) / max(1, len(shares))

@@ -14,25 +14,41 @@ number of lines.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
+from blake3 import blake3
 
+from vllm_mm_ext.composer.configuration import SAMPLE_RATE, ComposerConfig
+from vllm_mm_ext.composer.training.processes import world
 from vllm_mm_ext.composer.training.questions import Question
-from vllm_mm_ext.composer.training.render import Frames, Samples
 from vllm_mm_ext.composer.training.samples import Sample
-from vllm_mm_ext.media.audio.waveforms import MODEL_RATE, resample
+from vllm_mm_ext.errors import MediaError, UnreadableMediaError, by_decoder
+from vllm_mm_ext.media.audio.waveforms import resample
+from vllm_mm_ext.media.decode.job import run_job
+from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, SamplingSpec, SizeRule
 
 CONVERSATIONS = "conversations.jsonl"
+# Of a clip that has as many, as a server takes by default.
+_LEAST_FRAMES = 4
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A video file and what is said about it."""
+    """A video file and what is said about it.
 
+    Attributes:
+        line: Number of its line in ``conversations.jsonl``, from 1.
+        name: Of the file, as the line has it.
+        video: The file.
+        turns: Questions with their answers.
+    """
+
+    line: int
+    name: str
     video: Path
     turns: tuple[Question, ...]
 
@@ -49,7 +65,7 @@ def read_folder(folder: Path) -> list[Conversation]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                found.append(_conversation(folder, json.loads(line)))
+                found.append(_conversation(folder, number, json.loads(line)))
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{CONVERSATIONS}, line {number}: {error}") from error
     if not found:
@@ -57,7 +73,7 @@ def read_folder(folder: Path) -> list[Conversation]:
     return found
 
 
-def _conversation(folder: Path, given: Any) -> Conversation:
+def _conversation(folder: Path, line: int, given: Any) -> Conversation:
     if not isinstance(given, dict) or not isinstance(given.get("video"), str):
         raise ValueError('it must be {"video": file, "turns": [{"question", "answer"}]}')
     video = folder / given["video"]
@@ -72,56 +88,51 @@ def _conversation(folder: Path, given: Any) -> Conversation:
         if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"question and answer must be text, got {turn!r}")
         asked.append(Question(turn.get("task", "all"), question.strip(), answer.strip()))
-    return Conversation(video, tuple(asked))
+    return Conversation(line, given["video"], video, tuple(asked))
 
 
-def load_sample(conversation: Conversation, frames: int, fps: float, size: int) -> Sample:
-    """A conversation with the frames and the sound of its video, decoded.
+def digest_of(conversations: Sequence[Conversation]) -> str:
+    """A short digest of what is asked about which files, wherever the folder lies."""
+    said = [(one.name, [(turn.text, turn.answer) for turn in one.turns]) for one in conversations]
+    return str(blake3(json.dumps(said).encode()).hexdigest(8))
+
+
+def load_sample(conversation: Conversation, config: ComposerConfig, frames: int) -> Sample:
+    """A conversation with the frames and the sound of its video, as a server gives them to a model.
 
     Args:
         conversation: Of a folder.
-        frames: Frames at most, evenly spread.
-        fps: Frames per second at most.
-        size: Width and height that frames are scaled to.
+        config: Of the model.
+        frames: Frames at most; they are sampled uniformly, ``config.fps`` of them a second.
 
     Raises:
-        ValueError: The file has no video frames.
+        MediaError, OSError: The file cannot be decoded.
     """
-    with av.open(str(conversation.video)) as container:
-        pictures = [(float(f.time), f) for f in container.decode(video=0) if f.time is not None]
-        if not pictures:
-            raise ValueError(f"{conversation.video.name} has no video frames")
-        first, last = pictures[0][0], pictures[-1][0]
-        # The last picture is shown as long as the others are on average.
-        length = (last - first) * len(pictures) / max(1, len(pictures) - 1)
-        count = max(1, min(frames, round(length * fps), len(pictures)))
-        at = np.linspace(0, len(pictures), count, endpoint=False).astype(int)
-        chosen = [pictures[int(index)] for index in at]
-        images: Frames = np.stack(
-            [
-                f.to_ndarray(format="rgb24", width=size, height=size, interpolation="AREA")
-                for _, f in chosen
-            ]
-        )
+    side = int(config.vision_config.image_size)
+    request = DecodeRequest(
+        sampling=SamplingSpec(
+            fps=config.fps, max_frames=frames, min_frames=min(_LEAST_FRAMES, frames)
+        ),
+        size=SizeRule(kind="fixed", height=side, width=side),
+        audio="optional" if config.hears else "none",
+        threads=1 if world() > 1 else 0,
+        # What is decoded must not depend on how fast: a resumed training sees the same.
+        limits=DecodeLimits(timeout_s=math.inf, max_frames=frames),
+    )
+    try:
+        result = run_job(str(conversation.video), request)
+    except Exception as error:
+        if isinstance(error, MediaError | OSError) or not by_decoder(error):
+            raise
+        raise UnreadableMediaError(f"The media could not be decoded: {error}.") from error
+    assert result.frames is not None
+    assert result.selection is not None
+    sound = result.audio
     return Sample(
-        frames=images,
-        seconds=[second - first for second, _ in chosen],
-        sound=_sound(conversation.video),
+        frames=result.frames,
+        # Whole microseconds, as when served.
+        seconds=[round(second, 6) for second in result.selection.times.tolist()],
+        sound=None if sound is None else resample(sound, result.audio_rate, SAMPLE_RATE),
         turns=list(conversation.turns),
         independent=False,
     )
-
-
-def _sound(path: Path) -> Samples | None:
-    with av.open(str(path)) as container:
-        if not container.streams.audio:
-            return None
-        stream = container.streams.audio[0]
-        resampler = av.AudioResampler(format="fltp", layout="mono")
-        parts = [
-            out.to_ndarray()[0]
-            for frame in container.decode(stream)
-            for out in resampler.resample(frame)
-        ]
-        rate = int(stream.rate or MODEL_RATE)
-    return resample(np.concatenate(parts).astype(np.float32), rate) if parts else None

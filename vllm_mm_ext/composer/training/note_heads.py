@@ -40,7 +40,7 @@ class NoteHeads(nn.Module):  # type: ignore[misc]
 
         Args:
             batch: Its ``marks`` must not be empty.
-            states: As from `text_states`.
+            states: As from `read_text`.
         """
         device = states[0].device
         rows = torch.tensor([mark.row for mark in batch.marks], device=device)

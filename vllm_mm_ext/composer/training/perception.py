@@ -55,7 +55,7 @@ class PerceptionHeads(nn.Module):  # type: ignore[misc]
         Args:
             batch: Of samples that know their clips.
             media: What the model made of its media.
-            states: What the text model made of them, as from `text_states`.
+            states: What the text model made of them, as from `read_text`.
         """
         return self._media_loss(batch, media) + self.things(batch, states)
 

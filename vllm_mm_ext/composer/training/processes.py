@@ -77,8 +77,22 @@ def joined() -> Iterator[None]:
 
 
 def average_gradients(parameters: Sequence[torch.Tensor]) -> None:
-    """Average the gradients that exist, which must be the same ones in all processes."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    """Average gradients over all processes; one that has none where another has one counts as 0.
+
+    A process has none for what its batch does not use, such as the audio tower without sound.
+    What no process uses keeps no gradient, so that optimizers leave it alone.
+
+    Args:
+        parameters: The same ones in all processes, in the same order.
+    """
+    used = torch.tensor([parameter.grad is not None for parameter in parameters]).int()
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    gradients = []
+    for parameter, anywhere in zip(parameters, used.tolist(), strict=True):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= world()

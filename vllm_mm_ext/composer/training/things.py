@@ -90,7 +90,7 @@ class ThingHeads(nn.Module):  # type: ignore[misc]
 
         Args:
             batch: Of samples that know their clips.
-            states: As from `text_states`.
+            states: As from `read_text`.
         """
         return self._things_loss(batch, states) + self._so_far_loss(batch, states)
 

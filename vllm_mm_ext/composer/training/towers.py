@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from vllm_mm_ext.composer.configuration import SAMPLE_RATE, STATES_PER_SECOND
+from vllm_mm_ext.composer.configuration import SAMPLE_RATE, STATES_PER_SECOND, ComposerConfig
 from vllm_mm_ext.composer.features import mel_windows, pixel_values
 from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration, audio_states
 from vllm_mm_ext.composer.training.augment import augmented_frames, augmented_sound
@@ -32,12 +32,19 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class TowerHeads(nn.Module):  # type: ignore[misc]
-    """Classifiers over a frame's mean patch and over a token's mean encoder frame."""
+    """Classifiers over a frame's mean patch and over a token's mean encoder frame.
 
-    def __init__(self, vision: int, audio: int) -> None:
+    Args:
+        config: Of the model.
+    """
+
+    def __init__(self, config: ComposerConfig) -> None:
         super().__init__()
+        vision = int(config.vision_config.hidden_size)
         self.frame = nn.Linear(vision, len(SHAPES) + 2 * len(_COLOURS) + 1 + 2)
-        self.sound = nn.Linear(audio, 2 + len(PITCHES) + len(GLIDES))
+        if config.hears:
+            audio = int(config.audio_config.d_model)
+            self.sound = nn.Linear(audio, 2 + len(PITCHES) + len(GLIDES))
 
 
 def train_towers(
@@ -46,17 +53,17 @@ def train_towers(
     """Train the towers of a model in place.
 
     Args:
-        model: On any device.
+        model: On any device. Without an audio tower, the vision tower is trained alone.
         steps: How long.
         seed: Decides heads and clips.
         report: Called after each step with its number and the shares of right answers.
     """
     device = next(model.parameters()).device
     torch.manual_seed(seed)
-    vision, audio = model.config.vision_config, model.config.audio_config
-    heads = TowerHeads(int(vision.hidden_size), int(audio.d_model)).to(device)
-    parts = nn.ModuleList([model.vision_tower, model.audio_tower, heads])
-    hidden = [m.weight for m in parts[:2].modules() if isinstance(m, nn.Linear)]
+    heads = TowerHeads(model.config).to(device)
+    towers = [model.vision_tower, *([model.audio_tower] if model.config.hears else [])]
+    parts = nn.ModuleList([*towers, heads])
+    hidden = [m.weight for m in parts[:-1].modules() if isinstance(m, nn.Linear)]
     known = {id(weight) for weight in hidden}
     others = [p for p in parts.parameters() if p.requires_grad and id(p) not in known]
     optimizers = [Muon(hidden, lr=_LR), torch.optim.AdamW(others, lr=_LR, fused=True)]
@@ -88,6 +95,8 @@ def tower_loss(
     first = (seed * 1_000_003 + step) * _CLIPS
     clips = [draw_clip(first + i, int(rng.integers(4, 16))) for i in range(_CLIPS)]
     frame_loss, shares = _frame_loss(model, heads, clips, rng)
+    if not model.config.hears:
+        return frame_loss, shares
     sounds = [draw_clip(first + i, _SOUND_S) for i in range(_SOUNDS)]
     sound_loss, more = _sound_loss(model, heads, sounds, rng)
     return frame_loss + sound_loss, shares | more

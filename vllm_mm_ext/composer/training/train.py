@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from vllm_mm_ext.composer.configuration import ComposerConfig
 from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
+from vllm_mm_ext.composer.training.batches import check_shares_clips
 from vllm_mm_ext.composer.training.data import Ahead, folder_batches, generated_batches
 from vllm_mm_ext.composer.training.evaluate import (
     accuracy,
@@ -25,9 +26,9 @@ from vllm_mm_ext.composer.training.evaluate import (
     held_out_windows,
     note_scores,
 )
-from vllm_mm_ext.composer.training.folder import read_folder
+from vllm_mm_ext.composer.training.folder import digest_of, read_folder
 from vllm_mm_ext.composer.training.model import fresh_model, tiny_config
-from vllm_mm_ext.composer.training.processes import joined, launch, launched, rank
+from vllm_mm_ext.composer.training.processes import joined, launch, launched, rank, world
 from vllm_mm_ext.composer.training.tokenizer import build_tokenizer
 from vllm_mm_ext.composer.training.towers import train_towers
 from vllm_mm_ext.composer.training.trainer import (
@@ -36,11 +37,15 @@ from vllm_mm_ext.composer.training.trainer import (
     Trainer,
     has_state,
     save_checkpoint,
+    saved_rate,
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 _console = Console()
 _EVAL_CLIPS = 36
+# Random weights, which are all that `--parts projectors` trains, need large steps. Released weights
+# would forget by such what they were released for: as LLaVA-1.5 (Liu et al. 2024), a hundredth.
+_FRESH_LR, _RELEASED_LR = 2e-3, 2e-5
 # Steps between lines that say what is answered right so far.
 _REPORT_STEPS = 100
 
@@ -69,7 +74,8 @@ def train(
         Path | None,
         typer.Option(
             help="Checkpoint to start from, as compose_checkpoint makes them; "
-            "without it, the shipped model's sizes with random weights.",
+            "without it, the shipped model's sizes with random weights. A training that is resumed "
+            "has its own.",
             exists=True,
             file_okay=False,
         ),
@@ -90,7 +96,15 @@ def train(
             "--freeze-towers", help="Encoders stay as they are; may be given when resuming."
         ),
     ] = False,
-    lr: Annotated[float, typer.Option(min=1e-8, max=1.0, help="Highest learning rate.")] = 2e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-8,
+            max=1.0,
+            help=f"Highest learning rate; default: {_FRESH_LR:g} for what starts from random "
+            f"weights, {_RELEASED_LR:g} for all parts of a checkpoint, when resuming as before.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=999, help="Decides weights and data.")] = 0,
     ramp: Annotated[
         int, typer.Option(min=0, help="Generator: steps until clips have full length.")
@@ -141,8 +155,11 @@ def train(
         )
     if processes > 1 and not launched():
         raise typer.Exit(launch(processes))
-    model, tokenizer = _start(init, seed)
+    model, tokenizer = _start(output if resume else init, seed, resume)
     model.to(place)
+    if lr is None:
+        released = init is not None and parts is Parts.all
+        lr = saved_rate(output) if resume else _RELEASED_LR if released else _FRESH_LR
     recipe = Recipe(
         steps=steps,
         seed=seed,
@@ -153,10 +170,11 @@ def train(
         autocast=_fast_bf16(place) if bf16 is None else bf16,
     )
     with joined():
-        batches = Ahead(_batches(model.config, tokenizer, folder, seed, ramp, clips, frames))
+        made, data = _batches(model, tokenizer, folder, seed, ramp, clips, frames)
+        batches = Ahead(made)
         if tower_steps and not resume:
             _towers(model, tower_steps, seed)
-        trainer = Trainer(model, tokenizer, recipe, batches)
+        trainer = Trainer(model, tokenizer, recipe, batches, data)
         try:
             if resume:
                 _resume(trainer, output)
@@ -169,30 +187,47 @@ def train(
         _console.print(f"exported to {export}")
 
 
-def _start(init: Path | None, seed: int) -> tuple[ComposerForConditionalGeneration, Any]:
-    if init is None:
+def _start(
+    source: Path | None, seed: int, resume: bool
+) -> tuple[ComposerForConditionalGeneration, Any]:
+    if source is None:
         tokenizer = build_tokenizer()
         return fresh_model(tiny_config(tokenizer), seed), tokenizer
-    model = ComposerForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(init)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if resume:
+        # The weights come with the state.
+        return fresh_model(ComposerConfig.from_pretrained(source), seed).float(), tokenizer
+    model = ComposerForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    return model, tokenizer
 
 
 def _batches(
-    config: ComposerConfig,
+    model: ComposerForConditionalGeneration,
     tokenizer: Any,
     folder: Path | None,
     seed: int,
     ramp: int,
     clips: int,
     frames: int,
-) -> Batches:
+) -> tuple[Batches, dict[str, str | int]]:
+    """The batches of a training, and what they follow from besides the seed and the model."""
+    config, common = model.config, {"processes": world()}
     if folder is None:
-        return generated_batches(config, tokenizer, seed, ramp)
+        try:
+            check_shares_clips(model)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--folder") from error
+        batches = generated_batches(config, tokenizer, seed, ramp)
+        return batches, {"folder": "none", "ramp": ramp, **common}
     try:
         conversations = read_folder(folder)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error), param_hint="--folder") from error
-    return folder_batches(config, tokenizer, conversations, seed=seed, clips=clips, frames=frames)
+    batches = folder_batches(
+        config, tokenizer, conversations, seed=seed, clips=clips, frames=frames
+    )
+    contents = f"with conversations of digest {digest_of(conversations)}"
+    return batches, {"folder": contents, "clips": clips, "frames": frames, **common}
 
 
 def _resume(trainer: Trainer, output: Path) -> None:
@@ -248,9 +283,10 @@ def _loop(trainer: Trainer, output: Path, save_s: float, eval_every: int) -> Non
 def _evaluate(trainer: Trainer, size: int, console: Console) -> None:
     """Print held-out accuracy: of clips, of windows and notes about them, and from notes alone."""
     model, tokenizer = trainer.model, trainer.tokenizer
-    clips = accuracy(model, tokenizer, held_out_samples(_EVAL_CLIPS, size))
+    hears = model.config.hears
+    clips = accuracy(model, tokenizer, held_out_samples(_EVAL_CLIPS, size, sound=hears))
     console.print("clips", accuracy_table(clips))
-    windows = held_out_windows(_EVAL_CLIPS, size, (8, 16, 64))
+    windows = held_out_windows(_EVAL_CLIPS, size, (8, 16, 64), sound=hears)
     console.print("windows", accuracy_table(accuracy(model, tokenizer, windows)))
     for kind, (precision, recall) in note_scores(model, tokenizer, windows).items():
         console.print(f"{kind}s in notes: precision {precision:.1%}, recall {recall:.1%}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +18,9 @@ from vllm_mm_ext.composer.configuration import ARCHITECTURE
 from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.composer.training.batches import (
     Batch,
-    answer_logits,
     encode_media,
+    read_text,
     right_answers,
-    text_states,
 )
 from vllm_mm_ext.composer.training.muon import Muon
 from vllm_mm_ext.composer.training.perception import PerceptionHeads
@@ -84,6 +83,8 @@ class Trainer:
         tokenizer: Saved beside the model.
         recipe: How to train.
         batches: Batch of a step; the same for the same step whenever it is asked.
+        data: What the batches follow from, besides the seed and the model; a training is resumed
+            with the same alone.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Trainer:
         tokenizer: Any,
         recipe: Recipe,
         batches: Batches,
+        data: Mapping[str, str | int] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.recipe, self._batches = model, tokenizer, recipe, batches
+        self._data = dict(data or {})
         self.step = 0
         self.device = next(model.parameters()).device
         for name, parameter in model.named_parameters():
@@ -125,8 +128,7 @@ class Trainer:
         )
         with context:
             media = encode_media(self.model, batch)
-            states = text_states(self.model, batch, media)
-            logits, labels = answer_logits(self.model, batch, states[-1])
+            states, logits, labels = read_text(self.model, batch, media)
         answers_loss = F.cross_entropy(logits.float(), labels)
         loss = answers_loss
         weight = self.recipe.perception_weight(self.step)
@@ -139,24 +141,13 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.heads.zero_grad(set_to_none=True)
         loss.backward()
-        self._average_gradients()
+        if world() > 1:
+            average_gradients([*self._trained, *self.heads.parameters()])
         torch.nn.utils.clip_grad_norm_(self._trained, self.recipe.clip)
         for optimizer in self._optimizers:
             optimizer.step()
         self.step += 1
         return float(answers_loss.detach()), right_answers(batch, logits.detach())
-
-    def _average_gradients(self) -> None:
-        """Average gradients over the processes of a data-parallel training.
-
-        All processes use the same parts of the model in a step, but not the same heads.
-        """
-        if world() == 1:
-            return
-        for parameter in self.heads.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        average_gradients([*self._trained, *self.heads.parameters()])
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint and the state that `resume` takes; old ones stay until replaced."""
@@ -167,6 +158,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "step": self.step,
             "recipe": asdict(self.recipe),
+            "data": self._data,
         }
         new = directory / (_STATE + ".new")
         torch.save(state, new)
@@ -177,11 +169,13 @@ class Trainer:
 
         Raises:
             FileNotFoundError: Nothing was saved there.
-            ValueError: It was saved with another seed or other trained parts.
+            ValueError: It was saved with another seed, other trained parts or other data.
         """
         state = torch.load(directory / _STATE, map_location=self.device, weights_only=True)
-        for key in ("seed", "projectors_only"):
-            before, now = state["recipe"][key], getattr(self.recipe, key)
+        own = asdict(self.recipe)
+        pairs = [(key, state["recipe"][key], own[key]) for key in ("seed", "projectors_only")]
+        pairs += [(key, state["data"].get(key), now) for key, now in self._data.items()]
+        for key, before, now in pairs:
             if before != now:
                 raise ValueError(f"the saved training has {key} {before}, this one has {now}")
         self.model.load_state_dict(state["model"])
@@ -194,17 +188,18 @@ class Trainer:
 def _optimizers(
     model: ComposerForConditionalGeneration, recipe: Recipe, heads: PerceptionHeads
 ) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for matrices of hidden layers, AdamW for embeddings, filters, queries and vectors."""
+    """Muon for matrices of hidden layers; AdamW for embeddings, the output head and all else."""
     hidden: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
     vectors: list[torch.Tensor] = []
-    embeddings = model.get_input_embeddings().weight
+    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
             if parameter.ndim == 2 and isinstance(module, torch.nn.Linear):
-                (others if parameter is embeddings else hidden).append(parameter)
+                own = any(parameter is end for end in ends)
+                (others if own else hidden).append(parameter)
             else:
                 (others if parameter.ndim > 1 else vectors).append(parameter)
     rest = [
@@ -215,6 +210,12 @@ def _optimizers(
         Muon(hidden, lr=recipe.lr, weight_decay=recipe.weight_decay),
         torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), fused=True),
     )
+
+
+def saved_rate(directory: Path) -> float:
+    """Highest learning rate of the training that was saved there."""
+    state = torch.load(directory / _STATE, mmap=True, map_location="cpu", weights_only=True)
+    return float(state["recipe"]["lr"])
 
 
 def has_state(directory: Path) -> bool:
