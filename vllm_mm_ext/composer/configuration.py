@@ -210,6 +210,11 @@ class ComposerConfig(PreTrainedConfig):  # type: ignore[misc]
         return int(self.vision_config.image_size // self.vision_config.patch_size)
 
     @property
+    def image_token_index(self) -> int:
+        """Id of ``<|video_pad|>``, under the name by which vLLM asks for a draft model."""
+        return self.video_pad_token_id
+
+    @property
     def hears(self) -> bool:
         """Whether the checkpoint has an audio tower."""
         return self.audio_config is not None

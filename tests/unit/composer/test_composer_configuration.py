@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_mm_ext.composer.configuration import ComposerConfig
+from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 
@@ -25,6 +27,7 @@ def right() -> ComposerConfig:
         ({"text_config": None}, ["text_config", "missing"]),
         ({"text_config": {"model_type": "zz"}}, ["text_config.model_type", "'zz'", "qwen3"]),
         ({"vision_config": {"model_type": "clip"}}, ["vision_config.model_type", "'clip'"]),
+        ({"vision_config": {"image_size": 9}}, ["vision_config.image_size", "9", "at least", "16"]),
         ({"reductions": [{"pool": 9}]}, ["reductions[0].pool", "9", "1 to 8"]),
         ({"reductions": [{"pool": 5}]}, ["reductions[0].pool", "5", "4 x 4", "1 to 4"]),
         ({"reductions": [{"pul": 2}]}, ["reductions[0].pul", "pool, temporal, method"]),
@@ -48,6 +51,18 @@ def test_a_wrong_configuration_is_refused_by_key_value_and_what_is_valid(
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         ComposerConfig(**(right().to_dict() | changes))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_frame_has_as_many_whole_patches_as_fit() -> None:
+    """As SigLIP SO400M at 384 pixels, which transformers and vLLM see as 27 x 27 patches."""
+    vision = right().vision_config.to_dict() | {"image_size": 50, "patch_size": 14}
+    config = ComposerConfig(**(right().to_dict() | {"vision_config": vision}))
+    assert config.side == 3
+    model = ComposerForConditionalGeneration(config)
+    frames = torch.zeros(2, 3, 50, 50)
+    for pool, tokens in ((1, 9), (2, 4)):
+        embeddings = model.video_embeddings(frames, torch.arange(2), [2], pool)
+        assert len(embeddings) == 2 * tokens == 2 * config.frame_tokens(pool)
 
 
 def test_a_configuration_survives_being_saved(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 from vllm_mm_ext.composer.training.clips import COLOURS, Clip, draw_clip
 from vllm_mm_ext.composer.training.folder import Conversation, load_sample
 from vllm_mm_ext.composer.training.frame_times import pick_seconds
+from vllm_mm_ext.composer.training.model import tiny_config
 from vllm_mm_ext.composer.training.questions import TASKS, Question, normalised, questions
 from vllm_mm_ext.composer.training.render import Frames, encode_clip, render_frames, render_sound
 from vllm_mm_ext.composer.training.samples import HELD_OUT, generated_sample
+from vllm_mm_ext.composer.training.tokenizer import build_tokenizer
 
 SIZE, RATE = 64, 16_000
 SEEDS = range(24)
@@ -214,7 +216,9 @@ def test_a_clip_survives_real_encoding(tmp_path: Path) -> None:
         assert container.streams.video[0].codec_context.name == "h264"
         assert container.streams.audio[0].codec_context.name == "aac"
     turns = (Question("all", "What?", "that"),)
-    sample = load_sample(Conversation(path, turns), 1000, 20, SIZE)
+    config = tiny_config(build_tokenizer())
+    config.fps = 20
+    sample = load_sample(Conversation(1, path.name, path, turns), config, 1000)
     assert len(sample.seconds) == 5 * 20
     drawn = render_frames(clip, sample.seconds, SIZE).astype(float)
     assert np.abs(sample.frames - drawn).mean() < 6

@@ -20,6 +20,7 @@ from vllm_mm_ext.composer.training.batches import (
 )
 from vllm_mm_ext.composer.training.compose import compose
 from vllm_mm_ext.composer.training.data import generated_batches
+from vllm_mm_ext.composer.training.evaluate import accuracy, held_out_samples
 from vllm_mm_ext.composer.training.model import fresh_model, tiny_config
 from vllm_mm_ext.composer.training.questions import Question
 from vllm_mm_ext.composer.training.samples import Sample
@@ -144,6 +145,8 @@ def test_a_model_that_hears_nothing_is_trained_without_sound() -> None:
     for _ in range(2):
         loss, _ = one.train_step()
         assert loss > 0
+    asked = accuracy(model, TOKENIZER, held_out_samples(1, 64, sound=False), [(2, 4)])
+    assert not set(asked["pool 2, temporal 4"]) & {"pitch", "glide", "on_screen"}
 
 
 def test_a_reduction_added_to_a_checkpoint_starts_from_fresh_weights(tmp_path: Path) -> None:

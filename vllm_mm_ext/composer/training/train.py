@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
-from vllm_mm_ext.composer.configuration import ComposerConfig
+from vllm_mm_ext.composer.configuration import ComposerConfig, register_config
 from vllm_mm_ext.composer.reference import ComposerForConditionalGeneration
 from vllm_mm_ext.composer.training.batches import check_shares_clips
 from vllm_mm_ext.composer.training.data import Ahead, folder_batches, generated_batches
@@ -193,6 +193,8 @@ def _start(
     if source is None:
         tokenizer = build_tokenizer()
         return fresh_model(tiny_config(tokenizer), seed), tokenizer
+    # Else transformers warns of a type it does not know.
+    register_config()
     tokenizer = AutoTokenizer.from_pretrained(source)
     if resume:
         # The weights come with the state.
