@@ -338,6 +338,7 @@ def test_a_folder_is_read_in_another_order_each_time_through(folder: Path) -> No
         ('{"video": "none.mp4", "turns": []}', "no file 'none.mp4'"),
         ('{"video": "a.mp4", "turns": []}', "at least one question"),
         ('{"video": "a.mp4", "turns": [{"question": "x", "answer": " "}]}', "must be text"),
+        ('{"video": "a.mp4", "turns": ["x"]}', "a turn must be"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:

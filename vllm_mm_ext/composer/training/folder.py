@@ -84,6 +84,8 @@ def _conversation(folder: Path, line: int, given: Any) -> Conversation:
         raise ValueError("turns must be a list of at least one question with its answer")
     asked = []
     for turn in turns:
+        if not isinstance(turn, dict):
+            raise ValueError(f'a turn must be {{"question", "answer"}}, got {turn!r}')
         question, answer = turn.get("question"), turn.get("answer")
         if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"question and answer must be text, got {turn!r}")
