@@ -20,10 +20,28 @@ def environment(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPa
         folder: For files of this function.
         monkeypatch: Puts another program in place of Python.
     """
-    program, told = folder / "python", folder / "environment"
-    program.write_text(f"#!/bin/sh\nenv > {told}\nexit 1\n")
+    _start(arguments, folder, monkeypatch)
+    return set((folder / "environment").read_text().splitlines())
+
+
+def flags(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of the server, as ``environment`` has its variables.
+
+    Args:
+        arguments, folder, monkeypatch: As for ``environment``.
+    """
+    _start(arguments, folder, monkeypatch)
+    return (folder / "arguments").read_text().splitlines()
+
+
+def _start(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = folder / "python"
+    program.write_text(
+        f"#!/bin/sh\ncd {folder}\nenv > environment\nprintf '%s\\n' \"$@\" > $$\n"
+        # At once, as several servers may do so.
+        "mv $$ arguments\nexit 1\n"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(server, "sys", SimpleNamespace(executable=str(program)))
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1, done.output
-    return set(told.read_text().splitlines())

@@ -1,36 +1,65 @@
-"""The environment of the servers that commands start for themselves."""
+"""What commands give to the servers that they start for themselves."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from server_environment import environment
+from server_environment import environment, flags
 
+from vllm_mm_ext.testing import media, named_model
 from vllm_mm_ext.testing.media import make_clip
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+# What fits a small model in tests, and not a model that a user names.
+SMALL = {"--kv-cache-memory-bytes", "--gpu-memory-utilization", "--enforce-eager"}
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    path = tmp_path / "clip.mp4"
+    make_clip(path, width=64, height=48, fps=4, duration=1.0)
+    return str(path)
 
 
 @pytest.mark.parametrize("command", ["demo --clip", "describe", "live --ask x --camera"])
 def test_a_server_of_ones_own_wants_no_key_and_is_offline(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = tmp_path / "clip.mp4"
-    make_clip(clip, width=64, height=48, fps=4, duration=1.0)
     monkeypatch.setenv("VLLM_API_KEY", "of another server")
-    found = environment([*command.split(), str(clip)], tmp_path, monkeypatch)
+    found = environment([*command.split(), clip], tmp_path, monkeypatch)
     assert {"VLLM_API_KEY=", *(f"{name}=1" for name in OFFLINE)} <= found
 
 
 @pytest.mark.parametrize("given", [None, "1"])
 def test_a_model_that_is_named_may_be_downloaded_unless_the_user_forbids_it(
-    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: str | None, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in OFFLINE:
         if given is None:
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, given)
-    found = environment(["demo", "--model", "org/model"], tmp_path, monkeypatch)
+    arguments = ["demo", "--clip", clip, "--model", "org/model"]
+    found = environment(arguments, tmp_path, monkeypatch)
     assert {f"{name}={given or 0}" for name in OFFLINE} <= found
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("command", ["demo --clip", "describe", "live --ask x --camera"])
+def test_vllm_sizes_and_compiles_a_model_that_is_named_unless_it_runs_on_a_cpu(
+    command: str, on_cpu: bool, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(named_model, "on_cpu", lambda: on_cpu)
+    arguments = [*command.split(), clip, "--model", "org/model"]
+    given = flags(arguments, tmp_path, monkeypatch)
+    assert "org/model" in given
+    assert SMALL & set(given) == (SMALL if on_cpu else set())
+
+
+@pytest.mark.parametrize("command", ["demo", "fleet"])
+def test_without_the_real_clips_a_generated_one_is_shown(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "real_clips", list)
+    assert "--allowed-local-media-path" in flags([command], tmp_path, monkeypatch)

@@ -35,9 +35,11 @@ _GROUP_GRACE_S = 5.0
 _TAIL_LINES = 40
 _EXCEPTION = re.compile(r"(?m)(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 
-# A KV cache that fits next to others. Said in bytes, vLLM does not ask for most of the memory to be
-# free when it starts.
+# A KV cache that fits next to others. Where its size is said in bytes, vLLM's share of memory has
+# one meaning left: a GPU worker refuses to start where so much is not free, 92 % by default. With a
+# small share, several servers start on one GPU.
 KV_CACHE_BYTES = 1 << 30
+_GPU_SHARE = "0.05"
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 # Offline, no telemetry. A key that the user has exported is for other servers: this one is on
 # loopback, and clients of it send none.
@@ -138,7 +140,7 @@ def serve(
         port: TCP port; default: a free one.
         log: Log file; default: a file in a temporary directory that goes when the block ends.
         enforce_eager: Skip compilation and graph capture.
-        kv_cache_bytes: Size of the KV cache; None: as ``args`` say.
+        kv_cache_bytes: Size of the KV cache; None: as ``args`` say, else as vLLM finds it.
         timeout_s: Seconds to wait for health.
         cores: Numbers of the cores that it may use; none: all.
 
@@ -155,7 +157,7 @@ def serve(
             # The console script of this very environment, without relying on PATH.
             *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", os.fspath(checkpoint)),
             *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
-            *([] if kv_cache_bytes is None else ["--kv-cache-memory-bytes", str(kv_cache_bytes)]),
+            *([] if kv_cache_bytes is None else _kv_cache(kv_cache_bytes)),
             *(["--enforce-eager"] if enforce_eager else []),
             *(
                 ["--additional-config", json.dumps(additional_config)]
@@ -286,6 +288,10 @@ def together(
             if start.exception() is None:
                 stack.push(manager)
         yield [start.result() for start in starts]
+
+
+def _kv_cache(num_bytes: int) -> list[str]:
+    return ["--kv-cache-memory-bytes", str(num_bytes), "--gpu-memory-utilization", _GPU_SHARE]
 
 
 def may_download() -> dict[str, str]:

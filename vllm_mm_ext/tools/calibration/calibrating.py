@@ -180,13 +180,6 @@ def server_arguments(model: Model, setting: Setting) -> list[str]:
     ]
 
 
-def on_cpu() -> bool:
-    """Whether vLLM would run a model on the CPU."""
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
 def calibrate(
     name: str,
     folder: Path,

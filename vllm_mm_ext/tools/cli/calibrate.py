@@ -59,13 +59,14 @@ def calibrate(
     from vllm_mm_ext.planner.calibration_file import write
     from vllm_mm_ext.planner.model_folder import ModelFilesError
     from vllm_mm_ext.testing.checkpoints import cache_root
+    from vllm_mm_ext.testing.named_model import on_cpu
     from vllm_mm_ext.testing.server import may_download
     from vllm_mm_ext.tools.calibration import calibrating
 
     folder = work_dir or cache_root() / "bench"
     try:
         setting = (
-            calibrating.Setting.usual(is_cpu=calibrating.on_cpu())
+            calibrating.Setting.usual(is_cpu=on_cpu())
             if config is None
             else calibrating.Setting.of(config)
         )

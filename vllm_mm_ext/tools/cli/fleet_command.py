@@ -30,21 +30,21 @@ def fleet(
     import yaml  # type: ignore[import-untyped]
 
     from vllm_mm_ext.testing.apart_servers import apart
-    from vllm_mm_ext.testing.media import bunny_path
     from vllm_mm_ext.testing.routers import installed, router
     from vllm_mm_ext.tools.cli.demo import config_for, shipped_model
+    from vllm_mm_ext.tools.cli.demo_quiz import usual_clip
 
     console = Console()
     model, config = shipped_model(), config_for(None, configs)
     if model is None or config is None:
         raise typer.BadParameter("needs the trained composer and the directory configs/")
-    clip = bunny_path().resolve()
     settings = yaml.safe_load(config.read_text())["additional-config"]["mm_ext"]
-    args = [
-        *("--config", str(config), "--allowed-local-media-path", str(clip.parent)),
-        *("--max-model-len", _CONTEXT, "--max-num-batched-tokens", _CONTEXT),
-    ]
     with ExitStack() as stack:
+        clip = usual_clip(Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
+        args = [
+            *("--config", str(config), "--allowed-local-media-path", str(clip.parent)),
+            *("--max-model-len", _CONTEXT, "--max-num-batched-tokens", _CONTEXT),
+        ]
         store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-mm-fleet-")))
         console.print(f"Starting one encoder and {engines} engines")
         found = stack.enter_context(

@@ -35,15 +35,14 @@ def own_server(model: str | None, configs: Path, args: Sequence[str] = ()) -> It
     Raises:
         ServerError: It does not start, or there is no model to serve.
     """
-    from vllm_mm_ext.testing.server import ServerError, may_download, serve
+    from vllm_mm_ext.testing.named_model import as_named
+    from vllm_mm_ext.testing.server import ServerError, serve
 
     served = model or shipped_model()
     if served is None:
         raise ServerError("the package has no model of its own; name one with --model")
     config = config_for(model, configs)
     given = ["--config", str(config)] if config is not None else []
-    env = may_download() if model else {}
-    with serve(
-        served, plugin=True, args=[*given, *args], env=env, timeout_s=1800 if model else 300
-    ) as server:
+    named = as_named() if model else {}
+    with serve(served, plugin=True, args=[*given, *args], **named) as server:
         yield server
