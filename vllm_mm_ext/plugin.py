@@ -260,6 +260,7 @@ def register() -> list[FeatureStatus]:
     reason = vllm_compat.check_version()
     if reason is not None:
         vllm_compat.logger.warning("mm_ext: %s; features are checked one by one", reason)
+    vllm_compat.warn_if_unnamed()
     return vllm_compat.activate(FEATURES)
 
 

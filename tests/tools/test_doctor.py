@@ -15,12 +15,14 @@ from vllm_mm_ext.adapters.media import request_budgets
 from vllm_mm_ext.adapters.names import encoder_cache_names as vllm_names_encoder_cache
 from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.scheduler import choice
+from vllm_mm_ext.adapters.vllm_compat import UNNAMED
 from vllm_mm_ext.tools.cli import doctor as doctor_module
 from vllm_mm_ext.tools.cli.doctor import (
     check_bounds,
     check_engine_parts,
     check_features,
     check_gpu_decoding,
+    check_registration,
 )
 from vllm_mm_ext.tools.cli.main import app
 
@@ -100,6 +102,25 @@ def test_versions_outside_their_bounds_are_named(monkeypatch: pytest.MonkeyPatch
     details = [finding.detail for finding in check_bounds()]
     assert details
     assert all("5.24.0 is outside" in detail for detail in details)
+
+
+@pytest.mark.parametrize(
+    ("value", "ok", "detail"),
+    [
+        (None, True, UNNAMED),
+        ("other,mm_ext", True, "'other,mm_ext'"),
+        ("", False, "'' does not name mm_ext: the plugin is off"),
+    ],
+)
+def test_what_vllm_loads_of_the_plugin_is_told(
+    value: str | None, ok: bool, detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", value)
+    (found,) = (one for one in check_registration() if one.name == "VLLM_PLUGINS")
+    assert (found.ok, found.detail) == (ok, detail)
 
 
 def test_the_changes_to_vllm_can_be_listed() -> None:

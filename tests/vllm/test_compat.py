@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +23,45 @@ from vllm_mm_ext.plugin import FEATURES, register
 def test_every_feature_is_active_on_the_supported_vllm() -> None:
     assert vllm_compat.check_version() is None
     assert [status.reason for status in register() if not status.active] == []
+
+
+# An engine, the process that serves, and servers whose VLLM_PLUGINS is set.
+PROCESSES = """
+import multiprocessing, os
+from vllm_mm_ext.adapters.vllm_compat import warn_if_unnamed
+
+engine = multiprocessing.get_context("fork").Process(target=warn_if_unnamed)
+engine.start()
+engine.join()
+os.write(2, b"in an engine")
+warn_if_unnamed()
+os.write(2, b"in the server")
+for value in ("", "other", "mm_ext"):
+    os.environ["VLLM_PLUGINS"] = value
+    warn_if_unnamed.cache_clear()
+    warn_if_unnamed()
+"""
+
+
+def test_only_the_process_that_serves_says_that_the_plugin_is_not_named() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    command = [sys.executable, "-c", PROCESSES]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    in_engine, _, later = done.stderr.partition("in an engine")
+    in_server, _, named = later.partition("in the server")
+    told = [vllm_compat.UNNAMED in said for said in (in_engine, in_server, named)]
+    assert told == [False, True, False]
+
+
+def test_a_plugin_that_is_not_named_says_once_what_of_it_is_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    vllm_compat.warn_if_unnamed.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
+        register()
+        vllm_compat.warn_if_unnamed()
+    assert caplog.text.count(vllm_compat.UNNAMED) == 1
 
 
 def test_registering_twice_installs_once() -> None:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from packaging.version import Version
@@ -40,6 +42,14 @@ BELOW_VERSION = Version("0.34")
 CONNECTOR_NAME = "mm_ext"
 LOADER_NAME = "mm_ext"
 CONNECTOR_ENV = "VLLM_MEDIA_CONNECTOR"
+PLUGINS_ENV = "VLLM_PLUGINS"
+#: What holds where ``VLLM_PLUGINS`` is not set: vLLM wants only HTTP plugins to be named.
+UNNAMED = (
+    "VLLM_PLUGINS is not set. vLLM then loads every installed plugin, this one too, but without "
+    "its part of the HTTP server: response headers, metrics of requests and media, /mm_ext/ "
+    "routes, live sessions. VLLM_PLUGINS=mm_ext turns all of it on; VLLM_PLUGINS= (empty, or a "
+    "list without mm_ext) turns all of it off."
+)
 _MODELS = "vllm.model_executor.models:ModelRegistry.models"
 
 T = TypeVar("T")
@@ -93,6 +103,14 @@ def check_version() -> str | None:
     if not MIN_VERSION <= Version(version.base_version) < BELOW_VERSION:
         return f"vLLM {version} is outside the supported range >={MIN_VERSION},<{BELOW_VERSION}"
     return None
+
+
+@cache
+def warn_if_unnamed() -> None:
+    """Log, once in a service, that vLLM loaded the plugin in part and without being told to."""
+    # Engines, workers and further API servers are children of the process that said it.
+    if PLUGINS_ENV not in os.environ and multiprocessing.parent_process() is None:
+        logger.warning("mm_ext: %s", UNNAMED)
 
 
 def activate(features: Iterable[Feature]) -> list[FeatureStatus]:

@@ -141,19 +141,13 @@ def check_registration() -> list[Finding]:
         found = "mm_ext" in names
         detail = "" if found else "entry point missing: reinstall vllm-mm-ext"
         findings.append(Finding(f"entry point {group}", found, detail, fatal=True))
-    allowed = os.environ.get("VLLM_PLUGINS")
+    allowed = os.environ.get(vllm_compat.PLUGINS_ENV)
     if allowed is None:
-        findings.append(
-            Finding(
-                "VLLM_PLUGINS",
-                True,
-                "not set: the HTTP endpoints stay off until it names mm_ext",
-            )
-        )
+        findings.append(Finding(vllm_compat.PLUGINS_ENV, True, vllm_compat.UNNAMED))
     else:
         named = "mm_ext" in allowed.split(",")
         detail = f"{allowed!r}" + ("" if named else " does not name mm_ext: the plugin is off")
-        findings.append(Finding("VLLM_PLUGINS", named, detail))
+        findings.append(Finding(vllm_compat.PLUGINS_ENV, named, detail))
     connector = os.environ.get(vllm_compat.CONNECTOR_ENV, vllm_compat.CONNECTOR_NAME)
     ours = connector == vllm_compat.CONNECTOR_NAME
     detail = "" if ours else f"{connector!r} is selected: the front-end is off"
@@ -163,13 +157,14 @@ def check_registration() -> list[Finding]:
 
 def check_features() -> list[Finding]:
     """Activate every hook in this process and report each, with the reason where one is off."""
-    from vllm_mm_ext.plugin import register
+    # Not `register`, which logs what is a finding of its own here.
+    from vllm_mm_ext.plugin import FEATURES
 
     return [
         Finding(
             status.name, status.active, "" if status.active else f"{status.what}: {status.reason}"
         )
-        for status in register()
+        for status in vllm_compat.activate(FEATURES)
     ]
 
 
@@ -222,9 +217,9 @@ def show_patches(console: Console) -> None:
     """What the plugin changes in vLLM and why, which vLLM needs it, and when it can go."""
     from vllm_mm_ext.adapters.patch_list import PATCHES, is_made
     from vllm_mm_ext.adapters.patches import ledger
-    from vllm_mm_ext.plugin import register
+    from vllm_mm_ext.plugin import FEATURES
 
-    register()
+    vllm_compat.activate(FEATURES)
     made = ledger()
     for patch in PATCHES:
         done = is_made(patch, made.get(patch.feature, ()))
