@@ -86,6 +86,7 @@ def make_fetcher() -> Iterator[MakeFetcher]:
             "budget": MediaBudget(1 << 30),
             "encoded_cache": cache,
             "download_limit_bytes": None,
+            "local_limit_bytes": None,
             "max_retries": 1,
             "retry_pause_s": 0.0,
         }

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import copy_context
+from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from vllm.exceptions import VLLMError
 from vllm.multimodal.media import MediaConnector
 
 from vllm_mm_ext.adapters import runtime as runtime_module
+from vllm_mm_ext.adapters.error_answers import RefusedMediaError
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector
 from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime
 from vllm_mm_ext.config.root import MMExtConfig
@@ -41,6 +43,7 @@ MIB = 1 << 20
 MODALITIES = ("image", "video", "audio")
 WIDTH, HEIGHT = 64, 48
 Limit = pytest.MonkeyPatch
+LOCAL = {"mm_ext": {"media": {"fetch": {"max_local_mb": 1}, "decode": {"workers": 1}}}}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,28 @@ def test_download_size(
     for connector in connectors():
         fetch(connector, modality, fits)
         for url in (larger, unannounced):
-            refused(connector, modality, url)
+            error = refused(connector, modality, url)
+            if isinstance(connector, MMExtMediaConnector):
+                assert isinstance(error, RefusedMediaError)
+                assert error.http_status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+                assert "limit is 1048576 bytes (VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB)" in str(error)
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_local_files_and_media_within_a_request_are_as_large_as_the_configuration_says(
+    media: dict[str, Path], modality: str
+) -> None:
+    folder = media[modality].parent
+    attach_runtime(MMExtConfig.from_additional_config(LOCAL), ModelTraits())
+    connector = MMExtMediaConnector(allowed_local_media_path=str(folder))
+    file = folder / f"long{media[modality].suffix}"
+    for size in (MIB, MIB + 1):
+        file.write_bytes(padded(media[modality], size))
+        for url in (file.as_uri(), data_url(modality, file.read_bytes())):
+            if size == MIB:
+                fetch(connector, modality, url)
+            else:
+                assert "(mm_ext.media.fetch.max_local_mb)" in str(refused(connector, modality, url))
 
 
 @pytest.mark.parametrize("modality", MODALITIES)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from vllm_mm_ext.adapters.error_answers import answer_to
 from vllm_mm_ext.adapters.long_video.state import LongVideoState
+from vllm_mm_ext.adapters.media.byte_limits import download_limit, local_limit
 from vllm_mm_ext.adapters.media.media_records import MediaRecords
 from vllm_mm_ext.adapters.serving.encoder_asks import EncoderAsks
 from vllm_mm_ext.adapters.sight.recorder import Recorder
@@ -105,8 +106,8 @@ class Runtime:
                     user_agent=f"vLLM/{vllm_version}",
                     encoded_cache=self._encoded,
                     budget=self.budget,
-                    # As in vLLM, zero or less means no limit.
-                    download_limit_bytes=max(envs.VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB, 0) * MIB or None,
+                    download_limit_bytes=download_limit(),
+                    local_limit_bytes=local_limit(self.config.media.fetch),
                     max_retries=envs.VLLM_MEDIA_FETCH_MAX_RETRIES,
                     download_cache=_download_cache(),
                     allow_private_addresses=self.config.media.fetch.private_addresses == "allow",

@@ -137,7 +137,9 @@ class DecodeConfig(Section):
         8192 * 4320, ge=1 << 10, description="Pixels of one source frame; larger is refused."
     )
     max_duration_s: float = Field(
-        4 * 3600.0, gt=0, description="Seconds of video; longer is refused."
+        4 * 3600.0,
+        gt=0,
+        description="Seconds of video; longer is refused, by `long_video` too.",
     )
     max_output_mb: int = Field(
         1024,
@@ -176,15 +178,23 @@ class CacheConfig(Section):
 
 
 class FetchConfig(Section):
-    """Where media may be downloaded from, beside vLLM's `--allowed-media-domains`.
+    """Where media may come from, beside vLLM's `--allowed-media-domains`, and how large they are.
 
     Link-local addresses and the metadata services of clouds are refused whatever is set here.
+    The size of downloads is bounded by vLLM's VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB (256).
     """
 
     private_addresses: Literal["allow", "refuse"] = Field(
         "allow",
         description="`allow`: as stock vLLM, clients may name loopback and private addresses. "
         "`refuse`: not those; for servers whose clients are not trusted.",
+    )
+    max_local_mb: int = Field(
+        4096,
+        ge=1,
+        le=1 << 20,
+        description="Of a local file, or of a `data:` URL, MiB: larger video and sound is refused. "
+        "All of a file is in memory while it is decoded.",
     )
 
 

@@ -152,11 +152,13 @@ names are not held here, or the prompt does not fit the model's context. | no; w
 | 409 | Only at encoder instances ([fleet-encoders.md](fleet-encoders.md)): the server that asks \
 makes other segments. | no |
 | 410 | The operator took the media down meanwhile ([admin.md](admin.md)). | no |
-| 413 | The media has more bytes, pixels, frames or seconds than a limit. | no; less of it |
+| 413 | The media has more bytes, pixels, frames or seconds than a limit, which the message names. \
+| no; less of it |
 | 415 | The format is none that is taken: pictures, subtitles. | no |
 | 421 | The server is an encoder instance, which answers nothing. | at an engine, or the router |
 | 422 | The URL names no file, or its origin answers 4xx; the file is no media, damaged, without \
-the stream asked for, takes too long to decode, or makes the decoder crash. | no |
+the stream asked for, takes too long to decode, or makes the decoder crash. On vLLM 0.33 also: the \
+downloads of the request are together larger than `VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB`. | no |
 | 500 | The server's own fault; its log has the cause. | no |
 | 502 | The origin of the media fails, or changes the media while it is read. | later |
 | 503 | The server has no room at present, had too little time for a decode beside others, or has \

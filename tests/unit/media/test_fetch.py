@@ -59,6 +59,7 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
             "loop": LoopThread("fetch"),
             "budget": MediaBudget(1 << 30),
             "download_limit_bytes": 64 << 20,
+            "local_limit_bytes": None,
             "max_retries": 1,
             "retry_pause_s": 0.01,
         }

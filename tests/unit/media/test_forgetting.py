@@ -35,6 +35,7 @@ async def test_a_forgotten_file_is_in_no_cache_and_others_are(tmp_path: Path, by
         user_agent="test",
         encoded_cache=ByteBudgetCache(1 << 20, lambda blob: blob.size),
         download_limit_bytes=None,
+        local_limit_bytes=None,
         loop=loop,
         budget=MediaBudget(1 << 20, 10.0),
         download_cache=DownloadCacheSettings(tmp_path / "cache", 1 << 20, 1e6),

@@ -51,6 +51,7 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
             user_agent="test/1",
             encoded_cache=cache,
             download_limit_bytes=256 * MIB,
+            local_limit_bytes=None,
             max_retries=max_retries,
             retry_pause_s=0.01,
             loop=LoopThread("fetch"),

@@ -155,7 +155,9 @@ def test_without_its_index_a_file_is_unreadable_and_with_it_the_first_part_count
 
 def test_limits_name_themselves(tmp_path):
     clip = make_clip(tmp_path / "a.mp4", duration=2)
-    with pytest.raises(MediaTooLongError, match=r"limit of 1 s"):
+    with pytest.raises(
+        MediaTooLongError, match=r"limit of 1 s \(mm_ext.media.decode.max_duration_s\)"
+    ):
         probe(str(clip.path), DecodeLimits(max_duration_s=1.0))
     with pytest.raises(MediaTooLargeError, match=r"limit of 1000 pixels"):
         probe(str(clip.path), DecodeLimits(max_pixels=1000))

@@ -9,12 +9,12 @@ from typing import Any
 
 from vllm import envs
 from vllm.multimodal.media import MediaConnector
-from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.media.byte_limits import audio_limit
 from vllm_mm_ext.adapters.media.downloads import StockDownloads
 from vllm_mm_ext.adapters.media.media_records import recorded_or_decoded
 from vllm_mm_ext.adapters.media.noted_media import (
@@ -268,7 +268,7 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
             lambda content: runtime.frontend.audio(content, context.options.audio_stream),
             claim=context.budget_claim(runtime.budget),
             timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
-            max_bytes=AudioMediaIO().get_max_bytes(),
+            max_bytes=audio_limit(),
         )
 
     def fetcher(self, runtime: Runtime) -> MediaFetcher:

@@ -362,7 +362,8 @@ def _uneven(gaps: npt.NDArray[np.float64], unit: float) -> bool:
 def _check_duration(seconds: float, limits: DecodeLimits) -> None:
     if limits.max_duration_s and seconds > limits.max_duration_s:
         raise MediaTooLongError(
-            f"The video lasts {seconds:.1f} s, past the limit of {limits.max_duration_s:g} s.",
+            f"The video lasts {seconds:.1f} s, past the limit of {limits.max_duration_s:g} s "
+            "(mm_ext.media.decode.max_duration_s).",
             parameter="video_url",
             value=round(seconds, 3),
         )

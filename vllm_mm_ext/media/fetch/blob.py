@@ -21,6 +21,22 @@ _HAS_MEMFD = hasattr(os, "memfd_create")
 _READ_CHUNK = 1 << 20
 
 
+class ByteLimit(int):
+    """A limit in bytes that knows its name.
+
+    Attributes:
+        setting: The setting or the variable that it comes from, for messages.
+    """
+
+    setting: str
+
+    def __new__(cls, num_bytes: int, setting: str) -> ByteLimit:
+        """See the class."""
+        limit = super().__new__(cls, num_bytes)
+        limit.setting = setting
+        return limit
+
+
 class Blob:
     """An encoded file in memory that cannot change, behind a file descriptor.
 
@@ -154,8 +170,10 @@ class BlobWriter:
 def check_size(size: int, max_bytes: int | None, what: str = "The media") -> None:
     """Raise ``MediaTooLargeError`` naming the limit when ``size`` is past ``max_bytes``."""
     if max_bytes is not None and size > max_bytes:
+        source = f" ({max_bytes.setting})" if isinstance(max_bytes, ByteLimit) else ""
         raise MediaTooLargeError(
-            f"{what} has at least {size} bytes; the limit is {max_bytes} bytes.", value=size
+            f"{what} has at least {size} bytes; the limit is {max_bytes} bytes{source}.",
+            value=size,
         )
 
 
