@@ -1,4 +1,4 @@
-"""The pages of the documentation name files that exist."""
+"""The pages of the documentation name files that exist, and their tables are whole."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def test_a_page_names_python_files_and_folders_that_exist(page: Path, paths: set
 def test_links_of_a_page_lead_to_files(page: Path) -> None:
     targets = set(_LINK.findall(page.read_text()))
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_row_of_a_table_is_one_line(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert not [line for line in lines if line.startswith("|") != line.endswith("|")]

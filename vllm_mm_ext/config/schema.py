@@ -113,7 +113,8 @@ def _written(value: Any) -> str:
         return f"{{{inner}}}"
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_written, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    # A line break would end a row of the tables.
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("\n", "\\n")
 
 
 def iter_fields(
