@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.tools.bench import commands as registry
 from vllm_mm_ext.tools.bench.bench_cli import app
-from vllm_mm_ext.tools.bench.bench_clips import cached_clip, variant
+from vllm_mm_ext.tools.bench.bench_clips import cached_clip, other_pictures, variant
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
 from vllm_mm_ext.tools.bench.inprocess import Measurer
 from vllm_mm_ext.tools.bench.load_ramp import PHASES, timetable
@@ -47,6 +47,11 @@ def test_row_holds_medians_ratio_and_every_run() -> None:
 @pytest.mark.parametrize(("stock", "plugin"), [([], [1.0]), ([0.0], [1.0]), ([1.0], []), ([], [])])
 def test_ratio_is_none_where_it_means_nothing(stock: list[float], plugin: list[float]) -> None:
     assert Row.of("x", "ms", stock=stock, plugin=plugin).ratio is None
+
+
+def test_sides_that_did_different_work_have_no_ratio() -> None:
+    row = Row.of("x", "count", stock=[2.0], plugin=[3.0]).without_ratio()
+    assert (row.stock, row.plugin, row.ratio) == (2.0, 3.0, None)
 
 
 def test_json_is_a_list_of_rows(tmp_path: Path) -> None:
@@ -88,11 +93,19 @@ def test_a_variant_has_other_bytes_and_the_same_frames(tmp_path: Path) -> None:
     assert cached_clip(tmp_path, width=64, height=48, duration=0.5, gop=30) == clip
     copies = [variant(clip, tmp_path / f"{number}.mp4", number) for number in range(2)]
     assert len({file.read_bytes() for file in (clip, *copies)}) == 3
-    frames = []
-    for file in (clip, *copies):
-        with av.open(str(file)) as container:
-            frames.append([frame.to_ndarray().tobytes() for frame in container.decode(video=0)])
+    frames = [_frames(file) for file in (clip, *copies)]
     assert frames[0] == frames[1] == frames[2]
+
+
+def test_clips_of_other_numbers_have_no_picture_in_common(tmp_path: Path) -> None:
+    size = {"width": 64, "height": 48, "duration": 3.0}
+    found = [_frames(other_pictures(tmp_path, number, **size)) for number in range(3)]
+    assert len({frame for frames in found for frame in frames}) == 3 * 12
+
+
+def _frames(file: Path) -> list[bytes]:
+    with av.open(str(file)) as container:
+        return [frame.to_ndarray().tobytes() for frame in container.decode(video=0)]
 
 
 def test_arrivals_of_a_ramp_follow_its_phases() -> None:

@@ -20,6 +20,14 @@ def minute_720p(work_dir: Path, *, sound: bool = False) -> Path:
     return cached_clip(work_dir, width=1280, height=720, duration=60.0, gop=250, sound=sound)
 
 
+def other_minute_720p(work_dir: Path, number: int) -> Path:
+    """As ``minute_720p``, without a picture in common with it or with those of other numbers.
+
+    Made on first use in some ten seconds, and kept.
+    """
+    return cached_clip(work_dir, width=1280, height=720, duration=60.0, gop=250, seed=2000 + number)
+
+
 def ten_minutes_720p(work_dir: Path) -> Path:
     """10 min of 1280x720 H.264 at 30 fps, a keyframe every 60 frames.
 
@@ -79,7 +87,8 @@ def variant(source: Path, target: Path, number: int) -> Path:
     """A copy that decodes to the same frames and has other bytes.
 
     An ISO media ``free`` box (ISO/IEC 14496-12, 8.1.2) with the number in it is appended; readers
-    skip such boxes. Caches keyed by file see a new video, those keyed by pictures do not.
+    skip such boxes. Caches keyed by file see a new video, those keyed by pictures do not: the
+    plugin's engine has it already. Where engines are compared, ``other_pictures`` are needed.
     """
     payload = f"variant {number}".encode()
     box = struct.pack(">I4s", 8 + len(payload), b"free") + payload

@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.origin import Origin
 from vllm_mm_ext.testing.server import Server, serve_both
-from vllm_mm_ext.tools.bench.bench_clips import minute_720p, variant
+from vllm_mm_ext.tools.bench.bench_clips import other_minute_720p
 from vllm_mm_ext.tools.bench.chat import Answer, ask, conversation
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
 
@@ -35,35 +35,41 @@ def server_args(media_dir: Path) -> list[str]:
 def run(context: BenchContext) -> BenchResult:
     """Turns 1-5 of a growing conversation about a 60 s 720p video, from a file and over http.
 
-    Both servers run side by side and take turns, one request at a time; each repeat has a new
-    video, and stock goes first in every other repeat.
+    Both servers run side by side and take turns, one request at a time; each repeat and source has
+    a video whose pictures neither server has seen, and stock goes first in every other repeat.
     """
     model = checkpoint("qwen2_5_omni")
-    clip = minute_720p(context.work_dir)
+    with context.steps("clips", 1 + 2 * context.repeats) as begin:
+        clips = []
+        for number in range(1 + 2 * context.repeats):
+            begin(str(number + 1))
+            clips.append(other_minute_720p(context.work_dir, number))
     answers: dict[tuple[str, str, int], list[Answer]] = defaultdict(list)
     downloads: dict[str, list[float]] = defaultdict(list)
+    encoded: list[float] = []
     with contextlib.ExitStack() as stack:
-        media = stack.enter_context(context.scratch())
         origin = stack.enter_context(Origin())
-        both = stack.enter_context(serve_both(model, args=server_args(media)))
+        both = stack.enter_context(serve_both(model, args=server_args(context.work_dir)))
         servers = dict(zip(_SIDES, both, strict=True))
         # The first video request of a server pays for lazy imports and worker starts.
-        _warm_up(servers, variant(clip, media / "warm-up.mp4", -1))
+        _warm_up(servers, clips.pop())
         begin = stack.enter_context(context.steps("followup", 2 * context.repeats * len(_SIDES)))
         for repeat in range(context.repeats):
+            local, remote = clips[2 * repeat : 2 * repeat + 2]
+            url = origin.serve_file(remote)
             for side in _SIDES if repeat % 2 == 0 else _SIDES[::-1]:
                 begin(f"file, {side}, repeat {repeat + 1}")
-                file = variant(clip, media / f"{side}-{repeat}-file.mp4", 2 * repeat)
-                for turn, answer in _turns(servers[side], file.as_uri()):
+                known = encoded_tokens(servers["plugin"])
+                for turn, answer in _turns(servers[side], local.as_uri()):
                     answers["file", side, turn].append(answer)
                 begin(f"http, {side}, repeat {repeat + 1}")
-                file = variant(clip, media / f"{side}-{repeat}-http.mp4", 2 * repeat + 1)
-                url = origin.serve_file(file)
                 for turn, answer in _turns(servers[side], url):
                     answers["http", side, turn].append(answer)
                     if turn == 1:
-                        first = origin.statuses[f"/{file.name}", 200]
-                downloads[side].append(origin.statuses[f"/{file.name}", 200] - first)
+                        first = origin.statuses[f"/{remote.name}", 200]
+                downloads[side].append(origin.statuses[f"/{remote.name}", 200] - first)
+                if side == "plugin":
+                    encoded.append((encoded_tokens(servers[side]) - known) / 2)
     rows = []
     for source in ("file", "http"):
         for turn in range(1, TURNS + 1):
@@ -78,6 +84,7 @@ def run(context: BenchContext) -> BenchResult:
             plugin=[100 * a.stages.get("preprocess", 0.0) / a.ttft_s for a in first_turns],
         )
     )
+    rows.append(Row.of("tokens encoded of a video, in all its turns", "tokens", plugin=encoded))
     tokens = {side: answers["file", side, 1][0].prompt_tokens for side in _SIDES}
     notes = [
         f"tiny Qwen2.5-Omni, 32 frames; prompt of turn 1: {tokens['stock']} tokens stock, "
@@ -91,6 +98,11 @@ def _warm_up(servers: dict[str, Server], file: Path) -> None:
     for server in servers.values():
         for _ in _turns(server, file.as_uri(), 2):
             pass
+
+
+def encoded_tokens(server: Server) -> float:
+    """Tokens that have gone through the encoders of a server with the plugin."""
+    return server.metric("mm_ext_encoder_tokens_total")
 
 
 def _turns(server: Server, url: str, turns: int = TURNS) -> Iterator[tuple[int, Answer]]:

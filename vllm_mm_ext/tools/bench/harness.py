@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,7 +27,8 @@ class Row:
         unit: Unit of every number (``s``, ``ms``, ``MiB``, ``count``...).
         stock: Median over the stock runs; None where stock has no such thing.
         plugin: Median over the plugin runs; None where only stock was measured.
-        ratio: ``plugin / stock``; None unless both were measured and stock is not 0.
+        ratio: ``plugin / stock``; None unless both were measured and stock is not 0, and where the
+            sides did different work.
         runs: Every single measurement: ``{"stock": [...], "plugin": [...]}``, in run order.
     """
 
@@ -50,6 +51,10 @@ class Row:
             ratio = plugin_median / stock_median
         runs = {"stock": [float(v) for v in stock], "plugin": [float(v) for v in plugin]}
         return cls(name, unit, stock_median, plugin_median, ratio, runs)
+
+    def without_ratio(self) -> Row:
+        """The row of sides that did different work: a ratio would say nothing."""
+        return replace(self, ratio=None)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as written to JSON: ``{name, unit, stock, plugin, ratio, runs}``."""

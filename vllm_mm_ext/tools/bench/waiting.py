@@ -37,7 +37,7 @@ class Outcome:
 
     Attributes:
         growth: Highest memory of the API server less that before, memory files included, in bytes.
-        seconds: From the first request to the last answer.
+        seconds: From the first request until each has an answer, a refusal, or is lost.
         statuses: Answers by status; ``lost`` for requests without one.
         hasty: Answers with 503 and no Retry-After.
     """
@@ -196,10 +196,11 @@ def _summary(
             {side: [o.growth / MIB for o in made] for side, made in outcomes.items()},
         ),
         row(
-            "all answered",
+            "until the last answer, refusal or loss",
             "s",
             {side: [o.seconds for o in made] for side, made in outcomes.items()},
-        ),
+            # Who refuses at once is done soon.
+        ).without_ratio(),
     ]
     seen = {status for made in outcomes.values() for o in made for status in o.statuses}
     rows += [
@@ -221,6 +222,8 @@ def _summary(
         f"{requests} requests at once, each with a {mb} MiB video of its own from a local origin",
         f"plugin budgets in MiB: {cache}; together {total}, so at most {total + ALLOWANCE_MB} MiB "
         "of growth is expected",
+        "all files show the same pictures, which the engines of both sides encode once: what is "
+        "looked at is fetching, decoding and the memory of both",
         "memory: proportional set size and bytes in memory files",
     ]
     return BenchResult("waiting", rows, notes)
