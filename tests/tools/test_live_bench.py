@@ -25,9 +25,10 @@ from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult
 from vllm_mm_ext.tools.bench.live_answers import shown_clips
 from vllm_mm_ext.tools.bench.live_bench import PARTS
 from vllm_mm_ext.tools.bench.live_feed import made_feed, play
+from vllm_mm_ext.tools.bench.live_load import Talk
 from vllm_mm_ext.tools.bench.live_nonsense import messages
 from vllm_mm_ext.tools.bench.live_sides import as_messages
-from vllm_mm_ext.tools.bench.live_timing import forget_last, options
+from vllm_mm_ext.tools.bench.live_timing import first_token_at, forget_last, options
 from vllm_mm_ext.tools.cli.live_client import RATE, live_session
 
 
@@ -112,3 +113,23 @@ async def test_the_same_conversation_is_asked_again_once_the_answer_is_forgotten
             assert (await session.respond()).text.split() == ["two", "words"]
             await forget_last(session)
             assert session.items == items
+
+
+async def test_answers_without_text_are_timed_by_their_end_and_failed_ones_are_counted_apart() -> (
+    None
+):
+    talk = Talk()
+    async with live_front() as (url, *_), live_session(url, None) as session:
+        await session.update(**options())
+        for text in (" ", "break", "two words"):
+            await play(session, made_feed(0.2, 0.0, seed=5), speed=50.0)
+            await session.say(text)
+            await talk.ask(session)
+        empty, broken, spoken = session.answers
+    assert (empty.text, empty.status, broken.status) == ("", "completed", "failed")
+    assert spoken.text.split() == ["two", "words"]
+    assert talk.failed == 1
+    assert len(talk.first_ms) == 2
+    assert min(talk.first_ms) > 0
+    with pytest.raises(RuntimeError, match="failed: It broke"):
+        first_token_at(broken)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -23,7 +23,7 @@ from vllm_mm_ext.tools.bench.harness import Row, percentile
 from vllm_mm_ext.tools.bench.live_feed import Feed, made_feed, play
 from vllm_mm_ext.tools.bench.live_nonsense import messages
 from vllm_mm_ext.tools.bench.live_sides import Study, omni_server
-from vllm_mm_ext.tools.bench.live_timing import options
+from vllm_mm_ext.tools.bench.live_timing import ANSWERED, first_token_at, options
 from vllm_mm_ext.tools.bench.long_video_client import requests_in_engine
 from vllm_mm_ext.tools.bench.long_video_text import Texts
 from vllm_mm_ext.tools.bench.mixed_engine import TEXT_EVERY_TOKENS
@@ -77,6 +77,29 @@ class Held:
         )
 
 
+@dataclass
+class Talk:
+    """What sessions were answered.
+
+    Attributes:
+        first_ms: Milliseconds from each commit to the first token.
+        failed: Answers that the server began and did not bring to an end.
+    """
+
+    first_ms: list[float] = field(default_factory=list)
+    failed: int = 0
+
+    async def ask(self, session: LiveSession) -> None:
+        """Commit what a session was sent, ask for an answer, and note it."""
+        await session.commit()
+        answer = await session.respond()
+        if answer.status not in ANSWERED:
+            self.failed += 1
+            return
+        assert answer.asked is not None
+        self.first_ms.append(1e3 * (first_token_at(answer) - answer.asked))
+
+
 def live_stats(server: Server) -> Mapping[str, Any]:
     """The server's own counters of live sessions."""
     found: Mapping[str, Any] = json.loads(server.get("/mm_ext/stats"))["live"]
@@ -100,6 +123,7 @@ def sessions(study: Study) -> list[Row]:
     late: list[float] = []
     total: list[float] = []
     firsts: list[float] = []
+    failed = 0
     texts = Texts(study.omni, 0)
     every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
     target_ms = _TARGET * 1e3 * percentile(texts.stream(every_s), 99)
@@ -114,7 +138,7 @@ def sessions(study: Study) -> list[Row]:
             every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
             alone.append(1e3 * percentile(texts.stream(every_s), 99))
             before = live_stats(server)
-            with _talking(server, SESSIONS) as talked:
+            with _talking(server, SESSIONS) as talk:
                 # Until all have begun.
                 time.sleep(_TURN_S)
                 beside.append(1e3 * percentile(texts.stream(every_s), 99))
@@ -122,7 +146,8 @@ def sessions(study: Study) -> list[Row]:
             total.append(after["units"] - before["units"])
             late.append(after["late_units"] - before["late_units"])
             worst.append(after["worst_late_s"])
-            firsts += talked
+            firsts += talk.first_ms
+            failed += talk.failed
     study.notes.append(
         f"sessions: {SESSIONS} of a tiny Omni, each with sound and 1 picture a second in real "
         f"time, a turn of {_TURN_S:g} s after another; late: a unit that was in KV later than one "
@@ -135,6 +160,7 @@ def sessions(study: Study) -> list[Row]:
     return [
         Row.of(f"{name}: units appended, late", "count", stock=total, plugin=late),
         Row.of(f"{name}: the latest unit, behind its end", "s", plugin=[max(worst)]),
+        Row.of(f"{name}: answers, failed", "count", stock=[len(firsts)], plugin=[failed]),
         Row.of(f"{name}: commit to first token, median", "ms", plugin=[float(np.median(firsts))]),
         Row.of(f"{name}: commit to first token, p99", "ms", plugin=[percentile(firsts, 99)]),
         Row.of("text ITL p99: alone, beside them", "ms", stock=alone, plugin=beside),
@@ -163,9 +189,9 @@ def _unit_cpu(server: Server) -> list[Row]:
 
 
 @contextmanager
-def _talking(server: Server, count: int) -> Iterator[list[float]]:
-    """So many sessions while the block runs; milliseconds from a commit to the first token."""
-    firsts: list[float] = []
+def _talking(server: Server, count: int) -> Iterator[Talk]:
+    """So many sessions while the block runs, and what they are answered."""
+    talk = Talk()
     feeds = [made_feed(_TALK_S, 1.0, 200 + seed) for seed in range(_FEEDS)]
     over: list[bool] = []
 
@@ -179,20 +205,18 @@ def _talking(server: Server, count: int) -> Iterator[list[float]]:
                 # Sessions that share a feed are a few seconds of it apart.
                 await play(session, feed, start, start + _TURN_S, offset=turn * _TURN_S - start)
                 turn += 1
-                await session.commit()
-                answer = await session.respond()
-                firsts.append(1e3 * (answer.first_token_s or 0.0))
+                await talk.ask(session)
 
     async def everyone() -> None:
         await asyncio.gather(*(one(number) for number in range(count)))
 
     with ThreadPoolExecutor(1) as pool:
-        talk = pool.submit(asyncio.run, everyone())
+        talking = pool.submit(asyncio.run, everyone())
         try:
-            yield firsts
+            yield talk
         finally:
             over.append(True)
-            talk.result()
+            talking.result()
 
 
 def dropped(study: Study) -> list[Row]:
@@ -361,4 +385,4 @@ async def _still_works(server: Server) -> bool:
     async with live_session(server.url, None) as session:
         await session.update(**options())
         await session.say("what")
-        return (await session.respond()).status in ("completed", "incomplete")
+        return (await session.respond()).status in ANSWERED

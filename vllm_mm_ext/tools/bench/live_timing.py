@@ -30,6 +30,10 @@ _SILENCE_MS = 500
 _SILENCE_S = 3.0
 
 
+ANSWERED = frozenset({"completed", "incomplete"})
+"""How a response ends whose times mean something: by itself, or by its limit of tokens."""
+
+
 def options(detection: dict[str, Any] | None = None, answer: int = _ANSWER) -> dict[str, Any]:
     """Options of a session: greedy, short answers; turns end by ``detection`` or by commits."""
     return {
@@ -191,7 +195,13 @@ async def _resident(session: LiveSession) -> float:
 
 
 def first_token_at(answer: LiveAnswer) -> float:
-    """When the first token came; where that one ended the answer, when the answer ended."""
+    """When the first token came; where that one ended the answer, when the answer ended.
+
+    Raises:
+        RuntimeError: The answer failed or was cut off.
+    """
+    if answer.status not in ANSWERED:
+        raise RuntimeError(f"an answer is {answer.status}: {answer.reason or 'no reason given'}")
     moment = answer.ended if answer.first is None else answer.first
     assert moment is not None
     return moment
