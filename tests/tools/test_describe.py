@@ -74,17 +74,24 @@ class Replay:
         self.refuses_files = False
         self.error_in_stream = False
         self.never_ends = False
+        self.is_a_web_page = False
         replay = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 replay.keys.append(self.headers["Authorization"])
+                if replay.is_a_web_page:
+                    self._html()
+                    return
                 self._json(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
             def do_POST(self) -> None:
                 replay.keys.append(self.headers["Authorization"])
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 replay.requests.append(body)
+                if replay.is_a_web_page:
+                    self._html()
+                    return
                 if replay.refuses_files and replay.sent_url().startswith("file:"):
                     message = "Cannot load local files without `--allowed-local-media-path`."
                     self._json(400, {"error": {"message": message, "code": 400}})
@@ -97,6 +104,12 @@ class Replay:
                         self.wfile.write(f"data: {event}\n\n".encode())
                 except OSError:
                     replay.lost.set()
+
+            def _html(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.end_headers()
+                self.wfile.write(b"<!doctype html>\n<title>Hello</title>\n")
 
             def _json(self, status: int, value: dict[str, Any]) -> None:
                 text = json.dumps(value).encode()
@@ -165,7 +178,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def describe(replay: Replay, *arguments: object) -> Result:
     # A URL without a path is that of a server: `/v1` is added.
     url = replay.url.removesuffix("/v1")
-    return runner.invoke(app, ["describe", *map(str, arguments), "--url", url])
+    return runner.invoke(app, ["describe", "--url", url, *map(str, arguments)])
 
 
 def test_a_question_is_answered_on_stdout_and_windows_without_notes_are_named_on_stderr(
@@ -223,6 +236,8 @@ def test_options_go_into_the_request_and_the_key_into_its_header(
         (["--strategy", "best"], "map_reduce"),
         (["--format", "pdf"], "markdown"),
         (["--output", "/nowhere/at/all.md"], "/nowhere/at"),
+        (["--url", "http://127.0.0.1:80o0"], "is no address"),
+        (["--url", "myserver"], "is no address"),
         (["--page", "/nowhere/at/all.html"], "/nowhere/at"),
     ],
 )
@@ -298,6 +313,29 @@ def test_no_server_is_one_line_of_error(clip: Path) -> None:
     assert result.exit_code == 1
     assert "no answer from http://127.0.0.1:9/v1" in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("named", [[], ["--model", "m"]])
+def test_an_answer_of_another_kind_of_server_is_one_line_of_error(
+    replay: Replay, clip: Path, named: list[str]
+) -> None:
+    replay.is_a_web_page = True
+    result = describe(replay, clip, "-q", "What?", *named)
+    assert result.exit_code == 1
+    assert result.stderr.strip().endswith("is it a vLLM server?")
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_what_cannot_be_written_in_the_end_is_printed_with_one_line_of_error(
+    replay: Replay, clip: Path
+) -> None:
+    """The file system is full, say; the video may have taken an hour."""
+    for question in (["-q", "What?"], []):
+        result = describe(replay, clip, *question, "-o", "/dev/full", "--format", "markdown")
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1] == "cannot write /dev/full: No space left on device"
+        assert "At 0:00:05." in result.stdout
+        assert "green bar up" in result.stdout
 
 
 def test_ctrl_c_closes_the_connection(replay: Replay, clip: Path) -> None:

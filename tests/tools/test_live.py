@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
+import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.support.live_front import live_front
+from tests.support.live_front import EchoEngine, EchoSession, live_front
 from vllm_mm_ext.adapters.live.live_page import page
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
+from vllm_mm_ext.tools.bench.live_feed import made_feed
+from vllm_mm_ext.tools.cli import live_session as command
 from vllm_mm_ext.tools.cli.live_client import (
     RATE,
     LiveAnswer,
@@ -113,6 +116,34 @@ async def test_what_the_server_refuses_is_an_error_with_its_words(clip: Path) ->
         assert (status, "max_output_tokens" in output) == (1, True), output
         status, output = await live("--mic", str(clip), "--url", url, "--model", "other")
         assert (status, "other" in output) == (1, True), output
+
+
+async def test_an_answer_that_fails_is_told_and_ends_the_command_with_an_error(clip: Path) -> None:
+    async with live_front() as (url, *_):
+        status, output = await live("--camera", str(clip), "--url", url, "--ask", "break")
+    assert status == 1
+    assert "failed: It broke." in output
+    assert output.splitlines()[-1].startswith("1 answers")
+
+
+async def test_an_answer_that_never_ends_is_told_and_ends_the_command_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech = tmp_path / "speech.wav"
+    with wave.open(str(speech), "wb") as file:
+        file.setparams((1, 2, RATE, 0, "NONE", ""))
+        file.writeframes(made_feed(0.6, 0.0, seed=1).sound)
+
+    async def wait(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(EchoSession, "_answer", wait)
+    monkeypatch.setattr(command, "_ANSWER_S", 0.2)
+    async with live_front(engine := EchoEngine()) as (url, *_):
+        # The server answers by itself when the speech has ended.
+        status, output = await live("--mic", str(speech), "--url", url)
+    assert (status, engine.sessions) == (1, set())
+    assert "the last answer has not ended within 0.2 s" in output
 
 
 async def test_errors_of_the_protocol_reach_whoever_asked_and_nobody_else() -> None:

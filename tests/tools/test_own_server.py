@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from server_environment import environment, flags
+from typer.testing import CliRunner
 
-from vllm_mm_ext.testing import media, named_model
+from vllm_mm_ext.testing import media, named_model, server
 from vllm_mm_ext.testing.media import make_clip
+from vllm_mm_ext.tools.cli.main import app
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 # What fits a small model in tests, and not a model that a user names.
@@ -63,3 +66,20 @@ def test_without_the_real_clips_a_generated_one_is_shown(
 ) -> None:
     monkeypatch.setattr(media, "real_clips", list)
     assert "--allowed-local-media-path" in flags([command], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("command", ["demo --clip", "fleet", "describe", "live --ask x --camera"])
+def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, clip = tmp_path / "python", tmp_path / "clip.mp4"
+    program.write_text("#!/bin/sh\necho '[bold] no weights'\nexit 3\n")
+    program.chmod(0o755)
+    make_clip(clip, width=64, height=48, fps=4, duration=1.0)
+    monkeypatch.setattr(server, "sys", SimpleNamespace(executable=str(program)))
+    arguments = command.split() if command == "fleet" else [*command.split(), str(clip)]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert "exited with code 3 before it was healthy" in done.stderr
+    assert "[bold] no weights" in done.stderr

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socketserver
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -91,10 +93,17 @@ def url() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             return
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server, _running(server) as address:
+        yield address
+
+
+@contextmanager
+def _running(server: socketserver.TCPServer) -> Iterator[str]:
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
 
 
 def top(*args: str) -> tuple[int, str]:
@@ -136,3 +145,37 @@ def test_a_server_that_does_not_tell_is_named(url: str) -> None:
     status, shown = top("http://127.0.0.1:1", "--once")
     assert status == 1
     assert "does not answer" in shown
+
+
+@pytest.mark.parametrize("address", ["myserver", "http://127.0.0.1:80o0", "http://[::1", ""])
+def test_an_address_that_is_none_is_one_line_of_error(address: str) -> None:
+    status, shown = top(address, "--once")
+    assert status == 1
+    assert shown.count("\n") == 1
+    assert f"{address}/mm_ext/sight does not answer" in shown
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"SSH-2.0-OpenSSH_9.9\r\n", "does not answer"),
+        (b"", "does not answer"),
+        (b"HTTP/1.0 200 OK\r\n\r\n<html></html>", "is not the page of a server"),
+        (b"HTTP/1.0 200 OK\r\n\r\n[]", "is not the page of a server"),
+        (b'HTTP/1.0 200 OK\r\n\r\n{"model": "m"}', "is not the page of a server"),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\n{}", "does not answer"),
+        (b"HTTP/1.0 500 No\r\n\r\n[]", "HTTP 500"),
+    ],
+)
+def test_whoever_answers_otherwise_is_named_in_one_line(answer: bytes, words: str) -> None:
+    class Other(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Other) as server, _running(server) as address:
+        status, shown = top(address, "--json")
+    assert status == 1
+    assert words in shown
+    assert shown.count("\n") == 1

@@ -20,6 +20,7 @@ from vllm_mm_ext.tools.bench.commands import (
     TrafficKind,
 )
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult
+from vllm_mm_ext.tools.cli.common import output_file, writing
 
 app = typer.Typer(
     help="Benchmarks of the plugin against stock vLLM, on the same inputs in the same run.",
@@ -37,7 +38,9 @@ def list_benchmarks() -> None:
     Console().print(table)
 
 
-_Json = Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")]
+_Json = Annotated[
+    Path | None, output_file("--json", help="Write the rows to this file.", folder_is_made=True)
+]
 _WorkDir = Annotated[Path | None, typer.Option(help="Where generated media is kept between runs.")]
 
 
@@ -61,7 +64,8 @@ def _context(repeats: int, work_dir: Path | None) -> BenchContext:
 def _show(result: BenchResult, json: Path | None) -> None:
     result.print(Console())
     if json is not None:
-        result.write_json(json)
+        with writing(json):
+            result.write_json(json)
 
 
 @app.command("soak", help=BENCHMARKS["soak"].shows)
@@ -74,7 +78,7 @@ def soak(
     seed: Annotated[int, typer.Option(help="Of the work.")] = 0,
     stock: Annotated[bool, typer.Option(help="Give stock vLLM the same work first.")] = True,
     series: Annotated[
-        Path | None, typer.Option(help="Write every sample to this file, a JSON object a line.")
+        Path | None, output_file(help="Write every sample to this file, a JSON object a line.")
     ] = None,
     json: _Json = None,
     work_dir: _WorkDir = None,
@@ -292,7 +296,10 @@ def scheduler(
     ] = None,
     measure: Annotated[
         Path | None,
-        typer.Option(help="Measure what steps cost on a real engine, write it here, and end."),
+        output_file(
+            help="Measure what steps cost on a real engine, write it here, and end.",
+            folder_is_made=True,
+        ),
     ] = None,
     json: _Json = None,
     work_dir: _WorkDir = None,

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_mm_ext.tools.cli.common import output_file, writing
+
 if TYPE_CHECKING:
     from vllm_mm_ext.planner.calibration_file import Calibration
 
@@ -37,7 +39,9 @@ def calibrate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder of a model, or a name on the hub.")
     ],
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("calibration.json"),
+    out: Annotated[Path, output_file(help="The file to write.", folder_is_made=True)] = Path(
+        "calibration.json"
+    ),
     config: Annotated[
         Path | None,
         typer.Option(
@@ -76,9 +80,10 @@ def calibrate(
         told = escape(str(error) or type(error).__name__)
         Console(stderr=True).print(f"[red]cannot calibrate:[/] {told}", highlight=False)
         raise typer.Exit(1) from None
-    write(found, out)
     console = Console()
     console.print(_table(found))
+    with writing(out):
+        write(found, out)
     console.print(
         f"{found.steps} steps measured, {found.held_up:.0%} of them held up by something else; "
         f"half of the others are within {found.step_error:.0%} of what these add up to. Written "

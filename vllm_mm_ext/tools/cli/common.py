@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from vllm_mm_ext.errors import MediaError
 
@@ -33,6 +35,73 @@ Fps = Annotated[
 ]
 MinFps = Annotated[float, typer.Option(min=0.0, help="`adaptive`: fewest frames in any second.")]
 MaxFps = Annotated[float, typer.Option(min=0.001, help="`adaptive`: most frames in any second.")]
+
+
+def output_file(*names: str, help: str, folder_is_made: bool = False) -> Any:
+    """An option that names a file to write; what cannot be one is refused before any work.
+
+    Args:
+        names: Of the option; by default that of its parameter.
+        help: What is written there.
+        folder_is_made: The command makes the file's folder where it is missing.
+    """
+    check = _file_in_a_folder_to_make if folder_is_made else _file_in_a_folder
+    return typer.Option(*names, dir_okay=False, writable=True, callback=check, help=help)
+
+
+def folder_to_make(path: Path | None) -> Path | None:
+    """Callback of an option that names a folder to write into, which is made where it is missing.
+
+    Raises:
+        typer.BadParameter: It cannot be made.
+    """
+    if path is not None:
+        whole = path.absolute()
+        there = next(one for one in (whole, *whole.parents) if one.exists())
+        if not there.is_dir():
+            raise typer.BadParameter(f"{there} is not a folder")
+        if not os.access(there, os.W_OK):
+            raise typer.BadParameter(f"nothing may be written into {there}")
+    return path
+
+
+def _file_in_a_folder(path: Path | None) -> Path | None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}")
+    return _file_in_a_folder_to_make(path)
+
+
+def _file_in_a_folder_to_make(path: Path | None) -> Path | None:
+    if path is not None and not path.exists():
+        folder_to_make(path.absolute().parent)
+    return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Print an ``OSError`` of writing ``path`` in one line on stderr and exit with status 1."""
+    try:
+        yield
+    except OSError as error:
+        Console(stderr=True).print(
+            f"[red]cannot write[/] {escape(str(path))}: {error.strerror or error}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def server_errors() -> Iterator[None]:
+    """Print why a server of a command's own did not start on stderr, and exit with status 1."""
+    from vllm_mm_ext.testing.server import ServerError
+
+    try:
+        yield
+    except ServerError as error:
+        told = escape(printable(str(error)))
+        Console(stderr=True).print(f"[red]error:[/] {told}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 @contextmanager

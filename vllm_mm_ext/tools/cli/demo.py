@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vllm_mm_ext
+from vllm_mm_ext.tools.cli.common import folder_to_make, server_errors
 from vllm_mm_ext.tools.cli.demo_turns import Turn, ask, report
 
 if TYPE_CHECKING:
@@ -59,7 +60,12 @@ def demo(
             "else a generated clip.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory for the inspect page.")] = Path("out"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            file_okay=False, callback=folder_to_make, help="Directory for the inspect page."
+        ),
+    ] = Path("out"),
     configs: Annotated[Path, typer.Option(help="Directory of --config files.")] = Path("configs"),
 ) -> None:
     """Serve a model with the plugin and talk to it about clips with sound.
@@ -80,7 +86,7 @@ def demo(
         console.print(f"[bold]{next(steps)}.[/] {text}")
 
     trained = None if model else shipped_model()
-    with ExitStack() as stack:
+    with server_errors(), ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         clip = (clip or usual_clip(scratch)).resolve()
         step(f"Starting vLLM with the plugin, clip: {clip.name}")

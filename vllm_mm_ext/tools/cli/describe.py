@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, Strategy
-from vllm_mm_ext.tools.cli.common import printable
+from vllm_mm_ext.tools.cli.common import output_file, printable, writing
 from vllm_mm_ext.tools.cli.describe_formats import FORMATS, Format
 from vllm_mm_ext.tools.cli.describe_request import (
     Conversation,
@@ -26,7 +26,7 @@ from vllm_mm_ext.tools.cli.describe_request import (
 )
 from vllm_mm_ext.tools.cli.describe_request import Progress as Seen
 from vllm_mm_ext.tools.cli.description import Description, hms
-from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, own_server
+from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, ServerUrl, own_server
 
 if TYPE_CHECKING:
     import openai
@@ -48,12 +48,7 @@ def describe(
         str | None,
         typer.Option("-q", "--question", help="What to answer; without it, all is described."),
     ] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL", help="Server to ask (http://host:8000/v1); else one is started."
-        ),
-    ] = None,
+    url: ServerUrl = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -80,11 +75,11 @@ def describe(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write instead of stdout.")
+        Path | None, output_file("-o", "--output", help="File to write instead of stdout.")
     ] = None,
     page: Annotated[
         Path | None,
-        typer.Option(help="Write a page too: timeline, pictures, notes, and the evidence."),
+        output_file(help="Write a page too: timeline, pictures, notes, and the evidence."),
     ] = None,
 ) -> None:
     """Describe a video of any length, or answer a question about it, from notes about its windows.
@@ -95,9 +90,6 @@ def describe(
         format_ = _BY_SUFFIX.get(output.suffix.lower(), Format.markdown)
     if format_ is None and question is None:
         format_ = Format.markdown
-    for option, path in (("--output", output), ("--page", page)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise typer.BadParameter(f"no such directory: {path.parent}", param_hint=option)
     options = _options(
         strategy=strategy or (None if question else "map_reduce"),
         window_s=window,
@@ -113,9 +105,9 @@ def describe(
             description = _followed(asking, console, echo=format_ is None)
         _warn(console, description)
         if format_ is not None:
-            _write(description, format_, output)
             if output is not None and question is not None:
                 typer.echo(printable(description.answer))
+            _write(description, format_, output)
         if page is not None:
             _write_page(console, video, description, page)
     except DescribeError as error:
@@ -215,10 +207,16 @@ def _warn(console: Console, description: Description) -> None:
 
 def _write(description: Description, format_: Format, output: Path | None) -> None:
     text = FORMATS[format_](description)
-    if output is None:
-        typer.echo(printable(text), nl=False)
-    else:
-        output.write_text(text, encoding="utf-8")
+    if output is not None:
+        try:
+            with writing(output):
+                output.write_text(text, encoding="utf-8")
+            return
+        except typer.Exit:
+            # It may have taken an hour.
+            typer.echo(printable(text), nl=False)
+            raise
+    typer.echo(printable(text), nl=False)
 
 
 def _write_page(console: Console, video: Source, description: Description, page: Path) -> None:
@@ -233,5 +231,6 @@ def _write_page(console: Console, video: Source, description: Description, page:
         except DescribeError as error:
             # The page is worth having without.
             console.print(f"[yellow]{escape(printable(str(error)))}[/]", highlight=False)
-    page.write_text(render(description, pictures), encoding="utf-8")
+    with writing(page):
+        page.write_text(render(description, pictures), encoding="utf-8")
     console.print(f"{page}: {page.stat().st_size / 1024:.0f} KiB", highlight=False)

@@ -165,9 +165,13 @@ class Conversation:
                 stream_options={"include_usage": True},
                 extra_body={"mm_ext": {"long_video": dict(self.options)}},
             )
+            told = False
             with closing(stream):
                 for chunk in stream:
+                    told = True
                     yield from self._take(chunk)
+            if not told:
+                raise DescribeError(f"{self.client.base_url} sent no answer; is it a vLLM server?")
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
             raise DescribeError(f"no answer from {self.client.base_url}: {reason}") from error
@@ -236,15 +240,22 @@ def served_model(client: openai.OpenAI) -> str:
     import openai
 
     try:
-        models = list(client.models.list())
+        answer = client.models.with_raw_response.list()
     except openai.APIConnectionError as error:
         reason = error.__cause__ or error
         raise DescribeError(f"no answer from {client.base_url}: {reason}") from error
     except openai.APIError as error:
         raise _failed(error) from error
-    if not models:
+    try:
+        names = [str(model["id"]) for model in answer.http_response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        # Such as the page of a proxy.
+        raise DescribeError(
+            f"{client.base_url}models holds no list of models; is it a vLLM server?"
+        ) from None
+    if not names:
         raise DescribeError(f"{client.base_url} lists no model; name one with --model")
-    return models[0].id
+    return names[0]
 
 
 def _failed(error: openai.APIError) -> DescribeError:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from vllm_mm_ext.tools.cli.common import server_errors
+
 if TYPE_CHECKING:
     from vllm_mm_ext.testing.server import Server
 
@@ -39,7 +41,7 @@ def fleet(
     if model is None or config is None:
         raise typer.BadParameter("needs the trained composer and the directory configs/")
     settings = yaml.safe_load(config.read_text())["additional-config"]["mm_ext"]
-    with ExitStack() as stack:
+    with server_errors(), ExitStack() as stack:
         clip = usual_clip(Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
         args = [
             *("--config", str(config), "--allowed-local-media-path", str(clip.parent)),

@@ -17,6 +17,8 @@ from vllm_mm_ext.tools.cli.common import (
     MinFrames,
     Policy,
     media_errors,
+    output_file,
+    writing,
 )
 from vllm_mm_ext.tools.cli.token_count import FAMILIES, Family, FamilyName, count_tokens
 
@@ -29,7 +31,7 @@ _MAX_AUDIO_S = 600.0
 
 def inspect(
     file: MediaFile,
-    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")],
+    output: Annotated[Path, output_file("-o", "--output", help="HTML file to write.")],
     policies: Annotated[
         str, typer.Option(help="Policies to compare, separated by commas.")
     ] = "uniform,adaptive",
@@ -58,7 +60,8 @@ def inspect(
 
     with media_errors():
         inspection = _inspect(file, specs, FAMILIES[family])
-    output.write_text(render(inspection), encoding="utf-8")
+    with writing(output):
+        output.write_text(render(inspection), encoding="utf-8")
     typer.echo(f"{output}: {output.stat().st_size / 1024:.0f} KiB")
 
 

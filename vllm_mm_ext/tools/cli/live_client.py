@@ -319,7 +319,8 @@ async def live_session(
             raise LiveError(f"no answer from {address}: {error or 'timeout'}") from error
         session = LiveSession(socket, listener)
         try:
-            await session.until(lambda: bool(session.session), _REPLY_S)
+            if not await session.until(lambda: bool(session.session), _REPLY_S):
+                raise LiveError(f"{address} began no session within {_REPLY_S:g} s")
             yield session
         finally:
             await session.close()

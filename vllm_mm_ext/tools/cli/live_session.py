@@ -24,7 +24,7 @@ from vllm_mm_ext.tools.cli.live_client import (
     live_session,
 )
 from vllm_mm_ext.tools.cli.live_media import pictures_of, sound_of
-from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, own_server
+from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, ServerUrl, own_server
 
 _INTERRUPTED = 130
 # What a microphone delivers at a time; no less can be committed.
@@ -79,10 +79,7 @@ def live(
     fps: Annotated[float, typer.Option(min=0.05, max=30, help="Pictures sent a second.")] = 2.0,
     edge: Annotated[int, typer.Option(min=16, help="Pixels of a picture's longer edge.")] = 768,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Server (http://host:8000/v1); else one is started."),
-    ] = None,
+    url: ServerUrl = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -124,7 +121,9 @@ def live(
         with media_errors(), _server(url, model, configs) as (address, name):
             sound = sound_of(mic) if mic is not None else b""
             show = _Show(Captions(Console()), sound, camera, fps, edge, questions, every, turns)
-            asyncio.run(show.run(address, name, api_key, options))
+            answered = asyncio.run(show.run(address, name, api_key, options))
+        if not answered:
+            raise typer.Exit(1)
     except LiveError as error:
         errors.print(f"[red]error:[/] {escape(printable(str(error)))}", highlight=False)
         raise typer.Exit(1) from None
@@ -178,7 +177,8 @@ class _Show:
         # Whether something was sent that no question was asked about yet.
         self._unasked = False
 
-    async def run(self, url: str, model: str | None, key: str, options: dict[str, Any]) -> None:
+    async def run(self, url: str, model: str | None, key: str, options: dict[str, Any]) -> bool:
+        """Hold the session; whether the server brought all its answers to an end."""
         captions = self._captions
         async with live_session(url, model, key, captions.event) as session:
             await session.update(**options)
@@ -201,6 +201,10 @@ class _Show:
             for question in self._questions:
                 await self._ask(session, question)
             typer.echo(summary(session.answers, captions.after_speech_s))
+            if not _idle(session):
+                raise LiveError(f"the last answer has not ended within {_ANSWER_S:g} s")
+            # A failed answer has been printed with its reason.
+            return all(answer.status != "failed" for answer in session.answers)
 
     async def _play(self, session: LiveSession) -> None:
         size = 2 * round(_CHUNK_S * RATE)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -14,6 +15,27 @@ from vllm_mm_ext.tools.cli.demo import config_for, shipped_model
 if TYPE_CHECKING:
     from vllm_mm_ext.testing.server import Server
 
+
+def _address(url: str | None) -> str | None:
+    if url is not None:
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            known = False
+        if not known:
+            raise typer.BadParameter(f"{url!r} is no address such as http://127.0.0.1:8000")
+    return url
+
+
+ServerUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        callback=_address,
+        help="Server to ask (http://host:8000/v1); else one is started.",
+    ),
+]
 ApiKey = Annotated[
     str,
     typer.Option(envvar="VLLM_API_KEY", help="Key of the server at --url.", show_default=False),

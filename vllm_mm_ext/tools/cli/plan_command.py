@@ -24,6 +24,7 @@ from vllm_mm_ext.planner.workload import (
     read_images,
     read_videos,
 )
+from vllm_mm_ext.tools.cli.common import output_file, writing
 from vllm_mm_ext.tools.cli.plan_start import machine_memory, register_quietly, usual_cores
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def plan(
         float | None, typer.Option(min=0, help="Price of a GPU for an hour, in any currency.")
     ] = None,
     yaml: Annotated[
-        Path | None, typer.Option(help="Write the `--config` file of `vllm serve` here.")
+        Path | None, output_file(help="Write the `--config` file of `vllm serve` here.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -144,8 +145,6 @@ def plan(
         kwargs = _mapping(mm_processor_kwargs)
     except (WorkloadError, UnknownGpuError) as error:
         _fail(str(error))
-    if yaml is not None and not yaml.absolute().parent.is_dir():
-        _fail(f"--yaml {yaml}: there is no folder {yaml.parent}")
     host = host_gib * GIB if host_gib else host_memory if chosen.is_cpu else None
     if chosen.is_cpu and (tp > 1 or dp > 1):
         _fail(f"--tp {tp} --dp {dp}: on a CPU both must be 1")
@@ -239,15 +238,14 @@ def _show(
     else:
         show_plan(Console(), made, found, expected)
     if yaml is not None and made.fits:
-        yaml.write_text(
-            plan_yaml(
-                made,
-                command=command,
-                file_name=str(yaml),
-                mm_processor_kwargs=planner.mm_processor_kwargs,
-            ),
-            encoding="utf-8",
+        text = plan_yaml(
+            made,
+            command=command,
+            file_name=str(yaml),
+            mm_processor_kwargs=planner.mm_processor_kwargs,
         )
+        with writing(yaml):
+            yaml.write_text(text, encoding="utf-8")
         typer.echo(f"{yaml}: start it with", err=True)
         typer.echo(f"  {serve_command(made, str(yaml))}", err=True)
     if not made.fits:

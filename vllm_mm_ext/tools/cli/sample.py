@@ -22,7 +22,10 @@ from vllm_mm_ext.tools.cli.common import (
     MinFrames,
     Policy,
     clock,
+    folder_to_make,
     media_errors,
+    output_file,
+    writing,
 )
 from vllm_mm_ext.tools.cli.pcm import pcm16, write_wav
 from vllm_mm_ext.tools.cli.token_count import FAMILIES, FamilyName
@@ -54,11 +57,15 @@ def sample(
     ] = None,
     wav: Annotated[
         Path | None,
-        typer.Option(help="Write the sound here: 16 kHz, mono, 16 bit, on the picture's clock."),
+        output_file(help="Write the sound here: 16 kHz, mono, 16 bit, on the picture's clock."),
     ] = None,
     frames: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Write the frames into this directory, as PNG."),
+        typer.Option(
+            file_okay=False,
+            callback=folder_to_make,
+            help="Write the frames into this directory, as PNG.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -95,8 +102,12 @@ def sample(
         result = run_job(str(file), request)
     result.timings.update(probed.timings)
     if frames is not None:
-        _write_frames(result, frames)
-    samples = None if wav is None else _write_sound(result, wav)
+        with writing(frames):
+            _write_frames(result, frames)
+    samples = None
+    if wav is not None:
+        with writing(wav):
+            samples = _write_sound(result, wav)
     if as_json:
         typer.echo(json.dumps(as_dict(result, samples)))
         return

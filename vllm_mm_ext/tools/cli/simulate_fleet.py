@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from vllm_mm_ext.planner.workload import VIDEO_FORM, Video, Workload, WorkloadError, read_videos
+from vllm_mm_ext.tools.cli.common import output_file
 from vllm_mm_ext.tools.cli.plan_start import machine_memory, register_quietly, usual_cores
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def simulate_fleet(
         typer.Option(exists=True, dir_okay=False, help="Requests, JSON lines, instead of those."),
     ] = None,
     write_trace: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Write the requests here as well.")
+        Path | None, output_file(help="Write the requests here as well.")
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -144,8 +145,6 @@ def simulate_fleet(
                 _fail(f"--trace: --{name.replace('_', '-')} is for generated requests")
         # The last kind is that of units of live sessions.
         recorded = TraceFile(trace, len(kinds) + 1)
-    elif write_trace is not None and not write_trace.absolute().parent.is_dir():
-        _fail(f"--write-trace {write_trace}: there is no folder {write_trace.parent}")
     try:
         if recorded is not None:
             requests, seconds = _measure(recorded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -22,6 +23,8 @@ _COLORS = {"video": "blue", "audio": "yellow", "image": "green", "text": "white"
 _BAR = 32
 _TIMEOUT_S = 15.0
 _ROWS = 10
+# What the page of a server has at least.
+_PARTS = frozenset(("time", "model", "tier", "engines", "servers", "requests"))
 
 
 class ServerRefusedError(Exception):
@@ -72,15 +75,22 @@ def ask(url: str, api_key: str) -> dict[str, Any]:
         ServerRefusedError: It tells nothing.
     """
     address = f"{url.rstrip('/').removesuffix('/v1')}/mm_ext/sight"
-    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {api_key}"})
     try:
+        request = urllib.request.Request(address, headers={"Authorization": f"Bearer {api_key}"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            told: dict[str, Any] = json.load(answer)
-            return told
+            body = answer.read()
     except urllib.error.HTTPError as error:
         raise ServerRefusedError(_reason(error)) from None
-    except (OSError, ValueError) as error:
-        raise ServerRefusedError(f"{address} does not answer: {error}") from None
+    # An address that is none, nobody there, or one who does not speak HTTP.
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ServerRefusedError(f"{address} does not answer: {str(error).strip()}") from None
+    try:
+        told = json.loads(body)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not told.keys() >= _PARTS:
+        raise ServerRefusedError(f"{address} is not the page of a server with this plugin.")
+    return told
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
