@@ -222,8 +222,8 @@ def _summary(
         f"{requests} requests at once, each with a {mb} MiB video of its own from a local origin",
         f"plugin budgets in MiB: {cache}; together {total}, so at most {total + ALLOWANCE_MB} MiB "
         "of growth is expected",
-        "all files show the same pictures, which the engines of both sides encode once: what is "
-        "looked at is fetching, decoding and the memory of both",
+        "all files show the same pictures, which an engine encodes once: what is looked at is the "
+        "front-end",
         "memory: proportional set size and bytes in memory files",
     ]
     return BenchResult("waiting", rows, notes)
