@@ -41,7 +41,7 @@ class _Measured:
     distinct_s: float
     shared_s: float
     shared_cpu_s: float
-    decodes: float | None
+    jobs: float | None
     encoded: float | None
 
 
@@ -71,7 +71,7 @@ def run(context: BenchContext) -> BenchResult:
         row(f"memory growth with decode workers, {many}", "MiB", "front_end_mib"),
         row(f"all answered, {many}", "s", "distinct_s"),
         row(f"tokens encoded, {many}", "tokens", "encoded"),
-        row(f"decodes, {same}", "count", "decodes"),
+        row(f"decode jobs, its probe among them, {same}", "count", "jobs"),
         row(f"all answered, {same}", "s", "shared_s"),
         row(f"CPU time of API server and workers, {same}", "s", "shared_cpu_s"),
     ]
@@ -103,7 +103,7 @@ def _measure(media: Path, files: Sequence[Path], plugin: bool) -> _Measured:
             distinct_s = time.perf_counter() - started
         if encoded is not None:
             encoded = encoded_tokens(server) - encoded
-        decodes, cpu = _decodes(server) if plugin else None, _cpu_s(server)
+        jobs, cpu = _jobs(server) if plugin else None, _cpu_s(server)
         started = time.perf_counter()
         _ask_all(server, [shared] * SHARED)
         shared_s = time.perf_counter() - started
@@ -113,7 +113,7 @@ def _measure(media: Path, files: Sequence[Path], plugin: bool) -> _Measured:
             distinct_s=distinct_s,
             shared_s=shared_s,
             shared_cpu_s=_cpu_s(server) - cpu,
-            decodes=_decodes(server) - decodes if decodes is not None else None,
+            jobs=_jobs(server) - jobs if jobs is not None else None,
             encoded=encoded,
         )
 
@@ -127,7 +127,7 @@ def _ask_all(server: Server, files: Sequence[Path]) -> None:
         list(pool.map(one, files))
 
 
-def _decodes(server: Server) -> float:
+def _jobs(server: Server) -> float:
     stats: dict[str, Any] = json.loads(server.get("/mm_ext/stats"))
     return float(stats["decode"]["jobs"])
 
