@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 PolicyName = Literal["uniform", "keyframe", "adaptive", "explicit"]
 DecoderName = Literal["auto", "pyav", "decord", "nvdec"]
-# What became of the sound of a video, where not all of it is delivered: it goes on past a limit; no
-# decoder takes it; nothing of it can be decoded; it has an absurd rate or needs too much memory; it
-# is too short for any model; no sample of it belongs to the picture.
+# Why not all sound of a video is delivered: it goes on past a limit; no decoder takes it; nothing of
+# it can be decoded; it has an absurd rate or needs too much memory; it is too short for any model;
+# no sample of it belongs to the picture.
 AudioNote = Literal["", "cut", "unsupported", "unreadable", "too_large", "too_short", "outside"]
 
 
@@ -22,10 +22,10 @@ class VideoStream:
 
     Attributes:
         index: Stream index inside the container.
-        codec: FFmpeg codec name (``h264``, ``mpeg4``, ``av1``...).
+        codec: FFmpeg codec name (``h264``...).
         width, height: Displayed size in pixels: after cropping, rotation, and stretching of pixels
             that are not square.
-        rotation: Clockwise display rotation in degrees: 0, 90, 180 or 270.
+        rotation: Clockwise display rotation: 0, 90, 180 or 270 degrees.
         fps: Average frame rate in frames per second.
         is_vfr: True when the gaps between presentation times are uneven.
         num_frames: Presentable frames (frames that an edit list hides do not count).
@@ -38,9 +38,11 @@ class VideoStream:
         sample_aspect: Width of a pixel, as stored, divided by its height.
         crop: Columns and rows of the decoded picture that the container cuts off: left, right, top,
             bottom.
-        plain: The first picture is shown as it is decoded, taken as 8-bit BT.601 in limited range.
+        plain: The first picture is shown as decoded, taken as 8-bit BT.601 in limited range.
         origins: Where the container's clock starts anew in the middle of the file, for each part of
             the file the seconds on its clock that are 0 on the picture's; else empty.
+        begins: Seconds on the picture's clock at which these parts (or the only one) begin; empty
+            where timestamps are missing.
     """
 
     index: int
@@ -59,6 +61,7 @@ class VideoStream:
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     plain: bool = True
     origins: tuple[float, ...] = ()
+    begins: tuple[float, ...] = ()
     num_keyframes: int = 0
 
 
@@ -98,8 +101,8 @@ class PacketTable:
         is_key: bool ``[n]`` whether the packet is a keyframe (a seek may land there).
         time_base: Seconds per unit of ``pts``.
         order: int64 ``[n]`` place of each row's packet in decoding order; by default the row's.
-        exact: ``pts`` are the file's own and unique, so a decoded frame is known by its timestamp.
-            Where timestamps had to be made up, frames are known by counting.
+        exact: ``pts`` are the file's own and unique, so a decoded frame is known by its timestamp,
+            else by counting.
         seekable: A seek leaves out nothing that a decoder needs behind it, as new parameters.
     """
 
@@ -132,7 +135,7 @@ class MediaInfo:
 
     Attributes:
         container: FFmpeg demuxer name.
-        num_bytes: Size of the encoded file in bytes.
+        num_bytes: Size of the encoded file.
         duration: Seconds of the longest stream; beside a video, estimates of sound do not count.
         video: The video stream that a player shows (cover art does not count), or None.
         audio: Audio streams, the one that a player plays first; possibly empty.
@@ -189,8 +192,7 @@ class ActivityProfile:
     Attributes:
         time: float64 ``[m]`` seconds at the start of each bin.
         container: float32 ``[m]`` activity that packet sizes show (stage 1), 0 to 1.
-        confirmed: float32 ``[m]`` motion that thumbnails show (stage 2), 0 to 1; NaN where no
-            thumbnail was decoded.
+        confirmed: float32 ``[m]`` motion that thumbnails show (stage 2), 0 to 1; NaN without one.
     """
 
     time: npt.NDArray[np.float64]
@@ -213,8 +215,8 @@ class FrameSelection:
             (non-decreasing for ``explicit``).
         times: float64 ``[n]`` exact presentation times of the frames in seconds.
         profile: Activity profile of the clip for ``adaptive``, else None.
-        step: Seconds between the moments 0, ``step``, 2 ``step``... of which the frames are those
-            on screen; None where they were not taken on such a grid.
+        step: Seconds between the moments 0, ``step``, 2 ``step``... at which the frames are on
+            screen; None where they were not taken so.
         activity: How much happens in the clip, 0 to 1, where the policy looked (``adaptive``).
     """
 
@@ -237,8 +239,8 @@ class SizeRule:
         height, width: Size in pixels, for ``fixed``.
         max_edge: Pixels of the longer edge, for ``max_edge``.
         factor: For the qwen kinds: both sides are multiples of this (patch size x merge size).
-        min_pixels, max_pixels: Bounds on the pixels of one frame (``qwen_vl``) or of all frames of
-            the video together (``qwen3_vl``).
+        min_pixels, max_pixels: Bounds on the pixels of one frame (``qwen_vl``) or of all together
+            (``qwen3_vl``).
         temporal_factor: Temporal patch size, for the qwen kinds.
         total_pixels: For ``qwen_vl``: bound on the pixels of all frames together, 0 for none.
         max_frame_pixels: Bound on the pixels of one frame, 0 for none. It is applied last and wins
@@ -287,8 +289,7 @@ class DecodeLimits:
         max_output_bytes: Bytes of all frames returned by one job.
         max_duration_s: Seconds of video; 0 for no limit.
         max_audio_s: Seconds of audio.
-        max_audio_bytes: Bytes of audio as it is decoded: float32 samples of all channels at the
-            file's own rate. None for no limit.
+        max_audio_bytes: Bytes of decoded float32 samples of all channels; None for no limit.
         truncate_audio: Cut audio that is longer than ``max_audio_s`` instead of refusing it.
     """
 
@@ -309,8 +310,8 @@ class GpuRules:
 
     Attributes:
         memory_bytes: Most GPU memory for the pictures of one worker; the CUDA context is beside it.
-        from_megapixels: For each codec of which ``auto`` gives files to the GPU, how many
-            megapixels have to be decoded at least to get the wanted frames.
+        from_megapixels: The codecs of which ``auto`` gives files to the GPU, each with the least
+            megapixels that a job has to decode.
     """
 
     memory_bytes: int = 512 << 20
@@ -326,8 +327,8 @@ class DecodeRequest:
     """One job for a decode worker over one encoded file.
 
     Attributes:
-        sampling: Frames wanted, or None for no video. Of a probe, its ``video_stream`` counts.
-            Without it and with required sound, the pictures of the file are not looked at.
+        sampling: Frames wanted (of a probe, its ``video_stream`` counts). Without it and with
+            required sound, the pictures of the file are not looked at.
         size: Rule for the size of the frames.
         audio: ``required`` (a file without readable sound is an error), ``optional`` (sound that
             cannot be had is left out, and ``DecodeResult.audio_note`` says why) or ``none``.
@@ -339,8 +340,7 @@ class DecodeRequest:
         limits: Hard limits of the job.
         picture: How pictures are shown.
         audio_stream: Number among the file's audio streams, from 0; None for a player's choice.
-        content: Digest of the file. A worker that does a job about a span of a file with a digest
-            keeps the file open for the next one.
+        content: Digest of the file; a worker keeps such a file open after a job about a span.
     """
 
     sampling: SamplingSpec | None = None
@@ -382,7 +382,7 @@ class DecodeResult:
         audio: float32 mono ``[samples]`` at ``audio_rate``, or None. With frames it begins at the
             first picture of the video and ends with the last one at the latest; without, it begins
             with the sound itself.
-        audio_rate: Sampling rate of ``audio`` in Hz (the stream's own rate).
+        audio_rate: Sampling rate of ``audio`` in Hz, the stream's own.
         decoder: Name of the backend that decoded.
         decoder_note: Why a GPU that was to decode did not; empty where all went as planned.
         timings: Stage name to seconds: ``probe``, ``profile``, ``decode``, ``audio``.

@@ -60,11 +60,46 @@ def test_pictures_that_stand_while_the_sound_goes_on_stay_with_it(
     assert info.video.duration == pytest.approx(LENGTH_S, abs=0.02)
     assert info.video.origins == ()
     np.testing.assert_allclose(info.packets.time[[0, 19, 20]], [0, 1.9, 14.0], atol=0.01)
-    result = run_job(str(path), REQUEST)
-    assert result.frames is not None
-    assert result.audio is not None
-    onset = int((np.abs(result.audio) > 0.1).argmax()) / result.audio_rate
-    assert onset == pytest.approx(TONE.start, abs=0.05)
+    assert onset(path) == pytest.approx(TONE.start, abs=0.05)
+
+
+def onset(path: Path) -> float:
+    audio = (result := run_job(str(path), REQUEST)).audio
+    assert audio is not None
+    return int((np.abs(audio) > 0.1).argmax()) / result.audio_rate
+
+
+def test_sound_that_is_missing_for_long_while_pictures_go_on_leaves_silence(
+    tmp_path: Path, source: Path
+) -> None:
+    begin = start(source)
+    path = copied(
+        source,
+        tmp_path / "a.ts",
+        wanted=lambda kind, at: kind == "video" or not 2 <= at - begin < 14,
+    )
+    assert onset(path) == pytest.approx(TONE.start, abs=0.05)
+
+
+@pytest.mark.parametrize("heard", [(16.0, 0.0), (12.0, 0.0), (16.0, 12.0)])
+def test_sound_missing_at_a_join_moves_no_other_sound(
+    tmp_path: Path, source: Path, heard: tuple[float, float]
+) -> None:
+    """``heard`` says until when sound is there before the join, and from when on behind it."""
+    begin = start(source)
+    until = min(heard[0], TONE.start - 0.1)
+    before = copied(
+        source, tmp_path / "a.ts", wanted=lambda kind, at: kind == "video" or at - begin < until
+    )
+    behind = copied(
+        source,
+        tmp_path / "b.ts",
+        shift=1000.0,
+        wanted=lambda kind, at: kind == "video" or at - begin >= heard[1],
+    )
+    path = tmp_path / "joined.ts"
+    path.write_bytes(before.read_bytes() + behind.read_bytes())
+    assert onset(path) == pytest.approx(LENGTH_S + TONE.start, abs=0.05)
 
 
 def test_without_sound_a_long_step_is_a_join(tmp_path: Path, source: Path) -> None:

@@ -15,7 +15,7 @@ from vllm_mm_ext.media.audio.sound_placement import (
     TOLERANCE_S,
     Clock,
     Piece,
-    clock_origins,
+    clock_parts,
     place,
 )
 from vllm_mm_ext.media.decode.job import run_job
@@ -235,14 +235,47 @@ def test_a_clock_that_starts_anew_goes_on_where_the_format_allows_it() -> None:
 def test_after_a_jump_sound_is_where_its_pictures_are() -> None:
     # Two recordings of one second from 1.4 s on; sound begins 0.1 s before the pictures.
     picture = 1.4 + np.tile(np.arange(25) * 0.04, 2)
-    origins = clock_origins(picture, np.arange(50) * 0.04)
+    origins, begins = clock_parts(picture, np.arange(50) * 0.04)
     assert origins == pytest.approx((1.4, 0.4))
-    clock = Clock(origins, restarts=True)
+    assert begins == pytest.approx((0.0, 1.0))
+    clock = Clock(origins, restarts=True, begins=begins)
     stamps = 1.3 + np.tile(np.arange(52) * 0.02, 2)
     times = np.array([clock.time(stamp, 0.02) for stamp in stamps])
     np.testing.assert_allclose(times[:52], stamps[:52] - 1.4)
     np.testing.assert_allclose(times[52:], stamps[52:] - 0.4)
-    assert clock_origins(np.arange(9.0), np.arange(9.0) - 2) == (2.0,)
+    assert clock_parts(np.arange(9.0), np.arange(9.0)) == ((0.0,), (0.0,))
+
+
+@pytest.mark.parametrize(
+    ("end_a", "begin_b", "clock_of_b"),
+    [
+        (10, 0, 1000.0),
+        (7, 0, 1000.0),
+        (10, 3, 1000.0),
+        (1, 9, 1000.0),
+        (0, 2, 1000.0),
+        (10, 0, 0.0),
+        (7, 0, 0.0),
+        (10, 3, 0.0),
+    ],
+)
+def test_sound_missing_where_recordings_were_joined_moves_no_other_sound(
+    end_a: int, begin_b: int, clock_of_b: float
+) -> None:
+    clock = Clock((0.0, clock_of_b - 10), restarts=True, begins=(0.0, 10.0))
+    stamps = [*range(end_a), *(clock_of_b + k for k in range(begin_b, 10))]
+    times = [clock.time(stamp, 1.0) for stamp in stamps]
+    assert times == pytest.approx([*range(end_a), *range(10 + begin_b, 20)])
+
+
+def test_where_pictures_go_on_a_long_hole_is_a_hole_and_a_wrong_timestamp_changes_nothing() -> None:
+    clock = Clock([5.0], restarts=True, begins=[0.0])
+    stamps = [5, 6, 40, 41, 90_000, 43, 7000, 300, 46]
+    times = [clock.time(stamp, 1.0) for stamp in stamps]
+    right = [0, 1, 35, 36, None, 38, None, None, 41]
+    assert [t for t, r in zip(times, right, strict=True) if r is not None] == [
+        r for r in right if r is not None
+    ]
 
 
 def test_sound_that_overlaps_while_pictures_go_on_starts_no_clock() -> None:

@@ -78,6 +78,7 @@ def decode_audio(
     limits: DecodeLimits,
     *,
     origins: Sequence[float] = (),
+    begins: Sequence[float] = (),
     end: float | None = None,
     begin: float | None = None,
     reader: SoundReader | None = None,
@@ -93,9 +94,9 @@ def decode_audio(
         stream: Its audio stream, from ``probe``.
         limits: ``max_audio_s`` with ``truncate_audio``, ``max_audio_bytes`` and
             ``max_output_bytes`` apply.
-        origins: For the sound of a video, seconds on the container's clock at which the picture
-            starts, as ``sound_placement.Clock`` takes them; none lets the clock start with the
-            sound.
+        origins, begins: For the sound of a video, seconds on the container's clock at which the
+            picture starts, as ``sound_placement.Clock`` takes them; none lets the clock start with
+            the sound.
         end: Seconds from there at which the picture ends, for the sound of a video, which is cut
             at each limit instead of being refused.
         begin: Seconds on the container's clock before which no sound is needed, for a part of a
@@ -116,7 +117,7 @@ def decode_audio(
     with opened if reader is None else nullcontext():
         packets = opened.packets(begin)
         container, source = opened.container, opened.source
-        clock = Clock(origins, bool(container.format.flags & _RESTARTS))
+        clock = Clock(origins, bool(container.format.flags & _RESTARTS), begins)
         time_base = float(source.time_base or 0)
         for frame in decoded_frames(container, opened.decoder, packets):
             # Headers of HE-AAC give half the rate that is really played.

@@ -56,21 +56,35 @@ class Piece:
 class Clock:
     """Turns timestamps of a container into times on the target clock, in the order of decoding.
 
+    Where the clock of the sound seems to jump, the clock of the pictures decides: sound lies in the
+    part of the file whose pictures are shown at its time, however much of it is missing in between.
+    Where the pictures do not tell, or say that sound would lie before sound that came before it,
+    the sound goes on without a gap.
+
     Args:
         origins: Seconds on the container's clock that are 0 on the target clock: one, or where the
             container's clock starts anew in the middle of the file one for each part of it. Empty
             lets the target clock begin with the first timestamp.
         restarts: The format's timestamps may start anew.
+        begins: Seconds on the target clock at which the pictures of each of these parts begin;
+            empty where the clock of the pictures is not known.
     """
 
-    def __init__(self, origins: Sequence[float], restarts: bool) -> None:
-        self._origins = tuple(origins)
+    def __init__(
+        self, origins: Sequence[float], restarts: bool, begins: Sequence[float] = ()
+    ) -> None:
+        # What comes before the first picture belongs to the first part.
+        starts = [-math.inf, *begins[1:]] if begins else []
+        ends = [*starts[1:], math.inf]
         self._origin = origins[0] if origins else None
         restarts = restarts or len(origins) > 1
+        self._parts = list(zip(origins, starts, ends, strict=False)) if restarts else []
         back = _OVERLAP_S if len(origins) == 1 else _STEP_BACK_S
         self._back = back if restarts else _IMPOSSIBLE_S
         self._ahead = _STEP_AHEAD_S if restarts else _IMPOSSIBLE_S
         self._expected: float | None = None
+        # Where sound would go on if no step ahead so far were true: a timestamp may be wrong.
+        self._surely = math.inf
         self._last: float | None = None
 
     def time(self, timestamp: float | None, seconds: float) -> float | None:
@@ -84,42 +98,61 @@ class Clock:
         if timestamp is None or timestamp == self._last:
             time = self._expected
             if time is not None:
-                self._expected = time + seconds
+                self._went_on(time, seconds)
             return time
         self._last = timestamp
-        if self._origin is None:
-            self._origin = timestamp
+        if self._expected is None:
+            within = (o for o, *part in self._parts if _is_in(part, timestamp - o))
+            self._origin = next(within, timestamp if self._origin is None else self._origin)
+        assert self._origin is not None
         time = timestamp - self._origin
         if self._expected is not None and not -self._back <= time - self._expected <= self._ahead:
             self._origin = self._origin_of(timestamp, self._expected)
             time = timestamp - self._origin
-        self._expected = time + seconds
+        self._went_on(time, seconds)
         return time
 
+    def _went_on(self, time: float, seconds: float) -> None:
+        self._expected = time + seconds
+        self._surely = min(self._surely, time) + seconds
+
     def _origin_of(self, timestamp: float, expected: float) -> float:
-        """The origin after a jump: that of the pictures if there is one, else sound goes on."""
-        closed = timestamp - expected
-        nearest = min(self._origins, key=lambda origin: abs(origin - closed), default=closed)
-        return nearest if abs(nearest - closed) <= _OVERLAP_S else closed
+        """The origin after a jump."""
+        for after in (expected, self._surely):
+            possible = [
+                origin
+                for origin, *part in self._parts
+                if -_OVERLAP_S <= timestamp - origin - after <= _IMPOSSIBLE_S
+                and _is_in(part, timestamp - origin)
+            ]
+            if possible:
+                return min(possible, key=lambda origin: abs(timestamp - origin - after))
+        return timestamp - expected
 
 
-def clock_origins(
+def _is_in(part: Sequence[float], time: float) -> bool:
+    """Whether a time lies between the two of ``part``; sound may overlap the next part a little."""
+    return part[0] - _OVERLAP_S <= time <= part[1] + _OVERLAP_S
+
+
+def clock_parts(
     stamps: npt.NDArray[np.floating[Any]], times: npt.NDArray[np.floating[Any]]
-) -> tuple[float, ...]:
-    """The origins of the clocks of a video whose container's clock starts anew, for ``Clock``.
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The parts of a video whose container's clock starts anew, for ``Clock``.
 
     Args:
         stamps: float64 ``[n]`` seconds on the container's clock at which pictures are shown.
         times: float64 ``[n]`` seconds of the same pictures on the target clock.
 
     Returns:
-        One origin for each part, in the order of the pictures; at most ``MAX_ORIGINS``.
+        For each part, in the order of the pictures, its origin; and the seconds on the target clock
+        at which it begins. At most ``MAX_ORIGINS`` of each.
     """
     offsets = np.asarray(stamps - times, np.float64)
     if not len(offsets):
-        return ()
-    first = np.abs(np.diff(offsets, prepend=np.inf)) > _STEP_BACK_S
-    return tuple(offsets[first][:MAX_ORIGINS].tolist())
+        return (), ()
+    first = np.flatnonzero(np.abs(np.diff(offsets, prepend=np.inf)) > _STEP_BACK_S)[:MAX_ORIGINS]
+    return tuple(offsets[first].tolist()), tuple(times[first].tolist())
 
 
 def place(

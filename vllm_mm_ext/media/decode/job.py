@@ -306,6 +306,7 @@ def _audio(
                 stream,
                 request.limits,
                 origins=() if video is None else video.origins or (video.start,),
+                begins=() if video is None else video.begins,
                 end=None if video is None else video.duration,
                 begin=begin,
                 reader=None

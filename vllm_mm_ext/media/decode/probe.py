@@ -15,7 +15,7 @@ from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.audio.audio_streams import audio_streams, describe_audio, is_unknown
-from vllm_mm_ext.media.audio.sound_placement import clock_origins
+from vllm_mm_ext.media.audio.sound_placement import clock_parts
 from vllm_mm_ext.media.decode.clock import (
     DEFAULT_FPS,
     NO_TICKS,
@@ -282,6 +282,10 @@ def _describe(
     # For an evenly spaced stream the declared rate is exact (30000/1001), the computed one nearly.
     if guessed > 0 and not is_vfr and abs(guessed / fps - 1) < 0.01:
         fps = guessed
+    origins: tuple[float, ...] = ()
+    begins: tuple[float, ...] = (0.0,) if bool((pts != NO_TICKS).all()) else ()
+    if clock.has_jumps:
+        origins, begins = clock_parts(np.asarray(pts * unit, np.float64), times)
     table = PacketTable(
         pts=pts if clock.exact else np.round(times / unit).astype(np.int64),
         time=times,
@@ -305,7 +309,8 @@ def _describe(
         duration=duration,
         pixel_format=stream.codec_context.pix_fmt or "",
         start=start,
-        origins=clock_origins(np.asarray(pts * unit, np.float64), times) if clock.has_jumps else (),
+        origins=origins,
+        begins=begins,
     )
     return described, table
 
