@@ -78,7 +78,8 @@ pass as they are. Clients that do not know the block ignore it.
 | `videos[].source_s`, `audio_s` | Seconds of the source; of sound the model hears, or null. |
 | `videos[].audio_note` | Only where the model does not hear all of a video's sound: `cut` at the \
 server's limit, `unsupported` (no decoder), `unreadable`, `too_large`, `too_short` (some \
-milliseconds), `outside` (before or after the pictures). |
+milliseconds), `outside` (all of it, or over a second, is before or \
+after the pictures). |
 | `videos[].reduction` | The token reduction applied, with the keys above. |
 | `videos[].level` | Load level the video is served at; 0 is full quality. |
 | `videos[].lowered` | What was lowered to fit a budget or for the load, and why. |

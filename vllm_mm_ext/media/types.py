@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 PolicyName = Literal["uniform", "keyframe", "adaptive", "explicit"]
 DecoderName = Literal["auto", "pyav", "decord", "nvdec"]
-# Why not all sound of a video is delivered: it goes on past a limit; no decoder takes it; nothing of
-# it can be decoded; it has an absurd rate or needs too much memory; it is too short for any model;
-# no sample of it belongs to the picture.
+# Why not all sound of a video is there: it goes on past a limit; no decoder takes it; nothing of it
+# can be decoded; it has an absurd rate or needs too much memory; it is too short for any model; it,
+# or over a second of it, lies before or after the pictures.
 AudioNote = Literal["", "cut", "unsupported", "unreadable", "too_large", "too_short", "outside"]
 
 

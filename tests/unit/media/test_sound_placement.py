@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from vllm_mm_ext.media.audio.sound_placement import (
     place,
 )
 from vllm_mm_ext.media.decode.job import run_job
-from vllm_mm_ext.media.types import DecodeRequest, DecodeResult, SamplingSpec
+from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.types import DecodeLimits, DecodeRequest, DecodeResult, SamplingSpec
 
 RATE = 48_000
 # Bursts of sound begin at these seconds of the sound, and last 0.2 s.
@@ -53,7 +55,14 @@ def bursts() -> np.ndarray:
     return wave
 
 
-def write(path: Path, *, picture_at: float = 0.0, sound_at: float = 0.0, defect: Defect) -> None:
+def write(
+    path: Path,
+    *,
+    picture_at: float = 0.0,
+    sound_at: float = 0.0,
+    defect: Defect,
+    pictures: int = round(VIDEO_S * 25),
+) -> None:
     """A file of four seconds of pictures and three of bursts, packets damaged by ``defect``."""
     video_codec, audio_codec = CODECS[path.suffix[1:]]
     with av.open(str(path), "w") as container:
@@ -62,7 +71,7 @@ def write(path: Path, *, picture_at: float = 0.0, sound_at: float = 0.0, defect:
         sound: Any = container.add_stream(audio_codec, rate=RATE, layout="mono")
         sound.bit_rate = 96_000
         packets = []
-        for number in range(round(VIDEO_S * 25)):
+        for number in range(pictures):
             frame = av.VideoFrame.from_ndarray(
                 np.full((48, 64, 3), number, np.uint8), format="rgb24"
             ).reformat(format="yuv420p")
@@ -139,13 +148,38 @@ def test_sound_alone_begins_with_its_first_sample(tmp_path: Path) -> None:
     assert onsets(result) == pytest.approx(BURSTS, abs=0.02)
 
 
-def test_sound_past_the_last_picture_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("picture_at", "sound_at", "note"),
+    [(0.0, 1.8, ""), (0.0, 2.5, "outside"), (0.8, 0.0, ""), (1.2, 0.0, "outside")],
+)
+def test_sound_beside_the_pictures_is_cut_and_over_a_second_of_it_is_noted(
+    tmp_path: Path, picture_at: float, sound_at: float, note: str
+) -> None:
     path = tmp_path / "a.mkv"
-    write(path, sound_at=2.0, defect=plain)
+    write(path, picture_at=picture_at, sound_at=sound_at, defect=plain)
     result = run_job(str(path), VIDEO)
     assert result.audio is not None
-    assert len(result.audio) / result.audio_rate == pytest.approx(VIDEO_S, abs=1e-3)
+    length = min(VIDEO_S, SECONDS + sound_at - picture_at)
+    assert len(result.audio) / result.audio_rate == pytest.approx(length, abs=0.03)
+    assert result.audio_note == note
+    span = SamplingSpec(max_frames=4, span=(sound_at, sound_at + 1))
+    assert run_job(str(path), replace(VIDEO, sampling=span)).audio_note == ""
+
+
+@pytest.mark.parametrize("container", ["mp4", "webm", "ts", "flv"])
+def test_a_single_picture_stands_while_there_is_sound(tmp_path: Path, container: str) -> None:
+    path = tmp_path / f"a.{container}"
+    write(path, defect=plain, pictures=1)
+    result = run_job(str(path), VIDEO)
+    assert result.info.video is not None
+    assert result.info.video.duration == pytest.approx(SECONDS, abs=0.05)
+    assert onsets(result) == pytest.approx(BURSTS, abs=0.02)
+    assert result.frames is not None
+    assert len(result.frames) == 1
     assert result.audio_note == ""
+    short = probe(str(path), DecodeLimits(max_duration_s=2.0)).video
+    assert short is not None
+    assert short.duration == 2.0
 
 
 def test_sound_wholly_beside_the_pictures_is_none(tmp_path: Path) -> None:

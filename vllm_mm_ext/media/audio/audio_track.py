@@ -31,6 +31,8 @@ _SAMPLE_BYTES = 4
 _SLACK_S = 1.0
 # Decoding stops after so many frames in a row that lie past the end. One timestamp may be wrong.
 _PAST_THE_END = 16
+# More sound than this, in seconds, before the first picture or after the last is worth a note.
+_MISSED_S = 1.0
 # Samples of each channel that are mixed at a time. Most frames have a thousand: on its own, each
 # costs 35 us, more than its decoding.
 _SAMPLES_AT_A_TIME = 1 << 16
@@ -81,6 +83,7 @@ def decode_audio(
     begins: Sequence[float] = (),
     end: float | None = None,
     begin: float | None = None,
+    is_part: bool = False,
     reader: SoundReader | None = None,
 ) -> Track:
     """Decode one audio stream and place its samples by their timestamps.
@@ -101,6 +104,7 @@ def decode_audio(
             at each limit instead of being refused.
         begin: Seconds on the container's clock before which no sound is needed, for a part of a
             video's sound: the decoder begins a little earlier. None to begin with the stream.
+        is_part: The picture is a part of a video, before and after which sound is expected.
         reader: The stream in a file that stays open; None to open ``path``.
 
     Raises:
@@ -112,6 +116,7 @@ def decode_audio(
     last = limits.max_audio_s if end is None else min(end, limits.max_audio_s)
     mixer = _Mixer()
     kept_s, kept, decoded_bytes, past, any_sound = 0.0, 0, 0, 0, False
+    early = late = 0.0  # seconds before the picture, and in a row after it
     cut = False
     opened = reader or SoundReader(path, stream.number, limits.max_pixels)
     with opened if reader is None else nullcontext():
@@ -127,9 +132,11 @@ def decode_audio(
             time = clock.time(stamp, seconds)
             any_sound = True
             if time is not None and time + seconds <= 0:
+                early += seconds
                 continue
-            past = past + 1 if time is not None and time >= last else 0
-            if past > _PAST_THE_END or kept_s > last + _SLACK_S:
+            is_late = time is not None and time >= last
+            past, late = (past + 1, late + seconds) if is_late else (0, 0.0)
+            if (past > _PAST_THE_END and late > _MISSED_S) or kept_s > last + _SLACK_S:
                 break
             kept_s += seconds
             kept += frame.samples * _SAMPLE_BYTES
@@ -147,7 +154,8 @@ def decode_audio(
     beyond = beyond and last == limits.max_audio_s
     if beyond and not of_video and not limits.truncate_audio:
         raise _too_long(f"The audio lasts more than {limits.max_audio_s:g} s", None, limits)
-    note: AudioNote = "cut" if cut or beyond else ""
+    missed = of_video and not is_part and early + late > _MISSED_S
+    note: AudioNote = "cut" if cut or beyond else "outside" if missed else ""
     if len(samples) < MIN_AUDIO_S * rate or not rate:
         # Of a part, nothing is decoded where the sound has ended before.
         none: AudioNote = "outside" if any_sound or begin is not None else "unreadable"

@@ -296,9 +296,8 @@ def _audio(
         allocate, kept: As of ``run_job``.
     """
     video = info.video if request.sampling is not None else None
-    begin: float | None = None
-    if video is not None and request.sampling and request.sampling.span and not video.origins:
-        begin = video.start
+    is_part = request.sampling is not None and request.sampling.span is not None
+    begin = video.start if video is not None and is_part and not video.origins else None
     with _timed(timings, "audio"):
         try:
             track = decode_audio(
@@ -309,6 +308,7 @@ def _audio(
                 begins=() if video is None else video.begins,
                 end=None if video is None else video.duration,
                 begin=begin,
+                is_part=is_part,
                 reader=None
                 if kept is None or video is None
                 else kept.sound(stream.number, request.limits.max_pixels),

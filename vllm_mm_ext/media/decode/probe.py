@@ -31,7 +31,7 @@ from vllm_mm_ext.media.decode.packets import Packets, read_beside, read_packets
 from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
 from vllm_mm_ext.media.decode.pixel_limit import check_pixels
 from vllm_mm_ext.media.decode.shown_order import shown_order
-from vllm_mm_ext.media.decode.sound_probe import sound_alone
+from vllm_mm_ext.media.decode.sound_probe import sound_alone, sound_end
 from vllm_mm_ext.media.decode.streams import TELL_END, claimed_length, stream_start, video_streams
 from vllm_mm_ext.media.types import (
     AS_PLAYERS,
@@ -185,6 +185,13 @@ def _read(
     described, packets = _describe(container, video, rows, clock, shown)
     _check_duration(described.duration, limits)
     sounds = describe_audio(container, described.start, video)
+    if described.num_frames == 1 and sounds:
+        # A picture to look at while something is heard, as a talk with its cover.
+        streams = [sound.index for sound in sounds]
+        heard = sound_end(path, limits.max_pixels, streams, guess=guessed) - described.start
+        stands = min(heard, limits.max_duration_s or heard)
+        if stands > described.duration:
+            described = replace(described, duration=stands, fps=1 / stands, is_vfr=True)
     return MediaInfo(
         container=container.format.name,
         num_bytes=os.stat(path).st_size,

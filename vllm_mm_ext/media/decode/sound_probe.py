@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from collections.abc import Collection
 from dataclasses import replace
 
 import av
@@ -66,6 +68,31 @@ def sound_alone(container: InputContainer, path: str) -> MediaInfo:
         audio=sounds,
         unsupported_audio=bool(container.streams.audio) and not sounds,
     )
+
+
+def sound_end(path: str, max_pixels: int, streams: Collection[int], *, guess: bool) -> float:
+    """Seconds on the container's clock at which the last of some streams ends, by its packets.
+
+    Args:
+        path: The file.
+        max_pixels, guess: See ``open_container``.
+        streams: Indices of streams of the file.
+    """
+    ends: dict[int, float] = {}
+    with (
+        open_container(path, max_pixels=max_pixels, guess=guess) as container,
+        contextlib.suppress(av.FFmpegError),
+    ):
+        wanted = [stream for stream in container.streams if stream.index in streams]
+        for count, packet in enumerate(demux(container, *wanted)):
+            if count > MAX_PACKETS:
+                break
+            if packet.size and packet.stream_index in streams:
+                before = ends.get(packet.stream_index, -math.inf)
+                begin = before if packet.pts is None else float(packet.pts * packet.time_base)
+                lasts = float((packet.duration or 0) * packet.time_base)
+                ends[packet.stream_index] = max(before, begin + lasts)
+    return max(ends.values(), default=-math.inf)
 
 
 def _measured(container: InputContainer, stream: AvAudioStream) -> float:
