@@ -498,6 +498,33 @@ def test_times_of_a_variable_rate_stay_as_they_are(tmp_path):
     np.testing.assert_allclose(table.time, clip.times, atol=1.1e-3)
 
 
+@pytest.mark.parametrize("times", [[0, 30, 60, 80, 110], [0, 7, 14, 20, 27]])
+def test_pictures_of_a_slide_show_are_shown_at_whole_seconds(tmp_path, times):
+    path = write_at(tmp_path / "a.mp4", [1000 * time for time in times])
+    assert read(path)[2].time.tolist() == times
+
+
+def test_a_claimed_rate_that_would_drift_from_the_pictures_does_not_count(tmp_path):
+    path = write_at(tmp_path / "a.mkv", [round(33.6 * number) for number in range(200)])
+    _, video, table = read(path)
+    assert not video.is_vfr
+    assert 199 / video.fps == pytest.approx(table.time[-1], abs=0.01)
+
+
+def write_at(path: Path, times: list[int]) -> Path:
+    """A file that claims 30 pictures a second, of pictures shown at these milliseconds."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in times:
+            picture = av.VideoFrame(32, 32, "yuv420p")
+            picture.pts, picture.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
 # --- which stream ---------------------------------------------------------------------------------
 
 

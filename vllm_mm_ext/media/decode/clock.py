@@ -35,6 +35,9 @@ _MAX_REORDERED = 64
 # Times are taken for those of a constant rate only where its pictures are so many units of the
 # clock apart that rounding alone hardly explains the fit.
 _FEWEST_UNITS = 2.5
+# The most, in seconds, to which a container rounds times that its time base tells finer: GIF counts
+# in hundredths. Times that are all multiples of more are exact.
+_COARSEST_UNIT = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +140,8 @@ def read_clock(
         ticks = _apart(ticks, usual or step / time_base)
     if has_jumps:
         exact = len(np.unique(pts[order])) == len(order)
-    rounded, unit = ticks * time_base, _unit(ticks) * time_base
+    rounded = ticks * time_base
+    unit = max(time_base, min(_unit(ticks) * time_base, _COARSEST_UNIT))
     time = on_grid(rounded, unit, [*rates, *_rates_near(rounded)])
     if len(time) > 1:
         step = float(np.median(np.diff(time)))

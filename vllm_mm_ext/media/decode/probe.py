@@ -288,7 +288,8 @@ def _describe(
     fps = len(order) / duration if duration > 0 else guessed or DEFAULT_FPS
     # For an evenly spaced stream the declared rate is exact (30000/1001), the computed one nearly.
     if guessed > 0 and not is_vfr and abs(guessed / fps - 1) < 0.01:
-        fps = guessed
+        drift = abs((len(order) - 1) / guessed - float(times[-1]))
+        fps = guessed if drift <= max(clock.unit, clock.usual / 2) else fps
     origins: tuple[float, ...] = ()
     begins: tuple[float, ...] = (0.0,) if bool((pts != NO_TICKS).all()) else ()
     if clock.has_jumps:
