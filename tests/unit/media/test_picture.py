@@ -109,6 +109,33 @@ def test_the_matrix_is_that_of_the_tags_or_else_of_the_size(
         assert np.abs(picture - expected(*color, shown, full=full)).max() <= 3
 
 
+@pytest.mark.parametrize(
+    ("name", "pixel_format", "tagged", "limited"),
+    [
+        ("libx265", "gray", 0, True),  # the encoder's default, as the standard's
+        ("libx265", "gray", 2, False),
+        ("libx265", "gray10le", 1, True),
+        ("ffv1", "gray", 1, True),
+        ("ffv1", "gray", 0, False),  # as in FFmpeg
+    ],
+)
+def test_gray_is_shown_in_the_range_of_its_tags(
+    tmp_path: Path, name: str, pixel_format: str, tagged: int, limited: bool
+) -> None:
+    values = np.repeat(np.array([[16, 126, 235]], np.uint8), 96, 0).repeat(64, 1)
+    wide = values.astype(np.uint16) * 4 if pixel_format == "gray10le" else values
+    frame = av.VideoFrame.from_ndarray(wide, format=pixel_format)
+    frame.color_range = tagged
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream: Any = container.add_stream(name, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 192, 96, pixel_format
+        stream.codec_context.color_range = tagged
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    picture = decoded(tmp_path / "a.mkv")[48, 32::64, 0]
+    np.testing.assert_allclose(picture, [0, 128, 255] if limited else [16, 126, 235], atol=3)
+
+
 def opencv(path: Path) -> np.ndarray:
     return cv2.cvtColor(cv2.VideoCapture(str(path), cv2.CAP_FFMPEG).read()[1], cv2.COLOR_BGR2RGB)
 
