@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -285,9 +287,20 @@ def test_the_bitstream_tells_the_size_where_the_container_says_another(
     np.testing.assert_array_equal(shown(path), shown(clip))
 
 
-def test_pictures_that_change_size_midway_are_shown_at_the_first_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("later", "inner"),
+    [
+        ((96, 32), (slice(13, 34), slice(0, 64))),
+        ((48, 64), (slice(0, 48), slice(14, 50))),
+        ((128, 96), (slice(0, 48), slice(0, 64))),
+        ((720, 576), (slice(0, 48), slice(0, 64))),  # of pixels that are hardly square
+    ],
+)
+def test_pictures_that_change_size_midway_are_fitted_to_the_first_ones(
+    tmp_path: Path, later: tuple[int, int], inner: tuple[slice, slice]
+) -> None:
     parts = []
-    for number, (width, height) in enumerate([(64, 48), (96, 32)]):
+    for number, (width, height) in enumerate([(64, 48), later]):
         path = tmp_path / f"{number}.h264"
         with av.open(str(path), "w") as writer:
             stream = writer.add_stream("libx264", rate=10)
@@ -302,7 +315,31 @@ def test_pictures_that_change_size_midway_are_shown_at_the_first_ones(tmp_path: 
     pictures = shown(both, frames=(0, 5))
     assert pictures.shape == (2, 48, 64, 3)
     assert np.abs(pictures[0].astype(int) - 60).max() < 4
-    assert np.abs(pictures[1].astype(int) - 180).max() < 4
+    filled = np.zeros((48, 64, 1), bool)
+    filled[inner] = True
+    assert np.abs(pictures[1].astype(int) - np.where(filled, 180, 0)).max() < 4
+
+
+def test_a_call_that_begins_with_small_pictures_is_shown_at_the_size_of_the_container(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as writer:
+        stream: Any = writer.add_stream("libvpx", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 128, 72, "yuv420p"
+        for number, (width, height) in enumerate([(32, 18), (128, 72)]):
+            encoder: Any = av.CodecContext.create("libvpx", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+            encoder.time_base = Fraction(1, 10)
+            stripes = np.zeros((height, width, 3), np.uint8)
+            stripes[:, ::4] = stripes[:, 1::4] = 200
+            for packet in [*encoder.encode(av.VideoFrame.from_ndarray(stripes)), *encoder.encode()]:
+                packet.stream, packet.pts, packet.dts = stream, number, number
+                packet.time_base = Fraction(1, 10)
+                writer.mux(packet)
+    pictures = shown(path, frames=(0, 1))
+    assert pictures.shape == (2, 72, 128, 3)
+    assert pictures[1].std() > 80
 
 
 def test_a_file_without_a_picture_that_decodes_is_described_by_its_container(

@@ -35,7 +35,8 @@ UPRIGHT = VideoStream(0, "h264", 64, 48, 0, 25.0, False, 1, 1.0, "")
 
 def drawn(frame: av.VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
     out = np.empty((*(size or (frame.height, frame.width)), 3), np.uint8)
-    write_rgb(frame, VideoReformatter(), UPRIGHT, PictureRules(), out)
+    video = replace(UPRIGHT, width=frame.width, height=frame.height)
+    write_rgb(frame, VideoReformatter(), video, PictureRules(), out)
     return out
 
 
@@ -393,7 +394,8 @@ def test_thumbnails_of_all_formats_show_the_same(pixel_format: str) -> None:
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_thumbnails_are_as_upright_as_the_frames(rotation: int, mirrored: bool) -> None:
-    video = replace(UPRIGHT, rotation=rotation, mirrored=mirrored)
+    width, height = (640, 360) if rotation in (0, 180) else (360, 640)
+    video = replace(UPRIGHT, width=width, height=height, rotation=rotation, mirrored=mirrored)
     small = thumbnail(slopes(), video)
     frame = np.empty((*small.shape[1:], 3), np.uint8)
     write_rgb(slopes(), VideoReformatter(), video, PictureRules(), frame)

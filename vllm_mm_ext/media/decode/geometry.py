@@ -27,7 +27,7 @@ from vllm_mm_ext.media.decode.container import dumped, open_container
 from vllm_mm_ext.media.decode.packets import demux
 from vllm_mm_ext.media.decode.picture import is_plain
 from vllm_mm_ext.media.decode.pixel_limit import check_pixels, ffmpeg_limit
-from vllm_mm_ext.media.types import MediaInfo, PictureRules
+from vllm_mm_ext.media.types import MediaInfo, PictureRules, VideoStream
 
 # Packets that are tried for a first picture, from the first keyframe on.
 _MAX_PACKETS = 64
@@ -35,6 +35,8 @@ _MAX_PACKETS = 64
 _NO_PIXELS = {"skip_idct": "all", "skip_loop_filter": "all"}
 # FFmpeg turns a picture whose matrix is this near to a quarter turn by that quarter turn.
 _TOLERANCE_DEGREES = 1.0
+# Pictures of which the ratios of sides differ by no more have one shape: sides are rounded.
+_SAME_SHAPE = 0.02
 # The native decoders of VP8 and VP9 leave the second stream of pictures out, which holds the alpha.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
@@ -74,6 +76,9 @@ def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) 
         check_pixels(picture.width, picture.height, max_pixels)
         width, height, plain = picture.width, picture.height, is_plain(picture)
         rotation, mirrored = orientation(picture)
+        if _is_smaller(picture, video) and not any(crop):
+            # Calls begin with small pictures until the line proves good.
+            width, height, plain = video.width, video.height, False
     if crop[0] + crop[1] >= width or crop[2] + crop[3] >= height:
         crop = (0, 0, 0, 0)
     width, height = width - crop[0] - crop[1], height - crop[2] - crop[3]
@@ -96,6 +101,12 @@ def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) 
         plain=plain and not rotation and not mirrored and not any(crop),
     )
     return replace(info, video=shown)
+
+
+def _is_smaller(picture: VideoFrame, video: VideoStream) -> bool:
+    """Whether a picture is smaller than the container says, and of the shape that it says."""
+    ratio = picture.width * video.height / (picture.height * video.width)
+    return picture.width < video.width and abs(ratio - 1) <= _SAME_SHAPE
 
 
 def stretched(width: int, height: int, aspect: float, max_pixels: int) -> tuple[int, int]:

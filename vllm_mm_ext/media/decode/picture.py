@@ -17,6 +17,13 @@ from vllm_mm_ext.media.decode import tone
 from vllm_mm_ext.media.decode.shared_array import put
 from vllm_mm_ext.media.types import PictureRules, VideoStream
 
+# Sizes of pictures that broadcasters send, mostly of pixels that are not square.
+_BROADCAST = frozenset(
+    [(w, h) for w in (352, 480, 528, 544, 704, 720) for h in (480, 576)] + [(1440, 1080)]
+)
+# A picture that would fill a side but for this part of it, and so many pixels, is made to fill it.
+_SHORT, _SHORT_PIXELS = 0.04, 1.5
+
 T = TypeVar("T", bound=np.generic)
 
 # FFmpeg's numbers of matrices (AVCOL_SPC_*), as swscale names them. The constant-luminance variant
@@ -61,12 +68,14 @@ def write_rgb(
         converter: Used by one thread at a time.
         video: The stream's description.
         rules: What the operator chose.
-        target: uint8 ``[height, width, 3]``, written in place. The picture is scaled to it.
+        target: uint8 ``[height, width, 3]``, written in place. The picture is scaled to it, or,
+            where its shape is another than that of the video, fitted into it over the background.
     """
     out = _as_decoded(target, video)
     # swscale takes all gray for full range. HEVC, AV1 and others may tag it as limited.
     limited = frame.color_range == _LIMITED_RANGE and frame.format.name.startswith("gray")
     frame = _restored(frame, video)
+    out = _fitted(out, frame, video, rules.background)
     curve = tone.curve_of(frame)
     if _may_be_transparent(frame):
         frame, curve = _over(frame, converter, rules.background, curve), None
@@ -198,6 +207,34 @@ def _as_decoded(target: npt.NDArray[np.uint8], video: VideoStream) -> npt.NDArra
     """View of ``target`` in which the picture lies as it was decoded."""
     view = np.rot90(target, video.rotation // 90)
     return view[:, ::-1] if video.mirrored else view
+
+
+def _fitted(
+    out: npt.NDArray[np.uint8],
+    frame: VideoFrame,
+    video: VideoStream,
+    background: tuple[int, int, int],
+) -> npt.NDArray[np.uint8]:
+    """View of the part of ``out`` that a picture fills; the rest becomes background.
+
+    That is all of it, unless the shape of pictures changes midway: a phone was turned. Where pixels
+    may not be square, the shape is not known.
+    """
+    width, height = video.width, video.height
+    if video.rotation in (90, 270):
+        width, height = height, width
+    wide = frame.width * height / (frame.height * width)
+    across, down = min(1.0, wide), min(1.0, 1 / wide)
+    is_known = video.sample_aspect == 1 and (frame.width, frame.height) not in _BROADCAST
+    missing = max(width * (1 - across - _SHORT), height * (1 - down - _SHORT))
+    if missing <= _SHORT_PIXELS or not is_known:
+        return out
+    out[...] = background
+    rows, columns = (
+        max(1, round(n * part)) for n, part in zip(out.shape, (down, across), strict=False)
+    )
+    top, left = (out.shape[0] - rows) // 2, (out.shape[1] - columns) // 2
+    return out[top : top + rows, left : left + columns]
 
 
 def _scaled(
