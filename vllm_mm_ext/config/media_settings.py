@@ -237,7 +237,8 @@ class PictureConfig(Section):
     background: str = Field(
         "#000000",
         pattern=r"^#[0-9a-fA-F]{6}$",
-        description="Colour behind transparent video (WebM, GIF, APNG, ProRes 4444), `#rrggbb`.",
+        description="Colour behind transparent video (WebM, GIF, APNG, ProRes 4444) and beside "
+        "pictures whose shape is not the first one's, `#rrggbb`.",
     )
 
 

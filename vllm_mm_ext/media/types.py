@@ -266,7 +266,7 @@ class PictureRules:
 
     Attributes:
         stretch: Pictures whose pixels are not square are stretched to their display shape.
-        background: Red, green and blue, 0 to 255, of what shows through transparent pictures.
+        background: Red, green and blue, 0 to 255, behind and beside pictures that do not fill all.
     """
 
     stretch: bool = True
