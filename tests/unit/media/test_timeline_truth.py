@@ -102,6 +102,27 @@ def test_the_last_picture_of_a_screen_recording_lasts_as_long_as_it_says(tmp_pat
     assert table.time[-1] == pytest.approx(59 / 30, abs=1e-3)
 
 
+@pytest.mark.parametrize(("first", "length"), [(0, 15.0), (25, 14.0)])
+def test_the_repeats_at_the_end_of_an_avi_file_are_its_last_picture(tmp_path, first, length):
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("rawvideo", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "bgr24"
+        for number in range(375):
+            packet = av.Packet(b"")
+            if number in (first, 125):
+                (packet,) = stream.encode(av.VideoFrame(32, 32, "bgr24"))
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            packet.duration, packet.time_base = 1, Fraction(1, 25)
+            container.mux(packet)
+    _, video, table = read(path)
+    assert video.duration == pytest.approx(length)
+    assert table.time.tolist() == pytest.approx([0, (125 - first) / 25])
+    data = path.read_bytes()
+    path.write_bytes(data[:-1000])
+    assert read(path)[1].duration == pytest.approx((126 - first) / 25)
+
+
 def write_gif(path: Path, *, rate: int, count: int, step: int, **options: int) -> Path:
     """A GIF whose pictures are ``step`` grey levels apart."""
     settings = {name: str(value) for name, value in options.items()}

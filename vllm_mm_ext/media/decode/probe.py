@@ -32,7 +32,13 @@ from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
 from vllm_mm_ext.media.decode.pixel_limit import check_pixels
 from vllm_mm_ext.media.decode.shown_order import shown_order
 from vllm_mm_ext.media.decode.sound_probe import sound_alone, sound_end
-from vllm_mm_ext.media.decode.streams import TELL_END, claimed_length, stream_start, video_streams
+from vllm_mm_ext.media.decode.streams import (
+    TELL_END,
+    claimed_length,
+    repeats_at_end,
+    stream_start,
+    video_streams,
+)
 from vllm_mm_ext.media.types import (
     AS_PLAYERS,
     DecodeLimits,
@@ -182,7 +188,8 @@ def _read(
     if container.format.name == "gif":
         rows.duration[:] = array("q", players_delays(np.array(rows.duration)).tolist())
     clock, shown = _clock(container, video, rows, path, limits)
-    described, packets = _describe(container, video, rows, clock, shown)
+    repeats = repeats_at_end(container, video, len(rows.pts), path)
+    described, packets = _describe(container, video, rows, clock, shown, repeats=repeats)
     _check_duration(described.duration, limits)
     sounds = describe_audio(container, described.start, video)
     if described.num_frames == 1 and sounds:
@@ -260,6 +267,8 @@ def _describe(
     rows: Packets,
     clock: Clock,
     order: npt.NDArray[np.int64],
+    *,
+    repeats: bool,
 ) -> tuple[VideoStream, PacketTable]:
     """The stream and its packet table.
 
@@ -269,6 +278,7 @@ def _describe(
         rows: Its packets.
         clock: Times of its pictures.
         order: Positions of the pictures among the packets, in presentation order.
+        repeats: See ``repeats_at_end``.
     """
     unit, flags = _unit(stream), np.array(rows.flags, np.int8)
     pts, dts = np.array(rows.pts, np.int64)[order], np.array(rows.dts, np.int64)[order]
@@ -281,7 +291,7 @@ def _describe(
     if len(order) < len(flags):
         # What a packet lasts that is half a picture, or among packets that are none, is a guess.
         own = max(own, clock.usual)
-    last = _last(container, stream, clock, own, start)
+    last = _last(container, stream, clock, own, start, repeats=repeats)
     duration = float(times[-1]) + last
     is_vfr = _uneven(np.diff(times), clock.unit) or last > 2 * clock.usual
     guessed = float(next(iter(_rates(stream)), 0.0))
@@ -324,7 +334,13 @@ def _describe(
 
 
 def _last(
-    container: InputContainer, stream: AvVideoStream, clock: Clock, own: float, start: float
+    container: InputContainer,
+    stream: AvVideoStream,
+    clock: Clock,
+    own: float,
+    start: float,
+    *,
+    repeats: bool,
 ) -> float:
     """Seconds for which the last picture is shown.
 
@@ -336,6 +352,7 @@ def _last(
         clock: Times of all pictures.
         own: Seconds that the picture's packet lasts; 0 if not known.
         start: Seconds on the container's clock at which the first picture is shown.
+        repeats: See ``repeats_at_end``.
     """
     usual = clock.usual
     if abs(own - usual) <= min(clock.unit, usual / 2):
@@ -346,6 +363,8 @@ def _last(
     # Of these formats only the header tells the end of the last picture. With sound, it tells the
     # later of two ends.
     tells = container.format.name in TELL_END and not container.streams.audio
+    if repeats:
+        tells, claimed = True, claimed - start
     if tells and not clock.has_jumps and claimed > own + usual:
         return claimed
     return own

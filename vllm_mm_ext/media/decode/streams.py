@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import av
 from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
@@ -77,6 +79,26 @@ def claimed_length(
     if container.format.name in TELL_END and claimed > start > 0:
         return claimed - start
     return claimed
+
+
+def repeats_at_end(
+    container: InputContainer, stream: AvVideoStream, packets: int, path: str
+) -> bool:
+    """Whether the header counts pictures behind the last packet: repeats of that picture.
+
+    In AVI, a packet without data repeats the picture before it, and FFmpeg leaves such packets out.
+    A file that was cut short counts what it lost, too.
+
+    Args:
+        container, stream: The open file and its stream.
+        packets: How many packets of the stream hold data.
+        path: The file.
+    """
+    if container.format.name != "avi" or stream.frames <= packets:
+        return False
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8)[4:], "little")
+    return 0 < length <= os.stat(path).st_size - 8
 
 
 def _seconds(stream: AvVideoStream | AvAudioStream) -> float:
