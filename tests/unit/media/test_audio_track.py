@@ -120,6 +120,38 @@ def test_a_length_that_only_the_bit_rate_tells_refuses_nothing(
     assert len(audio) / RATE == pytest.approx(12, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "count", "after"),
+    [
+        ("a.au", "pcm_s16be", b"\x7f\xff\xff\xff", 8),
+        ("a.aiff", "pcm_s16be", b"\x7f\xff\xff\xff", b"COMM\0\0\0\x12\0\1"),
+        ("a.flac", "flac", b"\xff\xff\xff\xff", 22),
+    ],
+)
+def test_a_count_of_samples_for_which_a_file_has_no_room_refuses_nothing(
+    tmp_path: Path, name: str, codec: str, count: bytes, after: bytes | int
+) -> None:
+    path = make_audio(tmp_path / name, codec=codec, duration=1.0).path
+    data = bytearray(path.read_bytes())
+    at = after if isinstance(after, int) else data.index(after) + len(after)
+    data[at : at + 4] = count
+    path.write_bytes(data)
+    result = run_job(str(path), DecodeRequest(audio="required", limits=DecodeLimits(max_audio_s=2)))
+    assert result.audio is not None
+    assert len(result.audio) / result.audio_rate == pytest.approx(1.0, abs=0.01)
+    assert result.info.duration == pytest.approx(1.0, abs=0.01)
+
+
+def test_joined_ogg_files_are_as_long_as_all_of_them(tmp_path: Path) -> None:
+    parts = [make_audio(tmp_path / f"{length}.ogg", duration=length).path for length in (3.0, 1.0)]
+    path = tmp_path / "both.ogg"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    result = run_job(str(path), DecodeRequest(audio="required"))
+    assert result.audio is not None
+    assert result.info.duration == pytest.approx(4.0, abs=0.05)
+    assert len(result.audio) / result.audio_rate == pytest.approx(4.0, abs=0.05)
+
+
 def test_a_recording_that_begins_late_on_its_clock_is_as_long_as_it_is(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "a.mkv", duration=2, audio=TONE, start_time=610).path
     with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from av.audio.stream import AudioStream as AvAudioStream
@@ -25,10 +26,13 @@ _BESIDE = (
     | Disposition.attached_pic
 )
 # Containers that count the samples of a whole stream. Others claim a length by the bit rate of the
-# first packets, by timestamps that may jump, or by a number that a live writer made up.
+# first packets, by timestamps that may jump, by a number that a live writer made up, or (Ogg) by
+# that of the last of several files that were joined.
 _COUNTING = frozenset(
-    ("mov", "matroska", "avi", "asf", "nut", "ogg", "wav", "w64", "aiff", "caf", "au", "flac")
+    ("mov", "matroska", "avi", "asf", "nut", "wav", "w64", "aiff", "caf", "au", "flac")
 )
+# FLAC of fewer bits a sample than this is silence, or its header counts samples that are not there.
+_FEWEST_BITS = 0.1
 
 
 def audio_streams(
@@ -90,20 +94,35 @@ def describe_audio(
     """
     numbers = {stream.index: number for number, stream in enumerate(container.streams.audio)}
     names = set(container.format.name.split(","))
-    return tuple(
-        AudioStream(
+    found = []
+    for stream in audio_streams(container, video):
+        context, claimed = stream.codec_context, claimed_length(container, stream, start)
+        if context.sample_rate <= 0:
+            continue
+        longest = _longest(container, stream)
+        sound = AudioStream(
             index=stream.index,
-            codec=stream.codec_context.codec.canonical_name,
-            sample_rate=stream.codec_context.sample_rate,
-            channels=stream.codec_context.channels,
-            duration=claimed_length(container, stream, start),
+            codec=context.codec.canonical_name,
+            sample_rate=context.sample_rate,
+            channels=context.channels,
+            duration=min(claimed, longest),
             number=numbers[stream.index],
             start=stream_start(stream),
-            estimated=not _counts_samples(names, stream),
+            estimated=claimed > longest or not _counts_samples(names, stream),
         )
-        for stream in audio_streams(container, video)
-        if stream.codec_context.sample_rate > 0
-    )
+        found.append(sound)
+    return tuple(found)
+
+
+def _longest(container: InputContainer, stream: AvAudioStream) -> float:
+    """Seconds of a stream for which the file has bytes enough; infinite where nothing tells."""
+    context = stream.codec_context
+    bits = 0.0
+    if context.codec.canonical_name.startswith("pcm_"):
+        bits = float(context.bit_rate or 0)
+    elif container.format.name == "flac":
+        bits = _FEWEST_BITS * context.sample_rate
+    return 8 * container.size / bits if bits > 0 else math.inf
 
 
 def _counts_samples(container: set[str], stream: AvAudioStream) -> bool:
