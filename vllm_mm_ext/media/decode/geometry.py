@@ -37,6 +37,8 @@ _NO_PIXELS = {"skip_idct": "all", "skip_loop_filter": "all"}
 _TOLERANCE_DEGREES = 1.0
 # Pictures of which the ratios of sides differ by no more have one shape: sides are rounded.
 _SAME_SHAPE = 0.02
+# A picture of a larger part of the width that the container says has been cropped, not shrunk.
+_SHRUNK = 0.9
 # The native decoders of VP8 and VP9 leave the second stream of pictures out, which holds the alpha.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
@@ -106,7 +108,7 @@ def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) 
 def _is_smaller(picture: VideoFrame, video: VideoStream) -> bool:
     """Whether a picture is smaller than the container says, and of the shape that it says."""
     ratio = picture.width * video.height / (picture.height * video.width)
-    return picture.width < video.width and abs(ratio - 1) <= _SAME_SHAPE
+    return picture.width <= _SHRUNK * video.width and abs(ratio - 1) <= _SAME_SHAPE
 
 
 def stretched(width: int, height: int, aspect: float, max_pixels: int) -> tuple[int, int]:
