@@ -26,7 +26,7 @@ MAX_ORIGINS = 1000
 # As the ffmpeg tool does in formats whose timestamps may start anew (`dts_delta_threshold`): a step
 # back, or so far ahead, is a new clock and no overlap or hole.
 _STEP_BACK_S = 0.1
-_STEP_AHEAD_S = 10.0
+STEP_AHEAD_S = 10.0
 # Where pictures go on while the timestamps of the sound step back by no more, the sound overlaps.
 _OVERLAP_S = 1.0
 # The same for other formats (`dts_error_threshold`): such a timestamp cannot be true.
@@ -81,7 +81,7 @@ class Clock:
         self._parts = list(zip(origins, starts, ends, strict=False)) if restarts else []
         back = _OVERLAP_S if len(origins) == 1 else _STEP_BACK_S
         self._back = back if restarts else _IMPOSSIBLE_S
-        self._ahead = _STEP_AHEAD_S if restarts else _IMPOSSIBLE_S
+        self._ahead = STEP_AHEAD_S if restarts else _IMPOSSIBLE_S
         self._expected: float | None = None
         # Where sound would go on if no step ahead so far were true: a timestamp may be wrong.
         self._surely = math.inf

@@ -14,6 +14,7 @@ from av.container import InputContainer
 
 from vllm_mm_ext.errors import UnreadableMediaError
 from vllm_mm_ext.media.audio.audio_streams import describe_audio, is_unknown
+from vllm_mm_ext.media.audio.sound_placement import STEP_AHEAD_S
 from vllm_mm_ext.media.decode.container import open_container
 from vllm_mm_ext.media.decode.packets import MAX_PACKETS, demux
 from vllm_mm_ext.media.decode.streams import container_start, video_streams
@@ -96,11 +97,19 @@ def sound_end(path: str, max_pixels: int, streams: Collection[int], *, guess: bo
 
 
 def _measured(container: InputContainer, stream: AvAudioStream) -> float:
-    """Seconds that the packets of a stream last together."""
-    ticks = 0
+    """Seconds that the packets of a stream last together, and holes between them.
+
+    FFmpeg does not know how long some packets of Vorbis last: the next timestamp tells.
+    """
+    unit = float(stream.time_base or 0)
+    total, lasts, before = 0, 0, None
     with contextlib.suppress(av.FFmpegError):
         for count, packet in enumerate(demux(container, stream)):
             if count > MAX_PACKETS:
                 break
-            ticks += max(0, packet.duration or 0)
-    return float(ticks * stream.time_base) if stream.time_base else 0.0
+            if packet.size:
+                pts = packet.pts
+                step = -1 if pts is None or before is None else pts - before
+                total += step if 0 <= step * unit <= STEP_AHEAD_S else lasts
+                lasts, before = max(0, packet.duration or 0), pts
+    return (total + lasts) * unit
