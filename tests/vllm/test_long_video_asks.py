@@ -12,9 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionLogProb,
+    ChatCompletionLogProbs,
     ChatCompletionLogProbsContent,
     ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatMessage,
 )
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.lora.request import LoRARequest
 
 from vllm_mm_ext.adapters.long_video import engine_model
@@ -85,7 +90,8 @@ def model_of(salt: str | None, reports: ReportsConfig, *, storable: bool = True)
     keys: ByteBudgetCache[str, str] = ByteBudgetCache(9, lambda _: 1)
     content: Any = SimpleNamespace(digest="file", storable=storable)
     serving = SimpleNamespace(
-        renderer=None, model_config=SimpleNamespace(mm_ext_settings=config, max_model_len=9)
+        renderer=None,
+        model_config=SimpleNamespace(mm_ext_settings=config, max_model_len=9, max_logprobs=20),
     )
     model = EngineModel(
         serving,
@@ -123,6 +129,40 @@ async def test_a_window_that_meets_a_busy_front_end_is_decoded_once_more(
     assert await model.window_key(WINDOW, look) == "digest"
     with pytest.raises(AskFailedError, match="no room"):
         await model.window_key(WINDOW, look)
+
+
+def answered(
+    text: str, reason: str = "stop", tokens: list[ChatCompletionLogProbsContent] | None = None
+) -> ChatCompletionResponse:
+    choice = ChatCompletionResponseChoice(
+        index=0,
+        message=ChatMessage(role="assistant", content=text),
+        finish_reason=reason,
+        logprobs=None if tokens is None else ChatCompletionLogProbs(content=tokens),
+    )
+    return ChatCompletionResponse(model="adapter", choices=[choice], usage=UsageInfo())
+
+
+async def test_a_prompt_that_the_engine_gives_up_is_sent_again_and_is_no_reply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_model, "_BUSY_PAUSE_S", 0.0)
+    monkeypatch.setattr(engine_model, "first_tokens", lambda *_: CHOICES)
+    model, aborted = model_of("salt", ReportsConfig()), answered("", "abort")
+    model._renderer = SimpleNamespace(get_tokenizer=lambda: None)
+    monkeypatch.setattr(model, "_enter", lambda *_: RequestContext())
+    note = Ask(WINDOW, Look("note"), ("Note.",), max_tokens=20)
+    chosen = answered("yes", "length", [logprobs(1, {1: -0.1, 3: -3.0})])
+    choice = Ask(WINDOW, Look("coarse"), ("Is it?",), max_tokens=1, choices=("yes", "no"))
+    for ask, whole in ((note, answered("[1] a man")), (choice, chosen)):
+        model._create = AsyncMock(side_effect=[aborted, whole, aborted, aborted])
+        assert (await model.ask(ask)).text in ("[1] a man", "")
+        with pytest.raises(AskFailedError, match="Send it again"):
+            await model.ask(ask)
+    assert model.first_error.error.code == 503
+    # However the engine came to end a choice without a token.
+    model._create = AsyncMock(side_effect=[answered("", tokens=[]), chosen])
+    assert (await model.ask(choice)).chances["yes"] > 0.9
 
 
 async def test_a_takedown_finds_the_items_of_a_window_by_the_clients_request() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm.exceptions import (
     GracefulHTTPError,
+    RetryableRequestError,
     VLLMClientError,
     VLLMError,
     VLLMUnprocessableEntityError,
@@ -45,6 +46,17 @@ class FailedMediaError(GracefulHTTPError):  # type: ignore[misc]
 
 class RefusedMediaError(FailedMediaError, VLLMClientError):  # type: ignore[misc]
     """A ``FailedMediaError`` that is the client's fault."""
+
+
+class AbortedError(RetryableRequestError):  # type: ignore[misc]
+    """The engine gave a prompt up, as ``/pause`` and ``/sleep`` let it by default.
+
+    vLLM answers what was written until then, with the finish reason "abort". A prompt that is sent
+    meanwhile waits for the engine to go on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("The engine was paused and gave this prompt up. Send it again.")
 
 
 def answer_to(error: MediaError) -> VLLMError:

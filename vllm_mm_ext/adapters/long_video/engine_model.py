@@ -11,7 +11,7 @@ from typing import Any
 from blake3 import blake3
 
 from vllm_mm_ext.adapters import vllm_compat
-from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.error_answers import AbortedError, client_errors
 from vllm_mm_ext.adapters.long_video.ask_requests import (
     chances,
     first_tokens,
@@ -219,6 +219,9 @@ class EngineModel:
         if isinstance(answer, ErrorResponse):
             return answer
         (choice,) = answer.choices
+        # A choice that has no token is no choice, however the engine came to end it.
+        if choice.finish_reason == "abort" or (first and not _chosen(choice)):
+            return create_error_response(AbortedError())
         cost = Cost(
             answer.usage.prompt_tokens,
             context.trace.cached_tokens or 0,
@@ -226,7 +229,7 @@ class EngineModel:
             time.perf_counter() - started,
         )
         text = "" if first else choice.message.content or ""
-        found = chances(first, choice.logprobs.content[0]) if first else {}
+        found = chances(first, _chosen(choice)[0]) if first else {}
         activity = next((video.activity for _, video in context.trace.videos), None)
         return Reply(text.strip(), found, cost, activity)
 
@@ -290,6 +293,11 @@ async def _alone(work: Coroutine[Any, Any, Any]) -> Any:
     if caller is not None and caller.cancelling():
         raise asyncio.CancelledError
     return result
+
+
+def _chosen(choice: Any) -> Any:
+    """What vLLM reports of each token of a choice; empty or None where there is none."""
+    return choice.logprobs and choice.logprobs.content
 
 
 def _may_pass(status: int) -> bool:

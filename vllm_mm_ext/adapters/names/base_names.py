@@ -19,6 +19,7 @@ ERROR_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.exceptions:VLLMValidationError", _FAILURE),
     VllmName("vllm.exceptions:VLLMUnprocessableEntityError", _FAILURE),
     VllmName("vllm.exceptions:GracefulHTTPError", ("message", "http_status")),
+    VllmName("vllm.exceptions:RetryableRequestError", ("message",)),
     VllmName("vllm.exceptions:VLLMClientError"),
     VllmName("vllm.entrypoints.serve:create_error_response", ("message",)),
     VllmAttributes("vllm.entrypoints.serve.engine.protocol:ErrorResponse", ("error",)),

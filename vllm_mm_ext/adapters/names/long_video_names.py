@@ -71,7 +71,8 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
         f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponse", ("choices", "usage")
     ),
     VllmAttributes(
-        f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponseChoice", ("logprobs", "message")
+        f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponseChoice",
+        ("finish_reason", "logprobs", "message"),
     ),
     VllmAttributes(f"{_OPENAI}.chat_completion.protocol:ChatCompletionLogProbs", ("content",)),
     VllmAttributes(
