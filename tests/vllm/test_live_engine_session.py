@@ -10,11 +10,17 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.exceptions import RetryableRequestError
+from vllm.exceptions import (
+    GracefulHTTPError,
+    MaxQueuedTokensError,
+    QueueOverflowError,
+    RetryableRequestError,
+)
 
 from vllm_mm_ext.adapters.live import engine_session
 from vllm_mm_ext.adapters.live.engine_session import Engine, EngineSession, new_salt
@@ -84,6 +90,7 @@ class Listener:
     def __init__(self) -> None:
         self.told: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
         self.answered: asyncio.Queue[str] = asyncio.Queue()
+        self.failures: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
 
     def appended(self, *told: Any) -> None:
         self.told.put_nowait(told)
@@ -93,6 +100,9 @@ class Listener:
 
     def ended(self, response_id: str, *_: Any) -> None:
         self.answered.put_nowait(response_id)
+
+    def failed(self, _: str | None, error_type: str, code: str, __: str) -> None:
+        self.failures.put_nowait((error_type, code))
 
 
 async def _leave() -> None:
@@ -276,6 +286,63 @@ async def test_a_prompt_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) 
             session.append(Append(PROMPT))
             assert await listener.told.get() == (None, 0, None)
             await session.close()
+
+
+class GivingUp(Client):
+    """Gives prompts up as a paused engine does.
+
+    Attributes:
+        ends: Of each prompt, the finish reasons of its outputs; without any it is answered.
+    """
+
+    def __init__(self, *ends: list[str | None]) -> None:
+        super().__init__()
+        self.ends = list(ends)
+
+    async def generate(self, prompt: Any, *args: Any, **more: Any) -> AsyncIterator[Any]:
+        reasons = self.ends.pop(0)
+        if not reasons:
+            async for output in super().generate(prompt, *args, **more):
+                yield output
+        for reason in reasons:
+            ids = [9] if reason is None else []
+            part = SimpleNamespace(logprobs=[], token_ids=ids, text="", finish_reason=reason)
+            yield SimpleNamespace(prompt_token_ids=[1], num_cached_tokens=1, outputs=[part])
+
+
+async def test_a_prompt_that_the_engine_gives_up_is_sent_again_unless_it_has_written_something(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_session, "_WAITS_S", (0.0, 0.0))
+    client, listener = GivingUp(["abort"], [], ["abort"], [None, "abort"]), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        session.append(Append(PROMPT, pause=4))
+        assert (await listener.told.get())[:2] == (5, 3)
+        session.respond(Respond("one", PROMPT, ResponseOptions(1, 0.0)))
+        assert await listener.failures.get() == ("server_error", "try_again")
+        await session.close()
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [QueueOverflowError(), MaxQueuedTokensError(), GracefulHTTPError("busy", HTTPStatus(503))],
+    ids=lambda refusal: type(refusal).__name__,
+)
+async def test_a_prompt_waits_where_too_many_wait_already(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refusal: Exception
+) -> None:
+    monkeypatch.setattr(engine_session, "_WAITS_S", (0.0, 0.0))
+    client, listener = Refusing(refusal, *[refusal] * 3), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        session.respond(Respond("one", PROMPT, ResponseOptions(1, 0.0)))
+        assert await listener.failures.get() == ("server_error", "try_again")
+        session.append(Append(PROMPT))
+        assert await listener.told.get() == (5, 3, None), "after one refusal"
+        await session.close()
+    assert "Traceback" not in caplog.text
 
 
 class Preprocessing(Client):

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.error_answers import AbortedError
 from vllm_mm_ext.adapters.live.growing import GrowingStretch
-from vllm_mm_ext.adapters.live.live_prompt import PromptError, PromptMaker
+from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
+from vllm_mm_ext.adapters.live.refusals import TooLongError, may_pass, told
 from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
 from vllm_mm_ext.live.effects import Append, Respond, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Prompt
@@ -24,7 +26,8 @@ logger = vllm_compat.logger
 
 # Times that a prompt is sent again whose preprocessed media got lost on the way.
 _RETRIES = 3
-# Seconds before a prompt is sent again that the engine does not take now, as while it is paused.
+# Seconds before a prompt is sent again that the engine does not take now, as while it is paused or
+# as many wait as may (vLLM's admission control).
 _WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Keys of a checkpoint's generation configuration that vLLM applies to chat completions.
 _SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
@@ -186,15 +189,15 @@ class EngineSession:
             self._appending = self._start(self._append(append))
 
     async def _append(self, append: Append) -> None:
-        told: tuple[int | None, int, TurnEnd | None] = (None, 0, None)
+        ended: tuple[int | None, int, TurnEnd | None] = (None, 0, None)
         try:
-            told = await self._appended(append)
+            ended = await self._appended(append)
         except Exception as error:
             # The response to the prompt meets the same error, and tells the client.
             logger.debug("mm_ext: an append of a live session failed: %s", error)
             self._note_death(error)
         if not self._silent:
-            self._listener.appended(*told)
+            self._listener.appended(*ended)
         self._append_next()
 
     async def _appended(self, append: Append) -> tuple[int, int, TurnEnd | None]:
@@ -239,7 +242,7 @@ class EngineSession:
         except Exception as error:
             self._note_death(error)
             if name in self._responses and not self._silent:
-                self._listener.failed(name, *_told(error))
+                self._listener.failed(name, *told(error))
         finally:
             if self._responses.get(name) is asyncio.current_task():
                 del self._responses[name]
@@ -289,22 +292,21 @@ class EngineSession:
     ) -> AsyncIterator[Any]:
         """vLLM's outputs for a prompt.
 
-        It is made and sent again if its media got lost on the way, and sent later if refused now.
+        It is made and sent again if its media got lost on the way, and sent later if the engine
+        refuses it now, or gives it up before it has written anything.
 
         Args:
             prompt: The prompt.
             params: Returns vLLM's ``SamplingParams`` for a prompt of so many tokens.
             aside: As of ``Respond``.
         """
-        from vllm.exceptions import RetryableRequestError
-
         retries, waits, rendered, begun = iter(range(_RETRIES)), iter(_WAITS_S), None, False
         while True:
             try:
                 rendered = rendered or await self._rendered(prompt, aside)
                 length = len(rendered["prompt_token_ids"])
                 if length >= self._engine.context_tokens:
-                    raise _TooLongError(length, self._engine.context_tokens)
+                    raise TooLongError(length, self._engine.context_tokens)
                 self._requests += 1
                 outputs = self._engine.client.generate(
                     rendered,
@@ -314,16 +316,21 @@ class EngineSession:
                     data_parallel_rank=self._rank,
                     session_id=self._id,
                 )
+                aborted = False
                 async for output in outputs:
-                    begun = True
-                    yield output
-                return
+                    aborted = output.outputs[0].finish_reason == "abort"
+                    if not aborted:
+                        begun = True
+                        yield output
+                if not aborted:
+                    return
+                raise AbortedError
             except LostInputsError:
                 if begun or next(retries, None) is None:
                     raise
                 rendered = None
-            except RetryableRequestError:
-                wait_s = next(waits, None)
+            except Exception as error:
+                wait_s = next(waits, None) if may_pass(error) else None
                 if begun or wait_s is None:
                     raise
                 await asyncio.sleep(wait_s)
@@ -362,16 +369,6 @@ class EngineSession:
         return task
 
 
-class _TooLongError(Exception):
-    """A prompt leaves no room for an answer."""
-
-    def __init__(self, tokens: int, limit: int) -> None:
-        super().__init__(
-            f"The conversation has {tokens} tokens; the model's context has {limit}, "
-            "and an answer needs at least one."
-        )
-
-
 async def _whole(work: asyncio.Future[Any]) -> None:
     """Wait for work in a thread to end, also when the waiting task is cancelled."""
     try:
@@ -380,21 +377,3 @@ async def _whole(work: asyncio.Future[Any]) -> None:
         while not work.done():
             await asyncio.wait({work})
         raise
-
-
-def _told(error: Exception) -> tuple[str, str, str]:
-    """Type, code and message of an error as a client is told."""
-    from vllm.exceptions import RetryableRequestError, VLLMClientError
-
-    if isinstance(error, _TooLongError):
-        return "invalid_request_error", "context_length_exceeded", str(error)
-    if isinstance(error, PromptError):
-        return "invalid_request_error", "invalid_conversation", str(error)
-    if isinstance(error, RetryableRequestError):
-        return "server_error", "try_again", str(error)
-    if isinstance(error, VLLMClientError):
-        too_long = getattr(error, "parameter", None) == "input_tokens"
-        code = "context_length_exceeded" if too_long else "invalid_prompt"
-        return "invalid_request_error", code, str(error)
-    logger.error("mm_ext: a response of a live session failed", exc_info=error)
-    return "server_error", "internal_error", "The server failed to answer."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
+from vllm_mm_ext.adapters.names.base_names import ERROR_NAMES
 from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 
 _OPENAI = "vllm.entrypoints.openai"
@@ -49,8 +50,7 @@ LIVE_ENGINE_NAMES: tuple[Checked, ...] = (
         "vllm.model_executor.models.interfaces:SupportsMultiModal.get_placeholder_str",
         ("modality", "i"),
     ),
-    VllmName("vllm.exceptions:RetryableRequestError"),
-    VllmName("vllm.exceptions:VLLMClientError"),
+    *ERROR_NAMES,
     VllmName("vllm.v1.engine.exceptions:EngineDeadError"),
     VllmName(
         "vllm.sampling_params:SamplingParams",
