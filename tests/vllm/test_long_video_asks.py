@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
@@ -32,6 +33,7 @@ from vllm_mm_ext.adapters.long_video.ask_requests import (
 )
 from vllm_mm_ext.adapters.long_video.chat_chunks import Head, joined, with_cost, without_text
 from vllm_mm_ext.adapters.long_video.engine_model import EngineModel
+from vllm_mm_ext.adapters.long_video.state import Shown
 from vllm_mm_ext.adapters.long_video.survey import Survey
 from vllm_mm_ext.config.options import Reduction, RequestOptions, TrainedReductions
 from vllm_mm_ext.config.quality_settings import BoundSettings
@@ -84,10 +86,25 @@ def test_a_prompt_is_sent_for_the_clients_model_and_salt_but_greedily() -> None:
     assert kinds == ["video_url", "text", "text"]
 
 
-def model_of(salt: str | None, reports: ReportsConfig, *, storable: bool = True) -> EngineModel:
-    """A model that knows the digest of ``WINDOW``."""
+def model_of(
+    salt: str | None,
+    reports: ReportsConfig,
+    *,
+    storable: bool = True,
+    shown_at: int = 0,
+    age_s: float = 0.0,
+) -> EngineModel:
+    """A model that knows the digest of ``WINDOW``.
+
+    Args:
+        salt: The client's.
+        reports: What clients are told.
+        storable: As of the video's content.
+        shown_at: The load tier at which the window was shown to an earlier request.
+        age_s: Seconds since then.
+    """
     config = MMExtConfig(reports=reports)
-    keys: ByteBudgetCache[str, str] = ByteBudgetCache(9, lambda _: 1)
+    windows: ByteBudgetCache[str, Shown] = ByteBudgetCache(9, lambda _: 1)
     content: Any = SimpleNamespace(digest="file", storable=storable)
     serving = SimpleNamespace(
         renderer=None,
@@ -99,11 +116,14 @@ def model_of(salt: str | None, reports: ReportsConfig, *, storable: bool = True)
         CLIENT.model_copy(update={"cache_salt": salt}),
         RequestContext(),
         Survey(("file:///a.mp4",) * 4, (content,) * 4, (200.0,) * 4, False, ContextUse(99, 0, 0)),
-        window_keys=keys,
+        windows=windows,
         session=None,
         priority=0,
     )
-    keys.put(model._place(WINDOW, Look("note"), "file"), "digest")
+    windows.put(
+        model._place(WINDOW, Look("note"), "file"),
+        Shown("digest", shown_at, time.monotonic() - age_s),
+    )
     return model
 
 
@@ -117,6 +137,18 @@ async def test_notes_that_others_may_have_asked_for_change_no_answer_unless_hits
     model = model_of(salt, ReportsConfig(cache_hits=cache_hits))
     assert model.known_window_key(WINDOW, Look("note")) == expected
     assert await model.window_key(WINDOW, Look("note")) == "digest", "not decoded again"
+
+
+@pytest.mark.parametrize(
+    ("shown_at", "age_s", "is_known"), [(0, 1e6, True), (2, 60.0, True), (2, 1900.0, False)]
+)
+def test_a_window_is_shown_as_its_digest_was_made_but_not_for_ever_as_under_load(
+    shown_at: int, age_s: float, is_known: bool
+) -> None:
+    model = model_of("salt", ReportsConfig(), shown_at=shown_at, age_s=age_s)
+    assert model.known_window_key(WINDOW, Look("note")) == ("digest" if is_known else None)
+    assert model._enter(WINDOW, Look("note")).levels == ((shown_at,) if is_known else None)
+    assert model._enter(WINDOW, Look("close")).levels is None
 
 
 async def test_a_window_that_meets_a_busy_front_end_is_decoded_once_more(

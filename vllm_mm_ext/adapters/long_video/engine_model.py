@@ -19,6 +19,7 @@ from vllm_mm_ext.adapters.long_video.ask_requests import (
     request_for,
     restrict,
 )
+from vllm_mm_ext.adapters.long_video.state import Shown
 from vllm_mm_ext.adapters.long_video.survey import Survey
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.planning import plan
@@ -47,7 +48,7 @@ class EngineModel:
         client: The client's request.
         context: Of the client's request.
         survey: What is known of its videos.
-        window_keys: Digests of windows that are known, kept for later requests.
+        windows: What windows show, kept for later requests.
         session: Session of the client's request; None without one.
         priority: Of the prompts.
     """
@@ -60,7 +61,7 @@ class EngineModel:
         context: RequestContext,
         survey: Survey,
         *,
-        window_keys: ByteBudgetCache[str, str],
+        windows: ByteBudgetCache[str, Shown],
         session: str | None,
         priority: int,
     ) -> None:
@@ -69,13 +70,13 @@ class EngineModel:
         self._client = client
         self._context = context
         self._survey = survey
-        self._window_keys = window_keys
+        self._windows = windows
         self._session = session
         self._priority = priority
         self._renderer = serving.renderer
         self._settings = vllm_compat.settings_of(serving.model_config)
-        # The load tier of each window that was planned for its digest. It is shown so.
-        self._levels: dict[tuple[Window | None, Look | None], tuple[int, ...]] = {}
+        # What the windows of this request show. They stay as they are, whatever the load becomes.
+        self._shown: dict[tuple[Window | None, Look | None], Shown] = {}
         # The first error of the engine or the front-end, as vLLM answers it.
         self.first_error: Any = None
 
@@ -144,9 +145,23 @@ class EngineModel:
         return storable
 
     def _known(self, window: Window, look: Look) -> str | None:
-        return self._window_keys.get(
-            self._place(window, look, self._survey.contents[window.video].digest)
-        )
+        """The digest of a window that this request has looked at, or an earlier one.
+
+        As with sticky decisions, what was shown under load does not count for ever.
+        """
+        shown = self._shown.get((window, look))
+        if shown is None:
+            digest = self._survey.contents[window.video].digest
+            shown = self._windows.get(self._place(window, look, digest))
+            if shown is None or not self._holds(shown):
+                return None
+            self._shown[window, look] = shown
+        return shown.digest
+
+    def _holds(self, shown: Shown) -> bool:
+        sticky = self._settings.quality.sticky
+        lasts = sticky.ttl_s if sticky.enabled else 0.0
+        return shown.level == 0 or time.monotonic() - shown.made < lasts
 
     def _place(self, window: Window, look: Look, digest: str) -> str:
         """All that decides what is shown, but for the load of the service."""
@@ -167,12 +182,13 @@ class EngineModel:
 
     def _enter(self, window: Window | None, look: Look | None) -> RequestContext:
         """Make a context for one prompt, and make it the current one."""
+        shown = self._shown.get((window, look))
         context = RequestContext(
             options=self._options(look),
             session=self._session,
             span=None if window is None else (window.start, window.end),
             contents=dict(zip(self._survey.urls, self._survey.contents, strict=True)),
-            levels=self._levels.get((window, look)),
+            levels=None if shown is None else (shown.level,),
         )
         # Traces are kept for the cached tokens only, which vLLM tells traces that are reported.
         context.trace.asked = True
@@ -253,13 +269,13 @@ class EngineModel:
         assert context is not None
         (item,) = context.items
         content, video_plan = item.content, item.plan
-        self._levels[window, look] = (item.decision.level,)
         assert content is not None
         assert video_plan is not None
         runtime = runtime_of(self._renderer)
         with content.in_use():
             digest = await runtime.run(runtime.frontend.window_key(content, video_plan))
-        self._window_keys.put(self._place(window, look, content.digest), digest)
+        shown = self._shown[window, look] = Shown(digest, item.decision.level, time.monotonic())
+        self._windows.put(self._place(window, look, content.digest), shown)
         return digest
 
 

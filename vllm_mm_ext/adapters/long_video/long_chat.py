@@ -104,7 +104,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
             request,
             context,
             found,
-            window_keys=runtime.long_video.window_keys,
+            windows=runtime.long_video.windows,
             session=serving._get_session_id(request, raw_request),
             priority=_priority(serving, request, raw_request, config.long_video),
         )

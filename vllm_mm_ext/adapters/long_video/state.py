@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
 from vllm_mm_ext.config.long_video_settings import LongVideoSettings
 from vllm_mm_ext.errors import BusyError
@@ -11,7 +12,21 @@ from vllm_mm_ext.media.cache import ByteBudgetCache
 
 _MIB = 1 << 20
 # Windows whose digest is known; an entry takes some hundred bytes.
-_MAX_WINDOW_KEYS = 1 << 16
+_MAX_WINDOWS = 1 << 16
+
+
+class Shown(NamedTuple):
+    """What a model is shown of a window.
+
+    Attributes:
+        digest: Of the frames, their times and the sound.
+        level: The load tier at which the window was planned so.
+        made: When, in seconds of the monotonic clock.
+    """
+
+    digest: str
+    level: int
+    made: float
 
 
 class LongVideoState:
@@ -22,12 +37,12 @@ class LongVideoState:
 
     Attributes:
         notes: Replies about windows.
-        window_keys: For a window of a file, and how it is looked at, the digest of what it shows.
+        windows: For a window of a file, and how it is looked at, what it shows.
     """
 
     def __init__(self, settings: LongVideoSettings) -> None:
         self.notes = NoteStore(settings.notes_mb * _MIB, settings.notes_ttl_s)
-        self.window_keys: ByteBudgetCache[str, str] = ByteBudgetCache(_MAX_WINDOW_KEYS, lambda _: 1)
+        self.windows: ByteBudgetCache[str, Shown] = ByteBudgetCache(_MAX_WINDOWS, lambda _: 1)
         self._max_requests = settings.max_requests
         self._requests = 0
 
@@ -52,7 +67,7 @@ class LongVideoState:
     def clear(self) -> None:
         """Forget all windows and their notes: neither tells of which file it is."""
         self.notes.clear()
-        self.window_keys.clear()
+        self.windows.clear()
 
     def stats(self) -> dict[str, int]:
         """Requests under way, and what is kept."""
@@ -60,7 +75,7 @@ class LongVideoState:
             "requests": self._requests,
             "notes": len(self.notes),
             "note_bytes": self.notes.num_bytes,
-            "known_windows": self.window_keys.stats().entries,
+            "known_windows": self.windows.stats().entries,
         }
 
 
