@@ -27,6 +27,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from vllm_mm_ext.adapters import rendering_wrappers
 from vllm_mm_ext.adapters.long_video import long_chat
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.base.shared_state import Decision, SharedState
@@ -45,17 +46,20 @@ class Chat:
 
     Attributes:
         sent: The requests that came to the engine.
+        weights: Version of the engine's weights.
     """
 
     def __init__(self, front: Front) -> None:
         config = front.renderer.config
         self.files = front.files
         self.sent: list[ChatCompletionRequest] = []
+        self.weights = "default"
         engine: Any = SimpleNamespace(
             vllm_config=config,
             model_config=config.model_config,
             renderer=front.renderer,
             input_processor=None,
+            get_weight_version=self.get_weight_version,
         )
         template: dict[str, Any] = {
             "request_logger": None,
@@ -69,6 +73,9 @@ class Chat:
             online_renderer=OnlineRenderer(config.model_config, front.renderer, **template),
             **template,
         )
+
+    async def get_weight_version(self) -> str:
+        return self.weights
 
     async def create(
         self, serving: OpenAIServingChat, request: Any, raw_request: Any = None
@@ -137,6 +144,24 @@ async def test_images_that_leave_no_room_for_notes_are_refused_before_windows_ar
     with pytest.raises(VLLMValidationError, match="room for"):
         await chat.ask(image, max_completion_tokens=1450)
     assert len(chat.sent) == asked
+
+
+async def test_notes_of_other_weights_are_not_used(chat: Chat) -> None:
+    rendering_wrappers.after_clearing(long_chat.forget_notes)
+
+    async def asked() -> int:
+        del chat.sent[:]
+        await chat.ask(cache_salt="weights")
+        return len(chat.sent)
+
+    assert await asked() == WINDOWS + 1
+    assert await asked() == 1
+    # What vLLM does in the API server that is told of new weights.
+    await chat.serving.renderer.clear_mm_cache_async()
+    assert await asked() == WINDOWS + 1
+    # Another one hears of their version alone.
+    chat.weights = "next"
+    assert await asked() == WINDOWS + 1
 
 
 async def test_a_turn_that_pydantic_gives_once_only_is_part_of_the_answer(chat: Chat) -> None:

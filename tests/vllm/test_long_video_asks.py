@@ -117,6 +117,7 @@ def model_of(
         RequestContext(),
         Survey(("file:///a.mp4",) * 4, (content,) * 4, (200.0,) * 4, False, ContextUse(99, 0, 0)),
         windows=windows,
+        weights="default",
         session=None,
         priority=0,
     )

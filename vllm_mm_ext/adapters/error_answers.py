@@ -49,14 +49,14 @@ class RefusedMediaError(FailedMediaError, VLLMClientError):  # type: ignore[misc
 
 
 class AbortedError(RetryableRequestError):  # type: ignore[misc]
-    """The engine gave a prompt up, as ``/pause`` and ``/sleep`` let it by default.
+    """The engine gave a prompt up, as ``/pause`` and ``/sleep`` have it do by default.
 
     vLLM answers what was written until then, with the finish reason "abort". A prompt that is sent
     meanwhile waits for the engine to go on.
     """
 
     def __init__(self) -> None:
-        super().__init__("The engine was paused and gave this prompt up. Send it again.")
+        super().__init__("The engine gave this prompt up, as when it is paused. Send it again.")
 
 
 def answer_to(error: MediaError) -> VLLMError:

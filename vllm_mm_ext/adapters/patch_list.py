@@ -217,6 +217,12 @@ PATCHES: tuple[Patch, ...] = (
         "vLLM lets a plugin answer a chat completion by requests of its own",
     ),
     Patch(
+        "long video",
+        (f"{_RENDERER}.clear_mm_cache_async",),
+        "What a model with other weights noted about videos is forgotten.",
+        "vLLM tells plugins when a model's weights change",
+    ),
+    Patch(
         "request options",
         (
             f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",

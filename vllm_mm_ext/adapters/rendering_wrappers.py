@@ -208,6 +208,25 @@ def after_cache_lookup(
     wrap(BaseMultiModalProcessor, "_get_cache_missing_items", make)
 
 
+def after_clearing(cleared: Callable[[Any], None]) -> None:
+    """Hear that an API server forgets its media, as it does where the model's weights change.
+
+    Args:
+        cleared: Called with vLLM's renderer on vLLM's event loop, before the engine is told: what
+            the engine gets later, it computes later.
+    """
+    from vllm.renderers.base import BaseRenderer
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def clear_mm_cache_async(self: Any) -> None:
+            await original(self)
+            cleared(self)
+
+        return clear_mm_cache_async
+
+    wrap(BaseRenderer, "clear_mm_cache_async", make)
+
+
 def around_preprocessing(
     before: Callable[[], Any],
     after: Callable[[Any, Any, Mapping[str, list[Span]], Sequence[int]], None],

@@ -134,7 +134,7 @@ class Model(Protocol):
 
     @property
     def identity(self) -> str:
-        """What replies depend on besides the prompt: the model, its adapter, the cache salt."""
+        """What replies depend on besides the prompt: the model, its weights, the cache salt."""
 
     async def ask(self, ask: Ask) -> Reply:
         """Send one prompt. Those who ask bound how many are under way.

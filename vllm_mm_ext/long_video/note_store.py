@@ -19,7 +19,8 @@ class NoteStore:
     """Keeps replies by digest, bounded in bytes, each for a time. For one event loop.
 
     Concurrent calls for one reply ask once: the others wait, and where the one that asks fails or
-    is cancelled, one of the others asks for itself. So no request depends on another one.
+    is cancelled, one of the others asks for itself. So no request depends on another one. A reply
+    that was asked for before ``clear`` is not kept.
 
     Args:
         max_bytes: Bytes of all replies; the least recently used ones go first.
@@ -30,6 +31,7 @@ class NoteStore:
     def __init__(self, max_bytes: int, ttl_s: float, now: Callable[[], float] = monotonic) -> None:
         self._replies: TTLCache[str, Reply] = TTLCache(max_bytes, ttl_s, now, _size_of)
         self._asking: dict[str, asyncio.Event] = {}
+        self._clears = 0
 
     async def reply(self, key: str, ask: Callable[[], Awaitable[Reply]]) -> tuple[Reply, bool]:
         """The reply that is kept under a key, or else the one that ``ask`` gets.
@@ -46,9 +48,10 @@ class NoteStore:
                 await asking.wait()
                 continue
             done = self._asking[key] = asyncio.Event()
+            clears = self._clears
             try:
                 reply = await ask()
-                if _size_of(reply) <= self._replies.maxsize:
+                if clears == self._clears and _size_of(reply) <= self._replies.maxsize:
                     self._replies[key] = reply
                 return reply, False
             finally:
@@ -63,6 +66,7 @@ class NoteStore:
     def clear(self) -> None:
         """Forget all replies."""
         self._replies.clear()
+        self._clears += 1
 
     @property
     def num_bytes(self) -> int:

@@ -98,3 +98,15 @@ async def test_a_reply_is_kept_for_its_time_only() -> None:
     now = 61.0
     assert store.kept("k") is None
     assert (len(store), store.num_bytes) == (0, 0)
+
+
+async def test_a_reply_that_was_asked_for_before_all_were_forgotten_is_not_kept() -> None:
+    store, asker = NoteStore(1 << 20, 60), Asker()
+    asking = asyncio.create_task(store.reply("k", asker.ask))
+    await settle()
+    store.clear()
+    asker.go.set()
+    assert await asking == (NOTE, False)
+    assert store.kept("k") is None
+    await store.reply("k", asker.ask)
+    assert store.kept("k") == NOTE

@@ -49,6 +49,7 @@ class EngineModel:
         context: Of the client's request.
         survey: What is known of its videos.
         windows: What windows show, kept for later requests.
+        weights: Version of the model's weights.
         session: Session of the client's request; None without one.
         priority: Of the prompts.
     """
@@ -62,6 +63,7 @@ class EngineModel:
         survey: Survey,
         *,
         windows: ByteBudgetCache[str, Shown],
+        weights: str,
         session: str | None,
         priority: int,
     ) -> None:
@@ -71,6 +73,7 @@ class EngineModel:
         self._context = context
         self._survey = survey
         self._windows = windows
+        self._weights = weights
         self._session = session
         self._priority = priority
         self._renderer = serving.renderer
@@ -94,6 +97,7 @@ class EngineModel:
         adapter = self._serving._maybe_get_adapters(client)
         parts = (
             client.model,
+            self._weights,
             None if adapter is None else adapter.lora_path,
             client.cache_salt,
             client.chat_template,

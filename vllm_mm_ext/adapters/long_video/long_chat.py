@@ -105,6 +105,8 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
             context,
             found,
             windows=runtime.long_video.windows,
+            # Of several API servers, only one is asked to forget its notes.
+            weights=await serving.engine_client.get_weight_version(),
             session=serving._get_session_id(request, raw_request),
             priority=_priority(serving, request, raw_request, config.long_video),
         )
@@ -112,6 +114,16 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
         place = runtime.long_video.enter()
     chat = _LongChat(serving, request, raw_request, create, model, task, found, report, place)
     return chat.stream() if request.stream else await chat.whole()
+
+
+def forget_notes(renderer: Any) -> None:
+    """Forget what was noted about videos: the model's weights may change.
+
+    Args:
+        renderer: vLLM's renderer.
+    """
+    if renderer.mm_processor is not None:
+        runtime_of(renderer).long_video.notes.clear()
 
 
 async def _task(

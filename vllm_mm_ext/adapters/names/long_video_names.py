@@ -86,6 +86,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
     VllmAttributes(f"{_PROTOCOL}:ErrorResponse", ("error",)),
     VllmAttributes(f"{_PROTOCOL}:ErrorInfo", ("code", "message")),
     VllmName("vllm.entrypoints.serve:create_error_response", ("message",)),
+    VllmName("vllm.engine.protocol:EngineClient.get_weight_version", ("self",)),
     VllmName(
         "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs",
         ("mm_processor_kwargs", "media_io_kwargs", "trust_request_mm_kwargs"),
@@ -102,6 +103,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
         "vllm.sampling_params:SamplingParams.verify",
         ("model_config", "speculative_config", "structured_outputs_config", "tokenizer"),
     ),
+    VllmName(f"{_RENDERER}.clear_mm_cache_async", ("self",)),
     VllmName(f"{_RENDERER}.tokenize_prompts_async", ("prompts", "params")),
     VllmName(f"{_RENDERER}.default_chat_tok_params"),
     VllmName(f"{_RENDERER}.get_tokenizer"),

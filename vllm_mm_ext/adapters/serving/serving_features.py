@@ -27,10 +27,11 @@ def _install_timing() -> None:
 
 
 def _install_long_video() -> None:
-    from vllm_mm_ext.adapters import route_wrappers
-    from vllm_mm_ext.adapters.long_video.long_chat import answer
+    from vllm_mm_ext.adapters import rendering_wrappers, route_wrappers
+    from vllm_mm_ext.adapters.long_video.long_chat import answer, forget_notes
 
     route_wrappers.instead_of_chat(answer)
+    rendering_wrappers.after_clearing(forget_notes)
 
 
 def _install_options() -> None:
