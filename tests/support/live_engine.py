@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from live_talk import conversation, kinds_of, stretch_units
+from PIL import Image
 from vllm import AsyncEngineArgs
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -177,7 +178,7 @@ async def family(model: Path) -> dict[str, Any]:
             if traits.images and number == 1:
                 rng = np.random.default_rng(9)
                 pixels = rng.integers(0, 256, (56, 84, 3), dtype=np.uint8)
-                more.append(Picture(pixels, "nine"))
+                more.append(Picture(Image.fromarray(pixels), "nine"))
             counts, prompt, ids, usage = await one_turn(session, heard, history, units, name, *more)
             history = [*prompt.messages, Message("assistant", (Generated(ids, ""),))]
             asked.append((prompt, ids))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from openai.types.realtime import RealtimeServerEvent
+from PIL import Image
 from pydantic import BaseModel, TypeAdapter
 
 from vllm_mm_ext.live.client_events import AudioAppend, VideoAppend, media_contents
@@ -220,7 +221,7 @@ class LiveDriver:
         media: list[Media] = [
             np.full(RATE // 2, -1.0, np.float32)
             if hasattr(content, "audio")
-            else Picture(np.zeros((8, 8, 3), np.uint8), "digest")
+            else Picture(Image.new("RGB", (8, 8)), "digest")
             for content in media_contents(read)
         ]
         return self.take(self.machine.handle(read, self.now, media))

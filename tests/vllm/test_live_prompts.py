@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from live_talk import conversation, kinds_of, stretch_units
+from PIL import Image
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.renderers import renderer_from_config
@@ -210,7 +211,8 @@ def test_measured_tokens_are_those_of_the_prompt(served: Any) -> None:
             Text("What is <|video_pad|>?"),
         ]
         if traits.images:
-            parts.append(Picture(rng.integers(0, 256, (70, 99, 3), dtype=np.uint8), "picture"))
+            pixels = rng.integers(0, 256, (70, 99, 3), dtype=np.uint8)
+            parts.append(Picture(Image.fromarray(pixels), "picture"))
         messages = (
             SYSTEM,
             Message("user", tuple(parts)),
@@ -226,7 +228,11 @@ def test_a_picture_that_the_model_does_not_take_is_an_error_of_the_client(served
     live = served[0]
     if not live.traits.images:
         pytest.skip("takes no pictures")
-    small, long = (Picture(np.zeros((1, width, 3), np.uint8), str(width)) for width in (1, 300))
-    rendered(served, Prompt((Message("user", (small, Text("What?"))),), open=False), {})
+    small, long = (Picture(Image.new("RGB", (width, 1)), str(width)) for width in (1, 300))
+    prompt = Prompt((Message("user", (small, Text("What?"))),), open=False)
+    rendered(served, prompt, {})
+    # Every append of a session has all its pictures.
+    (image,) = live._engine.maker.make(prompt, {})["multi_modal_data"]["image"]
+    assert image is small.image
     with pytest.raises(WireError, match="300x1 pixels"):
         live.measure(Message("user", (long,)))

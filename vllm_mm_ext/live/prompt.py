@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from vllm_mm_ext.live.client_events import Role
 
@@ -63,10 +64,20 @@ class Generated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """An image that a client put into an item: uint8 RGB ``[height, width, 3]``, and its digest."""
+    """An image that a client put into an item, as every prompt takes it.
 
-    pixels: npt.NDArray[np.uint8]
+    Attributes:
+        image: In RGB.
+        digest: Of its file.
+    """
+
+    image: Image.Image
     digest: str
+
+    @property
+    def nbytes(self) -> int:
+        """What its pixels take: Pillow has four bytes for each."""
+        return 4 * self.image.width * self.image.height
 
 
 @dataclass(frozen=True, slots=True)

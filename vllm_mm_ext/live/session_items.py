@@ -60,7 +60,7 @@ def _nbytes(part: Part) -> int:
         case Generated(token_ids, text):
             return 8 * len(token_ids) + 4 * len(text)
         case Picture():
-            return part.pixels.nbytes
+            return part.nbytes
         case Stretch():
             return COPIES * sum(
                 unit.samples.nbytes + sum(frame.pixels.nbytes for frame in unit.frames)

@@ -134,8 +134,11 @@ def read_image(image: bytes, max_pixels: int) -> Picture:
         MediaError: Not a JPEG, PNG or WebP file, damaged, cut short, or too large.
     """
     with _opened(image, max_pixels) as opened:
-        pixels = _pixels(_upright_rgb(opened))
-    return Picture(pixels, blake3(image).hexdigest())
+        shown = _upright_rgb(opened)
+        # Without what else its file holds.
+        plain = Image.new("RGB", shown.size)
+        plain.paste(shown)
+    return Picture(plain, blake3(image).hexdigest())
 
 
 def _pixels(image: Image.Image) -> Pixels:

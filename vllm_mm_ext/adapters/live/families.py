@@ -76,7 +76,7 @@ class Family:
             WireError: The model does not take a picture of such a shape.
         """
         info = self.processor.info
-        height, width = picture.pixels.shape[:2]
+        width, height = picture.image.size
         try:
             count: int = info.get_num_image_tokens(
                 image_width=width,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cachetools import LRUCache
-from PIL import Image
 
 from vllm_mm_ext.adapters.live.families import Family
 from vllm_mm_ext.adapters.live.growing import GrowingStretch
@@ -155,7 +154,7 @@ class PromptMaker:
                 made.ids(part.token_ids)
             elif isinstance(part, Picture):
                 self._placed(made, "image", 1, ends=True)
-                made.add("image", Image.fromarray(part.pixels), f"{_PICTURES}{part.digest}")
+                made.add("image", part.image, f"{_PICTURES}{part.digest}")
             else:
                 self._stretch(made, part, stretches, ends=not last)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 from blake3 import blake3
 
 from vllm_mm_ext.adapters.live.lane import Lane
@@ -141,7 +140,7 @@ class Senses:
         for content in contents:
             with _wire_errors():
                 medium = await self.lane.run(self._read, content)
-            left -= (medium if isinstance(medium, np.ndarray) else medium.pixels).nbytes
+            left -= (medium.pixels if isinstance(medium, Sight) else medium).nbytes
             if left < 0:
                 raise WireError(
                     f"The pictures and sounds of the event take more than {self._max_bytes >> 20} "
