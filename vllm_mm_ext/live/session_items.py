@@ -221,16 +221,14 @@ def messages(
     spoken = [(x.role, x.parts) for x in items if x.parts and x.status != "in_progress"]
     if open_parts:
         spoken.append(("user", tuple(open_parts)))
-    shown: list[Message] = []
+    shown: list[tuple[Role, list[Part]]] = []
     if instructions.strip():
-        shown.append(Message("system", (Text(instructions),)))
+        shown.append(("system", [Text(instructions)]))
     for role, weighed in spoken:
-        parts = tuple(x.part for x in weighed)
-        if role == "user" and shown and shown[-1].role == "user":
-            shown[-1] = Message("user", shown[-1].parts + parts)
-        else:
-            shown.append(Message(role, parts))
-    return tuple(shown)
+        if role != "user" or not shown or shown[-1][0] != "user":
+            shown.append((role, []))
+        shown[-1][1].extend(x.part for x in weighed)
+    return tuple(Message(role, tuple(parts)) for role, parts in shown)
 
 
 def say(answer: Item, chunks: Sequence[tuple[tuple[int, ...], str]], scales: Scales) -> None:
