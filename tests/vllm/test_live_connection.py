@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import random
+import threading
 import weakref
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -258,6 +259,28 @@ async def test_a_client_that_floods_does_not_keep_others_waiting() -> None:
         assert await ask(other, "one two") == "one two"
         assert answered < flood
         await work
+
+
+async def test_many_texts_of_one_event_are_tokenized_away_from_the_event_loop() -> None:
+    on_loop: list[str] = []
+
+    class Watched(EchoEngine):
+        def measure(self, message: Any) -> int:
+            if threading.current_thread() is threading.main_thread():
+                on_loop.extend(part.text for part in message.parts if hasattr(part, "text"))
+            return super().measure(message)
+
+    texts = ["word " * 300 + str(k) for k in range(20)]
+    async with live_front(Watched()) as (url, _, _), connect(url) as connection:
+        await connection.conversation.item.create(
+            item={
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": text} for text in texts],
+            }
+        )
+        await told(connection, "conversation.item.done")
+    assert not set(on_loop).intersection(texts)
 
 
 async def test_a_fault_of_the_server_ends_the_session_with_an_error_and_others_go_on() -> None:

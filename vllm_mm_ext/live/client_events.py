@@ -196,21 +196,28 @@ ClientEvent = (
 )
 
 
+def _new_items(event: ClientEvent) -> Iterator[tuple[str, NewItem]]:
+    """The new items within an event, in order, each with the name of its field."""
+    if isinstance(event, ItemCreate):
+        yield "item", event.item
+    elif isinstance(event, ResponseCreate):
+        for index, item in enumerate(event.response.input or ()):
+            if isinstance(item, NewItem):
+                yield f"response.input[{index}]", item
+
+
 def contents(event: ClientEvent) -> Iterator[tuple[str, Content]]:
     """The contents of the items within an event, in order, each with the name of its field."""
-    items: tuple[tuple[str, NewItem | ItemReference], ...] = ()
-    if isinstance(event, ItemCreate):
-        items = (("item", event.item),)
-    elif isinstance(event, ResponseCreate):
-        given = event.response.input or ()
-        items = tuple((f"response.input[{k}]", item) for k, item in enumerate(given))
-    for name, item in items:
-        for index, content in enumerate(item.content if isinstance(item, NewItem) else ()):
+    for name, item in _new_items(event):
+        for index, content in enumerate(item.content):
             yield f"{name}.content[{index}]", content
 
 
-def texts(event: ClientEvent) -> Iterator[tuple[str, str]]:
-    """The texts of an event that the model may be shown, each with the name of its field."""
+def texts(event: ClientEvent) -> Iterator[tuple[str, Role, str]]:
+    """The texts of an event that the model may be shown, in the order in which they are read.
+
+    Each comes with the name of its field, and with who says it.
+    """
     instructions: object = None
     if isinstance(event, SessionUpdate):
         instructions = event.session.get("instructions")
@@ -218,10 +225,11 @@ def texts(event: ClientEvent) -> Iterator[tuple[str, str]]:
     elif isinstance(event, ResponseCreate):
         instructions, name = event.response.instructions, "response.instructions"
     if isinstance(instructions, str):
-        yield name, instructions
-    for name, content in contents(event):
-        if isinstance(content, TextContent):
-            yield f"{name}.text", content.text
+        yield name, "system", instructions
+    for name, item in _new_items(event):
+        for index, content in enumerate(item.content):
+            if isinstance(content, TextContent):
+                yield f"{name}.content[{index}].text", item.role, content.text
 
 
 def media_contents(event: ClientEvent) -> tuple[ImageContent | AudioContent, ...]:

@@ -211,15 +211,15 @@ class LiveConversation:
         Raises:
             WireError: It is too long, or there is nothing to answer.
         """
-        items: Sequence[Item] = list(self.items)
-        nbytes = 0
-        if request.input is not None:
-            items = self._input_items(request.input, iter(media))
-            nbytes = sum(item.nbytes for item in items if not self.items.holds(item.item_id))
         instructions, tokens = self._instructions, self._instruction_tokens
         if request.instructions is not None:
             instructions = request.instructions
             tokens = self._system_tokens(instructions)
+        items: Sequence[Item] = list(self.items)
+        nbytes = 0
+        if request.input is not None:
+            items = self._input_items(request.input, iter(media), tokens)
+            nbytes = sum(item.nbytes for item in items if not self.items.holds(item.item_id))
         tokens += sum(item.tokens for item in items if item.status != "in_progress")
         self._check_room(tokens)
         shown = messages(instructions, items)
@@ -342,20 +342,20 @@ class LiveConversation:
         )
 
     def _input_items(
-        self, given: Sequence[NewItem | ItemReference], media: Iterator[Media]
+        self, given: Sequence[NewItem | ItemReference], media: Iterator[Media], tokens: int
     ) -> list[Item]:
+        """Items that a response answers, behind so many tokens of instructions."""
         reader = self._reader()
         items = []
-        tokens = 0
         for index, new in enumerate(given):
+            # Items that come after too many are not read for nothing.
+            self._check_room(tokens)
             name = f"response.input[{index}]"
             if isinstance(new, NewItem):
-                items.append(reader.read(new, new_id("item"), media, name))
+                items.append(reader.read(new, new_id("item"), media, name, tokens))
             else:
                 items.append(self._find(new.item_id, "item_reference_invalid_item_id", name))
             tokens += items[-1].tokens
-            # Items that come after too many are not read for nothing.
-            self._check_room(tokens)
         return items
 
     def _check_room(self, tokens: int) -> None:

@@ -63,7 +63,7 @@ def check_lengths(event: ClientEvent, most_tokens: int) -> None:
         WireError: There is one.
     """
     most = most_tokens * _MOST_CHARACTERS_PER_TOKEN
-    for name, text in texts(event):
+    for name, _, text in texts(event):
         if len(text) > most:
             raise WireError(
                 f"'{name}' has {len(text)} characters; at most {most} can fit.",
@@ -90,7 +90,7 @@ class ItemReader:
     Args:
         family: What the model takes.
         scales: Weighs parts.
-        most_tokens: Tokens of an item at most.
+        most_tokens: Tokens of an item at most, with what comes before it.
         most_bytes: Bytes of an item at most.
     """
 
@@ -102,7 +102,9 @@ class ItemReader:
         self._most_tokens = most_tokens
         self._most_bytes = most_bytes
 
-    def read(self, new: NewItem, item_id: str, media: Iterator[Media], name: str) -> Item:
+    def read(
+        self, new: NewItem, item_id: str, media: Iterator[Media], name: str, tokens: int = 0
+    ) -> Item:
         """Make an item.
 
         Args:
@@ -110,12 +112,12 @@ class ItemReader:
             item_id: Names it.
             media: Gives its pictures and sounds, decoded, in their order.
             name: Of the field that holds the item, for errors.
+            tokens: Of what comes before the item.
 
         Raises:
             WireError: The item takes more than a session may hold.
         """
         parts: list[Weighed] = []
-        tokens = 0
         for index, content in enumerate(new.content):
             for part in self._parts(content, media, f"{item_id}.{index}"):
                 parts.append(self._scales.weigh(new.role, part))
@@ -123,7 +125,8 @@ class ItemReader:
             # What follows is not weighed for nothing: that takes the event loop's time.
             if tokens > self._most_tokens:
                 raise WireError(
-                    f"'{name}' has more than {self._most_tokens} tokens, the most that fit.",
+                    f"With '{name}', there are more than {self._most_tokens} tokens, the most that "
+                    "fit.",
                     code="context_length_exceeded",
                     param=name,
                 )

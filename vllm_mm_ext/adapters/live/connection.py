@@ -26,8 +26,8 @@ from vllm_mm_ext.live.client_events import (
 from vllm_mm_ext.live.effects import Abort, Append, Close, Effect, Respond, Send, TurnEnd, Usage
 from vllm_mm_ext.live.event_codec import read_event, write_event
 from vllm_mm_ext.live.machine import SessionMachine
-from vllm_mm_ext.live.prompt import Message, Text
 from vllm_mm_ext.live.server_events import error_event
+from vllm_mm_ext.live.text_counts import TextCounts
 from vllm_mm_ext.live.wire_error import WireError
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -40,8 +40,10 @@ TRY_LATER = 1013
 
 # Characters of a message from which on it is read in a thread; reading fewer takes under 1 ms.
 _LONG_MESSAGE = 1 << 18
-# Characters of a text from which on it is tokenized in a thread; fewer take about a millisecond.
-_LONG_TEXT = 1 << 12
+# Characters of an event's texts from which on they are tokenized in a thread; each text counts for
+# some more. Fewer take about a millisecond.
+_LONG_TEXTS = 1 << 12
+_EACH_TEXT = 1 << 7
 # Seconds for the last events to reach the client of a session that ends.
 _LAST_WORDS_S = 5.0
 
@@ -57,7 +59,7 @@ class Connection:
         machine: The state of the session.
         senses: Hear and see for the session.
         clock: Follows the session's appends.
-        measure: Tokens of a message; remembers those of its texts.
+        counts: Tokens of texts, as the machine measures them.
     """
 
     def __init__(
@@ -66,9 +68,9 @@ class Connection:
         machine: SessionMachine,
         senses: Senses,
         clock: AppendClock,
-        measure: Callable[[Message], int],
+        counts: TextCounts,
     ) -> None:
-        self._measure = measure
+        self._counts = counts
         self._websocket = websocket
         self._machine = machine
         self._senses = senses
@@ -190,12 +192,14 @@ class Connection:
                 self._step(partial(machine.heard, rest))
             elif isinstance(event, AudioClear):
                 senses.clear()
-            for _, text in texts(event):
-                if len(text) > _LONG_TEXT:
-                    # The machine then finds its tokens remembered.
-                    await senses.lane.run(self._measure, Message("user", (Text(text),)))
-            media = await senses.read(media_contents(event))
-            self._step(lambda now: machine.handle(event, now, media))
+            said = [(role, text) for _, role, text in texts(event)]
+            try:
+                if sum(len(text) + _EACH_TEXT for _, text in said) > _LONG_TEXTS:
+                    await senses.lane.run(self._counts.count, said)
+                media = await senses.read(media_contents(event))
+                self._step(lambda now: machine.handle(event, now, media))
+            finally:
+                self._counts.forget()
             if isinstance(event, SessionUpdate):
                 senses.follow(machine.options)
 

@@ -23,6 +23,7 @@ from vllm_mm_ext.live.event_codec import write_event
 from vllm_mm_ext.live.machine import SessionMachine
 from vllm_mm_ext.live.server_events import error_event
 from vllm_mm_ext.live.session_options import SessionLimits
+from vllm_mm_ext.live.text_counts import TextCounts
 from vllm_mm_ext.live.voice import VoicePool, unavailable
 from vllm_mm_ext.sight.ended_sessions import EndedSessions
 
@@ -191,12 +192,13 @@ class LiveSessions:
             max_session_s=settings.max_session_s,
             no_voice=self._no_voice,
         )
+        counts = TextCounts(self._engine.measure, limits.prompt_tokens)
         machine = SessionMachine(
             session_id,
             model,
             traits,
             limits,
-            self._engine.measure,
+            counts.measure,
             asyncio.get_running_loop().time(),
             int(time.time() + settings.max_session_s),
         )
@@ -205,7 +207,7 @@ class LiveSessions:
         lane = Lane(self._threads)
         senses = Senses(traits, machine.options, self._voices, lane, pixels, limits.max_bytes)
         clock = AppendClock(self._punctuality, traits.unit_s)
-        return Connection(websocket, machine, senses, clock, self._engine.measure)
+        return Connection(websocket, machine, senses, clock, counts)
 
 
 async def _refuse(websocket: Any, close_code: int, code: str, message: str) -> None:
