@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from vllm_mm_ext.errors import MediaError
@@ -39,7 +40,7 @@ def marked(messages: Sequence[Any], placeholders: Sequence[str]) -> Sequence[Any
     """
     if not placeholders:
         return messages
-    mark = _marking(placeholders)
+    mark = _marking(tuple(placeholders))
     with _not_too_deep("messages"):
         made = [_message(message, mark) for message in messages]
     changed = any(new is not old for new, old in zip(made, messages, strict=True))
@@ -58,7 +59,7 @@ def marked_arguments(arguments: Mapping[str, Any], placeholders: Sequence[str]) 
     """
     if not placeholders:
         return dict(arguments)
-    mark = _marking(placeholders)
+    mark = _marking(tuple(placeholders))
     with _not_too_deep("chat_template_kwargs"):
         return {
             # The template itself is no text of the conversation.
@@ -86,7 +87,8 @@ def _not_too_deep(parameter: str) -> Iterator[None]:
         raise MediaError(f"{parameter} is nested too deeply", parameter=parameter) from None
 
 
-def _marking(placeholders: Sequence[str]) -> Mark:
+@lru_cache(maxsize=8)
+def _marking(placeholders: tuple[str, ...]) -> Mark:
     """Puts a mark after the first character of each placeholder in a text.
 
     What follows a text in the prompt (the next part of its message) may complete a placeholder that

@@ -160,6 +160,8 @@ class PromptMaker:
 
     def _texts(self, message: Message) -> dict[int, str]:
         """Texts of a message by index, with marks where they read like placeholders."""
+        if not any(isinstance(part, Text) for part in message.parts):
+            return {}
         parts = [
             {"type": "text", "text": part.text.replace(MARK, "")}
             if isinstance(part, Text)
