@@ -152,9 +152,11 @@ async def test_a_unit_that_waits_while_something_else_is_answered_is_still_count
         assert sessions.stats()["units"] == 2
 
 
-async def test_an_unknown_model_is_told_so() -> None:
+# A close frame has room for a reason of 123 bytes.
+@pytest.mark.parametrize("model", ["another", "f\xfcr " * 40])
+async def test_an_unknown_model_is_told_so(model: str) -> None:
     async with live_front() as (url, engine, sessions):
-        async with connect(url, model="another") as connection:
+        async with connect(url, model=model) as connection:
             (error,) = await told(connection, "error")
             assert error.error.code == "model_not_found"
             with pytest.raises(ConnectionClosed) as closed:

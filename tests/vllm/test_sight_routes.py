@@ -187,6 +187,9 @@ def test_a_body_without_end_is_refused() -> None:
     answer = asking.post("/mm_ext/media/drop", content=b"x" * (2 << 20), headers=json_body)
     assert answer.status_code == 400
     assert "bytes" in answer.json()["error"]["message"]
+    answer = asking.post("/mm_ext/media/drop", content=b"[" * (1 << 20), headers=json_body)
+    assert answer.status_code == 400
+    assert "nested too deeply" in answer.json()["error"]["message"]
 
 
 def test_the_page_loads_nothing_and_takes_no_text_for_markup() -> None:

@@ -270,9 +270,7 @@ class Connection:
     async def _write(self) -> None:
         try:
             close = await self._outbox.send_all(self._websocket.send_text)
-            # A close frame has room for 123 bytes.
-            reason = close.reason.encode()[:123].decode(errors="ignore")
-            await self._websocket.close(close.code, reason)
+            await close_socket(self._websocket, close)
         except Exception:
             # The client has gone, which the reader may learn later.
             if self._reader is not None:
@@ -298,3 +296,13 @@ class Connection:
                     logger.error("A live session did not end well", exc_info=failure)
         finally:
             writer.cancel()
+
+
+async def close_socket(websocket: Any, close: Close) -> None:
+    """Close a socket; of the reason, the client gets what a close frame has room for: 123 bytes.
+
+    Args:
+        websocket: Starlette's, accepted.
+        close: Code and reason.
+    """
+    await websocket.close(close.code, close.reason.encode()[:123].decode(errors="ignore"))

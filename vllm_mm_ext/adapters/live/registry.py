@@ -12,13 +12,20 @@ from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
-from vllm_mm_ext.adapters.live.connection import OUR_FAULT, POLICY, TRY_LATER, Connection
+from vllm_mm_ext.adapters.live.connection import (
+    OUR_FAULT,
+    POLICY,
+    TRY_LATER,
+    Connection,
+    close_socket,
+)
 from vllm_mm_ext.adapters.live.engine import EngineSession, LiveEngine, UnknownModelError
 from vllm_mm_ext.adapters.live.lane import Lane
 from vllm_mm_ext.adapters.live.punctuality import AppendClock, Punctuality
 from vllm_mm_ext.adapters.live.senses import Senses
 from vllm_mm_ext.config.live_settings import LiveSettings
 from vllm_mm_ext.config.root import MIB
+from vllm_mm_ext.live.effects import Close
 from vllm_mm_ext.live.event_codec import write_event
 from vllm_mm_ext.live.machine import SessionMachine
 from vllm_mm_ext.live.server_events import error_event
@@ -215,4 +222,4 @@ async def _refuse(websocket: Any, close_code: int, code: str, message: str) -> N
     with suppress(Exception):  # The client may have gone.
         kind = "invalid_request_error" if close_code == POLICY else "server_error"
         await websocket.send_text(write_event(error_event(message, error_type=kind, code=code)))
-        await websocket.close(close_code, message[:120])
+        await close_socket(websocket, Close(close_code, message))

@@ -84,7 +84,7 @@ class SightRoutes:
         config = engine_client.vllm_config
         self._settings = settings_of(config.model_config).sight
         self._keys = key_check(args)
-        # vLLM lets all origins ask by default. These routes are for those that are named.
+        # These routes are for pages of origins that are named, also where all may ask for answers.
         self._origins = [one for one in args.allowed_origins if one != "*"]
         if not self._settings.page:
             return
@@ -246,6 +246,8 @@ async def _body(request: Request) -> Any:
         return json.loads(body)
     except ValueError:
         raise _BadRequestError("the body is not JSON") from None
+    except RecursionError:
+        raise _BadRequestError("the body is nested too deeply") from None
 
 
 def _answered(value: Any, status: int = 200) -> Response:
