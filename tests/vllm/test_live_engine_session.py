@@ -118,7 +118,7 @@ def _session(
     remembers: bool = False,
 ) -> EngineSession:
     engine: Any = Engine(client, Maker(), threads, remembers)  # type: ignore[arg-type]
-    return EngineSession(engine, "one", listener, None, None, new_salt(), leave)  # type: ignore[arg-type]
+    return EngineSession(engine, "one", listener, None, None, new_salt(), leave)
 
 
 async def test_an_append_tells_what_was_computed_and_what_the_model_says_of_the_pause() -> None:

@@ -54,9 +54,11 @@ class Markers:
 
 def vision_positions(temporal: Positions, height: int, width: int) -> Positions:
     """Positions ``[3, grids * height * width]`` of visual tokens relative to their start."""
-    grid = np.indices((len(temporal), height, width)).reshape(3, -1)
-    grid[0] = temporal[grid[0]]
-    return grid
+    grid = np.empty((3, len(temporal), height, width), np.int64)
+    grid[0] = temporal[:, None, None]
+    grid[1] = np.arange(height)[:, None]
+    grid[2] = np.arange(width)
+    return grid.reshape(3, -1)
 
 
 def positions_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -87,7 +88,12 @@ def reduction_of(values: torch.Tensor | None) -> Reduction:
     """Read the field ``REDUCTION`` back."""
     if values is None:
         return NO_REDUCTION
-    pool, temporal, static, keep = values.tolist()
+    return _reduction(*values.tolist())
+
+
+# A prompt may have hundreds of segments, each with the same reduction.
+@lru_cache(maxsize=64)
+def _reduction(pool: float, temporal: float, static: float, keep: float) -> Reduction:
     # ``segment_fields`` made the values from a valid Reduction, so they need no check.
     return Reduction.model_construct(
         pool=int(pool), temporal=int(temporal), static=_STATIC[int(static)], keep=keep
