@@ -159,7 +159,7 @@ def test_units_are_late_when_their_append_ends_a_unit_later_or_more() -> None:
 
 async def test_small_files_of_large_pictures_are_decoded_up_to_the_sessions_bytes_only() -> None:
     file = io.BytesIO()
-    Image.new("RGB", (400, 400), "red").save(file, "WEBP", lossless=True)
+    Image.new("RGB", (350, 350), "red").save(file, "WEBP", lossless=True)
     picture = ImageContent(file.getvalue())
     assert len(picture.image) < 200
     with ThreadPoolExecutor(1) as threads:
