@@ -90,7 +90,7 @@ class Front:
         """As ``render_messages``, for requests at the same time: each is a task of its own."""
         request = ChatCompletionRequest(model="m", messages=messages, **more)
         trace = enter_request(RequestContext()).trace
-        answers.begin(options, session)
+        answers.begin(options, session, request.kv_transfer_params)
         _, (made,) = await self.renderer.render_chat_async(
             [request.messages],
             request.build_chat_params(None, "auto"),

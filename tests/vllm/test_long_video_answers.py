@@ -30,11 +30,12 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm_mm_ext.adapters import rendering_wrappers
 from vllm_mm_ext.adapters.long_video import long_chat
 from vllm_mm_ext.adapters.runtime import runtime_of
+from vllm_mm_ext.adapters.serving.encoder_asks import EncoderAsks
 from vllm_mm_ext.base.shared_state import Decision, SharedState
-from vllm_mm_ext.config.long_video_settings import LongVideoOptions
+from vllm_mm_ext.config.long_video_settings import LongVideoOptions, Strategy
 from vllm_mm_ext.config.options import RequestOptions
 from vllm_mm_ext.policies.quality.controller import QualityController
-from vllm_mm_ext.request.context import RequestContext, enter_request
+from vllm_mm_ext.request.context import EncodeJob, RequestContext, enter_request
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -47,6 +48,7 @@ class Chat:
     Attributes:
         sent: The requests that came to the engine.
         weights: Version of the engine's weights.
+        freed: Ids of the requests whose KV another server was told to give up.
     """
 
     def __init__(self, front: Front) -> None:
@@ -54,12 +56,20 @@ class Chat:
         self.files = front.files
         self.sent: list[ChatCompletionRequest] = []
         self.weights = "default"
+        self.freed: list[str] = []
+
+        async def notify(request_id: str, *_: Any, **__: Any) -> None:
+            self.freed.append(request_id)
+
         engine: Any = SimpleNamespace(
             vllm_config=config,
             model_config=config.model_config,
             renderer=front.renderer,
             input_processor=None,
             get_weight_version=self.get_weight_version,
+            notify_kv_transfer_request_rejected=notify,
+            errored=False,
+            check_admission=lambda _: None,
         )
         template: dict[str, Any] = {
             "request_logger": None,
@@ -98,15 +108,22 @@ class Chat:
         return runtime_of(self.serving.renderer).frontend.pool.stats()["jobs"]
 
     async def ask(
-        self, *messages: Any, fps: float | None = None, url: str | None = None, **more: Any
+        self,
+        *messages: Any,
+        fps: float | None = None,
+        url: str | None = None,
+        strategy: Strategy = "map_reduce",
+        elsewhere: EncodeJob | None = None,
+        **more: Any,
     ) -> Any:
         """The answer to the messages and a question about a clip in windows."""
         url = url or (self.files / "clip.mp4").as_uri()
         video = {"type": "video_url", "video_url": {"url": url}}
         text = {"type": "text", "text": "What happens?"}
-        windows = LongVideoOptions(strategy="map_reduce", window_s=4, overlap_s=0, fps=fps)
+        windows = LongVideoOptions(strategy=strategy, window_s=4, overlap_s=0, fps=fps)
         options = RequestOptions(long_video=windows)
-        enter_request(RequestContext(options, session=more.get("session_id")))
+        session = more.get("session_id")
+        enter_request(RequestContext(options, session=session, elsewhere=elsewhere))
         request = ChatCompletionRequest(
             model="m",
             messages=[*messages, {"role": "user", "content": [video, text]}],
@@ -162,6 +179,48 @@ async def test_notes_of_other_weights_are_not_used(chat: Chat) -> None:
     # Another one hears of their version alone.
     chat.weights = "next"
     assert await asked() == WINDOWS + 1
+
+
+@pytest.mark.parametrize(("strategy", "asked"), [("map_reduce", False), ("single", True)])
+async def test_an_encoder_is_asked_for_what_one_prompt_shows_and_for_no_windows(
+    chat: Chat, strategy: Strategy, asked: bool
+) -> None:
+    url = (chat.files / "large.png").as_uri()
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    # Nobody listens there.
+    encoders = EncoderAsks(["http://127.0.0.1:9"], {}, wait_s=1.0)
+    job = encoders.job({"messages": [image]}, b"", {}, None)
+    assert (await chat.ask(image, strategy=strategy, elsewhere=job)).choices
+    assert job is not None
+    assert (job.name is not None) == asked
+    job.end()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"fps": "x"},
+        {"long_video": {"strategy": "search"}},
+        {"long_video": {"strategy": "single"}},
+        None,
+    ],
+    ids=["wrong options", "windows", "a video to survey", "a video"],
+)
+async def test_kv_is_given_up_once_where_a_request_for_it_is_refused(
+    chat: Chat, block: dict[str, Any] | None
+) -> None:
+    chat.serving.has_kv_connector = True
+    video = {"type": "video_url", "video_url": {"url": (chat.files / "missing.mp4").as_uri()}}
+    request = ChatCompletionRequest(
+        model="m",
+        messages=[{"role": "user", "content": [video]}],
+        kv_transfer_params={"do_remote_prefill": True},
+        mm_ext=block,
+    )
+    enter_request(RequestContext())
+    with pytest.raises((VLLMUnprocessableEntityError, VLLMValidationError)):
+        await chat.serving.create_chat_completion(request)
+    assert chat.freed == [request.request_id]
 
 
 async def test_a_turn_that_pydantic_gives_once_only_is_part_of_the_answer(chat: Chat) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from vllm_mm_ext.adapters.long_video.long_chat import asked_of
+from vllm_mm_ext.adapters.long_video.beginning import asked_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
 from vllm_mm_ext.config.options import RequestOptions
@@ -18,11 +18,15 @@ VIDEO = {"type": "video_url", "video_url": {"url": "https://host/clip.mp4"}}
 
 
 def asked(
-    *parts: Any, default: str = "off", options: RequestOptions | None = None
+    *parts: Any,
+    default: str = "off",
+    options: RequestOptions | None = None,
+    disaggregated: bool = False,
 ) -> LongVideoOptions | None:
     request = ChatCompletionRequest(messages=[{"role": "user", "content": [*parts]}])
     settings = LongVideoSettings.model_validate({"default": default})
-    return asked_of(RequestContext(options or RequestOptions()), settings, request)
+    context = RequestContext(options or RequestOptions(), disaggregated=disaggregated)
+    return asked_of(context, settings, request)
 
 
 def test_a_request_that_does_not_ask_is_answered_in_one_prompt() -> None:
@@ -61,3 +65,15 @@ def test_to_ask_without_a_video_is_an_error() -> None:
     with pytest.raises(OptionError, match="video_url") as error:
         asked(TEXT, options=RequestOptions(long_video=LongVideoOptions()))
     assert error.value.parameter == "mm_ext.long_video"
+
+
+def test_what_two_servers_answer_together_is_asked_in_one_prompt() -> None:
+    assert asked(VIDEO, TEXT, default="search", disaggregated=True) is None
+    one = RequestOptions(long_video=LongVideoOptions(strategy="single"))
+    found = asked(VIDEO, TEXT, options=one, disaggregated=True)
+    assert found is not None
+    assert found.strategy == "single"
+    for strategy in (None, "search"):
+        options = RequestOptions(long_video=LongVideoOptions(strategy=strategy))
+        with pytest.raises(OptionError, match="take: single"):
+            asked(VIDEO, TEXT, options=options, disaggregated=True)

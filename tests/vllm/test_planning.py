@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +24,10 @@ from vllm.renderers.chat_utils import (
 
 from vllm_mm_ext.adapters.media import media_connector as connector
 from vllm_mm_ext.adapters.media.media_connector import server_plan
+from vllm_mm_ext.adapters.quality.service import state_for
 from vllm_mm_ext.adapters.runtime import current_runtime, runtime_of
 from vllm_mm_ext.adapters.serving import planning
+from vllm_mm_ext.base.shared_state import TierState
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.request import report
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
@@ -121,6 +123,43 @@ def test_uses_of_one_url_are_told_apart_by_their_place_in_the_messages(
         return [item for item in data["video"] if item is not None]
 
     assert [len(item.media[0]) for item in asyncio.run(parsed())] == [2, 6]
+
+
+@pytest.fixture
+def loaded(front: Front) -> Iterator[Callable[[int], None]]:
+    """Sets the load tier of the service, which is 0 again after the test."""
+    state = state_for(front.renderer.config)
+
+    def load(level: int) -> None:
+        with state.writing():
+            state.write_tier(TierState(level, level, seen=time.monotonic()))
+
+    yield load
+    load(0)
+
+
+def test_a_server_that_prefills_and_one_that_answers_plan_alike(
+    front: Front, loaded: Callable[[int], None]
+) -> None:
+    def frames(role: dict[str, bool], level: int, max_tokens: int) -> tuple[int, int]:
+        loaded(level)
+        options = {"fps": 4, "max_frames": 400}
+        # Each has a session of its own: what it was granted before does not count.
+        session = f"{role} {level} {max_tokens}"
+        made = front.render(
+            "long.mp4",
+            options=options,
+            session=session,
+            kv_transfer_params=role,
+            max_tokens=max_tokens,
+        )
+        return made.videos[0]["frames"], made.videos[0]["level"]
+
+    asked = [(0, 1), (0, 900), (2, 1), (2, 900)]
+    for_one_server = {frames({}, *one) for one in asked}
+    assert len(for_one_server) > 1
+    roles: list[dict[str, bool]] = [{"do_remote_decode": True}, {"do_remote_prefill": True}]
+    assert len({frames(role, *one) for role in roles for one in asked}) == 1
 
 
 def test_a_video_s_plan_is_worked_out_once(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,14 +17,15 @@ Stream = AsyncGenerator[str, None]
 
 
 def around_chat(
-    begin: Callable[[Any, str | None], None],
+    begin: Callable[[Any, str | None, Any], None],
     answer: Callable[[Any], None],
     stream: Callable[[Stream, int], Stream],
 ) -> None:
     """Follow requests of ``/v1/chat/completions``.
 
     Args:
-        begin: Called with the body's `mm_ext` (None without one) and the session id; may raise.
+        begin: Called with the body's `mm_ext` (None without one), the session id, and the body's
+            ``kv_transfer_params``; may raise.
         answer: Called with the response object of a request that is not streamed.
         stream: Called with the chunks of a streamed answer and its number of choices; returns the
             chunks to send. Not called for routes that turn them into events of another API.
@@ -36,7 +37,7 @@ def around_chat(
         async def create_chat_completion(
             self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
-            begin(_block(request), self._get_session_id(request, raw_request))
+            await _begun(begin, self, request, raw_request)
             result = await original(self, request, raw_request, *args, **kwargs)
             if isinstance(result, ChatCompletionResponse):
                 answer(result)
@@ -79,7 +80,7 @@ def instead_of_chat(answer: Callable[[Any, Any, Any, Callable[..., Any]], Any]) 
 
 
 def around_responses(
-    begin: Callable[[Any, str | None], None],
+    begin: Callable[[Any, str | None, Any], None],
     resume: Callable[[], Callable[[], None]],
     answer: Callable[[Any], None],
     goes_on: Callable[[asyncio.Task[Any]], None],
@@ -100,7 +101,7 @@ def around_responses(
         async def create_responses(
             self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
-            begin(_block(request), self._get_session_id(request, raw_request))
+            await _begun(begin, self, request, raw_request)
             response = await original(self, request, raw_request, *args, **kwargs)
             if request.background:
                 task = self.background_tasks.get(request.request_id)
@@ -129,6 +130,18 @@ def around_responses(
     wrap(OpenAIServingResponses, "create_responses", make_create)
     wrap(OpenAIServingResponses, "responses_stream_generator", make_stream)
     wrap(OpenAIServingResponses, "responses_full_generator", make_full)
+
+
+async def _begun(
+    begin: Callable[[Any, str | None, Any], None], serving: Any, request: Any, raw_request: Any
+) -> None:
+    async def read() -> None:
+        session = serving._get_session_id(request, raw_request)
+        begin(_block(request), session, request.kv_transfer_params)
+
+    # If this refuses the request, the server that has prefilled its prompt must learn of it. vLLM
+    # tells that server of what fails further in.
+    await serving._with_kv_transfer_rejection_cleanup(read(), request, raw_request)
 
 
 async def _resumed(events: AsyncGenerator[Any, None], resume: Callable[[], None]) -> Any:

@@ -72,6 +72,8 @@ class RequestContext:
             most servers.
         levels: Load tiers of the request's videos that are decided already: by another instance
             for which this one encodes, or earlier in the same request; None where they are not.
+        disaggregated: One server prefills the request's prompt and another one answers it. Each
+            plans the videos, and both must come to the same plan.
         unreported: The hashes of its mm items are all that is kept of it: a prompt of a live
             session.
     """
@@ -86,6 +88,7 @@ class RequestContext:
     contents: Mapping[str, MediaRef] = field(default_factory=dict)
     elsewhere: EncodeJob | None = None
     levels: tuple[int, ...] | None = None
+    disaggregated: bool = False
     unreported: bool = False
     _budget_claim: Claim | None = None
 

@@ -12,29 +12,21 @@ from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.long_video import chat_chunks
 from vllm_mm_ext.adapters.long_video.ask_requests import first_tokens
-from vllm_mm_ext.adapters.long_video.engine_model import EngineModel, rendering_of
+from vllm_mm_ext.adapters.long_video.beginning import Begun, begun
+from vllm_mm_ext.adapters.long_video.engine_model import EngineModel
 from vllm_mm_ext.adapters.long_video.final_request import final_request_tokens
 from vllm_mm_ext.adapters.long_video.state import Place
-from vllm_mm_ext.adapters.long_video.survey import Survey, opened, survey
+from vllm_mm_ext.adapters.long_video.survey import Survey
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
-from vllm_mm_ext.config.long_video_settings import (
-    LongVideoOptions,
-    LongVideoSettings,
-    Strategy,
-)
+from vllm_mm_ext.config.long_video_settings import LongVideoOptions, LongVideoSettings
 from vllm_mm_ext.long_video.asking import AskFailedError, filled
 from vllm_mm_ext.long_video.looking import Progress
 from vllm_mm_ext.long_video.running import Outcome, check_room, look_through
-from vllm_mm_ext.long_video.task import Task, WindowStrategy, strategy_for, task_of
+from vllm_mm_ext.long_video.task import Task, WindowStrategy, task_of
 from vllm_mm_ext.request.blocks import KEY
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
-from vllm_mm_ext.request.conversation import (
-    list_contents,
-    question_of,
-    video_urls,
-    with_texts_for_videos,
-)
+from vllm_mm_ext.request.conversation import with_texts_for_videos
 from vllm_mm_ext.request.long_report import LongVideoReport
 
 Create = Callable[..., Awaitable[Any]]
@@ -57,38 +49,26 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
     """
     context = current_request() or enter_request(RequestContext())
     config = vllm_compat.settings_of(serving.model_config)
-    with client_errors():
-        list_contents(request.messages)
-        asked = asked_of(context, config.long_video, request)
-    if asked is None:
+    # What fails here, vLLM does not tell the server that may have prefilled the prompt.
+    made = await serving._with_kv_transfer_rejection_cleanup(
+        begun(context, config.long_video, serving, request), request, raw_request
+    )
+    if made is None:
         return await create(serving, request, raw_request)
-    if (refusal := await serving._check_model(request)) is not None:
-        return refusal
-    question, runtime = question_of(request.messages), runtime_of(serving.renderer)
-
-    async def look() -> Survey | None:
-        return await _surveyed(context, serving, request, asked)
-
-    def strategy_of(found: Survey) -> Strategy:
-        return strategy_for(asked.strategy or "auto", question, found.fits)
-
-    # The survey has a trace of its own. That of the request tells takedowns what is looked at.
-    held = context.trace.held = dict.fromkeys(video_urls(request.messages), "")
-    with client_errors():
-        found = await opened(
-            look, lambda found: strategy_of(found) != "single", runtime.run, runtime.budget
-        )
-    if found is None:
-        held.clear()
-        return await create(serving, request, raw_request)
-    strategy = strategy_of(found)
+    if not isinstance(made, Begun):
+        return made
+    asked, question, found, strategy = made
     report = LongVideoReport(strategy, config.reports.cache_hits)
     context.trace.long_video = report
-    held.update(zip(found.urls, (content.digest for content in found.contents), strict=True))
+    contents = zip(found.urls, (content.digest for content in found.contents), strict=True)
+    context.trace.held.update(contents)
     if strategy == "single":
         # From here on the request is one that asks for this frame rate and nothing else.
         context.options = context.options.model_copy(update={"fps": asked.fps, "long_video": None})
         return await create(serving, request, raw_request)
+    # An encoder would decode and encode whole videos, of which windows are shown here.
+    context.elsewhere = None
+    runtime = runtime_of(serving.renderer)
     # A text of one token stands where notes about each video will.
     rendered = await final_request_tokens(
         serving, _with_texts(request, dict.fromkeys(found.urls, "."))
@@ -163,58 +143,6 @@ async def _task(
     )
     await check_room(task, model)
     return task
-
-
-def asked_of(
-    context: RequestContext, settings: LongVideoSettings, request: Any
-) -> LongVideoOptions | None:
-    """What is asked of long video; None where it does not come in.
-
-    Args:
-        context: Of the request.
-        settings: The server's.
-        request: vLLM's request.
-
-    Returns:
-        The options with a strategy, and with the frame rate that the request asks for elsewhere.
-
-    Raises:
-        OptionError: Long video is asked for, and there is no video.
-    """
-    asked = context.options.long_video
-    has_video = bool(video_urls(request.messages))
-    if asked is None:
-        if settings.default == "off" or not has_video:
-            return None
-        asked = LongVideoOptions()
-    elif not has_video:
-        raise OptionError(
-            f"{KEY}.long_video is about videos, and this request has no video_url with a URL",
-            parameter=f"{KEY}.long_video",
-        )
-    default = "auto" if settings.default == "off" else settings.default
-    return asked.model_copy(
-        update={
-            "strategy": asked.strategy or default,
-            "fps": context.options.fps if asked.fps is None else asked.fps,
-        }
-    )
-
-
-async def _surveyed(
-    context: RequestContext, serving: Any, request: Any, asked: LongVideoOptions
-) -> Survey | None:
-    """What is known of the request; None where vLLM's own loaders read its videos."""
-    from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
-
-    validate_request_mm_kwargs(
-        mm_processor_kwargs=request.mm_processor_kwargs,
-        media_io_kwargs=request.media_io_kwargs,
-        trust_request_mm_kwargs=serving.online_renderer.trust_request_mm_kwargs,
-    )
-    return await survey(
-        context, serving.renderer, request.messages, *rendering_of(serving, request), asked.fps
-    )
 
 
 def _priority(serving: Any, request: Any, raw_request: Any, settings: LongVideoSettings) -> int:

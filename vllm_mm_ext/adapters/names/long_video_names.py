@@ -15,6 +15,9 @@ _PROTOCOL = "vllm.entrypoints.serve.engine.protocol"
 LONG_VIDEO_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_CHAT}.create_chat_completion", ("request", "raw_request")),
     VllmName(f"{_CHAT}._check_model", ("request",)),
+    VllmName(
+        f"{_CHAT}._with_kv_transfer_rejection_cleanup", ("awaitable", "request", "raw_request")
+    ),
     VllmName(f"{_CHAT}._get_session_id", ("request", "raw_request")),
     VllmName(f"{_CHAT}._get_priority", ("request", "raw_request")),
     VllmName(f"{_CHAT}._base_request_id", ("raw_request", "default")),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.requests import (
+    moves_kv,
     read_options,
     refuse_long_video,
     refuse_options,
@@ -20,7 +21,7 @@ from vllm_mm_ext.request.context import RequestContext, current_request, enter_r
 from vllm_mm_ext.request.trace import RequestTrace
 
 
-def begin(raw: Any, session: str | None) -> None:
+def begin(raw: Any, session: str | None, transfer: Mapping[str, Any] | None = None) -> None:
     """Put a request's options and session into its context, which the middleware opened.
 
     Without the middleware (vLLM used in Python) a new context is opened.
@@ -28,6 +29,7 @@ def begin(raw: Any, session: str | None) -> None:
     Args:
         raw: Value of `mm_ext` in the request's body; None if the body has none.
         session: Session id of the request; None if it has none.
+        transfer: The request's ``kv_transfer_params``.
 
     Raises:
         VLLMValidationError: An option is wrong (a 400).
@@ -36,20 +38,23 @@ def begin(raw: Any, session: str | None) -> None:
     with client_errors():
         context.options = read_options(raw)
     context.session = session
+    context.disaggregated |= moves_kv(transfer)
     context.trace.asked = raw is not None
     context.trace.note_task()
 
 
-def begin_response(raw: Any, session: str | None) -> None:
+def begin_response(
+    raw: Any, session: str | None, transfer: Mapping[str, Any] | None = None
+) -> None:
     """Start a request of ``/v1/responses``, which has all options but `long_video`.
 
     Args:
-        raw, session: As of ``begin``.
+        raw, session, transfer: As of ``begin``.
 
     Raises:
         VLLMValidationError: An option is wrong (a 400).
     """
-    begin(raw, session)
+    begin(raw, session, transfer)
     with client_errors():
         if isinstance(raw, dict) and raw.get("long_video") is not None:
             refuse_long_video("/v1/responses")

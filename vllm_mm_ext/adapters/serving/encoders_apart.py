@@ -13,6 +13,7 @@ from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.encoder_asks import UTILITY
 from vllm_mm_ext.adapters.serving.middleware import answer_error
 from vllm_mm_ext.adapters.serving.recorded_requests import answered
+from vllm_mm_ext.adapters.serving.requests import moves_kv
 from vllm_mm_ext.errors import EncodeOnlyError, PairError
 from vllm_mm_ext.fleet.encode_request import (
     ENCODE_HEADER,
@@ -65,6 +66,7 @@ def _apart(original: Callable[..., Any]) -> Callable[..., Any]:
             # Starlette keeps the body that FastAPI has parsed.
             body, headers = await raw_request.json(), dict(raw_request.headers)
             context = current_request() or enter_request(RequestContext())
+            context.disaggregated = moves_kv(request.kv_transfer_params)
             asks = runtime_of(client.renderer).encoder_asks
             if encodes_only(config):
                 with client_errors():

@@ -8,6 +8,7 @@ from vllm_mm_ext.adapters.names.names_check import VllmName
 from vllm_mm_ext.adapters.vllm_compat import Feature
 
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+_REQUEST = "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 
 
@@ -28,6 +29,7 @@ ENCODERS_APART_FEATURE = Feature(
         VllmName(f"{_ASYNC}.generate", ("prompt", "sampling_params", "request_id"), passed_on=True),
         VllmName("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",)),
         VllmAttributes(_CHAT, ("engine_client",)),
+        VllmAttributes(_REQUEST, ("kv_transfer_params",)),
         VllmAttributes(_ASYNC, ("engine_core", "renderer", "vllm_config")),
         VllmAttributes("vllm.v1.engine.core:EngineCore", ("scheduler",)),
         VllmAttributes("vllm.v1.core.sched.scheduler:Scheduler", ("ec_connector",)),

@@ -327,15 +327,13 @@ class Conversation:
         )
         sources = [
             VideoSource(
-                self._own(video),
-                video.stream.duration,
-                video.stream.num_frames,
-                video.stream.width,
-                video.stream.height,
-                video.uses,
+                *(self._own(video), video.stream.duration, video.stream.num_frames),
+                *(video.stream.width, video.stream.height, video.uses),
             )
             for video in videos
         ]
+        # The load and earlier decisions are each server's own.
+        apart = self.context.disaggregated
         decisions = self.controller.plan(
             sources,
             costs,
@@ -344,9 +342,9 @@ class Conversation:
             options=self.context.options,
             session=self.context.session,
             context=self.context_use(text_tokens),
-            levels=self.context.levels,
+            levels=[0] * len(sources) if apart else self.context.levels,
             # A long video has hundreds of windows. They would push out what conversations go by.
-            sticky=self.context.span is None,
+            sticky=self.context.span is None and not apart,
         )
         if family.max_item_tokens and countable and sampling.policy == "adaptive":
             self._densest = {
@@ -391,8 +389,10 @@ class Conversation:
         """
         length: int = self.tok_params.max_total_tokens or self.renderer.model_config.max_model_len
         share = int(length * self.controller.settings.budget.answer_share)
+        # A router asks the server that prefills for one token.
+        apart = self.context.disaggregated
         return ContextUse(
             length=length,
             text=text_tokens + template_tokens(self.messages),
-            output=self.tok_params.max_output_tokens or share,
+            output=share if apart else self.tok_params.max_output_tokens or share,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -42,6 +43,16 @@ def read_options(raw: Any) -> RequestOptions:
         raise OptionError(message, parameter=found[0].key) from None
     # Only routers look at the key: requests that differ in the key alone are served alike.
     return options if options.key is None else options.model_copy(update={"key": None})
+
+
+def moves_kv(transfer: Mapping[str, Any] | None) -> bool:
+    """Whether one server prefills a request's prompt and another one answers it.
+
+    Args:
+        transfer: The request's ``kv_transfer_params``.
+    """
+    flags = ("do_remote_decode", "do_remote_prefill")
+    return transfer is not None and any(transfer.get(flag) for flag in flags)
 
 
 def refuse_options(raw: Any, route: str) -> None:

@@ -15,6 +15,8 @@ _CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
 _RESPONSES = f"{_OPENAI}.responses.serving:OpenAIServingResponses"
 _MESSAGES = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
 _ROUTE = ("request", "raw_request")
+_CLEANUP = "_with_kv_transfer_rejection_cleanup"
+_PROTOCOL = f"{_OPENAI}.chat_completion.protocol"
 _RENDER = ("conversations", "chat_params", "tok_params")
 
 
@@ -152,16 +154,22 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             VllmName(f"{_CHAT}.create_chat_completion", _ROUTE),
             VllmName(f"{_CHAT}.chat_completion_stream_generator", ("request",), passed_on=True),
             VllmName(f"{_CHAT}._get_session_id", _ROUTE),
-            VllmName(f"{_OPENAI}.chat_completion.protocol:ChatCompletionResponse"),
+            VllmName(f"{_PROTOCOL}:ChatCompletionResponse"),
+            VllmAttributes(f"{_PROTOCOL}:ChatCompletionRequest", ("kv_transfer_params",)),
             VllmName(f"{_RESPONSES}.create_responses", _ROUTE),
             VllmName(f"{_RESPONSES}._get_session_id", _ROUTE),
+            *(
+                VllmName(f"{serving}.{_CLEANUP}", ("awaitable", *_ROUTE))
+                for serving in (_CHAT, _RESPONSES)
+            ),
             *(
                 VllmName(f"{_RESPONSES}.{method}", ("request", "context"), passed_on=True)
                 for method in ("responses_stream_generator", "responses_full_generator")
             ),
             VllmName(f"{_OPENAI}.responses.protocol:ResponsesResponse"),
             VllmAttributes(
-                f"{_OPENAI}.responses.protocol:ResponsesRequest", ("background", "request_id")
+                f"{_OPENAI}.responses.protocol:ResponsesRequest",
+                ("background", "kv_transfer_params", "request_id"),
             ),
             VllmAttributes(_RESPONSES, ("background_tasks",)),
             VllmName(
