@@ -8,6 +8,7 @@ import io
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -68,9 +69,11 @@ class Renderer:
     """vLLM's renderer, as far as takedowns know it."""
 
     mm_processor_cache = None
+    model_config = SimpleNamespace(runner_type="generate")
 
     def __init__(self) -> None:
         self._mm_executor = ThreadPoolExecutor(1)
+        self._executor = SimpleNamespace(_inner=self._mm_executor)
 
 
 @asynccontextmanager

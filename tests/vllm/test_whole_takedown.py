@@ -113,9 +113,11 @@ class Renderer:
     """vLLM's renderer, as far as takedowns know it."""
 
     mm_processor_cache = None
+    model_config = SimpleNamespace(runner_type="generate")
 
     def __init__(self) -> None:
         self._mm_executor = ThreadPoolExecutor(1)
+        self._executor = SimpleNamespace(_inner=self._mm_executor)
 
 
 class Service:

@@ -37,6 +37,7 @@ _RENDERER = "vllm.renderers.base:BaseRenderer"
 _ENTRYPOINTS = "vllm.entrypoints"
 _OPENAI = f"{_ENTRYPOINTS}.openai"
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
+_POOLING = f"{_ENTRYPOINTS}.pooling.base.io_processor:PoolingIOProcessor"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _MODELS = "vllm.model_executor.models:ModelRegistry.models"
 
@@ -205,7 +206,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "stage times",
-        (f"{_RENDERER}.process_for_engine_async",),
+        (f"{_RENDERER}.process_for_engine_async", f"{_RENDERER}.process_for_engine"),
         "The time that preprocessing takes and the tokens that it makes are noted, and its errors "
         "get their status.",
         "vLLM reports the stages of a request's preprocessing",
@@ -274,14 +275,14 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "cache reports",
-        (f"{_RENDERER}.__init__",),
+        (f"{_RENDERER}.__init__", f"{_POOLING}.__init__"),
         "Preprocessing is put into the context of its request (next line).",
         "vLLM's renderer copies the context to its preprocessing thread",
     ),
     Patch(
         "cache reports",
-        (f"{_RENDERER}._process_multimodal_async",),
-        "vLLM preprocesses on a thread of its own, which sees no context variables.",
+        (f"{_RENDERER}._process_multimodal_async", f"{_POOLING}.render_async"),
+        "vLLM preprocesses, and renders for pooling, on threads, which see no context variables.",
         "vLLM's renderer copies the context to its preprocessing thread",
         later=True,
     ),

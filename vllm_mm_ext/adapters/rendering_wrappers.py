@@ -10,6 +10,7 @@ import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -164,6 +165,54 @@ def preprocess_in_context() -> None:
     wrap(BaseRenderer, "__init__", make)
 
 
+def render_pooling_in_context(begun: Callable[[], None]) -> None:
+    """Let requests for pooling be rendered in their own context.
+
+    vLLM renders each of their prompts as a whole on a thread, which sees no context variables and
+    goes on when its request is cancelled.
+
+    Args:
+        begun: Called in the task that waits for a prompt. The task ends when the thread is done.
+    """
+    from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            in_thread, executor = self.render, self._executor
+
+            async def render(*args: Any, **kwargs: Any) -> Any:
+                begun()
+                run = partial(contextvars.copy_context().run, in_thread, *args, **kwargs)
+                try:
+                    return await _to_its_end(executor.submit(run))
+                except BaseException as error:
+                    _drop_tracebacks(error)
+                    raise
+
+            set_on(
+                self,
+                "vllm.entrypoints.pooling.base.io_processor:PoolingIOProcessor.render_async",
+                render,
+            )
+
+        return init
+
+    wrap(PoolingIOProcessor, "__init__", make)
+
+
+async def _to_its_end(work: Future[T]) -> T:
+    """Result of work in a thread; who is cancelled waits until nothing is done any more."""
+    done = asyncio.wrap_future(work)
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        if not work.cancel():
+            await asyncio.wait([done])
+            done.exception()  # Else asyncio complains that nobody looked.
+        raise
+
+
 async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:
     """Result of work that uses a renderer's multimodal processor, done where vLLM uses it.
 
@@ -173,7 +222,13 @@ async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:
         renderer: vLLM's renderer.
         work: Runs without the caller's context variables.
     """
-    return await asyncio.get_running_loop().run_in_executor(renderer._mm_executor, work)
+    loop = asyncio.get_running_loop()
+    if renderer.model_config.runner_type != "pooling":
+        return await loop.run_in_executor(renderer._mm_executor, work)
+    # Prompts for pooling are rendered on the thread for texts.
+    return await loop.run_in_executor(
+        renderer._executor, lambda: renderer._mm_executor.submit(work).result()
+    )
 
 
 def after_cache_lookup(
@@ -240,30 +295,48 @@ def around_preprocessing(
     """
     from vllm.renderers.base import BaseRenderer
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+    @contextmanager
+    def observed(renderer: Any, prompt: Any, tok_params: Any) -> Iterator[Callable[[Any], None]]:
+        def told(engine_input: Any) -> None:
+            hashes = engine_input.get("mm_hashes") or {}
+            spans = {
+                modality: [
+                    Span(p.offset, p.offset + p.length, int(p.get_num_embeds()), mm_hash or "")
+                    for p, mm_hash in zip(ranges, hashes[modality], strict=True)
+                ]
+                for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
+            }
+            after(token, renderer, spans, engine_input.get("prompt_token_ids") or ())
+
+        with client_errors(), scope():
+            token = before()
+            with _placeholders_cut_off(prompt, tok_params):
+                yield told
+
+    def make_async(original: Callable[..., Any]) -> Callable[..., Any]:
         async def process_for_engine_async(
             self: Any, prompt: Any, *args: Any, tok_params: Any = None, **kwargs: Any
         ) -> Any:
-            with client_errors(), scope():
-                token = before()
-                with _placeholders_cut_off(prompt, tok_params):
-                    engine_input = await original(
-                        self, prompt, *args, tok_params=tok_params, **kwargs
-                    )
-                hashes = engine_input.get("mm_hashes") or {}
-                spans = {
-                    modality: [
-                        Span(p.offset, p.offset + p.length, int(p.get_num_embeds()), mm_hash or "")
-                        for p, mm_hash in zip(ranges, hashes[modality], strict=True)
-                    ]
-                    for modality, ranges in (engine_input.get("mm_placeholders") or {}).items()
-                }
-                after(token, self, spans, engine_input.get("prompt_token_ids") or ())
-                return engine_input
+            with observed(self, prompt, tok_params) as told:
+                made = await original(self, prompt, *args, tok_params=tok_params, **kwargs)
+                told(made)
+            return made
 
         return process_for_engine_async
 
-    wrap(BaseRenderer, "process_for_engine_async", make)
+    def make_sync(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process_for_engine(
+            self: Any, prompt: Any, *args: Any, tok_params: Any = None, **kwargs: Any
+        ) -> Any:
+            with observed(self, prompt, tok_params) as told:
+                made = original(self, prompt, *args, tok_params=tok_params, **kwargs)
+                told(made)
+            return made
+
+        return process_for_engine
+
+    wrap(BaseRenderer, "process_for_engine_async", make_async)
+    wrap(BaseRenderer, "process_for_engine", make_sync)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
@@ -54,7 +55,7 @@ class SeenMedia:
     """Files by digest, and what was made of them, as far as the uses that came last tell.
 
     Which item of a request was made of which of its files is not noted, so that a request costs as
-    much as it has files and items. For one event loop.
+    much as it has files and items. For any thread.
 
     Args:
         most: Files and hashes remembered at most, those of each use counted anew. The last use is
@@ -68,6 +69,7 @@ class SeenMedia:
         self._uses: OrderedDict[_Use, None] = OrderedDict()
         self._of_hash: dict[str, set[_Use]] = {}
         self._count = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._media)
@@ -103,34 +105,38 @@ class SeenMedia:
         if not files:
             return
         use = _Use(frozenset(digest for digest, _, _ in files), frozenset(hashes))
-        now = time.monotonic()
-        for digest, modality, url in files:
-            medium = self._media.setdefault(digest, Medium(digest, modality))
-            medium.noted = now
-            if url and len(url) <= _MAX_URL and url[:5].lower() != "data:":
-                medium.urls.pop(url, None)
-                medium.urls[url] = None
-                while len(medium.urls) > _MAX_URLS:
-                    del medium.urls[next(iter(medium.urls))]
-        self._add(use)
-        self._uses.move_to_end(use)
-        while self._count > self._most and len(self._uses) > 1:
-            self._drop(next(iter(self._uses)))
+        with self._lock:
+            now = time.monotonic()
+            for digest, modality, url in files:
+                medium = self._media.setdefault(digest, Medium(digest, modality))
+                medium.noted = now
+                if url and len(url) <= _MAX_URL and url[:5].lower() != "data:":
+                    medium.urls.pop(url, None)
+                    medium.urls[url] = None
+                    while len(medium.urls) > _MAX_URLS:
+                        del medium.urls[next(iter(medium.urls))]
+            self._add(use)
+            self._uses.move_to_end(use)
+            while self._count > self._most and len(self._uses) > 1:
+                self._drop(next(iter(self._uses)))
 
     def digests_at(self, url: str) -> set[str]:
         """Digests of the files that requests got from a URL."""
-        found = {medium.digest for medium in self._media.values() if url in medium.urls}
-        return found | ({unknown_digest(url)} & self._media.keys())
+        with self._lock:
+            found = {medium.digest for medium in self._media.values() if url in medium.urls}
+            return found | ({unknown_digest(url)} & self._media.keys())
 
     def urls_of(self, digests: Collection[str]) -> set[str]:
         """URLs under which requests named files."""
-        known = (self._media[digest] for digest in digests if digest in self._media)
-        return {url for medium in known for url in medium.urls}
+        with self._lock:
+            known = (self._media[digest] for digest in digests if digest in self._media)
+            return {url for medium in known for url in medium.urls}
 
     def hashes_of(self, digests: Collection[str]) -> set[str]:
         """vLLM's hashes of the mm items of all requests with one of these files."""
-        known = (self._media[digest] for digest in digests if digest in self._media)
-        return {one for medium in known for use in medium.uses for one in use.hashes}
+        with self._lock:
+            known = (self._media[digest] for digest in digests if digest in self._media)
+            return {one for medium in known for use in medium.uses for one in use.hashes}
 
     def medium_of(self, mm_hash: str, modality: str) -> Medium | None:
         """The file that an mm item was made of; None where it is not known for sure.
@@ -139,12 +145,13 @@ class SeenMedia:
             mm_hash: vLLM's hash of the item.
             modality: Of the item.
         """
-        uses = self._of_hash.get(mm_hash)
-        if not uses:
-            return None
-        # It was made of a file that was there each time.
-        digests = frozenset.intersection(*(use.digests for use in uses))
-        media = [self._media[digest] for digest in digests]
+        with self._lock:
+            uses = self._of_hash.get(mm_hash)
+            if not uses:
+                return None
+            # It was made of a file that was there each time.
+            digests = frozenset.intersection(*(use.digests for use in uses))
+            media = [self._media[digest] for digest in digests]
         if len(media) > 1:
             media = [medium for medium in media if medium.modality == modality]
         return media[0] if len(media) == 1 else None
@@ -156,14 +163,15 @@ class SeenMedia:
             digests: Of the files.
             before: Value of ``time.monotonic()``.
         """
-        known = (self._media[digest] for digest in digests if digest in self._media)
-        gone = frozenset(medium.digest for medium in known if medium.noted < before)
-        for use in {use for digest in gone for use in self._media[digest].uses}:
-            # What became of the other files is still known.
-            left = _Use(use.digests - gone, use.hashes)
-            if left.digests:
-                self._add(left)
-            self._drop(use)
+        with self._lock:
+            known = (self._media[digest] for digest in digests if digest in self._media)
+            gone = frozenset(medium.digest for medium in known if medium.noted < before)
+            for use in {use for digest in gone for use in self._media[digest].uses}:
+                # What became of the other files is still known.
+                left = _Use(use.digests - gone, use.hashes)
+                if left.digests:
+                    self._add(left)
+                self._drop(use)
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` if files, uses and hashes disagree; for tests."""

@@ -26,6 +26,8 @@ OPERATOR_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.distributed.ec_transfer:get_ec_transfer"),
     VllmName("vllm.distributed.ec_transfer:has_ec_transfer"),
     VllmName("vllm.renderers.base:BaseRenderer.mm_processor_cache"),
+    VllmAttributes("vllm.renderers.base:BaseRenderer", ("_executor", "_mm_executor")),
+    VllmAttributes("vllm.renderers.base:_SwappableExecutor", ("_inner",)),
     VllmName("vllm.v1.worker.gpu_model_runner:GPUModelRunner._zero_block_ids", ("block_ids",)),
     VllmName("vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_kv_zero_meta", ("self",)),
     VllmName("vllm.v1.worker.gpu.model_runner:GPUModelRunner._init_kv_zero_meta", ("self",)),

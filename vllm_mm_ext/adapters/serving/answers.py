@@ -66,6 +66,12 @@ def goes_on(task: asyncio.Task[Any]) -> None:
         context.trace.note_task(task)
 
 
+def note_task() -> None:
+    """Note that the current task serves the current request."""
+    if (context := current_request()) is not None:
+        context.trace.note_task()
+
+
 def begin_without_options(raw: Any, route: str) -> None:
     """Start a request of a route that takes no options.
 
@@ -76,8 +82,7 @@ def begin_without_options(raw: Any, route: str) -> None:
     Raises:
         VLLMValidationError: The body has a block (a 400).
     """
-    if (context := current_request()) is not None:
-        context.trace.note_task()
+    note_task()
     with client_errors():
         refuse_options(raw, route)
 

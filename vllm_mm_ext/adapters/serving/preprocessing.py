@@ -50,14 +50,20 @@ def finished(
     )
     runtime = runtime_of(renderer)
     note_preprocessing(trace, runtime.recorder, seconds)
-    note_media(runtime, context)
+    note_media(runtime, context, [s.mm_hash for found in spans.values() for s in found])
 
 
-def note_media(runtime: Runtime, context: RequestContext) -> None:
-    """Note which mm items were made of the files of a conversation, for takedowns and the page."""
+def note_media(runtime: Runtime, context: RequestContext, hashes: Sequence[str]) -> None:
+    """Note which mm items were made of the files of a conversation, for takedowns and the page.
+
+    Args:
+        runtime: Of the renderer.
+        context: Of the conversation.
+        hashes: vLLM's hashes of its items; empty ones where vLLM made none.
+    """
     if runtime.seen is not None:
-        hashes = [item.mm_hash for item in context.trace.items if item.mm_hash]
-        runtime.seen.note_all(context.items, context.trace.images, hashes)
+        known = [one for one in hashes if one]
+        runtime.seen.note_all(context.items, context.trace.images, known)
 
 
 def _heard_in_videos(renderer: Any, videos: Sequence[Span], prompt: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ _OPENAI = "vllm.entrypoints.openai"
 _CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
 _RESPONSES = f"{_OPENAI}.responses.serving:OpenAIServingResponses"
 _MESSAGES = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
+_POOLING = "vllm.entrypoints.pooling.base.io_processor:PoolingIOProcessor"
 _ROUTE = ("request", "raw_request")
 _CLEANUP = "_with_kv_transfer_rejection_cleanup"
 _PROTOCOL = f"{_OPENAI}.chat_completion.protocol"
@@ -64,10 +65,11 @@ def _install_placeholder_text() -> None:
 
 def _install_cache_reports() -> None:
     from vllm_mm_ext.adapters import rendering_wrappers, route_wrappers
-    from vllm_mm_ext.adapters.serving.answers import observer
+    from vllm_mm_ext.adapters.serving.answers import note_task, observer
     from vllm_mm_ext.adapters.serving.preprocessing import looked_up, unheld
 
     rendering_wrappers.preprocess_in_context()
+    rendering_wrappers.render_pooling_in_context(note_task)
     rendering_wrappers.after_cache_lookup(looked_up, unheld)
     route_wrappers.around_generation(observer)
 
@@ -97,7 +99,9 @@ _PLANNING_NAMES: tuple[Checked, ...] = (
         ("modality", "num_items"),
     ),
     VllmName("vllm.exceptions:VLLMError"),
-    VllmAttributes(_RENDERER, ("_mm_executor", "config", "mm_processor", "model_config")),
+    VllmAttributes(
+        _RENDERER, ("_executor", "_mm_executor", "config", "mm_processor", "model_config")
+    ),
     VllmAttributes("vllm.renderers.params:ChatParams", ("chat_template_kwargs", "media_io_kwargs")),
     VllmAttributes(
         "vllm.renderers.params:TokenizeParams", ("max_output_tokens", "max_total_tokens")
@@ -112,6 +116,7 @@ _PLANNING_NAMES: tuple[Checked, ...] = (
             "allowed_media_domains",
             "max_model_len",
             "multimodal_config",
+            "runner_type",
         ),
     ),
     VllmAttributes("vllm.config:MultiModalConfig", ("media_io_kwargs",)),
@@ -127,8 +132,9 @@ SERVING_FEATURES: tuple[Feature, ...] = (
         "stage times",
         "response headers lack preprocessing time and token counts",
         (
-            VllmName(
-                f"{_RENDERER}.process_for_engine_async", ("prompt", "arrival_time", "tok_params")
+            *(
+                VllmName(f"{_RENDERER}.{method}", ("prompt", "arrival_time", "tok_params"))
+                for method in ("process_for_engine_async", "process_for_engine")
             ),
             VllmAttributes(
                 "vllm.renderers.params:TokenizeParams",
@@ -226,6 +232,9 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 passed_on=True,
             ),
             VllmAttributes(_RENDERER, ("_mm_executor", "_process_multimodal_async")),
+            VllmName(f"{_POOLING}.__init__", ("vllm_config", "renderer", "chat_template_config")),
+            VllmName(f"{_POOLING}.render", ("render_params",)),
+            VllmAttributes(_POOLING, ("_executor", "render_async")),
             VllmAttributes("vllm.outputs:RequestOutput", ("metrics", "num_cached_tokens")),
             VllmAttributes(
                 "vllm.v1.metrics.stats:RequestStateStats",

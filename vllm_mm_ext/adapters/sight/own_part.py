@@ -186,7 +186,8 @@ class OwnPart:
     async def sweep(self) -> None:
         """Clear the freed memory of this process, and give it back."""
         loop, own = asyncio.get_running_loop(), runtime_of(self._renderer).loop
-        pools = [*own.pools, self._renderer._mm_executor, getattr(loop, "_default_executor", None)]
+        pools = [*own.pools, self._renderer._mm_executor, self._renderer._executor._inner]
+        pools.append(getattr(loop, "_default_executor", None))
         with ThreadPoolExecutor(1) as apart:
             known = [pool for pool in pools if isinstance(pool, ThreadPoolExecutor)]
             await loop.run_in_executor(apart, scrub, known)
