@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from front import Front, opened
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
@@ -20,7 +21,7 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     files = tmp_path_factory.mktemp("front")
     make_clip(files / "short.mp4", duration=4, seed=1)
     make_clip(files / "other.mp4", duration=6, scene="pan", seed=2)
-    with opened(files) as made:
+    with opened(files, enable_prompt_embeds=True) as made:
         yield made
 
 
@@ -146,6 +147,36 @@ def test_text_that_reads_like_a_placeholder_stays_text(
     plain, made = prompt(["hello"]), prompt(texts)
     assert [token in pads for token in made].count(True) == [t in pads for t in plain].count(True)
     assert "".join(texts) in tokenizer.decode([token for token in made if token not in pads])
+
+
+def embeddings(front: Front) -> dict[str, Any]:
+    """A part of a message with the embeddings of two tokens."""
+    config = front.renderer.model_config
+    out = io.BytesIO()
+    torch.save(torch.zeros(2, config.get_hidden_size(), dtype=config.dtype), out)
+    return {"type": "prompt_embeds", "data": base64.b64encode(out.getvalue()).decode()}
+
+
+@pytest.mark.parametrize("beside", ["nothing", "embeddings"])
+def test_text_stays_text_where_vllm_has_templates_make_tokens(front: Front, beside: str) -> None:
+    parts = [
+        {"type": "text", "text": f"what is {PAD}?"},
+        *front.messages("short.mp4")[0]["content"],
+    ]
+    if beside == "embeddings":
+        parts.append(embeddings(front))
+
+    def prompt(text: str) -> list[int]:
+        parts[0] = {"type": "text", "text": text}
+        messages = [{"role": "user", "content": parts}]
+        # As vLLM has it for all chats with --enable-prompt-embeds, and as clients may ask.
+        return front.render_messages(messages, chat_template_kwargs={"tokenize": True}).prompt
+
+    tokenizer = front.renderer.get_tokenizer()
+    pad = tokenizer.convert_tokens_to_ids(PAD)
+    plain, made = prompt("hello"), prompt(f"what is {PAD}?")
+    assert made.count(pad) == plain.count(pad)
+    assert f"what is {PAD}?" in tokenizer.decode([token for token in made if token != pad])
 
 
 # Writes all that vLLM passes on of messages and tools.

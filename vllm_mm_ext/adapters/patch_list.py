@@ -242,6 +242,9 @@ PATCHES: tuple[Patch, ...] = (
             f"{_OPENAI}.chat_completion.batch_serving:OpenAIServingChatBatch"
             ".create_batch_chat_completion",
             f"{_ENTRYPOINTS}.scale_out.render.serving:ServingRender.render_chat_request",
+            f"{_ENTRYPOINTS}.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens",
+            f"{_ENTRYPOINTS}.generate.structured_decisions.serving:ServingStructuredDecisions"
+            ".create_decision",
             f"{_ENTRYPOINTS}.serve.tokenize.serving:ServingTokenization.create_tokenize",
             f"{_ENTRYPOINTS}.pooling.base.serving:PoolingBaseServing.__call__",
             f"{_ENTRYPOINTS}.pooling.scoring.serving:ServingScores.__call__",
@@ -269,6 +272,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_RENDERER}.render_chat_async",
             f"{_RENDERER}.render_chat",
             f"{_RENDERER}._tokenize_prompt",
+            "vllm.renderers.hf:safe_apply_chat_template",
         ),
         "Text of a client that reads like a placeholder of media stays text.",
         "vLLM tokenizes the text of messages without special tokens",

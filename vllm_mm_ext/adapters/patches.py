@@ -83,10 +83,14 @@ def before_entry_changes(table: MutableMapping[Any, Any], key: object, target: s
     _record(f"{target}[{key!r}]", undo)
 
 
-def wrap(
-    owner: type, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Replace ``owner.method`` by ``make(original)``, once for each place ``make`` comes from."""
+def wrap(owner: Any, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.method`` by ``make(original)``, once for each place ``make`` comes from.
+
+    Args:
+        owner: A class or a module.
+        method: Name of the method or function.
+        make: Makes the replacement.
+    """
     original = getattr(owner, method)
     done: frozenset[str] = getattr(original, "_mm_ext", frozenset())
     if make.__qualname__ in done:

@@ -8,18 +8,26 @@ from typing import Any
 
 from vllm_mm_ext.adapters.patches import wrap
 from vllm_mm_ext.request.conversation import list_contents
-from vllm_mm_ext.request.placeholder_text import MARK, marked, marked_arguments, unmarked
+from vllm_mm_ext.request.placeholder_text import (
+    MARK,
+    is_marked,
+    marked,
+    marked_arguments,
+    unmarked,
+)
 
 _MODALITIES = ("image", "video", "audio")
 
 
 def install() -> None:
     """Wrap rendering and tokenizing. Idempotent."""
+    from vllm.renderers import hf
     from vllm.renderers.base import BaseRenderer
 
     wrap(BaseRenderer, "render_chat_async", _marking_async)
     wrap(BaseRenderer, "render_chat", _marking)
     wrap(BaseRenderer, "_tokenize_prompt", _in_parts)
+    wrap(hf, "safe_apply_chat_template", _templated_in_parts)
 
 
 def placeholders_of(mm_processor: Any) -> list[str]:
@@ -73,10 +81,12 @@ def _marked(
     renderer: Any, conversations: Sequence[Any], chat_params: Any
 ) -> tuple[Sequence[Any], Any]:
     """The conversations with marks, and parameters by which the template makes text of them."""
-    template = chat_params.chat_template_kwargs
-    if template.get("tokenize"):
-        # Mistral's tokenizers take messages apart by themselves, and make no tokens of markup.
+    from vllm.utils.mistral import is_mistral_tokenizer
+
+    if is_mistral_tokenizer(renderer.tokenizer):
+        # These tokenizers take messages apart by themselves, and make no tokens of markup.
         return conversations, chat_params
+    template = chat_params.chat_template_kwargs
     placeholders = placeholders_of(renderer.mm_processor)
     for messages in conversations if placeholders else ():
         list_contents(messages)
@@ -104,3 +114,22 @@ def _in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
         return {**made, "prompt": unmarked(prompt["prompt"]), "prompt_token_ids": ids}
 
     return _tokenize_prompt
+
+
+def _templated_in_parts(original: Callable[..., Any]) -> Callable[..., Any]:
+    def safe_apply_chat_template(
+        model_config: Any,
+        tokenizer: Any,
+        conversation: Any,
+        *,
+        tokenize: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        # vLLM has tokens made here, whatever it is asked, where a message has ``prompt_embeds``.
+        if not tokenize or not (is_marked(conversation) or is_marked(kwargs)):
+            return original(model_config, tokenizer, conversation, tokenize=tokenize, **kwargs)
+        text = original(model_config, tokenizer, conversation, tokenize=False, **kwargs)
+        parts = filter(None, text.split(MARK))
+        return [i for part in parts for i in tokenizer.encode(part, add_special_tokens=False)]
+
+    return safe_apply_chat_template

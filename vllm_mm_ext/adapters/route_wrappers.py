@@ -158,11 +158,13 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
     that clients of ``/v1/chat/completions`` use beside it.
     """
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.entrypoints.pooling.scoring.serving import ServingScores
     from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
     from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 
     def on_route(route: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -183,6 +185,8 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
     wrap(OpenAIServingCompletion, "create_completion", on_route("/v1/completions"))
     wrap(OpenAIServingChatBatch, batch, on_route("/v1/chat/completions/batch"))
     wrap(ServingRender, render, on_route("/v1/chat/completions/render"))
+    wrap(ServingTokens, "serve_tokens", on_route("/inference/v1/generate"))
+    wrap(ServingStructuredDecisions, "create_decision", on_route("/v1/systemone"))
     wrap(ServingTokenization, "create_tokenize", on_route("/tokenize"))
     wrap(PoolingBaseServing, "__call__", on_route(""))
     wrap(ServingScores, "__call__", on_route(""))

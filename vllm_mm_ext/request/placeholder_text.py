@@ -68,6 +68,15 @@ def marked_arguments(arguments: Mapping[str, Any], placeholders: Sequence[str]) 
         }
 
 
+def is_marked(value: Any) -> bool:
+    """Whether a text, or a text in a message or its parts, has a mark."""
+    if isinstance(value, str):
+        return MARK in value
+    if isinstance(value, Mapping):
+        return any(is_marked(key) or is_marked(item) for key, item in value.items())
+    return isinstance(value, list) and any(map(is_marked, value))
+
+
 def unmarked(value: Any) -> Any:
     """A text, or the texts in a message or its parts, without marks."""
     if isinstance(value, str):

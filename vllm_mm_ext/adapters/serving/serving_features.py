@@ -194,6 +194,15 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
                 _ROUTE,
             ),
+            VllmName(
+                "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens",
+                _ROUTE,
+            ),
+            VllmName(
+                "vllm.entrypoints.generate.structured_decisions.serving:ServingStructuredDecisions"
+                ".create_decision",
+                _ROUTE,
+            ),
             VllmName("vllm.entrypoints.pooling.base.serving:PoolingBaseServing.__call__", _ROUTE),
             VllmName("vllm.entrypoints.pooling.scoring.serving:ServingScores.__call__"),
             VllmName(f"{_MESSAGES}.create_messages", _ROUTE),
@@ -214,7 +223,13 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             VllmName(f"{_RENDERER}.render_chat_async", _RENDER),
             VllmName(f"{_RENDERER}.render_chat", _RENDER),
             VllmName(f"{_RENDERER}._tokenize_prompt", ("prompt", "params")),
-            VllmAttributes(_RENDERER, ("mm_processor",)),
+            VllmName(
+                "vllm.renderers.hf:safe_apply_chat_template",
+                ("model_config", "tokenizer", "conversation", "tokenize"),
+                passed_on=True,
+            ),
+            VllmName("vllm.utils.mistral:is_mistral_tokenizer", ("obj",)),
+            VllmAttributes(_RENDERER, ("mm_processor", "tokenizer")),
             VllmAttributes("vllm.renderers.params:TokenizeParams", ("add_special_tokens",)),
             VllmAttributes("vllm.renderers.params:ChatParams", ("chat_template_kwargs",)),
             PROCESSING_INFO,
