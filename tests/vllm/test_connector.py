@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -389,3 +390,19 @@ def test_the_servers_default_reduction_comes_with_the_frames(clips: dict[str, Pa
     attach_runtime(MMExtConfig.from_additional_config(config), ModelTraits())
     _, ours = connectors(clips["h264"].parent)
     assert ours.fetch_video(clips["h264"].as_uri()).media[0].reduction == Reduction(pool=2)
+
+
+async def test_a_video_without_sound_is_answered_where_vllm_looks_for_its_sound(
+    clips: dict[str, Path],
+) -> None:
+    attach({})
+    _, ours = connectors(clips["h264"].parent)
+    context = enter_request(RequestContext())
+    asking: Any = SimpleNamespace(_connector=ours)
+    # vLLM 0.33 has it elsewhere.
+    strategies = pytest.importorskip("vllm.entrypoints.generate.structured_decisions.strategies")
+    sound = await strategies.JointSchemaStrategy._soundtrack(asking, clips["h264"].as_uri())
+    assert sound is None
+    assert context.items[0].known_digest
+    with pytest.raises(VLLMUnprocessableEntityError, match="no audio"):
+        await ours.fetch_audio_async(clips["h264"].as_uri())

@@ -59,14 +59,25 @@ class AbortedError(RetryableRequestError):  # type: ignore[misc]
         super().__init__("The engine gave this prompt up, as when it is paused. Send it again.")
 
 
+class UnprocessableMediaError(VLLMUnprocessableEntityError, ValueError):  # type: ignore[misc]
+    """A ``MediaError`` of status 422.
+
+    vLLM's own media connector raises a ``ValueError`` for a file without sound, and
+    ``/v1/systemone`` goes by that.
+    """
+
+    def __init__(self, error: MediaError) -> None:
+        VLLMUnprocessableEntityError.__init__(
+            self, error.message, parameter=error.parameter, value=error.value
+        )
+
+
 def answer_to(error: MediaError) -> VLLMError:
     """The exception that vLLM answers with an error's status, message and parameter."""
     if error.status is HTTPStatus.BAD_REQUEST:
         return VLLMValidationError(error.message, parameter=error.parameter, value=error.value)
     if error.status is HTTPStatus.UNPROCESSABLE_ENTITY:
-        return VLLMUnprocessableEntityError(
-            error.message, parameter=error.parameter, value=error.value
-        )
+        return UnprocessableMediaError(error)
     return RefusedMediaError(error) if error.status < 500 else FailedMediaError(error)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,13 +29,8 @@ from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.sight.stage_notes import note_use
 from vllm_mm_ext.config.media_settings import SamplingConfig
-from vllm_mm_ext.media.fetch.data_url import (
-    is_jpeg_sequence,
-    padded,
-    plain_base64,
-    split_data_url,
-)
-from vllm_mm_ext.media.fetch.fetcher import MediaFetcher
+from vllm_mm_ext.media.fetch.data_url import is_jpeg_sequence, padded, plain_base64, split_data_url
+from vllm_mm_ext.media.fetch.fetcher import MediaFetcher, MediaRef
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
 from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec, SizeRule
 from vllm_mm_ext.media.use_media import MediaUse, use_media
@@ -262,10 +257,15 @@ class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
     async def _audio(
         self, context: RequestContext, runtime: Runtime, item: MediaItem
     ) -> MediaUse[AudioResult]:
+        def hear(content: MediaRef) -> Awaitable[AudioResult]:
+            # Known from now on, as whoever asked may go on without a sound.
+            item.digest = content.digest
+            return runtime.frontend.audio(content, context.options.audio_stream)
+
         return await use_media(
             self.fetcher(runtime),
             item.url,
-            lambda content: runtime.frontend.audio(content, context.options.audio_stream),
+            hear,
             claim=context.budget_claim(runtime.budget),
             timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
             max_bytes=audio_limit(),
@@ -330,7 +330,6 @@ def _deliver_audio(
     waveform = used.result.waveform
     rate = waveform.rate or 0
     item.report = AudioReport(len(waveform) / rate, used.result.cached)
-    item.digest = used.content.digest
     _note(context, runtime, item, used)
     return waveform, rate
 

@@ -36,6 +36,8 @@ def finished(
     if context.unreported:
         trace.hashes.update(s.mm_hash for found in spans.values() for s in found if s.mm_hash)
         return
+    # What was refused before was not needed: the sound of a video that has none (/v1/systemone).
+    trace.refused = ""
     seconds = time.perf_counter() - start
     trace.add_stages({"preprocess": seconds})
     embeddings = {m: sum(span.embeddings for span in found) for m, found in spans.items()}
