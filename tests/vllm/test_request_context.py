@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import asyncio
 import gc
+import math
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import vllm_mm_ext
-from vllm_mm_ext.adapters.runtime import Runtime, attach_runtime, runtime_of
+from vllm_mm_ext.adapters.runtime import Runtime, attach_runtime, detach_runtime, runtime_of
+from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
@@ -112,3 +115,14 @@ def test_a_front_end_ends_when_its_renderer_is_dropped() -> None:
     del renderer
     gc.collect()
     assert loop.is_closed()
+
+
+async def test_media_wait_without_end_but_for_clients_over_http() -> None:
+    made = attach_runtime(MMExtConfig(), ModelTraits())
+    try:
+        assert made.budget.max_wait_s == math.inf
+        # vLLM calls this for servers, and neither for `vllm run-batch` nor for ``LLM``.
+        await MMExtEndpointPlugin().init_state(None, None, Namespace())
+        assert made.budget.max_wait_s == made.config.media.cache.max_wait_s
+    finally:
+        detach_runtime()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 import weakref
 from collections.abc import Collection, Coroutine, Mapping, Sequence
@@ -71,7 +72,7 @@ class Runtime:
         self.seen = SeenMedia() if config.sight.page else None
         self.loop = LoopThread("mm-ext")
         cache = config.media.cache
-        self.budget = MediaBudget(cache.in_flight_mb * MIB, cache.max_wait_s)
+        self.budget = MediaBudget(cache.in_flight_mb * MIB, math.inf)
         self.frontend = MediaFrontend(
             config.media,
             traits,
@@ -88,6 +89,13 @@ class Runtime:
         self._fetchers: dict[tuple[Path | None, tuple[str, ...]], MediaFetcher] = {}
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _close, self.loop, self.frontend, self._fetchers)
+
+    def serve_http(self) -> None:
+        """Refuse media as busy from now on where they would wait for long.
+
+        Clients over HTTP send them again. Nobody does so for ``LLM.chat`` and `vllm run-batch`.
+        """
+        self.budget.max_wait_s = self.config.media.cache.max_wait_s
 
     def fetcher(
         self, allowed_local_media_path: Path | None, allowed_media_domains: Sequence[str]

@@ -172,8 +172,9 @@ class CacheConfig(Section):
         30.0,
         gt=0,
         le=3600,
-        description="Seconds media waits for room in the media budget before its request is "
-        "refused with a 503.",
+        description="Seconds media waits for room in the media budget, or among the downloads from "
+        "its host, before its request is refused with a 503. Without HTTP (`LLM.chat`, `vllm "
+        "run-batch`) media waits without end.",
     )
 
 

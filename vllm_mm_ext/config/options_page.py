@@ -46,7 +46,13 @@ that lists them.
 | `/v1/chat/completions/batch` | as chat | a 400; the server's settings apply |
 | `/tokenize`, `/v1/chat/completions/render` | as chat | a 400; the server's settings apply |
 | `/v1/embeddings` and vLLM's other pooling routes | as chat | a 400; the server's settings apply |
+| `/inference/v1/generate`, `/v1/systemone` | all | a 400; the server's settings apply |
 | `/v1/messages*`, `/cohere/v2/chat` | images | a 400; the server's settings apply |
+
+`vllm run-batch` reads these requests from a file; of its routes `/v1/chat/completions` takes the
+block. Nobody would send a refused line again, so media wait for room without end there, as for
+`LLM.chat`. Not so lines with `long_video` beyond `mm_ext.long_video.max_requests`: set that to
+their number.
 
 Every route takes a block with `key` alone, which tells routers where the request goes.
 

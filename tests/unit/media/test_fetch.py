@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import math
 import os
 import resource
 import socket
@@ -294,8 +295,8 @@ class TestHttpLimits:
         self, origin: Origin, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("vllm_mm_ext.media.fetch.http_source._PER_HOST", 1)
-        monkeypatch.setattr("vllm_mm_ext.media.fetch.http_source._MAX_WAIT_S", 0.05)
         fetcher, release = make_fetcher(), threading.Event()
+        fetcher.budget.max_wait_s = 0.05
         slow = origin.serve("/slow", Resource(BODY, hold=release))
         first = asyncio.create_task(get(fetcher, slow))
         while not origin.requests["/slow"]:
@@ -303,9 +304,13 @@ class TestHttpLimits:
         url = origin.serve("/a", Resource(BODY))
         with pytest.raises(BusyError):
             await get(fetcher, url)
+        # As where no client would send the request again.
+        fetcher.budget.max_wait_s = math.inf
+        patient = asyncio.create_task(get(fetcher, url))
+        await asyncio.sleep(0.1)
         release.set()
         await first
-        assert (await get(fetcher, url)).digest == DIGEST
+        assert (await patient).digest == DIGEST
 
     @pytest.mark.parametrize(
         ("status", "headers"),

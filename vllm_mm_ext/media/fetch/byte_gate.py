@@ -26,7 +26,8 @@ Why nobody waits for ever:
 - A request whose media cannot fit into the budget together is refused as too large, which bounds
   what the oldest request takes beyond the budget by the budget itself. A single item larger than
   the budget passes when its request is the oldest.
-- Nobody waits longer than ``max_wait_s``: then the request is refused as busy.
+- Over HTTP nobody waits longer than ``max_wait_s``: then the request is refused as busy, and its
+  client sends it again. Elsewhere nobody would do so.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Claim:
         return await self._budget._acquire(
             _Waiter(self, num_bytes, beside, num_bytes if sure is None else sure)
         )
+
+    @property
+    def max_wait_s(self) -> float:
+        """Seconds that the request may wait for others."""
+        return self._budget.max_wait_s
 
     def lease(self) -> Lease:
         """A lease of no bytes, to grow."""
@@ -183,7 +189,7 @@ class MediaBudget:
 
     Args:
         max_bytes: The budget.
-        max_wait_s: Seconds a request may wait before it is refused as busy.
+        max_wait_s: Seconds a request may wait before it is refused as busy; infinite for no end.
 
     Attributes:
         max_bytes, max_wait_s: As given.

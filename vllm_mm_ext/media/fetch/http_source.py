@@ -49,7 +49,6 @@ _NO_SUCH_HOST = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 _BACKOFF_FACTOR = 4
 # Downloads from one host at a time. Others wait, so that a slow host takes no more connections.
 _PER_HOST = 100
-_MAX_WAIT_S = 30.0
 _WHAT = "The remote media"
 
 
@@ -223,12 +222,12 @@ class HttpSource:
         slots = self._slots.setdefault(host, asyncio.Semaphore(_PER_HOST))
         try:
             # Not within the attempt's own timeout: this wait is not the origin's fault.
-            async with asyncio.timeout(_MAX_WAIT_S):
+            async with asyncio.timeout(claim.max_wait_s):
                 await slots.acquire()
         except TimeoutError:
             raise BusyError(
                 f"The server downloads {_PER_HOST} media from {host}, and none was done within "
-                f"{_MAX_WAIT_S:g} s. Try again later."
+                f"{claim.max_wait_s:g} s (media.cache.max_wait_s). Try again later."
             ) from None
         try:
             async with asyncio.timeout(timeout_s):
