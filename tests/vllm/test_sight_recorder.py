@@ -130,7 +130,7 @@ def test_the_engine_adds_its_stages_and_the_tokens(front: Front, sight: ApiServe
 
     async def answered() -> None:
         enter_request(RequestContext(renderer=front.renderer, trace=trace))
-        followed = observer("chat-7")
+        followed = observer("chat-7", {"prompt_token_ids": trace.prompts[0].token_ids})
         assert followed is not None
         followed.sent()
         followed.first(_output(trace.items[0].end))
@@ -154,6 +154,33 @@ def test_the_engine_adds_its_stages_and_the_tokens(front: Front, sight: ApiServe
     cached = tokens["video", "prefix_cache"] + tokens["text", "prefix_cache"]
     assert cached == trace.items[0].end
     assert tokens["video", "prefix_cache"] == trace.items[0].embeddings
+
+
+def test_each_prompt_of_a_request_is_counted_once_by_what_it_has(
+    front: Front, sight: ApiServerSight
+) -> None:
+    assert sight is not None
+    rendered = [front.render(name) for name in ("a.mp4", "b.avi")]
+    trace = rendered[-1].trace
+    trace.prompts = [prompt for one in rendered for prompt in one.trace.prompts]
+    grown = _Grown()
+
+    async def answered() -> None:
+        enter_request(RequestContext(renderer=front.renderer, trace=trace))
+        batch = [
+            observer(f"batch_{index}", {"prompt_token_ids": prompt.token_ids})
+            for index, prompt in enumerate(trace.prompts)
+        ]
+        for followed in batch:
+            assert followed is not None
+            followed.first(_output(0))
+        # What comes after an output is a further step of a beam search.
+        assert observer("beam", {"prompt_token_ids": [1]}) is None
+
+    asyncio.run(answered())
+    for modality in ("video", "text"):
+        counted = grown("mm_ext_prompt_tokens_total", modality=modality, source="computed")
+        assert counted == sum(prompt.tokens[modality] for prompt in trace.prompts)
 
 
 def test_a_fault_of_the_metrics_fails_no_request(

@@ -225,12 +225,12 @@ class EngineObserver(Protocol):
         """The last output is there, or nobody waits for it any more."""
 
 
-def around_generation(observer: Callable[[str], EngineObserver | None]) -> None:
+def around_generation(observer: Callable[[str, Any], EngineObserver | None]) -> None:
     """Follow requests through the engine.
 
     Args:
-        observer: Called with vLLM's id of a request, in the caller's context. None leaves the
-            request alone.
+        observer: Called with vLLM's id of a request and its prompt, in the caller's context. None
+            leaves the request alone.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -239,7 +239,7 @@ def around_generation(observer: Callable[[str], EngineObserver | None]) -> None:
             self: Any, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> Any:
             outputs = original(self, prompt, sampling_params, request_id, *args, **kwargs)
-            seen = observer(request_id)
+            seen = observer(request_id, prompt)
             return outputs if seen is None else _observed(outputs, seen)
 
         return generate

@@ -131,6 +131,7 @@ class RequestContext:
         for item in self.items:
             item.claimed = False
         self.trace.images.clear()
+        self.trace.cached_tokens = None
 
     def add(self, items: Sequence[MediaItem]) -> None:
         """Append items; the request reports them in this order."""

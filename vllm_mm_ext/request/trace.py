@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_mm_ext.base.apportion import apportion
 from vllm_mm_ext.request.long_report import LongVideoReport
@@ -45,6 +45,19 @@ class PromptItem:
     mm_hash: str = ""
 
 
+class Prompt(NamedTuple):
+    """One prompt of a request, as it was rendered.
+
+    Attributes:
+        token_ids: The very sequence that goes to the engine.
+        items, tokens: As of the request's trace.
+    """
+
+    token_ids: Sequence[int]
+    items: list[PromptItem]
+    tokens: dict[str, int]
+
+
 @dataclass(eq=False)
 class RequestTrace:
     """What is recorded about one request while it is served.
@@ -58,7 +71,9 @@ class RequestTrace:
         tokens: Number of embeddings per modality, and of other tokens as ``text``; empty until the
             prompt is built.
         asked: The request has options, so that its answer gets a block even without media.
-        items: The mm items of the prompt; empty until the prompt is built.
+        items: The mm items of the prompt; empty until the prompt is built. Of several conversations,
+            here and in ``tokens`` those of the last one.
+        prompts: Those of all its conversations.
         preprocessed: Per modality, whether the processor cache held each item.
         cached_tokens: Number of leading prompt tokens that the prefix cache held; None until the
             engine reports it.
@@ -85,6 +100,7 @@ class RequestTrace:
     tokens: dict[str, int] = field(default_factory=dict)
     asked: bool = False
     items: list[PromptItem] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
     preprocessed: dict[str, list[bool]] = field(default_factory=dict)
     cached_tokens: int | None = None
     shows_cache_hits: bool = False
@@ -150,6 +166,18 @@ class RequestTrace:
                 self.items.append(PromptItem(modality, start, end, hit, embeddings, mm_hash))
                 if mm_hash:
                     self.hashes.add(mm_hash)
+
+    def of_prompt(self, token_ids: Sequence[int] | None, request_id: str) -> RequestTrace:
+        """This trace as it tells of one of the request's prompts; lists and sets are shared.
+
+        Args:
+            token_ids: Of the prompt, as it goes to the engine.
+            request_id: vLLM's id of it.
+        """
+        own = next((one for one in self.prompts if one.token_ids is token_ids), None)
+        if own is None:
+            return replace(self, request_id=request_id)
+        return replace(self, request_id=request_id, items=own.items, tokens=own.tokens)
 
     def cached_by_modality(self) -> dict[str, int]:
         """How many of ``tokens`` the prefix cache held, as far as ``cached_tokens`` is known.

@@ -124,9 +124,16 @@ def resume() -> Callable[[], None]:
 
 
 class _Followed:
-    """A request with media on its way through the engine."""
+    """A prompt of a request with media on its way through the engine.
 
-    def __init__(self, trace: RequestTrace, recorder: Recorder | None) -> None:
+    Args:
+        whole: Trace of the request.
+        trace: The same as it tells of this prompt.
+        recorder: Takes note of requests.
+    """
+
+    def __init__(self, whole: RequestTrace, trace: RequestTrace, recorder: Recorder | None) -> None:
+        self._whole = whole
         self._trace = trace
         self._recorder = recorder
 
@@ -135,7 +142,7 @@ class _Followed:
             self._recorder.sent(self._trace)
 
     def first(self, output: Any) -> None:
-        self._trace.cached_tokens = output.num_cached_tokens
+        self._whole.cached_tokens = self._trace.cached_tokens = output.num_cached_tokens
         if self._recorder is not None:
             self._recorder.answered(self._trace, output)
 
@@ -144,17 +151,22 @@ class _Followed:
             self._recorder.left_engine(self._trace)
 
 
-def observer(request_id: str) -> _Followed | None:
-    """Follows a request through the engine; None for a request whose answer gets no block.
+def observer(request_id: str, prompt: Any) -> _Followed | None:
+    """Follows a prompt through the engine; None where the answer gets no block.
+
+    The steps of a beam search, which are prompts to the engine, are not followed but for the first.
 
     Args:
-        request_id: vLLM's id of the request.
+        request_id: vLLM's id of the prompt.
+        prompt: vLLM's input for the engine.
     """
     trace, context = _reported(), current_request()
-    if trace is None or context is None:
+    if trace is None or context is None or trace.cached_tokens is not None:
         return None
     trace.request_id = request_id
-    return _Followed(trace, runtime_of(context.renderer).recorder)
+    token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    own = trace.of_prompt(token_ids, request_id)
+    return _Followed(trace, own, runtime_of(context.renderer).recorder)
 
 
 def _reported() -> RequestTrace | None:

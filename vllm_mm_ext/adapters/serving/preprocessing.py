@@ -11,6 +11,7 @@ from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.sight.stage_notes import note_preprocessing
 from vllm_mm_ext.errors import UnheldMediaError
 from vllm_mm_ext.request.context import RequestContext, current_request
+from vllm_mm_ext.request.trace import Prompt
 
 
 def started() -> float:
@@ -50,6 +51,7 @@ def finished(
         {m: [(s.start, s.end, s.embeddings) for s in found] for m, found in spans.items()},
         {m: [s.mm_hash for s in found] for m, found in spans.items()},
     )
+    trace.prompts.append(Prompt(prompt, trace.items, trace.tokens))
     runtime = runtime_of(renderer)
     note_preprocessing(trace, runtime.recorder, seconds)
     note_media(runtime, context, [s.mm_hash for found in spans.values() for s in found])
