@@ -71,8 +71,8 @@ class RequestTrace:
         tokens: Number of embeddings per modality, and of other tokens as ``text``; empty until the
             prompt is built.
         asked: The request has options, so that its answer gets a block even without media.
-        items: The mm items of the prompt; empty until the prompt is built. Of several conversations,
-            here and in ``tokens`` those of the last one.
+        items: The mm items of the prompt; empty until the prompt is built. Here and in ``tokens``
+            the last of several conversations counts.
         prompts: Those of all its conversations.
         preprocessed: Per modality, whether the processor cache held each item.
         cached_tokens: Number of leading prompt tokens that the prefix cache held; None until the
