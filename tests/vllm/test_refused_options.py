@@ -65,6 +65,8 @@ def test_a_block_is_refused_where_it_is_not_honoured(path: str) -> None:
         "questions": {},
         "mm_ext": {"fps": "x"},
     }
+    if protocol.model_config.get("extra") == "forbid":
+        pytest.skip("this vLLM refuses all fields that it does not know")
     request = protocol.model_validate(body)
     trace = enter_request(RequestContext()).trace
     trace.watched = True
