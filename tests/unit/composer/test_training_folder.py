@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from vllm_mm_ext.composer.training.data import folder_batches
@@ -86,33 +88,79 @@ def test_a_folder_of_which_nothing_can_be_decoded_is_an_error(folder: Path) -> N
         folder_batches(CONFIG, TOKENIZER, bad, seed=0, clips=1, frames=2)(0)
 
 
-def test_a_training_is_resumed_with_its_own_shape_and_rate_and_the_same_data_alone(
-    folder: Path, tmp_path: Path
-) -> None:
-    init, out = tmp_path / "init", tmp_path / "out"
+def train(out: Path, folder: Path | None, *arguments: object) -> Result:
+    data = [] if folder is None else ["--folder", folder, "--frames", 2]
+    given = [out, *data, *arguments, "--device", "cpu", "--fp32"]
+    return CliRunner().invoke(train_app, [str(one) for one in given])
+
+
+def refusal(done: Result) -> str:
+    assert done.exit_code == 2, done.output
+    return " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of fewer layers than the shipped model's, with dropout."""
+    path = tmp_path_factory.mktemp("init")
     small = tiny_config(TOKENIZER, layers=1)
     small.fps = 1.0
-    save_checkpoint(fresh_model(small, 2), TOKENIZER, init)
-    data = ["--folder", str(folder), "--clips", "1", "--frames", "2"]
+    small.text_config.attention_dropout = 0.5
+    save_checkpoint(fresh_model(small, 2), TOKENIZER, path)
+    return path
 
-    def train(*arguments: str) -> Result:
-        device = ["--device", "cpu", "--fp32"]
-        return CliRunner().invoke(train_app, [str(out), *arguments, *device])
 
-    first = train("--init", str(init), *data, "--steps", "1")
-    assert first.exit_code == 0, first.output
-    assert saved_rate(out) == 2e-5
-    # Without --init the shape would be that of the shipped model, which has more layers.
-    again = train("--resume", *data, "--steps", "2")
-    assert again.exit_code == 0, again.output
-    assert saved_rate(out) == 2e-5
-    for changed, words in (
-        (["--folder", str(folder), "--clips", "2", "--frames", "2"], "clips 1, this one has 2"),
-        (["--ramp", "3"], "has folder with"),
+@pytest.fixture(scope="module")
+def one_step(init: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training of one step wrote."""
+    path = tmp_path_factory.mktemp("out")
+    done = train(path, folder, "--init", init, "--clips", 1, "--steps", 1)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def test_a_training_that_was_resumed_is_the_one_that_was_not_interrupted(
+    init: Path, one_step: Path, folder: Path, tmp_path: Path
+) -> None:
+    resumed, whole = shutil.copytree(one_step, tmp_path / "resumed"), tmp_path / "whole"
+    assert saved_rate(resumed) == 2e-5
+    for done in (
+        train(resumed, folder, "--resume", "--clips", 1, "--steps", 2),
+        train(whole, folder, "--init", init, "--clips", 1, "--steps", 2),
     ):
-        other = train("--resume", *changed, "--steps", "3")
-        assert other.exit_code == 2
-        assert words in " ".join(other.output.replace("│", " ").split()), other.output
+        assert done.exit_code == 0, done.output
+    assert saved_rate(resumed) == 2e-5
+    one, other = (load_file(path / "model.safetensors") for path in (resumed, whole))
+    assert set(one) == set(other)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_training_is_resumed_with_the_same_data_alone_where_its_state_names_them(
+    one_step: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ["--resume", "--steps", 2]
+    done = train(one_step, folder, *more, "--clips", 2)
+    assert "clips 1, this one has 2" in refusal(done)
+    assert "has folder with" in refusal(train(one_step, None, *more, "--ramp", 3))
+
+    earlier = shutil.copytree(one_step, tmp_path / "earlier")
+    state = torch.load(earlier / "training_state.pt", weights_only=True)
+    del state["data"]
+    torch.save(state, earlier / "training_state.pt")
+    done = train(earlier, folder, *more, "--clips", 2)
+    assert done.exit_code == 0, done.output
+    assert "is not in its state" in caplog.text
+
+
+def test_a_training_whose_config_was_changed_is_not_resumed(
+    one_step: Path, folder: Path, tmp_path: Path
+) -> None:
+    changed = shutil.copytree(one_step, tmp_path / "changed")
+    told = json.loads((changed / "config.json").read_text())
+    told["reductions"] += [{"pool": 4, "temporal": 2}]
+    (changed / "config.json").write_text(json.dumps(told))
+    done = train(changed, folder, "--resume", "--clips", 1, "--steps", 2)
+    assert "changed one is trained with --init" in refusal(done)
 
 
 _OTHER = """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -89,19 +90,18 @@ def accuracy(
     """
     device = next(model.parameters()).device
     found: Accuracy = {}
-    model.eval()
     for pool, temporal in pairs or [(1, 1), *(one[:2] for one in model.config.declared)]:
         right: dict[str, list[bool]] = defaultdict(list)
         for start in range(0, len(samples), 6):
             part = samples[start : start + 6]
             batch = make_batch(model.config, tokenizer, part, pool, temporal).to(device)
-            read = read_text(model, batch, encode_media(model, batch))
+            with _without_dropout(model):
+                read = read_text(model, batch, encode_media(model, batch))
             for task, one in right_answers(batch, read.logits):
                 right[task].append(one)
         shares = {task: sum(all_) / len(all_) for task, all_ in right.items()}
         shares["mean"] = sum(shares.values()) / max(1, len(shares))
         found[f"pool {pool}, temporal {temporal}"] = shares
-    model.train()
     return found
 
 
@@ -124,7 +124,6 @@ def note_scores(
         pool, temporal: The reduction.
     """
     device = next(model.parameters()).device
-    model.eval()
     pairs: list[tuple[list[Entry], list[Entry]]] = []
     for sample in samples:
         turns = [turn for turn in sample.turns if turn.task == "note"][:1]
@@ -132,12 +131,12 @@ def note_scores(
             continue
         alone = replace(sample, turns=turns)
         batch = make_batch(model.config, tokenizer, [alone], pool, temporal).to(device)
-        media = encode_media(model, batch)
-        embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
-        prompt = embeds[0, : batch.spans[0].start + 1]
-        told = tokenizer.decode(model.greedy(prompt, _NOTE_TOKENS, tokenizer.eos_token_id))
-        pairs.append((read_entries(told), read_entries(turns[0].answer)))
-    model.train()
+        with _without_dropout(model):
+            media = encode_media(model, batch)
+            embeds = model.inputs_embeds(batch.input_ids, media.video, media.audio)
+            prompt = embeds[0, : batch.spans[0].start + 1]
+            tokens = model.greedy(prompt, _NOTE_TOKENS, tokenizer.eos_token_id)
+        pairs.append((read_entries(tokenizer.decode(tokens)), read_entries(turns[0].answer)))
     return {
         kind: (
             _share_found([(told, right) for told, right in pairs], kind),
@@ -145,6 +144,16 @@ def note_scores(
         )
         for kind in ("scene", "flash", "tone")
     }
+
+
+@contextmanager
+def _without_dropout(model: ComposerForConditionalGeneration) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _share_found(pairs: Sequence[tuple[list[Entry], list[Entry]]], kind: str) -> float:

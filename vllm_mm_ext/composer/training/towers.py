@@ -62,7 +62,7 @@ def train_towers(
     torch.manual_seed(seed)
     heads = TowerHeads(model.config).to(device)
     towers = [model.vision_tower, *([model.audio_tower] if model.config.hears else [])]
-    parts = nn.ModuleList([*towers, heads])
+    parts = nn.ModuleList([*towers, heads]).train()
     hidden = [m.weight for m in parts[:-1].modules() if isinstance(m, nn.Linear)]
     known = {id(weight) for weight in hidden}
     others = [p for p in parts.parameters() if p.requires_grad and id(p) not in known]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from vllm_mm_ext.composer.training.muon import Muon
 from vllm_mm_ext.composer.training.perception import PerceptionHeads
 from vllm_mm_ext.composer.training.processes import average_gradients, world
 
+logger = logging.getLogger(__name__)
 _STATE = "training_state.pt"
 # Of the loss on what is known of notes; it stays, as right answers need it to the end.
 _NOTES_WEIGHT = 0.4
@@ -99,6 +101,8 @@ class Trainer:
         self._data = dict(data or {})
         self.step = 0
         self.device = next(model.parameters()).device
+        # What transformers loads computes without the dropout of its config, until told to train.
+        model.train()
         for name, parameter in model.named_parameters():
             trained = name.split(".")[0].endswith("_projector") or not recipe.projectors_only
             # Whisper's positions are sinusoids and stay.
@@ -169,17 +173,27 @@ class Trainer:
 
         Raises:
             FileNotFoundError: Nothing was saved there.
-            ValueError: It was saved with another seed, other trained parts or other data.
+            ValueError: It was saved with another seed, other trained parts, other data or another
+                ``config.json``.
         """
         state = torch.load(directory / _STATE, map_location=self.device, weights_only=True)
         own = asdict(self.recipe)
         pairs = [(key, state["recipe"][key], own[key]) for key in ("seed", "projectors_only")]
-        pairs += [(key, state["data"].get(key), now) for key, now in self._data.items()]
+        if "data" in state:
+            pairs += [(key, state["data"].get(key), now) for key, now in self._data.items()]
+        else:
+            logger.warning("what %s was trained on is not in its state and not compared", directory)
         for key, before, now in pairs:
             if before != now:
                 raise ValueError(f"the saved training has {key} {before}, this one has {now}")
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state["heads"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the saved weights do not fit the model of {directory / 'config.json'}; a changed "
+                "one is trained with --init, into another directory"
+            ) from error
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = int(state["step"])
