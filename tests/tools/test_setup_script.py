@@ -13,7 +13,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 # Stands for Python and pip, and installs nothing.
 _PYTHON = """#!/bin/sh
 case "$*" in
-  "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python
+    [ ! -e breaks-early ] || { touch .venv/no-pip; exit 1; } ;;
+  "-m pip --version") [ ! -e .venv/no-pip ] ;;
   "-m pip install"*) echo "$*" >>installed; [ ! -e breaks ] ;;
 esac
 """
@@ -35,14 +37,19 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def run(tree: Path, variant: str = "") -> subprocess.CompletedProcess[str]:
+    path = f"{tree / 'commands'}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHON": "fake-python", "MM_EXT_VARIANT": variant}
+    command = ["bash", "scripts/setup"]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+
+
 def set_up(tree: Path, variant: str = "") -> tuple[int, list[str]]:
     """The script's exit status, and what it had pip install."""
     (tree / "installed").unlink(missing_ok=True)
-    path = f"{tree / 'commands'}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "PYTHON": "fake-python", "MM_EXT_VARIANT": variant}
-    done = subprocess.run(["bash", "scripts/setup"], cwd=tree, env=env, capture_output=True)
+    status = run(tree, variant).returncode
     found = tree / "installed"
-    return done.returncode, found.read_text().splitlines() if found.exists() else []
+    return status, found.read_text().splitlines() if found.exists() else []
 
 
 def test_an_unchanged_tree_installs_nothing_and_a_changed_one_keeps_what_is_there(
@@ -70,12 +77,52 @@ def test_the_other_build_of_vllm_goes_into_a_fresh_environment(tree: Path, break
     assert set_up(tree, "cuda") == (0, [])
 
 
-@pytest.mark.parametrize("left", ["no Python", "no pip"])
+@pytest.mark.parametrize("left", ["no Python", "a broken Python", "no pip"])
 def test_an_environment_that_was_left_half_made_is_made_anew(tree: Path, left: str) -> None:
-    (tree / ".venv" / "bin").mkdir(parents=True)
     if left == "no pip":
+        (tree / "breaks-early").touch()
+        assert set_up(tree, "cpu") == (1, [])
+        (tree / "breaks-early").unlink()
+    else:
+        (tree / ".venv" / "bin").mkdir(parents=True)
+    if left == "a broken Python":
         program(tree / ".venv" / "bin" / "python", "#!/bin/sh\nexit 1\n")
+    (tree / ".venv" / "left").touch()
     assert set_up(tree, "cpu")[0] == 0
+    assert not (tree / ".venv" / "left").exists()
+    assert set_up(tree, "cpu") == (0, [])
+
+
+def test_an_environment_of_another_tool_is_left_as_it_is(tree: Path) -> None:
+    (tree / ".venv" / "bin").mkdir(parents=True)
+    program(tree / ".venv" / "bin" / "python", _PYTHON)
+    (tree / ".venv" / "no-pip").touch()
+    done = run(tree)
+    assert done.returncode == 1
+    assert "not made by this script and has no pip" in done.stderr
+    assert (tree / ".venv" / "bin" / "python").exists()
+    # With pip it is used.
+    (tree / ".venv" / "no-pip").unlink()
+    (tree / ".venv" / "kept").touch()
+    assert set_up(tree)[1]
+    assert (tree / ".venv" / "kept").exists()
+
+
+@pytest.mark.parametrize(("before", "now"), [("cpu", "echo GPU 0"), ("cuda", "exit 9")])
+def test_without_a_word_about_the_build_the_one_that_is_there_stays(
+    tree: Path, before: str, now: str
+) -> None:
+    assert set_up(tree, before)[0] == 0
+    program(tree / "commands" / "nvidia-smi", f"#!/bin/sh\n{now}\n")
+    assert set_up(tree) == (0, [])
+    assert ("MM_EXT_VARIANT=cuda" in run(tree).stdout) is (before == "cpu")
+
+
+def test_a_build_that_does_not_exist_is_refused_and_removes_nothing(tree: Path) -> None:
+    assert set_up(tree, "cpu")[0] == 0
+    done = run(tree, "gpu")
+    assert done.returncode == 1
+    assert "can be cpu or cuda" in done.stderr
     assert set_up(tree, "cpu") == (0, [])
 
 
