@@ -237,6 +237,7 @@ def test_options_go_into_the_request_and_the_key_into_its_header(
         (["--output", "/nowhere/at/all.md"], "/nowhere/at"),
         (["--url", "http://127.0.0.1:80o0"], "is no address"),
         (["--url", "myserver"], "is no address"),
+        (["--url", "ws://127.0.0.1:8000"], "is no address"),
         (["--page", "/nowhere/at/all.html"], "/nowhere/at"),
     ],
 )
@@ -326,15 +327,17 @@ def test_an_answer_of_another_kind_of_server_is_one_line_of_error(
 
 
 def test_what_cannot_be_written_in_the_end_is_printed_with_one_line_of_error(
-    replay: Replay, clip: Path
+    replay: Replay, clip: Path, tmp_path: Path
 ) -> None:
     """The file system is full, say; the video may have taken an hour."""
-    for question in (["-q", "What?"], []):
-        result = describe(replay, clip, *question, "-o", "/dev/full", "--format", "markdown")
+    page = tmp_path / "page.html"
+    for arguments in (["-q", "What?"], [], ["--page", page]):
+        result = describe(replay, clip, *arguments, "-o", "/dev/full", "--format", "markdown")
         assert result.exit_code == 1
-        assert result.stderr.splitlines()[-1] == "cannot write /dev/full: No space left on device"
+        assert "cannot write /dev/full: No space left on device" in result.stderr.splitlines()
         assert "At 0:00:05." in result.stdout
         assert "green bar up" in result.stdout
+    assert "green bar up" in page.read_text()
 
 
 def test_ctrl_c_closes_the_connection(replay: Replay, clip: Path) -> None:

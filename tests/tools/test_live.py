@@ -166,11 +166,13 @@ async def test_a_session_that_the_server_closes_says_why() -> None:
 
 
 def test_a_server_that_is_not_there_and_bad_arguments_are_told(clip: Path) -> None:
-    gone = runner.invoke(app, ["live", "--mic", str(clip), "--url", "http://127.0.0.1:9"])
-    assert (gone.exit_code, "no answer from ws://127.0.0.1:9" in gone.output) == (1, True)
+    for scheme in ("http", "ws"):
+        gone = runner.invoke(app, ["live", "--mic", str(clip), "--url", f"{scheme}://127.0.0.1:9"])
+        assert (gone.exit_code, "no answer from ws://127.0.0.1:9" in gone.output) == (1, True)
     for args, told in (
         ([], "--mic or --camera"),
         (["--camera", str(clip)], "needs --mic"),
+        (["--camera", str(clip), "--url", "ftp://host"], "is no address"),
         (["--camera", str(clip), "--every", "2"], "--ask"),
     ):
         result = runner.invoke(app, ["live", *args])

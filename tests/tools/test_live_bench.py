@@ -131,5 +131,12 @@ async def test_answers_without_text_are_timed_by_their_end_and_failed_ones_are_c
     assert talk.failed == 1
     assert len(talk.first_ms) == 2
     assert min(talk.first_ms) > 0
+    assert [row.name for row in talk.rows("x")] == [
+        "x: answers, failed",
+        "x: commit to first token, median",
+        "x: commit to first token, p99",
+    ]
+    ((row),) = Talk(failed=2).rows("all fail")
+    assert (row.stock, row.plugin) == (2, 2)
     with pytest.raises(RuntimeError, match="failed: It broke"):
         first_token_at(broken)

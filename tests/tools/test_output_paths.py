@@ -60,6 +60,21 @@ def test_a_path_below_a_file_is_refused_before_the_work(
     assert str(clip) in done.output
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [COMMANDS[0], ("calibrate no-model", "--out"), ("sample CLIP", "--frames")],
+)
+@pytest.mark.parametrize("name", ["{}", "{}/below"])
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(
+    command: str, option: str, name: str, clip: Path, tmp_path: Path
+) -> None:
+    arguments = command.replace("CLIP", str(clip)).split()
+    path = tmp_path / name.format("x" * 300)
+    done = runner.invoke(app, [*arguments, option, str(path)])
+    assert done.exit_code == 2, done.output
+    assert "File name too long" in " ".join(done.output.replace("│", " ").split())
+
+
 def test_what_cannot_be_written_in_the_end_is_one_line_of_error(clip: Path, tmp_path: Path) -> None:
     frames = tmp_path / "frames"
     frames.mkdir()

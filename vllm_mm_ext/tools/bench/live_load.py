@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from vllm_mm_ext.testing.memory import Role, cpu_seconds
@@ -99,6 +98,15 @@ class Talk:
         assert answer.asked is not None
         self.first_ms.append(1e3 * (first_token_at(answer) - answer.asked))
 
+    def rows(self, name: str) -> list[Row]:
+        """How many answers there were, and how long they took where any did not fail."""
+        count = len(self.first_ms) + self.failed
+        rows = [Row.of(f"{name}: answers, failed", "count", stock=[count], plugin=[self.failed])]
+        for word, part in (("median", 50), ("p99", 99)) if self.first_ms else ():
+            value = percentile(self.first_ms, part)
+            rows.append(Row.of(f"{name}: commit to first token, {word}", "ms", plugin=[value]))
+        return rows
+
 
 def live_stats(server: Server) -> Mapping[str, Any]:
     """The server's own counters of live sessions."""
@@ -122,8 +130,7 @@ def sessions(study: Study) -> list[Row]:
     worst: list[float] = []
     late: list[float] = []
     total: list[float] = []
-    firsts: list[float] = []
-    failed = 0
+    answers = Talk()
     texts = Texts(study.omni, 0)
     every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
     target_ms = _TARGET * 1e3 * percentile(texts.stream(every_s), 99)
@@ -146,8 +153,8 @@ def sessions(study: Study) -> list[Row]:
             total.append(after["units"] - before["units"])
             late.append(after["late_units"] - before["late_units"])
             worst.append(after["worst_late_s"])
-            firsts += talk.first_ms
-            failed += talk.failed
+            answers.first_ms += talk.first_ms
+            answers.failed += talk.failed
     study.notes.append(
         f"sessions: {SESSIONS} of a tiny Omni, each with sound and 1 picture a second in real "
         f"time, a turn of {_TURN_S:g} s after another; late: a unit that was in KV later than one "
@@ -160,9 +167,7 @@ def sessions(study: Study) -> list[Row]:
     return [
         Row.of(f"{name}: units appended, late", "count", stock=total, plugin=late),
         Row.of(f"{name}: the latest unit, behind its end", "s", plugin=[max(worst)]),
-        Row.of(f"{name}: answers, failed", "count", stock=[len(firsts)], plugin=[failed]),
-        Row.of(f"{name}: commit to first token, median", "ms", plugin=[float(np.median(firsts))]),
-        Row.of(f"{name}: commit to first token, p99", "ms", plugin=[percentile(firsts, 99)]),
+        *answers.rows(name),
         Row.of("text ITL p99: alone, beside them", "ms", stock=alone, plugin=beside),
         *cpu,
     ]

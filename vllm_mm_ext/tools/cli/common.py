@@ -57,7 +57,7 @@ def folder_to_make(path: Path | None) -> Path | None:
     """
     if path is not None:
         whole = path.absolute()
-        there = next(one for one in (whole, *whole.parents) if one.exists())
+        there = next(one for one in (whole, *whole.parents) if _exists(one))
         if not there.is_dir():
             raise typer.BadParameter(f"{there} is not a folder")
         if not os.access(there, os.W_OK):
@@ -66,15 +66,23 @@ def folder_to_make(path: Path | None) -> Path | None:
 
 
 def _file_in_a_folder(path: Path | None) -> Path | None:
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is not None and not (_exists(path.parent) and path.parent.is_dir()):
         raise typer.BadParameter(f"there is no folder {path.parent}")
     return _file_in_a_folder_to_make(path)
 
 
 def _file_in_a_folder_to_make(path: Path | None) -> Path | None:
-    if path is not None and not path.exists():
+    if path is not None and not _exists(path):
         folder_to_make(path.absolute().parent)
     return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        # A name that is too long, or a folder that may not be looked into.
+        raise typer.BadParameter(f"{path}: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -104,12 +104,15 @@ def describe(
             asking = Conversation(client, served, video, question, options, _ANSWER_TOKENS)
             description = _followed(asking, console, echo=format_ is None)
         _warn(console, description)
-        if format_ is not None:
-            if output is not None and question is not None:
-                typer.echo(printable(description.answer))
-            _write(description, format_, output)
-        if page is not None:
-            _write_page(console, video, description, page)
+        try:
+            if format_ is not None:
+                if output is not None and question is not None:
+                    typer.echo(printable(description.answer))
+                _write(description, format_, output)
+        finally:
+            # Also where the other file could not be written.
+            if page is not None:
+                _write_page(console, video, description, page)
     except DescribeError as error:
         console.print(f"[red]error:[/] {escape(printable(str(error)))}", highlight=False)
         raise typer.Exit(1) from None

@@ -24,7 +24,7 @@ from vllm_mm_ext.tools.cli.live_client import (
     live_session,
 )
 from vllm_mm_ext.tools.cli.live_media import pictures_of, sound_of
-from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, ServerUrl, own_server
+from vllm_mm_ext.tools.cli.own_server import ApiKey, Configs, LiveUrl, own_server
 
 _INTERRUPTED = 130
 # What a microphone delivers at a time; no less can be committed.
@@ -79,7 +79,7 @@ def live(
     fps: Annotated[float, typer.Option(min=0.05, max=30, help="Pictures sent a second.")] = 2.0,
     edge: Annotated[int, typer.Option(min=16, help="Pixels of a picture's longer edge.")] = 768,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
-    url: ServerUrl = None,
+    url: LiveUrl = None,
     model: Annotated[
         str | None,
         typer.Option(

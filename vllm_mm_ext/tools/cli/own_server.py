@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -16,26 +16,29 @@ if TYPE_CHECKING:
     from vllm_mm_ext.testing.server import Server
 
 
-def _address(url: str | None) -> str | None:
-    if url is not None:
-        try:
-            parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:
-            known = False
-        if not known:
-            raise typer.BadParameter(f"{url!r} is no address such as http://127.0.0.1:8000")
-    return url
+def _address(*schemes: str) -> Any:
+    """An option that names a server by a URL of one of these schemes."""
 
+    def checked(url: str | None) -> str | None:
+        if url is not None:
+            try:
+                parts = urlsplit(url)
+                known = parts.scheme in schemes and parts.hostname and parts.port != 0
+            except ValueError:
+                known = False
+            if not known:
+                raise typer.BadParameter(f"{url!r} is no address such as http://127.0.0.1:8000")
+        return url
 
-ServerUrl = Annotated[
-    str | None,
-    typer.Option(
+    return typer.Option(
         metavar="URL",
-        callback=_address,
+        callback=checked,
         help="Server to ask (http://host:8000/v1); else one is started.",
-    ),
-]
+    )
+
+
+ServerUrl = Annotated[str | None, _address("http", "https")]
+LiveUrl = Annotated[str | None, _address("http", "https", "ws", "wss")]
 ApiKey = Annotated[
     str,
     typer.Option(envvar="VLLM_API_KEY", help="Key of the server at --url.", show_default=False),
