@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,17 @@ def test_what_is_named_is_stored_also_where_the_encoder_has_had_it_for_long(tmp_
     engine = consumer(tmp_path)
     run(engine, "first", VIDEO)
     assert engine.encoded == []
+
+
+def test_a_store_that_was_cleaned_away_ends_no_encoder(tmp_path: Path) -> None:
+    encoder = Engine(shared=(root := tmp_path / "store"), role="ec_producer")
+    shutil.rmtree(root)
+    root.write_text("no directory")
+    run(encoder, "first", VIDEO)
+    assert encoder.worker.transport.stored == 0
+    root.unlink()
+    run(encoder, "second", VIDEO)
+    assert encoder.worker.transport.stored == len(VIDEO)
 
 
 def test_a_second_encoder_does_not_encode_what_the_first_has_stored(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 from uuid import uuid4
 
 from blake3 import blake3
+from safetensors import SafetensorError
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -113,7 +114,7 @@ class OutputStore:
 
         Args:
             key: Names the output.
-            write: Writes it to a path that it is given.
+            write: Writes it to a path that it is given, with safetensors.
 
         Returns:
             False if it is there already, or does not fit the capacity.
@@ -125,12 +126,20 @@ class OutputStore:
             return False
         part, path = self._parts / uuid4().hex, self.path(key)
         try:
+            # Somebody may have cleaned all of the directory.
+            self._parts.mkdir(parents=True, exist_ok=True)
+            # safetensors replaces the file by one that only its owner may read.
+            part.touch()
+            mode = part.stat().st_mode
             write(part)
+            part.chmod(mode)
             size = part.stat().st_size
             if size > self._capacity:
                 return False
             path.parent.mkdir(exist_ok=True)
             os.replace(part, path)
+        except SafetensorError as error:
+            raise OSError(f"{part} cannot be written: {error}") from error
         finally:
             part.unlink(missing_ok=True)
         self._absent.pop(key, None)

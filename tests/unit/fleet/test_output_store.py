@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from threading import Event
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from vllm_mm_ext.fleet import output_store
 from vllm_mm_ext.fleet.output_store import HOLD_S, OutputStore, is_whole
@@ -81,6 +84,35 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
         store.put("key", fail)
     assert not names(tmp_path)
     assert not store.has("key")
+
+
+def test_a_store_that_was_cleaned_away_is_made_anew_or_says_what_is_wrong(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    store = OutputStore(root, CAPACITY)
+
+    def write(path: Path) -> None:
+        save_file({"t": np.zeros(9, np.uint8)}, path)
+
+    def fail(path: Path) -> None:
+        save_file({"t": np.zeros(9, np.uint8)}, path / "no directory")
+
+    assert store.put("first", write)
+    shutil.rmtree(root)
+    with pytest.raises(OSError, match="cannot be written"):
+        store.put("second", fail)
+    assert store.put("second", write)
+    assert OutputStore(root, CAPACITY, "reader").hold("second")
+    shutil.rmtree(root)
+    root.write_text("no directory")
+    with pytest.raises(OSError, match="directory"):
+        store.put("third", write)
+
+
+def test_files_have_the_rights_that_the_process_gives_to_new_ones(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY)
+    (usual := tmp_path / "usual").touch()
+    store.put("key", lambda path: save_file({"t": np.zeros(9, np.uint8)}, path))
+    assert store.path("key").stat().st_mode == usual.stat().st_mode
 
 
 def test_what_is_stored_is_not_written_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -132,6 +133,16 @@ async def test_a_recorded_video_is_the_decoded_one_without_pixels(
     np.testing.assert_array_equal(found.selection.indices, whole.selection.indices)
     assert (job.used_records, read.counts["recorded"]) == (1, 1)
     assert engine.stats()["decode"]["jobs"] == 0
+
+
+def test_a_store_that_was_cleaned_away_costs_no_more_than_its_records(tmp_path: Path) -> None:
+    written = records(root := tmp_path / "store")
+    shutil.rmtree(root)
+    root.write_text("no directory")
+    written.write("one", b"record")
+    root.unlink()
+    written.write("one", b"record")
+    assert written.read("one") == b"record"
 
 
 async def test_an_encoder_s_record_is_waited_for_as_long_as_it_is_at_work(
