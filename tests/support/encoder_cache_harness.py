@@ -203,6 +203,7 @@ class Engine:
         shared: Directory of a store that several instances share.
         role: vLLM's ``ec_role``.
         second_runner: The connector is used as by vLLM's second model runner (CUDA).
+        read_ahead: Tokens that a drafter reads ahead of those computed.
 
     Attributes:
         now_s: The clock of the plugin's parts.
@@ -232,6 +233,7 @@ class Engine:
         shared: Path | None = None,
         role: str = "ec_both",
         second_runner: bool = False,
+        read_ahead: int = 0,
     ) -> None:
         config = copy.deepcopy(engine_config())
         config.scheduler_config.max_num_seqs = slots
@@ -258,7 +260,9 @@ class Engine:
         widths |= {"video": WIDTH, "audio": WIDTH}
         spec = FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float32)
         cache = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
-        self.scheduler = scheduler(config, cache, StructuredOutputManager(config), BLOCK)
+        with patch.object(type(config), "num_prefill_lookahead_tokens", read_ahead):
+            self.scheduler = scheduler(config, cache, StructuredOutputManager(config), BLOCK)
+        self._read_ahead = read_ahead
         self.scheduler.max_num_encoder_input_tokens = encoder_tokens
         self.manager = self.scheduler.encoder_cache_manager
         self.connector = self.scheduler.ec_connector
@@ -425,7 +429,7 @@ class Engine:
                     if self._second is None:
                         self.worker.save_caches(self.device, key)
         for name, begin, count in _computed(output):
-            self._gather(name, begin, begin + count)
+            self._gather(name, begin, begin + count + self._read_ahead)
         self.kv.compute(output)
 
     @contextmanager

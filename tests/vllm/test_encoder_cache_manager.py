@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from encoder_cache_harness import WIDTH, Engine, Item, request
+from encoder_cache_harness import BLOCK, WIDTH, Engine, Item, request
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
@@ -14,6 +14,8 @@ from vllm.v1.request import Request
 from vllm_mm_ext.scheduler import MMExtScheduler
 
 EMBEDDING = 4 * WIDTH
+# And steps in flight.
+SCHEDULERS = [(Scheduler, 1), (MMExtScheduler, 1), (AsyncScheduler, 2), (MMExtScheduler, 2)]
 
 
 def items_of(number: int) -> list[Item]:
@@ -28,7 +30,7 @@ def items_of(number: int) -> list[Item]:
 
 @pytest.mark.parametrize(
     ("scheduler", "depth"),
-    [(Scheduler, 1), (MMExtScheduler, 1), (AsyncScheduler, 2), (MMExtScheduler, 2)],
+    SCHEDULERS,
 )
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_long_random_runs_keep_scheduler_and_worker_together(
@@ -83,6 +85,46 @@ def test_two_videos_with_sound_larger_than_the_budget_do_not_wait_for_each_other
         engine.add(request(name, [Item(f"{name}1", 250), Item(f"{name}2", 40, joins=True)]))
     engine.run(most=60)
     assert len(engine.encoded) == 8
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "depth"),
+    SCHEDULERS,
+)
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("sizes", [[[100, 100, 120]], [[100, 90], [110, 70, 130], [40, 150, 20]]])
+def test_a_drafter_that_reads_ahead_gets_an_item_beside_the_one_before_it(
+    sizes: list[list[int]], ahead: int, scheduler: Any, depth: int
+) -> None:
+    """However many requests hold an item each, and whatever room the next ones need."""
+    engine = Engine(device=150, host=1, slots=8, scheduler=scheduler, depth=depth, read_ahead=ahead)
+    # None passes through.
+    engine.manager._largest_item = 150
+    for number, segments in enumerate(sizes):
+        items = [Item(f"{number}/{place}", size) for place, size in enumerate(segments)]
+        engine.add(request(str(number), items))
+    engine.run(most=100)
+    assert len(engine.encoded) == sum(map(len, sizes))
+    # One request at a time has what it uses, and the item after that, beyond the budget.
+    assert engine.most_device <= (150 + 130 + 110) * EMBEDDING
+
+
+@pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])
+def test_so_does_one_whose_kv_is_found_until_the_drafter_reads_the_next_item(
+    scheduler: Any,
+) -> None:
+    engine = Engine(device=150, host=1, scheduler=scheduler, read_ahead=1)
+    engine.manager._largest_item = 150
+    # The first item ends with the first token of a block.
+    items = [Item("one", 6 * BLOCK + 1 - 8), Item("two", 120)]
+    engine.add(request("first", items, begins="same"))
+    engine.run()
+    again = request("again", items, begins="same")
+    blocks, *_ = engine.scheduler.kv_cache_manager.get_computed_blocks(again)
+    engine.scheduler.kv_cache_manager.evict_blocks({blocks.get_block_ids()[0][6]})
+    engine.add(again)
+    engine.run(most=50)
+    assert engine.found == 6 * BLOCK
 
 
 @pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])

@@ -15,6 +15,7 @@ from vllm_mm_ext.adapters.encoder_cache.mm_features import (
     PROMPT_EMBEDS,
     feature_cost,
     output_bytes,
+    sharing,
 )
 from vllm_mm_ext.adapters.names.encoder_cache_names import DEVICE_TIER_NAMES
 from vllm_mm_ext.adapters.names.names_check import problem
@@ -76,13 +77,16 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
     """Encoder outputs on the device within a byte budget.
 
     The manager never refuses an item that shares its placeholder with an item before it (sound in a
-    video): neither can be prefilled without the other, so the first would wait for ever.
+    video): neither can be prefilled without the other, so the first would wait for ever. A drafter
+    that reads ahead needs an item while the item before it is still in use; for these, one request
+    at a time may use more than the budget.
 
     Args:
         cache: Bookkeeping of the budget.
         sizes: Bytes of an embedding, by modality.
         host: The scheduler side of the host tier, if there is one.
         largest_item: Embeddings of the largest item that vLLM admits.
+        read_ahead: Tokens that a drafter reads ahead of those computed.
         preempts_scheduled: Whether a request may be preempted in the pass that scheduled it.
     """
 
@@ -93,11 +97,13 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         host: HostSide | None = None,
         *,
         largest_item: int,
+        read_ahead: int = 0,
         preempts_scheduled: bool = False,
     ) -> None:
         # vLLM's own bookkeeping is not set up: nothing here uses it.
         self.cache_size = cache.capacity // sizes.largest
         self._largest_item = largest_item
+        self._read_ahead = read_ahead
         self._cache = cache
         self._sizes = sizes
         self._host = host
@@ -109,6 +115,8 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         # Items allocated in this pass, which no worker has encoded yet, and their requests.
         self._fresh: dict[str, str] = {}
         self._freed: list[str] = []
+        # The request that was let use more than the budget last.
+        self._overdraws: str | None = None
 
     @classmethod
     def create_manager(cls, *, cache_size: int, vllm_config: VllmConfig) -> EncoderCacheManager:
@@ -137,6 +145,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             sizes,
             host,
             largest_item=cache_size,
+            read_ahead=vllm_config.num_prefill_lookahead_tokens,
             preempts_scheduled=vllm_config.scheduler_config.policy == "priority",
         )
 
@@ -210,7 +219,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
                 that is not yet taken.
         """
         feature = request.mm_features[input_id]
-        with_earlier, with_later = _sharing(request, input_id)
+        with_earlier, with_later = sharing(request.mm_features, input_id)
         pending = num_embeds_to_schedule * self._sizes.largest
         size = self._size(feature)
         if self._host is not None and self._host.awaits(request, input_id):
@@ -221,16 +230,20 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         on_host = self._host is not None and self._host.has_cache_item(feature.identifier)
         if not on_host and request.get_num_encoder_embeds(input_id) > encoder_compute_budget:
             return False
-        if size > self._cache.capacity:
-            return self._cache.passing is None and pending <= self._cache.capacity
-        needed = size + sum(
-            self._size(other) for other in with_later if other.identifier not in self._cache
-        )
+        later = [one for one in with_later if one.identifier not in self._cache]
+        needed = size + sum(map(self._size, later))
         # Items that share a placeholder may be larger than the budget together.
-        needed = needed if needed <= self._cache.capacity else size
-        if not self._cache.fits(pending + needed):
+        needed = pending + (needed if needed <= self._cache.capacity else size)
+        if size > self._cache.capacity:
+            if self._cache.passing is None and pending <= self._cache.capacity:
+                return True
+        elif self._cache.fits(needed):
+            self._evict(needed)
+            return True
+        if not self._must_overdraw(request, input_id, pending, size):
             return False
-        self._evict(pending + needed)
+        self._overdraws = request.request_id
+        self._evict(needed)
         return True
 
     def allocate(self, request: Request, input_id: int) -> None:
@@ -343,6 +356,27 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         if hit and self._host is not None and self._modalities[key] != PROMPT_EMBEDS:
             self._host.used(key)
 
+    def _must_overdraw(self, request: Request, index: int, pending: int, size: int) -> bool:
+        """Whether a request would wait for ever for an item's room, and it is its turn to overdraw.
+
+        vLLM stops prefill where the drafter would read an item that is not there, and frees an item
+        only once the drafter has read past its end.
+        """
+        features, ahead = request.mm_features, self._read_ahead
+        start = features[index].mm_position.offset
+        before = {i for i in self.get_cached_input_ids(request) if i < index}
+        waits = request.num_computed_tokens + ahead >= start
+        if pending:
+            # This pass has found room for the one before it.
+            before.add(index - 1)
+            waits = pending + size > self._cache.capacity
+        places = (features[i].mm_position for i in before)
+        end = max((place.offset + place.length for place in places), default=0)
+        if not waits or end + ahead <= start - ahead:
+            return False
+        others = self._overdraws in self._inputs and self._overdraws != request.request_id
+        return self._cache.busy <= self._cache.capacity or not others
+
     def _evict(self, size: int) -> None:
         self._forget(self._cache.evict_to_fit(size))
 
@@ -354,23 +388,3 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
 
     def _size(self, feature: Any) -> int:
         return int(feature.mm_position.get_num_embeds()) * self._sizes.of(feature.modality)
-
-
-def _sharing(request: Any, index: int) -> tuple[bool, list[Any]]:
-    """Whether an earlier item shares an item's placeholder, and the later items that do."""
-    features = request.mm_features
-    place = features[index].mm_position
-
-    def shares(other: Any) -> bool:
-        one = other.mm_position
-        return bool(
-            one.offset < place.offset + place.length and place.offset < one.offset + one.length
-        )
-
-    # Items are in the order of their placeholders, so those that share one are neighbours.
-    later = []
-    for other in features[index + 1 :]:
-        if not shares(other):
-            break
-        later.append(other)
-    return index > 0 and shares(features[index - 1]), later

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_mm_ext.adapters.encoder_cache.bare_items import BARE, is_bare
@@ -43,3 +44,22 @@ def feature_cost(feature: Any) -> float:
         if is_bare(feature):
             values.append(int(feature.data[BARE].data))
     return encode_cost(feature.modality, feature.mm_position.get_num_embeds(), values)
+
+
+def sharing(features: Sequence[Any], index: int) -> tuple[bool, list[Any]]:
+    """Whether an earlier item shares an item's placeholder, and the later items that do."""
+    place = features[index].mm_position
+
+    def shares(other: Any) -> bool:
+        one = other.mm_position
+        return bool(
+            one.offset < place.offset + place.length and place.offset < one.offset + one.length
+        )
+
+    # Items are in the order of their placeholders, so those that share one are neighbours.
+    later = []
+    for other in features[index + 1 :]:
+        if not shares(other):
+            break
+        later.append(other)
+    return index > 0 and shares(features[index - 1]), later

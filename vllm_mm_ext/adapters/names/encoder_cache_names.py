@@ -32,7 +32,7 @@ DEVICE_TIER_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.config:ModelConfig.get_inputs_embeds_size"),
     # What objects have and the plugin reads or sets.
     VllmAttributes(_MANAGER, ("cache_size", "num_freeable_slots")),
-    VllmAttributes("vllm.v1.request:Request", ("mm_features", "request_id")),
+    VllmAttributes("vllm.v1.request:Request", ("mm_features", "num_computed_tokens", "request_id")),
     VllmAttributes(
         "vllm.multimodal.inputs:MultiModalFeatureSpec",
         ("data", "identifier", "mm_position", "modality"),
@@ -42,7 +42,13 @@ DEVICE_TIER_NAMES: tuple[Checked, ...] = (
     ),
     VllmAttributes(
         "vllm.config:VllmConfig",
-        ("additional_config", "ec_transfer_config", "model_config", "scheduler_config"),
+        (
+            "additional_config",
+            "ec_transfer_config",
+            "model_config",
+            "num_prefill_lookahead_tokens",
+            "scheduler_config",
+        ),
     ),
     VllmAttributes("vllm.config:ModelConfig", ("dtype", "hf_config", "is_encoder_decoder")),
     VllmAttributes("vllm.config:SchedulerConfig", ("policy",)),

@@ -243,8 +243,13 @@ class _Giver:
                 break
             fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
             tokens = encoding + sum(fresh.values())
-            first = not (chosen or self._items)
-            if fresh and not self._encodes(tokens, len(fresh) + len(chosen), seconds, first=first):
+            # A drafter that reads ahead needs it together with those before it.
+            halts = bool(room.shift and not ready)
+            first = not self._items and (halts or not chosen)
+            over = room.whole or (halts and (one.running or bool(chosen)))
+            if fresh and not self._encodes(
+                tokens, len(fresh) + len(chosen), seconds, first=first, over=first and over
+            ):
                 self._closed = True
                 break
             encoding = tokens
@@ -269,13 +274,19 @@ class _Giver:
         plan.seconds += times.seconds(encoding, tokens, start)
         return Grant(tokens, tuple(chosen))
 
-    def _encodes(self, tokens: int, items: int, seconds: float, *, first: bool) -> bool:
-        """Whether items of a request, those that it was given in this step included, fit."""
+    def _encodes(self, tokens: int, items: int, seconds: float, *, first: bool, over: bool) -> bool:
+        """Whether items of a request, those that it was given in this step included, fit.
+
+        What must be encoded together may be more than the cache ever holds (``over``): then vLLM
+        and the cache see to it.
+        """
         room, plan = self._room, self.plan
         many = self._items + items > room.items and not first
-        # A whole prompt may have more than the cache ever holds: then vLLM sees to it.
-        over = plan.encoder_tokens + tokens > room.encoder_tokens and not (room.whole and first)
-        if self._closed or many or over:
+        if (
+            self._closed
+            or many
+            or (plan.encoder_tokens + tokens > room.encoder_tokens and not over)
+        ):
             return False
         encoding = self._times.seconds(tokens, 0)
         if encoding <= seconds - room.late_s:
