@@ -63,6 +63,7 @@ def request(
     session: str | None = None,
     salt: str | None = None,
     max_tokens: int = 64,
+    hash_block: int = BLOCK,
 ) -> Request:
     """A request with these parts in its prompt."""
     tokens: list[int] = []
@@ -82,7 +83,7 @@ def request(
         mm_features=features,
         session_id=session,
         cache_salt=salt,
-        block_hasher=get_request_block_hasher(BLOCK, sha256),
+        block_hasher=get_request_block_hasher(hash_block, sha256),
     )
 
 
@@ -112,12 +113,14 @@ class Engine:
         settings: Of the plugin; None: stock vLLM's pool.
         window: Tokens of a second, sliding-window KV cache group.
         events: Whether the pool tells what it caches.
+        hash_block: Tokens of a hash: with fewer than a block's, the ends of prompts are cached.
     """
 
     blocks: int
     settings: KVSettings | None = field(default_factory=KVSettings)
     window: int | None = None
     events: bool = False
+    hash_block: int = BLOCK
     manager: KVCacheManager = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
@@ -128,7 +131,7 @@ class Engine:
         arguments: dict[str, Any] = {
             "max_model_len": 4096,
             "scheduler_block_size": BLOCK,
-            "hash_block_size": BLOCK,
+            "hash_block_size": self.hash_block,
             "enable_kv_cache_events": self.events,
         }
         if self.settings is None:

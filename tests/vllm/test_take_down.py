@@ -80,6 +80,26 @@ def test_an_item_that_a_request_uses_keeps_its_blocks_but_is_not_found() -> None
     engine.pool.check_integrity()
 
 
+def test_the_end_of_a_prompt_within_a_block_goes_with_its_item_also_where_it_was_moved() -> None:
+    # vLLM caches ends of prompts for models that have Mamba layers as well.
+    engine = Engine(100, window=64, hash_block=BLOCK // 2)
+    full = engine.manager.coordinator.single_type_managers[0]
+    for number in range(2):
+        parts = [Text(number, 2 * BLOCK + 1), Media("a", 2)]
+        engine.admit(one := request(str(number), parts, hash_block=BLOCK // 2))
+        full._cache_partial_tail_block(one, one.num_tokens)
+        block = full.req_to_blocks[one.request_id][2]
+        # All but the last token.
+        assert block.block_hash_num_tokens == 2 * BLOCK + 2
+        if number:
+            (copy,) = engine.pool.get_new_blocks(1)
+            engine.pool.move_block_hashes(block, copy)
+            block = copy
+        assert engine.pool.take_down(lambda name: name == "a") == {block.block_id}
+        assert block.block_hash is None
+    engine.pool.check_integrity()
+
+
 def item(value: float) -> MultiModalKwargsItem:
     data = torch.full((64, 8), value)
     element = MultiModalFieldElem(data=data, field=MultiModalBatchedField())

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_mm_ext.adapters.kv.free_queue import KeepingQueue
 from vllm_mm_ext.adapters.kv.media_marks import MediaMarks
+from vllm_mm_ext.adapters.kv.pool_limits import Limits, Reason
 from vllm_mm_ext.adapters.kv.tagging import Tagger
 from vllm_mm_ext.policies.kv.pieces import CachedMedia, Piece, Tree, merge, paths
 from vllm_mm_ext.policies.kv.retention import Retention
@@ -21,37 +20,6 @@ from vllm_mm_ext.policies.kv.sessions import Sessions
 
 # Of so many blocks one is given up before it is needed.
 _AHEAD = 256
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the operator lets the pool keep of media, and what blocks cost.
-
-    Attributes:
-        quota: Blocks of media that no request uses, at most.
-        floor: Blocks that are to be free and not of media. Below it the pool gives media up.
-        min_items: Idle pieces of media that quota and floor leave.
-        hidden_size: Hidden size of the language model, which recomputation costs depend on.
-        block_bytes: Size of a KV block in bytes.
-    """
-
-    quota: int
-    floor: int
-    min_items: int
-    hidden_size: int
-    block_bytes: int
-
-
-class Reason(StrEnum):
-    """Why the pool gave blocks up."""
-
-    quota = "quota"
-    pressure = "pressure"
-    ranking = "ranking"
-    asked = "asked"
-    """A client ended a session, or vLLM evicts or moves a block."""
-    before = "before"
-    """What is before them was given up."""
 
 
 class MMExtBlockPool(BlockPool):  # type: ignore[misc]
@@ -137,7 +105,24 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             self._tagger.walk(request, blocks, range(first, num_full_blocks), block_size)
             if request.mm_features:
                 new = range(num_cached_blocks, num_full_blocks)
-                self._marks.note(request, blocks, new, block_size)
+                self._marks.note(request, ((blocks[i], (i + 1) * block_size) for i in new))
+
+    def cache_partial_block(
+        self,
+        request: Request,
+        block: KVCacheBlock,
+        num_tokens: int,
+        kv_cache_group_id: int,
+        block_size: int,
+        replace_existing_hashes: bool = False,
+    ) -> BlockHashWithGroupId | None:
+        """Cache the first tokens of a block as vLLM does; the pool does not keep them."""
+        found: BlockHashWithGroupId | None = super().cache_partial_block(
+            request, block, num_tokens, kv_cache_group_id, block_size, replace_existing_hashes
+        )
+        if request.mm_features:
+            self._marks.note(request, ((block, num_tokens),))
+        return found
 
     def found(
         self, request: Request, blocks: Sequence[KVCacheBlock], block_size: int, group: int
@@ -318,6 +303,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         """Move hashes as vLLM does; the pool does not keep the copy."""
         self._let_go(src_block.block_id)
         super().move_block_hashes(src_block, dst_block)
+        self._marks.move(src_block.block_id, dst_block.block_id)
 
     def _let_go(self, block_id: int) -> None:
         piece = self._holders[block_id]

@@ -125,7 +125,8 @@ def pool_factory(
         hidden_size: Hidden size of the language model.
         audio_token: The token that stands for sound inside a video item, if the model has one.
     """
-    from vllm_mm_ext.adapters.kv.block_pool import Limits, MMExtBlockPool
+    from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
+    from vllm_mm_ext.adapters.kv.pool_limits import Limits
 
     # All tensors are views of one allocation, and each tensor tells the size of that allocation.
     total = max((tensor.size for tensor in kv_cache_config.kv_cache_tensors), default=0)

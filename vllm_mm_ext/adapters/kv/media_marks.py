@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 # Requests whose chains are kept; one that is not is made again.
@@ -37,23 +37,26 @@ class MediaMarks:
         self._marks: list[tuple[Any, Link] | None] = [None] * num_blocks
         self._chains: OrderedDict[str, list[Link]] = OrderedDict()
 
-    def note(self, request: Any, blocks: Sequence[Any], indices: range, block_size: int) -> None:
-        """Mark the blocks of a request with media that are cached now.
+    def note(self, request: Any, cached: Iterable[tuple[Any, int]]) -> None:
+        """Mark blocks of a request with media that are cached now.
 
         Args:
             request: vLLM's request.
-            blocks: Its blocks, from the first on.
-            indices: Indices of the blocks to mark.
-            block_size: Tokens per block.
+            cached: The blocks, each with the number of tokens up to the end of what it holds.
         """
         features = request.mm_features
         chain = self._chain(request.request_id, features)
-        for index in indices:
-            block = blocks[index]
-            end = (index + 1) * block_size
+        for block, end in cached:
             begun = bisect_left(features, end, key=lambda feature: feature.mm_position.offset)
-            if begun and block.block_hash is not None:
+            mark = self._marks[block.block_id]
+            # A block that is found by fewer tokens as well still depends on what it did.
+            known = mark is not None and mark[0] == block.block_hash
+            if begun and block.block_hash is not None and not known:
                 self._marks[block.block_id] = block.block_hash, chain[begun - 1]
+
+    def move(self, source: int, target: int) -> None:
+        """Note that vLLM has given a block's hashes to another, which holds a copy of it."""
+        self._marks[target] = self._marks[source]
 
     def depending(self, wanted: Callable[[str], bool], blocks: Sequence[Any]) -> set[int]:
         """Ids of the cached blocks that depend on some items. O(blocks and marks).

@@ -19,6 +19,17 @@ POOL_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_CORE}.kv_cache_coordinator:BlockPool"),
     VllmName(f"{_POOL}.__init__", ("num_gpu_blocks", "enable_caching", "hash_block_size")),
     VllmName(f"{_POOL}.cache_full_blocks", (*_CACHE, "kv_cache_group_id", "block_mask")),
+    VllmName(
+        f"{_POOL}.cache_partial_block",
+        (
+            "request",
+            "block",
+            "num_tokens",
+            "kv_cache_group_id",
+            "block_size",
+            "replace_existing_hashes",
+        ),
+    ),
     VllmName(f"{_POOL}.get_new_blocks", ("num_blocks",)),
     VllmName(f"{_POOL}.free_blocks", ("ordered_blocks",)),
     VllmName(f"{_POOL}.touch", ("blocks",)),
