@@ -21,7 +21,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -181,6 +181,7 @@ class Play:
 
     Attributes:
         not_sent: Items, as request and place, to be encoded though the runner lacks their inputs.
+        lost: Blocks whose KV a connector says, at the end of the next step, it could not load.
     """
 
     def __init__(self, scheduler: Any, costs: Costs | None = None, *, depth: int = 1) -> None:
@@ -193,6 +194,7 @@ class Play:
         self._depth = depth
         self._flying: deque[Any] = deque()
         self.not_sent: list[tuple[str, int]] = []
+        self.lost: set[int] = set()
         self._sent: dict[str, list[Any]] = {}
         scheduler._clock = lambda: self.now
 
@@ -271,7 +273,9 @@ class Play:
             req_ids=names,
             req_id_to_index={name: place for place, name in enumerate(names)},
             sampled_token_ids=sampled,
+            kv_connector_output=KVConnectorOutput(invalid_block_ids=self.lost),
         )
+        self.lost = set()
         for outputs in self.scheduler.update_from_output(output, result).values():
             for one in outputs.outputs:
                 timing = self.timings[one.request_id]

@@ -54,8 +54,9 @@ class Prefilled(KVConnectorBase_V1):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def decode_node(**kwargs: Any) -> Play:
+def decode_node(*, on_failure: str = "fail", **kwargs: Any) -> Play:
     transfer = KVTransferConfig(
+        kv_load_failure_policy=on_failure,
         kv_connector="Prefilled",
         kv_connector_module_path=__name__,
         kv_role="kv_consumer",
@@ -101,6 +102,24 @@ def test_where_the_transfer_fails_the_request_is_computed_here() -> None:
     play.run()
     assert encoded(play) == {"there"}
     assert len(play.timings["there"].tokens) == 4
+
+
+@pytest.mark.parametrize("second_runner", [False, True])
+@pytest.mark.parametrize("answer", [1, 4])
+def test_inputs_of_items_whose_kv_could_not_be_loaded_are_there(
+    answer: int, second_runner: bool
+) -> None:
+    """vLLM's scheduler sends no inputs of what is in KV, and only once."""
+    play = decode_node(on_failure="recompute", encoder_tokens=8192)
+    play.scheduler.use_v2_model_runner = second_runner
+    one = request("found", items=VIDEO, answer=answer)
+    one.kv_transfer_params = {"found": 32 + 6 * 512}
+    play.add(one)
+    play.lost = set(range(1, 9))
+    play.run()
+    assert encoded(play) == {"found"}
+    assert not play.not_sent
+    assert len(play.timings["found"].tokens) == answer
 
 
 def test_items_whose_kv_a_connector_finds_are_not_encoded() -> None:

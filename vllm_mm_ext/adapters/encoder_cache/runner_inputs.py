@@ -10,13 +10,15 @@ def send_all_inputs(scheduler: Any, output: Any) -> None:
 
     vLLM leaves out those of items whose KV is there. A V1 model runner gets nothing sent again when
     a request goes on after it was preempted, and if the KV is gone by then, it would have nothing
-    to encode. V2 runners get such a request as a new one.
+    to encode. V2 runners get such a request as a new one. Where the load of KV may fail and be made
+    up for by computing it, requests go on without being preempted, and both need all inputs.
 
     Args:
         scheduler: vLLM's scheduler.
         output: Its ``SchedulerOutput`` of a step, which is changed.
     """
-    if scheduler.use_v2_model_runner:
+    recomputes = scheduler.connector is not None and scheduler.recompute_kv_load_failures
+    if scheduler.use_v2_model_runner and not recomputes:
         return
     overlaps = (
         scheduler.scheduler_config.async_scheduling
@@ -26,5 +28,5 @@ def send_all_inputs(scheduler: Any, output: Any) -> None:
         request = scheduler.requests[new.req_id]
         # A request that ends with this step, as a live session's do, is not preempted any more.
         ends = request.max_tokens == 1 and not request.is_prefill_chunk and not overlaps
-        if not ends:
+        if recomputes or not ends:
             new.mm_features = request.mm_features
