@@ -94,6 +94,20 @@ def test_requests_that_need_other_blocks_go_on_while_a_video_backs_off() -> None
     assert play.timings["video"].ended is not None
 
 
+def test_what_is_not_encoded_for_want_of_blocks_costs_others_nothing() -> None:
+    """An aged video that finds no blocks is granted its item again and again."""
+    settings = {"target_itl_ms": 20.0, "aging_s": 0.2}
+    play = Play(make_scheduler(blocks=BLOCKS, settings=settings))
+    play.add(request("book", text=7400, answer=1400))
+    play.run(until=1.0)
+    play.add(request("hungry", items=[2048] * 7, answer=4))
+    play.step()
+    play.add(request("clip", items=[64] * 14, answer=4))
+    play.run(until=4.0)
+    assert play.timings["clip"].wait < 1.0
+    assert not play.timings["hungry"].tokens
+
+
 @pytest.mark.parametrize("bound", [False, True])
 def test_what_a_throttled_step_tries_all_the_same_can_be_refused(bound: bool) -> None:
     """vLLM lets prompts in where an earlier step had no room for all that waited."""

@@ -117,3 +117,16 @@ def test_where_prefill_is_not_limited_everything_is_still_answered_and_text_pass
     assert text is not None
     ended = sorted(play.timings[f"video{n}"].ended or 0.0 for n in range(6))
     assert text < ended[1]
+
+
+def test_with_chunked_prefill_off_such_media_are_served_while_text_comes_all_the_time() -> None:
+    settings = {"target_itl_ms": 40.0, "aging_s": 2.0}
+    scheduler = make_scheduler(
+        max_tokens=4096, encoder_tokens=1000, change=whole_prompts, settings=settings
+    )
+    play = Play(scheduler)
+    coming = [(0.25 * n, request(f"t{n}", text=32, answer=40)) for n in range(200)]
+    coming += [(0.5, request("large", items=[300] * 6, answer=4))]
+    coming += [(n, request(f"v{n}", items=[300] * 2, answer=4)) for n in range(1, 9)]
+    play.play(coming, until=40.0)
+    assert all(timing.tokens and timing.wait < 2.0 for timing in play.timings.values())

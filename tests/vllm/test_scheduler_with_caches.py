@@ -179,13 +179,14 @@ def test_they_agree_whatever_their_sizes_and_settings_are() -> None:
     @given(
         seed=st.integers(0, 1 << 30),
         blocks=st.integers(64, 200),
-        device=st.integers(60, 700),
+        device=st.integers(40, 700),
         host=st.integers(100, 2000),
         name=st.sampled_from(list(KV)),
         policy=st.sampled_from(["fcfs", "priority"]),
         depth=st.sampled_from([1, 2]),
         aging_s=st.sampled_from([0.5, 4.0, 60.0]),
         target_ms=st.sampled_from([1.0, 50.0, 1000.0]),
+        read_ahead=st.sampled_from([0, 0, 1, 3]),
     )
     @settings(
         max_examples=25,
@@ -203,6 +204,7 @@ def test_they_agree_whatever_their_sizes_and_settings_are() -> None:
         depth: int,
         aging_s: float,
         target_ms: float,
+        read_ahead: int,
     ) -> None:
         seen.update(
             _run(
@@ -215,6 +217,7 @@ def test_they_agree_whatever_their_sizes_and_settings_are() -> None:
                 depth=depth,
                 kv=KV[name],
                 settings={"target_itl_ms": target_ms, "aging_s": aging_s},
+                read_ahead=read_ahead,
             )
         )
 
@@ -228,3 +231,16 @@ def test_what_is_found_behind_a_cut_takes_no_room_from_what_is_lacking_before_it
     settings = {"aging_s": 60.0, "target_itl_ms": 1.0}
     seen = _run(646225679, 300, blocks=157, device=195, host=1349, settings=settings, **options)
     assert seen["loaded"] > 0
+
+
+def test_a_picture_and_its_sound_do_not_wait_for_each_other_whichever_is_there() -> None:
+    """A video is found in KV up to its sound's last embeddings; the device has one of the two."""
+    options: dict[str, Any] = {"policy": "fcfs", "depth": 1, "kv": KV["default"]}
+    settings = {"aging_s": 60.0, "target_itl_ms": 1.0}
+    _run(238, 150, blocks=159, device=86, host=1, settings=settings, **options)
+
+
+def test_an_aged_request_without_room_leaves_tokens_to_those_that_hold_the_room() -> None:
+    options: dict[str, Any] = {"policy": "priority", "depth": 2, "kv": KV["pressure"]}
+    settings = {"aging_s": 0.5, "target_itl_ms": 1.0}
+    _run(108, 150, blocks=97, device=83, host=1903, settings=settings, read_ahead=2, **options)

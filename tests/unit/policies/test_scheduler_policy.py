@@ -478,3 +478,23 @@ def test_where_prompts_are_computed_in_one_piece_they_have_all_their_items_or_wa
     # One that is larger than any step or cache has its turn, too.
     alone = [one._replace(running=False, aged=True) for one in found[:1]]
     assert plan(alone, replace(room, slots=1, late_s=0.0), learned()).grants or not alone
+
+
+@pytest.mark.parametrize("away", [2047, 2048, 2049])
+def test_a_request_whose_first_item_is_a_step_away_begins(away: int) -> None:
+    items = (Item(0, 100, "a#0", away, away + 100),)
+    one = prompt("a", running=False, items=items, encoder_tokens=100, media=True, left=away + 100)
+    grant = plan([one], ROOM, StepTimes()).grants["a"]
+    assert grant.tokens == 2048
+    assert grant.items == (items if away < 2048 else ())
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_one_that_cannot_let_go_of_its_outputs_is_not_closed_out_by_one_without_room(
+    holds: bool,
+) -> None:
+    """It holds an output beside which a drafter needs the next one, for which there is no room."""
+    room = replace(ROOM, encoder_tokens=50, shift=1)
+    waits, stands = prompt("waits", 100), prompt("stands", 100, text=9)
+    found = plan([waits, stands._replace(holds=holds)], room, StepTimes()).grants
+    assert found.keys() == ({"stands"} if holds else set())

@@ -78,8 +78,8 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
 
     The manager never refuses an item that shares its placeholder with an item before it (sound in a
     video): neither can be prefilled without the other, so the first would wait for ever. A drafter
-    that reads ahead needs an item while the item before it is still in use; for these, one request
-    at a time may use more than the budget.
+    that reads ahead needs an item while the item before it is still in use. So one request at a
+    time may use more than the budget for an item that it needs beside those that it holds.
 
     Args:
         cache: Bookkeeping of the budget.
@@ -233,17 +233,17 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         later = [one for one in with_later if one.identifier not in self._cache]
         needed = size + sum(map(self._size, later))
         # Items that share a placeholder may be larger than the budget together.
-        needed = pending + (needed if needed <= self._cache.capacity else size)
+        needed = needed if needed <= self._cache.capacity else size
         if size > self._cache.capacity:
             if self._cache.passing is None and pending <= self._cache.capacity:
                 return True
-        elif self._cache.fits(needed):
-            self._evict(needed)
+        elif self._cache.fits(pending + needed):
+            self._evict(pending + needed)
             return True
-        if not self._must_overdraw(request, input_id, pending, size):
+        if not self._must_overdraw(request, input_id, needed, pending=pending > 0):
             return False
         self._overdraws = request.request_id
-        self._evict(needed)
+        self._evict(pending + needed)
         return True
 
     def allocate(self, request: Request, input_id: int) -> None:
@@ -356,23 +356,24 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         if hit and self._host is not None and self._modalities[key] != PROMPT_EMBEDS:
             self._host.used(key)
 
-    def _must_overdraw(self, request: Request, index: int, pending: int, size: int) -> bool:
+    def _must_overdraw(self, request: Request, index: int, needed: int, *, pending: bool) -> bool:
         """Whether a request would wait for ever for an item's room, and it is its turn to overdraw.
 
-        vLLM stops prefill where the drafter would read an item that is not there, and frees an item
-        only once the drafter has read past its end.
+        It holds an item that vLLM frees only once prefill has passed the one it lacks: for a
+        drafter that reads ahead vLLM stops prefill early and frees items late. Of a video and its
+        sound one may be there without the other.
         """
         features, ahead = request.mm_features, self._read_ahead
         start = features[index].mm_position.offset
-        before = {i for i in self.get_cached_input_ids(request) if i < index}
-        waits = request.num_computed_tokens + ahead >= start
-        if pending:
-            # This pass has found room for the one before it.
-            before.add(index - 1)
-            waits = pending + size > self._cache.capacity
-        places = (features[i].mm_position for i in before)
-        end = max((place.offset + place.length for place in places), default=0)
-        if not waits or end + ahead <= start - ahead:
+        held = self.get_cached_input_ids(request) | ({index - 1} if pending else set())
+        places = ((features[i], features[i].mm_position) for i in held)
+        kept = {
+            one.identifier: self._size(one)
+            for one, place in places
+            if place.offset + place.length + ahead > start - ahead
+        }
+        stands = request.num_computed_tokens + ahead >= start
+        if not kept or not (stands or sum(kept.values()) + needed > self._cache.capacity):
             return False
         others = self._overdraws in self._inputs and self._overdraws != request.request_id
         return self._cache.busy <= self._cache.capacity or not others

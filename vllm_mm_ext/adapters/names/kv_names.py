@@ -49,6 +49,7 @@ POOL_NAMES: tuple[Checked, ...] = (
         ("request", "num_new_tokens", "num_new_computed_tokens"),
     ),
     VllmName(f"{_CORE}.sched.scheduler:Scheduler._preempt_request", ("request",), passed_on=True),
+    VllmName(f"{_CORE}.kv_cache_utils:BlockHashWithGroupId"),
     VllmName(f"{_CORE}.kv_cache_utils:KVCacheBlock.block_hash_num_tokens"),
     VllmName(f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
     VllmName("vllm.config:AttentionConfig.hisparse_config"),

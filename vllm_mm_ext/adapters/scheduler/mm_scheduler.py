@@ -147,7 +147,9 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
                 self.waiting.looked_at(request, one._replace(aged=False).rank, passed=one.last)
                 if one.order <= kept.get(one.media, one.order):
                     found.append(one)
-        return sorted(filter(None, found), key=lambda one: one.rank)
+        # An aged one that found no room for its encoder outputs waits for those who hold it.
+        blocked = self._walk_ends
+        return sorted(filter(None, found), key=lambda one: (blocked and not one.running, one.rank))
 
     def _candidate(self, request: Any, now: float) -> Candidate | None:
         """A request as the plan wants it; None if it cannot get on."""
@@ -234,17 +236,20 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             for key, indices in output.scheduled_encoder_inputs.items()
             for index in indices
         )
-        self._late_s = max(0.0, self._late_s - self._room_s + self._plan.seconds)
         scheduled = output.num_scheduled_tokens
         prefill = {key: n for key, n in scheduled.items() if key not in decoding}
-        pairs = 0.0
+        # Not what was planned: vLLM does nothing for who lacks KV blocks or room in a cache.
+        pairs, seconds = 0.0, self._times.seconds(encoded, 0)
         for key, tokens in prefill.items():
             request = self.requests[key]
             # vLLM has counted the step's tokens as computed.
-            pairs += attended(tokens, request.num_computed_tokens - tokens)
+            before = request.num_computed_tokens - tokens
+            pairs += attended(tokens, before)
+            seconds += self._times.seconds(0, tokens, before)
             if not request.is_prefill_chunk:
                 # It decodes from now on, whoever made its encoder outputs.
                 self._prompts.encodes(key, 0)
+        self._late_s = max(0.0, self._late_s - self._room_s + seconds)
         decodes = sum(scheduled[key] for key in decoding & scheduled.keys())
         self._begun[id(output)] = now, StepWork(decodes, sum(prefill.values()), encoded, pairs)
 

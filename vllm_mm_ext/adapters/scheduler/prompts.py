@@ -117,6 +117,7 @@ class Prompts:
         """
         key, need = request.request_id, self.need(request, now)
         left = max(1, request.num_tokens - need.computed)
+        manager = self._scheduler.encoder_cache_manager
         return Candidate(
             key,
             self.arrivals[key].order,
@@ -129,6 +130,7 @@ class Prompts:
             request.status == RequestStatus.RUNNING,
             self.is_aged(request, now),
             last,
+            bool(need.items and manager.get_cached_input_ids(request)),
         )
 
     def need(self, request: Any, now: float) -> Need:

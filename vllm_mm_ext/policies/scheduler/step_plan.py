@@ -57,6 +57,7 @@ class Candidate(NamedTuple):
         running: It holds a slot.
         aged: No later request may pass it.
         last: Of late vLLM could not do what it was granted: all others go before it.
+        holds: It holds encoder outputs.
     """
 
     key: str
@@ -70,6 +71,7 @@ class Candidate(NamedTuple):
     running: bool
     aged: bool
     last: bool = False
+    holds: bool = False
 
     @property
     def work(self) -> int:
@@ -244,9 +246,8 @@ class _Giver:
             fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
             tokens = encoding + sum(fresh.values())
             # A drafter that reads ahead needs it together with those before it.
-            halts = bool(room.shift and not ready)
-            first = not self._items and (halts or not chosen)
-            over = room.whole or (halts and (one.running or bool(chosen)))
+            first = not self._items and not (chosen and ready)
+            over = room.whole or (not ready and bool(one.holds or chosen))
             if fresh and not self._encodes(
                 tokens, len(fresh) + len(chosen), seconds, first=first, over=first and over
             ):
@@ -267,7 +268,7 @@ class _Giver:
         if one.items and not (one.running or chosen):
             # A slot just to wait for the encoder is worth nothing, unless that is a step away.
             before = times.seconds(0, reach - start, start)
-            if whole or (before <= room.media_s and reach - start <= room.tokens):
+            if whole or (before <= room.media_s and reach - start < room.tokens):
                 return None
         plan.tokens += tokens
         plan.encoder_tokens += encoding
@@ -275,18 +276,12 @@ class _Giver:
         return Grant(tokens, tuple(chosen))
 
     def _encodes(self, tokens: int, items: int, seconds: float, *, first: bool, over: bool) -> bool:
-        """Whether items of a request, those that it was given in this step included, fit.
-
-        What must be encoded together may be more than the cache ever holds (``over``): then vLLM
-        and the cache see to it.
-        """
+        """Whether items of a request, those that it was given in this step included, fit."""
+        # What is encoded together may be more than the cache ever holds: then vLLM sees to it.
         room, plan = self._room, self.plan
         many = self._items + items > room.items and not first
-        if (
-            self._closed
-            or many
-            or (plan.encoder_tokens + tokens > room.encoder_tokens and not over)
-        ):
+        full = self._closed or plan.encoder_tokens + tokens > room.encoder_tokens
+        if many or (full and not over):
             return False
         encoding = self._times.seconds(tokens, 0)
         if encoding <= seconds - room.late_s:

@@ -19,8 +19,9 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
-from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool, Reason
+from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
 from vllm_mm_ext.adapters.kv.install import install, pool_factory, pools_of
+from vllm_mm_ext.adapters.kv.pool_limits import Reason
 from vllm_mm_ext.config.kv_settings import KVSettings
 from vllm_mm_ext.policies.kv.pieces import Piece
 from vllm_mm_ext.tools.bench.kv_costs import Costs
