@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -35,12 +34,10 @@ _ABANDONED_S = 900.0
 HOLD_S: Final = 60.0
 # Seconds for which a file that was not found is not looked for again: schedulers ask in each step,
 # about all that requests lack. What a request waits for is looked for more often.
-_ABSENT_S = 1.0
-_AWAITED_S = 0.01
-# The store is looked through after a writer has added this share of its capacity.
-_GROWTH = 0.05
-# Down to this share of its capacity files are evicted.
-_EVICT_TO = 0.9
+_ABSENT_S, _AWAITED_S = 1.0, 0.01
+# Shares of the capacity: the store is looked through after a writer has added so much, and files
+# are evicted down to so much.
+_GROWTH, _EVICT_TO = 0.05, 0.9
 # Of more held files those go that were not found for so many seconds: the others may be in the plan
 # of a step that is under way. Of no more files it is known that they were seen, or were absent.
 _MOST_HELD = 4096
@@ -126,9 +123,8 @@ class OutputStore:
             return False
         part, path = self._parts / uuid4().hex, self.path(key)
         try:
-            # Somebody may have cleaned all of the directory.
+            # Somebody may have cleaned it all. Files of safetensors are for their owner alone.
             self._parts.mkdir(parents=True, exist_ok=True)
-            # safetensors replaces the file by one that only its owner may read.
             part.touch()
             mode = part.stat().st_mode
             write(part)
@@ -367,7 +363,7 @@ def is_whole(path: Path) -> bool:
         begin = file.read(8)
         if len(begin) < 8:
             return False
-        (length,) = struct.unpack("<Q", begin)
+        length = int.from_bytes(begin, "little")
         if length > size - 8:
             return False
         try:
