@@ -241,6 +241,6 @@ def test_a_picture_and_its_sound_do_not_wait_for_each_other_whichever_is_there()
 
 
 def test_an_aged_request_without_room_leaves_tokens_to_those_that_hold_the_room() -> None:
-    options: dict[str, Any] = {"policy": "priority", "depth": 2, "kv": KV["pressure"]}
-    settings = {"aging_s": 0.5, "target_itl_ms": 1.0}
-    _run(108, 150, blocks=97, device=83, host=1903, settings=settings, read_ahead=2, **options)
+    options: dict[str, Any] = {"policy": "priority", "depth": 2, "kv": KV["little may be kept"]}
+    settings = {"aging_s": 0.5, "target_itl_ms": 50.0}
+    _run(80, 150, blocks=133, device=241, host=1209, settings=settings, read_ahead=5, **options)
