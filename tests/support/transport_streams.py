@@ -20,6 +20,7 @@ def copied(
     *,
     wanted: Callable[[str, float], bool] | None = None,
     shift: float = 0.0,
+    moved: Callable[[str, float], float] | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
     """A copy of a file that declares all its streams, but holds only some of their packets.
@@ -30,6 +31,7 @@ def copied(
         wanted: Whether a packet is kept, of its stream's kind and its time in seconds; None
             for all.
         shift: Seconds by which the copy is later on its clock.
+        moved: Seconds by which a packet is later, told as ``wanted`` is.
         options: Of FFmpeg's muxer.
     """
     with av.open(str(source)) as reader, av.open(str(path), "w", options=options or {}) as writer:
@@ -38,7 +40,8 @@ def copied(
             seconds = 0.0 if packet.pts is None else float(packet.pts * packet.time_base)
             if packet.dts is None or (wanted and not wanted(packet.stream.type, seconds)):
                 continue
-            ticks = round(shift / packet.time_base)
+            late = shift + (moved(packet.stream.type, seconds) if moved else 0.0)
+            ticks = round(late / packet.time_base)
             packet.pts, packet.dts = (packet.pts or 0) + ticks, packet.dts + ticks
             out: Any = outs[packet.stream.index]
             packet.stream = out

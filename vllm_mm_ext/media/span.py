@@ -42,7 +42,6 @@ def info_of(info: MediaInfo, sampling: SamplingSpec | None) -> MediaInfo:
         duration=end - begin,
         start=video.start + begin,
         origins=tuple(origin + begin for origin in video.origins),
-        begins=tuple(time - begin for time in video.begins),
         num_frames=frames,
         num_keyframes=min(video.num_keyframes, frames),
     )

@@ -41,8 +41,6 @@ class VideoStream:
         plain: The first picture is shown as decoded, taken as 8-bit BT.601 in limited range.
         origins: Where the container's clock starts anew in the middle of the file, for each part of
             the file the seconds on its clock that are 0 on the picture's; else empty.
-        begins: Seconds on the picture's clock at which these parts (or the only one) begin; empty
-            where timestamps are missing.
     """
 
     index: int
@@ -61,7 +59,6 @@ class VideoStream:
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     plain: bool = True
     origins: tuple[float, ...] = ()
-    begins: tuple[float, ...] = ()
     num_keyframes: int = 0
 
 

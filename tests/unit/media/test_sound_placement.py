@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +15,9 @@ import pytest
 from vllm_mm_ext.media.audio.sound_placement import (
     TOLERANCE_S,
     Clock,
+    FileOrder,
     Piece,
-    clock_parts,
+    clock_origins,
     place,
 )
 from vllm_mm_ext.media.decode.job import run_job
@@ -266,18 +267,41 @@ def test_a_clock_that_starts_anew_goes_on_where_the_format_allows_it() -> None:
     assert times == pytest.approx(np.array(stamps) - 5.0)
 
 
+def in_file(
+    sound: Sequence[float], places: Sequence[float], origins: Sequence[float], seconds: float
+) -> FileOrder:
+    """Parts of ``seconds`` of 25 pictures a second, and sound that lies beside some of them.
+
+    Args:
+        sound: Timestamps of the packets of sound.
+        places: Seconds on the target clock of the pictures that each of them lies beside.
+        origins: Of each part.
+        seconds: Of each part.
+    """
+    count = round(25 * seconds)
+    times = np.arange(len(origins) * count) / 25
+    before = np.searchsorted(times, np.array(places) - 1e-6)
+    return FileOrder(before, np.array(sound, float), times + np.repeat(origins, count), times)
+
+
+def placed(
+    order: FileOrder, origins: Sequence[float], seconds: float, stamps: Sequence[float] = ()
+) -> list[float | None]:
+    clock = Clock(origins, restarts=True, beside=lambda: order)
+    return [clock.time(stamp, seconds) for stamp in stamps or order.sound.tolist()]
+
+
 def test_after_a_jump_sound_is_where_its_pictures_are() -> None:
     # Two recordings of one second from 1.4 s on; sound begins 0.1 s before the pictures.
     picture = 1.4 + np.tile(np.arange(25) * 0.04, 2)
-    origins, begins = clock_parts(picture, np.arange(50) * 0.04)
+    origins = clock_origins(picture, np.arange(50) * 0.04)
     assert origins == pytest.approx((1.4, 0.4))
-    assert begins == pytest.approx((0.0, 1.0))
-    clock = Clock(origins, restarts=True, begins=begins)
     stamps = 1.3 + np.tile(np.arange(52) * 0.02, 2)
-    times = np.array([clock.time(stamp, 0.02) for stamp in stamps])
-    np.testing.assert_allclose(times[:52], stamps[:52] - 1.4)
-    np.testing.assert_allclose(times[52:], stamps[52:] - 0.4)
-    assert clock_parts(np.arange(9.0), np.arange(9.0)) == ((0.0,), (0.0,))
+    right = stamps - np.repeat(origins, 52)
+    places = np.maximum(right, np.repeat([0.0, 1.0], 52))
+    times = placed(in_file(stamps.tolist(), places.tolist(), origins, 1.0), origins, 0.02)
+    assert times == pytest.approx(right.tolist())
+    assert clock_origins(np.arange(9.0), np.arange(9.0)) == (0.0,)
 
 
 @pytest.mark.parametrize(
@@ -291,25 +315,54 @@ def test_after_a_jump_sound_is_where_its_pictures_are() -> None:
         (10, 0, 0.0),
         (7, 0, 0.0),
         (10, 3, 0.0),
+        (0, 3, 0.0),
     ],
 )
 def test_sound_missing_where_recordings_were_joined_moves_no_other_sound(
     end_a: int, begin_b: int, clock_of_b: float
 ) -> None:
-    clock = Clock((0.0, clock_of_b - 10), restarts=True, begins=(0.0, 10.0))
+    origins = (0.0, clock_of_b - 10)
     stamps = [*range(end_a), *(clock_of_b + k for k in range(begin_b, 10))]
-    times = [clock.time(stamp, 1.0) for stamp in stamps]
-    assert times == pytest.approx([*range(end_a), *range(10 + begin_b, 20)])
+    right = [*range(end_a), *range(10 + begin_b, 20)]
+    assert placed(in_file(stamps, right, origins, 10), origins, 1.0) == pytest.approx(right)
+
+
+def test_a_recording_without_sound_between_two_of_the_same_clock_moves_no_sound() -> None:
+    origins = (1.0, -4.0, -9.0)
+    stamps = [*range(1, 6), *range(1, 6)]
+    right = [*range(5), *range(10, 15)]
+    assert placed(in_file(stamps, right, origins, 5), origins, 1.0) == pytest.approx(right)
+
+
+def test_sound_that_outlasts_its_recording_makes_that_of_the_next_one_no_later() -> None:
+    origins = (1.0, -4.0)
+    stamps = [*range(1, 8), *range(1, 6)]
+    right = [*range(7), *range(5, 10)]
+    places = [*range(5), 5, 5, *range(5, 10)]
+    assert placed(in_file(stamps, places, origins, 5), origins, 1.0) == pytest.approx(right)
 
 
 def test_where_pictures_go_on_a_long_hole_is_a_hole_and_a_wrong_timestamp_changes_nothing() -> None:
-    clock = Clock([5.0], restarts=True, begins=[0.0])
     stamps = [5, 6, 40, 41, 90_000, 43, 7000, 300, 46]
-    times = [clock.time(stamp, 1.0) for stamp in stamps]
     right = [0, 1, 35, 36, None, 38, None, None, 41]
+    order = in_file(stamps, [0, 1, 35, 36, 37, 38, 39, 40, 41], (5.0,), 60)
+    times = placed(order, (5.0,), 1.0)
     assert [t for t, r in zip(times, right, strict=True) if r is not None] == [
         r for r in right if r is not None
     ]
+
+
+def test_a_clock_that_jumps_while_sound_and_pictures_go_on_leaves_no_hole() -> None:
+    stamps = [*range(20), *range(50, 60), *range(30, 40)]
+    order = in_file(stamps, range(40), (0.0,), 60)
+    assert placed(order, (0.0,), 1.0) == pytest.approx(range(40))
+    # Behind a true hole, too.
+    stamps = [*range(10), *range(15, 40), *range(36, 46)]
+    right = [*range(10), *range(15, 40), *range(40, 50)]
+    assert placed(in_file(stamps, right, (0.0,), 60), (0.0,), 1.0) == pytest.approx(right)
+    # The decoder may leave the first samples behind a jump out.
+    order = in_file([0, 1, 32, 33], [0, 1, 32, 33], (0.0,), 60)
+    assert placed(order, (0.0,), 1.0, [0, 1, 33]) == pytest.approx([0, 1, 33])
 
 
 def test_sound_that_overlaps_while_pictures_go_on_starts_no_clock() -> None:

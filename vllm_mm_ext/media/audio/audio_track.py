@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from vllm_mm_ext.errors import MediaTooLargeError, MediaTooLongError, Unreadable
 from vllm_mm_ext.media.audio.audio_decoder import decoded_frames
 from vllm_mm_ext.media.audio.conversion import Packer
 from vllm_mm_ext.media.audio.downmix import to_mono
-from vllm_mm_ext.media.audio.sound_placement import Clock, Piece, place
+from vllm_mm_ext.media.audio.sound_placement import Clock, FileOrder, Piece, place
 from vllm_mm_ext.media.audio.sound_reader import SoundReader
 from vllm_mm_ext.media.types import AudioNote, AudioStream, DecodeLimits
 
@@ -80,7 +80,7 @@ def decode_audio(
     limits: DecodeLimits,
     *,
     origins: Sequence[float] = (),
-    begins: Sequence[float] = (),
+    beside: Callable[[], FileOrder] | None = None,
     end: float | None = None,
     begin: float | None = None,
     is_part: bool = False,
@@ -97,9 +97,10 @@ def decode_audio(
         stream: Its audio stream, from ``probe``.
         limits: ``max_audio_s`` with ``truncate_audio``, ``max_audio_bytes`` and
             ``max_output_bytes`` apply.
-        origins, begins: For the sound of a video, seconds on the container's clock at which the
-            picture starts, as ``sound_placement.Clock`` takes them; none lets the clock start with
-            the sound.
+        origins: For the sound of a video, seconds on the container's clock at which the picture
+            starts, as ``sound_placement.Clock`` takes them; none lets the clock start with the
+            sound.
+        beside: As ``sound_placement.Clock`` takes it.
         end: Seconds from there at which the picture ends, for the sound of a video, which is cut
             at each limit instead of being refused.
         begin: Seconds on the container's clock before which no sound is needed, for a part of a
@@ -122,7 +123,7 @@ def decode_audio(
     with opened if reader is None else nullcontext():
         packets = opened.packets(begin)
         container, source = opened.container, opened.source
-        clock = Clock(origins, bool(container.format.flags & _RESTARTS), begins)
+        clock = Clock(origins, bool(container.format.flags & _RESTARTS), beside)
         time_base = float(source.time_base or 0)
         for frame in decoded_frames(container, opened.decoder, packets):
             # Headers of HE-AAC give half the rate that is really played.

@@ -7,7 +7,7 @@ the timestamps; a new run begins where timestamps say for longer that sound is m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,12 @@ MAX_ORIGINS = 1000
 _STEP_BACK_S = 0.1
 STEP_AHEAD_S = 10.0
 # Where pictures go on while the timestamps of the sound step back by no more, the sound overlaps.
+# Sound may lie so far from its pictures in the file.
 _OVERLAP_S = 1.0
+# At a jump, the pictures before and behind the sound in the file that are looked at.
+_NEAR = 4
+# Among so many jumps in the file the next one of the decoded sound is sought.
+_MAX_JUMPS = 1000
 # The same for other formats (`dts_error_threshold`): such a timestamp cannot be true.
 _IMPOSSIBLE_S = 30 * 3600.0
 
@@ -53,38 +58,57 @@ class Piece:
         return len(self.samples) / self.rate
 
 
+@dataclass(frozen=True, eq=False)
+class FileOrder:
+    """Where packets of sound lie in the file among the pictures.
+
+    Attributes:
+        before: int64 ``[m]`` how many packets of pictures come before each packet of sound.
+        sound: float64 ``[m]`` seconds on the container's clock of each packet of sound.
+        stamps: float64 ``[n]`` seconds on the container's clock at which the pictures are shown, in
+            the order of the file; NaN where not known.
+        times: float64 ``[n]`` the same on the target clock; NaN for what is not shown.
+    """
+
+    before: npt.NDArray[np.int64]
+    sound: npt.NDArray[np.float64]
+    stamps: npt.NDArray[np.float64]
+    times: npt.NDArray[np.float64]
+
+
 class Clock:
     """Turns timestamps of a container into times on the target clock, in the order of decoding.
 
-    Where the clock of the sound seems to jump, the clock of the pictures decides: sound lies in the
-    part of the file whose pictures are shown at its time, however much of it is missing in between.
-    Where the pictures do not tell, or say that sound would lie before sound that came before it,
-    the sound goes on without a gap.
+    Where the clock of the sound jumps, the pictures beside it in the file decide: sound is missing
+    or overlaps if their timestamps say the same as those of the sound. Where they do not, or where
+    nothing is known of pictures, the sound goes on without a gap.
 
     Args:
         origins: Seconds on the container's clock that are 0 on the target clock: one, or where the
             container's clock starts anew in the middle of the file one for each part of it. Empty
             lets the target clock begin with the first timestamp.
         restarts: The format's timestamps may start anew.
-        begins: Seconds on the target clock at which the pictures of each of these parts begin;
-            empty where the clock of the pictures is not known.
+        beside: Reads where the sound lies in the file; called only where its clock jumps, and where
+            there are several ``origins``. None for sound without pictures.
     """
 
     def __init__(
-        self, origins: Sequence[float], restarts: bool, begins: Sequence[float] = ()
+        self,
+        origins: Sequence[float],
+        restarts: bool,
+        beside: Callable[[], FileOrder] | None = None,
     ) -> None:
-        # What comes before the first picture belongs to the first part.
-        starts = [-math.inf, *begins[1:]] if begins else []
-        ends = [*starts[1:], math.inf]
         self._origin = origins[0] if origins else None
-        restarts = restarts or len(origins) > 1
-        self._parts = list(zip(origins, starts, ends, strict=False)) if restarts else []
+        self._has_parts = len(origins) > 1
+        restarts = restarts or self._has_parts
         back = _OVERLAP_S if len(origins) == 1 else _STEP_BACK_S
         self._back = back if restarts else _IMPOSSIBLE_S
         self._ahead = STEP_AHEAD_S if restarts else _IMPOSSIBLE_S
+        self._read_beside = beside
+        self._beside: FileOrder | None = None
+        # The packets of sound at which the clock jumps; those before it are done with.
+        self._jumps = np.empty(0, np.int64)
         self._expected: float | None = None
-        # Where sound would go on if no step ahead so far were true: a timestamp may be wrong.
-        self._surely = math.inf
         self._last: float | None = None
 
     def time(self, timestamp: float | None, seconds: float) -> float | None:
@@ -98,61 +122,72 @@ class Clock:
         if timestamp is None or timestamp == self._last:
             time = self._expected
             if time is not None:
-                self._went_on(time, seconds)
+                self._expected = time + seconds
             return time
         self._last = timestamp
-        if self._expected is None:
-            within = (o for o, *part in self._parts if _is_in(part, timestamp - o))
-            self._origin = next(within, timestamp if self._origin is None else self._origin)
-        assert self._origin is not None
+        if self._origin is None:
+            self._origin = timestamp
         time = timestamp - self._origin
-        if self._expected is not None and not -self._back <= time - self._expected <= self._ahead:
-            self._origin = self._origin_of(timestamp, self._expected)
+        expected = time if self._expected is None else self._expected
+        is_first = self._expected is None and self._has_parts
+        if is_first or not -self._back <= time - expected <= self._ahead:
+            self._origin = self._origin_of(timestamp, expected)
             time = timestamp - self._origin
-        self._went_on(time, seconds)
-        return time
-
-    def _went_on(self, time: float, seconds: float) -> None:
         self._expected = time + seconds
-        self._surely = min(self._surely, time) + seconds
+        return time
 
     def _origin_of(self, timestamp: float, expected: float) -> float:
         """The origin after a jump."""
-        for after in (expected, self._surely):
-            possible = [
-                origin
-                for origin, *part in self._parts
-                if -_OVERLAP_S <= timestamp - origin - after <= _IMPOSSIBLE_S
-                and _is_in(part, timestamp - origin)
-            ]
-            if possible:
-                return min(possible, key=lambda origin: abs(timestamp - origin - after))
+        stamps, times = self._pictures_beside(timestamp)
+        if len(stamps):
+            nearest = int(np.abs(stamps - timestamp).argmin())
+            stamp, time = float(stamps[nearest]), float(times[nearest])
+            if abs(timestamp - stamp) <= abs(expected - time) + _OVERLAP_S:
+                return stamp - time
         return timestamp - expected
 
+    def _pictures_beside(
+        self, timestamp: float
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Timestamps and times of the pictures beside the next jump to ``timestamp`` in the file.
 
-def _is_in(part: Sequence[float], time: float) -> bool:
-    """Whether a time lies between the two of ``part``; sound may overlap the next part a little."""
-    return part[0] - _OVERLAP_S <= time <= part[1] + _OVERLAP_S
+        Both are empty where nothing is known.
+        """
+        if self._beside is None and self._read_beside is not None:
+            self._beside = self._read_beside()
+            steps = np.diff(self._beside.sound, prepend=np.inf)
+            self._jumps = np.flatnonzero((steps < -_STEP_BACK_S) | (steps > STEP_AHEAD_S))
+        beside = self._beside
+        if beside is not None:
+            at = self._jumps[:_MAX_JUMPS]
+            found = np.flatnonzero(np.abs(beside.sound[at] - timestamp) <= _OVERLAP_S)
+            if len(found):
+                place = int(beside.before[at[found[0]]])
+                self._jumps = self._jumps[found[0] + 1 :]
+                near = slice(max(0, place - _NEAR), place + _NEAR)
+                stamps, times = beside.stamps[near], beside.times[near]
+                known = ~np.isnan(stamps) & ~np.isnan(times)
+                return stamps[known], times[known]
+        return np.empty(0), np.empty(0)
 
 
-def clock_parts(
+def clock_origins(
     stamps: npt.NDArray[np.floating[Any]], times: npt.NDArray[np.floating[Any]]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The parts of a video whose container's clock starts anew, for ``Clock``.
+) -> tuple[float, ...]:
+    """The origins of the clocks of a video whose container's clock starts anew, for ``Clock``.
 
     Args:
         stamps: float64 ``[n]`` seconds on the container's clock at which pictures are shown.
         times: float64 ``[n]`` seconds of the same pictures on the target clock.
 
     Returns:
-        For each part, in the order of the pictures, its origin; and the seconds on the target clock
-        at which it begins. At most ``MAX_ORIGINS`` of each.
+        One origin for each part, in the order of the pictures; at most ``MAX_ORIGINS``.
     """
     offsets = np.asarray(stamps - times, np.float64)
     if not len(offsets):
-        return (), ()
-    first = np.flatnonzero(np.abs(np.diff(offsets, prepend=np.inf)) > _STEP_BACK_S)[:MAX_ORIGINS]
-    return tuple(offsets[first].tolist()), tuple(times[first].tolist())
+        return ()
+    first = np.abs(np.diff(offsets, prepend=np.inf)) > _STEP_BACK_S
+    return tuple(offsets[first][:MAX_ORIGINS].tolist())
 
 
 def place(

@@ -21,10 +21,12 @@ from vllm_mm_ext.errors import (
     by_decoder,
 )
 from vllm_mm_ext.media.audio.audio_track import Track, check_audio, decode_audio
+from vllm_mm_ext.media.audio.sound_placement import FileOrder
 from vllm_mm_ext.media.audio.stream_choice import chosen_audio
 from vllm_mm_ext.media.decode.decoders import Decoder, UnsuitableFileError, get_decoder
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.open_files import OpenFile
+from vllm_mm_ext.media.decode.packets import read_beside
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.decode.sound_probe import probe_sound
 from vllm_mm_ext.media.decode.substitutes import Frames, Rows, decode_chosen
@@ -145,7 +147,9 @@ def _decode(
     with ThreadPoolExecutor(1) as beside:
         audio: Future[Track] | None = None
         if sound is not None:
-            audio = beside.submit(_audio, path, info, sound, request, allocate, timings, kept)
+            audio = beside.submit(
+                _audio, path, whole, info, sound, request, allocate, timings, kept
+            )
         elif request.audio == "optional" and info.unsupported_audio:
             result.audio_note = "unsupported"
         if selection is not None:
@@ -280,6 +284,7 @@ def _frames(
 
 def _audio(
     path: str,
+    whole: MediaInfo,
     info: MediaInfo,
     stream: AudioStream,
     request: DecodeRequest,
@@ -291,13 +296,18 @@ def _audio(
 
     Args:
         path, request, timings: As of the job.
-        info: Of the wanted span, or of the whole file.
+        whole, info: Of the whole file, and of the wanted span.
         stream: Of the whole file.
         allocate, kept: As of ``run_job``.
     """
     video = info.video if request.sampling is not None else None
     is_part = request.sampling is not None and request.sampling.span is not None
     begin = video.start if video is not None and is_part and not video.origins else None
+
+    def beside() -> FileOrder:
+        assert video is not None
+        return _file_order(path, whole, video.start, stream, request.limits.max_pixels)
+
     with _timed(timings, "audio"):
         try:
             track = decode_audio(
@@ -305,7 +315,7 @@ def _audio(
                 stream,
                 request.limits,
                 origins=() if video is None else video.origins or (video.start,),
-                begins=() if video is None else video.begins,
+                beside=None if video is None else beside,
                 end=None if video is None else video.duration,
                 begin=begin,
                 is_part=is_part,
@@ -327,6 +337,27 @@ def _audio(
             return Track(np.empty(0, np.float32), 0, "too_large" if large else "unreadable")
         out[...] = track.samples
     return replace(track, samples=out)
+
+
+def _file_order(
+    path: str, whole: MediaInfo, start: float, stream: AudioStream, max_pixels: int
+) -> FileOrder:
+    """Where the sound lies in the file among the pictures.
+
+    Args:
+        path, whole: The file.
+        start: Start of the wanted span on the clock of the file's first picture.
+        stream: The sound.
+        max_pixels: See ``open_container``.
+    """
+    assert whole.video is not None
+    assert whole.packets is not None
+    before, sound, stamps = read_beside(path, max_pixels, whole.video.index, stream.index)
+    times = np.full(len(stamps), np.nan)
+    known = whole.packets.order < len(stamps)
+    begin = start - whole.video.start
+    times[whole.packets.order[known]] = whole.packets.time[known] - begin
+    return FileOrder(np.array(before, np.int64), np.array(sound), np.array(stamps), times)
 
 
 @contextmanager

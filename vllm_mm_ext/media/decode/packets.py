@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ def read_packets(container: InputContainer, stream: AvVideoStream) -> Packets:
 
 def read_beside(
     path: str, max_pixels: int, video: int, audio: int
-) -> tuple[array[int], array[float]]:
+) -> tuple[array[int], array[float], array[float]]:
     """Where the packets of a sound lie among those of the pictures, and when.
 
     Args:
@@ -109,24 +110,27 @@ def read_beside(
     Returns:
         For each packet of the sound, in the order of the file: int64 how many packets of
         ``read_packets`` come before it; float64 seconds on the container's clock at which it is
-        decoded. Both are empty where FFmpeg found the streams only by decoding.
+        decoded. And for each packet of ``read_packets`` the second at which it is shown; NaN where
+        its timestamp is missing. All are empty where FFmpeg found the streams only by decoding.
     """
-    before, seconds, count = array("q"), array("d"), 0
+    before, seconds, shown = array("q"), array("d"), array("d")
     with (
         open_container(path, max_pixels=max_pixels) as container,
         contextlib.suppress(av.FFmpegError),
     ):
         if max(video, audio) >= len(container.streams):
-            return before, seconds
+            return before, seconds, shown
         for packet in demux(container, container.streams[video], container.streams[audio]):
             if packet.stream_index == video:
-                count += packet.size > 0
+                if packet.size:
+                    pts = packet.pts
+                    shown.append(math.nan if pts is None else float(pts * packet.time_base))
             elif packet.dts is not None:
-                before.append(count)
+                before.append(len(shown))
                 seconds.append(float(packet.dts * packet.time_base))
-            if count + len(before) > 2 * MAX_PACKETS:
+            if len(shown) + len(before) > 2 * MAX_PACKETS:
                 break
-    return before, seconds
+    return before, seconds, shown
 
 
 def demux(container: InputContainer, *streams: Stream) -> Iterator[Packet[Any]]:

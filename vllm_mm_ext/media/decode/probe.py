@@ -15,7 +15,7 @@ from av.video.stream import VideoStream as AvVideoStream
 
 from vllm_mm_ext.errors import MediaTooLongError, UnreadableMediaError
 from vllm_mm_ext.media.audio.audio_streams import audio_streams, describe_audio, is_unknown
-from vllm_mm_ext.media.audio.sound_placement import clock_parts
+from vllm_mm_ext.media.audio.sound_placement import clock_origins
 from vllm_mm_ext.media.decode.clock import (
     DEFAULT_FPS,
     NO_TICKS,
@@ -229,7 +229,7 @@ def _clock(
 
     def beside() -> Beside:
         assert sound is not None
-        before, seconds = read_beside(path, limits.max_pixels, stream.index, sound.index)
+        before, seconds, _ = read_beside(path, limits.max_pixels, stream.index, sound.index)
         return Beside(np.searchsorted(places, np.array(before, np.int64)), np.array(seconds))
 
     clock = read_clock(
@@ -300,10 +300,6 @@ def _describe(
     if guessed > 0 and not is_vfr and abs(guessed / fps - 1) < 0.01:
         drift = abs((len(order) - 1) / guessed - float(times[-1]))
         fps = guessed if drift <= max(clock.unit, clock.usual / 2) else fps
-    origins: tuple[float, ...] = ()
-    begins: tuple[float, ...] = (0.0,) if bool((pts != NO_TICKS).all()) else ()
-    if clock.has_jumps:
-        origins, begins = clock_parts(np.asarray(pts * unit, np.float64), times)
     table = PacketTable(
         pts=pts if clock.exact else np.round(times / unit).astype(np.int64),
         time=times,
@@ -327,8 +323,7 @@ def _describe(
         duration=duration,
         pixel_format=stream.codec_context.pix_fmt or "",
         start=start,
-        origins=origins,
-        begins=begins,
+        origins=clock_origins(np.asarray(pts * unit, np.float64), times) if clock.has_jumps else (),
     )
     return described, table
 

@@ -159,8 +159,8 @@ def _check_video(stream: VideoStream) -> None:
     require(all(0 <= cut <= _MAX_SIDE for cut in stream.crop), "cropping")
     require(all(math.isfinite(x) and x >= 0 for x in (stream.fps, stream.duration)), "duration")
     require(math.isfinite(stream.start), "start time")
-    for times in (stream.origins, stream.begins):
-        require(len(times) <= MAX_ORIGINS and all(map(math.isfinite, times)), "start time")
+    origins = stream.origins
+    require(len(origins) <= MAX_ORIGINS and all(map(math.isfinite, origins)), "start time")
 
 
 def _check_packets(table: PacketTable, num_frames: int) -> None:
