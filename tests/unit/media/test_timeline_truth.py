@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_the_repeats_at_the_end_of_an_avi_file_are_its_last_picture(tmp_path, fi
     data = path.read_bytes()
     path.write_bytes(data[:-1000])
     assert read(path)[1].duration == pytest.approx((126 - first) / 25)
+
+
+def test_a_wrong_count_in_one_header_of_an_avi_file_changes_no_time(tmp_path):
+    path = make_clip(tmp_path / "a.avi", codec="mpeg4", fps=10, duration=3).path
+    data = bytearray(path.read_bytes())
+    at = data.index(b"strh") + 8 + 32
+    assert struct.unpack_from("<I", data, at) == (30,)
+    struct.pack_into("<I", data, at, 130)
+    path.write_bytes(data)
+    _, video, table = read(path)
+    assert (video.duration, video.fps, video.is_vfr) == (pytest.approx(3.0), 10, False)
+    assert len(table) == 30
 
 
 def write_gif(path: Path, *, rate: int, count: int, step: int, **options: int) -> Path:
@@ -520,6 +533,12 @@ def test_times_of_a_variable_rate_stay_as_they_are(tmp_path):
     np.testing.assert_allclose(table.time, clip.times, atol=1.1e-3)
 
 
+def test_times_that_are_exact_are_fitted_to_no_rate(tmp_path):
+    times = [0, 20, 60, 80, 120, 140, 180, 200]
+    path = write_at(tmp_path / "a.mp4", times, rate=Fraction(100, 3))
+    assert read(path)[2].time.tolist() == pytest.approx([time / 1000 for time in times[:-1]])
+
+
 @pytest.mark.parametrize("times", [[0, 30, 60, 80, 110, 140], [0, 3, 6, 8, 11, 14]])
 def test_pictures_of_a_slide_show_are_shown_at_whole_seconds(tmp_path, times):
     path = write_at(tmp_path / "a.mp4", [1000 * time for time in times])
@@ -533,13 +552,13 @@ def test_a_claimed_rate_that_would_drift_from_the_pictures_does_not_count(tmp_pa
     assert 199 / video.fps == pytest.approx(table.time[-1], abs=0.01)
 
 
-def write_at(path: Path, times: list[int]) -> Path:
-    """A file that claims 30 pictures a second, of pictures shown at these milliseconds.
+def write_at(path: Path, times: list[int], rate: int | Fraction = 30) -> Path:
+    """A file that claims so many pictures a second, of pictures shown at these milliseconds.
 
     The last number is when the last picture ends.
     """
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("mpeg4", rate=30)
+        stream: Any = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for time, end in pairwise(times):

@@ -27,7 +27,8 @@ MIN_AUDIO_S = 0.025
 _RESTARTS = 0x200
 # Of one float32 sample, as which every format is delivered.
 _SAMPLE_BYTES = 4
-# Sound decoded beyond the end, in seconds, before decoding stops: parts of it may overlap.
+# Sound decoded beyond the end, in seconds, before decoding stops. Where recordings were joined, it
+# may overlap: all is decoded that is twice as long as the picture.
 _SLACK_S = 1.0
 # Decoding stops after so many frames in a row that lie past the end. One timestamp may be wrong.
 _PAST_THE_END = 16
@@ -137,7 +138,7 @@ def decode_audio(
                 continue
             is_late = time is not None and time >= last
             past, late = (past + 1, late + seconds) if is_late else (0, 0.0)
-            if (past > _PAST_THE_END and late > _MISSED_S) or kept_s > last + _SLACK_S:
+            if (past > _PAST_THE_END and late > _MISSED_S) or kept_s > 2 * last + _SLACK_S:
                 break
             kept_s += seconds
             kept += frame.samples * _SAMPLE_BYTES

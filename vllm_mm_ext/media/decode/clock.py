@@ -37,7 +37,7 @@ _MAX_REORDERED = 64
 _FEWEST_UNITS = 2.5
 # The most, in seconds, to which a container rounds times that its time base tells finer: GIF counts
 # in hundredths. Times that are all multiples of more are exact.
-_COARSEST_UNIT = 0.01
+_COARSEST_UNIT = 0.0101
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,8 @@ def read_clock(
     if has_jumps:
         exact = len(np.unique(pts[order])) == len(order)
     rounded = ticks * time_base
-    unit = max(time_base, min(_unit(ticks) * time_base, _COARSEST_UNIT))
+    unit = _unit(ticks) * time_base
+    unit = unit if unit <= _COARSEST_UNIT else time_base
     time = on_grid(rounded, unit, [*rates, *_rates_near(rounded)])
     if len(time) > 1:
         step = float(np.median(np.diff(time)))

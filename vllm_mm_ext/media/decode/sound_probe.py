@@ -22,6 +22,9 @@ from vllm_mm_ext.media.types import DecodeLimits, MediaInfo
 
 # FFmpeg's flag of formats that have no index.
 _NO_INDEX = 0x100
+# How pages of Ogg begin: the first one of a stream, and one that goes on with it.
+_OGG_BEGIN, _OGG_DATA = b"OggS\0\2", b"OggS\0\0"
+_BLOCK = 1 << 20
 
 
 def probe_sound(path: str, limits: DecodeLimits) -> MediaInfo:
@@ -58,9 +61,10 @@ def sound_alone(container: InputContainer, path: str) -> MediaInfo:
     sounds = describe_audio(container, container_start(container), film)
     if sounds and sounds[0].estimated and container.format.flags & _NO_INDEX:
         # FFmpeg estimates the length from the bit rate; to read the packets tells it.
-        heard = container.streams.audio[sounds[0].number]
-        measured = replace(sounds[0], duration=_measured(container, heard), estimated=False)
-        sounds = (measured, *sounds[1:])
+        seconds = sounds[0].duration
+        if container.format.name != "ogg" or _is_joined(path):
+            seconds = _measured(container, container.streams.audio[sounds[0].number])
+        sounds = (replace(sounds[0], duration=seconds, estimated=False), *sounds[1:])
     return MediaInfo(
         container=container.format.name,
         num_bytes=os.stat(path).st_size,
@@ -94,6 +98,22 @@ def sound_end(path: str, max_pixels: int, streams: Collection[int], *, guess: bo
                 lasts = float((packet.duration or 0) * packet.time_base)
                 ends[packet.stream_index] = max(before, begin + lasts)
     return max(ends.values(), default=-math.inf)
+
+
+def _is_joined(path: str) -> bool:
+    """Whether an Ogg file holds others behind the first one: streams begin behind the first data.
+
+    FFmpeg tells the length of the last one.
+    """
+    with open(path, "rb") as file:
+        block = file.read(_BLOCK)
+        at = block.find(_OGG_DATA)
+        while at >= 0:
+            if block.find(_OGG_BEGIN, at) >= 0:
+                return True
+            more = file.read(_BLOCK)
+            block, at = block[-len(_OGG_BEGIN) :] + more, 0 if more else -1
+    return False
 
 
 def _measured(container: InputContainer, stream: AvAudioStream) -> float:

@@ -15,6 +15,10 @@ from vllm_mm_ext.errors import NoSuchStreamError
 # Formats whose headers tell the time at which streams end, on the container's clock, and not how
 # long they are.
 TELL_END = frozenset({"matroska,webm", "flv"})
+# Where the main header of an AVI file and its count of pictures lie, and how many parts of the file
+# are looked at.
+_AVI_NAME, _AVI_COUNT = slice(24, 28), slice(48, 52)
+_MAX_CHUNKS = 1000
 _NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -87,7 +91,7 @@ def repeats_at_end(
     """Whether the header counts pictures behind the last packet: repeats of that picture.
 
     In AVI, a packet without data repeats the picture before it, and FFmpeg leaves such packets out.
-    A file that was cut short counts what it lost, too.
+    A file that was cut short counts what it lost, too; a wrong count in one header proves nothing.
 
     Args:
         container, stream: The open file and its stream.
@@ -97,8 +101,16 @@ def repeats_at_end(
     if container.format.name != "avi" or stream.frames <= packets:
         return False
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8)[4:], "little")
-    return 0 < length <= os.stat(path).st_size - 8
+        head = file.read(_AVI_COUNT.stop)
+        end, size = 0, os.stat(path).st_size
+        for _ in range(_MAX_CHUNKS):
+            file.seek(end)
+            chunk = file.read(8)
+            if chunk[:4] != b"RIFF":
+                break
+            end += 8 + int.from_bytes(chunk[4:], "little")
+    counted = int.from_bytes(head[_AVI_COUNT], "little")
+    return head[_AVI_NAME] == b"avih" and counted == stream.frames and 8 < end <= size
 
 
 def _seconds(stream: AvVideoStream | AvAudioStream) -> float:
