@@ -320,14 +320,16 @@ def test_pictures_that_change_size_midway_are_fitted_to_the_first_ones(
     assert np.abs(pictures[1].astype(int) - np.where(filled, 180, 0)).max() < 4
 
 
-def test_a_call_that_begins_with_small_pictures_is_shown_at_the_size_of_the_container(
-    tmp_path: Path,
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_call_that_begins_with_small_pictures_is_shown_at_the_size_that_it_comes_to(
+    tmp_path: Path, grows: bool
 ) -> None:
+    large = (128, 72) if grows else (32, 18)
     path = tmp_path / "a.webm"
     with av.open(str(path), "w") as writer:
         stream: Any = writer.add_stream("libvpx", rate=10)
         stream.width, stream.height, stream.pix_fmt = 128, 72, "yuv420p"
-        for number, (width, height) in enumerate([(32, 18), (128, 72)]):
+        for number, (width, height) in enumerate([(32, 18), (32, 18), large]):
             encoder: Any = av.CodecContext.create("libvpx", "w")
             encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
             encoder.time_base = Fraction(1, 10)
@@ -337,8 +339,8 @@ def test_a_call_that_begins_with_small_pictures_is_shown_at_the_size_of_the_cont
                 packet.stream, packet.pts, packet.dts = stream, number, number
                 packet.time_base = Fraction(1, 10)
                 writer.mux(packet)
-    pictures = shown(path, frames=(0, 1))
-    assert pictures.shape == (2, 72, 128, 3)
+    pictures = shown(path, frames=(0, 2))
+    assert pictures.shape == (2, *reversed(large), 3)
     assert pictures[1].std() > 80
 
 

@@ -72,14 +72,24 @@ def displayed(path: str, info: MediaInfo, max_pixels: int, rules: PictureRules) 
             # FFmpeg finds the streams of some formats only by decoding.
             return info
         aspect, crop = stream.sample_aspect_ratio, _cropping(container, video.index)
-        picture, said = _first_picture(container, stream, max_pixels)
+        decoder = decoder_of(stream)
+        decoder.options = {"max_pixels": str(ffmpeg_limit(max_pixels)), **_NO_PIXELS}
+        decoder.thread_count = 1
+        packets = demux(container, stream)
+        picture, said = _first_picture(decoder, _from_keyframe(packets))
+        # Calls begin with small pictures until the line proves good.
+        grows = (
+            picture is not None
+            and not any(crop)
+            and _is_smaller(picture, video)
+            and _grows(decoder, packets, video)
+        )
     width, height, rotation, mirrored, plain = video.width, video.height, 0, False, True
     if picture is not None:
         check_pixels(picture.width, picture.height, max_pixels)
         width, height, plain = picture.width, picture.height, is_plain(picture)
         rotation, mirrored = orientation(picture)
-        if _is_smaller(picture, video) and not any(crop):
-            # Calls begin with small pictures until the line proves good.
+        if grows:
             width, height, plain = video.width, video.height, False
     if crop[0] + crop[1] >= width or crop[2] + crop[3] >= height:
         crop = (0, 0, 0, 0)
@@ -109,6 +119,16 @@ def _is_smaller(picture: VideoFrame, video: VideoStream) -> bool:
     """Whether a picture is smaller than the container says, and of the shape that it says."""
     ratio = picture.width * video.height / (picture.height * video.width)
     return picture.width <= _SHRUNK * video.width and abs(ratio - 1) <= _SAME_SHAPE
+
+
+def _grows(decoder: VideoCodecContext, packets: Iterator[Packet[Any]], video: VideoStream) -> bool:
+    """Whether a picture of the size that the container says follows, among the next keyframes."""
+    with contextlib.suppress(av.FFmpegError):
+        for packet in islice((packet for packet in packets if packet.is_keyframe), _MAX_PACKETS):
+            picture, _ = _first_picture(decoder, iter([packet]))
+            if picture and (picture.width, picture.height) == (video.width, video.height):
+                return True
+    return False
 
 
 def stretched(width: int, height: int, aspect: float, max_pixels: int) -> tuple[int, int]:
@@ -179,23 +199,19 @@ def decoder_of(stream: Stream) -> VideoCodecContext:
 
 
 def _first_picture(
-    container: InputContainer, stream: AvVideoStream, max_pixels: int
+    decoder: VideoCodecContext, packets: Iterator[Packet[Any]]
 ) -> tuple[VideoFrame | None, Fraction | None]:
-    """The first picture that decodes, and the pixel aspect that the bitstream gives."""
-    context = decoder_of(stream)
-    context.options = {"max_pixels": str(ffmpeg_limit(max_pixels)), **_NO_PIXELS}
-    context.thread_count = 1
-    packets = _from_keyframe(demux(container, stream))
+    """The first picture of some packets that decodes, and the pixel aspect of the bitstream."""
     while True:
         try:
             packet = next(packets, None)
             if packet is None:
                 return None, None
-            pictures = context.decode(packet)
+            pictures = decoder.decode(packet)
             if not pictures and packet.is_keyframe:
                 # A decoder holds its first picture back, in case an earlier one follows.
-                pictures = context.decode(None)
-                context.flush_buffers()
+                pictures = decoder.decode(None)
+                decoder.flush_buffers()
         except av.EOFError:
             return None, None
         except av.FFmpegError as error:
@@ -203,7 +219,7 @@ def _first_picture(
                 raise
             continue
         if pictures:
-            return pictures[0], context.sample_aspect_ratio
+            return pictures[0], decoder.sample_aspect_ratio
 
 
 def _from_keyframe(packets: Iterator[Packet[Any]]) -> Iterator[Packet[Any]]:
