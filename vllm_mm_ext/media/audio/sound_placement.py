@@ -28,7 +28,7 @@ MAX_ORIGINS = 1000
 _STEP_BACK_S = 0.1
 STEP_AHEAD_S = 10.0
 # Where pictures go on while the timestamps of the sound step back by no more, the sound overlaps.
-# Sound may lie so far from its pictures in the file.
+# So far apart may sound and pictures be that lie beside each other in the file.
 _OVERLAP_S = 1.0
 # At a jump, the pictures before and behind the sound in the file that are looked at.
 _NEAR = 4
