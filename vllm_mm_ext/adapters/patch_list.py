@@ -36,6 +36,8 @@ class Patch:
 _RENDERER = "vllm.renderers.base:BaseRenderer"
 _ENTRYPOINTS = "vllm.entrypoints"
 _OPENAI = f"{_ENTRYPOINTS}.openai"
+_CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
+_ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
 _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _POOLING = f"{_ENTRYPOINTS}.pooling.base.io_processor:PoolingIOProcessor"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -53,10 +55,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "configuration",
-        (
-            "vllm.config:ModelConfig.mm_ext_settings",
-            "vllm.config:ModelConfig.mm_ext_service",
-        ),
+        ("vllm.config:ModelConfig.mm_ext_settings", "vllm.config:ModelConfig.mm_ext_service"),
         "vLLM hands multimodal processors and their profiling nothing but the ModelConfig.",
         "vLLM gives multimodal processors the whole configuration",
         later=True,
@@ -213,7 +212,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "long video",
-        (f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",),
+        (f"{_CHAT}.create_chat_completion",),
         "A question about hours of video is answered window by window.",
         "vLLM lets a plugin answer a chat completion by requests of its own",
     ),
@@ -226,7 +225,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "request options",
         (
-            f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+            f"{_CHAT}.create_chat_completion",
             f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
             f"{_OPENAI}.responses.serving:OpenAIServingResponses.create_responses",
             f"{_OPENAI}.responses.serving:OpenAIServingResponses.responses_stream_generator",
@@ -292,7 +291,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "cache reports",
-        (f"{_PROCESSOR}._get_cache_missing_items", "vllm.v1.engine.async_llm:AsyncLLM.generate"),
+        (f"{_PROCESSOR}._get_cache_missing_items", f"{_ASYNC}.generate"),
         "Answers say what the processor cache and the prefix cache held.",
         "vLLM reports processor cache hits per request, and cached tokens with the first output",
     ),
@@ -304,6 +303,12 @@ PATCHES: tuple[Patch, ...] = (
         ),
         "A request whose preprocessed media the engine lost is answered 503, not 500.",
         "vLLM answers 503 itself on all routes, as it does on those of pooling",
+    ),
+    Patch(
+        "sent inputs",
+        (f"{_CHAT}.create_chat_completion", f"{_ASYNC}.add_request"),
+        "vLLM's chat route keeps the encoders' inputs of each request until its answer ends.",
+        "vLLM lets go of a prompt's multimodal inputs when the engine has them",
     ),
     Patch(
         "shared encoder outputs",
@@ -330,10 +335,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "encoders apart",
-        (
-            f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion",
-            "vllm.v1.engine.async_llm:AsyncLLM.generate",
-        ),
+        (f"{_CHAT}.create_chat_completion", f"{_ASYNC}.generate"),
         "Encoder instances are asked, and their empty answers reach no client.",
         "vLLM asks encoder instances itself, and refuses questions to them",
     ),

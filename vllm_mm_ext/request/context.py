@@ -76,6 +76,7 @@ class RequestContext:
             plans the videos, and both must come to the same plan.
         unreported: The hashes of its mm items are all that is kept of it: a prompt of a live
             session.
+        sends_once: Nothing needs its model inputs in the API server once the engine has them.
     """
 
     options: RequestOptions = DEFAULT_OPTIONS
@@ -90,6 +91,7 @@ class RequestContext:
     levels: tuple[int, ...] | None = None
     disaggregated: bool = False
     unreported: bool = False
+    sends_once: bool = False
     _budget_claim: Claim | None = None
 
     def conversation(self, renderer: object, cache_salt: str | None) -> RequestContext:

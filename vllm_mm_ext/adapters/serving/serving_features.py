@@ -86,6 +86,12 @@ def _install_cache_drift() -> None:
     cache_drift.install()
 
 
+def _install_sent_inputs() -> None:
+    from vllm_mm_ext.adapters.serving import sent_inputs
+
+    sent_inputs.install()
+
+
 _PLANNING_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_RENDERER}.render_chat_async", _RENDER),
     VllmName(f"{_RENDERER}.render_chat", _RENDER),
@@ -128,6 +134,21 @@ _PLANNING_NAMES: tuple[Checked, ...] = (
 _OUTPUTS = "vllm.v1.engine.output_processor"
 
 SERVING_FEATURES: tuple[Feature, ...] = (
+    # Before what answers chats in another way, so that its own requests let go as well.
+    Feature(
+        "sent inputs",
+        "an API server keeps the model inputs of chats until their answers end",
+        (
+            VllmName(f"{_CHAT}.create_chat_completion", ("request",), passed_on=True),
+            VllmName(
+                "vllm.v1.engine.async_llm:AsyncLLM.add_request",
+                ("request_id", "prompt"),
+                passed_on=True,
+            ),
+            VllmAttributes(f"{_PROTOCOL}:ChatCompletionRequest", ("use_beam_search",)),
+        ),
+        _install_sent_inputs,
+    ),
     Feature(
         "stage times",
         "response headers lack preprocessing time and token counts",
