@@ -143,7 +143,7 @@ async def test_notes_that_others_may_have_asked_for_change_no_answer_unless_hits
 @pytest.mark.parametrize(
     ("shown_at", "age_s", "is_known"), [(0, 1e6, True), (2, 60.0, True), (2, 1900.0, False)]
 )
-def test_a_window_is_shown_as_its_digest_was_made_but_not_for_ever_as_under_load(
+async def test_a_window_is_shown_as_its_digest_was_made_but_not_for_ever_as_under_load(
     shown_at: int, age_s: float, is_known: bool
 ) -> None:
     model = model_of("salt", ReportsConfig(), shown_at=shown_at, age_s=age_s)
