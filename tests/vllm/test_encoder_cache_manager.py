@@ -109,6 +109,25 @@ def test_a_drafter_that_reads_ahead_gets_an_item_beside_the_one_before_it(
     assert engine.most_device <= (150 + 130 + 110) * EMBEDDING
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_step_goes_to_others_while_an_item_waits_for_room_that_is_about_to_be_freed(
+    ahead: int,
+) -> None:
+    """Without a drafter the first item is freed once the step that has computed it has ended."""
+    engine = Engine(device=150, host=1, scheduler=MMExtScheduler, depth=2, read_ahead=ahead)
+    engine.manager._largest_item = 150
+    engine.add(request("video", [Item("one", 100), Item("two", 100)]))
+    engine.step()
+    # It has more to do than the video, which therefore goes first.
+    engine.add(request("text", [], text=600))
+    engine.step()
+    assert engine.scheduler.requests["video"].num_computed_tokens == (108 if not ahead else 216)
+    assert engine.scheduler.requests["text"].num_computed_tokens == (256 if not ahead else 147)
+    engine.run(most=20)
+    assert engine.encoded == ["one", "two"]
+    assert engine.answers == {"video": 3, "text": 3}
+
+
 @pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])
 def test_so_does_one_whose_kv_is_found_until_the_drafter_reads_the_next_item(
     scheduler: Any,

@@ -489,12 +489,23 @@ def test_a_request_whose_first_item_is_a_step_away_begins(away: int) -> None:
     assert grant.items == (items if away < 2048 else ())
 
 
-@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("overdraws", [False, True])
 def test_one_that_cannot_let_go_of_its_outputs_is_not_closed_out_by_one_without_room(
-    holds: bool,
+    overdraws: bool,
 ) -> None:
     """It holds an output beside which a drafter needs the next one, for which there is no room."""
     room = replace(ROOM, encoder_tokens=50, shift=1)
     waits, stands = prompt("waits", 100), prompt("stands", 100, text=9)
-    found = plan([waits, stands._replace(holds=holds)], room, StepTimes()).grants
-    assert found.keys() == ({"stands"} if holds else set())
+    found = plan([waits, stands._replace(overdraws=overdraws)], room, StepTimes()).grants
+    assert found.keys() == ({"stands"} if overdraws else set())
+
+
+@pytest.mark.parametrize("overdraws", [False, True])
+def test_items_that_are_needed_together_and_find_no_room_take_no_step_from_others(
+    overdraws: bool,
+) -> None:
+    """A drafter needs both of two items of one token, and the encoder cache has room for one."""
+    room = replace(ROOM, encoder_tokens=1, shift=2, overdraws=overdraws)
+    both, text = prompt("both", 1, 1, text=3000), prompt("text", text=3000)
+    found = plan([both, text], room, StepTimes()).grants
+    assert found.keys() == ({"both"} if overdraws else {"text"})

@@ -246,6 +246,11 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         self._evict(pending + needed)
         return True
 
+    def overdraws(self, request: Request, input_id: int) -> bool:
+        """Whether a request gets an item beyond the budget if prefill stops without the item."""
+        size = self._size(request.mm_features[input_id])
+        return self._must_overdraw(request, input_id, size, pending=False)
+
     def allocate(self, request: Request, input_id: int) -> None:
         """Take the space that ``can_allocate`` found for an item."""
         feature = request.mm_features[input_id]

@@ -54,7 +54,6 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.v1.request:RequestStatus.PREEMPTED"),
     VllmName(f"{_MANAGER}.get_cached_num_encoder_embeds", ("request", "input_id")),
     VllmName(f"{_MANAGER}.check_and_update_cache", ("request", "input_id")),
-    VllmName(f"{_MANAGER}.get_cached_input_ids", ("request",)),
     VllmName(
         f"{_MANAGER}.can_allocate",
         ("request", "input_id", "encoder_compute_budget", "num_embeds_to_schedule"),

@@ -192,6 +192,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             late_s=self._late_s,
             prefill_counts=self._limits_prefill,
             whole=not self.scheduler_config.enable_chunked_prefill,
+            overdraws=hasattr(self.encoder_cache_manager, "overdraws"),
         )
         return plan(candidates, room, times)
 
@@ -300,8 +301,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         padded = num_computed_tokens + num_new_tokens > request.num_tokens
         if self._limits_prefill and (grant or request.is_prefill_chunk) and not padded:
             num_new_tokens = min(num_new_tokens, grant.tokens if grant else 0)
-        found = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return int(found)
+        return int(super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens))
 
     def _try_schedule_encoder_inputs(
         self,

@@ -117,7 +117,7 @@ class Prompts:
         """
         key, need = request.request_id, self.need(request, now)
         left = max(1, request.num_tokens - need.computed)
-        manager = self._scheduler.encoder_cache_manager
+        overdraws = getattr(self._scheduler.encoder_cache_manager, "overdraws", None)
         return Candidate(
             key,
             self.arrivals[key].order,
@@ -130,7 +130,7 @@ class Prompts:
             request.status == RequestStatus.RUNNING,
             self.is_aged(request, now),
             last,
-            bool(need.items and manager.get_cached_input_ids(request)),
+            bool(need.items and overdraws and overdraws(request, need.items[0].index)),
         )
 
     def need(self, request: Any, now: float) -> Need:
@@ -189,11 +189,10 @@ class Prompts:
     def _read(self, request: Any, computed: int) -> Need:
         missing: list[Item] = []
         until = None
-        awaits = self._awaits
         for item in self.items(request, computed):
             if self.is_there(request, item):
                 continue
-            if awaits is not None and awaits(request, item.index):
+            if self._awaits is not None and self._awaits(request, item.index):
                 until = max(item.start, computed)
                 break
             missing.append(item)

@@ -57,7 +57,7 @@ class Candidate(NamedTuple):
         running: It holds a slot.
         aged: No later request may pass it.
         last: Of late vLLM could not do what it was granted: all others go before it.
-        holds: It holds encoder outputs.
+        overdraws: The encoder cache takes its first item beyond the cache's size if need be.
     """
 
     key: str
@@ -71,7 +71,7 @@ class Candidate(NamedTuple):
     running: bool
     aged: bool
     last: bool = False
-    holds: bool = False
+    overdraws: bool = False
 
     @property
     def work(self) -> int:
@@ -109,6 +109,7 @@ class Room:
         late_s: Seconds by which earlier steps took longer than theirs, for items too large for any.
         prefill_counts: Whether prompt tokens are limited.
         whole: Prompts are computed in one piece, with all their items.
+        overdraws: The encoder cache takes items that are needed together beyond its size.
     """
 
     seconds: float
@@ -123,6 +124,7 @@ class Room:
     late_s: float = 0.0
     prefill_counts: bool = True
     whole: bool = False
+    overdraws: bool = False
 
 
 @dataclass(slots=True)
@@ -234,20 +236,19 @@ class _Giver:
         if most <= 0 or seconds <= 0.0:
             return None
         chosen: list[Item] = []
-        encoding, reach, full = 0, start + one.left, False
+        encoding, reach = 0, start + one.left
         whole = bool(room.whole and one.items and not one.running)
         for group in [one.items] if whole else groups(one.items):
             reach = max(start, group[0].start - room.shift)
             ready = reach - start
-            if not chosen:
-                full = times.seconds(0, ready if room.prefill_counts else 0, start) >= seconds
-            if not whole and (full or ready >= most):
+            before = times.seconds(0, ready if room.prefill_counts else 0, start)
+            if not whole and (ready >= most or (before >= seconds and not chosen)):
                 break
             fresh = {i.digest: i.tokens for i in group if i.digest not in self._digests}
             tokens = encoding + sum(fresh.values())
             # A drafter that reads ahead needs it together with those before it.
             first = not self._items and not (chosen and ready)
-            over = room.whole or (not ready and bool(one.holds or chosen))
+            over = room.whole or (not ready and (room.overdraws if chosen else one.overdraws))
             if fresh and not self._encodes(
                 tokens, len(fresh) + len(chosen), seconds, first=first, over=first and over
             ):
