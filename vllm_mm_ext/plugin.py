@@ -120,6 +120,8 @@ def attach(renderer: Any) -> None:
         warn_of_private_addresses(config.media, domains)
         warn_of_decode_bound(config.media.decode)
         runtime = attach_runtime(config, read_traits(renderer.mm_processor), renderer)
+        if vllm_compat.is_offline(renderer.config.model_config):
+            runtime.wait_without_end()
         plan = kept_plan(renderer.config.model_config)
         if plan is not None and config.encoder_cache.encoders:
             runtime.encoder_asks = EncoderAsks(
@@ -182,7 +184,12 @@ FEATURES: tuple[Feature, ...] = (
         "configuration",
         "additional_config.mm_ext is not validated at start-up",
         (
-            VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
+            VllmName(
+                "vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self", "usage_context")
+            ),
+            VllmAttributes(
+                "vllm.usage.usage_lib:UsageContext", ("LLM_CLASS", "OPENAI_BATCH_RUNNER")
+            ),
             VllmName("vllm.config:ParallelConfig", ("_api_process_count", "_api_process_rank")),
             VllmAttributes("vllm.engine.arg_utils:EngineArgs", ("additional_config",)),
             VllmAttributes("vllm.config:VllmConfig", ("model_config", "parallel_config")),

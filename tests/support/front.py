@@ -12,6 +12,7 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.renderers import renderer_from_config
+from vllm.usage.usage_lib import UsageContext
 
 from vllm_mm_ext import plugin
 from vllm_mm_ext.adapters.serving import answers
@@ -105,8 +106,14 @@ class Front:
 
 
 @contextmanager
-def opened(files: Path, **arguments: Any) -> Iterator[Front]:
-    """A renderer for a tiny Qwen2.5-VL that may read ``files``; ``arguments`` are of the engine."""
+def opened(files: Path, usage: UsageContext | None = None, **arguments: Any) -> Iterator[Front]:
+    """A renderer for a tiny Qwen2.5-VL that may read ``files``.
+
+    Args:
+        files: A folder.
+        usage: What the engine is for.
+        arguments: Of the engine.
+    """
     plugin.register()
     config = {
         "media": {"sampling": {"fps": 2.0, "max_frames": 64, "min_frames": 2}},
@@ -122,6 +129,6 @@ def opened(files: Path, **arguments: Any) -> Iterator[Front]:
             **arguments,
         }
     )
-    renderer = renderer_from_config(args.create_engine_config())
+    renderer = renderer_from_config(args.create_engine_config(usage))
     yield Front(renderer, files)
     renderer.shutdown()

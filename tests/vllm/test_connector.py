@@ -9,6 +9,8 @@ import gc
 import time
 import weakref
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -399,10 +401,15 @@ async def test_a_video_without_sound_is_answered_where_vllm_looks_for_its_sound(
     _, ours = connectors(clips["h264"].parent)
     context = enter_request(RequestContext())
     asking: Any = SimpleNamespace(_connector=ours)
-    # vLLM 0.33 has it elsewhere.
-    strategies = pytest.importorskip("vllm.entrypoints.generate.structured_decisions.strategies")
+    # Where vLLM 0.32 has it, and where 0.33 does.
+    places = ("generate.structured_decisions", "openai.decisions")
+    modules = (f"vllm.entrypoints.{place}.strategies" for place in places)
+    strategies = import_module(next(name for name in modules if find_spec(name)))
     sound = await strategies.JointSchemaStrategy._soundtrack(asking, clips["h264"].as_uri())
     assert sound is None
     assert context.items[0].known_digest
     with pytest.raises(VLLMUnprocessableEntityError, match="no audio"):
         await ours.fetch_audio_async(clips["h264"].as_uri())
+    missing = (clips["h264"].parent / "missing.mp4").as_uri()
+    with pytest.raises(VLLMUnprocessableEntityError, match="does not exist"):
+        await strategies.JointSchemaStrategy._soundtrack(asking, missing)

@@ -19,7 +19,12 @@ from vllm.entrypoints.launchers.api_server.routers import register_api_routers
 from vllm.entrypoints.pooling.embed.api_router import router as embed_router
 from vllm.entrypoints.pooling.pooling.api_router import router as pooling_router
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-from vllm.exceptions import QueueOverflowError, VLLMClientError, VLLMError
+from vllm.exceptions import (
+    QueueOverflowError,
+    VLLMClientError,
+    VLLMError,
+    VLLMUnprocessableEntityError,
+)
 from vllm.multimodal.media import MediaConnector, VideoMediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.sampling_params import SamplingParams
@@ -35,6 +40,7 @@ from vllm_mm_ext.errors import (
     InternalMediaError,
     MediaError,
     MediaTooLargeError,
+    NoSuchStreamError,
     UnreachableMediaError,
     UnreadableMediaError,
     UnsupportedFormatError,
@@ -284,6 +290,15 @@ def test_offline_refusals_are_vllms_client_errors_and_failures_are_not() -> None
         with pytest.raises(VLLMError) as caught, client_errors():
             raise error
         assert not isinstance(caught.value, VLLMClientError)
+
+
+@pytest.mark.parametrize("error", [error for error in EVERY if error.status == 422])
+def test_only_a_missing_stream_is_a_value_error_which_vllm_takes_for_no_sound(
+    error: type[MediaError],
+) -> None:
+    with pytest.raises(VLLMUnprocessableEntityError) as caught, client_errors():
+        raise error("what is wrong", parameter="video_url")
+    assert isinstance(caught.value, ValueError) is issubclass(error, NoSuchStreamError)
 
 
 async def test_a_fault_in_the_decode_worker_is_no_fault_of_the_file(tmp_path: Path) -> None:

@@ -223,6 +223,19 @@ async def test_kv_is_given_up_once_where_a_request_for_it_is_refused(
     assert chat.freed == [request.request_id]
 
 
+async def test_notes_are_not_shared_while_engines_disagree_about_their_weights(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def disagree() -> str:
+        raise RuntimeError("Engines returned different get_weight_version results")
+
+    monkeypatch.setattr(chat.serving.engine_client, "get_weight_version", disagree)
+    for asked in (1, 2):
+        assert (await chat.ask(cache_salt="disagree")).choices
+        shown = sum("video_url" in str(request.messages) for request in chat.sent)
+        assert shown == asked * WINDOWS
+
+
 async def test_a_turn_that_pydantic_gives_once_only_is_part_of_the_answer(chat: Chat) -> None:
     said = {
         "role": "assistant",

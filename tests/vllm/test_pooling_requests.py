@@ -66,6 +66,16 @@ async def test_a_refusal_has_its_status_and_is_counted(front: Front) -> None:
     assert trace.refused == "unreachable"
 
 
+async def test_a_fault_keeps_its_traceback(front: Front) -> None:
+    class Faulty(PoolingIOProcessor):
+        def render(self, _: Any) -> Any:
+            raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError) as raised:
+        await pooling(front, Faulty).render_async(None)
+    assert "a fault" in str(raised.traceback[-1].statement)
+
+
 async def test_a_request_that_is_ended_ends_when_its_thread_is_done(front: Front) -> None:
     begun, goes_on, done = threading.Event(), threading.Event(), threading.Event()
 

@@ -5,22 +5,32 @@ from __future__ import annotations
 import ast
 import asyncio
 import gc
+import json
 import math
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from front import opened
+from vllm import LLM
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.launchers import run_batch
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client_from_engine_args
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import vllm_mm_ext
-from vllm_mm_ext.adapters.runtime import Runtime, attach_runtime, detach_runtime, runtime_of
-from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
+from vllm_mm_ext import plugin
+from vllm_mm_ext.adapters.runtime import Runtime, attach_runtime, runtime_of
+from vllm_mm_ext.adapters.vllm_compat import is_offline
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.request.media_items import MediaItem
+from vllm_mm_ext.testing.checkpoints import checkpoint
 
 PACKAGE = Path(vllm_mm_ext.__file__).parent
 
@@ -117,12 +127,54 @@ def test_a_front_end_ends_when_its_renderer_is_dropped() -> None:
     assert loop.is_closed()
 
 
-async def test_media_wait_without_end_but_for_clients_over_http() -> None:
-    made = attach_runtime(MMExtConfig(), ModelTraits())
-    try:
-        assert made.budget.max_wait_s == math.inf
-        # vLLM calls this for servers, and neither for `vllm run-batch` nor for ``LLM``.
-        await MMExtEndpointPlugin().init_state(None, None, Namespace())
-        assert made.budget.max_wait_s == made.config.media.cache.max_wait_s
-    finally:
-        detach_runtime()
+@pytest.mark.parametrize("usage", [None, UsageContext.LLM_CLASS])
+def test_media_wait_without_end_only_where_an_engine_has_no_clients(
+    usage: UsageContext | None, tmp_path: Path
+) -> None:
+    with opened(tmp_path, usage) as front:
+        wait = runtime_of(front.renderer).budget.max_wait_s
+    assert wait == (MMExtConfig().media.cache.max_wait_s if usage is None else math.inf)
+
+
+async def start_llm(model: str, _: Path) -> None:
+    LLM(model)
+
+
+async def start_batch(model: str, folder: Path) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (folder / "in").write_text(json.dumps(line))
+    given = ["-i", str(folder / "in"), "-o", str(folder / "out"), "--model", model]
+    parser = run_batch.make_arg_parser(FlexibleArgumentParser())
+    await run_batch.main(parser.parse_args(given))
+
+
+async def start_server(model: str, _: Path) -> None:
+    async with build_async_engine_client_from_engine_args(AsyncEngineArgs(model=model)):
+        pass
+
+
+class _MadeError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"), [(start_llm, True), (start_batch, True), (start_server, False)]
+)
+async def test_engines_of_llm_and_run_batch_are_known_to_have_no_clients(
+    start: Callable[[str, Path], Awaitable[None]],
+    expected: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plugin.register()
+    make, made = EngineArgs.create_engine_config, []
+
+    def make_and_stop(*args: Any, **kwargs: Any) -> Any:
+        made.append(make(*args, **kwargs))
+        raise _MadeError
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", make_and_stop)
+    with pytest.raises(_MadeError):
+        await start(str(checkpoint("qwen2_5_vl")), tmp_path)
+    assert is_offline(made[0].model_config) is expected

@@ -183,6 +183,21 @@ def test_each_prompt_of_a_request_is_counted_once_by_what_it_has(
         assert counted == sum(prompt.tokens[modality] for prompt in trace.prompts)
 
 
+def test_each_turn_of_a_response_is_followed(front: Front) -> None:
+    trace = front.render("a.mp4").trace
+
+    async def answered() -> None:
+        enter_request(RequestContext(renderer=front.renderer, trace=trace))
+        for turn in range(2):
+            followed = observer(f"turn_{turn}", {"prompt_token_ids": [turn]})
+            assert followed is not None
+            followed.first(_output(turn))
+            # vLLM renders what the model's tool has found.
+            await front.renderer.process_for_engine_async({"prompt_token_ids": [turn]}, ARRIVED)
+
+    asyncio.run(answered())
+
+
 def test_a_fault_of_the_metrics_fails_no_request(
     front: Front, sight: ApiServerSight, caplog: pytest.LogCaptureFixture
 ) -> None:

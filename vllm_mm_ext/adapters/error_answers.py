@@ -25,7 +25,13 @@ from vllm.exceptions import (
     VLLMValidationError,
 )
 
-from vllm_mm_ext.errors import ForbiddenDomainError, InternalMediaError, MediaError, raising_package
+from vllm_mm_ext.errors import (
+    ForbiddenDomainError,
+    InternalMediaError,
+    MediaError,
+    NoSuchStreamError,
+    raising_package,
+)
 from vllm_mm_ext.media.recorded import RecordError
 from vllm_mm_ext.request.context import current_request
 
@@ -59,17 +65,12 @@ class AbortedError(RetryableRequestError):  # type: ignore[misc]
         super().__init__("The engine gave this prompt up, as when it is paused. Send it again.")
 
 
-class UnprocessableMediaError(VLLMUnprocessableEntityError, ValueError):  # type: ignore[misc]
-    """A ``MediaError`` of status 422.
+class MissingStreamError(VLLMUnprocessableEntityError, ValueError):  # type: ignore[misc]
+    """A ``NoSuchStreamError``.
 
     vLLM's own media connector raises a ``ValueError`` for a file without sound, and
-    ``/v1/systemone`` goes by that.
+    ``/v1/systemone`` takes each ``ValueError`` for that.
     """
-
-    def __init__(self, error: MediaError) -> None:
-        VLLMUnprocessableEntityError.__init__(
-            self, error.message, parameter=error.parameter, value=error.value
-        )
 
 
 def answer_to(error: MediaError) -> VLLMError:
@@ -77,7 +78,9 @@ def answer_to(error: MediaError) -> VLLMError:
     if error.status is HTTPStatus.BAD_REQUEST:
         return VLLMValidationError(error.message, parameter=error.parameter, value=error.value)
     if error.status is HTTPStatus.UNPROCESSABLE_ENTITY:
-        return UnprocessableMediaError(error)
+        missing = isinstance(error, NoSuchStreamError)
+        answer: Any = MissingStreamError if missing else VLLMUnprocessableEntityError
+        return answer(error.message, parameter=error.parameter, value=error.value)
     return RefusedMediaError(error) if error.status < 500 else FailedMediaError(error)
 
 

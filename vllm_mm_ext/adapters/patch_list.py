@@ -42,6 +42,7 @@ _PROCESSOR = "vllm.multimodal.processing.processor:BaseMultiModalProcessor"
 _POOLING = f"{_ENTRYPOINTS}.pooling.base.io_processor:PoolingIOProcessor"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _MODELS = "vllm.model_executor.models:ModelRegistry.models"
+_KEPT = "vllm.config:ModelConfig.mm_ext"
 
 _SPLITS = "Videos become segments, their tokens are reduced, and frame times are exact."
 _SPLITS_UNTIL = "vLLM's own model of the family cuts videos into items that it encodes one by one"
@@ -55,7 +56,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "configuration",
-        ("vllm.config:ModelConfig.mm_ext_settings", "vllm.config:ModelConfig.mm_ext_service"),
+        (f"{_KEPT}_settings", f"{_KEPT}_service", f"{_KEPT}_offline"),
         "vLLM hands multimodal processors and their profiling nothing but the ModelConfig.",
         "vLLM gives multimodal processors the whole configuration",
         later=True,

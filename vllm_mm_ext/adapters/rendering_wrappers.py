@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
+from vllm.exceptions import VLLMError
 
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.patches import set_on, wrap
@@ -25,6 +26,9 @@ from vllm_mm_ext.errors import MediaError
 logger = logging.getLogger("vllm.mm_ext")
 
 T = TypeVar("T")
+
+# How requests end while they are rendered. Other errors are faults, whose tracebacks are needed.
+_ENDS = (VLLMError, ValueError, OSError, aiohttp.ClientError, asyncio.CancelledError)
 
 
 class Span(NamedTuple):
@@ -60,10 +64,7 @@ def around_chat_rendering(
         scope: What it returns is open while a conversation is planned and rendered.
         rendered: Called with what renders a conversation, once or more, and returns what came out.
     """
-    from vllm.exceptions import VLLMError
     from vllm.renderers.base import BaseRenderer
-
-    ends = (VLLMError, ValueError, OSError, aiohttp.ClientError, asyncio.CancelledError)
 
     def make_async(original: Callable[..., Any]) -> Callable[..., Any]:
         async def render_chat_async(
@@ -82,7 +83,7 @@ def around_chat_rendering(
                     with client_errors(), scope():
                         await plan(self, messages, chat_params, tok_params, extras)
                         return await rendered(render)
-                except ends as error:
+                except _ENDS as error:
                     _drop_tracebacks(error)
                     raise
 
@@ -186,7 +187,7 @@ def render_pooling_in_context(begun: Callable[[], None]) -> None:
                 run = partial(contextvars.copy_context().run, in_thread, *args, **kwargs)
                 try:
                     return await _to_its_end(executor.submit(run))
-                except BaseException as error:
+                except _ENDS as error:
                     _drop_tracebacks(error)
                     raise
 

@@ -72,7 +72,7 @@ class Runtime:
         self.seen = SeenMedia() if config.sight.page else None
         self.loop = LoopThread("mm-ext")
         cache = config.media.cache
-        self.budget = MediaBudget(cache.in_flight_mb * MIB, math.inf)
+        self.budget = MediaBudget(cache.in_flight_mb * MIB, cache.max_wait_s)
         self.frontend = MediaFrontend(
             config.media,
             traits,
@@ -90,12 +90,9 @@ class Runtime:
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _close, self.loop, self.frontend, self._fetchers)
 
-    def serve_http(self) -> None:
-        """Refuse media as busy from now on where they would wait for long.
-
-        Clients over HTTP send them again. Nobody does so for ``LLM.chat`` and `vllm run-batch`.
-        """
-        self.budget.max_wait_s = self.config.media.cache.max_wait_s
+    def wait_without_end(self) -> None:
+        """Let media wait for room as long as it takes: nobody would send them again."""
+        self.budget.max_wait_s = math.inf
 
     def fetcher(
         self, allowed_local_media_path: Path | None, allowed_media_domains: Sequence[str]

@@ -150,19 +150,27 @@ def around_engine_config(read: Callable[[object], T]) -> None:
 
     vLLM hands multimodal processors and their profiling nothing but the ``ModelConfig``, in the API
     server and in the engine alike; what ``read`` returned travels with it (see ``settings_of``),
-    and so does the name of the service (see ``service_of``).
+    and so do the name of the service (see ``service_of``) and whether it is for offline use
+    (see ``is_offline``).
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    offline_uses = (UsageContext.LLM_CLASS, UsageContext.OPENAI_BATCH_RUNNER)
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def create_engine_config(
+            self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
+        ) -> Any:
             settings = read(self.additional_config)
-            vllm_config = original(self, *args, **kwargs)
+            vllm_config = original(self, usage_context, *args, **kwargs)
             model_config = vllm_config.model_config
             set_on(model_config, "vllm.config:ModelConfig.mm_ext_settings", settings)
             parallel = vllm_config.parallel_config
             service = service_name(parallel._api_process_count, parallel._api_process_rank)
             set_on(model_config, "vllm.config:ModelConfig.mm_ext_service", service)
+            offline = usage_context in offline_uses
+            set_on(model_config, "vllm.config:ModelConfig.mm_ext_offline", offline)
             return vllm_config
 
         return create_engine_config
@@ -283,6 +291,14 @@ def service_of(model_config: Any) -> str | None:
     """The name of the service that travels with a ``ModelConfig``; None without one."""
     service = getattr(model_config, "mm_ext_service", None)
     return service if isinstance(service, str) else None
+
+
+def is_offline(model_config: Any) -> bool:
+    """Whether an engine works for ``LLM`` or `vllm run-batch`, whose requests nobody sends again.
+
+    False as well where another program made the engine's configuration: it may serve clients.
+    """
+    return getattr(model_config, "mm_ext_offline", False) is True
 
 
 def media_connector(

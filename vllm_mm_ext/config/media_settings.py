@@ -173,8 +173,8 @@ class CacheConfig(Section):
         gt=0,
         le=3600,
         description="Seconds media waits for room in the media budget, or among the downloads from "
-        "its host, before its request is refused with a 503. Without HTTP (`LLM.chat`, `vllm "
-        "run-batch`) media waits without end.",
+        "its host, before its request is refused with a 503. Without a client who could send the "
+        "request again (`LLM`, `vllm run-batch`) media waits without end.",
     )
 
 

@@ -50,9 +50,11 @@ that lists them.
 | `/v1/messages*`, `/cohere/v2/chat` | images | a 400; the server's settings apply |
 
 `vllm run-batch` reads these requests from a file; of its routes `/v1/chat/completions` takes the
-block. Nobody would send a refused line again, so media wait for room without end there, as for
-`LLM.chat`. Not so lines with `long_video` beyond `mm_ext.long_video.max_requests`: set that to
-their number.
+block. Nobody would send a refused line again, so media wait without end there, as for `LLM`, for
+room in the media budget and among the downloads from their host. A line may still end with a 503:
+where more lines with `long_video` run than `mm_ext.long_video.max_requests` (set that to their
+number), where name servers of 64 other hosts do not answer, where a file does not decode in time
+beside others, and where the machine has no more memory, threads or descriptors.
 
 Every route takes a block with `key` alone, which tells routers where the request goes.
 

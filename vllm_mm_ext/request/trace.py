@@ -75,8 +75,8 @@ class RequestTrace:
             the last of several conversations counts.
         prompts: Those of all its conversations.
         preprocessed: Per modality, whether the processor cache held each item.
-        cached_tokens: Number of leading prompt tokens that the prefix cache held; None until the
-            engine reports it.
+        cached_tokens: Number of leading tokens of the last prompt that the prefix cache held; None
+            until the engine reports it.
         shows_cache_hits: The operator lets clients see cache hits. Caches serve all clients, so a
             hit can tell a client that another client sent the same media.
         long_video: Of a request about long videos: its windows and their notes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
@@ -85,8 +86,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
             context,
             found,
             windows=runtime.long_video.windows,
-            # Of several API servers, only one is asked to forget its notes.
-            weights=await serving.engine_client.get_weight_version(),
+            weights=await _weight_version(serving.engine_client),
             session=serving._get_session_id(request, raw_request),
             priority=_priority(serving, request, raw_request, config.long_video),
         )
@@ -94,6 +94,16 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
         place = runtime.long_video.enter()
     chat = _LongChat(serving, request, raw_request, create, model, task, found, report, place)
     return chat.stream() if request.stream else await chat.whole()
+
+
+async def _weight_version(engine_client: Any) -> str:
+    """What notes are kept by: of several API servers, only one is asked to forget its notes."""
+    try:
+        version: str = await engine_client.get_weight_version()
+    except RuntimeError:
+        # Data-parallel engines have different weights: no request may share what they note.
+        return secrets.token_hex()
+    return version
 
 
 def forget_notes(renderer: Any) -> None:

@@ -154,7 +154,8 @@ class _Followed:
 def observer(request_id: str, prompt: Any) -> _Followed | None:
     """Follows a prompt through the engine; None where the answer gets no block.
 
-    The steps of a beam search, which are prompts to the engine, are not followed but for the first.
+    The steps of a beam search, which are prompts to the engine, are not followed but for the first:
+    none of them is rendered, and a rendered prompt begins without ``cached_tokens``.
 
     Args:
         request_id: vLLM's id of the prompt.

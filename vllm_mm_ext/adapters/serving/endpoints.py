@@ -91,11 +91,10 @@ class MMExtEndpointPlugin:
     ) -> None:
         """Keep vLLM's configuration and renderer, which identify the front-end of this server.
 
-        Live sessions begin to be taken, requests to be followed, and some refused as busy.
+        Live sessions begin to be taken, and requests to be followed.
         """
         self._config = getattr(engine_client, "vllm_config", None)
         self._renderer = getattr(engine_client, "renderer", None)
-        runtime_of(self._renderer).serve_http()
         if self._config is not None:
             self._sight.start(self._config, self._renderer, args)
         if self._health is not None:

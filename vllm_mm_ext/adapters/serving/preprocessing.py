@@ -52,6 +52,8 @@ def finished(
         {m: [s.mm_hash for s in found] for m, found in spans.items()},
     )
     trace.prompts.append(Prompt(prompt, trace.items, trace.tokens))
+    # Of the prompt before, where a response takes several turns.
+    trace.cached_tokens = None
     runtime = runtime_of(renderer)
     note_preprocessing(trace, runtime.recorder, seconds)
     note_media(runtime, context, [s.mm_hash for found in spans.values() for s in found])

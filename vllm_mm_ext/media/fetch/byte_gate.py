@@ -26,8 +26,8 @@ Why nobody waits for ever:
 - A request whose media cannot fit into the budget together is refused as too large, which bounds
   what the oldest request takes beyond the budget by the budget itself. A single item larger than
   the budget passes when its request is the oldest.
-- Over HTTP nobody waits longer than ``max_wait_s``: then the request is refused as busy, and its
-  client sends it again. Elsewhere nobody would do so.
+- Nobody waits longer than ``max_wait_s``: then the request is refused as busy, and its client sends
+  it again. Where nobody would do so (``LLM``, `vllm run-batch`), it is infinite.
 """
 
 from __future__ import annotations
