@@ -40,6 +40,7 @@ RENAMED = (
     "verify_token",
     "get_request_counts",
     "check_health",
+    "use_beam_search",
 )
 
 

@@ -293,12 +293,13 @@ def test_offline_refusals_are_vllms_client_errors_and_failures_are_not() -> None
 
 
 @pytest.mark.parametrize("error", [error for error in EVERY if error.status == 422])
-def test_only_a_missing_stream_is_a_value_error_which_vllm_takes_for_no_sound(
+def test_only_media_that_are_not_there_or_not_readable_are_value_errors(
     error: type[MediaError],
 ) -> None:
     with pytest.raises(VLLMUnprocessableEntityError) as caught, client_errors():
         raise error("what is wrong", parameter="video_url")
-    assert isinstance(caught.value, ValueError) is issubclass(error, NoSuchStreamError)
+    none = issubclass(error, NoSuchStreamError | UnreadableMediaError)
+    assert isinstance(caught.value, ValueError) is none
 
 
 async def test_a_fault_in_the_decode_worker_is_no_fault_of_the_file(tmp_path: Path) -> None:

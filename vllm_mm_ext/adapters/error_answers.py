@@ -30,6 +30,7 @@ from vllm_mm_ext.errors import (
     InternalMediaError,
     MediaError,
     NoSuchStreamError,
+    UnreadableMediaError,
     raising_package,
 )
 from vllm_mm_ext.media.recorded import RecordError
@@ -65,11 +66,11 @@ class AbortedError(RetryableRequestError):  # type: ignore[misc]
         super().__init__("The engine gave this prompt up, as when it is paused. Send it again.")
 
 
-class MissingStreamError(VLLMUnprocessableEntityError, ValueError):  # type: ignore[misc]
-    """A ``NoSuchStreamError``.
+class NoMediumError(VLLMUnprocessableEntityError, ValueError):  # type: ignore[misc]
+    """A file lacks the medium that is asked for, or the medium cannot be decoded.
 
-    vLLM's own media connector raises a ``ValueError`` for a file without sound, and
-    ``/v1/systemone`` takes each ``ValueError`` for that.
+    vLLM's own media connector raises a ``ValueError`` then, and ``/v1/systemone`` takes that for a
+    video without sound.
     """
 
 
@@ -78,8 +79,8 @@ def answer_to(error: MediaError) -> VLLMError:
     if error.status is HTTPStatus.BAD_REQUEST:
         return VLLMValidationError(error.message, parameter=error.parameter, value=error.value)
     if error.status is HTTPStatus.UNPROCESSABLE_ENTITY:
-        missing = isinstance(error, NoSuchStreamError)
-        answer: Any = MissingStreamError if missing else VLLMUnprocessableEntityError
+        none = isinstance(error, NoSuchStreamError | UnreadableMediaError)
+        answer: Any = NoMediumError if none else VLLMUnprocessableEntityError
         return answer(error.message, parameter=error.parameter, value=error.value)
     return RefusedMediaError(error) if error.status < 500 else FailedMediaError(error)
 

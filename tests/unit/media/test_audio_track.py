@@ -17,6 +17,7 @@ from vllm_mm_ext.media.audio.audio_track import MIN_AUDIO_S
 from vllm_mm_ext.media.audio.downmix import speaker_weights
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.probe import probe
+from vllm_mm_ext.media.decode.sound_probe import probe_sound
 from vllm_mm_ext.media.output_bytes import audio_seconds
 from vllm_mm_ext.media.types import AudioNote, DecodeLimits, DecodeRequest, SamplingSpec
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
@@ -140,6 +141,27 @@ def test_a_count_of_samples_for_which_a_file_has_no_room_refuses_nothing(
     assert result.audio is not None
     assert len(result.audio) / result.audio_rate == pytest.approx(1.0, abs=0.01)
     assert result.info.duration == pytest.approx(1.0, abs=0.01)
+
+
+def test_an_ogg_file_of_a_stream_that_was_joined_midway_lasts_as_long_as_what_it_holds(
+    tmp_path: Path,
+) -> None:
+    whole = make_audio(tmp_path / "whole.ogg", duration=3.0).path
+    path = tmp_path / "late.ogg"
+    with av.open(whole) as source, av.open(str(path), "w") as late:
+        stream = late.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(audio=0):
+            if packet.dts is not None:
+                packet.pts = packet.dts = packet.dts + int(36_000 / packet.time_base)
+                packet.stream = stream
+                late.mux(packet)
+    (sound,) = probe_sound(str(path), DecodeLimits()).audio
+    assert sound.duration == pytest.approx(3.0, abs=0.1)
+    assert not sound.estimated
+    # Other bytes may lie behind.
+    padded = tmp_path / "padded.ogg"
+    padded.write_bytes(Path(whole).read_bytes() + bytes(100_000))
+    assert probe_sound(str(padded), DecodeLimits()).duration == pytest.approx(3.0, abs=0.1)
 
 
 def test_joined_ogg_files_are_as_long_as_all_of_them(tmp_path: Path) -> None:

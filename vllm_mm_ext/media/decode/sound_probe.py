@@ -25,6 +25,8 @@ _NO_INDEX = 0x100
 # How pages of Ogg begin: the first one of a stream, and one that goes on with it.
 _OGG_BEGIN, _OGG_DATA = b"OggS\0\2", b"OggS\0\0"
 _BLOCK = 1 << 20
+# A stream that begins later than this, in seconds, was joined midway. Encoder delay is less.
+_BEGINS_S = 0.1
 
 
 def probe_sound(path: str, limits: DecodeLimits) -> MediaInfo:
@@ -60,9 +62,11 @@ def sound_alone(container: InputContainer, path: str) -> MediaInfo:
     film = next(iter(video_streams(container)), None)
     sounds = describe_audio(container, container_start(container), film)
     if sounds and sounds[0].estimated and container.format.flags & _NO_INDEX:
-        # FFmpeg estimates the length from the bit rate; to read the packets tells it.
-        seconds = sounds[0].duration
-        if container.format.name != "ogg" or _is_joined(path):
+        # FFmpeg estimates the length from the bit rate; to read the packets tells it. Of Ogg FFmpeg
+        # knows the end of the last file, which is the length of one that begins at 0.
+        seconds, start = sounds[0].duration, sounds[0].start
+        is_whole = container.format.name == "ogg" and seconds > 0 and abs(start) <= _BEGINS_S
+        if not is_whole or _is_joined(path):
             seconds = _measured(container, container.streams.audio[sounds[0].number])
         sounds = (replace(sounds[0], duration=seconds, estimated=False), *sounds[1:])
     return MediaInfo(
@@ -106,13 +110,14 @@ def _is_joined(path: str) -> bool:
     FFmpeg tells the length of the last one.
     """
     with open(path, "rb") as file:
-        block = file.read(_BLOCK)
-        at = block.find(_OGG_DATA)
-        while at >= 0:
-            if block.find(_OGG_BEGIN, at) >= 0:
+        tail, is_data = b"", False
+        while more := file.read(_BLOCK):
+            block = tail + more
+            at = 0 if is_data else block.find(_OGG_DATA)
+            is_data = at >= 0
+            if is_data and block.find(_OGG_BEGIN, at) >= 0:
                 return True
-            more = file.read(_BLOCK)
-            block, at = block[-len(_OGG_BEGIN) :] + more, 0 if more else -1
+            tail = block[1 - len(_OGG_BEGIN) :]
     return False
 
 
