@@ -96,6 +96,11 @@ def front_end(
                 _PREPROCESSING_COPIES * each.inputs,
                 "the encoder's inputs of one request, as they are made and as they are sent",
             ),
+            Part(
+                "sound in preprocessing",
+                _SOUND_BYTES if any(medium.audio_seconds for medium in request.media) else 0,
+                "spectra, and what the C library keeps of them when they are freed",
+            ),
         ),
     )
 
@@ -106,6 +111,9 @@ _LEAST_IN_FLIGHT = 256
 _GROWTH = 60 << 20
 # Float32, as the processor makes them, has twice the bytes of what is sent.
 _PREPROCESSING_COPIES = 3
+# As seen beside all other parts with sound of 3 to 40 s in a request, on servers that had more to
+# do than they could (``vllm-mm bench plan-memory``).
+_SOUND_BYTES = 220 << 20
 
 
 def _image_bytes(image: Image) -> int:

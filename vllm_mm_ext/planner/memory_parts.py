@@ -20,7 +20,7 @@ _CUDA_BYTES = round(1.6 * GIB)
 _NCCL_BYTES = round(1.0 * GIB)
 # What a core and a worker on a CPU load and allocate for their first requests, beside the process
 # that has loaded vLLM (``vllm-mm bench plan-memory``).
-_ENGINE_GROWTH = 130 << 20
+_ENGINE_GROWTH = 170 << 20
 
 
 @dataclass(frozen=True)
@@ -242,5 +242,10 @@ def engine_parts(
             "inputs of encoders",
             each.inputs * step.sequences,
             "vLLM's processor cache, media of all requests that run",
+        ),
+        Part(
+            "the same at the worker",
+            each.inputs * step.sequences,
+            "a worker keeps what it is sent until a request ends",
         ),
     )

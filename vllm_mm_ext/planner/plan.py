@@ -171,6 +171,11 @@ class Plan:
                 "--mm-processor-cache-gb",
             ),
         ]
+        if site.tp > 1:
+            inputs = site.tp * round(front.processor_cache_gb * GIB)
+            each.append(
+                Part("the same at the workers", inputs, "as sent to each, until a request ends")
+            )
         # vLLM starts an API server for each replica, each with caches of its own.
         return tuple(replace(part, num_bytes=part.num_bytes * site.dp) for part in each)
 
