@@ -11,7 +11,11 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.renderers import renderer_from_config
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_mm_ext import plugin
@@ -22,6 +26,22 @@ from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 CONTEXT = 2048
+
+
+def chat_route(engine: Any) -> OpenAIServingChat:
+    """vLLM's handler of chat completions in front of what stands for an engine."""
+    template: dict[str, Any] = {
+        "request_logger": None,
+        "chat_template": None,
+        "chat_template_content_format": "auto",
+    }
+    return OpenAIServingChat(
+        engine,
+        OpenAIServingModels(engine, [BaseModelPath("m", "m")]),
+        "assistant",
+        online_renderer=OnlineRenderer(engine.model_config, engine.renderer, **template),
+        **template,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from front import CONTEXT, Front, opened
+from front import CONTEXT, Front, chat_route, opened
 from PIL import Image
 from vllm import connections
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -21,11 +21,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatMessage,
 )
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
-from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_mm_ext.adapters import rendering_wrappers
 from vllm_mm_ext.adapters.long_video import long_chat
@@ -71,18 +68,7 @@ class Chat:
             errored=False,
             check_admission=lambda _: None,
         )
-        template: dict[str, Any] = {
-            "request_logger": None,
-            "chat_template": None,
-            "chat_template_content_format": "auto",
-        }
-        self.serving = OpenAIServingChat(
-            engine,
-            OpenAIServingModels(engine, [BaseModelPath("m", "m")]),
-            "assistant",
-            online_renderer=OnlineRenderer(config.model_config, front.renderer, **template),
-            **template,
-        )
+        self.serving = chat_route(engine)
 
     async def get_weight_version(self) -> str:
         return self.weights

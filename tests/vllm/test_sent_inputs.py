@@ -11,13 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from front import Front, opened
+from front import Front, chat_route, opened
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -53,18 +49,7 @@ class Engine:
             _add_request=self._add,
         )
         engine: Any = self._client
-        template: dict[str, Any] = {
-            "request_logger": None,
-            "chat_template": None,
-            "chat_template_content_format": "auto",
-        }
-        self.chat = OpenAIServingChat(
-            engine,
-            OpenAIServingModels(engine, [BaseModelPath("m", "m")]),
-            "assistant",
-            online_renderer=OnlineRenderer(config.model_config, front.renderer, **template),
-            **template,
-        )
+        self.chat = chat_route(engine)
 
     async def _tasks(self) -> tuple[str, ...]:
         return ("generate",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,27 +70,26 @@ def onset(path: Path) -> float:
     return int((np.abs(audio) > 0.1).argmax()) / result.audio_rate
 
 
-def test_sound_that_is_missing_for_long_while_pictures_go_on_leaves_silence(
-    tmp_path: Path, source: Path
+@pytest.mark.parametrize(
+    "moved",
+    [
+        # Sound is missing for long, which leaves silence.
+        lambda kind, at: None if kind == "audio" and 2 <= at < 14 else 0.0,
+        # Its clock jumps, and it stays with the pictures that lie beside it in the file.
+        lambda kind, at: 30.0 * (kind == "audio" and at > 4),
+    ],
+    ids=["missing", "jump"],
+)
+def test_sound_stays_with_the_pictures_which_go_on(
+    tmp_path: Path, source: Path, moved: Callable[[str, float], float | None]
 ) -> None:
     begin = start(source)
     path = copied(
         source,
         tmp_path / "a.ts",
-        wanted=lambda kind, at: kind == "video" or not 2 <= at - begin < 14,
-    )
-    assert onset(path) == pytest.approx(TONE.start, abs=0.05)
-
-
-def test_sound_whose_clock_jumps_while_pictures_go_on_stays_with_them(
-    tmp_path: Path, source: Path
-) -> None:
-    begin = start(source)
-    path = copied(
-        source,
-        tmp_path / "a.ts",
-        moved=lambda kind, at: 30.0 * (kind == "audio" and at - begin > 4),
-        # Keep their order in the file.
+        wanted=lambda kind, at: moved(kind, at - begin) is not None,
+        moved=lambda kind, at: moved(kind, at - begin) or 0.0,
+        # Packets keep their order in the file.
         options={"max_interleave_delta": "1", "max_delay": "0"},
     )
     assert onset(path) == pytest.approx(TONE.start, abs=0.05)

@@ -91,12 +91,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        Console(stderr=True).print(
-            f"[red]cannot write[/] {escape(str(path))}: {error.strerror or error}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(1) from None
+        raise _exit(
+            f"[red]cannot write[/] {escape(str(path))}: {error.strerror or error}"
+        ) from None
 
 
 @contextmanager
@@ -107,9 +104,7 @@ def server_errors() -> Iterator[None]:
     try:
         yield
     except ServerError as error:
-        told = escape(printable(str(error)))
-        Console(stderr=True).print(f"[red]error:[/] {told}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise _exit(f"[red]error:[/] {escape(printable(str(error)))}") from None
 
 
 @contextmanager
@@ -118,8 +113,12 @@ def media_errors() -> Iterator[None]:
     try:
         yield
     except MediaError as error:
-        Console(stderr=True).print(f"[red]{error.code}:[/] {error.message}", highlight=False)
-        raise typer.Exit(1) from None
+        raise _exit(f"[red]{error.code}:[/] {escape(error.message)}") from None
+
+
+def _exit(why: str) -> typer.Exit:
+    Console(stderr=True).print(why, highlight=False, soft_wrap=True)
+    return typer.Exit(1)
 
 
 def clock(seconds: float, digits: int = 1) -> str:
