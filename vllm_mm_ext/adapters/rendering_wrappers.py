@@ -10,7 +10,6 @@ import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +19,7 @@ from vllm.exceptions import VLLMError
 
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.patches import set_on, wrap
-from vllm_mm_ext.base.tasks import all_or_none
+from vllm_mm_ext.base.tasks import all_or_none, to_its_end
 from vllm_mm_ext.errors import MediaError
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -186,7 +185,7 @@ def render_pooling_in_context(begun: Callable[[], None]) -> None:
                 begun()
                 run = partial(contextvars.copy_context().run, in_thread, *args, **kwargs)
                 try:
-                    return await _to_its_end(executor.submit(run))
+                    return await to_its_end(executor.submit(run))
                 except _ENDS as error:
                     _drop_tracebacks(error)
                     raise
@@ -200,18 +199,6 @@ def render_pooling_in_context(begun: Callable[[], None]) -> None:
         return init
 
     wrap(PoolingIOProcessor, "__init__", make)
-
-
-async def _to_its_end(work: Future[T]) -> T:
-    """Result of work in a thread; who is cancelled waits until nothing is done any more."""
-    done = asyncio.wrap_future(work)
-    try:
-        return await asyncio.shield(done)
-    except asyncio.CancelledError:
-        if not work.cancel():
-            await asyncio.wait([done])
-            done.exception()  # Else asyncio complains that nobody looked.
-        raise
 
 
 async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:

@@ -1,9 +1,10 @@
-"""Concurrent tasks that end together, the first error ending all of them."""
+"""Work that ends with whoever waits for it: tasks that end together, and work in threads."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,3 +53,20 @@ async def _end(tasks: list[asyncio.Task[T]]) -> None:
             cancelled = True
     if cancelled:
         raise asyncio.CancelledError
+
+
+async def to_its_end(work: Future[T]) -> T:
+    """Result of work in a thread; who is cancelled waits until nothing is done any more.
+
+    Args:
+        work: As an executor's ``submit`` returns it.
+    """
+    done = asyncio.wrap_future(work)
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        if not work.cancel():
+            while not done.done():
+                await asyncio.wait([done])
+            done.exception()  # Else asyncio complains that nobody looked.
+        raise

@@ -196,21 +196,23 @@ ClientEvent = (
 )
 
 
-def _new_items(event: ClientEvent) -> Iterator[tuple[str, NewItem]]:
-    """The new items within an event, in order, each with the name of its field."""
+def _said(event: ClientEvent) -> Iterator[tuple[str, Role, Content]]:
+    """The contents of new items within an event, in order: name of the field, who says it, what."""
+    items: tuple[tuple[str, NewItem | ItemReference], ...] = ()
     if isinstance(event, ItemCreate):
-        yield "item", event.item
+        items = (("item", event.item),)
     elif isinstance(event, ResponseCreate):
-        for index, item in enumerate(event.response.input or ()):
-            if isinstance(item, NewItem):
-                yield f"response.input[{index}]", item
+        given = event.response.input or ()
+        items = tuple((f"response.input[{k}]", item) for k, item in enumerate(given))
+    for name, item in items:
+        if isinstance(item, NewItem):
+            for index, content in enumerate(item.content):
+                yield f"{name}.content[{index}]", item.role, content
 
 
 def contents(event: ClientEvent) -> Iterator[tuple[str, Content]]:
     """The contents of the items within an event, in order, each with the name of its field."""
-    for name, item in _new_items(event):
-        for index, content in enumerate(item.content):
-            yield f"{name}.content[{index}]", content
+    return ((name, content) for name, _, content in _said(event))
 
 
 def texts(event: ClientEvent) -> Iterator[tuple[str, Role, str]]:
@@ -226,10 +228,9 @@ def texts(event: ClientEvent) -> Iterator[tuple[str, Role, str]]:
         instructions, name = event.response.instructions, "response.instructions"
     if isinstance(instructions, str):
         yield name, "system", instructions
-    for name, item in _new_items(event):
-        for index, content in enumerate(item.content):
-            if isinstance(content, TextContent):
-                yield f"{name}.content[{index}].text", item.role, content.text
+    for name, role, content in _said(event):
+        if isinstance(content, TextContent):
+            yield f"{name}.text", role, content.text
 
 
 def media_contents(event: ClientEvent) -> tuple[ImageContent | AudioContent, ...]:

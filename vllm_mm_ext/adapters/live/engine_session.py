@@ -16,6 +16,7 @@ from vllm_mm_ext.adapters.live.growing import GrowingStretch
 from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
 from vllm_mm_ext.adapters.live.refusals import TooLongError, may_pass, told
 from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
+from vllm_mm_ext.base.tasks import to_its_end
 from vllm_mm_ext.live.effects import Append, Respond, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Prompt
 from vllm_mm_ext.request.context import RequestContext, enter_request
@@ -342,15 +343,12 @@ class EngineSession:
         async with self._rendering:
             # What such a prompt does not show is shown again by the next append.
             stretches = dict(self._stretches) if aside else self._stretches
-            made = asyncio.get_running_loop().run_in_executor(
-                engine.threads, engine.maker.make, prompt, stretches
-            )
-            await _whole(made)
+            made = await to_its_end(engine.threads.submit(engine.maker.make, prompt, stretches))
             if self._hashes is not None:
                 trace = RequestTrace(hashes=self._hashes.latest())
                 enter_request(RequestContext(trace=trace, unreported=True))
             (rendered,) = await engine.client.renderer.render_cmpl_async(
-                [made.result()], prompt_extras={"cache_salt": self._salt}
+                [made], prompt_extras={"cache_salt": self._salt}
             )
             return rendered
 
@@ -367,13 +365,3 @@ class EngineSession:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-async def _whole(work: asyncio.Future[Any]) -> None:
-    """Wait for work in a thread to end, also when the waiting task is cancelled."""
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        while not work.done():
-            await asyncio.wait({work})
-        raise
