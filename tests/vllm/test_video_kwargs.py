@@ -205,24 +205,38 @@ def test_a_server_says_which_keys_it_took_for_no_settings(
     assert [r for r in caplog.records if "'mm-ext' in additional_config" in r.getMessage()]
 
 
+NO_MEDIA: dict[str, Any] = {"image": 0, "video": 0}
+
+
 @pytest.mark.parametrize("made_as", [ECTransferConfig, dict])
-@pytest.mark.parametrize("text_only", [True, False])
+@pytest.mark.parametrize(
+    ("options", "text_only"),
+    [
+        ({"language_model_only": True}, True),
+        ({"limit_mm_per_prompt": NO_MEDIA}, True),
+        ({"limit_mm_per_prompt": NO_MEDIA | {"video": 1}}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
 def test_a_text_only_server_leaves_the_host_tier_out_and_says_so(
-    text_only: bool, made_as: Any, caplog: pytest.LogCaptureFixture
+    options: dict[str, Any], text_only: bool, made_as: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Not by caplog: with the first configuration vLLM sets its loggers up anew.
+    said: list[str] = []
+    monkeypatch.setattr(
+        logging.getLogger("vllm.mm_ext"), "warning", lambda text, *_: said.append(text)
+    )
     transfer = made_as(
         ec_connector="MMExtECConnector",
         ec_role="ec_both",
         ec_connector_module_path="vllm_mm_ext.encoder_cache",
     )
     arguments = EngineArgs(
-        model=str(checkpoint("qwen2_5_vl")),
-        language_model_only=text_only,
-        ec_transfer_config=transfer,
+        model=str(checkpoint("qwen2_5_vl")), ec_transfer_config=transfer, **options
     )
-    with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
-        made = arguments.create_engine_config().ec_transfer_config
-    assert (made is None) is text_only
+    made = arguments.create_engine_config()
+    assert (made.ec_transfer_config is None) is text_only
+    assert not made.model_config.multimodal_config.enable_mm_embeds
     assert arguments.ec_transfer_config is transfer
-    said = [r for r in caplog.records if "--language-model-only" in r.getMessage()]
-    assert bool(said) is text_only
+    assert any("takes no media" in text for text in said) is text_only

@@ -187,13 +187,13 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "text-only servers",
         ("vllm.engine.arg_utils:EngineArgs.create_engine_config",),
-        "With --language-model-only the host tier of the encoder cache is left out.",
+        "Of a server that takes no media, the host tier of the encoder cache is left out.",
         "vLLM starts no EC connector in a server that takes no media",
     ),
     Patch(
         "text-only servers",
-        ("vllm.engine.arg_utils:EngineArgs.ec_transfer_config",),
-        "vLLM sees no EC connector while it makes the configuration of such a server.",
+        ("vllm.config:VllmConfig.ec_transfer_config",),
+        "The configuration of such a server has no EC connector.",
         "vLLM starts no EC connector in a server that takes no media",
         later=True,
     ),

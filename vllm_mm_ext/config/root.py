@@ -121,8 +121,9 @@ def to_markdown() -> str:
         "`num_frames` is the number of frames whatever the length of a video (-1: all, at most",
         "4096), with `fps` a ceiling (-1: none). With keys other than `fps`, `num_frames`,",
         "`min_frames` and `max_frames`, a loader of vLLM reads all videos. A size or `do_resize`",
-        "in `--mm-processor-kwargs`, also within `videos_kwargs`, decides the size of frames. With",
-        "`--language-model-only` the host tier of the encoder cache is off.",
+        "in `--mm-processor-kwargs`, also within `videos_kwargs`, decides the size of frames. In a",
+        "server that takes no media (`--language-model-only`, or limits of 0 for all of them) the",
+        "host tier of the encoder cache is off.",
     ]
     lines += schema.reference_tables(MMExtConfig, KEY)
     return "\n".join(lines) + "\n"

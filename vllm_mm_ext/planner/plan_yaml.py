@@ -52,12 +52,14 @@ def plan_yaml(
     _media(page, plan, mm_processor_kwargs)
     page.say("Decodes first, encoder work apart, nobody is passed for long.")
     page.put("scheduler-cls", "vllm_mm_ext.scheduler.MMExtScheduler")
-    page.say(
-        "Encoder outputs that are evicted from the device are read back from host memory"
-        + ("." if plan.site.gpu.is_cpu else " (/dev/shm must hold encoder_cache.host_mb).")
-    )
-    page.put_json("ec-manager-config", {"encoder_cache_manager_cls": _MANAGER})
-    page.put_json("ec-transfer-config", _TRANSFER)
+    # vLLM starts no EC connector in a server that takes no media.
+    if plan.workload.has_media:
+        page.say(
+            "Encoder outputs that are evicted from the device are read back from host memory"
+            + ("." if plan.site.gpu.is_cpu else " (/dev/shm must hold encoder_cache.host_mb).")
+        )
+        page.put_json("ec-manager-config", {"encoder_cache_manager_cls": _MANAGER})
+        page.put_json("ec-transfer-config", _TRANSFER)
     _plugin(page.deeper("additional-config").deeper("mm_ext"), plan)
     return page.text()
 
@@ -231,15 +233,15 @@ def _media(page: _Page, plan: Plan, mm_processor_kwargs: Mapping[str, Any]) -> N
 
 def _plugin(page: _Page, plan: Plan) -> None:
     front, work, delivery = plan.front, plan.workload, plan.delivery
-    page.say(
-        f"The device tier has the {plan.step.encoder_tokens:,} embeddings of a step "
-        f"({plan.encoder_cache_bytes / 1e6:,.0f} MB), as vLLM's own cache; the host tier has those "
-        "of all planned requests."
-    )
-    host_mb = max(1, math.ceil(plan.host_tier_bytes / _MIB))
-    page.put_flow("encoder_cache", device_mb=0, host_mb=host_mb)
     share = plan.request.embeddings * plan.per_engine / max(1, plan.kv_blocks * plan.block_size)
     if work.has_media:
+        page.say(
+            f"The device tier has the {plan.step.encoder_tokens:,} embeddings of a step "
+            f"({plan.encoder_cache_bytes / 1e6:,.0f} MB), as vLLM's own cache; the host tier has "
+            "those of all planned requests."
+        )
+        host_mb = max(1, math.ceil(plan.host_tier_bytes / _MIB))
+        page.put_flow("encoder_cache", device_mb=0, host_mb=host_mb)
         page.say(
             "Media of all planned requests may stay in the KV cache when nobody uses them; who "
             "needs the blocks takes them."

@@ -233,6 +233,18 @@ def test_every_value_of_the_written_file_has_a_reason_and_the_plugin_takes_its_s
         assert said or follows or inside, line
 
 
+@pytest.mark.parametrize("gpu", ["cpu", "h100-80gb"])
+def test_a_server_of_text_alone_has_no_tiers_of_encoder_outputs(gpu):
+    plan = planned(site(gpu), Workload(text=500, concurrency=4))
+    text = plan_yaml(plan, command="vllm-mm plan", file_name="a.yaml", mm_processor_kwargs={})
+    read = yaml.safe_load(text)
+    assert set(json.loads(read["limit-mm-per-prompt"]).values()) == {0}
+    # With limits of 0 vLLM finds no encoder outputs to measure, and does not start a connector.
+    assert "ec-transfer-config" not in read
+    assert "encoder_cache" not in read["additional-config"]["mm_ext"]
+    MMExtConfig.from_additional_config(read["additional-config"])
+
+
 @pytest.mark.parametrize("asked", [NO_REDUCTION, Reduction(pool=2)])
 def test_the_written_file_serves_the_planned_reduction_where_the_checkpoint_has_its_own(asked):
     own = Reduction(pool=2, temporal=4)

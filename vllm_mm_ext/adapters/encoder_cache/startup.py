@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_mm_ext.adapters.encoder_cache.transport_options import (
@@ -12,10 +12,9 @@ from vllm_mm_ext.adapters.encoder_cache.transport_options import (
     TransportError,
     transport_of,
 )
-from vllm_mm_ext.adapters.names.attributes_check import VllmAttributes
 from vllm_mm_ext.adapters.names.encoder_cache_names import EMBEDS_NAMES
 from vllm_mm_ext.adapters.names.names_check import VllmName
-from vllm_mm_ext.adapters.patches import set_meanwhile, wrap
+from vllm_mm_ext.adapters.patches import set_meanwhile, set_on, wrap
 from vllm_mm_ext.adapters.vllm_compat import Feature, logger
 from vllm_mm_ext.config.encoder_cache_settings import EncoderCacheSettings
 from vllm_mm_ext.config.root import MIB, MMExtConfig
@@ -120,29 +119,29 @@ def keep_raw_embeddings_out() -> None:
 
 
 def leave_out_of_text_servers() -> None:
-    """Start a server of ``--language-model-only`` without the host tier, and say so.
+    """Start a server that takes no media without the host tier, and say so.
 
-    It has no encoder outputs to keep, and vLLM fails at start-up where it finds none to measure.
+    Such a server has no encoder outputs to keep, and vLLM fails at start-up where it finds none to
+    measure. Which media a model takes, and whether the operator's limits leave any of them, is
+    known once the configuration is made.
     """
     from vllm.engine.arg_utils import EngineArgs
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            transfer = self.ec_transfer_config
-            # vLLM takes the settings in Python as a mapping as well.
-            if isinstance(transfer, Mapping):
-                connector = transfer.get("ec_connector")
-            else:
-                connector = None if transfer is None else transfer.ec_connector
-            if connector != CONNECTOR or not self.language_model_only:
-                return original(self, *args, **kwargs)
-            logger.warning(
-                "mm_ext: with --language-model-only the server takes no media: the host tier of "
-                "the encoder cache (ec_transfer_config) is off, and nothing of the plugin that "
-                "concerns media has any effect"
-            )
-            with set_meanwhile(self, "vllm.engine.arg_utils:EngineArgs.ec_transfer_config", None):
-                return original(self, *args, **kwargs)
+            config = original(self, *args, **kwargs)
+            transfer = config.ec_transfer_config
+            if transfer is None or transfer.ec_connector != CONNECTOR:
+                return config
+            if self.language_model_only or not config.model_config.supports_multimodal_inputs:
+                logger.warning(
+                    "mm_ext: the server takes no media (--language-model-only, or a "
+                    "--limit-mm-per-prompt of 0 for each kind of media that the model takes): the "
+                    "host tier of the encoder cache (ec_transfer_config) is off, and nothing of "
+                    "the plugin that concerns media has any effect"
+                )
+                set_on(config, "vllm.config:VllmConfig.ec_transfer_config", None)
+            return config
 
         return create_engine_config
 
@@ -152,13 +151,13 @@ def leave_out_of_text_servers() -> None:
 ENCODER_CACHE_FEATURES = (
     Feature(
         "text-only servers",
-        "a server with the host tier of the encoder cache fails with --language-model-only",
+        "a server with the host tier of the encoder cache fails if it takes no media",
         (
             VllmName("vllm.engine.arg_utils:EngineArgs.create_engine_config", ("self",)),
-            VllmName(
-                "vllm.engine.arg_utils:EngineArgs", ("ec_transfer_config", "language_model_only")
-            ),
-            VllmAttributes("vllm.config:ECTransferConfig", ("ec_connector",)),
+            VllmName("vllm.engine.arg_utils:EngineArgs", ("language_model_only",)),
+            VllmName("vllm.config:ModelConfig.supports_multimodal_inputs"),
+            # Without that feature, vLLM would have let clients send embeddings by now.
+            *EMBEDS_NAMES,
         ),
         leave_out_of_text_servers,
     ),
