@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from aiohttp import ClientPayloadError
 from planner_facts import LLAMA_70B
 from server_environment import environment
@@ -103,6 +104,17 @@ def test_what_fits_is_told_as_json_and_written(tmp_path):
         50,
     )
     assert "max-num-seqs: 4" in file.read_text()
+
+
+def test_a_plan_by_the_configuration_file_of_a_model_serves_the_folder(tmp_path):
+    file = tmp_path / "plan.yaml"
+    code, _, error = run(
+        *(COMPOSER / "config.json", "--gpu", "cpu", "--text", 20, "--host-gib", 8),
+        *("--no-estimate", "--yaml", file),
+    )
+    assert code == 0, error
+    assert yaml.safe_load(file.read_text())["model"] == str(COMPOSER)
+    assert f"vllm serve {COMPOSER} --config" in error
 
 
 def test_what_does_not_fit_ends_with_1_and_says_what_would(tmp_path):

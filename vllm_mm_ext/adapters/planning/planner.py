@@ -50,7 +50,7 @@ class Planner:
 
     Args:
         model: Folder of the model's files, a ``config.json`` in it, or a name on the hub.
-        name: What to call it in the written file; None for ``model``.
+        name: What to call it in the written file; None for the folder or the name on the hub.
         mm_processor_kwargs: vLLM's ``--mm-processor-kwargs``.
         settings: The plugin's settings, ``additional_config.mm_ext``, where they are no defaults.
 
@@ -70,14 +70,16 @@ class Planner:
         self.mm_processor_kwargs = dict(mm_processor_kwargs or {})
         given = dict(settings or {})
         self.settings = MMExtConfig.from_additional_config({"mm_ext": given})
+        folder = model_folder(model)
         self.loaded: LoadedModel = load(
-            model_folder(model),
+            folder,
             context=None,
             mm_processor_kwargs=self.mm_processor_kwargs,
             settings=given,
         )
-        check_countable(name or model, self.loaded)
-        self.facts: ModelFacts = model_facts(name or model, self.loaded)
+        # vLLM serves a folder, no ``config.json`` in one.
+        check_countable(name or folder, self.loaded)
+        self.facts: ModelFacts = model_facts(name or folder, self.loaded)
         # After loading, as the processes of a server are when they have loaded the same.
         self.process_bytes: int = psutil.Process(os.getpid()).memory_info().rss
         self.counter = RequestCounter(self.loaded, self.facts, max_audio_s=_max_audio_s())
