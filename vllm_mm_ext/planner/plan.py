@@ -149,16 +149,23 @@ class Plan:
         return encoder_cache_bytes(self.facts, self.request.embeddings * self.per_engine)
 
     @property
+    def api_server(self) -> tuple[Part, ...]:
+        """Memory that an API server may take."""
+        working = self.front.in_flight_mb << 20
+        part = Part("media that are worked on", working, "media.cache.in_flight_mb")
+        return (*self.front.memory, part)
+
+    @property
     def host(self) -> tuple[Part, ...]:
         """Memory of the machine."""
         site, front = self.site, self.front
         if site.gpu.is_cpu:
-            return (*front.memory, *self.engine, Part("KV cache", self.kv_bytes, "as planned"))
+            kv = Part("KV cache", self.kv_bytes, "as planned")
+            return (*self.api_server, *self.engine, kv)
         # With one GPU the core is the worker.
         processes = site.tp + 1 if site.tp > 1 else 1
         each = [
-            *front.memory,
-            Part("media that are worked on", front.in_flight_mb << 20, "media.cache.in_flight_mb"),
+            *self.api_server,
             Part(
                 "Python and vLLM of the engine",
                 processes * site.process_bytes,

@@ -194,6 +194,18 @@ def test_on_gpus_the_memory_of_the_machine_has_every_process_and_cache_of_each_r
     assert "memory of the machine" in problem
 
 
+@pytest.mark.parametrize("gpu", ["cpu", "h100-80gb"])
+def test_the_memory_of_the_machine_has_all_that_the_written_file_lets_media_take(gpu):
+    plan = planned(site(gpu), Workload((Video(60, fps=2.0),), concurrency=64))
+    text = plan_yaml(plan, command="vllm-mm plan", file_name="a.yaml", mm_processor_kwargs={})
+    read = yaml.safe_load(text)["additional-config"]
+    cache = MMExtConfig.from_additional_config(read).media.cache
+    written = cache.encoded_mb + cache.decoded_mb + cache.in_flight_mb
+    names = {"encoded files", "frames and sound", "media that are worked on"}
+    # Each size is written in whole MiB.
+    assert sum(part.num_bytes for part in plan.host if part.name in names) > written - 3 << 20
+
+
 def test_a_container_gets_more_than_the_plan_counts_and_shared_memory_for_the_host_tiers():
     workload = Workload((Video(20),), concurrency=8)
     for gpus in (1, 2, 4):
