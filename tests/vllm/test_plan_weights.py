@@ -52,6 +52,27 @@ def test_experts_are_counted_by_themselves() -> None:
     assert tiny("qwen2_5_omni").expert_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("family", "vision", "audio"),
+    [
+        ("qwen2_5_vl", True, None),
+        ("qwen3_vl", True, None),
+        ("llava_onevision", True, None),
+        ("internvl", False, None),
+        ("qwen2_5_omni", True, False),
+        ("qwen3_omni", True, False),
+        ("composer", True, True),
+    ],
+)
+def test_gpus_must_divide_the_heads_of_encoders_whose_attention_vllm_divides(
+    family: str, vision: bool, audio: bool | None
+) -> None:
+    facts = tiny(family)
+    assert facts.vision is not None
+    assert facts.vision.divides_heads is vision
+    assert (None if facts.audio is None else facts.audio.divides_heads) is audio
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", MODELS)

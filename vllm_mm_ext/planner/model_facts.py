@@ -53,6 +53,8 @@ class EncoderFacts:
             or a window.
         gated: Its MLPs have a gate beside the two usual matrices.
         divided_bytes: Bytes of its weights that the GPUs of a replica divide among themselves.
+        divides_heads: The GPUs of a replica divide its heads, and cannot share the model if the
+            heads do not divide.
     """
 
     modality: Literal["vision", "audio"]
@@ -67,6 +69,7 @@ class EncoderFacts:
     attention_span: int = 0
     gated: bool = False
     divided_bytes: int = 0
+    divides_heads: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,21 +113,24 @@ class ModelFacts:
             tp: GPUs of a replica.
             dp: Replicas.
         """
-        text, vision = self.text, self.vision
+        text = self.text
         if text.heads % tp:
             return f"the model has {text.heads} attention heads, which must be divisible by it"
         if text.kv_heads % tp and tp % text.kv_heads:
             return f"the model has {text.kv_heads} KV heads, of which one must divide the other"
-        if vision is not None and vision.heads % tp:
-            return (
-                f"the vision encoder has {vision.heads} attention heads, which must be divisible "
-                "by it"
-            )
-        if vision is not None and vision.intermediate % tp:
-            return (
-                f"the MLPs of the vision encoder are {vision.intermediate} wide, which must be "
-                "divisible by it"
-            )
+        for encoder in (self.vision, self.audio):
+            if encoder is None:
+                continue
+            name = f"the {encoder.modality} encoder"
+            if encoder.divides_heads and encoder.heads % tp:
+                return f"{name} has {encoder.heads} attention heads, which must be divisible by it"
+            # An audio encoder is divided in all its layers or, where heads do not divide, in none.
+            divides = encoder.modality == "vision" or encoder.divides_heads
+            if divides and encoder.intermediate % tp:
+                return (
+                    f"the MLPs of {name} are {encoder.intermediate} wide, which must be divisible "
+                    "by it"
+                )
         shared = tp * dp if text.experts else tp
         if text.intermediate % shared:
             name = "experts" if text.experts else "MLPs"

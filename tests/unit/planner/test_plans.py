@@ -338,10 +338,27 @@ def test_gpus_share_a_model_only_if_the_widths_of_its_mlps_divide():
     assert "MLPs are 8190 wide" in replace(FACTS, text=replace(text, intermediate=8190)).undivided(
         4
     )
+    # InternVL's attention is whole on each GPU, its MLPs are not.
+    whole = replace(vision, heads=25, intermediate=3200, divides_heads=False)
+    assert not replace(model, vision=whole).undivided(2)
+    assert replace(model, vision=replace(whole, divides_heads=True)).undivided(2)
+    assert "3210 wide" in replace(model, vision=replace(whole, intermediate=3210)).undivided(4)
     # All GPUs of all replicas share the experts.
     experts = replace(FACTS, text=replace(text, experts=128, experts_per_token=8, intermediate=768))
     assert not experts.undivided(2, 128)
     assert "experts are 768 wide, which must be divisible by 512" in experts.undivided(2, 256)
+
+
+def test_gpus_share_a_model_only_if_its_audio_encoder_divides_or_is_whole_on_each():
+    vision = replace(FACTS.vision, heads=16)
+    audio = EncoderFacts("audio", 12, 768, 3072, 12, 0, 256, 2, 2048)
+    model = replace(FACTS, vision=vision, audio=audio)
+    assert [tp for tp in (1, 2, 4, 8) if not model.undivided(tp)] == [1, 2, 4]
+    assert "the audio encoder has 12 attention heads" in model.undivided(8)
+    assert "MLPs of the audio encoder are 3074 wide" in replace(
+        model, audio=replace(audio, intermediate=3074)
+    ).undivided(4)
+    assert not replace(model, audio=replace(audio, divides_heads=False)).undivided(8)
 
 
 def test_the_weights_of_a_gpu_are_what_is_whole_and_its_share_of_the_rest():

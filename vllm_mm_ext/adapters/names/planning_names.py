@@ -33,6 +33,7 @@ PLANNING_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.model_executor.layers.rotary_embedding:_ROPE_DICT"),
     VllmName("vllm.model_executor.layers.linear:ColumnParallelLinear"),
     VllmName("vllm.model_executor.layers.linear:RowParallelLinear"),
+    VllmName("vllm.model_executor.layers.linear:QKVParallelLinear"),
     VllmName("vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
     VllmAttributes("vllm.config:CompilationConfig", ("static_forward_context",)),
     VllmName(

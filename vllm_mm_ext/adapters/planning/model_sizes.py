@@ -53,6 +53,7 @@ def _facts(name: str, loaded: LoadedModel, model: Any, spec: Any, layers: int) -
     inner = getattr(model_config.hf_config, "thinker_config", model_config.hf_config)
     parts = _parameters(model)
     divided, experts = _divided_bytes(model), _bytes(_experts(model))
+    heads = _kinds_that_divide_heads(model)
     weights = _bytes([*model.parameters(), *model.buffers()])
     text = _text_facts(text_config, model, spec, layers, parts["text"])
     width = text.hidden * (1 + deepstack_levels(model_config.hf_config))
@@ -64,8 +65,16 @@ def _facts(name: str, loaded: LoadedModel, model: Any, spec: Any, layers: int) -
         dtype_bytes=model_config.dtype.itemsize,
         weight_bytes=weights,
         text=text,
-        vision=_vision_facts(inner, width, parts["vision"], gated=_is_gated(model)),
-        audio=_audio_facts(inner, text.hidden, parts["audio"], divided["audio"]),
+        vision=_vision_facts(
+            inner,
+            width,
+            parts["vision"],
+            gated=_is_gated(model),
+            divides_heads="vision" in heads,
+        ),
+        audio=_audio_facts(
+            inner, text.hidden, parts["audio"], divided["audio"], divides_heads="audio" in heads
+        ),
         max_context=int(model_config.max_model_len),
         kv_dtype_bytes=spec.dtype.itemsize,
         dtype=str(model_config.dtype).removeprefix("torch."),
@@ -192,6 +201,21 @@ def _divided_bytes(model: Any) -> dict[str, int]:
     return {kind: _bytes(weights.values()) for kind, weights in found.items()}
 
 
+def _kinds_that_divide_heads(model: Any) -> set[str]:
+    """The parts of the model whose attention heads the GPUs of a replica divide.
+
+    InternVL's vision encoder and the audio encoders of another library have attention of plain
+    layers, which each GPU has whole.
+    """
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    return {
+        _kind(name)
+        for name, module in model.named_modules()
+        if isinstance(module, QKVParallelLinear)
+    }
+
+
 def _kind(parameter: str) -> str:
     """To which part of the model a parameter or a module belongs, by the name of the part."""
     first = parameter.partition(".")[0]
@@ -206,7 +230,9 @@ def _is_gated(model: Any) -> bool:
     return any("gate_up" in name or "gate_proj" in name for name in names)
 
 
-def _vision_facts(config: Any, width: int, parameters: int, *, gated: bool) -> EncoderFacts | None:
+def _vision_facts(
+    config: Any, width: int, parameters: int, *, gated: bool, divides_heads: bool
+) -> EncoderFacts | None:
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return None
@@ -227,11 +253,12 @@ def _vision_facts(config: Any, width: int, parameters: int, *, gated: bool) -> E
         output_width=width,
         attention_span=(window // patch) ** 2 if window else 0,
         gated=gated,
+        divides_heads=divides_heads,
     )
 
 
 def _audio_facts(
-    config: Any, width: int, parameters: int, divided_bytes: int
+    config: Any, width: int, parameters: int, divided_bytes: int, *, divides_heads: bool
 ) -> EncoderFacts | None:
     audio = getattr(config, "audio_config", None)
     if audio is None:
@@ -250,6 +277,8 @@ def _audio_facts(
         inputs_per_output=per_output,
         output_width=width,
         divided_bytes=divided_bytes,
+        # Qwen3-Omni's is whole on each GPU where its heads do not divide.
+        divides_heads=divides_heads and mel != 8,
     )
 
 
