@@ -2,14 +2,15 @@
 
 Arithmetic as in Pope et al., Efficiently Scaling Transformer Inference (arXiv 2211.05102): two
 operations for each parameter and token, four for each pair that attends, layer and value of a head,
-and every step reads all weights once, and the KV cache of what decodes.
+and every step reads all weights once, and the KV cache of what decodes. Of a mixture of experts, a
+step that only decodes reads the experts that its tokens are expected to choose between them.
 """
 
 from __future__ import annotations
 
 from vllm_mm_ext.planner.gpu_facts import GpuFacts
 from vllm_mm_ext.planner.host_work import PICTURE
-from vllm_mm_ext.planner.model_facts import EncoderFacts, ModelFacts
+from vllm_mm_ext.planner.model_facts import EncoderFacts, ModelFacts, TextFacts
 from vllm_mm_ext.planner.rates import HostCosts, Rates, RatesRange
 from vllm_mm_ext.planner.step_costs import StepCosts
 
@@ -45,13 +46,17 @@ HOST = HostCosts(
 _STEP_RANGE, _HOST_RANGE = (0.6, 2.0), (0.4, 2.5)
 
 
-def roofline(facts: ModelFacts, gpu: GpuFacts, tp: int) -> RatesRange | None:
+def roofline(
+    facts: ModelFacts, gpu: GpuFacts, tp: int, dp: int = 1, *, decodes: int = 1
+) -> RatesRange | None:
     """Rates of a model on a GPU, with the wide range that they have.
 
     Args:
         facts: The model.
         gpu: Each GPU.
         tp: GPUs of a replica.
+        dp: Replicas, which share the experts of a mixture.
+        decodes: Requests of a replica that decode at a time.
 
     Returns:
         The rates; None where the GPU's figures are not known, or there is none.
@@ -62,14 +67,17 @@ def roofline(facts: ModelFacts, gpu: GpuFacts, tp: int) -> RatesRange | None:
     flops, bytes_s = gpu.bf16_flops * tp, gpu.bandwidth * _MEMORY
     matrix, attention = flops * _MATRIX, flops * _ATTENTION
     head = text.vocabulary * text.hidden
-    reading = text.parameters * facts.dtype_bytes / tp / bytes_s
+    experts = facts.expert_bytes / (tp * dp) / bytes_s
+    dense = (text.parameters * facts.dtype_bytes - facts.expert_bytes) / tp / bytes_s
+    chosen = _chosen(text, decodes * dp) * experts
     vision, vision_pairs = _encoder(facts.vision, matrix, attention)
     audio, _ = _encoder(facts.audio, matrix, attention)
     step = StepCosts(
-        step=_STEP_S + reading,
+        step=_STEP_S + dense + chosen,
         decodes=_SEQUENCE_S + 2 * text.active_parameters / matrix,
         decode_context=facts.kv_bytes_per_token(tp) / bytes_s,
-        prompts=_PROMPT_S,
+        # The many tokens of a prompt choose all experts.
+        prompts=_PROMPT_S + experts - chosen,
         # Logits are computed of a prompt's last token alone.
         prefill=2 * (text.active_parameters - head) / matrix,
         pairs=4 * text.layers * text.heads * text.head_dim / attention,
@@ -81,6 +89,13 @@ def roofline(facts: ModelFacts, gpu: GpuFacts, tp: int) -> RatesRange | None:
         inputs=_INPUT_S,
     )
     return RatesRange.around(Rates(step, HOST), step=_STEP_RANGE, host=_HOST_RANGE)
+
+
+def _chosen(text: TextFacts, tokens: int) -> float:
+    """Share of a mixture's experts that at least one of so many tokens is expected to choose."""
+    if not text.experts:
+        return 0.0
+    return 1 - (1 - text.experts_per_token / text.experts) ** tokens
 
 
 def _encoder(facts: EncoderFacts | None, matrix: float, attention: float) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,32 @@ def test_a_roofline_reads_all_weights_in_a_step_and_multiplies_them_with_each_to
     prefill = step.seconds(StepContents(prompts=1, prefill=4096, pairs=4096**2 / 2)) - step.step
     assert 0.053 < prefill < 0.2
     assert rates.middle.host == HOST
+
+
+def test_a_roofline_of_a_mixture_reads_the_experts_that_the_tokens_of_a_step_choose() -> None:
+    # Qwen3-30B-A3B: 8 of 128 experts of 4.7 million parameters in each of 48 layers.
+    experts = 48 * 128 * 3 * 2048 * 768
+    text = TextFacts(48, 2048, 768, 32, 4, 128, 152064, 128, 8, 30_500_000_000, 3_000_000_000)
+    facts = replace(FACTS, text=text, weight_bytes=2 * text.parameters, expert_bytes=2 * experts)
+
+    def seconds(decodes: int, dp: int = 1) -> float:
+        rates = roofline(facts, GPU, 1, dp, decodes=decodes)
+        assert rates is not None
+        return rates.middle.step.seconds(StepContents(decodes=decodes))
+
+    # What is read beside the active parameters: the table of embeddings.
+    active = 2 * (text.active_parameters + 152064 * 2048) / (0.75 * 3350e9)
+    assert active < seconds(1) < active + 3e-3
+    all_of_them = 2 * text.parameters / (0.75 * 3350e9)
+    assert seconds(1) < seconds(8) < seconds(64) < all_of_them + 7e-3
+    # Each of four replicas reads its own quarter of them, for the tokens of all.
+    assert all_of_them / 4 < seconds(64, dp=4) < seconds(64) / 2
+    one, many = (roofline(facts, GPU, 1, decodes=count) for count in (1, 64))
+    assert one is not None
+    assert many is not None
+    prompt = StepContents(prompts=1, prefill=4096, pairs=4096**2 / 2)
+    assert one.middle.step.seconds(prompt) == pytest.approx(many.middle.step.seconds(prompt))
+    assert one.middle.step.seconds(prompt) > all_of_them
 
 
 def test_more_gpus_make_each_step_shorter() -> None:

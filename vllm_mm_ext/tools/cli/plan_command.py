@@ -183,7 +183,7 @@ def _expected(
     from vllm_mm_ext.tools.cli.plan_tables import Expected
 
     try:
-        chosen = chosen_rates(planner.facts, model, made.site.gpu, made.site.tp, calibration)
+        chosen = chosen_rates(made, model, calibration)
     except RatesError as error:
         _fail(str(error))
     if chosen is None:

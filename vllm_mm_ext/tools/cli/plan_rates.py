@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllm_mm_ext.planner.calibration_file import Calibration
     from vllm_mm_ext.planner.gpu_facts import GpuFacts
     from vllm_mm_ext.planner.model_facts import ModelFacts
+    from vllm_mm_ext.planner.plan import Plan
     from vllm_mm_ext.planner.rates import RatesRange
 
 
@@ -19,16 +20,12 @@ class RatesError(ValueError):
     """A calibration cannot be used; the message names the file or what it was measured on."""
 
 
-def chosen_rates(
-    facts: ModelFacts, model: str, gpu: GpuFacts, tp: int, calibration: Path | None
-) -> tuple[RatesRange, str] | None:
-    """Rates, and where they are from; None where nothing tells.
+def chosen_rates(plan: Plan, model: str, calibration: Path | None) -> tuple[RatesRange, str] | None:
+    """Rates of a plan's server, and where they are from; None where nothing tells.
 
     Args:
-        facts: The model.
-        model: Its name or folder, as the user gave it.
-        gpu: The hardware.
-        tp: GPUs of a replica.
+        plan: The plan.
+        model: Name or folder of its model, as the user gave it.
         calibration: A file of `vllm-mm calibrate`, if there is one.
 
     Raises:
@@ -37,15 +34,16 @@ def chosen_rates(
     from vllm_mm_ext.planner.calibration_file import read
     from vllm_mm_ext.planner.roofline import roofline
 
+    facts, site = plan.facts, plan.site
     if calibration is None:
-        bound = roofline(facts, gpu, tp)
+        bound = roofline(facts, site.gpu, site.tp, site.dp, decodes=plan.per_engine)
         source = "from the GPU's data sheet; `vllm-mm calibrate` measures"
         return None if bound is None else (bound, source)
     try:
         measured = read(calibration)
     except (OSError, ValueError) as error:
         raise RatesError(f"--calibration {calibration}: {error}") from error
-    _check(measured, facts, model, gpu, tp)
+    _check(measured, facts, model, site.gpu, site.tp)
     by = f"{measured.model} on {measured.machine}, {measured.date}"
     return measured.rates, f"by `vllm-mm calibrate` with {by}"
 

@@ -253,7 +253,7 @@ def _fleet(
         plan = max(plans, key=lambda each: each.request.prompt)
         if not plan.fits:
             _fail(f"a replica cannot be planned: {'; '.join(plan.problems())}")
-        rates = chosen_rates(planner.facts, model, chosen, tp, calibration)
+        rates = chosen_rates(plan, model, calibration)
         if rates is None:
             _fail(f"--gpu {gpu}: nothing tells what work costs there; give --calibration")
         counted = [planner.counter.request(each, plan.delivery) for each in workloads]
