@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def test_envoy_gets_other_servers_and_keeps_what_a_long_video_needs() -> None:
     assert cluster["lb_policy"] == "MAGLEV"
     changed = yaml.safe_load(envoy_config(REPLICAS, 7000, {"lb_policy": "ROUND_ROBIN"}))
     assert changed["static_resources"]["clusters"][0]["lb_policy"] == "ROUND_ROBIN"
+
+
+def test_nginx_asks_another_server_where_a_connection_takes_too_long() -> None:
+    text = (CONFIGS / "nginx.conf").read_text()
+    (words,) = re.findall(r"proxy_next_upstream (.*);", text)
+    # With `non_idempotent` it would send again what a server has got.
+    assert words.split() == ["error", "timeout"]
 
 
 @pytest.mark.parametrize("name", ["nginx", "haproxy"])
