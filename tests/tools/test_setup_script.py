@@ -16,6 +16,7 @@ case "$*" in
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python
     [ ! -e breaks-early ] || { touch .venv/no-pip; exit 1; } ;;
   "-m pip --version") [ ! -e .venv/no-pip ] ;;
+  *version_info*) echo 3.12 ;;
   "-m pip install"*) echo "$*" >>installed; [ ! -e breaks ] ;;
 esac
 """
@@ -29,6 +30,9 @@ def tree(tmp_path: Path) -> Path:
         shutil.copy(_ROOT / name, tmp_path / name)
     (tmp_path / "commands").mkdir()
     program(tmp_path / "commands" / "fake-python", _PYTHON)
+    for version in ("3.10", "3.11"):
+        text = _PYTHON.replace("echo 3.12", f"echo {version}")
+        program(tmp_path / "commands" / f"fake-python{version}", text)
     return tmp_path
 
 
@@ -37,17 +41,19 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def run(tree: Path, variant: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    tree: Path, variant: str = "", python: str = "fake-python"
+) -> subprocess.CompletedProcess[str]:
     path = f"{tree / 'commands'}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "PYTHON": "fake-python", "MM_EXT_VARIANT": variant}
+    env = {**os.environ, "PATH": path, "PYTHON": python, "MM_EXT_VARIANT": variant}
     command = ["bash", "scripts/setup"]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
 
 
-def set_up(tree: Path, variant: str = "") -> tuple[int, list[str]]:
+def set_up(tree: Path, variant: str = "", python: str = "fake-python") -> tuple[int, list[str]]:
     """The script's exit status, and what it had pip install."""
     (tree / "installed").unlink(missing_ok=True)
-    status = run(tree, variant).returncode
+    status = run(tree, variant, python).returncode
     found = tree / "installed"
     return status, found.read_text().splitlines() if found.exists() else []
 
@@ -77,6 +83,31 @@ def test_the_other_build_of_vllm_goes_into_a_fresh_environment(tree: Path, break
     assert set_up(tree, "cuda") == (0, [])
 
 
+def test_another_version_of_python_goes_into_a_fresh_environment(tree: Path) -> None:
+    assert set_up(tree, "cpu")[0] == 0
+    (tree / ".venv" / "of-3.12").touch()
+    status, installed = set_up(tree, "cpu", "fake-python3.11")
+    assert status == 0
+    assert installed
+    assert not (tree / ".venv" / "of-3.12").exists()
+    (tree / ".venv" / "of-3.11").touch()
+    assert set_up(tree, "cpu", "fake-python3.11") == (0, [])
+    # Who names none keeps what is there.
+    program(tree / "commands" / "python3.12", _PYTHON)
+    assert set_up(tree, "cpu", "") == (0, [])
+    assert (tree / ".venv" / "of-3.11").exists()
+
+
+def test_a_python_that_vllm_does_not_run_on_is_refused_and_removes_nothing(tree: Path) -> None:
+    assert set_up(tree, "cpu")[0] == 0
+    for python in ("fake-python3.10", "no-such-python"):
+        done = run(tree, "cpu", python)
+        assert done.returncode == 1
+        assert "3.11, 3.12 or 3.13 is needed" in done.stderr
+        assert python in done.stderr
+    assert set_up(tree, "cpu") == (0, [])
+
+
 @pytest.mark.parametrize("left", ["no Python", "a broken Python", "no pip"])
 def test_an_environment_that_was_left_half_made_is_made_anew(tree: Path, left: str) -> None:
     if left == "no pip":
@@ -101,9 +132,12 @@ def test_an_environment_of_another_tool_is_left_as_it_is(tree: Path) -> None:
     assert done.returncode == 1
     assert "not made by this script and has no pip" in done.stderr
     assert (tree / ".venv" / "bin" / "python").exists()
-    # With pip it is used.
+    # With pip it is used, if it has the Python that is asked for.
     (tree / ".venv" / "no-pip").unlink()
     (tree / ".venv" / "kept").touch()
+    done = run(tree, python="fake-python3.11")
+    assert done.returncode == 1
+    assert "has Python 3.12, PYTHON is fake-python3.11" in done.stderr
     assert set_up(tree)[1]
     assert (tree / ".venv" / "kept").exists()
 
