@@ -17,6 +17,7 @@ import vllm_mm_ext
 from vllm_mm_ext.planner.calibration_file import VERSION, Calibration, write
 from vllm_mm_ext.planner.gpu_facts import gpu_of
 from vllm_mm_ext.planner.roofline import roofline
+from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.tools.calibration import calibrating
 from vllm_mm_ext.tools.cli.main import app
 from vllm_mm_ext.tools.cli.plan_command import _command
@@ -52,6 +53,23 @@ def test_bad_options_are_refused_with_option_value_and_what_is_valid(arguments, 
     code, _, error = run(COMPOSER, *arguments)
     assert code == 2
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("given", "medium"),
+    [
+        ('{"max_pixels": "x"}', ("--image", 1)),
+        ('{"max_pixels": "x"}', ("--video", "2s:240p")),
+        ('{"max_pixels": 1}', ("--image", 1)),
+    ],
+)
+def test_processor_options_that_the_processor_fails_with_are_named(given, medium):
+    code, _, error = run(
+        *(checkpoint("qwen2_5_vl"), "--gpu", "cpu", "--host-gib", 8, *medium),
+        *("--mm-processor-kwargs", given),
+    )
+    assert code == 2, error
+    assert f"--mm-processor-kwargs {given}" in error
 
 
 @pytest.mark.parametrize(

@@ -182,13 +182,8 @@ class RequestCounter:
         text = processor.dummy_inputs.get_dummy_text({kind: 1})
         before = len(self._loaded.tokenizer.encode(text, add_special_tokens=False))
         data = processor.info.parse_mm_data({kind: [medium]})
-        try:
-            made = processor(text, data, {}, {}, cache=None)
-        except ValueError as error:
-            shown = f"{given.width}x{given.height}" if isinstance(given, Image) else f"{given:g}s"
-            # vLLM says which processor failed, and the processor why.
-            why = error.__cause__ or error
-            raise CannotPlanError(f"--{kind}: the model does not take {shown}: {why}") from error
+        with self._loaded.naming_kwargs():
+            made = self._made(kind, given, text, data)
         places = made["mm_placeholders"][kind]
         fields = made["mm_kwargs"][kind]
         items = tuple(
@@ -215,6 +210,15 @@ class RequestCounter:
             items=items,
             picture_inputs=sum(item.encoder_inputs for item in items) if is_image else 0,
         )
+
+    def _made(self, kind: Modality, given: Image | float, text: str, data: Any) -> Any:
+        try:
+            return self._processor(text, data, {}, {}, cache=None)
+        except ValueError as error:
+            shown = f"{given.width}x{given.height}" if isinstance(given, Image) else f"{given:g}s"
+            # vLLM says which processor failed, and the processor why.
+            why = error.__cause__ or error
+            raise CannotPlanError(f"--{kind}: the model does not take {shown}: {why}") from error
 
     def _item(self, kind: Modality, embeddings: int, fields: Mapping[str, Any]) -> ItemTokens:
         """An item of the engine, with the inputs that the encoder gets."""

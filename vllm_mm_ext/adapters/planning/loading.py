@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +32,34 @@ class LoadedModel:
         config: vLLM's ``VllmConfig``.
         processor: vLLM's multimodal processor, the plugin's for the families it knows.
         traits: What the model wants from the front-end.
+        mm_processor_kwargs: vLLM's ``--mm-processor-kwargs``.
     """
 
     config: Any
     processor: Any
     traits: ModelTraits
+    mm_processor_kwargs: Mapping[str, Any]
+
+    @contextmanager
+    def naming_kwargs(self) -> Iterator[None]:
+        """Say of what fails in the processor that ``--mm-processor-kwargs`` may be why.
+
+        Processors check few of its values, and fail by them when they make something of media.
+
+        Raises:
+            CannotPlanError: There are such values, and the processor failed.
+        """
+        try:
+            yield
+        except CannotPlanError:
+            raise
+        except Exception as error:
+            if not self.mm_processor_kwargs:
+                raise
+            raise CannotPlanError(
+                f"--mm-processor-kwargs {json.dumps(dict(self.mm_processor_kwargs))}: the model's "
+                f"processor fails with it: {type(error).__name__}: {_first_line(error)}"
+            ) from error
 
     @property
     def tokenizer(self) -> Any:
@@ -104,7 +129,7 @@ def load(
     if not config.model_config.is_multimodal_model:
         raise CannotPlanError(f"{model} takes no media: there is nothing to plan for")
     processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
-    return LoadedModel(config, processor, read_traits(processor))
+    return LoadedModel(config, processor, read_traits(processor), mm_processor_kwargs)
 
 
 def _first_line(error: Exception) -> str:

@@ -195,9 +195,9 @@ class Planner:
         most = {}
         if used:
             counts = dict.fromkeys(used, 1)
-            most = dict(
-                processor.info.get_mm_max_tokens_per_item(config.max_model_len, counts) or {}
-            )
+            with self.loaded.naming_kwargs():
+                found = processor.info.get_mm_max_tokens_per_item(config.max_model_len, counts)
+            most = dict(found or {})
         return Server(
             segment_tokens=processor.segment_tokens,
             encoder_max_patches=self.settings.compression.encoder_max_patches,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -29,6 +29,7 @@ from vllm_mm_ext.tools.cli.plan_start import machine_memory, register_quietly, u
 
 if TYPE_CHECKING:
     from vllm_mm_ext.adapters.planning.planner import Planner
+    from vllm_mm_ext.planner.levers import Lever
     from vllm_mm_ext.planner.plan import Plan
     from vllm_mm_ext.planner.rates import Rates
     from vllm_mm_ext.tools.cli.plan_tables import Expected
@@ -164,12 +165,13 @@ def plan(
             process_bytes=planner.process_bytes_on(chosen),
         )
         made = planner.plan(workload, site, Wishes(context, max_frames, resolution, reduce))
+        found = () if made.fits else planner.levers(made)
         expected = (
             _expected(planner, model, made, calibration, price_per_hour) if estimate else None
         )
     except (CannotPlanError, ModelFilesError, MediaError) as error:
         _fail(str(error))
-    _show(planner, made, expected, _command(model, name), yaml, as_json=as_json)
+    _show(planner, made, found, expected, _command(model, name), yaml, as_json=as_json)
 
 
 def _expected(
@@ -223,6 +225,7 @@ def _command(model: str, name: str | None) -> str:
 def _show(
     planner: Planner,
     made: Plan,
+    found: Sequence[Lever],
     expected: Expected | None,
     command: str,
     yaml: Path | None,
@@ -232,7 +235,6 @@ def _show(
     from vllm_mm_ext.planner.plan_yaml import plan_yaml, serve_command
     from vllm_mm_ext.tools.cli.plan_tables import as_dict, show_plan
 
-    found = () if made.fits else planner.levers(made)
     if as_json:
         typer.echo(json.dumps(as_dict(made, found, expected), indent=1))
     else:
