@@ -67,7 +67,14 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 def _section_at(root: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = root
+    field: FieldInfo | None = None
     for part in path:
+        if field is not None and get_origin(field.annotation) in (tuple, list):
+            # A place in a list, which may be one of models.
+            element = get_args(field.annotation)[0]
+            is_model = isinstance(element, type) and issubclass(element, BaseModel)
+            section, field = element if is_model else None, None
+            continue
         field = section.model_fields.get(part) if section else None
         section = section_of(field) if field else None
     return section

@@ -11,9 +11,9 @@ _YAML_WORDS = {True: ("on", "yes"), False: ("off", "no")}
 
 
 class Section(BaseModel):
-    """Settings of one section. An unknown key is an error; values do not change."""
+    """Settings of one section: unknown keys are errors, numbers finite, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -53,6 +53,19 @@ def test_other_plugins_settings_are_not_ours_to_judge() -> None:
             ["mm_ext.kv", "max_visual_cache_gb", "max_visual_cache_share", "2", "0.5"],
         ),
         ({"media": {"audio": {"overflow": 3}}}, ["overflow", "3", "'error'", "'truncate'"]),
+        (
+            {"quality": {"budget": {"reductions": [{"pool": 2}, {"pools": 2}]}}},
+            ["mm_ext.quality.budget.reductions.1.pools", "valid keys here: pool, temporal"],
+        ),
+        (
+            {"quality": {"budget": {"reductions": [{"pool": 9}]}}},
+            ["mm_ext.quality.budget.reductions.0.pool", "9", "<= 8"],
+        ),
+        ({"quality": {"tiers": {"kv": ["x", 0.9]}}}, ["mm_ext.quality.tiers.kv.0", "'x'"]),
+        (
+            {"quality": {"tiers": {"kv": [float("nan"), 0.9]}}},
+            ["mm_ext.quality.tiers.kv.0", "nan", "finite"],
+        ),
         ("media", ["must be a mapping", "'media'"]),
     ],
 )
