@@ -36,6 +36,13 @@ _MEDIA_FIELDS = {
     "audio_embeds": _EMBEDDINGS,
     "image_embeds": _EMBEDDINGS,
 }
+# Fields of a body whose objects have content parts: `messages` of chat and of Anthropic's messages,
+# `input` of responses; then those of scoring and reranking, and Cohere's `inputs`.
+_HOLDERS = (
+    *("messages", "input"),
+    *("data_1", "queries", "text_1", "query", "data_2", "documents", "items", "text_2"),
+    "inputs",
+)
 # Lists and objects that lie in each other where a route has most of them: a batch, a conversation,
 # a message, its content, a tool's result, the content of the result, a part.
 _MOST_NESTED = 7
@@ -104,9 +111,12 @@ def _key(name: str) -> str:
 
 def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Content parts of a body in the order of its messages."""
-    # `messages` of chat and of Anthropic's messages, `input` of responses.
-    for field in ("messages", "input"):
+    for field in _HOLDERS:
         yield from _nested(body.get(field), _MOST_NESTED)
+    # Cohere's pictures to embed are URLs by themselves.
+    images = body.get("images")
+    if isinstance(images, list | tuple):
+        yield from ({"image_url": url} for url in images)
 
 
 def _nested(value: Any, depth: int) -> Iterator[Mapping[str, Any]]:
@@ -117,7 +127,8 @@ def _nested(value: Any, depth: int) -> Iterator[Mapping[str, Any]]:
         yield value
         for field in ("content", "output"):
             yield from _nested(value.get(field), depth - 1)
-    elif isinstance(value, list):
+    # A client in Python may have tuples where JSON has lists.
+    elif isinstance(value, list | tuple):
         for one in value:
             yield from _nested(one, depth - 1)
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
+from vllm_mm_ext.fleet.key_headers import route_headers
 from vllm_mm_ext.fleet.media_url import media_name
 from vllm_mm_ext.fleet.route_key import (
     is_route_key,
@@ -27,7 +28,10 @@ _JSON = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(
-                ["content", "messages", "input", "video_url", "url", "uuid", "source", "data"]
+                [
+                    *("content", "messages", "input", "video_url", "url", "uuid", "source", "data"),
+                    *("documents", "images", "inputs"),
+                ]
             ),
             inner,
             max_size=4,
@@ -87,6 +91,31 @@ def test_video_sound_and_pictures_of_all_routes_have_keys() -> None:
     embeds = [chat({"type": "image_embeds", "image_embeds": text}) for text in ("QUJD", "QUJE")]
     assert None not in (keys := {route_key(body) for body in embeds})
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"data_1": {"content": [video(URL)]}, "data_2": "text"},
+        {"data_1": "text", "data_2": [{"content": [video(URL)]}]},
+        {"queries": ["text"], "documents": [{"content": [video(URL)]}]},
+        {"queries": "text", "items": {"content": [video(URL)]}},
+        {"text_1": {"content": [video(URL)]}, "text_2": "text"},
+        {"query": {"content": [video(URL)]}, "documents": ["text"]},
+        {"query": "text", "documents": ["text", {"content": [video(URL)]}]},
+        {"inputs": [{"content": [{"type": "image_url", "image_url": {"url": URL}}]}]},
+        {"images": [URL, "https://elsewhere.example.com/b.png"]},
+    ],
+    ids=str,
+)
+def test_media_to_score_to_rank_and_to_embed_have_keys(body: dict[str, Any]) -> None:
+    assert route_key(body) == url_route_key(URL)
+
+
+def test_messages_and_parts_in_tuples_have_the_key_of_those_in_lists() -> None:
+    (message,) = chat(video(URL))["messages"]
+    tuples = {"messages": ({**message, "content": tuple(message["content"])},)}
+    assert route_headers(tuples) == route_headers(chat(video(URL))) != {}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +190,11 @@ def test_a_body_without_media_has_the_key_of_its_session_or_none() -> None:
     assert route_key(chat(video(URL), session_id="s")) == url_route_key(URL)
 
 
-@given(st.dictionaries(st.sampled_from(["messages", "input", "mm_ext", "session_id"]), _JSON))
+@given(
+    st.dictionaries(
+        st.sampled_from(["messages", "input", "mm_ext", "session_id", "documents", "images"]), _JSON
+    )
+)
 def test_whatever_a_client_sends_has_a_key_or_none(body: dict[str, Any]) -> None:
     key = route_key(body)
     assert key is None or is_route_key(key)
