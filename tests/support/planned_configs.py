@@ -45,18 +45,19 @@ COMMANDS = {
 }
 
 
-def written(file: str, folder: Path) -> str:
-    """What the command writes for a file.
+def written(command: str, file: str, folder: Path) -> str:
+    """What a command writes.
 
     Args:
-        file: Name of the file.
+        command: The command without ``vllm-mm``; it names a model in ``released_models``.
+        file: The file that it writes, relative to ``folder``.
         folder: Where to work.
     """
-    words = shlex.split(COMMANDS[file])
+    words = shlex.split(command)
     name = words[1]
     words[1] = str(released(name, folder))
-    words += ["--name", name, "--yaml", f"configs/{file}", "--no-estimate"]
-    (folder / "configs").mkdir(exist_ok=True)
+    words += ["--name", name, "--yaml", file, "--no-estimate"]
+    (folder / file).parent.mkdir(exist_ok=True)
     before, arguments = Path.cwd(), sys.argv
     os.chdir(folder)
     sys.argv = ["vllm-mm", *words]
@@ -65,10 +66,10 @@ def written(file: str, folder: Path) -> str:
     finally:
         os.chdir(before)
         sys.argv = arguments
-    return (folder / "configs" / file).read_text()
+    return (folder / file).read_text()
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
-        for file in COMMANDS:
-            (CONFIGS / file).write_text(written(file, Path(work)))
+        for file, command in COMMANDS.items():
+            (CONFIGS / file).write_text(written(command, f"configs/{file}", Path(work)))

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from fastapi import FastAPI
 from packaging.requirements import Requirement
+from planned_configs import written
 from vllm import envs
 from vllm.entrypoints.cli.serve import cmd_init
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -113,8 +114,12 @@ def planned(command: list[str]) -> tuple[str, ...]:
     """GiB of memory, GiB of shared memory and cores that the plan of the config file asks for."""
     file = config_of(command)
     # Files for encoders apart are the plan's but for some lines, and without its head.
-    head = (PLANNED if "encoders-apart" in str(file) else file).read_text()
-    text = " ".join(head.partition("\nmodel:")[0].replace("\n#", " ").split())
+    return asked_for((PLANNED if "encoders-apart" in str(file) else file).read_text())
+
+
+def asked_for(file: str) -> tuple[str, ...]:
+    """The same, by the text of the file."""
+    text = " ".join(file.partition("\nmodel:")[0].replace("\n#", " ").split())
     found = re.search(
         r"needs (\d+) GiB of memory, of which /dev/shm may take (\d+) GiB, and (\d+) cores",
         text,
@@ -133,6 +138,23 @@ def test_containers_get_what_the_plan_of_their_config_file_asks_for(name: str) -
             f"{shm}gb",
             cores,
         )
+
+
+def test_the_container_of_the_guide_gets_what_the_plan_before_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The command sets them, unless they are set.
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    found = re.search(
+        r"^vllm-mm (plan .*) --yaml plan\.yaml\n(docker run .*)$", guide, re.MULTILINE
+    )
+    assert found is not None
+    memory, shm, cores = asked_for(written(found[1], "plan.yaml", tmp_path))
+    options = found[2].split()
+    given = [options[options.index(name) + 1] for name in ("--memory", "--shm-size", "--cpus")]
+    assert given == [f"{memory}g", f"{shm}g", cores]
 
 
 def test_pods_get_what_the_plan_of_their_config_file_asks_for() -> None:

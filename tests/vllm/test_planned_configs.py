@@ -15,7 +15,8 @@ def test_a_shipped_config_is_the_output_of_the_command_in_it(
     # The command sets them, unless they are set.
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    assert written(file, tmp_path) == (CONFIGS / file).read_text(), (
+    made = written(COMMANDS[file], f"configs/{file}", tmp_path)
+    assert made == (CONFIGS / file).read_text(), (
         "write the files anew: python tests/support/planned_configs.py"
     )
 
