@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,7 +74,8 @@ def serve_command(plan: Plan, file_name: str) -> str:
     """
     needed = math.ceil(plan.front.request_bytes / _MIB) * _MIB
     variables = f"{_BOUND}={needed} " if needed > _USUAL_BOUND else ""
-    return f"{variables}VLLM_PLUGINS=mm_ext vllm serve {plan.facts.name} --config {file_name}"
+    words = shlex.join(["vllm", "serve", plan.facts.name, "--config", file_name])
+    return f"{variables}VLLM_PLUGINS=mm_ext {words}"
 
 
 class _Page:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,7 +24,7 @@ from vllm_mm_ext.planner.gpu_facts import GIB, Site, gpu_of
 from vllm_mm_ext.planner.levers import levers
 from vllm_mm_ext.planner.model_facts import EncoderFacts
 from vllm_mm_ext.planner.plan import Plan, Server, asked_delivery, make_plan
-from vllm_mm_ext.planner.plan_yaml import plan_yaml
+from vllm_mm_ext.planner.plan_yaml import plan_yaml, serve_command
 from vllm_mm_ext.planner.request_tokens import MediumTokens, RequestTokens
 from vllm_mm_ext.planner.video_tokens import EncoderShape, video_tokens
 from vllm_mm_ext.planner.workload import Video, Workload
@@ -157,6 +158,13 @@ def test_names_and_values_of_any_characters_are_read_as_they_are(name, value):
     read = yaml.safe_load(text)
     assert read["model"] == name
     assert json.loads(read["mm-processor-kwargs"]) == kwargs
+
+
+def test_the_command_that_serves_a_plan_is_one_that_a_shell_takes():
+    plan = planned(site("cpu"), Workload(concurrency=1))
+    plan = replace(plan, facts=replace(FACTS, name="/my models/it's"))
+    words = ["VLLM_PLUGINS=mm_ext", "vllm", "serve", "/my models/it's", "--config", "a plan.yaml"]
+    assert shlex.split(serve_command(plan, "a plan.yaml")) == words
 
 
 @given(concurrency=st.integers(1, 300))
