@@ -27,12 +27,15 @@ from vllm_mm_ext.adapters.live.engine_session import Engine, EngineSession, new_
 from vllm_mm_ext.adapters.rendering_wrappers import Span
 from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
 from vllm_mm_ext.adapters.serving.preprocessing import finished, looked_up, started
-from vllm_mm_ext.live.effects import Append, Respond, ResponseOptions, TurnEnd
+from vllm_mm_ext.live.effects import Append, Respond, ResponseOptions, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Message, Prompt, Text
+from vllm_mm_ext.live.reasoning import Reasoning
 from vllm_mm_ext.request.context import current_request
 
 END = 7
 PROMPT = Prompt((Message("user", (Text("one two three"),)),), open=True)
+THINK, THOUGHT, NEWLINE = 20, 21, 22
+REASONING = Reasoning(THINK, THOUGHT, False, lambda token: token == NEWLINE)
 
 
 class Client:
@@ -91,14 +94,20 @@ class Listener:
         self.told: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
         self.answered: asyncio.Queue[str] = asyncio.Queue()
         self.failures: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        # Of answers: the tokens, the text, and how many tokens the last one has in all.
+        self.token_ids: tuple[int, ...] = ()
+        self.text = ""
+        self.output_tokens = 0
 
     def appended(self, *told: Any) -> None:
         self.told.put_nowait(told)
 
-    def wrote(self, *_: Any) -> None:
-        pass
+    def wrote(self, _: str, token_ids: tuple[int, ...], text: str, __: Any) -> None:
+        self.token_ids += token_ids
+        self.text += text
 
-    def ended(self, response_id: str, *_: Any) -> None:
+    def ended(self, response_id: str, _: str, usage: Usage) -> None:
+        self.output_tokens = usage.output_tokens
         self.answered.put_nowait(response_id)
 
     def failed(self, _: str | None, error_type: str, code: str, __: str) -> None:
@@ -117,7 +126,7 @@ def _session(
     *,
     remembers: bool = False,
 ) -> EngineSession:
-    engine: Any = Engine(client, Maker(), threads, remembers)  # type: ignore[arg-type]
+    engine: Any = Engine(client, Maker(), threads, REASONING, remembers)  # type: ignore[arg-type]
     return EngineSession(engine, "one", listener, None, None, new_salt(), leave)
 
 
@@ -147,6 +156,44 @@ async def test_only_an_answer_is_made_into_text() -> None:
         await listener.answered.get()
         await session.close()
     assert client.texts == [False, True]
+
+
+class Writing(Client):
+    """Answers each prompt with these tokens and texts, so many at a time."""
+
+    def __init__(self, words: list[tuple[int, str]], at_once: int) -> None:
+        super().__init__()
+        self.words, self.at_once = words, at_once
+
+    async def generate(self, prompt: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        for first in range(0, len(self.words), self.at_once):
+            some = self.words[first : first + self.at_once]
+            ends = first + self.at_once >= len(self.words)
+            part = SimpleNamespace(
+                token_ids=[token for token, _ in some],
+                text="".join(text for _, text in some),
+                finish_reason="stop" if ends else None,
+            )
+            ids = prompt["prompt_token_ids"]
+            yield SimpleNamespace(prompt_token_ids=ids, num_cached_tokens=2, outputs=[part])
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+@pytest.mark.parametrize("begun", [False, True])
+async def test_the_reasoning_before_an_answer_is_left_out(begun: bool, at_once: int) -> None:
+    thought = [(1, "Let me"), (2, " see."), (THOUGHT, "</think>"), (NEWLINE, "\n\n")]
+    answer = [(3, "It"), (4, " is."), (NEWLINE, "\n"), (END, "")]
+    words = [*([] if begun else [(THINK, "<think>")]), *thought, *answer]
+    client, listener = Writing(words, at_once), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        reasoning = replace(REASONING, begun=begun)
+        engine: Any = Engine(client, Maker(), threads, reasoning)  # type: ignore[arg-type]
+        session = EngineSession(engine, "one", listener, None, None, new_salt(), _leave)
+        session.respond(Respond("one", PROMPT, ResponseOptions(9, 0.0)))
+        await listener.answered.get()
+        await session.close()
+    assert (listener.token_ids, listener.text) == ((3, 4, NEWLINE), "It is.\n")
+    assert listener.output_tokens == len(words)
 
 
 async def test_an_append_waits_for_the_one_before_it_and_takes_the_place_of_one_that_waits() -> (

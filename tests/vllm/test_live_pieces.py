@@ -56,6 +56,20 @@ def test_a_template_may_put_media_first_and_trim_texts() -> None:
     assert pieces.trims
 
 
+@pytest.mark.parametrize(
+    ("extra", "opens"), [("<think>\n", True), ("<think>\n\n</think>\n\n", False), ("", False)]
+)
+def test_a_template_tells_whether_answers_begin_with_reasoning_and_past_answers_have_none(
+    extra: str, opens: bool
+) -> None:
+    pieces = take_apart(
+        lambda messages, asking: chatml(messages, asking) + extra * asking, {"video": "[video]"}
+    )
+    assert pieces.opens_reasoning == opens
+    assert pieces.asking["user"] == "</>\n<assistant>" + extra
+    assert pieces.between["user", "assistant"] == "</>\n<assistant>"
+
+
 def test_turns_that_a_template_refuses_are_left_out_and_needed_ones_must_be_there() -> None:
     def strict(messages: Sequence[Mapping[str, Any]], asking: bool) -> str:
         if [message["role"] for message in messages][-1:] == ["assistant"]:

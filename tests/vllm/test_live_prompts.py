@@ -20,6 +20,8 @@ import vllm_mm_ext
 from vllm_mm_ext import plugin
 from vllm_mm_ext.adapters.live.engine import LiveEngine
 from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
+from vllm_mm_ext.adapters.live.served_template import renderer_of
+from vllm_mm_ext.adapters.live.template_pieces import take_apart
 from vllm_mm_ext.live.prompt import Generated, Message, Picture, Prompt, Stretch, Text
 from vllm_mm_ext.live.wire_error import WireError
 from vllm_mm_ext.media.sizing import target_size
@@ -199,6 +201,67 @@ def test_texts_and_pictures_stand_as_in_a_chat_completion(served: Any) -> None:
         )
         made = maker_of(live).make(Prompt(messages, open=False), {})
         assert made["prompt_token_ids"] == chat["prompt_token_ids"]
+
+
+# As those of Qwen3 models that think: of past answers, what follows the reasoning is shown.
+THINKING = """
+{%- macro said(message) %}
+    {%- for part in message.content %}
+        {%- if part.type == 'text' %}{{- part.text }}
+        {%- elif part.type == 'video' %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+        {%- else %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+        {%- endif %}
+    {%- endfor %}
+{%- endmacro %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {{- said(message).split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n<think>\n' + ('' if enable_thinking else '\n</think>\n\n') }}
+{%- endif %}"""
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_past_answers_of_a_model_that_thinks_stand_as_in_a_chat_completion(
+    served: Any, thinks: bool
+) -> None:
+    live, renderer = served
+    family, tokenizer = maker_of(live).family, renderer.get_tokenizer()
+    if set(family.token_ids) != {"video", "image"}:
+        pytest.skip("the template has other media")
+    how = {"enable_thinking": thinks}
+    chat = SimpleNamespace(
+        chat_template=THINKING,
+        chat_template_content_format="auto",
+        default_chat_template_kwargs=how,
+    )
+    tokens = {kind: tokenizer.decode([one]) for kind, one in family.token_ids.items()}
+    pieces = take_apart(renderer_of(chat, renderer.model_config, tokenizer), tokens)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    maker = PromptMaker(pieces, family, encode, tokens, ())
+    assert pieces.opens_reasoning == thinks
+    answer = Generated(tuple(encode("It moves.")), "It moves.")
+    talk = Message("user", (Text("What?"),)), Message("assistant", (answer,))
+    made = maker.make(Prompt((*talk, Message("user", (Text("Why?"),))), open=False), {})
+    said = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "It may.\n</think>\n\nIt moves."},
+        {"role": "user", "content": "Why?"},
+    ]
+    request = ChatCompletionRequest(model="m", messages=said)
+    _, (stock,) = asyncio.run(
+        renderer.render_chat_async(
+            [request.messages],
+            request.build_chat_params(THINKING, "auto").with_defaults(how),
+            request.build_tok_params(renderer.model_config),
+        )
+    )
+    assert made["prompt_token_ids"] == stock["prompt_token_ids"]
 
 
 def test_measured_tokens_are_those_of_the_prompt(served: Any) -> None:

@@ -16,11 +16,12 @@ from vllm_mm_ext.adapters.live.engine_session import (
 )
 from vllm_mm_ext.adapters.live.families import UnsupportedModelError, family_of
 from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
-from vllm_mm_ext.adapters.live.served_template import renderer_of
+from vllm_mm_ext.adapters.live.served_template import reasoning_of, renderer_of
 from vllm_mm_ext.adapters.live.template_pieces import TemplateError, take_apart
 from vllm_mm_ext.adapters.placeholder_wrappers import placeholders_of
 from vllm_mm_ext.live.family import FamilyTraits
 from vllm_mm_ext.live.prompt import Message
+from vllm_mm_ext.live.reasoning import Reasoning
 from vllm_mm_ext.policies.kv.control import KVClient, NoBlockPoolError
 
 __all__ = ["EngineSession", "LiveEngine", "LiveUnavailableError", "UnknownModelError"]
@@ -45,14 +46,16 @@ class LiveEngine:
         pinned: Sessions whose media the engine keeps.
     """
 
-    def __init__(self, engine_client: Any, models: Any, maker: PromptMaker) -> None:
+    def __init__(
+        self, engine_client: Any, models: Any, maker: PromptMaker, reasoning: Reasoning | None
+    ) -> None:
         self.pinned = 0
         self.traits: FamilyTraits = maker.family.traits
         self._models = models
         settings = vllm_compat.settings_of(engine_client.model_config)
         # One core is enough for putting prompts together.
         threads = ThreadPoolExecutor(1, "mm-ext-live")
-        self._engine = Engine(engine_client, maker, threads, settings.sight.page)
+        self._engine = Engine(engine_client, maker, threads, reasoning, settings.sight.page)
         self.context_tokens = self._engine.context_tokens
         self._kv = KVClient(engine_client) if settings.kv.enabled else None
         self._of_rank: Counter[int] = Counter()
@@ -83,6 +86,7 @@ class LiveEngine:
             family = family_of(model_config, processor, settings)
             tokens = {kind: tokenizer.decode([one]) for kind, one in family.token_ids.items()}
             pieces = take_apart(renderer_of(chat, model_config, tokenizer), tokens)
+            reasoning = reasoning_of(tokenizer, begun=pieces.opens_reasoning)
         except (UnsupportedModelError, TemplateError) as error:
             raise LiveUnavailableError(str(error)) from error
 
@@ -91,7 +95,7 @@ class LiveEngine:
             return ids
 
         maker = PromptMaker(pieces, family, encode, tokens, placeholders_of(processor))
-        return cls(engine_client, state.openai_serving_models, maker)
+        return cls(engine_client, state.openai_serving_models, maker, reasoning)
 
     def measure(self, message: Message) -> int:
         """Prompt tokens of a message, with those that begin and end it.

@@ -19,6 +19,7 @@ from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
 from vllm_mm_ext.base.tasks import to_its_end
 from vllm_mm_ext.live.effects import Append, Respond, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Prompt
+from vllm_mm_ext.live.reasoning import AnswerOnly, Reasoning
 from vllm_mm_ext.request.context import RequestContext, enter_request
 from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.sight.ended_sessions import SessionHashes
@@ -75,12 +76,14 @@ class Engine:
         client: vLLM's ``AsyncLLM``.
         maker: Makes prompts.
         threads: Where prompts are put together.
+        reasoning: How the model sets reasoning apart from its answers, if it does.
         remembers: Sessions remember the hashes of their mm items, for takedowns.
     """
 
     client: Any
     maker: PromptMaker
     threads: ThreadPoolExecutor
+    reasoning: Reasoning | None = None
     remembers: bool = False
 
     @property
@@ -257,6 +260,7 @@ class EngineSession:
         if options.temperature is not None:
             chosen["temperature"] = options.temperature
         banned = engine.maker.family.token_ids
+        answer = None if engine.reasoning is None else AnswerOnly(engine.reasoning)
 
         def params(prompt_tokens: int) -> Any:
             room = engine.context_tokens - prompt_tokens
@@ -278,9 +282,10 @@ class EngineSession:
             usage = replace(usage, output_tokens=usage.output_tokens + len(part.token_ids))
             reason = part.finish_reason
             # The token that ends an answer has no text, and no place in the conversation.
-            ids = part.token_ids[:-1] if reason == "stop" else part.token_ids
-            if ids or part.text:
-                self._listener.wrote(name, tuple(ids), part.text, usage)
+            ids = tuple(part.token_ids[:-1] if reason == "stop" else part.token_ids)
+            ids, text = (ids, part.text) if answer is None else answer.take(ids, part.text)
+            if ids or text:
+                self._listener.wrote(name, ids, text, usage)
             if reason in ("stop", "length"):
                 self._listener.ended(name, reason, usage)
             elif reason is not None:

@@ -1,11 +1,12 @@
-"""The chat template of the served model, applied as vLLM applies it to chat completions."""
+"""The served model's chat template as vLLM applies it, and its tokens around reasoning."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_mm_ext.adapters.live.template_pieces import Render
+from vllm_mm_ext.adapters.live.template_pieces import Render, TemplateError
+from vllm_mm_ext.live.reasoning import BEGIN, END, Reasoning
 
 
 def renderer_of(chat: Any, model_config: Any, tokenizer: Any) -> Render:
@@ -49,3 +50,28 @@ def renderer_of(chat: Any, model_config: Any, tokenizer: Any) -> Render:
         return rendered
 
     return render
+
+
+def reasoning_of(tokenizer: Any, *, begun: bool) -> Reasoning | None:
+    """How the served model sets reasoning apart from its answers; None: it has no tokens for that.
+
+    Args:
+        tokenizer: The served model's.
+        begun: The chat template lets every answer begin with reasoning.
+
+    Raises:
+        TemplateError: It does, and where the reasoning ends cannot be told.
+    """
+    begin, end = (tokenizer.encode(mark, add_special_tokens=False) for mark in (BEGIN, END))
+    # A tokenizer may have one token for all that it does not know.
+    known = [tokenizer.decode(ids).strip() for ids in (begin, end)] == [BEGIN, END]
+    if known and len(begin) == len(end) == 1:
+        return Reasoning(
+            begin[0], end[0], begun, lambda token: not tokenizer.decode([token]).strip("\n")
+        )
+    if begun:
+        raise TemplateError(
+            f"the chat template lets answers begin with {BEGIN!r}, and the model's tokenizer has "
+            f"no token {END!r}"
+        )
+    return None

@@ -14,6 +14,7 @@ from itertools import pairwise, product
 from typing import Any, get_args
 
 from vllm_mm_ext.live.client_events import Role
+from vllm_mm_ext.live.reasoning import BEGIN, END
 
 # Renders messages of an OpenAI conversation; the second argument asks for an answer.
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
@@ -38,6 +39,7 @@ class TemplatePieces:
         media: What stands for a medium, by modality; it has the modality's token once.
         media_first: A message's media stand before all its texts.
         trims: White space around texts is left out.
+        opens_reasoning: What is written after ``asking`` begins with reasoning.
     """
 
     first: Mapping[Role, str]
@@ -47,6 +49,7 @@ class TemplatePieces:
     media: Mapping[str, str]
     media_first: bool
     trims: bool
+    opens_reasoning: bool
 
 
 def take_apart(render: Render, tokens: Mapping[str, str]) -> TemplatePieces:
@@ -101,6 +104,7 @@ def take_apart(render: Render, tokens: Mapping[str, str]) -> TemplatePieces:
         media,
         media_first=True in places,
         trims=f" {_MARKERS[0]} " not in spaced,
+        opens_reasoning=asking["user"].rfind(BEGIN) > asking["user"].rfind(END),
     )
 
 
