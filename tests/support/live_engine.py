@@ -48,7 +48,11 @@ async def live_engine(engine: Any) -> LiveEngine:
     """What live sessions need, without a server around the engine."""
     models = OpenAIServingModels(engine, [BaseModelPath(name="tiny", model_path="tiny")])
     chat = SimpleNamespace(
-        chat_template=None, chat_template_content_format="auto", default_chat_template_kwargs={}
+        chat_template=None,
+        chat_template_content_format="auto",
+        default_chat_template_kwargs={},
+        default_sampling_params=engine.model_config.get_diff_sampling_param(),
+        override_max_tokens=None,
     )
     return await LiveEngine.start(
         engine, SimpleNamespace(openai_serving_chat=chat, openai_serving_models=models)

@@ -34,6 +34,7 @@ from vllm_mm_ext.request.context import current_request
 
 END = 7
 PROMPT = Prompt((Message("user", (Text("one two three"),)),), open=True)
+CHAT = SimpleNamespace(default_sampling_params={}, override_max_tokens=None)
 THINK, THOUGHT, NEWLINE = 20, 21, 22
 REASONING = Reasoning(THINK, THOUGHT, False, lambda token: token == NEWLINE)
 
@@ -41,13 +42,13 @@ REASONING = Reasoning(THINK, THOUGHT, False, lambda token: token == NEWLINE)
 class Client:
     """Answers each prompt with one token, whose chance is a quarter."""
 
-    model_config = SimpleNamespace(max_model_len=100, get_diff_sampling_param=dict)
+    model_config = SimpleNamespace(max_model_len=100)
 
     def __init__(self) -> None:
         self.renderer = self
         self.ended = 0
-        # Of each prompt, whether its tokens are made into text.
-        self.texts: list[bool] = []
+        # How each prompt is answered.
+        self.params: list[Any] = []
         self.salts: set[str] = set()
         # Prompts are answered as long as this is set.
         self.answers = asyncio.Event()
@@ -60,7 +61,7 @@ class Client:
         return prompts
 
     async def generate(self, prompt: Any, params: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
-        self.texts.append(params.detokenize)
+        self.params.append(params)
         await self.answers.wait()
         logprobs = None
         if params.allowed_token_ids is not None:
@@ -124,9 +125,10 @@ def _session(
     threads: ThreadPoolExecutor,
     leave: Callable[[], Awaitable[None]] = _leave,
     *,
+    chat: Any = CHAT,
     remembers: bool = False,
 ) -> EngineSession:
-    engine: Any = Engine(client, Maker(), threads, REASONING, remembers)  # type: ignore[arg-type]
+    engine: Any = Engine(client, chat, Maker(), threads, REASONING, remembers)  # type: ignore[arg-type]
     return EngineSession(engine, "one", listener, None, None, new_salt(), leave)
 
 
@@ -155,7 +157,36 @@ async def test_only_an_answer_is_made_into_text() -> None:
         session.respond(Respond("one", PROMPT, ResponseOptions(1, 0.0)))
         await listener.answered.get()
         await session.close()
-    assert client.texts == [False, True]
+    assert [params.detokenize for params in client.params] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "default", "most", "gets"),
+    [(None, None, None, 95), (30, 20, None, 30), (None, 20, None, 20), (30, 20, 10, 10)],
+)
+async def test_an_answer_is_sampled_as_a_chat_completion(
+    wanted: int | None, default: int | None, most: int | None, gets: int
+) -> None:
+    sampling = {
+        "temperature": 0.6,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 1.5,
+        "frequency_penalty": 0.5,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.1,
+    }
+    defaults = sampling if default is None else {**sampling, "max_tokens": default}
+    chat = SimpleNamespace(default_sampling_params=defaults, override_max_tokens=most)
+    client, listener = Client(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads, chat=chat)
+        session.respond(Respond("one", PROMPT, ResponseOptions(wanted, None)))
+        await listener.answered.get()
+        await session.close()
+    (params,) = client.params
+    assert {name: getattr(params, name) for name in sampling} == sampling
+    assert params.max_tokens == gets
 
 
 class Writing(Client):
@@ -187,7 +218,7 @@ async def test_the_reasoning_before_an_answer_is_left_out(begun: bool, at_once: 
     client, listener = Writing(words, at_once), Listener()
     with ThreadPoolExecutor(1) as threads:
         reasoning = replace(REASONING, begun=begun)
-        engine: Any = Engine(client, Maker(), threads, reasoning)  # type: ignore[arg-type]
+        engine: Any = Engine(client, CHAT, Maker(), threads, reasoning)  # type: ignore[arg-type]
         session = EngineSession(engine, "one", listener, None, None, new_salt(), _leave)
         session.respond(Respond("one", PROMPT, ResponseOptions(9, 0.0)))
         await listener.answered.get()

@@ -47,7 +47,12 @@ class LiveEngine:
     """
 
     def __init__(
-        self, engine_client: Any, models: Any, maker: PromptMaker, reasoning: Reasoning | None
+        self,
+        engine_client: Any,
+        chat: Any,
+        models: Any,
+        maker: PromptMaker,
+        reasoning: Reasoning | None,
     ) -> None:
         self.pinned = 0
         self.traits: FamilyTraits = maker.family.traits
@@ -55,7 +60,7 @@ class LiveEngine:
         settings = vllm_compat.settings_of(engine_client.model_config)
         # One core is enough for putting prompts together.
         threads = ThreadPoolExecutor(1, "mm-ext-live")
-        self._engine = Engine(engine_client, maker, threads, reasoning, settings.sight.page)
+        self._engine = Engine(engine_client, chat, maker, threads, reasoning, settings.sight.page)
         self.context_tokens = self._engine.context_tokens
         self._kv = KVClient(engine_client) if settings.kv.enabled else None
         self._of_rank: Counter[int] = Counter()
@@ -95,7 +100,7 @@ class LiveEngine:
             return ids
 
         maker = PromptMaker(pieces, family, encode, tokens, placeholders_of(processor))
-        return cls(engine_client, state.openai_serving_models, maker, reasoning)
+        return cls(engine_client, chat, state.openai_serving_models, maker, reasoning)
 
     def measure(self, message: Message) -> int:
         """Prompt tokens of a message, with those that begin and end it.

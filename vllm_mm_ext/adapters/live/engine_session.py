@@ -31,8 +31,16 @@ _RETRIES = 3
 # Seconds before a prompt is sent again that the engine does not take now, as while it is paused or
 # as many wait as may (vLLM's admission control).
 _WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)
-# Keys of a checkpoint's generation configuration that vLLM applies to chat completions.
-_SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+# The server's defaults that vLLM applies to chat completions.
+_SAMPLING = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+)
 # vLLM's least bias of a token: it is never sampled.
 _NEVER = -100.0
 # Seconds that stopped work may take to end; an engine that is gone may keep it for ever.
@@ -74,6 +82,7 @@ class Engine:
 
     Attributes:
         client: vLLM's ``AsyncLLM``.
+        chat: vLLM's handler of chat completions, which has the server's defaults of sampling.
         maker: Makes prompts.
         threads: Where prompts are put together.
         reasoning: How the model sets reasoning apart from its answers, if it does.
@@ -81,6 +90,7 @@ class Engine:
     """
 
     client: Any
+    chat: Any
     maker: PromptMaker
     threads: ThreadPoolExecutor
     reasoning: Reasoning | None = None
@@ -252,10 +262,11 @@ class EngineSession:
                 del self._responses[name]
 
     async def _write(self, respond: Respond) -> None:
+        from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         name, options, engine = respond.response_id, respond.options, self._engine
-        default = engine.client.model_config.get_diff_sampling_param()
+        default = engine.chat.default_sampling_params
         chosen = {key: default[key] for key in _SAMPLING if key in default}
         if options.temperature is not None:
             chosen["temperature"] = options.temperature
@@ -263,10 +274,15 @@ class EngineSession:
         answer = None if engine.reasoning is None else AnswerOnly(engine.reasoning)
 
         def params(prompt_tokens: int) -> Any:
-            room = engine.context_tokens - prompt_tokens
             return SamplingParams(
                 **chosen,
-                max_tokens=max(1, min(room, options.max_output_tokens or room)),
+                max_tokens=get_max_tokens(
+                    engine.context_tokens,
+                    options.max_output_tokens,
+                    prompt_tokens,
+                    default,
+                    engine.chat.override_max_tokens,
+                ),
                 logit_bias=dict.fromkeys(banned.values(), _NEVER),
                 output_kind=RequestOutputKind.DELTA,
             )

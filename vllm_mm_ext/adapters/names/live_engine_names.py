@@ -29,7 +29,24 @@ LIVE_ENGINE_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_RENDERER}.get_tokenizer"),
     VllmAttributes(_RENDERER, ("mm_processor",)),
     VllmAttributes(
-        _CHAT, ("chat_template", "chat_template_content_format", "default_chat_template_kwargs")
+        _CHAT,
+        (
+            "chat_template",
+            "chat_template_content_format",
+            "default_chat_template_kwargs",
+            "default_sampling_params",
+            "override_max_tokens",
+        ),
+    ),
+    VllmName(
+        "vllm.entrypoints.serve.utils.api_utils:get_max_tokens",
+        (
+            "max_model_len",
+            "max_tokens",
+            "input_length",
+            "default_sampling_params",
+            "override_max_tokens",
+        ),
     ),
     VllmName(f"{_MODELS}.is_base_model", ("model_name",)),
     VllmName(f"{_MODELS}.resolve_lora", ("lora_name",)),
@@ -56,11 +73,13 @@ LIVE_ENGINE_NAMES: tuple[Checked, ...] = (
         "vllm.sampling_params:SamplingParams",
         (
             "allowed_token_ids",
+            "frequency_penalty",
             "logit_bias",
             "logprobs",
             "max_tokens",
             "min_p",
             "output_kind",
+            "presence_penalty",
             "repetition_penalty",
             "temperature",
             "top_k",
@@ -78,7 +97,6 @@ LIVE_ENGINE_NAMES: tuple[Checked, ...] = (
     VllmAttributes("vllm.config:ModelConfig", ("architectures", "logprobs_mode", "max_model_len")),
     VllmAttributes("vllm.config:VllmConfig", ("cache_config", "parallel_config")),
     VllmAttributes("vllm.config:CacheConfig", ("enable_prefix_caching",)),
-    VllmName("vllm.config:ModelConfig.get_diff_sampling_param"),
     VllmAttributes(
         "vllm.config:ParallelConfig",
         ("data_parallel_size", "data_parallel_size_local", "local_engines_only"),
