@@ -14,7 +14,7 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from vllm_mm_ext.adapters.live.engine import UnknownModelError
-from vllm_mm_ext.adapters.live.engine_session import EngineListener
+from vllm_mm_ext.adapters.live.engine_parts import EngineListener
 from vllm_mm_ext.adapters.live.registry import LiveSessions
 from vllm_mm_ext.config.live_settings import LiveSettings
 from vllm_mm_ext.live.effects import Append, Respond, Usage

@@ -152,6 +152,22 @@ async def test_a_unit_that_waits_while_something_else_is_answered_is_still_count
         assert sessions.stats()["units"] == 2
 
 
+@pytest.mark.parametrize(
+    ("error_type", "code"), [("server_error", 1011), ("invalid_request_error", 1008)]
+)
+async def test_a_session_whose_engine_or_model_is_gone_ends(error_type: str, code: int) -> None:
+    async with live_front() as (url, engine, sessions), connect(url) as connection:
+        await told(connection, "session.created")
+        (session,) = engine.sessions
+        session.listener.failed(None, error_type, "gone", "It is gone.")
+        (error,) = await told(connection, "error")
+        assert (error.error.type, error.error.code) == (error_type, "gone")
+        with pytest.raises(ConnectionClosed) as closed:
+            await connection.recv()
+        assert close_code(closed.value) == code
+        await released(sessions, engine)
+
+
 # A close frame has room for a reason of 123 bytes.
 @pytest.mark.parametrize("model", ["another", "f\xfcr " * 40])
 async def test_an_unknown_model_is_told_so(model: str) -> None:

@@ -23,7 +23,9 @@ from vllm.exceptions import (
 )
 
 from vllm_mm_ext.adapters.live import engine_session
-from vllm_mm_ext.adapters.live.engine_session import Engine, EngineSession, new_salt
+from vllm_mm_ext.adapters.live.engine import LiveEngine
+from vllm_mm_ext.adapters.live.engine_parts import Engine
+from vllm_mm_ext.adapters.live.engine_session import EngineSession, new_salt
 from vllm_mm_ext.adapters.rendering_wrappers import Span
 from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
 from vllm_mm_ext.adapters.serving.preprocessing import finished, looked_up, started
@@ -47,8 +49,9 @@ class Client:
     def __init__(self) -> None:
         self.renderer = self
         self.ended = 0
-        # How each prompt is answered.
+        # How each prompt is answered, and by which adapter.
         self.params: list[Any] = []
+        self.adapters: list[Any] = []
         self.salts: set[str] = set()
         # Prompts are answered as long as this is set.
         self.answers = asyncio.Event()
@@ -60,8 +63,9 @@ class Client:
         self.salts.add(prompt_extras["cache_salt"])
         return prompts
 
-    async def generate(self, prompt: Any, params: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
+    async def generate(self, prompt: Any, params: Any, *_: Any, **more: Any) -> AsyncIterator[Any]:
         self.params.append(params)
+        self.adapters.append(more["lora_request"])
         await self.answers.wait()
         logprobs = None
         if params.allowed_token_ids is not None:
@@ -79,7 +83,7 @@ class Client:
 class Maker:
     """Makes a prompt of five tokens."""
 
-    family = SimpleNamespace(turn_end=END, token_ids={"video": 8})
+    family = SimpleNamespace(traits=None, turn_end=END, token_ids={"video": 8})
 
     def make(self, prompt: Prompt, stretches: dict[str, Any]) -> dict[str, Any]:
         # As the real one does: what a prompt does not show is dropped.
@@ -119,6 +123,10 @@ async def _leave() -> None:
     pass
 
 
+async def _base_model() -> None:
+    return None
+
+
 def _session(
     client: Client,
     listener: Listener,
@@ -129,7 +137,28 @@ def _session(
     remembers: bool = False,
 ) -> EngineSession:
     engine: Any = Engine(client, chat, Maker(), threads, REASONING, remembers)  # type: ignore[arg-type]
-    return EngineSession(engine, "one", listener, None, None, new_salt(), leave)
+    return EngineSession(engine, "one", listener, _base_model, None, new_salt(), leave)
+
+
+def _live(client: Any, models: Any = None, **parallel: int) -> LiveEngine:
+    """What the sessions of an API server share, with an engine that keeps no KV."""
+
+    async def no_pool(*_: Any) -> None:
+        return None
+
+    client.engine_core = SimpleNamespace(call_utility_async=no_pool)
+    client.vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            **{
+                "data_parallel_size": 1,
+                "local_engines_only": False,
+                "_api_process_count": 1,
+                "_api_process_rank": 0,
+                **parallel,
+            }
+        )
+    )
+    return LiveEngine(client, CHAT, models, Maker(), None)  # type: ignore[arg-type]
 
 
 async def test_an_append_tells_what_was_computed_and_what_the_model_says_of_the_pause() -> None:
@@ -219,7 +248,7 @@ async def test_the_reasoning_before_an_answer_is_left_out(begun: bool, at_once: 
     with ThreadPoolExecutor(1) as threads:
         reasoning = replace(REASONING, begun=begun)
         engine: Any = Engine(client, CHAT, Maker(), threads, reasoning)  # type: ignore[arg-type]
-        session = EngineSession(engine, "one", listener, None, None, new_salt(), _leave)
+        session = EngineSession(engine, "one", listener, _base_model, None, new_salt(), _leave)
         session.respond(Respond("one", PROMPT, ResponseOptions(9, 0.0)))
         await listener.answered.get()
         await session.close()
@@ -245,6 +274,28 @@ async def test_an_append_waits_for_the_one_before_it_and_takes_the_place_of_one_
         assert client.ended == 3
         assert listener.told.empty()
         await session.close()
+
+
+async def test_a_prompt_has_the_adapter_of_its_time_and_a_session_whose_adapter_is_gone_ends() -> (
+    None
+):
+    first, second = object(), object()
+    models = SimpleNamespace(lora_requests={"tuned": first}, is_base_model=lambda _: False)
+    client, listener = Client(), Listener()
+    session = await _live(client, models).open("one", listener, model="tuned")
+    for adapter in (first, second):
+        models.lora_requests["tuned"] = adapter
+        session.append(Append(PROMPT))
+        await listener.told.get()
+    assert client.adapters == [first, second]
+    del models.lora_requests["tuned"]
+    session.append(Append(PROMPT))
+    assert await listener.failures.get() == ("invalid_request_error", "model_not_found")
+    session.append(Append(PROMPT))
+    session.respond(Respond("late", PROMPT, ResponseOptions(1, 0.0)))
+    await session.close()
+    assert client.adapters == [first, second]
+    assert listener.told.empty()
 
 
 async def test_no_two_sessions_have_kv_in_common() -> None:

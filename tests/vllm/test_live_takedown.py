@@ -19,7 +19,7 @@ from openai.types.realtime import ConversationItemAdded
 from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
-from vllm_mm_ext.adapters.live.engine_session import EngineListener
+from vllm_mm_ext.adapters.live.engine_parts import EngineListener
 from vllm_mm_ext.adapters.runtime import attach_runtime, detach_runtime
 from vllm_mm_ext.adapters.sight import own_part
 from vllm_mm_ext.adapters.sight.own_part import OwnPart

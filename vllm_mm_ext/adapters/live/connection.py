@@ -138,7 +138,7 @@ class Connection:
         """As ``SessionMachine.failed``; without a response, the session ends."""
         if response_id is None:
             self._send_error(error_type, code, message)
-            self._close(Close(OUR_FAULT, message))
+            self._close(Close(OUR_FAULT if error_type == "server_error" else POLICY, message))
             return
         self._step(lambda now: self._machine.failed(response_id, error_type, code, message, now))
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from vllm_mm_ext.adapters import vllm_compat
-from vllm_mm_ext.adapters.live.engine_session import (
-    Engine,
-    EngineListener,
-    EngineSession,
-    new_salt,
-)
+from vllm_mm_ext.adapters.live.engine_parts import Engine, EngineListener
+from vllm_mm_ext.adapters.live.engine_session import EngineSession, new_salt
 from vllm_mm_ext.adapters.live.families import UnsupportedModelError, family_of
 from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
+from vllm_mm_ext.adapters.live.refusals import UnknownModelError
 from vllm_mm_ext.adapters.live.served_template import reasoning_of, renderer_of
 from vllm_mm_ext.adapters.live.template_pieces import TemplateError, take_apart
 from vllm_mm_ext.adapters.placeholder_wrappers import placeholders_of
@@ -31,10 +29,6 @@ logger = vllm_compat.logger
 
 class LiveUnavailableError(Exception):
     """The served model cannot hold live sessions; the message says why."""
-
-
-class UnknownModelError(Exception):
-    """The server has no model or adapter of the name that a client gave."""
 
 
 class LiveEngine:
@@ -123,7 +117,7 @@ class LiveEngine:
         Raises:
             UnknownModelError: There is no such model.
         """
-        lora = await self._adapter(model)
+        await self._adapter(model)
         salt = new_salt()
         pinned = await self._pin(session_id, salt)
         rank = self._rank()
@@ -136,7 +130,8 @@ class LiveEngine:
                 self.pinned -= 1
                 await self._release(session_id, salt)
 
-        return EngineSession(self._engine, session_id, listener, lora, rank, salt, leave)
+        adapter = partial(self._adapter, model)
+        return EngineSession(self._engine, session_id, listener, adapter, rank, salt, leave)
 
     async def _pin(self, session_id: str, salt: str) -> bool:
         """Let the engine keep the session's media; False where it cannot."""

@@ -6,20 +6,19 @@ import asyncio
 import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import AbortedError
+from vllm_mm_ext.adapters.live.engine_parts import Engine, EngineListener
 from vllm_mm_ext.adapters.live.growing import GrowingStretch
-from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
-from vllm_mm_ext.adapters.live.refusals import TooLongError, may_pass, told
+from vllm_mm_ext.adapters.live.refusals import TooLongError, UnknownModelError, may_pass, told
 from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
 from vllm_mm_ext.base.tasks import to_its_end
 from vllm_mm_ext.live.effects import Append, Respond, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Prompt
-from vllm_mm_ext.live.reasoning import AnswerOnly, Reasoning
+from vllm_mm_ext.live.reasoning import AnswerOnly
 from vllm_mm_ext.request.context import RequestContext, enter_request
 from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.sight.ended_sessions import SessionHashes
@@ -47,62 +46,6 @@ _NEVER = -100.0
 _END_S = 10.0
 
 
-class EngineListener(Protocol):
-    """Is told what becomes of a session's prompts; called on the event loop, never reentrantly."""
-
-    def appended(self, tokens: int | None, computed: int, turn_end: TurnEnd | None) -> None:
-        """An append has ended.
-
-        Args:
-            tokens: Of the prompt; None if the engine refused it (the next response says why).
-            computed: Of these, those that were not in KV.
-            turn_end: What the model says of the pause; None where it was not asked or cannot tell.
-        """
-
-    def wrote(self, response_id: str, token_ids: tuple[int, ...], text: str, usage: Usage) -> None:
-        """The answer goes on; the token that ends it is not among the ids.
-
-        Args:
-            response_id: The response.
-            token_ids: What was written since the last time.
-            text: The same as text.
-            usage: Up to here.
-        """
-
-    def ended(self, response_id: str, reason: Literal["stop", "length"], usage: Usage) -> None:
-        """The answer is whole, or as long as it may be."""
-
-    def failed(self, response_id: str | None, error_type: str, code: str, message: str) -> None:
-        """A response failed; without a response, the engine itself is gone."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What the sessions of an API server share.
-
-    Attributes:
-        client: vLLM's ``AsyncLLM``.
-        chat: vLLM's handler of chat completions, which has the server's defaults of sampling.
-        maker: Makes prompts.
-        threads: Where prompts are put together.
-        reasoning: How the model sets reasoning apart from its answers, if it does.
-        remembers: Sessions remember the hashes of their mm items, for takedowns.
-    """
-
-    client: Any
-    chat: Any
-    maker: PromptMaker
-    threads: ThreadPoolExecutor
-    reasoning: Reasoning | None = None
-    remembers: bool = False
-
-    @property
-    def context_tokens(self) -> int:
-        """Most tokens of a prompt and its answer together."""
-        length: int = self.client.model_config.max_model_len
-        return length
-
-
 def new_salt() -> str:
     """A ``cache_salt`` for one session.
 
@@ -120,7 +63,7 @@ class EngineSession:
         engine: Engine,
         session_id: str,
         listener: EngineListener,
-        lora: Any,
+        adapter: Callable[[], Awaitable[Any]],
         rank: int | None,
         salt: str,
         leave: Callable[[], Awaitable[None]],
@@ -128,7 +71,8 @@ class EngineSession:
         self._engine = engine
         self._id = session_id
         self._listener = listener
-        self._lora = lora
+        # Asked before each prompt: operators replace LoRA adapters, and take them away.
+        self._adapter = adapter
         self._rank = rank
         self._salt = salt
         self._leave = leave
@@ -140,7 +84,7 @@ class EngineSession:
         self._tasks: set[asyncio.Task[None]] = set()
         self._requests = 0
         self._hashes = SessionHashes() if engine.remembers else None
-        # Nothing is told any more: the session is closed, or the engine is gone.
+        # Nothing is told any more: the session is closed, or the engine or the model is gone.
         self._silent = False
         self._closed = False
 
@@ -209,7 +153,7 @@ class EngineSession:
         except Exception as error:
             # The response to the prompt meets the same error, and tells the client.
             logger.debug("mm_ext: an append of a live session failed: %s", error)
-            self._note_death(error)
+            self._note_end(error)
         if not self._silent:
             self._listener.appended(*ended)
         self._append_next()
@@ -254,7 +198,7 @@ class EngineSession:
                 await asyncio.wait({append})
             await self._write(respond)
         except Exception as error:
-            self._note_death(error)
+            self._note_end(error)
             if name in self._responses and not self._silent:
                 self._listener.failed(name, *told(error))
         finally:
@@ -329,12 +273,13 @@ class EngineSession:
                 length = len(rendered["prompt_token_ids"])
                 if length >= self._engine.context_tokens:
                     raise TooLongError(length, self._engine.context_tokens)
+                lora = await self._adapter()
                 self._requests += 1
                 outputs = self._engine.client.generate(
                     rendered,
                     params(length),
                     f"live-{self._id}-{self._requests}",
-                    lora_request=self._lora,
+                    lora_request=lora,
                     data_parallel_rank=self._rank,
                     session_id=self._id,
                 )
@@ -373,13 +318,18 @@ class EngineSession:
             )
             return rendered
 
-    def _note_death(self, error: Exception) -> None:
-        """Tell the listener that the engine is gone, if an error says so; the last that is told."""
+    def _note_end(self, error: Exception) -> None:
+        """Tell the listener that the engine or the model is gone, if an error says so; the last."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if isinstance(error, EngineDeadError) and not self._silent:
+        if self._silent:
+            return
+        if isinstance(error, EngineDeadError):
             self._silent = True
             self._listener.failed(None, "server_error", "engine_gone", "The engine has stopped.")
+        elif isinstance(error, UnknownModelError):
+            self._silent = True
+            self._listener.failed(None, "invalid_request_error", "model_not_found", str(error))
 
     def _start(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)

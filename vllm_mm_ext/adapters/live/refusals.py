@@ -12,6 +12,10 @@ from vllm_mm_ext.adapters.live.live_prompt import PromptError
 logger = vllm_compat.logger
 
 
+class UnknownModelError(Exception):
+    """The server has no model or adapter of the name that a client gave, or no longer."""
+
+
 class TooLongError(Exception):
     """A prompt leaves no room for an answer."""
 
