@@ -10,8 +10,10 @@ import pytest
 from omni_reference import make_processor
 
 from vllm_mm_ext.adapters.live.growing import Features
+from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
 from vllm_mm_ext.adapters.live.template_pieces import TemplateError, take_apart
 from vllm_mm_ext.adapters.models.qwen2_5_omni import Qwen2_5OmniForConditionalGeneration
+from vllm_mm_ext.live.prompt import Message, Text
 from vllm_mm_ext.media.payload import Waveform
 
 RATE = 16_000
@@ -97,6 +99,22 @@ def test_turns_that_a_template_refuses_are_left_out_and_needed_ones_must_be_ther
 def test_a_template_that_cannot_be_taken_apart_is_refused(change: Any, says: str) -> None:
     with pytest.raises(TemplateError, match=says):
         take_apart(lambda messages, asking: change(chatml(messages, asking)), {"video": "[video]"})
+
+
+def test_a_text_of_any_length_and_of_many_tokens_is_tokenized_and_short_ones_are_once() -> None:
+    encoded: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        encoded.append(text)
+        return [7] * 3 * len(text)
+
+    pieces = take_apart(chatml, {"video": "[video]"})
+    maker = PromptMaker(pieces, None, encode, {"video": "[video]"}, ())  # type: ignore[arg-type]
+    for text in ("ab", "\u4e00" * 1_500_000):
+        message = Message("assistant", (Text(text),))
+        for _ in range(2):
+            assert maker.measure(message) == 3 * len(text)
+    assert [text[:2] for text in encoded] == ["ab", *["\u4e00" * 2] * 2]
 
 
 @pytest.fixture(scope="module")

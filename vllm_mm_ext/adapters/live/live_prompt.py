@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cachetools import LRUCache
@@ -17,8 +18,10 @@ from vllm_mm_ext.live.client_events import Role
 from vllm_mm_ext.live.prompt import Generated, Message, Picture, Prompt, Stretch, Text
 from vllm_mm_ext.request.placeholder_text import MARK, marked
 
-# Characters of texts whose tokens are remembered, for all sessions of the server together.
-_REMEMBERED = 1 << 22
+# Characters and tokens of the texts that are remembered, for all sessions of the server together,
+# and of the longest one of them.
+_REMEMBERED = 1 << 21
+_LONGEST = 1 << 18
 # Begins the `uuid` of pictures, by which vLLM's caches know them. Clients may give media a `uuid`
 # too, and cannot guess this one.
 _PICTURES = f"mm_ext:live:{secrets.token_hex(16)}:"
@@ -57,7 +60,7 @@ class PromptMaker:
         }
         # Prompts are measured on the event loop and made in a thread.
         self._lock = threading.Lock()
-        self._known: LRUCache[str, tuple[int, ...]] = LRUCache(_REMEMBERED, getsizeof=len)
+        self._known: LRUCache[str, _Known] = LRUCache(_REMEMBERED, getsizeof=lambda one: one.size)
 
     def measure(self, message: Message) -> int:
         """Prompt tokens of a message with those around it, a few more or less.
@@ -204,11 +207,20 @@ class PromptMaker:
         with self._lock:
             known = self._known.get(text)
         if known is None:
-            known = tuple(self._encode(text))
-            if len(text) <= _REMEMBERED:
+            ids = tuple(self._encode(text))
+            known = _Known(ids, len(text) + len(ids))
+            if known.size <= _LONGEST:
                 with self._lock:
                     self._known[text] = known
-        return known
+        return known.token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The tokens of a text, and how much both are together."""
+
+    token_ids: tuple[int, ...]
+    size: int
 
 
 class _Made:
