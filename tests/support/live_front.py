@@ -152,7 +152,8 @@ async def live_front(engine: Any = None, **settings: Any) -> AsyncIterator[tuple
         lifespan="off",
         ws_per_message_deflate=False,
     )
-    server = uvicorn.Server(config)
+    # As vLLM does.
+    server = app.state.server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     try:
         while not server.started:

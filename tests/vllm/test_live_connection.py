@@ -21,6 +21,8 @@ from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
 from websockets.exceptions import ConnectionClosed
 
+from vllm_mm_ext.adapters.live import connection as connection_module
+
 SERVER_EVENT: TypeAdapter[Any] = TypeAdapter(RealtimeServerEvent)
 NO_TURNS: Any = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
 
@@ -242,19 +244,53 @@ async def test_a_session_that_ended_is_freed_without_the_garbage_collector() -> 
             gc.enable()
 
 
-async def test_a_client_that_does_not_read_ends_its_own_session_only() -> None:
+async def all_of(socket: Any) -> None:
+    """Read until the connection closes."""
+    while True:
+        await socket.recv()
+
+
+async def reads_no_more(url: str) -> Any:
+    """A client that does not read what it is sent, which has no end."""
+    slow = await raw(url)
+    await slow.recv()
+    content = [{"type": "input_text", "text": "endless"}]
+    item = {"type": "message", "role": "user", "content": content}
+    slow.transport.pause_reading()
+    await slow.send(json.dumps({"type": "conversation.item.create", "item": item}))
+    await slow.send('{"type": "response.create"}')
+    return slow
+
+
+async def test_a_client_that_does_not_read_ends_its_own_session_only_and_keeps_no_socket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection_module, "_LAST_WORDS_S", 0.1)
     async with live_front() as (url, engine, sessions), connect(url) as other:
-        slow = await raw(url)
-        await slow.recv()
-        content = [{"type": "input_text", "text": "endless"}]
-        item = {"type": "message", "role": "user", "content": content}
-        slow.transport.pause_reading()
-        await slow.send(json.dumps({"type": "conversation.item.create", "item": item}))
-        await slow.send('{"type": "response.create"}')
+        await told(other, "session.created")
+        descriptors = len(os.listdir("/proc/self/fd"))
+        slow = await reads_no_more(url)
         while sessions.stats()["sessions"] > 1 or len(engine.sessions) > 1:
             await asyncio.sleep(0.01)
         assert await ask(other, "one") == "one"
+        # The client's own end is open, and the server's is not.
+        while len(os.listdir("/proc/self/fd")) > descriptors + 1:
+            await asyncio.sleep(0.01)
         slow.transport.abort()
+
+
+async def test_a_client_that_reads_again_learns_why_its_session_ended() -> None:
+    async with live_front() as (url, engine, sessions):
+        slow = await reads_no_more(url)
+        while not engine.sessions:
+            await asyncio.sleep(0.01)
+        while engine.sessions:
+            await asyncio.sleep(0.01)
+        slow.transport.resume_reading()
+        with pytest.raises(ConnectionClosed) as closed:
+            await asyncio.wait_for(all_of(slow), 20)
+        assert close_code(closed.value) == 1013
+        await released(sessions, engine)
 
 
 async def test_a_client_that_floods_does_not_keep_others_waiting() -> None:

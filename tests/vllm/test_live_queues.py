@@ -70,6 +70,27 @@ async def test_a_client_that_does_not_read_has_a_bounded_number_of_characters_wa
     await sending
 
 
+async def test_what_is_dropped_is_not_sent_and_the_close_follows_what_is_being_sent() -> None:
+    outbox = Outbox()
+    sent: list[str] = []
+    reads = asyncio.Event()
+
+    async def send(text: str) -> None:
+        await reads.wait()
+        sent.append(text)
+
+    sending = asyncio.create_task(outbox.send_all(send))
+    for number in range(3):
+        outbox.put(str(number))
+    await asyncio.sleep(0)
+    outbox.drop()
+    outbox.close(Close(1013, "slow"))
+    reads.set()
+    assert await sending == Close(1013, "slow")
+    assert sent == ["0"]
+    assert not outbox.waiting
+
+
 async def test_an_event_of_any_length_may_follow_one_below_the_bound() -> None:
     outbox = Outbox(most=10)
     # An item that was added is told twice at once: added, and done.

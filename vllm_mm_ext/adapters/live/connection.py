@@ -79,7 +79,6 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
-        self._last_words_s = _LAST_WORDS_S
         self._engine: EngineSession | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -214,7 +213,7 @@ class Connection:
                 self._carry_out(effect)
             self._arm()
         except SlowReaderError:
-            self._last_words_s = 0.0
+            self._outbox.drop()
             self._close(Close(TRY_LATER, "The client does not read what it is sent."))
         except Exception:
             self._fail()
@@ -289,13 +288,27 @@ class Connection:
             for failure in await asyncio.gather(
                 engine.close(),
                 self._senses.close(),
-                asyncio.wait((writer,), timeout=self._last_words_s),
+                asyncio.wait((writer,), timeout=_LAST_WORDS_S),
                 return_exceptions=True,
             ):
                 if isinstance(failure, BaseException):
                     logger.error("A live session did not end well", exc_info=failure)
         finally:
-            writer.cancel()
+            if not writer.done():
+                writer.cancel()
+                _abort_socket(self._websocket)
+
+
+def _abort_socket(websocket: Any) -> None:
+    """Cut a connection whose client does not read: uvicorn would keep it until all is read.
+
+    Args:
+        websocket: Starlette's, accepted.
+    """
+    server = getattr(websocket.app.state, "server", None)
+    for protocol in () if server is None else tuple(server.server_state.connections):
+        if getattr(protocol, "scope", None) is websocket.scope:
+            protocol.transport.abort()
 
 
 async def close_socket(websocket: Any, close: Close) -> None:

@@ -60,6 +60,11 @@ class Outbox:
             self._close = close
             self._changed.set()
 
+    def drop(self) -> None:
+        """Forget what waits, but for the event that is being sent."""
+        while len(self._texts) > 1:
+            self.waiting -= len(self._texts.pop())
+
     async def send_all(self, send: Callable[[str], Awaitable[None]]) -> Close:
         """Send what comes, in order, until the close, which is returned.
 
