@@ -243,6 +243,24 @@ def test_blocks_that_a_window_left_behind_are_taken_and_those_in_use_stay_known(
     engine.pool.free_blocks(taken)
 
 
+def test_a_pinned_session_that_goes_on_in_another_way_lets_go_of_what_it_had() -> None:
+    engine = Engine(100)
+    control = KVControl(engine.pool)
+    control.pin("s")
+    served(engine, "long", (PROMPT, Media("old", 40), Text(1, 8)), session="s")
+    (end,) = engine.pool.sessions.ends("s")
+    served(engine, "cut", (PROMPT, Media("new", 20), Text(2, 8)), session="s")
+    assert engine.pool.sessions.pinned(end)
+    assert control.trim("s") == 1
+    engine.pool.check_integrity()
+    assert not engine.pool.sessions.pinned(end)
+    assert items(engine) == ["new"]
+    (end,) = engine.pool.sessions.ends("s")
+    assert engine.pool.sessions.pinned(end)
+    assert served(engine, "on", (PROMPT, Media("new", 20), Text(2, 8)), session="s") == 32
+    assert control.trim("unknown") == 0
+
+
 def test_a_pinned_session_may_have_more_prompts_than_are_remembered() -> None:
     engine = Engine(200)
     KVControl(engine.pool).pin("a")

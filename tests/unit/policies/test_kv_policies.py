@@ -99,7 +99,7 @@ def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
     ends: dict[str, list[int]] = {}
     for _ in range(data.draw(st.integers(0, 60))):
         name = data.draw(st.sampled_from("abc"))
-        action = data.draw(st.sampled_from(["use", "pin", "unpin", "release", "gone"]))
+        action = data.draw(st.sampled_from(["use", "pin", "unpin", "trim", "release", "gone"]))
         piece = data.draw(st.integers(0, 6))
         of_session = ends.get(name, [])
         if action == "use":
@@ -115,6 +115,10 @@ def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
         elif action == "unpin":
             assert sessions.unpin(name) == (of_session if name in pinned else [])
             pinned.discard(name)
+        elif action == "trim":
+            assert sessions.trim(name) == of_session[:-1]
+            if name in ends:
+                ends[name] = of_session[-1:]
         elif action == "release":
             assert sessions.release(name) == ends.pop(name, [])
             pinned.discard(name)

@@ -67,6 +67,19 @@ class KVControl:
         self._pool.end(ends)
         return count
 
+    def trim(self, session_id: str) -> int:
+        """Go by a session's latest prompt alone; a pin goes on.
+
+        The pool stops keeping what only earlier prompts end with.
+
+        Returns:
+            Number of the session's items that are left.
+        """
+        ends = self._pool.sessions.trim(session_id)
+        self._pool.settle(ends)
+        self._pool.end(ends)
+        return _items(self._pool.sessions.ends(session_id))
+
     def media(self) -> list[CachedMedia]:
         """The media that are cached, latest use first."""
         return self._pool.media()
@@ -111,6 +124,10 @@ class KVClient:
         """As ``KVControl.release``, on all engines."""
         await self._call("release", _key(session_id, cache_salt))
 
+    async def trim(self, session_id: str, cache_salt: str | None = None) -> None:
+        """As ``KVControl.trim``, on all engines."""
+        await self._call("trim", _key(session_id, cache_salt))
+
     async def media(self) -> list[dict[str, Any]]:
         """As ``KVControl.media``, as plain values. Of several engines the first one answers."""
         found: list[dict[str, Any]] = await self._call("media", "")
@@ -129,7 +146,12 @@ def answer(control: KVControl | None, action: str, session_id: str) -> Any:
         return None
     if action == "media":
         return [asdict(media) for media in control.media()]
-    actions = {"pin": control.pin, "unpin": control.unpin, "release": control.release}
+    actions = {
+        "pin": control.pin,
+        "unpin": control.unpin,
+        "release": control.release,
+        "trim": control.trim,
+    }
     return actions[action](session_id)
 
 

@@ -123,6 +123,16 @@ class Sessions(Generic[T]):
         self._unlink_all(session_id, session)
         return ends
 
+    def trim(self, session_id: str) -> list[T]:
+        """Forget where a session's prompts end, but for the latest; returns what is forgotten."""
+        session = self._pinned.get(session_id) or self._live.get(session_id)
+        if session is None:
+            return []
+        forgotten = list(session.ends)[:-1]
+        for end in forgotten:
+            self._unlink(session_id, session, end)
+        return forgotten
+
     def replace(self, piece: T, before: T | None) -> None:
         """Note that a piece is no longer cached; prompts that ended there end before it."""
         for session_id in list(self._of_piece.get(piece, ())):
