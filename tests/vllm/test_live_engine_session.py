@@ -49,9 +49,10 @@ class Client:
     def __init__(self) -> None:
         self.renderer = self
         self.ended = 0
-        # How each prompt is answered, and by which adapter.
+        # How each prompt is answered, by which adapter and on which engine.
         self.params: list[Any] = []
         self.adapters: list[Any] = []
+        self.ranks: list[int | None] = []
         self.salts: set[str] = set()
         # Prompts are answered as long as this is set.
         self.answers = asyncio.Event()
@@ -66,6 +67,7 @@ class Client:
     async def generate(self, prompt: Any, params: Any, *_: Any, **more: Any) -> AsyncIterator[Any]:
         self.params.append(params)
         self.adapters.append(more["lora_request"])
+        self.ranks.append(more["data_parallel_rank"])
         await self.answers.wait()
         logprobs = None
         if params.allowed_token_ids is not None:
@@ -119,7 +121,7 @@ class Listener:
         self.failures.put_nowait((error_type, code))
 
 
-async def _leave() -> None:
+async def _nothing() -> None:
     pass
 
 
@@ -131,13 +133,13 @@ def _session(
     client: Client,
     listener: Listener,
     threads: ThreadPoolExecutor,
-    leave: Callable[[], Awaitable[None]] = _leave,
+    leave: Callable[[], Awaitable[None]] = _nothing,
     *,
     chat: Any = CHAT,
     remembers: bool = False,
 ) -> EngineSession:
     engine: Any = Engine(client, chat, Maker(), threads, REASONING, remembers)  # type: ignore[arg-type]
-    return EngineSession(engine, "one", listener, _base_model, None, new_salt(), leave)
+    return EngineSession(engine, "one", listener, _base_model, None, new_salt(), _nothing, leave)
 
 
 def _live(client: Any, models: Any = None, **parallel: int) -> LiveEngine:
@@ -218,6 +220,57 @@ async def test_an_answer_is_sampled_as_a_chat_completion(
     assert params.max_tokens == gets
 
 
+class Cutting(Maker):
+    """Makes prompts of these tokens, one after the other."""
+
+    def __init__(self, *prompts: list[int]) -> None:
+        self.prompts = list(prompts)
+
+    def make(self, *_: Any) -> dict[str, Any]:
+        return {"prompt_token_ids": self.prompts.pop(0)}
+
+
+async def test_kv_of_earlier_prompts_is_let_go_once_one_that_does_not_go_on_is_computed() -> None:
+    done: list[str] = []
+
+    class Told(Client):
+        async def generate(self, *args: Any, **more: Any) -> AsyncIterator[Any]:
+            async for output in super().generate(*args, **more):
+                yield output
+            done.append("prompt")
+
+    async def trim() -> None:
+        done.append("trim")
+
+    # The answer, which is 9, goes on in the next prompt; then a turn goes, and another one.
+    maker = Cutting([1, 2], [1, 2, 3], [5, 5], [1, 2, 3, 9, 4], [1, 3, 9, 4], [1, 3, 9, 4, 5], [1])
+    client, listener = Told(), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        engine: Any = Engine(client, CHAT, maker, threads)  # type: ignore[arg-type]
+        session = EngineSession(engine, "s", listener, _base_model, None, "salt", trim, _nothing)
+
+        async def append() -> list[str]:
+            done.clear()
+            session.append(Append(PROMPT))
+            await listener.told.get()
+            return list(done)
+
+        async def answer(*, aside: bool) -> None:
+            session.respond(Respond("r", PROMPT, ResponseOptions(1, 0.0), aside=aside))
+            await listener.answered.get()
+            while session._responses:
+                await asyncio.sleep(0)
+
+        assert await append() == ["prompt"]
+        await answer(aside=False)
+        await answer(aside=True)
+        assert await append() == ["prompt"]
+        assert await append() == ["prompt", "trim"]
+        assert await append() == ["prompt"]
+        assert await append() == ["prompt", "trim"]
+        await session.close()
+
+
 class Writing(Client):
     """Answers each prompt with these tokens and texts, so many at a time."""
 
@@ -248,7 +301,9 @@ async def test_the_reasoning_before_an_answer_is_left_out(begun: bool, at_once: 
     with ThreadPoolExecutor(1) as threads:
         reasoning = replace(REASONING, begun=begun)
         engine: Any = Engine(client, CHAT, Maker(), threads, reasoning)  # type: ignore[arg-type]
-        session = EngineSession(engine, "one", listener, _base_model, None, new_salt(), _leave)
+        session = EngineSession(
+            engine, "one", listener, _base_model, None, new_salt(), _nothing, _nothing
+        )
         session.respond(Respond("one", PROMPT, ResponseOptions(9, 0.0)))
         await listener.answered.get()
         await session.close()
@@ -296,6 +351,22 @@ async def test_a_prompt_has_the_adapter_of_its_time_and_a_session_whose_adapter_
     await session.close()
     assert client.adapters == [first, second]
     assert listener.told.empty()
+
+
+async def test_the_first_sessions_of_api_servers_are_on_different_engines() -> None:
+    listener = Listener()
+    models = SimpleNamespace(lora_requests={})
+    ranks = []
+    for api_server in (0, 1):
+        server = {"_api_process_count": 2, "_api_process_rank": api_server}
+        client = Client()
+        live = _live(client, models, data_parallel_size=2, **server)
+        for number in range(3):
+            session = await live.open(f"s{number}", listener)
+            session.append(Append(PROMPT))
+            await listener.told.get()
+        ranks.append(client.ranks)
+    assert ranks == [[0, 1, 0], [1, 0, 1]]
 
 
 async def test_no_two_sessions_have_kv_in_common() -> None:
@@ -387,23 +458,57 @@ class Refusing(Client):
 async def test_a_prompt_waits_for_a_paused_engine_and_is_rendered_anew_where_media_got_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    waited: list[float] = []
-
-    async def wait(seconds: float) -> None:
-        waited.append(seconds)
-
-    monkeypatch.setattr(asyncio, "sleep", wait)
+    monkeypatch.setattr(engine_session, "_WAITS_S", (0.0,) * 3)
     paused, lost = [RetryableRequestError("Generation is paused.")] * 3, [LostInputsError()] * 2
-    for refusals, renders, waits in ((paused, 1, 3), (lost, 3, 0), (paused[:1] + lost, 3, 1)):
-        waited.clear()
+    for refusals, renders in ((paused, 1), (lost, 3), (paused[:1] + lost, 3)):
         client, listener = Refusing(*refusals), Listener()
         with ThreadPoolExecutor(1) as threads:
             session = _session(client, listener, threads)
             session.append(Append(PROMPT))
             assert await listener.told.get() == (5, 3, None)
             await session.close()
-        assert (client.rendered, len(waited)) == (renders, waits)
-        assert waited == sorted(set(waited))
+        assert (client.rendered, client.refusals) == (renders, [])
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_an_append_that_waits_for_a_paused_engine_holds_nothing_else_up(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    # Only something else ends this wait.
+    monkeypatch.setattr(engine_session, "_WAITS_S", (1e6,))
+    client, listener = Refusing(RetryableRequestError("Generation is paused.")), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        session.append(Append(PROMPT))
+        while client.refusals:
+            await asyncio.sleep(0)
+        if answers:
+            session.respond(Respond("one", PROMPT, ResponseOptions(1, 0.0)))
+        else:
+            session.append(Append(PROMPT))
+        assert await asyncio.wait_for(listener.told.get(), 20) == (None, 0, None)
+        if answers:
+            assert await listener.answered.get() == "one"
+        else:
+            assert await listener.told.get() == (5, 3, None)
+        await session.close()
+
+
+async def test_an_answer_outside_the_conversation_lets_an_append_wait_for_a_paused_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_session, "_WAITS_S", (0.1,))
+    client, listener = Refusing(RetryableRequestError("Generation is paused.")), Listener()
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        session.append(Append(PROMPT))
+        while client.refusals:
+            await asyncio.sleep(0)
+        options = ResponseOptions(1, 0.0)
+        session.respond(Respond("one", PROMPT, options, aside=True, in_conversation=False))
+        assert await listener.told.get() == (5, 3, None)
+        assert await listener.answered.get() == "one"
+        await session.close()
 
 
 async def test_a_prompt_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,11 @@ class ActiveResponses:
         if request.temperature is not None:
             temperature = request.temperature
         how = ResponseOptions(None if limit == "inf" else limit, temperature)
-        aside = not request.in_conversation or request.input is not None
+        aside = (
+            not request.in_conversation
+            or request.input is not None
+            or request.instructions is not None
+        )
         return [
             Send(response.created()),
             Respond(response.response_id, asked.prompt, how, aside, request.in_conversation),

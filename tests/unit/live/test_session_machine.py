@@ -346,6 +346,18 @@ def test_an_answer_outside_the_conversation_leaves_what_is_open_as_it_is() -> No
     assert len(driver.protocol.items) == 2
 
 
+def test_the_prompt_of_an_answer_with_its_own_instructions_is_not_what_appends_go_on_with() -> None:
+    driver = manual()
+    driver.say("Hello")
+    found = []
+    for options in ({"instructions": "Sing it."}, {}):
+        driver.respond(**options)
+        (respond,) = [x for x in driver.effects if isinstance(x, Respond)]
+        found.append((respond.aside, respond.in_conversation))
+        driver.end()
+    assert found == [(True, True), (False, True)]
+
+
 def test_what_answers_outside_the_conversation_are_asked_counts_as_the_session_s() -> None:
     driver = manual(max_bytes=20_000)
     driver.say("Hello")

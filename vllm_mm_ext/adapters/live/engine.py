@@ -123,6 +123,10 @@ class LiveEngine:
         rank = self._rank()
         self.pinned += pinned
 
+        async def trim() -> None:
+            if pinned:
+                await self._trim(session_id, salt)
+
         async def leave() -> None:
             if rank is not None:
                 self._of_rank[rank] -= 1
@@ -131,7 +135,7 @@ class LiveEngine:
                 await self._release(session_id, salt)
 
         adapter = partial(self._adapter, model)
-        return EngineSession(self._engine, session_id, listener, adapter, rank, salt, leave)
+        return EngineSession(self._engine, session_id, listener, adapter, rank, salt, trim, leave)
 
     async def _pin(self, session_id: str, salt: str) -> bool:
         """Let the engine keep the session's media; False where it cannot."""
@@ -146,6 +150,13 @@ class LiveEngine:
             logger.warning("mm_ext: the KV of a live session is not pinned: %s", error)
             return False
         return True
+
+    async def _trim(self, session_id: str, salt: str) -> None:
+        assert self._kv is not None
+        try:
+            await self._kv.trim(session_id, salt)
+        except Exception as error:
+            logger.warning("mm_ext: old KV of a live session stays pinned: %s", error)
 
     async def _release(self, session_id: str, salt: str) -> None:
         assert self._kv is not None
@@ -171,13 +182,17 @@ class LiveEngine:
         raise UnknownModelError(f"The model `{model}` does not exist.")
 
     def _rank(self) -> int | None:
-        """The data-parallel engine with the fewest sessions of this server; None of one engine."""
+        """The data-parallel engine with the fewest sessions of this server; None of one engine.
+
+        Of those with as few, each API server begins with another one.
+        """
         parallel = self._engine.client.vllm_config.parallel_config
         count = parallel.data_parallel_size
         if parallel.local_engines_only:
             count = parallel.data_parallel_size_local
         if count < 2:
             return None
-        rank = min(range(count), key=lambda one: self._of_rank[one])
+        first = max(0, parallel._api_process_rank) * count // parallel._api_process_count
+        rank = min(range(first, first + count), key=lambda one: self._of_rank[one % count]) % count
         self._of_rank[rank] += 1
         return rank

@@ -6,6 +6,7 @@ import asyncio
 import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,7 @@ class EngineSession:
         adapter: Callable[[], Awaitable[Any]],
         rank: int | None,
         salt: str,
+        trim: Callable[[], Awaitable[None]],
         leave: Callable[[], Awaitable[None]],
     ) -> None:
         self._engine = engine
@@ -75,11 +77,18 @@ class EngineSession:
         self._adapter = adapter
         self._rank = rank
         self._salt = salt
+        self._trim = trim
         self._leave = leave
+        # Tokens of the conversation's last prompt and of the answer to it.
+        self._shown: list[int] = []
+        # A prompt did not go on from there; KV of those before it is kept for nothing.
+        self._cut = False
         self._stretches: dict[str, GrowingStretch] = {}
         self._rendering = asyncio.Lock()
         self._waiting: Append | None = None
         self._appending: asyncio.Task[None] | None = None
+        # Something else is to take the place of the append that runs, if the engine refuses that.
+        self._overtaken = asyncio.Event()
         self._responses: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._requests = 0
@@ -97,20 +106,23 @@ class EngineSession:
         """Let the engine compute what of a prompt it has not computed yet.
 
         One append runs at a time. One that is given meanwhile waits for it, and takes the place of
-        one that waits already.
+        one that waits already, or that the engine refuses for now.
         """
         self._waiting = append
+        self._overtaken.set()
         if self._appending is None:
             self._append_next()
 
     def respond(self, respond: Respond) -> None:
         """Let the engine answer; an append that runs ends first.
 
-        One that waits is dropped if the answer will stand before what it appends. No other answer
-        takes its place: it may be the one that asks whether a turn has ended.
+        One that waits, or that the engine refuses for now, is dropped if the answer will stand
+        before what it appends. No other answer takes its place: it may be the one that asks whether
+        a turn has ended.
         """
         if respond.in_conversation:
             self._waiting = None
+            self._overtaken.set()
         if not self._silent:
             task = self._start(self._answer(respond, self._appending))
             self._responses[respond.response_id] = task
@@ -143,6 +155,7 @@ class EngineSession:
     def _append_next(self) -> None:
         """Begin with the append that waits, if one does."""
         append, self._waiting, self._appending = self._waiting, None, None
+        self._overtaken.clear()
         if append is not None and not self._silent:
             self._appending = self._start(self._append(append))
 
@@ -178,7 +191,7 @@ class EngineSession:
         )
         last = None
         # To its end: a generator that is left before is closed some time later.
-        async for output in self._outputs(prompt, lambda _: params):
+        async for output in self._outputs(prompt, lambda _: params, overtaken=self._overtaken):
             last = output
         if last is None:
             raise RuntimeError("the engine ended a prompt without an output")
@@ -232,7 +245,10 @@ class EngineSession:
             )
 
         usage: Usage | None = None
-        async for output in self._outputs(respond.prompt, params, aside=respond.aside):
+        overtaken = asyncio.Event()  # Nothing takes the place of an answer.
+        async for output in self._outputs(
+            respond.prompt, params, overtaken=overtaken, aside=respond.aside
+        ):
             (part,) = output.outputs
             if usage is None:
                 given = output.prompt_token_ids
@@ -243,6 +259,8 @@ class EngineSession:
             reason = part.finish_reason
             # The token that ends an answer has no text, and no place in the conversation.
             ids = tuple(part.token_ids[:-1] if reason == "stop" else part.token_ids)
+            if not respond.aside:
+                self._shown += ids
             ids, text = (ids, part.text) if answer is None else answer.take(ids, part.text)
             if ids or text:
                 self._listener.wrote(name, ids, text, usage)
@@ -254,7 +272,12 @@ class EngineSession:
     # --- the engine -------------------------------------------------------------------------------
 
     async def _outputs(
-        self, prompt: Prompt, params: Callable[[int], Any], *, aside: bool = False
+        self,
+        prompt: Prompt,
+        params: Callable[[int], Any],
+        *,
+        overtaken: asyncio.Event,
+        aside: bool = False,
     ) -> AsyncIterator[Any]:
         """vLLM's outputs for a prompt.
 
@@ -264,6 +287,7 @@ class EngineSession:
         Args:
             prompt: The prompt.
             params: Returns vLLM's ``SamplingParams`` for a prompt of so many tokens.
+            overtaken: Once it is set, a prompt that the engine refuses is not sent again.
             aside: As of ``Respond``.
         """
         retries, waits, rendered, begun = iter(range(_RETRIES)), iter(_WAITS_S), None, False
@@ -274,6 +298,10 @@ class EngineSession:
                 if length >= self._engine.context_tokens:
                     raise TooLongError(length, self._engine.context_tokens)
                 lora = await self._adapter()
+                if not aside:
+                    ids = list(rendered["prompt_token_ids"])
+                    self._cut |= ids[: len(self._shown)] != self._shown
+                    self._shown = ids
                 self._requests += 1
                 outputs = self._engine.client.generate(
                     rendered,
@@ -289,9 +317,13 @@ class EngineSession:
                     if not aborted:
                         begun = True
                         yield output
-                if not aborted:
-                    return
-                raise AbortedError
+                if aborted:
+                    raise AbortedError
+                # Not before: the prompt has found what it shares with those before it.
+                if self._cut and not aside:
+                    await self._trim()
+                    self._cut = False
+                return
             except LostInputsError:
                 if begun or next(retries, None) is None:
                     raise
@@ -300,7 +332,9 @@ class EngineSession:
                 wait_s = next(waits, None) if may_pass(error) else None
                 if begun or wait_s is None:
                     raise
-                await asyncio.sleep(wait_s)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(overtaken.wait(), wait_s)
+                    raise
 
     async def _rendered(self, prompt: Prompt, aside: bool) -> Any:
         """The prompt as vLLM's engine takes it."""

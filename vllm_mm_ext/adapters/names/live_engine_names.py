@@ -99,7 +99,13 @@ LIVE_ENGINE_NAMES: tuple[Checked, ...] = (
     VllmAttributes("vllm.config:CacheConfig", ("enable_prefix_caching",)),
     VllmAttributes(
         "vllm.config:ParallelConfig",
-        ("data_parallel_size", "data_parallel_size_local", "local_engines_only"),
+        (
+            "_api_process_count",
+            "_api_process_rank",
+            "data_parallel_size",
+            "data_parallel_size_local",
+            "local_engines_only",
+        ),
     ),
     VllmName(
         "vllm.model_executor.models.qwen2_vl:Qwen2VLProcessingInfo.get_num_image_tokens",
