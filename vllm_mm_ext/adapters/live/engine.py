@@ -187,12 +187,12 @@ class LiveEngine:
         Of those with as few, each API server begins with another one.
         """
         parallel = self._engine.client.vllm_config.parallel_config
-        count = parallel.data_parallel_size
+        count: int = parallel.data_parallel_size
         if parallel.local_engines_only:
             count = parallel.data_parallel_size_local
         if count < 2:
             return None
-        first = max(0, parallel._api_process_rank) * count // parallel._api_process_count
+        first: int = max(0, parallel._api_process_rank) * count // parallel._api_process_count
         rank = min(range(first, first + count), key=lambda one: self._of_rank[one % count]) % count
         self._of_rank[rank] += 1
         return rank
