@@ -168,6 +168,6 @@ def test_a_session_with_a_long_id_can_be_pinned_and_released(front: Front) -> No
     engine.serve(request("video", [Media("a", 40), Text(1, 3)], session=session))
     core = EngineOf(KVControl(engine.pool))
     client = KVClient(SimpleNamespace(engine_core=core))
-    for action in (client.pin, client.unpin, client.release):
+    for action in (client.pin, client.unpin, client.trim, client.release):
         asyncio.run(action(LONG))
-    assert core.items == [1, 1, 1]
+    assert core.items == [1, 1, 1, 1]

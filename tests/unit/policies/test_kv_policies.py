@@ -382,8 +382,9 @@ async def test_the_api_side_asks_the_engine_by_one_utility() -> None:
     client = control.KVClient(SimpleNamespace(engine_core=Core()))
     await client.pin("s")
     await client.unpin("s")
+    await client.trim("s")
     await client.release("s")
-    assert asked == [("mm_ext_kv", action, "s") for action in ("pin", "unpin", "release")]
+    assert asked == [("mm_ext_kv", action, "s") for action in ("pin", "unpin", "trim", "release")]
 
 
 async def test_that_an_engine_keeps_no_kv_is_told_whatever_is_asked() -> None:
