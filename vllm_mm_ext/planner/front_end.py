@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.media.decode.pool import MAX_DEFAULT_WORKERS
-from vllm_mm_ext.planner.memory_parts import Part, frame_bytes, request_bytes
+from vllm_mm_ext.planner.memory_parts import (
+    PREPROCESSING_COPIES,
+    Part,
+    frame_bytes,
+    request_bytes,
+)
 from vllm_mm_ext.planner.model_facts import ModelFacts
 from vllm_mm_ext.planner.request_tokens import RequestTokens
 from vllm_mm_ext.planner.workload import Image, Workload
@@ -47,6 +52,7 @@ def front_end(
     workload: Workload,
     request: RequestTokens,
     process_bytes: int,
+    warm_up: int,
     cores: int,
 ) -> FrontEnd:
     """Plan the API server.
@@ -58,6 +64,7 @@ def front_end(
         workload: What is asked of this API server.
         request: Tokens of one request.
         process_bytes: Memory of the process before it serves.
+        warm_up: Most bytes that vLLM's warm-up of the processor takes.
         cores: CPU cores that it may take.
     """
     count = workload.concurrency
@@ -70,6 +77,10 @@ def front_end(
     usual = DecodeConfig()
     largest = max((frame_bytes(medium) for medium in request.media), default=0)
     output = max(usual.max_output_mb, _mib(largest))
+    preprocessing = PREPROCESSING_COPIES * each.inputs
+    sound = 0
+    if any(medium.audio_seconds for medium in request.media):
+        sound = _OWN_SOUND_BYTES if facts.family == "composer" else _SOUND_BYTES
     # vLLM takes a request's items from the cache only if they leave as much again free.
     cache = max(2 * each.inputs, each.inputs * count)
     return FrontEnd(
@@ -93,13 +104,18 @@ def front_end(
             Part("frames and sound", each.decoded * count, "media.cache.decoded_mb"),
             Part(
                 "a request in preprocessing",
-                _PREPROCESSING_COPIES * each.inputs,
+                preprocessing,
                 "the encoder's inputs of one request, as they are made and as they are sent",
             ),
             Part(
                 "sound in preprocessing",
-                _SOUND_BYTES if any(medium.audio_seconds for medium in request.media) else 0,
+                sound,
                 "spectra, and what the C library keeps of them when they are freed",
+            ),
+            Part(
+                "vLLM's warm-up",
+                max(0, warm_up - preprocessing - sound - (each.files + each.decoded) * count),
+                "before it serves, where serving takes less",
             ),
         ),
     )
@@ -109,11 +125,10 @@ def front_end(
 _LEAST_IN_FLIGHT = 256
 # What an API server loads beside the processor (``vllm-mm bench plan-memory``).
 _GROWTH = 60 << 20
-# Float32, as the processor makes them, has twice the bytes of what is sent.
-_PREPROCESSING_COPIES = 3
-# As seen beside all other parts with sound of 3 to 40 s in a request, on servers that had more to
-# do than they could (``vllm-mm bench plan-memory``).
-_SOUND_BYTES = 220 << 20
+# As seen beside all other parts with sound of 3 to 40 s in a request (``vllm-mm bench
+# plan-memory``): of the processors of transformers, and of the composer's, which makes spectra of a
+# window at a time.
+_SOUND_BYTES, _OWN_SOUND_BYTES = 160 << 20, 80 << 20
 
 
 def _image_bytes(image: Image) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_mm_ext.planner.gpu_facts import GIB, Site
 from vllm_mm_ext.planner.model_facts import EncoderFacts, ModelFacts
@@ -19,8 +19,15 @@ _AUDIO_RATE = 16_000
 _CUDA_BYTES = round(1.6 * GIB)
 _NCCL_BYTES = round(1.0 * GIB)
 # What a core and a worker on a CPU load and allocate for their first requests, beside the process
-# that has loaded vLLM (``vllm-mm bench plan-memory``).
-_ENGINE_GROWTH = 170 << 20
+# that has loaded vLLM, and for their first sound (``vllm-mm bench plan-memory``).
+_ENGINE_GROWTH = 120 << 20
+_ENGINE_SOUND = 50 << 20
+# What the processor holds of an input as it makes it: float32, twice while patches are cut, and
+# what is sent.
+PREPROCESSING_COPIES = 5
+# Made-up media beside their copy in a tensor, of which a part is being resized; and what becomes of
+# them, as float32.
+_MADE_UP_COPIES, _WARMED_COPIES = 2.5, 2
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,28 @@ def encoder_step_peak(facts: ModelFacts, request: RequestTokens, step: Step) -> 
     return most
 
 
+def warm_up_peak(
+    facts: ModelFacts, request: RequestTokens, step: Step, made_up: int, largest_item: int
+) -> int:
+    """Bytes that vLLM's warm-up of the processor takes at most.
+
+    An API server and, on a CPU, an engine do it before they serve.
+
+    Args:
+        facts: The model.
+        request: One request, whose items tell how many inputs are behind an embedding.
+        step: The largest step.
+        made_up: Bytes of the pictures and samples that vLLM makes up for it.
+        largest_item: Embeddings of the largest of these.
+    """
+    inputs = 0
+    for encoder in (facts.vision, facts.audio):
+        if encoder is not None:
+            largest = replace(step, encoder_tokens=largest_item)
+            inputs = max(inputs, _values(encoder, _step_inputs(encoder, request, largest)))
+    return round(_MADE_UP_COPIES * made_up) + _WARMED_COPIES * inputs * facts.dtype_bytes
+
+
 def _step_inputs(encoder: EncoderFacts, request: RequestTokens, step: Step) -> int:
     """Inputs of an encoder in a step that encodes as many embeddings as it may."""
     is_audio = encoder.modality == "audio"
@@ -189,7 +218,12 @@ def _values(encoder: EncoderFacts | None, inputs: int) -> int:
 
 
 def engine_parts(
-    facts: ModelFacts, site: Site, workload: Workload, request: RequestTokens, step: Step
+    facts: ModelFacts,
+    site: Site,
+    workload: Workload,
+    request: RequestTokens,
+    step: Step,
+    warm_up: int,
 ) -> tuple[Part, ...]:
     """Memory of each GPU, or of the engine's processes on a CPU, without the KV cache.
 
@@ -199,6 +233,7 @@ def engine_parts(
         workload: What is asked of the server.
         request: One request.
         step: The largest step.
+        warm_up: Most bytes that vLLM's warm-up of the processor takes.
     """
     parts = [
         Part(
@@ -226,12 +261,18 @@ def engine_parts(
         allowance = _CUDA_BYTES + (_NCCL_BYTES if site.tp > 1 else 0)
         return (*parts, Part("CUDA", allowance, "an allowance: context, libraries, graphs"))
     each = request_bytes(facts, workload, request)
+    heard = any(medium.audio_seconds for medium in request.media)
     return (
         *parts,
         Part(
             "Python and vLLM, twice",
-            2 * site.process_bytes + _ENGINE_GROWTH,
+            2 * site.process_bytes + _ENGINE_GROWTH + (_ENGINE_SOUND if heard else 0),
             "the engine's core and its worker; and what their first request loads",
+        ),
+        Part(
+            "vLLM's warm-up",
+            max(0, warm_up - encoder_step_peak(facts, request, step)),
+            "before it serves, where the encoders take less",
         ),
         Part(
             "encoder cache, host tier",

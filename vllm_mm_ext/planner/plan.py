@@ -11,7 +11,14 @@ from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.planner.delivery import MAX_FRAMES, Delivery, frames_asked
 from vllm_mm_ext.planner.front_end import FrontEnd, front_end
 from vllm_mm_ext.planner.gpu_facts import GIB, Site
-from vllm_mm_ext.planner.memory_parts import Part, Step, encoder_cache_bytes, engine_parts, total
+from vllm_mm_ext.planner.memory_parts import (
+    Part,
+    Step,
+    encoder_cache_bytes,
+    engine_parts,
+    total,
+    warm_up_peak,
+)
 from vllm_mm_ext.planner.model_facts import ModelFacts
 from vllm_mm_ext.planner.request_tokens import RequestTokens
 from vllm_mm_ext.planner.workload import Workload
@@ -49,6 +56,7 @@ class Server:
         frame_multiple: Frames of a temporal patch.
         hears_video: The model hears the sound of videos.
         largest_item: Embeddings of the largest mm item that vLLM admits by the model's limits.
+        warm_up: Bytes of the pictures and samples with which vLLM warms the processor up.
         default_reduction: The token reduction of a server that is told none.
     """
 
@@ -59,6 +67,7 @@ class Server:
     frame_multiple: int
     hears_video: bool
     largest_item: int
+    warm_up: int
     default_reduction: Reduction
 
 
@@ -273,7 +282,8 @@ def make_plan(
     block_size = _CPU_BLOCK if is_cpu else _GPU_BLOCK
     block_bytes = facts.kv_bytes_per_token(site.tp) * block_size
     blocks = request.most_kv_blocks(block_size)
-    engine = engine_parts(facts, site, workload, request, step)
+    warm_up = warm_up_peak(facts, request, step, server.warm_up, server.largest_item)
+    engine = engine_parts(facts, site, workload, request, step, warm_up)
     if is_cpu:
         # vLLM does not start without room for one request as long as the context.
         held = max(blocks * per_engine, -(-length // block_size))
@@ -301,6 +311,7 @@ def make_plan(
             replace(workload, concurrency=per_engine),
             request,
             site.process_bytes,
+            warm_up,
             max(1, site.cores // site.dp),
         ),
     )

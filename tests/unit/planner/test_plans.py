@@ -43,6 +43,7 @@ SERVER = Server(
     frame_multiple=2,
     hears_video=False,
     largest_item=1024,
+    warm_up=0,
     default_reduction=NO_REDUCTION,
 )
 # No control characters, which YAML does not take, but line breaks.

@@ -17,6 +17,10 @@ PLANNING_NAMES: tuple[Checked, ...] = (
         ),
     ),
     VllmName("vllm.multimodal:MULTIMODAL_REGISTRY.create_processor", ("model_config",)),
+    VllmName(
+        "vllm.multimodal.processing:BaseDummyInputsBuilder.get_dummy_mm_data",
+        ("self", "seq_len", "mm_counts", "mm_options"),
+    ),
     VllmName("vllm.config:set_current_vllm_config", ("vllm_config",)),
     VllmName(
         f"{_STATE}:init_distributed_environment",

@@ -12,6 +12,7 @@ import psutil  # type: ignore[import-untyped]
 from vllm_mm_ext.adapters.planning.counting import RequestCounter, check_countable
 from vllm_mm_ext.adapters.planning.loading import CannotPlanError, LoadedModel, load
 from vllm_mm_ext.adapters.planning.model_sizes import model_facts
+from vllm_mm_ext.adapters.planning.warm_up import warm_up_bytes
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.planner.delivery import MAX_FRAMES, Delivery, frames_asked
@@ -206,6 +207,7 @@ class Planner:
             frame_multiple=traits.frame_multiple,
             hears_video=bool(traits.hears_video),
             largest_item=max((most[kind] for kind in used if kind in most), default=0),
+            warm_up=warm_up_bytes(self.loaded, used),
             default_reduction=self.default_reduction,
         )
 

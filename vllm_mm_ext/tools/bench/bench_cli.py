@@ -326,6 +326,19 @@ def scheduler(
     _show(result, json)
 
 
+@app.command("plan-memory", help=BENCHMARKS["plan-memory"].shows)
+def plan_memory(
+    seed: Annotated[int, typer.Option(help="Of the first workload.")] = 0,
+    workloads: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    json: _Json = None,
+    work_dir: _WorkDir = None,
+) -> None:
+    """Of the benchmarks with options of their own."""
+    from vllm_mm_ext.tools.bench.plan_memory import run
+
+    _show(run(_context(1, work_dir), seed=seed, count=workloads), json)
+
+
 @app.command("plan-estimates", help=BENCHMARKS["plan-estimates"].shows)
 def plan_estimates(
     seed: Annotated[int, typer.Option(help="Of the workloads.")] = 0,
@@ -349,6 +362,7 @@ _WITH_OPTIONS = frozenset(
         "live",
         "long-video",
         "plan-estimates",
+        "plan-memory",
         "sampling",
         "scheduler",
         "soak",

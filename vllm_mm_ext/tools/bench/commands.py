@@ -269,7 +269,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "plan-memory",
                 "Written plans served: memory, tokens and concurrency, planned and measured.",
                 "plan_memory:run",
-                repeats=20,
+                repeats=1,
             ),
         )
     }

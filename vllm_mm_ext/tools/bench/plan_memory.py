@@ -1,8 +1,9 @@
 """Servers started by written plans: memory, tokens and concurrency, planned and measured.
 
 Each plan is written to a file, served from it, and asked for one request more than it is for at a
-time, twice with media of their own. The numbers of requests that run and wait, and preemptions, are
-vLLM's own metrics; memory is the highest resident size of the processes.
+time: twice with media of their own, and once more with the media of the second time, which the API
+server then has, so that they reach the engine together. The numbers of requests that run and wait,
+and preemptions, are vLLM's own metrics; memory is the highest resident size of the processes.
 """
 
 from __future__ import annotations
@@ -78,15 +79,21 @@ def workload_of(seed: int) -> tuple[str, Workload]:
     )
 
 
-def run(context: BenchContext) -> BenchResult:
-    """Measure as many plans as there are repeats."""
+def run(context: BenchContext, *, seed: int, count: int) -> BenchResult:
+    """Serve plans of random workloads.
+
+    Args:
+        context: Where the bench runs.
+        seed: Of the first workload; each has the next one.
+        count: How many.
+    """
     rows: list[Row] = []
     notes: list[str] = []
-    with context.steps("plan-memory", context.repeats) as begin:
-        for seed in range(context.repeats):
-            family, workload = workload_of(seed)
-            begin(f"{seed} {family}")
-            found, note = _measured(f"{seed} {family}", family, workload, seed)
+    with context.steps("plan-memory", count) as begin:
+        for each in range(seed, seed + count):
+            family, workload = workload_of(each)
+            begin(f"{each} {family}")
+            found, note = _measured(f"{each} {family}", family, workload, each)
             rows += found
             notes.append(note)
     return BenchResult("memory planned (stock column) and measured (plugin column)", rows, notes)
@@ -195,6 +202,7 @@ def _serve(family: str, workload: Workload, seed: int, folder: Path) -> Watched:
                 return int(answer.usage.prompt_tokens)
 
             watched.prompts = list(pool.map(ask, asked))
+            watched.prompts += pool.map(ask, asked[count // 2 :])
         _note(server, watched)
         for process in _processes(server):
             peak = _peak(process.pid)
