@@ -67,10 +67,14 @@ def count(workload: Workload, delivery: Delivery) -> RequestTokens:
 
 
 def planned(
-    site: Site, workload: Workload, context: int | None = None, reduction: Reduction | None = None
+    site: Site,
+    workload: Workload,
+    context: int | None = None,
+    reduction: Reduction | None = None,
+    server: Server = SERVER,
 ) -> Plan:
     delivery = asked_delivery(workload, Delivery(1, reduction=reduction or Reduction()), 2)
-    return make_plan(FACTS, site, SERVER, workload, delivery, count, context=context)
+    return make_plan(FACTS, site, server, workload, delivery, count, context=context)
 
 
 def levers_of(plan: Plan):
@@ -226,6 +230,20 @@ def test_a_container_gets_more_than_the_plan_counts_and_shared_memory_for_the_ho
         assert needed.cores == 16 * gpus
     # Without a GPU workers keep the host tier in memory of their own.
     assert planned(site("cpu"), workload).container.shm_gib == 1
+
+
+@pytest.mark.parametrize("mib", [10, 400, 4000])
+def test_processes_have_room_for_vllm_s_warm_up_before_they_serve(mib):
+    workload = Workload((Video(20),), concurrency=2)
+    usual = planned(site("cpu"), workload)
+    plan = planned(site("cpu"), workload, server=replace(SERVER, warm_up=mib << 20))
+    for parts, before in ((plan.front.memory, usual.front.memory), (plan.engine, usual.engine)):
+        held = sum(part.num_bytes for part in parts)
+        # A process gives the memory of its warm-up back before it serves.
+        assert sum(part.num_bytes for part in before) <= held
+        assert held > 2 * (mib << 20)
+        if mib == 10:
+            assert held == sum(part.num_bytes for part in before)
 
 
 def test_replicas_share_the_requests():
