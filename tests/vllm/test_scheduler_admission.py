@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from scheduler_harness import Costs, Play, make_scheduler, request
@@ -25,6 +26,25 @@ def adapted(adapter: int, name: str, **kwargs: object) -> Request:
         lora_int_id=adapter, lora_name=f"lora{adapter}", lora_path="/", adapter_id=adapter
     )
     return one
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_picture_and_its_sound_that_vllms_own_cache_never_holds_end_their_request(
+    whole: bool,
+) -> None:
+    def change(config: Any) -> None:
+        config.scheduler_config.enable_chunked_prefill = not whole
+
+    play = Play(make_scheduler(encoder_tokens=1024, settings={"aging_s": 1.0}, change=change))
+    play.add(
+        request("large", items=[1200], sound=400),
+        request("fits", items=[1000], sound=400),
+        request("text"),
+    )
+    play.run(most=2000)
+    assert not play.timings["large"].tokens
+    assert all(timing.ended is not None for timing in play.timings.values())
+    assert all(len(play.timings[name].tokens) == 4 for name in ("fits", "text"))
 
 
 @pytest.mark.parametrize("video", [18, 30])

@@ -244,3 +244,24 @@ def test_an_aged_request_without_room_leaves_tokens_to_those_that_hold_the_room(
     options: dict[str, Any] = {"policy": "priority", "depth": 2, "kv": KV["little may be kept"]}
     settings = {"aging_s": 0.5, "target_itl_ms": 50.0}
     _run(80, 150, blocks=133, device=241, host=1209, settings=settings, read_ahead=5, **options)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("device", [512, 1024, 2048])
+def test_a_picture_and_its_sound_that_no_step_has_the_budget_for_are_served_and_stop_nobody(
+    device: int, depth: int
+) -> None:
+    """vLLM bounds each item by itself; both together are more than a step may encode."""
+    settings = {"aging_s": 0.5, "target_itl_ms": 50.0}
+    engine = Engine(
+        scheduler=MMExtScheduler, device=device, encoder_tokens=1024, depth=depth, settings=settings
+    )
+    engine.add(request("before", [Item("first", 200)], answer=40))
+    engine.add(request("large", [Item("picture", 800), Item("sound", 400, joins=True)]))
+    for number in range(60):
+        if number % 4 == 0:
+            engine.add(request(f"small {number}", [Item(f"item {number}", 100)]))
+        engine.step()
+    assert engine.answers["large"] == 3
+    engine.run()
+    assert all(engine.answers[f"small {number}"] == 3 for number in range(0, 60, 4))

@@ -505,7 +505,25 @@ def test_items_that_are_needed_together_and_find_no_room_take_no_step_from_other
     overdraws: bool,
 ) -> None:
     """A drafter needs both of two items of one token, and the encoder cache has room for one."""
-    room = replace(ROOM, encoder_tokens=1, shift=2, overdraws=overdraws)
+    room = replace(ROOM, encoder_tokens=1, shift=2, together=4096 if overdraws else math.inf)
     both, text = prompt("both", 1, 1, text=3000), prompt("text", text=3000)
     found = plan([both, text], room, StepTimes()).grants
     assert found.keys() == ({"both"} if overdraws else {"text"})
+
+
+@pytest.mark.parametrize("size", [800, 400])
+@pytest.mark.parametrize("together", [1024, math.inf])
+def test_what_shares_a_placeholder_and_fits_no_step_has_one_if_the_encoder_cache_takes_it(
+    together: float, size: int
+) -> None:
+    room = replace(ROOM, encoder_tokens=1024, together=together)
+    items = (Item(0, size, "picture", 0, size + 400), Item(1, 400, "sound", 0, size + 400))
+    whole = size + 400
+    both = prompt("both", items=items, encoder_tokens=whole, media=True, left=whole)
+    behind = prompt("behind", 200, came=1)
+    found = counts(plan([both, behind], room, StepTimes()))
+    fits = size == 400 or together == 1024
+    assert found == ({"both": 2} | ({"behind": 1} if size == 400 else {}) if fits else {})
+    # One before them that found no room they do not pass.
+    busy = replace(room, encoder_tokens=900)
+    assert not plan([prompt("before", 1000), both], busy, StepTimes()).grants

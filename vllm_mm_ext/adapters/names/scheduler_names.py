@@ -70,6 +70,7 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
             "deferred_waiting",
             "ec_connector",
             "encoder_cache_manager",
+            "encoder_cache_mismatch_reqs",
             "is_encoder_decoder",
             "kv_cache_manager",
             "kv_holding_waiting",

@@ -18,6 +18,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from vllm_mm_ext.adapters.encoder_cache.never_served import refuse_what_never_fits
 from vllm_mm_ext.adapters.encoder_cache.runner_inputs import send_all_inputs
 from vllm_mm_ext.adapters.names.scheduler_names import CADENCE_ATTRIBUTES
 from vllm_mm_ext.adapters.scheduler.admission import Admission
@@ -192,7 +193,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             late_s=self._late_s,
             prefill_counts=self._limits_prefill,
             whole=not self.scheduler_config.enable_chunked_prefill,
-            overdraws=hasattr(self.encoder_cache_manager, "overdraws"),
+            together=bound if hasattr(self.encoder_cache_manager, "overdraws") else math.inf,
         )
         return plan(candidates, room, times)
 
@@ -223,6 +224,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             self._prompts.came(request, request.arrival_time)
         if request.mm_features:
             trim_when_due()
+            refuse_what_never_fits(self, request)
         super().add_request(request)
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
@@ -256,9 +258,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Learn what the step took."""
-        begun = self._begun.pop(id(scheduler_output), None)
         now = self._clock()
-        if begun is not None:
+        if begun := self._begun.pop(id(scheduler_output), None):
             # Of overlapping steps, a later one starts when the one before it ends.
             at, work = begun
             self._times.observe(work, now - max(at, self._ended))

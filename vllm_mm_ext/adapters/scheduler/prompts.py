@@ -74,12 +74,7 @@ class Prompts:
     # --- the order of coming ----------------------------------------------------------------------
 
     def came(self, request: Any, arrival_time: float) -> None:
-        """A request has come, or a streaming session goes on, which counts as one.
-
-        Args:
-            request: vLLM's request.
-            arrival_time: When it came by vLLM's account: the API server takes that time.
-        """
+        """A request has come, by vLLM's account then, or a session goes on, which counts as one."""
         self._came += 1
         order = (arrival_time if self._by_priority else 0.0, self._came)
         self.arrivals[request.request_id] = Arrival(self._clock(), order)

@@ -38,10 +38,6 @@ class Ranking:
         if request in self._ranks:
             del self._by_rank[self._ranks.pop(request)]
 
-    def first(self, count: int) -> list[Any]:
-        """Up to so many from the first on."""
-        return list(islice(self._by_rank.values(), count))
-
     def __len__(self) -> int:
         return len(self._ranks)
 
@@ -80,7 +76,7 @@ class ArrangedQueue(RequestQueue):  # type: ignore[misc]
 
         They are the best, the first to come, and of those set aside the next in turn.
         """
-        firsts = [ranking.first(LOOKED_AT + 1) for ranking in self._rankings]
+        firsts = [list(islice(ranking, LOOKED_AT + 1)) for ranking in self._rankings]
         found = dict.fromkeys(one for some in firsts for one in some[:LOOKED_AT])
         return list(found), [one for came in firsts[1:3] for one in came[LOOKED_AT:]]
 

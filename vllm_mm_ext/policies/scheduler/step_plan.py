@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -109,7 +110,8 @@ class Room:
         late_s: Seconds by which earlier steps took longer than theirs, for items too large for any.
         prefill_counts: Whether prompt tokens are limited.
         whole: Prompts are computed in one piece, with all their items.
-        overdraws: The encoder cache takes items that are needed together beyond its size.
+        together: Encoder outputs beyond which items of one placeholder fit no step, and are encoded
+            all the same. Infinite if the encoder cache takes nothing beyond its size.
     """
 
     seconds: float
@@ -124,7 +126,7 @@ class Room:
     late_s: float = 0.0
     prefill_counts: bool = True
     whole: bool = False
-    overdraws: bool = False
+    together: float = math.inf
 
 
 @dataclass(slots=True)
@@ -248,7 +250,8 @@ class _Giver:
             tokens = encoding + sum(fresh.values())
             # A drafter that reads ahead needs it together with those before it.
             first = not self._items and not (chosen and ready)
-            over = room.whole or (not ready and (room.overdraws if chosen else one.overdraws))
+            over = not ready and (room.together < math.inf if chosen else one.overdraws)
+            over |= room.whole or (sum(fresh.values()) > room.together and not self._closed)
             if fresh and not self._encodes(
                 tokens, len(fresh) + len(chosen), seconds, first=first, over=first and over
             ):

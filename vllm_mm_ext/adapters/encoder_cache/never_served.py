@@ -1,0 +1,38 @@
+"""Requests that vLLM's own encoder cache never has room for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_mm_ext.adapters.encoder_cache.mm_features import sharing
+from vllm_mm_ext.adapters.vllm_compat import logger
+
+
+def refuse_what_never_fits(scheduler: Any, request: Any) -> None:
+    """End a request whose video and sound together are more than vLLM's own encoder cache holds.
+
+    vLLM checks the size of each item by itself, and prefill needs all items of a placeholder at
+    once. So the request would wait for ever, and all encoder work behind it. The plugin's manager
+    takes such items.
+
+    Args:
+        scheduler: vLLM's scheduler.
+        request: A request with media that has come.
+    """
+    if scheduler.is_encoder_decoder or hasattr(scheduler.encoder_cache_manager, "overdraws"):
+        return
+    features = request.mm_features
+    for index, feature in enumerate(features):
+        needed = (feature, *sharing(features, index)[1])
+        embeds = sum(one.mm_position.get_num_embeds() for one in needed)
+        if len(needed) > 1 and embeds > scheduler.max_num_encoder_input_tokens:
+            logger.error(
+                "mm_ext: request %s cannot be served: a video and its sound have %d embeddings "
+                "together, and vLLM's encoder cache holds %d. The plugin's encoder cache "
+                "(--ec-manager-config) takes them",
+                request.request_id,
+                embeds,
+                scheduler.max_num_encoder_input_tokens,
+            )
+            scheduler.encoder_cache_mismatch_reqs.add(request.request_id)
+            return
