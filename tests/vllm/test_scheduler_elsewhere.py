@@ -104,19 +104,23 @@ def test_where_the_transfer_fails_the_request_is_computed_here() -> None:
     assert len(play.timings["there"].tokens) == 4
 
 
+# The first item begins at token 32, in the middle of which a load may fail.
+@pytest.mark.parametrize("lost", [range(1, 9), range(10, 20)], ids=["from the start", "in an item"])
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("second_runner", [False, True])
 @pytest.mark.parametrize("answer", [1, 4])
-def test_inputs_of_items_whose_kv_could_not_be_loaded_are_there(
-    answer: int, second_runner: bool
+def test_items_whose_kv_could_not_be_loaded_are_encoded_and_their_inputs_are_there(
+    answer: int, second_runner: bool, depth: int, lost: range
 ) -> None:
     """vLLM's scheduler sends no inputs of what is in KV, and only once."""
-    play = decode_node(on_failure="recompute", encoder_tokens=8192)
+    play = decode_node(on_failure="recompute", encoder_tokens=8192, asynchronous=depth > 1)
+    play = Play(play.scheduler, depth=depth)
     play.scheduler.use_v2_model_runner = second_runner
     one = request("found", items=VIDEO, answer=answer)
     one.kv_transfer_params = {"found": 32 + 6 * 512}
     play.add(one)
-    play.lost = set(range(1, 9))
-    play.run()
+    play.lost = set(lost)
+    play.run(most=200)
     assert encoded(play) == {"found"}
     assert not play.not_sent
     assert len(play.timings["found"].tokens) == answer

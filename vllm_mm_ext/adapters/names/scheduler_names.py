@@ -128,6 +128,8 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
         ),
     ),
     VllmAttributes("vllm.v1.core.sched.output:NewRequestData", ("mm_features", "req_id")),
+    VllmAttributes("vllm.v1.outputs:ModelRunnerOutput", ("kv_connector_output",)),
+    VllmAttributes("vllm.v1.outputs:KVConnectorOutput", ("invalid_block_ids",)),
     VllmAttributes("vllm.multimodal.inputs:MultiModalFeatureSpec", ("identifier", "mm_position")),
     VllmAttributes(
         "vllm.multimodal.inputs:PlaceholderRange", ("get_num_embeds", "length", "offset")

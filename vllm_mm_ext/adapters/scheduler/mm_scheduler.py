@@ -265,6 +265,11 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             self._times.observe(work, now - max(at, self._ended))
         self._ended = now
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        loads = model_runner_output.kv_connector_output
+        for one in self.running if loads and loads.invalid_block_ids else ():
+            # vLLM has noted what must be computed again, but not that the request decodes no more.
+            known = one.num_tokens + one.num_output_placeholders
+            one.is_prefill_chunk = one.num_computed_tokens < known
         self._publisher.publish(self._prompts.backlog, self._times)
         return outputs
 
