@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from kv_harness import BLOCK, BLOCK_BYTES, Engine, Media, Part, Text, request
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.request import Request
 
 from vllm_mm_ext.adapters.kv import install as adapter
 from vllm_mm_ext.config.kv_settings import KVSettings
@@ -115,6 +120,46 @@ def test_requests_that_go_on_in_other_ways_share_what_is_before() -> None:
     (shared,) = (piece for piece in engine.pool.tree if piece.parent is None)
     assert shared.hits == 1
     assert len(shared.children) == 2
+
+
+def answers(name: str, n: int, arrival_time: float, parts: Sequence[Part]) -> Iterator[Request]:
+    """The requests that vLLM makes of one that asks for so many answers."""
+    asked: Any = SimpleNamespace(
+        request_id=name, external_req_id=name, params=SamplingParams(n=n), arrival_time=arrival_time
+    )
+    parent = ParentRequest(asked)
+    for number in range(n):
+        child = request(parent.get_child_info(number)[0], parts)
+        child.arrival_time = arrival_time
+        yield child
+
+
+def test_several_answers_to_one_request_are_one_use_and_one_moment() -> None:
+    several, single = Engine(100), Engine(100)
+    for arrival_time in (1.0, 2.0):
+        for child in answers(f"asks at {arrival_time}", 8, arrival_time, VIDEO):
+            several.serve(child)
+        (one,) = answers(f"asks at {arrival_time}", 1, arrival_time, VIDEO)
+        single.serve(one)
+    for engine in (several, single):
+        engine.pool.check_integrity()
+        assert {piece.hits for piece in engine.pool.tree} == {1}
+    assert known(several) == known(single)
+
+
+def test_prompts_that_come_together_are_a_use_each() -> None:
+    engine = Engine(100)
+    for number in range(3):
+        one = request(f"{number}-abc", VIDEO)
+        one.arrival_time = 1.0
+        engine.serve(one)
+    assert {piece.hits for piece in engine.pool.tree} == {2}
+
+
+def known(engine: Engine) -> list[float]:
+    """How soon each piece is expected to be used again, in prompt order."""
+    history = engine.pool.retention.history
+    return [history.rate(one.key) for one in sorted(engine.pool.tree, key=lambda one: one.start)]
 
 
 def test_a_piece_is_not_cut_before_a_block_whose_hash_vllm_dropped() -> None:

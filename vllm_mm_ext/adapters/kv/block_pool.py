@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 from vllm_mm_ext.adapters.kv.free_queue import KeepingQueue
 from vllm_mm_ext.adapters.kv.media_marks import MediaMarks
 from vllm_mm_ext.adapters.kv.pool_limits import Limits, Reason
-from vllm_mm_ext.adapters.kv.tagging import Tagger
+from vllm_mm_ext.adapters.kv.tagging import Tagger, user_of
 from vllm_mm_ext.policies.kv.pieces import CachedMedia, Piece, Tree, merge, paths
 from vllm_mm_ext.policies.kv.retention import Retention
 from vllm_mm_ext.policies.kv.sessions import Sessions
@@ -60,6 +60,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         self.evictions = 0
         # Groups whose blocks of the request that is being admitted were walked along.
         self._walked: set[int] = set()
+        self._last_user: tuple[float, str] | None = None
 
     def ask_for_outputs(self, held: Callable[[str], bool]) -> None:
         """Say who knows of an mm item, by its identifier, whether its encoder output is held."""
@@ -138,10 +139,13 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         if group not in self._walked:
             self._tagger.walk(request, blocks, range(len(blocks)), block_size)
 
-    def admitted(self) -> None:
+    def admitted(self, request: Request) -> None:
         """Note that a request was admitted, and all that it found was told."""
         self._walked.clear()
-        self.retention.history.tick()
+        # All answers that one request asks for are one moment of the traffic.
+        if (user := user_of(request)) != self._last_user:
+            self._last_user = user
+            self.retention.history.tick()
 
     # --- who goes first ---------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ def _noting_hits(original: Callable[..., Any]) -> Callable[..., Any]:
                 found = num_new_computed_tokens // manager.block_size
                 blocks = manager.req_to_blocks[request.request_id][:found]
                 pool.found(request, blocks, manager.block_size, group)
-        pool.admitted()
+        pool.admitted(request)
         return made
 
     return allocate_slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,19 @@ from vllm_mm_ext.policies.kv.pieces import TEXT_CONTENT, Content, Piece, Tree
 from vllm_mm_ext.policies.kv.placement import runs
 from vllm_mm_ext.policies.kv.retention import Retention, kind_of
 from vllm_mm_ext.policies.kv.sessions import Sessions, session_key
+
+# How vLLM's names of the answers to one request begin, if it asks for several.
+_ANSWER = re.compile(r"\d+_")
+
+
+def user_of(request: Request) -> tuple[float, str]:
+    """What is alike in all the answers that a request asks for (``n``).
+
+    vLLM makes a request of each. Prompts that come together have the same arrival time as well.
+    """
+    name = request.request_id
+    found = _ANSWER.match(name)
+    return request.arrival_time, name[found.end() :] if found else name
 
 
 class Tagger:
@@ -94,7 +108,7 @@ class Tagger:
         piece = self._holders[same]
         assert piece is not None
         if piece is not way.piece:
-            self._use(piece, way.request)
+            self._use(piece, way)
             way.enter(piece)
             # The rest of the piece at once.
             rest = index + len(piece.blocks)
@@ -131,10 +145,13 @@ class Tagger:
             return None
         return int(equal.block_id)
 
-    def _use(self, piece: Piece, request: Request) -> None:
-        piece.last_use_s = time.monotonic()
-        # A preempted request that finds its own blocks again is no new use.
-        if piece.owner != request.request_id and not request.num_preemptions:
+    def _use(self, piece: Piece, way: _Way) -> None:
+        request = way.request
+        again = way.user == piece.last_user or piece.owner == request.request_id
+        piece.last_use_s, piece.last_user = time.monotonic(), way.user
+        # A preempted request that finds its own blocks again is no new use, nor are all but the
+        # first of the answers that a request asks for: nobody came back.
+        if not again and not request.num_preemptions:
             piece.hits += 1
             self._retention.history.use(piece.key)
 
@@ -195,7 +212,7 @@ class Tagger:
     ) -> Piece:
         request = way.request
         piece = Piece(key, content, index, way.block_size, parent, request.request_id)
-        piece.last_use_s = time.monotonic()
+        piece.last_use_s, piece.last_user = time.monotonic(), way.user
         # Where nothing had followed, it is the end of a conversation that goes on.
         goes_on = parent is not None and (parent.owner == request.request_id or not parent.followed)
         kind = kind_of(piece, session=request.session_id is not None)
@@ -223,6 +240,7 @@ class _Way:
     """Where a walk along the blocks of a request has come to.
 
     Attributes:
+        user: As of ``user_of``.
         piece: The piece of the last block.
         last: Id of the last block, or of an equal one that is part of the piece.
         passed: All pieces on the way.
@@ -230,6 +248,7 @@ class _Way:
 
     def __init__(self, request: Request, blocks: Sequence[KVCacheBlock], block_size: int) -> None:
         self.request = request
+        self.user = user_of(request)
         self.blocks = blocks
         self.block_size = block_size
         self.piece: Piece | None = None

@@ -53,6 +53,8 @@ POOL_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_CORE}.kv_cache_utils:KVCacheBlock.block_hash_num_tokens"),
     VllmName(f"{_CORE}.single_type_kv_cache_manager:SingleTypeKVCacheManager"),
     VllmName("vllm.config:AttentionConfig.hisparse_config"),
+    # Names requests of one that asks for several answers.
+    VllmName("vllm.v1.engine.parallel_sampling:ParentRequest.get_child_info", ("index",)),
     VllmName(
         "vllm.v1.request:Request.__init__",
         ("mm_features", "session_id", "cache_salt", "block_hasher"),
@@ -94,6 +96,7 @@ POOL_NAMES: tuple[Checked, ...] = (
     VllmAttributes(
         "vllm.v1.request:Request",
         (
+            "arrival_time",
             "block_hashes",
             "cache_salt",
             "mm_features",

@@ -71,6 +71,7 @@ class Piece:
         modalities: Tokens of an mm item by modality: `video`, `audio`, `text` of markers...
         hits: Requests that found the piece in the cache.
         last_use_s: When a request last used the piece, in seconds on the pool's clock.
+        last_user: What is alike in all the answers that the request asked for which used it last.
         with_media: Whether the piece is an mm item or comes after one.
     """
 
@@ -88,6 +89,7 @@ class Piece:
     modalities: dict[str, int] = field(default_factory=dict)
     hits: int = 0
     last_use_s: float = 0.0
+    last_user: tuple[float, str] | None = None
     with_media: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -221,6 +223,7 @@ class Tree:
             blocks=piece.blocks[:blocks],
             hits=piece.hits,
             last_use_s=piece.last_use_s,
+            last_user=piece.last_user,
             whole=False,
         )
         if piece.parent is not None:
