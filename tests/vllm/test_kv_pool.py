@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import chain, count, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,6 +160,30 @@ def known(engine: Engine) -> list[float]:
     """How soon each piece is expected to be used again, in prompt order."""
     history = engine.pool.retention.history
     return [history.rate(one.key) for one in sorted(engine.pool.tree, key=lambda one: one.start)]
+
+
+def test_what_is_known_of_a_conversations_items_grows_with_the_items_alone() -> None:
+    engine = Engine(700)
+    talk: list[Part] = []
+    for turn in range(300):
+        talk.append(Media(f"item {turn}", 2 * BLOCK))
+        engine.serve(request(f"turn {turn}", talk))
+    assert links(engine) == 300
+    # What comes in the place of media leaves nothing of them.
+    served(engine, "text", [Text(5, 699 * BLOCK - 3)])
+    engine.pool._marks._chains.clear()
+    assert links(engine) <= 1
+
+
+def links(engine: Engine) -> int:
+    """How many records of an item are kept for takedowns."""
+    found: dict[int, Any] = {}
+    marks = engine.pool._marks
+    for link in (*(mark[1] for mark in marks._marks if mark), *chain(*marks._chains.values())):
+        while link is not None and id(link) not in found:
+            found[id(link)] = link
+            link = link.before
+    return len(found)
 
 
 def test_a_piece_is_not_cut_before_a_block_whose_hash_vllm_dropped() -> None:

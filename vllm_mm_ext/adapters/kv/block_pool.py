@@ -104,9 +104,8 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
                 self._walked.add(kv_cache_group_id)
                 first = 0
             self._tagger.walk(request, blocks, range(first, num_full_blocks), block_size)
-            if request.mm_features:
-                new = range(num_cached_blocks, num_full_blocks)
-                self._marks.note(request, ((blocks[i], (i + 1) * block_size) for i in new))
+            new = range(num_cached_blocks, num_full_blocks)
+            self._marks.note(request, ((blocks[i], (i + 1) * block_size) for i in new))
 
     def cache_partial_block(
         self,
@@ -121,8 +120,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         found: BlockHashWithGroupId | None = super().cache_partial_block(
             request, block, num_tokens, kv_cache_group_id, block_size, replace_existing_hashes
         )
-        if request.mm_features:
-            self._marks.note(request, ((block, num_tokens),))
+        self._marks.note(request, ((block, num_tokens),))
         return found
 
     def found(

@@ -5,14 +5,20 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
 
 # Requests whose chains are kept; one that is not is made again.
 _CHAINS = 256
 
 
-class Link(NamedTuple):
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Link:
     """The mm items of a prompt up to one of them, the last one first.
+
+    Prompts that begin with the same items share the links of these: each turn of a conversation
+    adds but the links of its new items.
 
     Attributes:
         identifier: vLLM's identifier of the item.
@@ -20,7 +26,7 @@ class Link(NamedTuple):
     """
 
     identifier: str
-    before: Any
+    before: Link | None
 
 
 class MediaMarks:
@@ -36,23 +42,27 @@ class MediaMarks:
     def __init__(self, num_blocks: int) -> None:
         self._marks: list[tuple[Any, Link] | None] = [None] * num_blocks
         self._chains: OrderedDict[str, list[Link]] = OrderedDict()
+        # By the link before, which each of them keeps alive, and identifier.
+        self._links: WeakValueDictionary[tuple[int, str], Link] = WeakValueDictionary()
 
     def note(self, request: Any, cached: Iterable[tuple[Any, int]]) -> None:
-        """Mark blocks of a request with media that are cached now.
+        """Mark blocks of a request that are cached now; without media they lose old marks.
 
         Args:
             request: vLLM's request.
             cached: The blocks, each with the number of tokens up to the end of what it holds.
         """
         features = request.mm_features
-        chain = self._chain(request.request_id, features)
+        chain = self._chain(request.request_id, features) if features else []
         for block, end in cached:
             begun = bisect_left(features, end, key=lambda feature: feature.mm_position.offset)
             mark = self._marks[block.block_id]
             # A block that is found by fewer tokens as well still depends on what it did.
             known = mark is not None and mark[0] == block.block_hash
-            if begun and block.block_hash is not None and not known:
-                self._marks[block.block_id] = block.block_hash, chain[begun - 1]
+            if not known:
+                depends = begun and block.block_hash is not None
+                found = (block.block_hash, chain[begun - 1]) if depends else None
+                self._marks[block.block_id] = found
 
     def move(self, source: int, target: int) -> None:
         """Note that vLLM has given a block's hashes to another, which holds a copy of it."""
@@ -85,8 +95,12 @@ class MediaMarks:
         ):
             chain, before = [], None
             for feature in features:
-                before = Link(feature.identifier, before)
-                chain.append(before)
+                name = (id(before), feature.identifier)
+                link = self._links.get(name)
+                if link is None:
+                    link = self._links[name] = Link(feature.identifier, before)
+                chain.append(link)
+                before = link
         self._chains[request_id] = chain
         while len(self._chains) > _CHAINS:
             self._chains.popitem(last=False)
