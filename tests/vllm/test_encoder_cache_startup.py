@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from encoder_cache_harness import EMBEDDING_MB, WIDTH, Item, engine_config, request
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.distributed.ec_transfer.ec_connector.cpu.common import (
     ECCPUConnectorMetadata,
@@ -29,7 +31,7 @@ from vllm_mm_ext.adapters.encoder_cache.cuda_connector import (
     CudaECConnector,
 )
 from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector, NoHostTier
-from vllm_mm_ext.adapters.encoder_cache.host_store import HostStore
+from vllm_mm_ext.adapters.encoder_cache.host_store import HostStore, PinnedBlocks
 from vllm_mm_ext.adapters.encoder_cache.manager import HostSide, MMExtEncoderCacheManager
 from vllm_mm_ext.adapters.encoder_cache.startup import HostTierError
 from vllm_mm_ext.adapters.encoder_cache.transport_options import OWN
@@ -166,6 +168,58 @@ def test_the_store_keeps_no_more_than_the_output() -> None:
     assert len(store) == 1
     store.drop(None)
     assert not len(store)
+
+
+class TorchsBlocks:
+    """Pinned memory as torch keeps it: blocks of a power of two, which it never gives back unasked.
+
+    Attributes:
+        held: Bytes of all blocks.
+        used: Bytes of those in use.
+    """
+
+    def __init__(self) -> None:
+        self.held = self.used = 0
+        self._free: list[int] = []
+
+    def make(self, size: int) -> int:
+        block = 1
+        while block < size:
+            block *= 2
+        self.used += block
+        if block in self._free:
+            self._free.remove(block)
+        else:
+            self.held += block
+        return block
+
+    def drop(self, block: int) -> None:
+        self.used -= block
+        self._free.append(block)
+
+    def empty(self) -> None:
+        self.held -= sum(self._free)
+        self._free.clear()
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5000)), max_size=200))
+def test_pinned_memory_is_bounded_whatever_sizes_come_and_go(
+    monkeypatch: pytest.MonkeyPatch, changes: list[tuple[int, int]]
+) -> None:
+    torchs, blocks = TorchsBlocks(), PinnedBlocks()
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", torchs.empty)
+    kept: dict[int, tuple[int, int]] = {}
+    most = 0
+    for place, size in changes:
+        if place in kept:
+            before, block = kept.pop(place)
+            blocks.give(before)
+            torchs.drop(block)
+        blocks.take(size)
+        kept[place] = size, torchs.make(size)
+        most = max(most, torchs.used)
+        assert torchs.held <= 1.25 * most
 
 
 # --- the host tier on CUDA: vLLM's scheduler side, with our eviction ------------------------------

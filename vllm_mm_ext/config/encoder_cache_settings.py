@@ -32,9 +32,9 @@ class EncoderCacheSettings(Section):
         gt=0,
         le=1 << 22,
         description="Encoder outputs in host memory, MiB. With vLLM's second model runner (CUDA) "
-        "it is taken at start-up, pinned, from `/dev/shm`; else as outputs come, per worker. With "
-        "the first runner on CUDA torch rounds each output up to a power of two bytes, which can "
-        "take up to twice as much.",
+        "and no `transport` it is taken at start-up, pinned, from `/dev/shm`; else as outputs "
+        "come, per worker. On CUDA torch then rounds each output up to a power of two bytes and "
+        "keeps some free, which can take up to 2.5 times as much.",
     )
     encoders: tuple[str, ...] = Field(
         (),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 
 from vllm_mm_ext.adapters.encoder_cache.outputs import owned
+
+# Pinned memory that torch has at most, of that which outputs use, before it gives some back.
+_MOST_PINNED = 1.25
 
 
 class HostStore:
@@ -18,6 +22,7 @@ class HostStore:
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[torch.Tensor, torch.device]] = {}
+        self._pinned = PinnedBlocks()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -27,6 +32,8 @@ class HostStore:
         if output.device.type == "cpu":
             kept = owned(output)
         else:
+            self.drop([key])
+            self._pinned.take(output.nbytes)
             kept = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
             kept.copy_(output, non_blocking=True)
         self._kept[key] = (kept, output.device)
@@ -38,14 +45,55 @@ class HostStore:
 
     def drop(self, keys: Iterable[str] | None) -> None:
         """Forget some outputs, or all of them (None)."""
-        if keys is None:
-            self._kept.clear()
-            return
-        for key in keys:
-            self._kept.pop(key, None)
+        for key in list(self._kept) if keys is None else keys:
+            self._pop(key)
 
     def wipe(self, keys: Iterable[str]) -> None:
         """Overwrite some outputs and forget them."""
         for key in keys:
-            if (found := self._kept.pop(key, None)) is not None:
-                found[0].zero_()
+            if (found := self._pop(key)) is not None:
+                found.zero_()
+
+    def _pop(self, key: str) -> torch.Tensor | None:
+        if key not in self._kept:
+            return None
+        found, device = self._kept.pop(key)
+        if device.type != "cpu":
+            self._pinned.give(found.nbytes)
+        return found
+
+
+class PinnedBlocks:
+    """How much pinned memory torch has for tensors that are made and dropped here.
+
+    Torch takes a block of a power of two bytes for each, and keeps it for the next tensor of that
+    size. Where sizes change it would keep ever more, so it is told to give free blocks back.
+    """
+
+    def __init__(self) -> None:
+        # By size of a block, how many are in use, and how many there are.
+        self._used: Counter[int] = Counter()
+        self._there: Counter[int] = Counter()
+
+    def take(self, size: int) -> None:
+        """A tensor of so many bytes is about to be made."""
+        block = _block(size)
+        self._used[block] += 1
+        if self._used[block] <= self._there[block]:
+            return
+        self._there[block] += 1
+        if _bytes(self._there) > _MOST_PINNED * _bytes(self._used):
+            torch.accelerator.empty_host_cache()
+            self._there = self._used.copy()
+
+    def give(self, size: int) -> None:
+        """A tensor of so many bytes has been dropped."""
+        self._used[_block(size)] -= 1
+
+
+def _block(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _bytes(blocks: Counter[int]) -> int:
+    return sum(block * count for block, count in blocks.items())
