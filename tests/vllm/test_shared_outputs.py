@@ -233,7 +233,7 @@ def test_a_first_look_at_a_long_video_holds_what_the_step_reaches(tmp_path: Path
     engine = consumer(tmp_path, scheduler=MMExtScheduler, chunk=64)
     add(engine, "video", video)
     engine.step()
-    assert 0 < len(engine.connector.transport.files._held) < 10
+    assert 0 < len(list((tmp_path / "held").rglob("*.safetensors"))) < 10
     engine.run()
     assert engine.encoded == []
 
@@ -309,3 +309,93 @@ def test_names_of_items_are_told_to_proxies_alone(
     one.ec_transfer_params = asked
     _, found = engine.connector.request_finished(one)
     assert (list(found) if found else None) == (NAMES[:1] if told else None)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_a_plan_under_way_names_stays_however_long_steps_take(
+    tmp_path: Path, depth: int
+) -> None:
+    encoder = Engine(shared=tmp_path, role="ec_producer")
+    run(encoder, "first", VIDEO)
+    engine = consumer(tmp_path, scheduler=MMExtScheduler, depth=depth)
+    add(engine, "video", VIDEO)
+    engine.step()
+    # The step before it takes so long.
+    engine.now_s += 1000.0
+    encoder.connector.transport.forget(NAMES)
+    engine.run()
+    assert sorted(engine.loaded) == NAMES
+    assert engine.answers["video"] == 3
+    for number in range(depth):
+        run_text(engine, f"text {number}")
+    files = engine.connector.transport.files
+    assert not files._pinned
+    engine.now_s += 1000.0
+    run_text(engine, "text")
+    assert not list((tmp_path / "held").rglob("*.safetensors"))
+
+
+def test_new_weights_are_not_given_what_a_plan_of_before_named(tmp_path: Path) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO)
+    engine = consumer(tmp_path)
+    run(engine, "old", VIDEO)
+    assert engine.encoded == []
+    engine.reset()
+    run(engine, "new", VIDEO)
+    assert sorted(engine.encoded) == NAMES
+
+
+def test_an_engine_that_another_took_for_dead_reads_what_the_store_still_has(
+    tmp_path: Path,
+) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO)
+    engine = consumer(tmp_path, scheduler=MMExtScheduler, depth=2)
+    add(engine, "video", VIDEO)
+    engine.step()
+    shutil.rmtree(tmp_path / "held")
+    engine.run()
+    assert sorted(engine.loaded) == NAMES
+    assert engine.answers["video"] == 3
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+@pytest.mark.parametrize("second_runner", [False, True])
+@pytest.mark.parametrize(
+    ("scheduler", "depth"), [(Scheduler, 1), (MMExtScheduler, 1), (MMExtScheduler, 2)]
+)
+def test_where_an_output_cannot_be_read_nobody_is_answered_without_it(
+    tmp_path: Path, scheduler: Any, depth: int, second_runner: bool, damage: str
+) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO)
+    engine = consumer(
+        tmp_path, role="ec_both", scheduler=scheduler, depth=depth, second_runner=second_runner
+    )
+    engine.kv.may_be_wrong = True
+    schedule = engine.scheduler.schedule
+    lost: list[str] = []
+
+    def losing(*args: Any) -> Any:
+        output = schedule(*args)
+        if not lost:
+            lost.extend(output.ec_connector_metadata.transport.loads)
+            for path in tmp_path.rglob("*.safetensors") if lost else ():
+                path.write_bytes(b"damaged") if damage == "damaged" else path.unlink()
+        return output
+
+    engine.add(request("text", [], answer=20))
+    engine.step()
+    engine.scheduler.schedule = losing
+    # The second one finds the KV of the first before anybody knows that it is of nothing.
+    for name in ("first", "second"):
+        engine.add(request(name, VIDEO, begins="both"))
+        engine.step()
+    engine.run()
+    assert lost
+    assert set(engine.encoded) == set(NAMES)
+    assert engine.answers == {"text": 20, "first": 3, "second": 3}
+    engine.kv.may_be_wrong = False
+    # What is made here takes the place of what was lost, for others as well. vLLM's second runner
+    # does not tell of what is made in the step after.
+    run(engine, "again", VIDEO)
+    run(other := consumer(tmp_path), "first", VIDEO)
+    assert other.encoded == []

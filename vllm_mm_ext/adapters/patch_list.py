@@ -16,13 +16,11 @@ class Patch:
 
     Attributes:
         feature: The feature that makes it.
-        targets: What is changed: ``module:attribute.path``. Of a table, all entries that the
-            feature changes.
+        targets: What is changed: ``module:attribute.path``. Of a table, its entries.
         why: What the plugin could not do without the change.
         until: What vLLM would have to offer for the change to go.
         versions: vLLM releases that need it, as a version specifier.
-        later: The change is made to the objects of an engine, when the engine is built or asked,
-            and not when the plugin is loaded.
+        later: The change is made to the objects of an engine, and not when the plugin is loaded.
     """
 
     feature: str
@@ -317,9 +315,11 @@ PATCHES: tuple[Patch, ...] = (
             "vllm.engine.arg_utils:EngineArgs.create_engine_config",
             f"{_PROCESSOR}._get_mm_hashes",
             f"{_RENDERER}._process_mm_uuids",
+            f"{_SCHEDULER}.update_from_output",
         ),
-        "Instances that share encoder outputs name them alike: by content, wherever the model is.",
-        "vLLM's EC connectors pair instances by model and settings, and name items by content",
+        "Instances that share encoder outputs name them alike: by content, wherever the model is. "
+        "What an engine computed without an output that it could not read is dropped.",
+        "vLLM's EC connectors pair instances by model, name items by content and survive failures",
     ),
     Patch(
         "shared encoder outputs",

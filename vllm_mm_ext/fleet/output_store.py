@@ -30,7 +30,7 @@ SUFFIX: Final = ".safetensors"
 _PARTS, _HELD = "parts", "held"
 # After this many seconds what a writer or reader left behind is that of one that has died.
 _ABANDONED_S = 900.0
-# Seconds for which a file stays held after it was last found, until a worker must have read it.
+# Seconds for which a file stays held after it was last found. What is to be read is pinned.
 HOLD_S: Final = 60.0
 # Seconds for which a file that was not found is not looked for again: schedulers ask in each step,
 # about all that requests lack. What a request waits for is looked for more often.
@@ -38,10 +38,9 @@ _ABSENT_S, _AWAITED_S = 1.0, 0.01
 # Shares of the capacity: the store is looked through after a writer has added so much, and files
 # are evicted down to so much.
 _GROWTH, _EVICT_TO = 0.05, 0.9
-# Of more held files those go that were not found for so many seconds: the others may be in the plan
-# of a step that is under way. Of no more files it is known that they were seen, or were absent.
+# Of more held files those go that were found longest ago. Of no more files it is known that they
+# were seen, or were absent.
 _MOST_HELD = 4096
-_UNDER_WAY_S = 10.0
 
 
 class _File(NamedTuple):
@@ -57,7 +56,7 @@ class OutputStore:
         root: The directory; made if it is not there.
         capacity: Bytes of all files together. With several writers a twentieth more for each.
         reader: Names this reader among all readers and times; only a reader may ``hold``.
-        clock: Seconds since the epoch, as the file system has them.
+        clock: Seconds; a clock that nobody sets, as what is held must not all be let go at once.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class OutputStore:
         capacity: int,
         reader: str | None = None,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._root = root
         self._capacity = capacity
@@ -251,11 +250,10 @@ class OutputStore:
         if now - self._shown >= HOLD_S:
             self._shown = now
             with suppress(OSError):
-                os.utime(self._own_directory(), (now, now))
+                os.utime(self._own_directory())
         while self._held:
             key, found = next(iter(self._held.items()))
-            kept_s = HOLD_S if len(self._held) <= _MOST_HELD else _UNDER_WAY_S
-            if now - found < kept_s:
+            if now - found < HOLD_S and len(self._held) <= _MOST_HELD:
                 return
             del self._held[key]
             self._remove_link(key)
@@ -269,7 +267,7 @@ class OutputStore:
         for known in (self._held, self._pinned, self._seen):
             known.pop(key, None)
         # One at work shows it every ``HOLD_S``.
-        idle = self._clock() - 2 * HOLD_S
+        idle = time.time() - 2 * HOLD_S
         for reader in _entries(self._root / _HELD):
             own = self._own is not None and reader.name == self._own.name
             if own or _older(reader, idle):
@@ -304,7 +302,7 @@ class OutputStore:
             self._look_through()
 
     def _look_through(self) -> None:
-        before = self._clock() - _ABANDONED_S
+        before = time.time() - _ABANDONED_S
         for part in _entries(self._parts):
             if _older(part, before):
                 with suppress(OSError):

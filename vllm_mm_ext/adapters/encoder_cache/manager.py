@@ -6,7 +6,7 @@ tensors, and drops those that ``get_freed_mm_hashes`` names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecoderCacheManager
@@ -334,6 +334,10 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             on_host = [key for key, _ in self._host.items() if wanted(key)]
             self._host.forget(on_host)
         return [*dict.fromkeys((*found, *on_host))]
+
+    def give_up(self, keys: Collection[str]) -> None:
+        """Forget items as ``take_down`` does; the worker is told with the next pass."""
+        self._freed += self.take_down(keys.__contains__)
 
     def figures(self) -> dict[str, float]:
         """Counts since the start and what is held, of both tiers (``engine_figures``)."""

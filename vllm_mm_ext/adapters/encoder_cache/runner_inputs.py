@@ -11,7 +11,8 @@ def send_all_inputs(scheduler: Any, output: Any) -> None:
     vLLM leaves out those of items whose KV is there. A V1 model runner gets nothing sent again when
     a request goes on after it was preempted, and if the KV is gone by then, it would have nothing
     to encode. V2 runners get such a request as a new one. Where the load of KV may fail and be made
-    up for by computing it, requests go on without being preempted, and both need all inputs.
+    up for by computing it, requests go on without being preempted, and both need all inputs. Where
+    that of an encoder output may fail, requests are preempted that would have ended.
 
     Args:
         scheduler: vLLM's scheduler.
@@ -24,9 +25,10 @@ def send_all_inputs(scheduler: Any, output: Any) -> None:
         scheduler.scheduler_config.async_scheduling
         or scheduler.parallel_config.pipeline_parallel_size > 1
     )
+    may_fail = getattr(scheduler.ec_connector, "loads_may_fail", False)
     for new in output.scheduled_new_reqs:
         request = scheduler.requests[new.req_id]
         # A request that ends with this step, as a live session's do, is not preempted any more.
-        ends = request.max_tokens == 1 and not request.is_prefill_chunk and not overlaps
+        ends = request.max_tokens == 1 and not (request.is_prefill_chunk or overlaps or may_fail)
         if recomputes or not ends:
             new.mm_features = request.mm_features

@@ -13,7 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from vllm_mm_ext.adapters.encoder_cache import bare_items
+from vllm_mm_ext.adapters.encoder_cache import bare_items, failed_loads
 from vllm_mm_ext.adapters.encoder_cache.instance_plan import (
     join_shared_store,
     kept_plan,
@@ -37,6 +37,7 @@ def install() -> None:
     wrap(BaseMultiModalProcessor, "_get_mm_hashes", _without_path)
     wrap(BaseRenderer, "_process_mm_uuids", _by_content)
     bare_items.install()
+    failed_loads.install()
 
 
 def _with_plan(original: Callable[..., Any]) -> Callable[..., Any]:

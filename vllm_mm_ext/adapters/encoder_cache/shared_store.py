@@ -6,17 +6,23 @@ stored, also where the producer has had it in its own encoder cache for long.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 import safetensors.torch
+import torch
+from safetensors import SafetensorError
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata, ECConnectorRole
 from vllm.distributed.ec_transfer.ec_connector.example_connector import ECExampleConnector
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
+from vllm_mm_ext.adapters.encoder_cache.failed_loads import FailedLoads
+from vllm_mm_ext.adapters.encoder_cache.mm_features import output_bytes
 from vllm_mm_ext.adapters.encoder_cache.transport_options import shared_directory, store_bytes
 from vllm_mm_ext.adapters.vllm_compat import logger
 from vllm_mm_ext.fleet.output_store import OutputStore
@@ -24,7 +30,6 @@ from vllm_mm_ext.fleet.output_store import OutputStore
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -32,16 +37,23 @@ if TYPE_CHECKING:
 _TENSOR = "ec_cache"
 
 
+class Load(NamedTuple):
+    """An output to read: its file, and its shape."""
+
+    path: str
+    shape: tuple[int, int]
+
+
 @dataclass
 class StoreMetadata(ECConnectorMetadata):  # type: ignore[misc]
     """What the scheduler tells the worker for one step.
 
     Attributes:
-        loads: By identifier, the file to read.
+        loads: By identifier, what to read.
         publishes: Identifiers to be in the store, if the worker has them.
     """
 
-    loads: dict[str, str] = field(default_factory=dict)
+    loads: dict[str, Load] = field(default_factory=dict)
     publishes: tuple[str, ...] = ()
 
 
@@ -64,10 +76,19 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
         self.files = OutputStore(shared_directory(vllm_config), store_bytes(vllm_config), reader)
         # All ranks of a tensor-parallel group have the same outputs.
         self._writes = self.is_producer and parallel.rank == 0
-        self._loads: dict[str, str] = {}
+        self._sizes = output_bytes(vllm_config)
+        self._dtype: torch.dtype = vllm_config.model_config.dtype
+        self._loads: dict[str, Load] = {}
+        # What the last plans name, the oldest first: as many as may be under way.
+        self._planned: deque[tuple[str, ...]] = deque()
+        self._most_plans = int(vllm_config.max_concurrent_batches)
         self._publishes: dict[str, None] = {}
         self._told_of_failure = False
         self.stored = 0
+        # In a worker: what is in the place of outputs that could not be read, and what the
+        # scheduler was not told of yet.
+        self._stand_ins: dict[str, torch.Tensor] = {}
+        self._failed: set[str] = set()
 
     # --- in the scheduler -------------------------------------------------------------------------
 
@@ -81,10 +102,13 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
         return self.files.hold(identifier, awaited=awaited)
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
-        """Plan the load of an output that was found."""
-        key = request.mm_features[index].identifier
-        if self.files.hold(key):
-            self._loads[key] = str(self.files.held_path(key))
+        """Plan the load of an output that was found; its file stays until it must be read."""
+        feature = request.mm_features[index]
+        key = feature.identifier
+        if key not in self._loads and self.files.pin(key):
+            width = self._sizes.of(feature.modality) // self._dtype.itemsize
+            shape = feature.mm_position.get_num_embeds(), width
+            self._loads[key] = Load(str(self.files.held_path(key)), shape)
 
     def look_again(self) -> None:
         """Note that outputs which were not there a moment ago may be there now."""
@@ -96,7 +120,8 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
 
     def cancel(self, key: str) -> None:
         """Drop the planned load of an output that the device tier gave up in this pass."""
-        self._loads.pop(key, None)
+        if self._loads.pop(key, None) is not None:
+            self.files.unpin(key)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Remove outputs from the store."""
@@ -105,6 +130,10 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Empty the store: what it holds was made with other weights."""
+        for key in (*chain.from_iterable(self._planned), *self._loads):
+            self.files.unpin(key)
+        self._planned.clear()
+        self._loads.clear()
         self.files.empty()
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata:
@@ -113,7 +142,12 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
             # The runner ignores the plan of a step without tokens.
             return StoreMetadata()
         meta = StoreMetadata(self._loads, tuple(self._publishes))
+        self._planned.append(tuple(self._loads))
         self._loads, self._publishes = {}, {}
+        if len(self._planned) > self._most_plans:
+            # vLLM makes a plan when one that is so much older has been executed.
+            for key in self._planned.popleft():
+                self.files.unpin(key)
         self.files.release()
         return meta
 
@@ -128,14 +162,42 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
         device = current_platform.device_type
         if current_platform.is_cuda_alike():
             device = f"{device}:{current_platform.current_device()}"
-        for key, path in self._store_plan().loads.items():
-            with gpu_sync_allowed():
-                encoder_cache[key] = safetensors.torch.load_file(path, device=device)[_TENSOR]
+        self._stand_ins = {
+            key: output
+            for key, output in self._stand_ins.items()
+            if self.stands_in(key, encoder_cache.get(key))
+        }
+        for key, load in self._store_plan().loads.items():
+            try:
+                encoder_cache[key] = self._read(key, load, device)
+            except (OSError, SafetensorError, KeyError) as error:
+                logger.error("mm_ext: an encoder output in the store cannot be read: %r", error)
+                # The step goes on, and what it brings is not used (``failed_loads``).
+                nothing = torch.zeros(load.shape, dtype=self._dtype, device=device)
+                encoder_cache[key] = self._stand_ins[key] = nothing
+                self._failed.add(key)
+
+    def stands_in(self, key: str, output: torch.Tensor | None) -> bool:
+        """Whether an output is only in the place of one that could not be read."""
+        return key in self._stand_ins and self._stand_ins[key] is output
+
+    def build_connector_worker_meta(self) -> FailedLoads | None:
+        """Tell the scheduler of what could not be read in this step."""
+        failed, self._failed = frozenset(self._failed), set()
+        return FailedLoads(failed) if failed else None
+
+    def _read(self, key: str, load: Load, device: str) -> torch.Tensor:
+        with gpu_sync_allowed():
+            try:
+                return _tensor(load.path, device)
+            except FileNotFoundError:
+                # Another server has taken this one for dead. The store may still have it.
+                return _tensor(self.files.path(key), device)
 
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
         """Store what requests named and the encoder cache has."""
         for key in self._store_plan().publishes:
-            if key in encoder_cache:
+            if key in encoder_cache and not self.stands_in(key, encoder_cache[key]):
                 self._store(key, encoder_cache[key])
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
@@ -165,3 +227,9 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
     def _store_plan(self) -> StoreMetadata:
         meta: StoreMetadata = self._get_connector_metadata()
         return meta
+
+
+def _tensor(path: str | Path, device: str) -> torch.Tensor:
+    # Not mapped: where a part of a mapped file cannot be read, a signal would end the worker.
+    found: torch.Tensor = safetensors.torch.load_file(path, device=device, backend="pread")[_TENSOR]
+    return found

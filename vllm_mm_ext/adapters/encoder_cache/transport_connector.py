@@ -96,6 +96,11 @@ class TransportConnector(MMExtECConnector):
 
     # --- in the scheduler -------------------------------------------------------------------------
 
+    @property
+    def loads_may_fail(self) -> bool:
+        """Whether requests may have to begin again, as an output that was found is lost."""
+        return self._shared is not None
+
     def has_cache_item(self, identifier: str) -> bool:
         """Whether an item can be loaded instead of encoded, from the host or from elsewhere."""
         return identifier in self._tier or self._is_elsewhere(identifier)
@@ -328,8 +333,9 @@ class TransportConnector(MMExtECConnector):
         # vLLM's second model runner tells only producers of what was just encoded, and both runners
         # ask for this when it is.
         for key in self._plan().saves:
-            if key in self._device_outputs:
-                self._store.save(key, self._device_outputs[key])
+            output = self._device_outputs.get(key)
+            if output is not None and not (self._shared and self._shared.stands_in(key, output)):
+                self._store.save(key, output)
         found: tuple[set[str] | None, set[str] | None] = self.transport.get_finished(
             finished_req_ids
         )

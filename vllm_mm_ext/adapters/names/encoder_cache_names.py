@@ -9,6 +9,7 @@ from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 _MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
 _CONNECTORS = "vllm.distributed.ec_transfer.ec_connector"
 _BASE = f"{_CONNECTORS}.base:ECConnectorBase"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _CPU = f"{_CONNECTORS}.cpu"
 
 DEVICE_TIER_NAMES: tuple[Checked, ...] = (
@@ -168,6 +169,7 @@ TRANSPORT_NAMES: tuple[Checked, ...] = (
     VllmAttributes("vllm.v1.request:Request", ("ec_transfer_params", "num_prompt_tokens")),
     VllmAttributes("vllm.config:ECTransferConfig", ("engine_id",)),
     VllmAttributes("vllm.config:ParallelConfig", ("data_parallel_index", "rank")),
+    VllmAttributes("vllm.config:VllmConfig", ("max_concurrent_batches",)),
     VllmAttributes("vllm.platforms.interface:Platform", ("device_type", "is_cuda_alike")),
 )
 
@@ -198,6 +200,14 @@ SHARED_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_RENDERER}._validate_mm_uuids", ("mm_data", "mm_data_items", "mm_uuid_items")),
     VllmName(f"{_PROCESSING}.context:InputProcessingContext.get_mm_config"),
     *BARE_NAMES,
+    # What a failed load of an output undoes.
+    VllmName(f"{_SCHEDULER}.update_from_output", ("scheduler_output", "model_runner_output")),
+    VllmName(f"{_SCHEDULER}.reset_prefix_cache", ("reset_running_requests",)),
+    VllmName(f"{_BASE}.build_connector_worker_meta"),
+    VllmName(f"{_CONNECTORS}.base:ECConnectorWorkerMetadata.aggregate", ("other",)),
+    VllmAttributes(_SCHEDULER, ("connector", "ec_connector", "encoder_cache_manager")),
+    VllmAttributes("vllm.v1.outputs:ModelRunnerOutput", ("ec_connector_output",)),
+    VllmAttributes("vllm.v1.outputs:ECConnectorOutput", ("ec_connector_worker_meta",)),
     VllmAttributes(_RENDERER, ("model_config",)),
     VllmAttributes(
         "vllm.config:VllmConfig",
