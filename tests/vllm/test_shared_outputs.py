@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from encoder_cache_harness import Engine, Item, request
+from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ECConnectorOutput
 
+from vllm_mm_ext.adapters.encoder_cache.failed_loads import FailedLoads
 from vllm_mm_ext.adapters.encoder_cache.transport_options import JOB, OWN
 from vllm_mm_ext.adapters.scheduler.mm_scheduler import MMExtScheduler
 from vllm_mm_ext.policies.encoder_cache.expectations import Expectations
@@ -399,3 +403,36 @@ def test_where_an_output_cannot_be_read_nobody_is_answered_without_it(
     run(engine, "again", VIDEO)
     run(other := consumer(tmp_path), "first", VIDEO)
     assert other.encoded == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_request_that_may_have_to_begin_again_is_sent_with_all_inputs(
+    tmp_path: Path, shared: bool
+) -> None:
+    """Otherwise one that ends with its step needs no inputs of what is in KV."""
+    engine = Engine(scheduler=MMExtScheduler, shared=tmp_path if shared else None)
+    for name in ("first", "second"):
+        one = request(name, VIDEO, begins="both", answer=1)
+        for feature in one.mm_features:
+            feature.data = MultiModalKwargsItem.dummy()
+        engine.add(one)
+        output = engine.scheduler.schedule()
+        engine._finish(output)
+    (new,) = output.scheduled_new_reqs
+    assert new.num_computed_tokens > 100
+    assert all(feature.data for feature in new.mm_features) == shared
+
+
+def test_what_any_worker_could_not_read_is_told() -> None:
+    told = FailedLoads(frozenset({"a"})).aggregate(FailedLoads(frozenset({"b"})))
+    assert told.keys == {"a", "b"}
+
+
+def test_an_engine_whose_wrong_kv_may_have_been_passed_on_ends() -> None:
+    engine = Engine()
+    output = engine.scheduler.schedule()
+    engine.scheduler.connector = object()
+    meta = FailedLoads(frozenset({"a"}))
+    result = SimpleNamespace(ec_connector_output=ECConnectorOutput(ec_connector_worker_meta=meta))
+    with pytest.raises(RuntimeError, match="KV connector"):
+        engine.scheduler.update_from_output(output, result)
