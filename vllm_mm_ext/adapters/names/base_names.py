@@ -271,6 +271,11 @@ FAMILY_NAMES: Mapping[str, tuple[Checked, ...]] = {
         ),
         VllmName(f"{_QWEN3_VL}:Qwen3VLProcessingInfo.get_video_processor", by_source=True),
         VllmName(
+            f"{_MODELS}.qwen2_vl:Qwen2VLProcessingInfo._merge_and_resolve_mm_processor_kwargs",
+            ("mm_kwargs",),
+            by_source=True,
+        ),
+        VllmName(
             f"{_QWEN3_VL}:Qwen3VLMultiModalProcessor.get_video_repl",
             (
                 "tokens_per_frame",

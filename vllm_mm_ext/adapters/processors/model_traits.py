@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.video_processing_utils import BaseVideoProcessor
+
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.traits import ModelTraits
@@ -54,11 +56,26 @@ def size_rule_for(info: Any, hf_kwargs: Mapping[str, object], processor: Any) ->
         processor: The model's transformers processor.
     """
     merged = info.ctx.get_merged_mm_kwargs(hf_kwargs)
+    overrides = video_kwargs(info, hf_kwargs)
     # For all media, transformers starts from the size of the checkpoint; for videos alone, from
     # that of the processor class.
     default = None if merged.keys() & _SIZE_KEYS else size_default_of(processor)
-    overrides = merged | dict(merged.get("videos_kwargs") or {})
     return size_rule_of(getattr(processor, "video_processor", None), overrides, default)
+
+
+def video_kwargs(info: Any, hf_kwargs: Mapping[str, object]) -> dict[str, Any]:
+    """What a request's ``mm_processor_kwargs``, on top of the server's, say of videos.
+
+    Args:
+        info: vLLM's ``BaseProcessingInfo`` of the served model.
+        hf_kwargs: As for ``size_rule_for``.
+    """
+    if any(kind.__name__ == "Qwen3VLProcessingInfo" for kind in type(info).__mro__):
+        # vLLM lets a request's `size` outrank the server's `max_pixels` for this family alone.
+        merged = info._merge_and_resolve_mm_processor_kwargs(hf_kwargs)
+        return dict(merged.get("videos_kwargs") or {})
+    merged = info.ctx.get_merged_mm_kwargs(hf_kwargs)
+    return dict(merged | dict(merged.get("videos_kwargs") or {}))
 
 
 def requested_size(info: Any, hf_kwargs: Mapping[str, object] | None) -> SizeRule | None:
@@ -137,6 +154,10 @@ def size_rule_of(
             temporal_factor=video_processor.temporal_patch_size,
             total_pixels=total,
         )
-    if {"height", "width"} <= size.keys() and size["height"] and size["width"]:
+    # A class with a method of its own may keep the aspect ratio all the same, as MiniMax-M3's does;
+    # InternVL's method is a copy of the base class's.
+    own_method = getattr(type(video_processor), "_preprocess", None)
+    stretches = own_method is BaseVideoProcessor._preprocess or "InternVLVideoProcessor" in names
+    if stretches and size.get("height") and size.get("width"):
         return SizeRule(kind="fixed", height=int(size["height"]), width=int(size["width"]))
     return SizeRule()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_mm_ext.adapters.processors.model_traits import size_rule_for
+from vllm_mm_ext.adapters.processors.model_traits import size_rule_for, video_kwargs
 from vllm_mm_ext.adapters.processors.segment_items import part_of
 from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor
 from vllm_mm_ext.media.sizing import target_size
@@ -122,8 +122,7 @@ class PatchSegmentProcessor(SegmentProcessor):
     ) -> dict[str, Any]:
         """Patches of each segment, made by the model's own video processor."""
         processor = self.info.get_hf_processor(**hf_kwargs).video_processor
-        merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
-        given = merged | dict(merged.get("videos_kwargs") or {})
+        given = video_kwargs(self.info, hf_kwargs)
         frames = [
             torch.from_numpy(self.at_size(np.asarray(segment), part_of(segment).layout.size))
             .permute(0, 3, 1, 2)

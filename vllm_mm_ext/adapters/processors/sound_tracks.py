@@ -25,6 +25,7 @@ from vllm.multimodal.parse import AudioProcessorItems, MultiModalDataItems, Vide
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
+from vllm_mm_ext.adapters.processors.model_traits import video_kwargs
 from vllm_mm_ext.adapters.processors.patch_segments import PatchSegmentProcessor
 from vllm_mm_ext.adapters.processors.segment_items import segment_at
 from vllm_mm_ext.errors import MediaError
@@ -141,10 +142,8 @@ class SoundTrackProcessor(PatchSegmentProcessor):
         """Seconds between grids at one frame rate for all videos, by the server's or the request's
         options.
         """
-        merged = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
-        given = merged | dict(merged.get("videos_kwargs") or {})
-        patch = int(self.info.get_hf_processor().video_processor.temporal_patch_size)
-        return patch / float(given.get("fps") or self.assumed_fps)
+        fps = video_kwargs(self.info, hf_kwargs).get("fps") or self.assumed_fps
+        return int(self.info.get_hf_processor().video_processor.temporal_patch_size) / float(fps)
 
     def sound(self, shape: VideoShape, grids: GridTimes, per_grid: int) -> Sound | None:
         """How a video's tokens interleave with its sound's; None without sound."""
