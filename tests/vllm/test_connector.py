@@ -6,18 +6,24 @@ import asyncio
 import contextvars
 import dataclasses
 import gc
+import json
+import shutil
+import sys
 import time
 import weakref
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import vllm.models
+from vllm.config import ModelConfig
 from vllm.exceptions import VLLMUnprocessableEntityError
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.media import MediaConnector
 
@@ -30,6 +36,7 @@ from vllm_mm_ext.adapters.media.video_kwargs import (
     read_video_kwargs,
     sampling_for,
 )
+from vllm_mm_ext.adapters.processors.model_traits import read_traits
 from vllm_mm_ext.adapters.runtime import attach_runtime, current_runtime, detach_runtime
 from vllm_mm_ext.config.media_settings import SamplingConfig
 from vllm_mm_ext.config.options import Reduction
@@ -41,6 +48,7 @@ from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.plugin import register
 from vllm_mm_ext.request.context import RequestContext, enter_request
 from vllm_mm_ext.request.media_items import MediaItem
+from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_audio, make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -134,6 +142,35 @@ def test_frames_arrive_at_the_size_the_model_asks_for(clips: dict[str, Path]) ->
     attach({}, ModelTraits(size_rule=SizeRule(kind="fixed", height=84, width=112)))
     _, ours = connectors(clips["h264"].parent)
     assert ours.fetch_video(clips["h264"].as_uri()).media[0].shape[1:] == (84, 112, 3)
+
+
+@pytest.fixture
+def dots3_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Dots3Note's processor, on the tokenizer of another family."""
+    # The package itself imports the model, which needs a GPU.
+    package = ModuleType("vllm.models.dots3_note")
+    package.__path__ = [str(Path(vllm.models.__path__[0]) / "dots3_note")]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    note = import_module(f"{package.__name__}.common.processor")
+    folder = tmp_path / "note"
+    shutil.copytree(checkpoint("qwen2_5_vl"), folder)
+    vision = {"min_pixels": 784, "max_pixels": 78400, "patch_size": 14, "temporal_patch_size": 1}
+    vision |= {"merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    config = ModelConfig(str(folder))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"vision_config": vision}))
+    info = note.Dots3NoteProcessingInfo(MULTIMODAL_REGISTRY._create_processing_ctx(config))
+    return note.Dots3NoteMultiModalProcessor(info, note.Dots3NoteDummyInputsBuilder(info))
+
+
+def test_a_processor_that_decodes_videos_itself_gets_the_file(
+    clips: dict[str, Path], dots3_note: Any
+) -> None:
+    attach({}, read_traits(dots3_note))
+    _, ours = connectors(clips["h264"].parent)
+    video = ours.fetch_video(clips["h264"].as_uri())
+    items = dots3_note.info.parse_mm_data({"video": [video]})
+    given = dots3_note._get_hf_mm_inputs(items, {}).hf_data["videos"]
+    assert given == [clips["h264"].read_bytes()]
 
 
 def test_vllms_hasher_reads_no_frames_and_tells_plans_apart(clips: dict[str, Path]) -> None:

@@ -26,6 +26,8 @@ class ModelTraits:
         default_reduction: The reduction that the checkpoint declares for requests that name none;
             None if it declares none.
         trained: The reductions that the checkpoint was trained for; None where any can be used.
+        reads_files: The model's processor decodes the file of a video by itself, so videos are left
+            to vLLM's loaders, which hand it on.
     """
 
     size_rule: SizeRule = field(default_factory=SizeRule)
@@ -35,3 +37,4 @@ class ModelTraits:
     sound_token: int | None = None
     default_reduction: Reduction | None = None
     trained: TrainedReductions | None = None
+    reads_files: bool = False

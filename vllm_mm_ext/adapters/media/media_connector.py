@@ -95,6 +95,7 @@ def server_plan(
         and chosen in (None, vllm_compat.LOADER_NAME)
         and (chosen is not None or kwargs.keys() <= VIDEO_KEYS)
         and not is_jpeg_sequence(url)
+        and not runtime.frontend.traits.reads_files
     )
     if not ours:
         return None

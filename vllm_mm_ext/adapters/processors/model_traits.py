@@ -15,6 +15,8 @@ from vllm_mm_ext.media.types import SizeRule
 
 logger = logging.getLogger("vllm.mm_ext")
 
+# vLLM's processors that decode the file of a video by themselves.
+_FILE_READERS = frozenset({"Dots3NoteMultiModalProcessor"})
 _SIZE_KEYS = frozenset({"size", "min_pixels", "max_pixels"})
 
 
@@ -40,6 +42,7 @@ def read_traits(mm_processor: Any) -> ModelTraits:
             sound_token=getattr(mm_processor, "sound_token_id", None),
             default_reduction=getattr(mm_processor, "checkpoint_reduction", None),
             trained=getattr(mm_processor, "trained", None),
+            reads_files=type(mm_processor).__name__ in _FILE_READERS,
         )
     except Exception as error:
         logger.warning("mm_ext: model traits unknown, frames keep their own size: %s", error)
