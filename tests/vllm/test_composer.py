@@ -243,7 +243,10 @@ def test_times_of_frames_come_from_the_loader_where_frames_have_none() -> None:
     ours().segment_tokens = 0
     clip = pixels(3, SIDE, SIDE)
     told = {"fps": 25.0, "frames_indices": [0, 5, 50], "do_sample_frames": False}
-    for item, seconds in (((clip, told), [0.0, 0.2, 2.0]), (clip, [0.0, 0.5, 1.0])):
+    # vLLM's loaders say that of all frames of a clip; a composer chooses none of them.
+    all_frames = told | {"do_sample_frames": True}
+    items = [((clip, one), [0.0, 0.2, 2.0]) for one in (told, all_frames)]
+    for item, seconds in (*items, (clip, [0.0, 0.5, 1.0])):
         made = render(ours(), PROMPT, {"video": [item]})
         assert fields(made, "video_grid_positions").tolist() == [s * 1e6 for s in seconds]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from omni_reference import make_processor, new_cache, pixels, render, video
+from PIL import Image
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.utils import group_and_batch_mm_items
@@ -32,7 +33,7 @@ def even(frames: int) -> list[float]:
     return [float(i) for i in range(frames)]
 
 
-def item_hashes(processor: Any, clip: MediaWithBytes, prompt: str = VIDEO) -> list[str]:
+def item_hashes(processor: Any, clip: Any, prompt: str = VIDEO) -> list[str]:
     hashes: list[str] = render(processor, prompt, {"video": [clip]})["mm_hashes"]["video"]
     return hashes
 
@@ -112,20 +113,45 @@ def test_what_is_sent_with_a_segment_does_not_grow_with_the_video(ours: Any) -> 
     assert torch.equal(batch["pixel_values_videos"], pixel_values)
 
 
-@pytest.mark.parametrize("kind", ["float frames", "pictures", "frames to sample"])
+@pytest.mark.parametrize(
+    "kind", ["float frames", "integers", "to sample", "sampling asked", "sampling asked of videos"]
+)
 def test_what_is_no_sampled_frames_is_left_to_stock(ours: Any, kind: str) -> None:
     frames, metadata = video(pixels(8, 112, 112)).media
     data: Any = np.asarray(frames)
+    options: dict[str, Any] = {}
     if kind == "float frames":
-        data = data.astype(np.float32)
-    elif kind == "frames to sample":
+        data = torch.from_numpy(data.astype(np.float32))
+    elif kind == "integers":
+        data = data.astype(np.int16)
+    elif kind == "to sample":
         metadata = {**metadata, "do_sample_frames": True}
     else:
-        data = [data[i] for i in range(len(data))]
-        data = np.stack(data).astype(np.int16)
-    result = render(ours, VIDEO, {"video": [(data, metadata)]})
+        options = {"do_sample_frames": True, "fps": 1.0}
+        if kind == "sampling asked of videos":
+            options = {"videos_kwargs": options}
+    result = render(ours, VIDEO, {"video": [(data, metadata)]}, **options)
     assert len(result["mm_placeholders"]["video"]) == 1
     assert "video_continues" not in result["mm_kwargs"]["video"][0]
+
+
+def test_of_frames_that_the_front_end_has_chosen_nobody_chooses_again(ours: Any) -> None:
+    clip = video(pixels(8, 112, 112), even(8))
+    plain = render(ours, VIDEO, {"video": [clip]})
+    asked = render(ours, VIDEO, {"video": [clip]}, do_sample_frames=True, fps=1.0)
+    assert asked["prompt_token_ids"] == plain["prompt_token_ids"]
+
+
+def test_frames_are_cut_in_whatever_they_come(ours: Any) -> None:
+    frames = pixels(8, 112, 112)
+    first = np.ascontiguousarray(np.moveaxis(frames, 3, 1))
+    kinds = [torch.from_numpy(frames), first, torch.from_numpy(first)]
+    kinds += [[Image.fromarray(one) for one in frames]]
+    metadata = video(frames).media[1]
+    expected = item_hashes(ours, (frames, metadata))
+    assert len(expected) > 1
+    for kind in kinds:
+        assert item_hashes(ours, (kind, metadata)) == expected
 
 
 def test_an_extended_clip_keeps_the_items_of_the_shorter(ours: Any) -> None:

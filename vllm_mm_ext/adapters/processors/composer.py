@@ -156,6 +156,10 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         """True: vLLM has no processor of its own for a composer, so every video is split."""
         return True
 
+    def _samples(self, metadata: Any, hf_kwargs: Mapping[str, object]) -> bool:
+        """False: the model is shown all frames that it is given."""
+        return False
+
     def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout:
         """One grid per frame, whose position is the frame's time in microseconds.
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.processors.model_traits import video_kwargs
+from vllm_mm_ext.adapters.processors.segment_info import cuts_videos
 from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor
 from vllm_mm_ext.video.segments import VideoLayout, VideoSegment, VideoShape
 
@@ -29,9 +31,9 @@ class PerFrameInfo:
     def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
         """Frames of the largest video item; vLLM sizes and profiles its encoder cache by this."""
         stock: int = super().get_num_frames_with_most_features(seq_len, mm_counts)  # type: ignore[misc]
-        target = vllm_compat.settings_of(self.ctx.model_config).segments.tokens
-        if not target:
+        if not cuts_videos(self.ctx):
             return stock
+        target = vllm_compat.settings_of(self.ctx.model_config).segments.tokens
         rows, columns = self.frame_tokens()
         return min(stock, max(1, target // (rows * columns)))
 
@@ -44,12 +46,6 @@ class PerFrameProcessor(SegmentProcessor):
 
     numbered = False
     """Whether the number of each frame within its video is written into the prompt."""
-
-    def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
-        """Whether videos of a request with these ``mm_processor_kwargs`` are split."""
-        # If transformers is told to choose the frames, they are not known when videos are split.
-        chooses = self.info.ctx.get_merged_mm_kwargs(hf_kwargs).get("do_sample_frames")
-        return super().splits(hf_kwargs) and not chooses
 
     def layout(self, shape: VideoShape, hf_kwargs: Mapping[str, object]) -> VideoLayout | None:
         """One grid per frame; None if the processor has no fixed size of frames."""
@@ -72,10 +68,8 @@ class PerFrameProcessor(SegmentProcessor):
         self, segments: Sequence[VideoSegment], hf_kwargs: Mapping[str, object]
     ) -> list[torch.Tensor]:
         """Each segment's frames ``[frames, 3, height, width]`` as the encoder takes them."""
-        ctx = self.info.ctx
         processor = self.info.get_hf_processor(**hf_kwargs).video_processor
-        merged = ctx.get_merged_mm_kwargs(hf_kwargs)
-        given = merged | dict(merged.get("videos_kwargs") or {})
+        given = video_kwargs(self.info, hf_kwargs)
         known = processor.valid_kwargs.__annotations__.keys()
         options = {key: value for key, value in given.items() if key in known}
         options |= {"do_sample_frames": False, "return_tensors": "pt"}

@@ -12,6 +12,21 @@ from vllm_mm_ext.adapters.processors.session_media import SessionInfo
 from vllm_mm_ext.video.track_pieces import AudioWindow
 
 
+def cuts_videos(ctx: Any) -> bool:
+    """Whether a server's videos are cut into segments.
+
+    Args:
+        ctx: vLLM's ``InputProcessingContext`` of the served model.
+    """
+    config = ctx.get_mm_config()
+    # vLLM prunes whole videos. Where no video is allowed, it still takes embeddings of whole ones.
+    return (
+        vllm_compat.settings_of(ctx.model_config).segments.tokens > 0
+        and not config.is_multimodal_pruning_enabled()
+        and config.get_limit_per_prompt("video") > 0
+    )
+
+
 class SegmentInfo(SessionInfo):
     """Mixin in front of the processing info of a family with a pixel budget per frame."""
 
@@ -24,10 +39,10 @@ class SegmentInfo(SessionInfo):
         grid of the largest frames or, for a family that hears videos, all grids within one window
         of the audio encoder at the configured frame rates, with their sound.
         """
+        if not cuts_videos(self.ctx):
+            return None
         settings = vllm_compat.settings_of(self.ctx.model_config)
         target, grid = settings.segments.tokens, self._largest_grid()
-        if not target:
-            return None
         window = self.audio_window()
         fps = max(settings.media.sampling.fps, settings.live.fps if settings.live.enabled else 0.0)
         frames = fps * (window.seconds if window else 0.0)
@@ -66,3 +81,19 @@ class SegmentInfo(SessionInfo):
         if largest is None:
             return stock
         return min(stock, self._temporal_patch() * max(1, largest // max(1, self._largest_grid())))
+
+
+def largest_item(config: Any, info: Any) -> int:
+    """Most tokens of a segment, or of a video that is one mm item: what vLLM's encoder cache holds.
+
+    Args:
+        config: vLLM's configuration of the engine.
+        info: vLLM's ``BaseProcessingInfo`` of the served model.
+
+    Returns:
+        0, for no limit, of a family whose videos can be cut anywhere.
+    """
+    tokens: int = config.scheduler_config.max_num_batched_tokens
+    if not vllm_compat.settings_of(config.model_config).segments.tokens:
+        return tokens
+    return max(tokens, info.largest_segment() or 0) if isinstance(info, SegmentInfo) else 0

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 from cachetools import LRUCache
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
@@ -22,8 +21,15 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.processors import fields
 from vllm_mm_ext.adapters.processors.large_requests import LargeRequestCache, is_large
+from vllm_mm_ext.adapters.processors.model_traits import video_kwargs
 from vllm_mm_ext.adapters.processors.recorded_items import RecordedItems
-from vllm_mm_ext.adapters.processors.segment_items import SegmentItems, part_of, segment_at
+from vllm_mm_ext.adapters.processors.segment_items import (
+    SegmentItems,
+    frames_of,
+    part_of,
+    segment_at,
+    wrapped,
+)
 from vllm_mm_ext.config.options import Reduction
 from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
@@ -250,13 +256,14 @@ class SegmentProcessor(RecordedItems):
         if item is None:
             return None if name is None else self._named.get(name)
         metadata = videos.metadata[index] if isinstance(videos.metadata, list) else None
-        frames = item[0] if isinstance(item, tuple) else item
-        if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.dtype != np.uint8:
+        frames: Any = frames_of(item[0] if isinstance(item, tuple) else item)
+        if frames is None:
             return None
-        if metadata is not None and metadata.get("do_sample_frames"):
+        chosen = isinstance(frames, SampledFrames) and frames.times is not None
+        if not chosen and self._samples(metadata, hf_kwargs):
             return None
         if not isinstance(frames, SampledFrames):
-            frames = _wrapped(frames, self.default_reduction)
+            frames = wrapped(frames, self.default_reduction)
         video = self._split_frames(frames, metadata, hf_kwargs)
         if video is None or name is None:
             return video
@@ -264,6 +271,11 @@ class SegmentProcessor(RecordedItems):
         video = dataclasses.replace(video, names=named)
         self._named[name] = dataclasses.replace(video, segments=[None] * len(named))
         return video
+
+    def _samples(self, metadata: Mapping[str, Any] | None, hf_kwargs: Mapping[str, object]) -> bool:
+        """Whether transformers will choose among a video's frames, so they are not known yet."""
+        asked = video_kwargs(self.info, hf_kwargs).get("do_sample_frames")
+        return bool((metadata or {}).get("do_sample_frames") if asked is None else asked)
 
     def _split_frames(
         self,
@@ -382,10 +394,3 @@ class SegmentProcessor(RecordedItems):
         return PromptReplacement(
             modality="video", target=[self.video_token_id], replacement=of_segment
         )
-
-
-def _wrapped(frames: npt.NDArray[np.uint8], reduction: Reduction) -> SampledFrames:
-    """``SampledFrames`` of frames that came as a plain array, with a digest of their pixels."""
-    contiguous = np.ascontiguousarray(frames)
-    digest = blake3(repr(contiguous.shape).encode() + b"|").update(contiguous.data).hexdigest()
-    return SampledFrames(contiguous, digest=str(digest), reduction=reduction)
