@@ -176,6 +176,15 @@ def test_frames_of_another_size_are_resized_as_in_transformers() -> None:
     assert torch.allclose(by_hf["pixel_values_videos"][0], expected, atol=1e-6)
 
 
+def test_a_segment_of_sound_alone_joins_those_with_frames_of_another_size() -> None:
+    ours().segment_tokens = 16
+    clip = video(pixels(2, 40, 90), [0.0, 0.5], sound(9.0))
+    items = render(ours(), PROMPT, {"video": [clip]})["mm_kwargs"]["video"]
+    made = [item["pixel_values_videos"].data for item in items]
+    assert {len(frames) > 0 for frames in made} == {True, False}
+    assert {tuple(frames.shape[1:]) for frames in made} == {(3, SIDE, SIDE)}
+
+
 def test_windows_of_sound_do_not_depend_on_what_follows() -> None:
     """A longer version of a clip keeps the segments and the windows that it shares."""
     ours().segment_tokens = 60

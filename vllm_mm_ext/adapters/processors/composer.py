@@ -263,13 +263,16 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
     ) -> dict[str, Any]:
         """Pixels, windows of sound, and the kind of each token of the placeholder."""
         dtype, config = self.info.ctx.model_config.dtype, self.config
+        side = int(config.vision_config.image_size)
+        # vLLM joins the frames of segments, so those of a segment of sound alone, which are none,
+        # must have the same size.
+        none = np.empty((0, side, side, 3), np.uint8)
         frames = [
-            self.at_size(np.asarray(one), part_of(one).layout.size) if len(one) else one
-            for one in segments
+            self.at_size(np.asarray(one), (side, side)) if len(one) else none for one in segments
         ]
         tokens = [self.segment_tokens_of(part_of(one)) for one in segments]
         return {
-            "pixel_values_videos": [pixel_values(np.asarray(own)).to(dtype) for own in frames],
+            "pixel_values_videos": [pixel_values(own).to(dtype) for own in frames],
             KINDS: [
                 token_kinds(ids, config.video_pad_token_id, config.audio_pad_token_id)
                 for ids in tokens
