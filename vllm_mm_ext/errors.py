@@ -133,6 +133,17 @@ class UnheldMediaError(MediaError):
 
     code = "unheld"
 
+    @classmethod
+    def of(cls, modalities: Sequence[str]) -> UnheldMediaError:
+        """The error of a request with items of these modalities that came without their content."""
+        what = " and ".join(modalities)
+        return cls(
+            f"The request names its {what} by uuid alone, and this server does not hold that "
+            f"{what}: either the server has dropped it, or a router sent it to another server, or "
+            "took it out of this request. Send it with its content.",
+            parameter="uuid",
+        )
+
 
 class OverBudgetError(MediaError):
     """The media takes more tokens, even at the lowest quality, than the prompt has room for.

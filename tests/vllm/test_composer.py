@@ -26,7 +26,7 @@ from vllm_mm_ext.adapters.processors.model_traits import read_traits
 from vllm_mm_ext.composer.hf_processor import ComposerProcessor
 from vllm_mm_ext.composer.layout import video_layout
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
-from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.errors import MediaError, UnheldMediaError
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 SIDE = 56
@@ -244,8 +244,14 @@ def test_media_known_by_name_are_found_again() -> None:
     again = render(ours(), prompt, {"video": [None], "audio": [None]}, names, cache=store)
     assert again["prompt_token_ids"] == first["prompt_token_ids"]
     assert again["mm_hashes"] == first["mm_hashes"]
-    with pytest.raises(ValueError, match="'other' is not known"):
-        render(ours(), "<|audio_pad|>", {"audio": [None]}, {"audio": ["other"]}, cache=store)
+
+
+@pytest.mark.parametrize(("modality", "prompt"), [("video", PROMPT), ("audio", "<|audio_pad|>")])
+def test_a_name_that_is_not_known_is_answered_as_for_other_models(
+    modality: str, prompt: str
+) -> None:
+    with pytest.raises(UnheldMediaError, match=f"does not hold that {modality}"):
+        render(ours(), prompt, {modality: [None]}, {modality: ["other"]})
 
 
 def test_times_of_frames_come_from_the_loader_where_frames_have_none() -> None:

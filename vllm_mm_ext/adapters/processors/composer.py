@@ -46,7 +46,7 @@ from vllm_mm_ext.composer.layout import (
 )
 from vllm_mm_ext.composer.sound import AUDIO_FIELDS, SoundPiece, fields_of
 from vllm_mm_ext.config.options import Reduction, TrainedReductions
-from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.errors import MediaError, UnheldMediaError
 from vllm_mm_ext.media.payload import SampledFrames, Waveform
 from vllm_mm_ext.video.cuts import unit_ends
 from vllm_mm_ext.video.segments import (
@@ -290,7 +290,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
 
         Raises:
             MediaError: The request has embeddings, or a video that is not uint8 frames, or fewer
-                placeholders in its prompt than media.
+                placeholders in its prompt than media, or media by a ``uuid`` that is not known.
         """
         items = inputs.mm_data_items
         kinds = {"video": VideoProcessorItems, "audio": AudioProcessorItems}
@@ -300,6 +300,11 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         inputs = super().split(inputs)
         videos = inputs.mm_data_items.get("video")
         if videos and type(videos) is VideoProcessorItems:
+            names = (inputs.mm_uuid_items or {}).get("video") or [None] * len(videos)
+            if any(
+                v is None and n not in self._named for v, n in zip(videos.data, names, strict=True)
+            ):
+                raise UnheldMediaError.of(["video"])
             raise MediaError(
                 "a composer takes videos as uint8 frames [n, height, width, 3], one placeholder "
                 f"{SPECIAL_TOKENS['video_pad_token_id']} for each"
@@ -346,9 +351,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
         if samples is None:
             known = self._named_sounds.get(name or "")
             if known is None:
-                raise MediaError(
-                    f"the sound named {name!r} is not known; send it anew", parameter="input_audio"
-                )
+                raise UnheldMediaError.of(["audio"])
             return [None] * len(known), list(known)
         count = len(self.config.audio_tokens(len(samples)))
         if not count:

@@ -9,7 +9,6 @@ from typing import Any
 from vllm_mm_ext.adapters.rendering_wrappers import Span
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.sight.stage_notes import note_preprocessing
-from vllm_mm_ext.errors import UnheldMediaError
 from vllm_mm_ext.request.context import RequestContext, current_request
 from vllm_mm_ext.request.trace import Prompt
 
@@ -92,18 +91,3 @@ def looked_up(is_cached: Mapping[str, Sequence[bool]], hashes: Mapping[str, Sequ
     if context := current_request():
         context.trace.hashes.update(*hashes.values())
         context.trace.preprocessed = {m: list(hits) for m, hits in is_cached.items()}
-
-
-def unheld(modalities: Sequence[str]) -> UnheldMediaError:
-    """The error of a request whose media came without their content.
-
-    Args:
-        modalities: Of the items that did.
-    """
-    what = " and ".join(modalities)
-    return UnheldMediaError(
-        f"The request names its {what} by uuid alone, and this server does not hold that {what}: "
-        "either the server has dropped it, or a router sent it to another server, or took it out "
-        "of this request. Send it with its content.",
-        parameter="uuid",
-    )

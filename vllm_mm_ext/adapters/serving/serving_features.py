@@ -66,11 +66,12 @@ def _install_placeholder_text() -> None:
 def _install_cache_reports() -> None:
     from vllm_mm_ext.adapters import rendering_wrappers, route_wrappers
     from vllm_mm_ext.adapters.serving.answers import note_task, observer
-    from vllm_mm_ext.adapters.serving.preprocessing import looked_up, unheld
+    from vllm_mm_ext.adapters.serving.preprocessing import looked_up
+    from vllm_mm_ext.errors import UnheldMediaError
 
     rendering_wrappers.preprocess_in_context()
     rendering_wrappers.render_pooling_in_context(note_task)
-    rendering_wrappers.after_cache_lookup(looked_up, unheld)
+    rendering_wrappers.after_cache_lookup(looked_up, UnheldMediaError.of)
     route_wrappers.around_generation(observer)
 
 
