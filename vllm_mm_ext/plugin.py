@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
     from vllm_mm_ext.config.media_settings import MediaConfig
     from vllm_mm_ext.config.root import MMExtConfig
+    from vllm_mm_ext.media.traits import ModelTraits
 
 
 def _install_config() -> None:
@@ -119,7 +120,9 @@ def attach(renderer: Any) -> None:
         domains = renderer.config.model_config.allowed_media_domains
         warn_of_private_addresses(config.media, domains)
         warn_of_decode_bound(config.media.decode)
-        runtime = attach_runtime(config, read_traits(renderer.mm_processor), renderer)
+        traits = read_traits(renderer.mm_processor)
+        warn_of_whole_videos(config, traits)
+        runtime = attach_runtime(config, traits, renderer)
         if vllm_compat.is_offline(renderer.config.model_config):
             runtime.wait_without_end()
         plan = kept_plan(renderer.config.model_config)
@@ -152,6 +155,20 @@ def warn_of_private_addresses(config: MediaConfig, domains: Sequence[str] | None
             "--allowed-media-domains are set, so clients can make this server contact services on "
             "its own network. Set mm_ext.media.fetch.private_addresses to 'refuse', or to 'allow' "
             "if that is wanted."
+        )
+
+
+def warn_of_whole_videos(config: MMExtConfig, traits: ModelTraits) -> None:
+    """Say at start-up that the configured reduction is not done, if it is not.
+
+    Args:
+        config: The plugin's configuration.
+        traits: What the served model wants from the front-end.
+    """
+    if not (config.compression.reduction.is_identity or traits.cuts_videos):
+        vllm_compat.logger.warning(
+            "mm_ext: compression.reduction has no effect: vLLM's own processor gets the videos of "
+            "this server whole, because of the served model or of --video-pruning-rate."
         )
 
 

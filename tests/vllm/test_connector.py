@@ -424,11 +424,15 @@ async def test_encoded_bytes_are_let_go_when_a_video_fails_or_its_client_leaves(
         assert clip.ref._blob is None
 
 
-def test_the_servers_default_reduction_comes_with_the_frames(clips: dict[str, Path]) -> None:
+def test_the_servers_default_reduction_comes_with_frames_that_are_cut(
+    clips: dict[str, Path],
+) -> None:
     config = {"mm_ext": {"compression": {"reduction": {"pool": 2}}}}
-    attach_runtime(MMExtConfig.from_additional_config(config), ModelTraits())
-    _, ours = connectors(clips["h264"].parent)
-    assert ours.fetch_video(clips["h264"].as_uri()).media[0].reduction == Reduction(pool=2)
+    for cut, reduction in ((True, Reduction(pool=2)), (False, Reduction())):
+        traits = ModelTraits(cuts_videos=cut)
+        attach_runtime(MMExtConfig.from_additional_config(config), traits)
+        _, ours = connectors(clips["h264"].parent)
+        assert ours.fetch_video(clips["h264"].as_uri()).media[0].reduction == reduction
 
 
 async def test_a_video_without_sound_is_answered_where_vllm_looks_for_its_sound(

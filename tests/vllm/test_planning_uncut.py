@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from front import Front, opened
 from vllm.exceptions import VLLMValidationError
 
-from vllm_mm_ext.testing.media import make_clip
+from vllm_mm_ext.testing.checkpoints import checkpoint
+from vllm_mm_ext.testing.media import Tone, make_clip
+
+CONFIG: dict[str, Any] = {
+    "media": {"sampling": {"fps": 2.0, "max_frames": 64, "min_frames": 2}},
+    "compression": {"reduction": {"pool": 2}},
+}
 
 
 @pytest.fixture(scope="module")
-def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    files = tmp_path_factory.mktemp("uncut")
-    make_clip(files / "short.mp4", duration=4, seed=1)
-    sampling = {"fps": 2.0, "max_frames": 64, "min_frames": 2}
-    config = {"media": {"sampling": sampling}, "compression": {"reduction": {"pool": 2}}}
-    with opened(files, video_pruning_rate=0.5, additional_config={"mm_ext": config}) as made:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uncut")
+    make_clip(folder / "short.mp4", duration=4, seed=1)
+    make_clip(folder / "long.mp4", duration=20, seed=2)
+    make_clip(folder / "heard.mp4", duration=4, seed=3, audio=[Tone(440, 0, 4)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def front(files: Path) -> Iterator[Front]:
+    with opened(files, video_pruning_rate=0.5, additional_config={"mm_ext": CONFIG}) as made:
         yield made
 
 
 def test_the_server_s_reduction_is_not_applied(front: Front) -> None:
     (video,) = front.render("short.mp4").videos
     assert (video["frames"], video["lowered"], video["reduction"]["pool"]) == (8, [], 1)
+
+
+def test_the_server_s_reduction_is_not_applied_to_stock_s_frames(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CONFIG | {"media": {"sampling": {"policy": "stock"}}}
+    with opened(files, video_pruning_rate=0.5, additional_config={"mm_ext": config}) as made:
+        (video,) = made.render("long.mp4").videos
+    assert (video["policy"], video["reduction"]["pool"]) == ("stock", 1)
+    assert "compression.reduction has no effect" in caplog.text
+
+
+def test_nothing_is_reduced_where_the_request_s_options_leave_a_video_whole(files: Path) -> None:
+    model = str(checkpoint("qwen2_5_omni"))
+    whole = {"mm_processor_kwargs": {"use_audio_in_video": True}}
+    with opened(files, model=model, additional_config={"mm_ext": CONFIG}) as made:
+        assert made.render("heard.mp4").videos[0]["reduction"]["pool"] == 2
+        messages = made.messages("heard.mp4")
+        url = (files / "heard.mp4").as_uri()
+        messages[0]["content"].append({"type": "audio_url", "audio_url": {"url": url}})
+        (video,) = made.render_messages(messages, **whole).videos
+        assert video["reduction"]["pool"] == 1
+        with pytest.raises(VLLMValidationError, match="mm_processor_kwargs, allows no token red"):
+            made.render("heard.mp4", options={"reduction": {"pool": 2}}, **whole)
 
 
 @pytest.mark.parametrize(

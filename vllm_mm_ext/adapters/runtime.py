@@ -25,7 +25,7 @@ from vllm_mm_ext.adapters.media.media_records import MediaRecords
 from vllm_mm_ext.adapters.serving.encoder_asks import EncoderAsks
 from vllm_mm_ext.adapters.sight.recorder import Recorder
 from vllm_mm_ext.base.heap import trim_when_due
-from vllm_mm_ext.config.options import Reduction
+from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 from vllm_mm_ext.errors import BusyError
 from vllm_mm_ext.media.cache import ByteBudgetCache
@@ -123,7 +123,10 @@ class Runtime:
     @property
     def default_reduction(self) -> Reduction:
         """How the tokens of videos are made fewer unless a request says otherwise."""
-        return self.config.compression.default_reduction(self.frontend.traits.default_reduction)
+        traits = self.frontend.traits
+        if not traits.cuts_videos:
+            return NO_REDUCTION
+        return self.config.compression.default_reduction(traits.default_reduction)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Await front-end work from any event loop; cancelling the caller cancels it."""

@@ -21,6 +21,7 @@ class ModelTraits:
             temporal patch.
         audio_rate: Sampling rate in Hz that the model takes; None keeps a stream's own rate.
         hears_video: The model's processor takes the sound of a video along with its frames.
+        cuts_videos: The processor cuts videos into segments; only tokens of segments are reduced.
         sound_token: Id of the token that stands in the prompt for sound inside a video item; None
             where sound has mm items of its own.
         default_reduction: The reduction that the checkpoint declares for requests that name none;
@@ -34,6 +35,7 @@ class ModelTraits:
     frame_multiple: int = 1
     audio_rate: int | None = 16_000
     hears_video: bool = False
+    cuts_videos: bool = False
     sound_token: int | None = None
     default_reduction: Reduction | None = None
     trained: TrainedReductions | None = None

@@ -63,6 +63,11 @@ def videos_without_url(messages: Sequence[Any]) -> int:
     return named + sum(1 for part in _parts(messages) if "video_embeds" in part)
 
 
+def embeds_sound(messages: Sequence[Any]) -> bool:
+    """Whether a conversation has sound that is given as embeddings."""
+    return any("audio_embeds" in part for part in _parts(messages))
+
+
 def text_of(messages: Sequence[Any], tools: Sequence[Any] | None) -> str:
     """All text of a conversation, for counting its tokens.
 

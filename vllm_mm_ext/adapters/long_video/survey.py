@@ -16,7 +16,7 @@ from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaRef
 from vllm_mm_ext.policies.quality.videos import ContextUse
 from vllm_mm_ext.request.context import RequestContext
 from vllm_mm_ext.request.conversation import video_urls, videos_without_url
-from vllm_mm_ext.request.costs import FrontendCosts, PlannedVideo
+from vllm_mm_ext.request.costs import PlannedVideo
 
 # Frames of a video at any rate.
 _ANY_FRAMES = 1 << 30
@@ -138,8 +138,7 @@ def _fits(
     planning: Conversation, videos: Sequence[PlannedVideo], room: int, fps: float | None
 ) -> bool:
     """Whether one prompt holds all frames of all videos at the rate asked."""
-    options, frontend = planning.context.options, planning.runtime.frontend
-    costs = FrontendCosts(videos, planning.renderer.mm_processor, frontend.traits, frontend.limits)
+    options, costs = planning.context.options, planning.costs(videos)
     counted, tokens = costs.knows_tokens, 0
     for index, video in enumerate(videos):
         sampling = video.plan.sampling

@@ -39,6 +39,7 @@ def read_traits(mm_processor: Any) -> ModelTraits:
             frame_multiple=int(getattr(video_processor, "temporal_patch_size", 1) or 1),
             audio_rate=vllm_compat.audio_resampler_rate(mm_processor),
             hears_video=bool(getattr(mm_processor, "hears_video", False)),
+            cuts_videos=splits_videos(mm_processor, {}),
             sound_token=getattr(mm_processor, "sound_token_id", None),
             default_reduction=getattr(mm_processor, "checkpoint_reduction", None),
             trained=getattr(mm_processor, "trained", None),
@@ -47,6 +48,17 @@ def read_traits(mm_processor: Any) -> ModelTraits:
     except Exception as error:
         logger.warning("mm_ext: model traits unknown, frames keep their own size: %s", error)
         return ModelTraits(audio_rate=None)
+
+
+def splits_videos(mm_processor: Any, hf_kwargs: Mapping[str, object]) -> bool:
+    """Whether a processor cuts the videos of a request into segments, if nothing else prevents it.
+
+    Args:
+        mm_processor: vLLM's or the plugin's multimodal processor.
+        hf_kwargs: The request's ``mm_processor_kwargs``.
+    """
+    splits = getattr(mm_processor, "splits", None)
+    return splits is not None and bool(splits(hf_kwargs))
 
 
 def size_rule_for(info: Any, hf_kwargs: Mapping[str, object], processor: Any) -> SizeRule:

@@ -21,15 +21,15 @@ from vllm.transformers_utils.processor import get_video_processor_cls_name
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, server_plan
 from vllm_mm_ext.adapters.media.request_budgets import charge_download, download_budget
-from vllm_mm_ext.adapters.processors.model_traits import requested_size
-from vllm_mm_ext.adapters.processors.segment_info import SegmentInfo
+from vllm_mm_ext.adapters.processors.model_traits import requested_size, splits_videos
+from vllm_mm_ext.adapters.processors.segment_info import largest_item
 from vllm_mm_ext.adapters.quality.service import controller_for
 from vllm_mm_ext.adapters.rendering_wrappers import on_processor_thread
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.serving.requests import OptionError
 from vllm_mm_ext.adapters.sight.stage_notes import note_plan, note_probe
 from vllm_mm_ext.base.tasks import all_or_none
-from vllm_mm_ext.config.options import DEFAULT_OPTIONS
+from vllm_mm_ext.config.options import DEFAULT_OPTIONS, NO_REDUCTION
 from vllm_mm_ext.fleet.encode_request import has_media
 from vllm_mm_ext.media.fetch.fetcher import MediaRef
 from vllm_mm_ext.media.types import MediaInfo, SizeRule
@@ -45,6 +45,7 @@ from vllm_mm_ext.policies.quality.videos import (
 )
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.request.conversation import (
+    embeds_sound,
     list_contents,
     template_tokens,
     text_of,
@@ -178,6 +179,9 @@ class Conversation:
             size = None
             if self.runtime.config.media.resize == "target":
                 size = requested_size(renderer.mm_processor.info, hf_kwargs)
+            # vLLM does not mix sound given as embeddings with the sound of videos.
+            splits = splits_videos(renderer.mm_processor, hf_kwargs or {})
+            self._cut = splits and not embeds_sound(messages)
             self._take_items(urls, size)
         if asked and len(self.plans) < len(set(urls)):
             raise OptionError(
@@ -217,10 +221,12 @@ class Conversation:
                 self.plans[url] = plan
 
     def _with_streams(self, plan: VideoPlan | None) -> VideoPlan | None:
-        """A plan, for the streams and the span that the request asks for."""
+        """A plan as the request asks: its streams, its span, and no reduction of whole videos."""
         options = self.context.options
         if plan is None:
             return None
+        if not self._cut:
+            plan = replace(plan, reduction=NO_REDUCTION)
         if options.audio_stream is not None:
             plan = replace(plan, audio_stream=options.audio_stream)
         if options.video_stream is not None:
@@ -304,8 +310,7 @@ class Conversation:
         """
         if not videos:
             return ()
-        traits, limits = self.runtime.frontend.traits, self.runtime.frontend.limits
-        costs = FrontendCosts(videos, self.renderer.mm_processor, traits, limits)
+        costs, traits = self.costs(videos), self.runtime.frontend.traits
         # All videos of a server are sampled alike.
         plan = videos[0].plan
         countable = costs.knows_tokens
@@ -314,7 +319,7 @@ class Conversation:
             reducible=countable,
             countable=countable,
             frame_multiple=traits.frame_multiple,
-            max_item_tokens=self._largest_item(),
+            max_item_tokens=largest_item(self.renderer.config, self.renderer.mm_processor.info),
             trained=traits.trained,
         )
         sampling = plan.sampling
@@ -356,6 +361,13 @@ class Conversation:
             }
         return decisions
 
+    def costs(self, videos: Sequence[PlannedVideo]) -> FrontendCosts:
+        """What videos of the conversation cost; nobody can tell the tokens of whole ones."""
+        frontend, processor = self.runtime.frontend, self.renderer.mm_processor
+        return FrontendCosts(
+            videos, processor if self._cut else None, frontend.traits, frontend.limits
+        )
+
     def _own(self, video: PlannedVideo) -> str:
         """A digest of a video, the engine, the ``cache_salt`` and the sampling.
 
@@ -367,19 +379,6 @@ class Conversation:
         for part in (video.ref.digest, self.context.cache_salt or "", video.plan.key()):
             hasher.update(b"|" + part.encode())
         return str(hasher.hexdigest())
-
-    def _largest_item(self) -> int:
-        """Most tokens of a segment, or of a video that is one mm item.
-
-        That is as many as vLLM's encoder cache surely holds. 0, for no limit, of a family whose
-        videos can be cut anywhere.
-        """
-        config = self.renderer.config
-        tokens: int = config.scheduler_config.max_num_batched_tokens
-        if not vllm_compat.settings_of(config.model_config).segments.tokens:
-            return tokens
-        info = self.renderer.mm_processor.info
-        return max(tokens, info.largest_segment() or 0) if isinstance(info, SegmentInfo) else 0
 
     def context_use(self, text_tokens: int) -> ContextUse:
         """The context of the conversation, and what its text and the answer take of it.

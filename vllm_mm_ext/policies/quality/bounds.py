@@ -56,7 +56,8 @@ def check_family(options: RequestOptions, family: Family) -> None:
         raise _refusal(
             "reduction",
             options.reduction.key(),
-            "the served model, as this server is set up, allows no token reductions",
+            "the served model, as this server is set up or with these mm_processor_kwargs, allows "
+            "no token reductions",
         )
     asked, trained = options.reduction, family.trained
     if asked is not None and trained is not None and not trained.allow(asked):
@@ -70,8 +71,8 @@ def check_family(options: RequestOptions, family: Family) -> None:
         raise _refusal(
             "total_tokens",
             options.total_tokens,
-            "the served model's video tokens, as this server is set up, cannot be told in advance; "
-            "max_frames can be set",
+            "the served model's video tokens, as this server is set up or with these "
+            "mm_processor_kwargs, cannot be told in advance; max_frames can be set",
         )
 
 
