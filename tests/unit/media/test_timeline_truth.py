@@ -14,6 +14,7 @@ import pytest
 from av.stream import Disposition
 
 from tests.support.field_pictures import FPS, SIDE, gray, write_fields
+from tests.support.mp4_boxes import boxes
 from vllm_mm_ext.errors import NoSuchStreamError
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.job import run_job
@@ -215,16 +216,6 @@ def test_a_segment_of_a_recording_is_as_long_as_itself(tmp_path, start):
 def test_a_recorder_that_runs_for_days_is_not_too_long(tmp_path):
     path = make_clip(tmp_path / "a.mkv", duration=1, start_time=86_400).path
     assert read(path)[1].duration == pytest.approx(1, abs=0.04)
-
-
-def boxes(data: bytes) -> list[tuple[bytes, bytes]]:
-    """The top boxes of an MP4 file: type, and all bytes."""
-    found, at = [], 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        found.append((data[at + 4 : at + 8], data[at : at + size]))
-        at += size
-    return found
 
 
 @pytest.mark.parametrize("kept", ["video", "audio"])

@@ -247,7 +247,7 @@ class KeptReader:
                 zip(batch, marks, strict=True), start=1
             ):
                 if given and not right:
-                    self._doubtful.add(self._index.place(packet.pts)[0])
+                    self._doubtful.add(self._index.place_of(packet)[0])
                 frames = reader.decode(packet, needed=needed) if given else []
                 # Packets that were read ahead are gone if nobody asks for more.
                 yield frames, at if is_last and number == len(batch) else -1
@@ -278,7 +278,7 @@ class KeptReader:
         wanted, last = set(run.wanted), run.wanted[-1]
         at, needed, behind = run.start - 1, True, 0
         while packet is not None:
-            row, place = self._index.place(packet.pts)
+            row, place = self._index.place_of(packet)
             if not self._table.exact:
                 at += 1
             elif row >= 0:
@@ -290,7 +290,7 @@ class KeptReader:
                 if not is_last or behind > _MOST_BEHIND:
                     reader.unread(packet)
                     return
-            # A packet that has no row belongs to the picture before it: the second of two fields.
+            # A packet without a row, as the second of two fields, goes with the picture before it.
             yield packet, needed, at
             if row < 0 and at == run.stop and not is_last:
                 return

@@ -262,13 +262,13 @@ def _packets_of(
     at, needed = -1, False
     packet = first_packet(reader, run, index)
     while packet is not None:
-        row, place = index.place(packet.pts)
+        row, place = index.place_of(packet)
         if row >= 0:
             at, needed = place, row in wanted or place == run.start
         if at > run.stop:
             reader.unread(packet)
             return
-        # A packet that has no row belongs to the picture before it: the second of two fields.
+        # A packet without a row, as the second of two fields, goes with the picture before it.
         yield packet, needed
         if row < 0 and at == run.stop:
             return
@@ -322,7 +322,7 @@ def first_packet(reader: Reader, run: Run, index: RowIndex) -> Packet[Any] | Non
         SeekMissError: The packet is not found.
     """
     while (packet := reader.read()) is not None:
-        _, place = index.place(packet.pts)
+        _, place = index.place_of(packet)
         if run.start == 0 or place == run.start:
             return packet
         if place > run.start:

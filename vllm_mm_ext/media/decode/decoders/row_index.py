@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import Any
 
 import numpy as np
+from av.packet import Packet
 
 from vllm_mm_ext.media.types import PacketTable
 
@@ -23,8 +25,16 @@ class RowIndex:
         sorted_ = bool((np.diff(table.pts) > 0).all())
         self._row_of = None if sorted_ else {p: row for row, p in enumerate(self.pts)}
 
+    def place_of(self, packet: Packet[Any]) -> tuple[int, int]:
+        """As ``place``, of a packet.
+
+        A packet that an edit list hides has no row, though a picture may have its timestamp: what
+        is hidden behind one edit has timestamps of the next one.
+        """
+        return self.place(None if packet.is_discard else packet.pts)
+
     def place(self, timestamp: int | None) -> tuple[int, int]:
-        """Row and decode position of a packet; -1 each for a timestamp that is not in the table."""
+        """Row and decode position of a picture; -1 each for a timestamp that no picture has."""
         if timestamp is None:
             return -1, -1
         if self._row_of is not None:
