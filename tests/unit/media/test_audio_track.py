@@ -174,6 +174,33 @@ def test_joined_ogg_files_are_as_long_as_all_of_them(tmp_path: Path) -> None:
     assert len(result.audio) / result.audio_rate == pytest.approx(4.0, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "rates"),
+    [
+        ("a.mp3", "libmp3lame", (44_100, 16_000)),
+        ("a.mp3", "libmp3lame", (16_000, 44_100)),
+        ("a.aac", "aac", (16_000, 48_000)),
+        ("a.aac", "aac", (48_000, 16_000)),
+        ("a.flac", "flac", (16_000, 16_000)),
+    ],
+)
+def test_joined_files_are_heard_to_their_end_and_no_claim_refuses_them(
+    tmp_path: Path, name: str, codec: str, rates: tuple[int, int]
+) -> None:
+    data = b""
+    for rate in rates:
+        part = make_audio(tmp_path / name, duration=3, codec=codec, sample_rate=rate).path
+        data += Path(part).read_bytes()
+    path = tmp_path / f"joined-{name}"
+    path.write_bytes(data)
+    request = DecodeRequest(audio="required", limits=DecodeLimits(max_audio_s=6.5))
+    result = run_job(str(path), request)
+    assert result.audio is not None
+    assert len(result.audio) / result.audio_rate == pytest.approx(6, abs=0.2)
+    if codec != "flac":
+        assert result.info.duration == pytest.approx(6, abs=0.2)
+
+
 def test_a_recording_that_begins_late_on_its_clock_is_as_long_as_it_is(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "a.mkv", duration=2, audio=TONE, start_time=610).path
     with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:

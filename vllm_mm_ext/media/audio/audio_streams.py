@@ -26,8 +26,9 @@ _BESIDE = (
     | Disposition.attached_pic
 )
 # Containers that count the samples of a whole stream. Others claim a length by the bit rate of the
-# first packets, by timestamps that may jump, by a number that a live writer made up, or (Ogg) by
-# that of the last of several files that were joined.
+# first packets (MP3 too, if files were joined, whatever the first one counts), by timestamps that
+# may jump, by a number that a live writer made up, or (Ogg) by that of the last of several files
+# that were joined.
 _COUNTING = frozenset(
     ("mov", "matroska", "avi", "asf", "nut", "wav", "w64", "aiff", "caf", "au", "flac")
 )
@@ -129,5 +130,4 @@ def _counts_samples(container: set[str], stream: AvAudioStream) -> bool:
     # The header of a live fragment may tell the time at which it ends instead of its length.
     if "mov" in container and stream_start(stream) > 0:
         return False
-    # An MP3 file has a start time if its first frame says how many frames follow (Xing and LAME).
-    return bool(container & _COUNTING) or ("mp3" in container and stream_start(stream) > 0)
+    return bool(container & _COUNTING)

@@ -23,8 +23,9 @@ MAX_SAMPLE_RATE = 768_000
 # One window of the log-mel transform that all families begin with. From less, Qwen2.5-Omni makes no
 # token, and Qwen3-Omni's audio encoder fails.
 MIN_AUDIO_S = 0.025
-# FFmpeg's flag of formats whose timestamps may start anew (AVFMT_TS_DISCONT).
-_RESTARTS = 0x200
+# FFmpeg's flags of formats whose timestamps may start anew (AVFMT_TS_DISCONT), and of those without
+# an index (AVFMT_GENERIC_INDEX), of which files are joined as they are.
+_RESTARTS = 0x200 | 0x100
 # Of one float32 sample, as which every format is delivered.
 _SAMPLE_BYTES = 4
 # Sound decoded beyond the end, in seconds, before decoding stops. Where recordings were joined, it

@@ -13,6 +13,7 @@ from av.audio.stream import AudioStream as AvAudioStream
 from av.container import InputContainer
 
 from vllm_mm_ext.errors import UnreadableMediaError
+from vllm_mm_ext.media.audio.audio_decoder import codec_of
 from vllm_mm_ext.media.audio.audio_streams import describe_audio, is_unknown
 from vllm_mm_ext.media.audio.sound_placement import STEP_AHEAD_S
 from vllm_mm_ext.media.decode.container import open_container
@@ -27,6 +28,8 @@ _OGG_BEGIN, _OGG_DATA = b"OggS\0\2", b"OggS\0\0"
 _BLOCK = 1 << 20
 # A stream that begins later than this, in seconds, was joined midway. Encoder delay is less.
 _BEGINS_S = 0.1
+# The sampling rates in kHz that a packet of ADTS may name (ISO/IEC 14496-3).
+_ADTS_KHZ = (96, 88.2, 64, 48, 44.1, 32, 24, 22.05, 16, 12, 11.025, 8, 7.35)
 
 
 def probe_sound(path: str, limits: DecodeLimits) -> MediaInfo:
@@ -124,17 +127,28 @@ def _is_joined(path: str) -> bool:
 def _measured(container: InputContainer, stream: AvAudioStream) -> float:
     """Seconds that the packets of a stream last together, and holes between them.
 
-    FFmpeg does not know how long some packets of Vorbis last: the next timestamp tells.
+    FFmpeg does not know how long some packets of Vorbis last: the next timestamp tells. It takes
+    the rate of the first packet of ADTS for that of all.
     """
     unit = float(stream.time_base or 0)
-    total, lasts, before = 0, 0, None
+    is_adts = container.format.name == "aac"
+    total, lasts, before = 0.0, 0.0, None
     with contextlib.suppress(av.FFmpegError):
         for count, packet in enumerate(demux(container, stream)):
             if count > MAX_PACKETS:
                 break
             if packet.size:
-                pts = packet.pts
-                step = -1 if pts is None or before is None else pts - before
-                total += step if 0 <= step * unit <= STEP_AHEAD_S else lasts
-                lasts, before = max(0, packet.duration or 0), pts
-    return (total + lasts) * unit
+                own = _adts_seconds(bytes(memoryview(packet)[:7])) if is_adts else 0.0
+                pts = None if own else packet.pts
+                step = -1.0 if pts is None or before is None else (pts - before) * unit
+                total += step if 0 <= step <= STEP_AHEAD_S else lasts
+                lasts, before = own or max(0, packet.duration or 0) * unit, pts
+    return total + lasts
+
+
+def _adts_seconds(head: bytes) -> float:
+    """Seconds that a packet of ADTS lasts, by its first 7 bytes; 0 for other packets."""
+    if len(head) < 7 or codec_of(head) != "aac":
+        return 0.0
+    rate, blocks = head[2] >> 2 & 0xF, 1 + head[6] % 4
+    return 1.024 * blocks / _ADTS_KHZ[rate] if rate < len(_ADTS_KHZ) else 0.0
