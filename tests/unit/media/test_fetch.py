@@ -27,6 +27,7 @@ from vllm_mm_ext.errors import (
     UnreachableMediaError,
 )
 from vllm_mm_ext.media.cache import ByteBudgetCache
+from vllm_mm_ext.media.fetch import file_source
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter
 from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
 from vllm_mm_ext.media.fetch.data_url import is_jpeg_sequence
@@ -734,6 +735,42 @@ class TestFile:
         path.write_bytes(b"other")
         with pytest.raises(MediaChangedError):
             await ref.open()
+
+    @pytest.mark.usefixtures("settled")
+    @pytest.mark.parametrize("change", ["grows", "is renamed", "is rewritten", "shrinks"])
+    async def test_a_file_that_changes_while_it_is_read_is_delivered_as_it_was_or_not(
+        self,
+        tmp_path: Path,
+        make_fetcher: MakeFetcher,
+        monkeypatch: pytest.MonkeyPatch,
+        change: str,
+    ) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(BODY)
+        os.utime(path, ns=(0, 0))
+        reading = file_source.read_blob
+
+        def changing(fd: int, size: int, stop: threading.Event) -> Blob:
+            if change == "grows":
+                with path.open("ab") as file:
+                    file.write(b"more")
+            blob = reading(fd, size, stop)
+            if change == "is renamed":
+                path.rename(path.with_name("b")).rename(path)
+            elif change in ("is rewritten", "shrinks"):
+                path.write_bytes(BODY if change == "is rewritten" else BODY[1:])
+            return blob
+
+        monkeypatch.setattr(file_source, "read_blob", changing)
+        fetcher = make_fetcher()
+        if change in ("is rewritten", "shrinks"):
+            with pytest.raises(MediaChangedError):
+                await get(fetcher, path.as_uri())
+            return
+        assert (await get(fetcher, path.as_uri())).digest == DIGEST
+        monkeypatch.setattr(file_source, "read_blob", reading)
+        # The digest is that of the bytes, not of a state that the file is in.
+        assert (await get(fetcher, path.as_uri())).digest == digest_of(path.read_bytes())
 
     async def test_later_change_does_not_reach_what_was_read(
         self, tmp_path: Path, make_fetcher: MakeFetcher

@@ -54,6 +54,16 @@ class FileIdentity(NamedTuple):
         """Return whether every change made at or after ``now_ns`` will change the identity."""
         return now_ns - max(self.mtime_ns, self.ctime_ns) > _RACY_NS
 
+    def goes_on_in(self, later: FileIdentity) -> bool:
+        """Return whether the file still begins with the same bytes in a later state.
+
+        That is so where the file has grown, as a recording in progress does, and where no more than
+        its rights or its name changed.
+        """
+        is_same_file = (self.device, self.inode) == (later.device, later.inode)
+        unchanged = (self.size, self.mtime_ns) == (later.size, later.mtime_ns)
+        return is_same_file and (unchanged or later.size > self.size)
+
 
 class FileSource:
     """Reads files below ``allowed_path`` into memory and remembers digests by file identity.
@@ -145,14 +155,13 @@ class FileSource:
         return identity
 
     def _read(self, path: Path, identity: FileIdentity, stop: threading.Event) -> Blob:
-        """The bytes of the file, if it is still the one with ``identity``."""
+        """The bytes that the file had when it was looked at, if it still has them."""
         fd = self._open(path)
         try:
             started_ns = time.time_ns()
-            if FileIdentity.of(os.fstat(fd)) != identity:
-                raise MediaChangedError("The file changed while it was read; send it again.")
             blob = read_blob(fd, identity.size, stop)
-            if FileIdentity.of(os.fstat(fd)) != identity:
+            after = FileIdentity.of(os.fstat(fd))
+            if not identity.goes_on_in(after):
                 raise MediaChangedError("The file changed while it was read; send it again.")
         except OSError as error:
             raise UnreachableMediaError(f"The file cannot be read: {error.strerror}.") from None
@@ -160,7 +169,7 @@ class FileSource:
             os.close(fd)
         with self._lock:
             self.counts["file_reads"] += 1
-            if identity.is_settled(started_ns):
+            if after == identity and identity.is_settled(started_ns):
                 self._known[identity] = blob.digest
         return blob
 
