@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from vllm_mm_ext.media.decode.decoders.reader import Reader
 from vllm_mm_ext.media.decode.job import run_job
 from vllm_mm_ext.media.decode.open_files import KEEP_S, MOST_FILES, OpenFile, OpenFiles
 from vllm_mm_ext.media.decode.pool import DecodePool
+from vllm_mm_ext.media.decode.pool_jobs import Lane
 from vllm_mm_ext.media.decode.pool_queue import PATIENCE_S, HeldFiles, Place, fitness, next_job
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.types import (
@@ -240,6 +243,33 @@ async def test_a_worker_that_dies_loses_its_files_alone(
     (pid,) = pool.worker_pids()
     os.kill(pid, 9)
     assert_same(await ask(pool, path, job(3.0, content="x")), run_job(str(path), job(3.0)))
+
+
+async def test_a_job_given_up_before_it_starts_leaves_its_worker_to_the_next(
+    pool: DecodePool, clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = clips["long.mp4"]
+    await ask(pool, path, job(0.0, content="x"))
+    taken, given_up, take = threading.Event(), threading.Event(), pool._next
+
+    def slowly(lane: Lane) -> Any:
+        found = take(lane)
+        taken.set()
+        given_up.wait(60)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool, "_next", slowly)
+        task = asyncio.create_task(ask(pool, path, job(3.0, content="x")))
+        await asyncio.to_thread(taken.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        given_up.set()
+    started = time.monotonic()
+    assert_same(await ask(pool, path, job(3.0, content="x")), run_job(str(path), job(3.0)))
+    assert time.monotonic() - started < PATIENCE_S / 2
+    assert pool.stats()["started"] == 1
 
 
 def test_a_worker_keeps_a_few_files_open_and_no_more(clips: dict[str, Path]) -> None:

@@ -12,12 +12,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, replace
 from functools import partial
 
-from vllm_mm_ext.errors import (
-    BusyError,
-    DecodeCrashError,
-    MediaError,
-    busy_if_short,
-)
+from vllm_mm_ext.errors import BusyError, DecodeCrashError, MediaError, busy_if_short
 from vllm_mm_ext.media.decode.gpu_seats import GpuSeats
 from vllm_mm_ext.media.decode.pool_jobs import Job, Lane, PoolStats
 from vllm_mm_ext.media.decode.pool_queue import HeldFiles, fitness, next_job
@@ -224,10 +219,15 @@ class DecodePool:
         return None
 
     def _run(self, job: Job, holder: WorkerProcess | None) -> DecodeResult:
-        with self._lock:
-            self._check_wanted(job)
-            self._stats.jobs += 1
-            self._stats.busy += 1
+        try:
+            with self._lock:
+                self._check_wanted(job)
+                self._stats.jobs += 1
+                self._stats.busy += 1
+        except (BusyError, CancelledError):
+            if holder is not None:
+                self._let_go(holder, reusable=True)
+            raise
         died = 0
         try:
             job.deadline = time.monotonic() + job.request.limits.timeout_s
@@ -284,12 +284,7 @@ class DecodePool:
         finally:
             with self._lock:
                 job.worker = None
-                reusable = reusable and not (job.cancelled or self._closed or worker.retired)
-                if reusable:
-                    self._idle.append(worker)
-                    self._changed.notify_all()
-            if not reusable:
-                self._discard(worker)
+            self._let_go(worker, reusable=reusable and not job.cancelled)
 
     def _converse(self, job: Job, worker: WorkerProcess) -> DecodeResult:
         """Give a worker its job, hand on what it says of the result's size, take the result."""
@@ -373,13 +368,7 @@ class DecodePool:
         return None
 
     def _start_idle(self) -> None:
-        worker = self._new_worker()
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                self._idle.append(worker)
-        if closed:
-            self._discard(worker)
+        self._let_go(self._new_worker(), reusable=True)
 
     def _new_worker(self) -> WorkerProcess:
         # Without the lock: an event loop may wait for that one.
@@ -389,6 +378,16 @@ class DecodePool:
             self._live.add(worker)
             self._stats.started += 1
         return worker
+
+    def _let_go(self, worker: WorkerProcess, *, reusable: bool) -> None:
+        """Make a worker idle that can take a job and still may; dispose of another one."""
+        with self._lock:
+            reusable = reusable and not (self._closed or worker.retired)
+            if reusable:
+                self._idle.append(worker)
+                self._changed.notify_all()
+        if not reusable:
+            self._discard(worker)
 
     def _discard(self, worker: WorkerProcess) -> None:
         worker.dispose()
