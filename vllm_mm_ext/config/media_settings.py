@@ -37,7 +37,11 @@ class SamplingConfig(Section):
         "all have one size keep that one.",
     )
     min_fps: float = Field(
-        0.1, ge=0, le=60, description="`adaptive`: every second keeps this rate, budget allowing."
+        0.1,
+        ge=0,
+        le=60,
+        description="`adaptive`: no gap is wider than 1 / `min_fps` seconds, or than two mean gaps "
+        "if these are wider.",
     )
     max_fps: float = Field(
         8.0,

@@ -158,7 +158,8 @@ class SamplingSpec:
         fps: Frames per second that ``uniform`` takes, and the mean rate that ``adaptive`` aims at.
         max_frames: Most frames, never exceeded.
         min_frames: Least frames, where the clip has that many.
-        min_fps: ``adaptive`` takes at least this many frames per second, as far as the budget goes.
+        min_fps: ``adaptive`` leaves no gap wider than 1 / ``min_fps`` seconds, or than two mean
+            gaps if these are wider.
         max_fps: ``adaptive`` takes at most this many frames of any second, unless ``fps`` or
             ``min_frames`` asks for more.
         multiple_of: The number of frames is rounded down to a multiple of this, the frames of a

@@ -23,8 +23,8 @@ def look(pixels: npt.NDArray[np.float32], *marked: Event, fps: float = 8.0) -> L
 
 
 def take(looked: Looked, count: int, ceiling: int = 1000, ends: float = math.inf) -> list[int]:
-    chosen = choose(looked, count, widest=1e9, ends=ends, ceiling=ceiling, taken={})
-    return chosen.tolist()
+    both = (ends, ends)
+    return choose(looked, count, widest=1e9, ends=both, ceiling=ceiling, taken={}).tolist()
 
 
 def error(looked: Looked, chosen: list[int]) -> float:
@@ -93,7 +93,8 @@ def test_the_ceiling_rises_as_far_as_the_least_number_of_frames_needs() -> None:
     looked = look(np.zeros((24, 4), np.float32))
 
     def most(least: int) -> list[int]:
-        found = choose(looked, 20, widest=1e9, ends=math.inf, ceiling=3, taken={2: 2}, least=least)
+        ends = (math.inf, math.inf)
+        found = choose(looked, 20, widest=1e9, ends=ends, ceiling=3, taken={2: 2}, least=least)
         return np.bincount(found // 8, minlength=3).tolist()
 
     assert most(0) == [3, 3, 1]
@@ -133,7 +134,7 @@ def test_a_gap_pays_for_the_events_inside_it_alone() -> None:
     bounds = np.sort(rng.choice(60, 24, replace=False)).reshape(-1, 2)
     events = [Event(int(a), int(b), float(rng.uniform(0.5, 5))) for a, b in bounds]
     looked = Looked(np.arange(60.0), np.ones(60), rng.random((60, 9), np.float32), events)
-    gaps = _Gaps(looked, 8, 20.0, 10.0, np.arange(60))
+    gaps = _Gaps(looked, 8, 20.0, (10.0, 10.0), np.arange(60))
     before, inside, after = gaps._missed(1.0, 2.0)
     counted = [event for event in events if event.strength >= 1.0]
     for right in range(60):

@@ -18,6 +18,7 @@ from vllm_mm_ext.media.decode.decoders.base import thumbnail_size
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.probe import probe
 from vllm_mm_ext.media.sampling import basic, select, thumbnail_scan, timeline
+from vllm_mm_ext.media.sampling.adaptive import Thumbnails
 from vllm_mm_ext.media.sampling.short_events import motion_score
 from vllm_mm_ext.media.sampling.thumbnail_planes import planes
 from vllm_mm_ext.media.types import (
@@ -185,12 +186,11 @@ def test_adaptive_keeps_the_floor_and_the_ceiling(
     )
     time, most = info.packets.time, max(ceiling, int(np.ceil(min_fps)), int(np.ceil(fps)))
     assert np.bincount(timeline.second_of(selection.times)).max() <= most
-    length = float(time[-1] - time[0])
-    slots = int(np.ceil(length * min_fps))
-    if length > 0 and slots and len(selection.indices) >= slots and most >= np.ceil(min_fps):
-        # Any stretch of two slots that has frames all along has one that was chosen.
-        covered = np.diff(selection.times).max(initial=0.0)
-        assert covered <= 2 / min_fps + 2 * np.diff(time).max() + 1 + 1e-6
+    # Where no frame is to be had for longer, or a second is full, the bound cannot hold.
+    hole = np.diff(time).max(initial=0.0)
+    spacing = float(time[-1] - time[0]) / len(selection.indices)
+    covered = np.diff(selection.times).max(initial=0.0)
+    assert covered <= max(1 / min_fps, 2 * spacing) + 2 * hole + 1 + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -246,6 +246,42 @@ def test_the_first_and_the_last_second_have_a_chosen_frame(info: MediaInfo, coun
     time = info.packets.time
     assert selection.times[0] - time[0] <= 1.0 + 1e-6
     assert time[-1] - selection.times[-1] <= 1.0 + 1e-6
+
+
+def changing(first: float, last: float, fps: float = 25.0) -> Thumbnails:
+    """Thumbnails of a clip that changes four times a second between two moments, else never."""
+
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
+        scenes = [int(4 * i / fps) if first < i / fps < last else 0 for i in indices]
+        luma = [np.random.default_rng(scene).integers(0, 256, (36, 64)) for scene in scenes]
+        return in_gray(np.array(luma, np.uint8))
+
+    return thumbnails
+
+
+@pytest.mark.parametrize(
+    ("frames", "min_fps"), [(16, 0.2), (32, 0.5), (40, 0.5), (40, 0.6), (60, 0.9), (60, 0.1)]
+)
+def test_adaptive_leaves_no_gap_wider_than_the_floor_and_two_mean_gaps(
+    frames: int, min_fps: float
+) -> None:
+    spec = SamplingSpec("adaptive", fps=2.0, max_frames=frames, min_fps=min_fps)
+    times = select(even(1500, 25.0), spec, changing(0, 20)).times
+    assert len(times) == frames
+    assert np.diff(times).max() <= max(1 / min_fps, 2 * 60 / frames) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "first", "last"),
+    [(20, 2.0, 2, 17.5), (20, 1.0, 3, 16), (30, 1.0, 3, 26), (59, 1.0, 4, 55), (12, 0.5, 3, 9)],
+)
+def test_the_first_and_the_last_second_have_a_frame_though_all_change_is_between(
+    seconds: int, fps: float, first: float, last: float
+) -> None:
+    spec = SamplingSpec("adaptive", fps=fps, max_frames=64, multiple_of=2)
+    times = select(even(25 * seconds, 25.0), spec, changing(first, last)).times
+    assert times[0] <= 1
+    assert times[-1] >= seconds - 1 - 1 / 25
 
 
 def test_a_long_clip_is_looked_at_at_keyframes_and_where_packets_are_large() -> None:

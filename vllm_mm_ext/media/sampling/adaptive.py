@@ -119,8 +119,9 @@ class _Part:
         chosen = coverage.choose(
             looked,
             count,
+            # Two mean gaps at least: less would leave hardly anything to choose.
             widest=max(2 * spacing, min(_WIDEST * spacing, floor)),
-            ends=_ENDS_S if self.window.is_clip and count > 2 else math.inf,
+            ends=self._ends(),
             ceiling=max(1, math.floor(spec.max_fps), math.ceil(spec.min_fps), math.ceil(mean)),
             least=min(count, spec.min_frames),
             taken=taken,
@@ -128,6 +129,16 @@ class _Part:
         )
         taken.update(second_of(here[chosen]).tolist())
         return self.looked_at[chosen]
+
+    def _ends(self) -> tuple[float, float]:
+        """Most seconds from the window's first frame to the choice, and from there to its last.
+
+        There is no bound where the ends would take all of the window's frames.
+        """
+        opens, closes = self.window.low == 0, self.window.is_rest
+        if self.window.count <= opens + closes:
+            return math.inf, math.inf
+        return (_ENDS_S if opens else math.inf), (_ENDS_S if closes else math.inf)
 
 
 def select_adaptive(info: MediaInfo, spec: SamplingSpec, thumbnails: Thumbnails) -> FrameSelection:

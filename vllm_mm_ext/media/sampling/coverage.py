@@ -74,7 +74,7 @@ def choose(
     count: int,
     *,
     widest: float,
-    ends: float,
+    ends: tuple[float, float],
     ceiling: int,
     taken: Mapping[int, int],
     least: int = 0,
@@ -87,7 +87,8 @@ def choose(
         count: How many to take, at most.
         widest: Most seconds between two neighbours in the choice, as far as ``count`` goes and
             there are frames.
-        ends: Most seconds from the first and the last of the frames looked at to the choice.
+        ends: Most seconds from the first of the frames looked at to the choice, and from the choice
+            to the last.
         ceiling: Most frames in any whole second of the clip.
         taken: Frames taken elsewhere in each whole second; they count for ``ceiling``.
         least: How many to take at least: the ceiling is raised where it leaves fewer.
@@ -111,7 +112,7 @@ def choose(
         return np.zeros(0, np.int64)
     # Where seconds are full or hold no frames, no choice may be within `widest`.
     for bridged in (None, second):
-        gaps = _Gaps(looked, count, widest, min(ends, widest / 2), bridged)
+        gaps = _Gaps(looked, count, widest, ends, bridged)
         allowed = eligible & (room[where] > 0)
         for _ in range(_MOST_ROUNDS):
             chosen = gaps.best(count, allowed)
@@ -136,7 +137,12 @@ class _Gaps:
     """
 
     def __init__(
-        self, looked: Looked, count: int, widest: float, ends: float, bridged: Indices | None
+        self,
+        looked: Looked,
+        count: int,
+        widest: float,
+        ends: tuple[float, float],
+        bridged: Indices | None,
     ) -> None:
         time, size = looked.time, len(looked.time)
         low = np.searchsorted(time, time - widest - 1e-9)
@@ -151,8 +157,9 @@ class _Gaps:
         left = np.where(possible, left, right)
         middle = np.searchsorted(time, (time[left] + time[right]) / 2, side="right")
         middle = np.clip(middle, np.minimum(left + 1, right), right)
-        opens = min(int(np.searchsorted(time, time[0] + ends + 1e-9, side="right")), lags + 1)
-        closes = max(int(np.searchsorted(time, time[-1] - ends - 1e-9)), size - 1 - lags)
+        first, last = (min(end, widest / 2) for end in ends)
+        opens = min(int(np.searchsorted(time, time[0] + first + 1e-9, side="right")), lags + 1)
+        closes = max(int(np.searchsorted(time, time[-1] - last - 1e-9)), size - 1 - lags)
         after, before = np.maximum(middle - 1 - left, 0), right - middle
         longest = max(int(after.max()), int(before.max()), opens - 1, size - 1 - closes)
         slope = _UNSEEN * count / max(1e-6, float(time[-1] - time[0]))

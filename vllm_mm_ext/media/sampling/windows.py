@@ -35,14 +35,15 @@ class Window:
         low, high: Presentation-order frame indices.
         back: First frame that shows what is usual, at most ``low``.
         count: Frames to choose, at most ``high - low``.
-        is_clip: The window is the whole clip, as ``min_frames`` or ``max_frames`` binds.
+        is_rest: A longer clip would have another window here: this one is what is left behind the
+            full windows, or the whole clip, as ``min_frames`` or ``max_frames`` binds.
     """
 
     low: int
     high: int
     back: int
     count: int
-    is_clip: bool = False
+    is_rest: bool = False
 
 
 def length(fps: float, multiple_of: int) -> tuple[float, int]:
@@ -69,7 +70,7 @@ def windows_of(info: MediaInfo, spec: SamplingSpec) -> list[Window]:
         # Frames may come in bursts, so that there are windows with fewer than wanted.
         if sum(window.count for window in windows) >= min(spec.min_frames, len(packets)):
             return windows
-    return [Window(0, len(packets), 0, target_count(info, spec), is_clip=True)]
+    return [Window(0, len(packets), 0, target_count(info, spec), is_rest=True)]
 
 
 def _cut(packets: PacketTable, asked: int, spec: SamplingSpec) -> Iterator[Window]:
@@ -89,7 +90,7 @@ def _cut(packets: PacketTable, asked: int, spec: SamplingSpec) -> Iterator[Windo
         # From a keyframe on: of a GOP that is cut, stage 1 would see a wrong length.
         later = starts[np.searchsorted(starts, back) :]
         back = int(later[0]) if len(later) and later[0] <= low else back
-        yield Window(low, high, back, min(wanted, high - low))
+        yield Window(low, high, back, min(wanted, high - low), is_rest=number == full)
 
 
 def rows(packets: PacketTable, low: int, high: int) -> PacketTable:
