@@ -11,8 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from vllm_mm_ext.tools.cli import top as top_command
 from vllm_mm_ext.tools.cli.main import app
 
 runner = CliRunner(env={"COLUMNS": "160"})
@@ -130,6 +132,35 @@ def test_what_a_server_tells_is_shown(url: str) -> None:
         assert part in shown
     # A client chose the URL.
     assert "\x1b[31mclip" not in shown
+
+
+def test_a_server_that_fails_later_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter(["first", "fails", "fails", "again"])
+
+    def ask(*_: str) -> dict[str, Any]:
+        match next(told, None):
+            case None:
+                raise KeyboardInterrupt
+            case "fails":
+                raise top_command.ServerRefusedError("it restarts")
+            case name:
+                return TOLD | {"model": name}
+
+    monkeypatch.setattr(top_command, "ask", ask)
+    status, shown = top("--every", "0.2")
+    assert status == 0
+    assert next(told, None) is None
+    assert "again" in shown
+
+
+def test_why_a_server_tells_nothing_newer_is_shown_beside_what_it_told() -> None:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(top_command.shown(TOLD, "it \x1b[31mrestarts"))
+    title = captured.get().splitlines()[0]
+    assert title.startswith("omni")
+    assert "restarts" in title
+    assert "\x1b[31m" not in title
 
 
 def test_json_is_what_the_server_tells(url: str) -> None:

@@ -56,7 +56,12 @@ def top(
         with Live(shown(told), console=console, screen=console.is_terminal) as live:
             while True:
                 time.sleep(every)
-                live.update(shown(ask(url, api_key)), refresh=True)
+                try:
+                    told, problem = ask(url, api_key), ""
+                except ServerRefusedError as error:
+                    # It may be restarting. What it told last is shown meanwhile.
+                    problem = str(error)
+                live.update(shown(told, problem), refresh=True)
     except ServerRefusedError as error:
         Console(stderr=True).print(Text(printable(str(error)), "red"))
         raise typer.Exit(1) from None
@@ -102,17 +107,20 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return f"The server answers HTTP {error.code}; it may be a vLLM without the plugin."
 
 
-def shown(told: Mapping[str, Any]) -> RenderableType:
+def shown(told: Mapping[str, Any], problem: str = "") -> RenderableType:
     """The whole view.
 
     Args:
         told: From ``ask``.
+        problem: Why the server tells nothing newer; empty if it does.
     """
     clock = time.strftime("%H:%M:%S", time.localtime(told["time"]))
     tier = told["tier"]
     title = Text.assemble(
         (told["model"], "bold"), f"  {clock}  load tier ", (str(tier), "red" if tier else "green")
     )
+    if problem:
+        title.append(f"  {printable(problem)}", "red")
     parts: list[RenderableType] = [title]
     for engine in told["engines"]:
         parts.append(_engine(engine))
