@@ -58,9 +58,17 @@ class TraceMiddleware:
         scope = without_route_key(scope)
         context = enter_request(RequestContext())
         trace = context.trace
-        status = 0
+        status, left = 0, False
 
         followed = self._running.begin(scope["path"], trace) if scope["method"] == "POST" else None
+
+        async def heard() -> Message:
+            nonlocal left
+            message = await receive()
+            if message["type"] == "http.disconnect" and not status:
+                # vLLM ends the request, and answers nobody with a 200.
+                left = True
+            return message
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -84,7 +92,7 @@ class TraceMiddleware:
 
         try:
             try:
-                await self.app(scope, receive, answer)
+                await self.app(scope, heard, answer)
             except (asyncio.CancelledError, Exception):
                 if followed is None or not followed.taken_down:
                     raise
@@ -99,7 +107,7 @@ class TraceMiddleware:
                 context.elsewhere.end()
             self._sight.ended(trace)
             if followed is not None:
-                self._running.end(followed, status)
+                self._running.end(followed, 0 if left else status)
 
 
 def without_route_key(scope: Scope) -> Scope:
