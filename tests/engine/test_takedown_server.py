@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -214,6 +215,44 @@ def test_a_response_in_the_background_ends_with_its_media(server: Server, origin
     status, done = call(server, "/mm_ext/media/drop", {"url": url})
     assert (status, done["requests_ended"], done["complete"]) == (200, 1, True), done
     assert not any(one["running"] for one in overview(server)["servers"])
+
+
+def test_a_request_that_names_its_file_by_uuid_alone_ends_with_the_file(
+    server: Server, origin: Origin, tmp_path: Path
+) -> None:
+    url = origin.serve("/named.mp4", Resource(noise(tmp_path / "n.mp4", 8), etag='"8"'))
+    video = {"type": "video_url", "video_url": {"url": url}, "uuid": "by name"}
+    text = {"type": "text", "text": "What is it?"}
+
+    def body(part: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {
+            "model": server.model,
+            "messages": [{"role": "user", "content": [part, text]}],
+        } | more
+
+    assert call(server, "/v1/chat/completions", body(video, max_tokens=4))[0] == 200
+    endless = {"max_tokens": 10_000, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/chat/completions",
+        data=json.dumps(body({**video, "video_url": None}, **endless)).encode(),
+        headers={"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"},
+    )
+    for _ in range(100):
+        try:
+            stream = urllib.request.urlopen(request, timeout=60)
+            break
+        except urllib.error.HTTPError as error:
+            # The other API server does not hold the video.
+            if error.code != 400:
+                raise
+    with stream:
+        assert stream.readline().startswith(b"data: ")
+        status, done = call(server, "/mm_ext/media/drop", {"url": url})
+        assert (status, done["requests_ended"], done["complete"]) == (200, 1, True), done
+        with pytest.raises(http.client.IncompleteRead):
+            stream.read()
+    assert done["items"]
+    assert done["kv_blocks"]
 
 
 @pytest.mark.parametrize("is_open", [False, True])

@@ -113,6 +113,21 @@ def test_media_sent_by_a_long_name_alone_are_found_again(front: Front) -> None:
     assert again["prompt_token_ids"] == first["prompt_token_ids"]
 
 
+def test_takedowns_are_told_which_media_came_by_their_name_alone(front: Front) -> None:
+    video, image = parts(front, "told by name", "told by name")
+    first = front.render_messages([{"role": "user", "content": [video, image]}]).trace
+    assert not first.named
+    bare = {**video, "video_url": None}
+    trace = front.render_messages([{"role": "user", "content": [bare, image]}]).trace
+    assert trace.hashes == {"told by name"}
+    assert trace.named == first.hashes - trace.hashes
+    assert trace.named
+    # The content that the request brings besides.
+    both = front.render_messages([{"role": "user", "content": [bare, video]}]).trace
+    assert not both.named
+    assert both.hashes == trace.named
+
+
 def test_media_named_by_a_uuid_that_this_server_never_got_are_a_400_that_says_so(
     front: Front,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextvars
 import dataclasses
 import gc
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import vllm.models
+from blake3 import blake3
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -218,6 +220,28 @@ def test_switched_off_it_is_stock(clips: dict[str, Path]) -> None:
     url = clips["h264"].as_uri()
     assert ours.fetch_video(url).media[1] == stock.fetch_video(url).media[1]
     assert ours.fetch_audio(clips["tone"].as_uri())[1] == 22_050
+
+
+@pytest.mark.parametrize("by", ["file", "data", "http"])
+async def test_a_sound_that_vllm_reads_by_itself_is_known_by_its_digest(
+    clips: dict[str, Path], by: str
+) -> None:
+    attach({"enabled": False})
+    _, ours = connectors(clips["tone"].parent)
+    encoded = clips["tone"].read_bytes()
+    context = enter_request(RequestContext())
+    context.trace.watched = True
+    with Origin() as origin:
+        url = {
+            "file": clips["tone"].as_uri(),
+            "data": "data:audio/wav;base64," + base64.b64encode(encoded).decode(),
+            "http": origin.serve("/tone.wav", Resource(encoded)),
+        }[by]
+        _, rate = await ours.fetch_audio_async(url)
+        assert rate == 22_050
+        await asyncio.to_thread(ours.fetch_audio, url)
+    digests = [item.known_digest for item in context.items]
+    assert digests == [blake3(encoded).hexdigest()] * 2
 
 
 def test_stock_vllm_can_select_the_plugins_sampling_as_a_video_loader(

@@ -601,7 +601,7 @@ class Preprocessing(Client):
         def process() -> None:
             loop.call_soon_threadsafe(begun.set)
             self.goes_on.wait(20)
-            looked_up({"video": [False]}, {"video": [name]})
+            looked_up({"video": [False]}, {"video": [name]}, ())
 
         start = started()
         await loop.run_in_executor(self._thread, contextvars.copy_context().run, process)

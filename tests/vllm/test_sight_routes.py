@@ -44,9 +44,11 @@ class Service:
     async def end_session(self, session_id: str) -> bool:
         return session_id == "sess_1"
 
-    async def media(self, *asked: Any) -> dict[str, Any]:
+    async def media(self, *asked: Any) -> dict[str, Any] | None:
         if not self.keeps_kv:
             raise NoBlockPoolError
+        if asked[1] == "http://h/unknown":
+            return None
         self.asked.append(asked)
         return {"items": 1}
 
@@ -101,6 +103,8 @@ def test_what_an_operator_asks_reaches_the_service() -> None:
     session = {"session_id": "a", "cache_salt": "s"}
     assert asking.post("/mm_ext/sessions/pin", json=session).status_code == 200
     assert asking.post("/mm_ext/media/pin", json={"url": "http://h/v"}).json() == {"items": 1}
+    unknown = {"url": "http://h/unknown"}
+    assert asking.post("/mm_ext/media/unpin", json=unknown).status_code == 404
     assert asking.post("/mm_ext/media/drop", json={"digest": DIGEST}).json()["complete"]
     assert service.asked == [
         ("pin", "a", "s"),

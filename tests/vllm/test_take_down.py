@@ -9,12 +9,28 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from blake3 import blake3
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_harness import BLOCK, Engine, Media, Text, request
+from vllm.distributed.ec_transfer.ec_connector.example_connector import ECExampleConnector
+from vllm.distributed.ec_transfer.ec_connector.mooncake_ec_connector import ECMooncakeConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector import LMCacheConnectorV1
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlPullConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    OffloadingConnectorScheduler,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.simple_cpu_offload_connector import (
+    SimpleCPUOffloadConnector,
+)
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.entrypoints.speech_to_text.transcription.serving import OpenAIServingTranscription
+from vllm.entrypoints.speech_to_text.translation.serving import OpenAIServingTranslation
 from vllm.multimodal.cache import (
     LruKeyReplicatedReceiverCache,
     LruKeyReplicatedSenderCache,
@@ -22,15 +38,23 @@ from vllm.multimodal.cache import (
     ShmObjectStoreSenderCache,
 )
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
+from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_mm_ext.adapters.encoder_cache.cuda_connector import CudaECConnector
+from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector, NoHostTier
+from vllm_mm_ext.adapters.encoder_cache.shared_store import SharedStoreConnector
+from vllm_mm_ext.adapters.encoder_cache.transport_connector import TransportConnector
 from vllm_mm_ext.adapters.serving import answers
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
 from vllm_mm_ext.adapters.sight import worker_part
 from vllm_mm_ext.adapters.sight.api_server_sight import ApiServerSight
+from vllm_mm_ext.adapters.sight.connector_stores import stores_left
 from vllm_mm_ext.adapters.sight.processor_cache import drop_inputs
 from vllm_mm_ext.config.kv_settings import KVSettings
-from vllm_mm_ext.request.context import current_request
+from vllm_mm_ext.plugin import register
+from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.sight.request_log import RequestLog
 from vllm_mm_ext.sight.running_requests import RunningRequests
 
@@ -190,6 +214,96 @@ def test_a_worker_overwrites_outputs_and_blocks() -> None:
     assert worker_part.take_down(SimpleNamespace(model_runner=none), ["gone"], []) == (0, True)
 
 
+def made(kind: type[Any], **parts: Any) -> Any:
+    """A connector of vLLM's without its surroundings."""
+    one = kind.__new__(kind)
+    vars(one).update(parts)
+    return one
+
+
+def offloading(*tiers: Any) -> Any:
+    """vLLM's offloading to the host, with tiers behind that."""
+    manager = made(TieringOffloadingManager, secondary_tiers=[*tiers])
+    scheduler = made(OffloadingConnectorScheduler, manager=manager)
+    return made(OffloadingConnector, connector_scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("kv", "names"),
+    [
+        (None, []),
+        (made(NixlPullConnector), []),
+        (made(SimpleCPUOffloadConnector, connector_scheduler=None), []),
+        (offloading(), []),
+        (offloading(made(FileSystemTierManager)), ["FileSystemTierManager"]),
+        (made(LMCacheConnectorV1), ["LMCacheConnectorV1"]),
+        (
+            made(MultiConnector, _connectors=[made(NixlPullConnector), made(ExampleConnector)]),
+            ["ExampleConnector"],
+        ),
+    ],
+)
+def test_stores_of_kv_that_drop_nothing_are_told(kv: Any, names: list[str]) -> None:
+    scheduler = SimpleNamespace(connector=kv, ec_connector=None, encoder_cache_manager=None)
+    assert stores_left(scheduler) == names
+
+
+@pytest.mark.parametrize(
+    ("outputs", "hosts", "names"),
+    [
+        (None, False, []),
+        (made(ECExampleConnector), False, ["ECExampleConnector"]),
+        (made(NoHostTier), False, []),
+        (object.__new__(MMExtECConnector), True, []),
+        (made(CudaECConnector), True, []),
+        (
+            object.__new__(TransportConnector),
+            True,
+            ["ECMooncakeConnector"],
+        ),
+    ],
+)
+def test_stores_of_encoder_outputs_that_drop_nothing_are_told(
+    outputs: Any, hosts: bool, names: list[str]
+) -> None:
+    if isinstance(outputs, TransportConnector):
+        outputs.transport = made(ECMooncakeConnector)
+    manager = SimpleNamespace(host=outputs if hosts else None)
+    scheduler = SimpleNamespace(connector=None, ec_connector=outputs, encoder_cache_manager=manager)
+    assert stores_left(scheduler) == names
+    if isinstance(outputs, TransportConnector):
+        outputs.transport = made(SharedStoreConnector)
+        assert stores_left(scheduler) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (OpenAIServingTranscription, "create_transcription"),
+        (OpenAIServingTranslation, "create_translation"),
+    ],
+)
+async def test_a_file_that_comes_to_be_transcribed_is_known_by_its_digest(
+    kind: type[Any], method: str
+) -> None:
+    register()
+
+    class Serving(kind):  # type: ignore[misc]
+        def __init__(self) -> None:
+            """No engine."""
+
+        async def _create_speech_to_text(self, audio_data: bytes, **_: Any) -> bytes:
+            return audio_data
+
+    context = enter_request(RequestContext())
+    context.trace.watched = True
+    asked = SimpleNamespace(response_format="json")
+    assert await getattr(Serving(), method)(b"sound", asked, None) == b"sound"
+    (item,) = context.items
+    assert (item.modality, item.known_digest) == ("audio", blake3(b"sound").hexdigest())
+    assert context.trace.media == [item]
+
+
 class OnDevice:
     """The part of vLLM's model runners that overwrites blocks of a GPU, by its own code.
 
@@ -241,7 +355,7 @@ class Serving:
         self.running.follow(RequestLog(10), server=0)
         self.at_work = asyncio.Event()
         self.ended = False
-        app = FastAPI()
+        self.app = app = FastAPI()
         sight = ApiServerSight(dict)
         app.add_middleware(TraceMiddleware, sight=sight, running=self.running)
 
@@ -288,16 +402,37 @@ class Serving:
 async def test_a_request_in_a_task_of_vllms_has_ended_when_the_takedown_goes_on() -> None:
     serving = Serving(streams=False)
     asking = await serving.asked()
-    assert (await serving.running.cancel([], ["http://h/v"], timeout_s=5.0))[:2] == (1, 0)
+    assert (await serving.running.cancel([], ["http://h/v"], [], timeout_s=5.0))[:2] == (1, 0)
     assert serving.ended
     answer = await asking
     assert (answer.status_code, answer.json()["error"]["code"]) == (410, 410)
 
 
+async def test_a_request_whose_client_went_away_is_logged_without_a_status() -> None:
+    serving = Serving(streams=False)
+    asked = [{"type": "http.request", "body": b'{"url": "http://h/v"}'}]
+
+    async def receive() -> dict[str, Any]:
+        if asked:
+            return asked.pop()
+        await serving.at_work.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        """Nobody is there."""
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+    await serving.app(scope | {"query_string": b""}, receive, send)
+    while serving.running.log is None or not len(serving.running.log):
+        await asyncio.sleep(0.01)
+    assert [row["status"] for row in serving.running.log.summaries()] == [0]
+
+
 async def test_an_answer_that_has_begun_ends() -> None:
     serving = Serving(streams=True)
     asking = await serving.asked()
-    assert (await serving.running.cancel([], ["http://h/v"], timeout_s=5.0))[:2] == (1, 0)
+    assert (await serving.running.cancel([], ["http://h/v"], [], timeout_s=5.0))[:2] == (1, 0)
     assert serving.ended
     # A real server cuts the connection, as the answer has no end.
     with pytest.raises(AssertionError):

@@ -11,12 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import kv_harness
 import pytest
 import torch
 from scheduler_harness import Play, make_scheduler, request
+from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
+from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
 from vllm_mm_ext.adapters.runtime import attach_runtime, detach_runtime
 from vllm_mm_ext.adapters.sight import engine_part, own_part, whole_service, worker_part
 from vllm_mm_ext.adapters.sight.own_part import OwnPart
@@ -40,6 +43,8 @@ class Engine:
     Attributes:
         encoded: Identifiers of the items that the worker encoded.
         outputs: The worker's encoder outputs.
+        zeroed: KV blocks that the worker overwrote.
+        sleeping_tags: As of vLLM's executor.
         fails: Takedowns are not answered.
     """
 
@@ -54,6 +59,8 @@ class Engine:
         self.model_executor = self.engine_core = self
         self.encoded: list[str] = []
         self.outputs: dict[str, torch.Tensor] = {}
+        self.zeroed: list[int] = []
+        self.sleeping_tags: set[str] = set()
         self.fails = False
         self._features: dict[str, Any] = {}
 
@@ -94,7 +101,7 @@ class Engine:
             encoder_cache=self.outputs,
             device=torch.device("cpu"),
             kv_cache_config=SimpleNamespace(has_mamba_layers=False),
-            _zero_block_ids=lambda _: None,
+            _zero_block_ids=self.zeroed.extend,
         )
         worker = SimpleNamespace(model_runner=runner)
         return [method(worker, *args)]
@@ -200,6 +207,17 @@ def test_with_vllms_own_encoder_cache_an_item_in_use_stays_and_is_told() -> None
     check(engine.manager)
 
 
+def test_kv_memory_that_a_sleeping_engine_gave_back_is_not_written_to() -> None:
+    engine = Engine()
+    engine.serve(request("first", items=[64], digest="file"))
+    engine.sleeping_tags = {"weights", "kv_cache"}
+    assert engine_part.take_down(engine, [FILE])["outputs"] == 1
+    assert not engine.zeroed
+    engine.sleeping_tags = {"weights"}
+    engine_part.take_down(engine, [FILE])
+    assert engine.zeroed
+
+
 @pytest.mark.parametrize("asked", [(URL, None), (None, DIGEST)], ids=["by URL", "by digest"])
 async def test_who_asks_again_after_an_incomplete_takedown_drops_what_was_left(
     service: Service, asked: tuple[str | None, str | None]
@@ -298,6 +316,112 @@ async def test_a_request_that_came_during_a_takedown_is_known_to_the_next_one(
     done = await service.whole.take_down(URL, None)
     assert (done["complete"], done["items"]) == (True, 1)
     assert "new" in service.known()
+
+
+async def test_a_request_that_names_the_file_by_its_uuid_alone_is_ended(service: Service) -> None:
+    engine = service.engine
+    engine.serve(request("first", items=[64], digest="file"))
+    service.note(FILE)
+    engine.add(request("runs", items=[64], digest="file", prompt=3, answer=1000))
+    engine.step()
+    named, other = (
+        service.running.begin(
+            "/v1/chat/completions", RequestTrace(tokens={"video": 1}, named={one})
+        )
+        for one in (FILE, OTHER)
+    )
+    assert named is not None
+    assert other is not None
+    # Neither has a task that would take its end for that of the test.
+    named.task = other.task = None
+
+    def end() -> None:
+        engine.play.abort("runs")
+        engine.play.drain()
+        service.running.end(named, 0)
+
+    asyncio.get_running_loop().call_later(0.05, end)
+    done = await service.whole.take_down(URL, None)
+    assert (done["complete"], done["requests_ended"], done["items"]) == (True, 1, 1)
+    assert not other.taken_down
+    assert not engine.outputs
+    assert not service.known()
+
+
+async def test_a_file_is_not_forgotten_while_a_request_that_found_it_by_its_uuid_goes_on(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.note(FILE)
+    cancel = service.running.cancel
+
+    async def with_newcomer(*asked: Any) -> Any:
+        ended = await cancel(*asked)
+        trace = RequestTrace(tokens={"video": 1}, named={FILE})
+        assert service.running.begin("/v1/chat/completions", trace) is not None
+        return ended
+
+    monkeypatch.setattr(service.running, "cancel", with_newcomer)
+    done = await service.whole.take_down(URL, None)
+    assert (done["complete"], done["left"]) == (False, ["requests that did not end"])
+    assert service.known() == {FILE}
+
+
+async def test_a_store_that_cannot_drop_anything_is_told_and_the_file_stays_known(
+    service: Service,
+) -> None:
+    service.note(FILE)
+    scheduler = service.engine.scheduler
+    scheduler.connector, scheduler.log_stats = ExampleConnector.__new__(ExampleConnector), False
+    assert scheduler.reset_connector_cache(), "vLLM takes it for reset"
+    done = await service.whole.take_down(URL, None)
+    assert not done["complete"]
+    assert "ExampleConnector" in done["left"][0]
+    assert service.known()
+
+
+async def test_a_file_that_nobody_knows_is_told_from_one_that_is_gone(service: Service) -> None:
+    for asked in ((URL, None), (None, DIGEST)):
+        done = await service.whole.take_down(*asked)
+        assert (done["complete"], done["known"]) == (True, False)
+        # Nothing was made of it yet.
+        service.note()
+        assert (await service.whole.take_down(*asked))["known"]
+        service.note(FILE)
+        assert (await service.whole.take_down(*asked))["known"]
+
+
+@pytest.fixture
+def pool(service: Service) -> MMExtBlockPool:
+    """The plugin's block pool, in which the file comes after a text."""
+    engine = kv_harness.Engine(64)
+    prompt = [kv_harness.Text(1, 8), kv_harness.Media(FILE, 8)]
+    engine.admit(kv_harness.request("first", prompt))
+    engine.finish("first")
+    service.engine.scheduler.kv_cache_manager.block_pool = engine.pool
+    service.note(FILE)
+    return engine.pool
+
+
+@pytest.mark.parametrize("end", ["drop", "release", "unpin"])
+async def test_a_pin_of_a_file_ends_with_the_file(
+    service: Service, pool: MMExtBlockPool, end: str
+) -> None:
+    found = await service.whole.media("pin", URL, None)
+    assert found is not None
+    assert found["items"] == 1
+    assert f"media:{DIGEST}" in pool.sessions
+    if end == "drop":
+        assert (await service.whole.take_down(URL, None))["complete"]
+    else:
+        await service.whole.media(end, URL, None)
+    assert f"media:{DIGEST}" not in pool.sessions
+    assert not any(pool.sessions.pinned(piece) for piece in pool.tree)
+    pool.check_integrity()
+
+
+async def test_nothing_is_done_for_a_url_that_nobody_knows(service: Service) -> None:
+    for action in ("pin", "unpin", "release"):
+        assert await service.whole.media(action, URL, None) is None
 
 
 async def test_media_are_not_pinned_where_the_engine_keeps_no_kv(service: Service) -> None:

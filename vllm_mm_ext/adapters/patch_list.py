@@ -33,6 +33,7 @@ class Patch:
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
 _ENTRYPOINTS = "vllm.entrypoints"
+_SPEECH = f"{_ENTRYPOINTS}.speech_to_text"
 _OPENAI = f"{_ENTRYPOINTS}.openai"
 _CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
 _ASYNC = "vllm.v1.engine.async_llm:AsyncLLM"
@@ -132,20 +133,18 @@ PATCHES: tuple[Patch, ...] = (
         (
             "vllm.v1.engine.core:EngineCore.mm_ext_sight",
             "vllm.v1.engine.core:EngineCore.preprocess_add_request",
+            f"{_SPEECH}.transcription.serving:OpenAIServingTranscription.create_transcription",
+            f"{_SPEECH}.translation.serving:OpenAIServingTranslation.create_translation",
         ),
-        "API servers list what an engine's caches hold, and take media down. Meanwhile no request "
-        "gets its inputs.",
-        "plugins can add utility calls to the engine",
+        "API servers list what an engine's caches hold, and take media down, files that came to be "
+        "transcribed too. Meanwhile no request gets its inputs.",
+        "plugins can add utility calls to the engine, and vLLM's connector reads all files",
     ),
     *(
         Patch(family, (_MODELS,), _SPLITS, _SPLITS_UNTIL)
         for family in (
-            "Qwen2.5-Omni",
-            "Qwen3-Omni",
-            "Qwen2.5-VL",
-            "Qwen3-VL",
-            "LLaVA-OneVision",
-            "InternVL",
+            *("Qwen2.5-Omni", "Qwen3-Omni", "Qwen2.5-VL", "Qwen3-VL"),
+            *("LLaVA-OneVision", "InternVL"),
         )
     ),
     *(

@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -220,13 +220,14 @@ async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:
 
 
 def after_cache_lookup(
-    seen: Callable[[Mapping[str, list[bool]], Mapping[str, list[str]]], None],
+    seen: Callable[[Mapping[str, list[bool]], Mapping[str, list[str]], Collection[str]], None],
     unheld: Callable[[Sequence[str]], Exception],
 ) -> None:
     """Hear of which items of a request the processor cache holds.
 
     Args:
-        seen: Called with whether it holds each item, and with vLLM's hashes of them, per modality.
+        seen: Called with whether it holds each item and with vLLM's hashes of them, per modality,
+            and with the hashes of the items that the request names by their `uuid` alone.
         unheld: Makes the error of a request that names an item by its `uuid` alone, which the cache
             does not hold, of the modalities of the items without media.
     """
@@ -243,7 +244,14 @@ def after_cache_lookup(
                 if bare:
                     raise unheld(bare) from error
                 raise
-            seen(is_cached, mm_hashes)
+            # Only what is cached may come without data.
+            brought = {
+                mm_hashes[modality][index]
+                for modality, hits in is_cached.items()
+                for index, hit in enumerate(hits)
+                if not hit or mm_data_items[modality][index] is not None
+            }
+            seen(is_cached, mm_hashes, set().union(*mm_hashes.values()) - brought)
             return is_cached, missing
 
         return _get_cache_missing_items

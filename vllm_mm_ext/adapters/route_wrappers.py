@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -197,6 +197,22 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
         from vllm.entrypoints.cohere.serving import CohereServingChatV2
 
         wrap(CohereServingChatV2, "create_chat_v2", on_route("/cohere/v2/chat"))
+
+
+def before_transcription(begin: Callable[[bytes], Awaitable[None]]) -> None:
+    """Await ``begin`` with the file that came with a request to transcribe or translate sound."""
+    from vllm.entrypoints.speech_to_text.transcription.serving import OpenAIServingTranscription
+    from vllm.entrypoints.speech_to_text.translation.serving import OpenAIServingTranslation
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def create(self: Any, audio_data: bytes, *args: Any, **kwargs: Any) -> Any:
+            await begin(audio_data)
+            return await original(self, audio_data, *args, **kwargs)
+
+        return create
+
+    wrap(OpenAIServingTranscription, "create_transcription", make)
+    wrap(OpenAIServingTranslation, "create_translation", make)
 
 
 def _block(request: Any) -> Any:

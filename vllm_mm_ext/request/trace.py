@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -90,6 +90,8 @@ class RequestTrace:
             until they are known.
         hashes: vLLM's hashes of the mm items of all conversations of the request, from before their
             model inputs are made. Traces of prompts that the plugin makes for the request share it.
+        named: As ``hashes``, of those items that the request names by their `uuid` alone: which
+            files they were made of, only earlier requests tell. They are not among ``hashes``.
         tasks: Those that serve the request in place of the task that took it; of a request that is
             ``watched``.
     """
@@ -112,6 +114,7 @@ class RequestTrace:
     watched: bool = False
     held: dict[str, str] = field(default_factory=dict)
     hashes: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def note_task(self, task: asyncio.Task[Any] | None = None) -> None:
@@ -141,6 +144,18 @@ class RequestTrace:
         _keep_longest(shown, self.stages)
         return shown
 
+    def add_hashes(self, hashes: Collection[str], named: Collection[str]) -> None:
+        """Note the mm items of a conversation, before their model inputs are made.
+
+        Args:
+            hashes: vLLM's hashes of all of them.
+            named: The hashes of those that came without their content.
+        """
+        # Another part of the request may bring the content.
+        self.hashes.update({*hashes}.difference(named))
+        self.named.update(named)
+        self.named -= self.hashes
+
     def set_tokens(self, embeddings: Mapping[str, int], prompt_tokens: int) -> None:
         """Record the prompt's number of embeddings per modality; all other tokens are text."""
         self.tokens = {**embeddings, "text": max(0, prompt_tokens - sum(embeddings.values()))}
@@ -164,7 +179,7 @@ class RequestTrace:
                 hit = index < len(hits) and hits[index]
                 mm_hash = known[index] if index < len(known) else ""
                 self.items.append(PromptItem(modality, start, end, hit, embeddings, mm_hash))
-                if mm_hash:
+                if mm_hash and mm_hash not in self.named:
                     self.hashes.add(mm_hash)
 
     def of_prompt(self, token_ids: Sequence[int] | None, request_id: str) -> RequestTrace:

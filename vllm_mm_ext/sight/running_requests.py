@@ -34,13 +34,26 @@ class Running:
     started: float
     taken_down: bool = False
 
-    def uses(self, digests: Collection[str], urls: Collection[str]) -> bool:
-        """Whether the request is about one of these files, or of these URLs."""
+    def uses(
+        self,
+        digests: Collection[str],
+        urls: Collection[str],
+        hashes: frozenset[str] = frozenset(),
+    ) -> bool:
+        """Whether the request is about one of these files, or of these URLs.
+
+        Args:
+            digests: Of the files.
+            urls: Of the files.
+            hashes: vLLM's hashes of mm items of the files, for media that the request names by
+                their `uuid` alone.
+        """
         trace = self.trace
         return (
             any(url in urls or digest in digests for url, digest in trace.held.items())
             or any(item.url in urls or item.known_digest in digests for item in trace.media)
             or any(image.url in urls or image.digest in digests for image in trace.images)
+            or not trace.named.isdisjoint(hashes)
         )
 
     def end(self) -> None:
@@ -147,6 +160,18 @@ class RunningRequests:
             *(one.trace.hashes for one in self._running.values() if not one.taken_down)
         )
 
+    def naming(self, hashes: Collection[str]) -> int:
+        """Number of requests that name some mm items by their `uuid` alone, and go on.
+
+        Args:
+            hashes: vLLM's hashes of the items.
+        """
+        wanted = frozenset(hashes)
+        return sum(
+            not (one.taken_down or one.trace.named.isdisjoint(wanted))
+            for one in self._running.values()
+        )
+
     def about(self, digests: Collection[str], urls: Collection[str]) -> list[RequestTrace]:
         """The traces of the requests about some files, or URLs, that nobody has ended."""
         return [
@@ -156,20 +181,25 @@ class RunningRequests:
         ]
 
     async def cancel(
-        self, digests: Collection[str], urls: Collection[str], timeout_s: float
+        self,
+        digests: Collection[str],
+        urls: Collection[str],
+        hashes: Collection[str],
+        timeout_s: float,
     ) -> tuple[int, int, list[RequestTrace]]:
         """End the requests about some files, those that do not know yet what they are about too.
 
         Args:
             digests: Of the files.
             urls: Of the files.
+            hashes: vLLM's hashes of the mm items of requests with the files.
             timeout_s: Seconds to wait for requests to end, or to know their media.
 
         Returns:
             Number of requests that were ended, of those that may still use the files, and the
             traces of those about the files.
         """
-        first = set(self._running)
+        first, known = set(self._running), frozenset(hashes)
         about: dict[str, RequestTrace] = {}
         ended: set[str] = set()
         deadline = time.monotonic() + timeout_s
@@ -177,7 +207,7 @@ class RunningRequests:
             waiting = 0
             for name in first & self._running.keys():
                 running = self._running[name]
-                if running.uses(digests, urls):
+                if running.uses(digests, urls, known):
                     about[name] = running.trace
                     if not running.taken_down:
                         running.end()

@@ -51,7 +51,7 @@ async def test_requests_about_a_file_end_and_others_go_on() -> None:
     running = watched()
     first, other = await started(running, about(A)), await started(running, about(B))
     held = await started(running, RequestTrace(tokens={"text": 1}, held={"http://h/long": A}))
-    ended, left, traces = await running.cancel([A], [], timeout_s=5.0)
+    ended, left, traces = await running.cancel([A], [], [], timeout_s=5.0)
     assert (ended, left) == (2, 0)
     assert set().union(*(trace.hashes for trace in traces)) == {"hash of aa"}
     assert await first
@@ -76,7 +76,7 @@ async def test_a_request_that_goes_on_in_the_background_ends_with_its_file_and_n
 
     await asyncio.create_task(answered())
     assert [row["id"] for row in running.now()] == ["3-1"]
-    ended, left, _ = await running.cancel([A], [], timeout_s=5.0)
+    ended, left, _ = await running.cancel([A], [], [], timeout_s=5.0)
     assert (ended, left) == (1, 0)
     assert background.cancelled()
     assert running.now() == []
@@ -88,7 +88,7 @@ async def test_a_request_that_does_not_know_its_media_yet_is_waited_for() -> Non
     running = watched()
     trace = RequestTrace(media=[MediaItem("video", "http://h/v")])
     unknown = await started(running, trace)
-    ending = asyncio.create_task(running.cancel([A], [], timeout_s=5.0))
+    ending = asyncio.create_task(running.cancel([A], [], [], timeout_s=5.0))
     await asyncio.sleep(0.05)
     assert not ending.done()
     trace.media[0].digest, trace.tokens = A, {"video": 1}
@@ -99,7 +99,7 @@ async def test_a_request_that_does_not_know_its_media_yet_is_waited_for() -> Non
 async def test_a_request_that_has_not_got_its_file_ends_by_the_url() -> None:
     running = watched()
     task = await started(running, RequestTrace(media=[MediaItem("video", "http://h/v")]))
-    assert (await running.cancel([], ["http://h/v"], timeout_s=5.0))[:2] == (1, 0)
+    assert (await running.cancel([], ["http://h/v"], [], timeout_s=5.0))[:2] == (1, 0)
     assert await task
 
 
@@ -107,13 +107,13 @@ async def test_a_request_whose_long_video_is_surveyed_ends_by_the_url_or_is_wait
     running = watched()
     by_url = await started(running, RequestTrace(held={"http://h/v": ""}))
     assert [row["media"] for row in running.now()] == [1]
-    assert (await running.cancel([], ["http://h/v"], timeout_s=5.0))[:2] == (1, 0)
+    assert (await running.cancel([], ["http://h/v"], [], timeout_s=5.0))[:2] == (1, 0)
     assert await by_url
     trace = RequestTrace(held={"http://h/v": ""})
     unknown = await started(running, trace)
-    assert (await running.cancel([A], [], timeout_s=0.05))[:2] == (0, 1)
+    assert (await running.cancel([A], [], [], timeout_s=0.05))[:2] == (0, 1)
     trace.held["http://h/v"] = A
-    assert (await running.cancel([A], [], timeout_s=5.0))[:2] == (1, 0)
+    assert (await running.cancel([A], [], [], timeout_s=5.0))[:2] == (1, 0)
     assert await unknown
 
 
@@ -121,7 +121,7 @@ async def test_a_sound_whose_digest_is_never_known_holds_nothing_up() -> None:
     running = watched()
     read = MediaItem("audio", "http://h/a", report=AudioReport(1.0, cached=False))
     task = await started(running, RequestTrace(media=[read], tokens={"audio": 1}))
-    assert (await running.cancel([A], [], timeout_s=5.0))[:2] == (0, 0)
+    assert (await running.cancel([A], [], [], timeout_s=5.0))[:2] == (0, 0)
     task.cancel()
     await task
 
@@ -130,21 +130,34 @@ async def test_a_request_for_an_image_that_is_fetched_ends_or_is_waited_for() ->
     running = watched()
     trace = RequestTrace(images=[ImageItem("http://h/p")])
     by_url = await started(running, trace)
-    assert (await running.cancel([], ["http://h/p"], timeout_s=5.0))[:2] == (1, 0)
+    assert (await running.cancel([], ["http://h/p"], [], timeout_s=5.0))[:2] == (1, 0)
     assert await by_url
     trace = RequestTrace(images=[ImageItem("http://h/p")])
     unknown = await started(running, trace)
-    assert (await running.cancel([A], [], timeout_s=0.05))[:2] == (0, 1)
+    assert (await running.cancel([A], [], [], timeout_s=0.05))[:2] == (0, 1)
     trace.images[0].digest = A
-    assert (await running.cancel([A], [], timeout_s=5.0))[:2] == (1, 0)
+    assert (await running.cancel([A], [], [], timeout_s=5.0))[:2] == (1, 0)
     assert await unknown
+
+
+async def test_a_request_that_names_a_medium_by_its_uuid_alone_ends_by_its_hash() -> None:
+    running = watched()
+    about_it = await started(running, RequestTrace(named={"of the file"}))
+    other = await started(running, RequestTrace(named={"of another"}))
+    assert running.naming(["of the file"]) == 1
+    assert (await running.cancel([A], [], ["of the file"], timeout_s=5.0))[:2] == (1, 0)
+    assert await about_it
+    assert running.naming(["of the file"]) == 0
+    assert running.naming(["of another"]) == 1
+    other.cancel()
+    await other
 
 
 async def test_items_of_requests_that_go_on_are_told() -> None:
     running = watched()
     first, other = await started(running, about(A)), await started(running, about(B))
     assert running.hashes() == {"hash of aa", "hash of bb"}
-    await running.cancel([A], [], timeout_s=5.0)
+    await running.cancel([A], [], [], timeout_s=5.0)
     assert running.hashes() == {"hash of bb"}
     assert await first
     other.cancel()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm import envs
-from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 
@@ -18,6 +17,7 @@ from vllm_mm_ext.adapters.media.byte_limits import audio_limit
 from vllm_mm_ext.adapters.media.downloads import StockDownloads
 from vllm_mm_ext.adapters.media.media_records import recorded_or_decoded
 from vllm_mm_ext.adapters.media.noted_media import (
+    NotingConnector,
     begun_image,
     noted_audio,
     noted_image,
@@ -124,7 +124,7 @@ def server_plan(
     )
 
 
-class MMExtMediaConnector(MediaConnector):  # type: ignore[misc]
+class MMExtMediaConnector(NotingConnector):
     """Drop-in for vLLM's ``MediaConnector``; same constructor, same limits.
 
     Video and audio go through the front-end of the engine that is asked. Images, embeddings,

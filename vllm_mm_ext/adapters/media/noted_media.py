@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from vllm.multimodal.media import MediaConnector
+from vllm.multimodal.media.audio import AudioMediaIO
 
 from vllm_mm_ext.adapters.runtime import Runtime
 from vllm_mm_ext.media.payload import SampledFrames
 from vllm_mm_ext.media.recorded import record_of
-from vllm_mm_ext.request.context import RequestContext
+from vllm_mm_ext.request.context import RequestContext, current_request
 from vllm_mm_ext.request.media_items import AudioReport, ImageItem, MediaItem, VideoReport
 from vllm_mm_ext.sight.thumbnail_strip import strip_of
 
@@ -69,6 +72,47 @@ def take_pictures(
     recorded = record_of(frames) is not None
     if context.trace.watched and runtime.config.sight.thumbnails and not recorded:
         item.pictures = runtime.loop.submit(asyncio.to_thread(strip_of, frames))
+
+
+class NotingConnector(MediaConnector):  # type: ignore[misc]
+    """vLLM's connector, which notes the digests of the sounds that vLLM reads by itself."""
+
+    def load_from_url(self, url: str, media_io: Any, **options: Any) -> Any:
+        """Read a medium as vLLM does."""
+        return super().load_from_url(url, _noting(media_io, url), **options)
+
+    async def load_from_url_async(self, url: str, media_io: Any, **options: Any) -> Any:
+        """Read a medium as vLLM does."""
+        return await super().load_from_url_async(url, _noting(media_io, url), **options)
+
+
+def _noting(reader: Any, url: str) -> Any:
+    """What vLLM reads a medium with; for a sound of a request that is watched, what notes it."""
+    context = current_request()
+    if context is None or not (context.trace.watched and isinstance(reader, AudioMediaIO)):
+        return reader
+    wanted = ("audio", url, "")
+    found = (one for one in context.items if (one.modality, one.url, one.digest) == wanted)
+    item = next(found, None)
+    return reader if item is None else _NotedAudioIO(reader, item)
+
+
+class _NotedAudioIO(AudioMediaIO):  # type: ignore[misc]
+    """vLLM's reader of sound, which notes the digest of the file in the item of a request."""
+
+    def __init__(self, reader: AudioMediaIO, item: MediaItem) -> None:
+        self.__dict__.update(vars(reader))
+        self._item = item
+
+    def load_bytes(self, data: bytes) -> Any:
+        """Decode a file."""
+        self._item.digest = str(blake3(data).hexdigest())
+        return super().load_bytes(data)
+
+    def load_file(self, filepath: Path) -> Any:
+        """Decode a local file."""
+        self._item.digest = str(blake3().update_mmap(filepath).hexdigest())
+        return super().load_file(filepath)
 
 
 def _digest_of(media: Any) -> str:

@@ -68,7 +68,11 @@ CONNECTOR_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.multimodal.media.base:MediaIO.load_base64", ("media_type", "data")),
     VllmName("vllm.multimodal.media.base:MediaWithBytes", ("media", "original_bytes")),
     VllmName("vllm.multimodal.video:get_video_loader_backend_for_processor", ("video_processor",)),
+    VllmName(f"{_CONNECTOR}.load_from_url", ("url", "media_io"), passed_on=True),
+    VllmName(f"{_CONNECTOR}.load_from_url_async", ("url", "media_io"), passed_on=True),
     VllmName("vllm.multimodal.media.audio:AudioMediaIO.get_max_bytes"),
+    VllmName("vllm.multimodal.media.audio:AudioMediaIO.load_bytes", ("data",)),
+    VllmName("vllm.multimodal.media.audio:AudioMediaIO.load_file", ("filepath",)),
     VllmAttributes(
         _CONNECTOR,
         ("allowed_local_media_path", "allowed_media_domains", "connection", "media_io_kwargs"),

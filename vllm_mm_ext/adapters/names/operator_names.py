@@ -9,6 +9,8 @@ from vllm_mm_ext.adapters.names.names_check import Checked, VllmName
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _CACHE = "vllm.multimodal.cache"
+_KV_CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
+_SPEECH = "vllm.entrypoints.speech_to_text"
 _QUEUE = "vllm.distributed.device_communicators.shm_broadcast"
 _SHM = "vllm.distributed.device_communicators.shm_object_storage"
 
@@ -17,11 +19,39 @@ OPERATOR_NAMES: tuple[Checked, ...] = (
     *POOL_NAMES,
     *LIVE_ROUTE_NAMES,
     VllmName("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", ("method",)),
+    VllmName(
+        f"{_SPEECH}.transcription.serving:OpenAIServingTranscription.create_transcription",
+        ("audio_data",),
+        passed_on=True,
+    ),
+    VllmName(
+        f"{_SPEECH}.translation.serving:OpenAIServingTranslation.create_translation",
+        ("audio_data",),
+        passed_on=True,
+    ),
     VllmName("vllm.v1.executor:Executor.collective_rpc", ("method", "args")),
+    VllmAttributes("vllm.v1.executor:Executor", ("sleeping_tags",)),
     VllmName("vllm.v1.engine.core:EngineCore.reset_encoder_cache", ("self",)),
     VllmName("vllm.v1.engine.core:EngineCore.preprocess_add_request", ("request",)),
     VllmName(f"{_SCHEDULER}.reset_prefix_cache", ("self",)),
     VllmName(f"{_SCHEDULER}.reset_connector_cache", ("self",)),
+    VllmName(f"{_KV_CONNECTORS}.base:KVConnectorBase_V1.reset_cache", ("self",)),
+    VllmName(f"{_KV_CONNECTORS}.multi_connector:MultiConnector.sub_connectors", by_source=True),
+    VllmAttributes(
+        f"{_KV_CONNECTORS}.offloading_connector:OffloadingConnector",
+        ("connector_scheduler",),
+        by_source=True,
+    ),
+    VllmAttributes(
+        f"{_KV_CONNECTORS}.offloading.scheduler:OffloadingConnectorScheduler",
+        ("manager",),
+        by_source=True,
+    ),
+    VllmAttributes(
+        "vllm.v1.kv_offload.tiering.manager:TieringOffloadingManager",
+        ("secondary_tiers",),
+        by_source=True,
+    ),
     VllmName("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", ("self",)),
     VllmName("vllm.distributed.ec_transfer:get_ec_transfer"),
     VllmName("vllm.distributed.ec_transfer:has_ec_transfer"),
@@ -39,7 +69,14 @@ OPERATOR_NAMES: tuple[Checked, ...] = (
     ),
     VllmAttributes(
         _SCHEDULER,
-        ("connector", "encoder_cache_manager", "kv_cache_manager", "parallel_config", "requests"),
+        (
+            "connector",
+            "ec_connector",
+            "encoder_cache_manager",
+            "kv_cache_manager",
+            "parallel_config",
+            "requests",
+        ),
     ),
     VllmAttributes(
         "vllm.v1.core.encoder_cache_manager:EncoderCacheManager",

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
+from blake3 import blake3
+
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.requests import (
@@ -18,6 +20,7 @@ from vllm_mm_ext.adapters.sight.recorder import Recorder
 from vllm_mm_ext.request import report
 from vllm_mm_ext.request.blocks import KEY, with_block
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
+from vllm_mm_ext.request.media_items import MediaItem
 from vllm_mm_ext.request.trace import RequestTrace
 
 
@@ -85,6 +88,21 @@ def begin_without_options(raw: Any, route: str) -> None:
     note_task()
     with client_errors():
         refuse_options(raw, route)
+
+
+async def begin_with_file(sound: bytes) -> None:
+    """Start a request that came with a sound file; takedowns know the file by its digest.
+
+    Args:
+        sound: The file.
+    """
+    note_task()
+    context = current_request()
+    if context is None or not context.trace.watched:
+        return
+    item = MediaItem("audio", "")
+    context.add([item])
+    item.digest = await asyncio.to_thread(lambda: str(blake3(sound).hexdigest()))
 
 
 def answered(response: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vllm_mm_ext.adapters.rendering_wrappers import Span
@@ -67,7 +67,8 @@ def note_media(runtime: Runtime, context: RequestContext, hashes: Sequence[str])
         hashes: vLLM's hashes of its items; empty ones where vLLM made none.
     """
     if runtime.seen is not None:
-        known = [one for one in hashes if one]
+        # What was named by its uuid alone was made of a file of another request.
+        known = [one for one in hashes if one and one not in context.trace.named]
         runtime.seen.note_all(context.items, context.trace.images, known)
 
 
@@ -81,13 +82,18 @@ def _heard_in_videos(renderer: Any, videos: Sequence[Span], prompt: Sequence[int
     return sum(list(prompt[span.start : span.end]).count(token) for span in videos)
 
 
-def looked_up(is_cached: Mapping[str, Sequence[bool]], hashes: Mapping[str, Sequence[str]]) -> None:
+def looked_up(
+    is_cached: Mapping[str, Sequence[bool]],
+    hashes: Mapping[str, Sequence[str]],
+    named: Collection[str],
+) -> None:
     """Record for each item of the request, by modality, whether the processor cache held it.
 
     Args:
         is_cached: Whether it did.
         hashes: vLLM's hashes of the items.
+        named: The hashes of items that the request names by their `uuid` alone.
     """
     if context := current_request():
-        context.trace.hashes.update(*hashes.values())
+        context.trace.add_hashes(set[str]().union(*hashes.values()), named)
         context.trace.preprocessed = {m: list(hits) for m, hits in is_cached.items()}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllm_mm_ext.adapters.sight import kv_part, worker_part
+from vllm_mm_ext.adapters.sight.connector_stores import stores_left
 from vllm_mm_ext.adapters.sight.processor_cache import drop_inputs
 from vllm_mm_ext.base.heap_scrub import clear_what_is_freed, scrub
 
@@ -86,7 +87,8 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
     Returns:
         Numbers of what was dropped: ``kv_blocks``, ``outputs`` (of encoders), ``inputs``; ``busy``
         is the number of requests that use an item, ``kv_left`` whether cached KV may be left,
-        ``kv_overwritten`` whether the KV blocks hold nothing any more.
+        ``stores_left`` names the connectors that may hold something and cannot drop it, and
+        ``kv_overwritten`` is whether the KV blocks hold nothing any more.
     """
     scheduler = core.scheduler
     wanted = _one_of(hashes)
@@ -132,6 +134,9 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
         and (block.block_id in evicted or block.block_hash is None)
     ]
     executor = core.model_executor
+    if "kv_cache" in executor.sleeping_tags:
+        # A sleeping engine has given that memory back: there is nothing to overwrite.
+        blocks = []
     _overwrite_queue(executor)
     found = executor.collective_rpc(worker_part.take_down, args=(sorted(identifiers), blocks))
     forget_stored = getattr(scheduler.ec_connector, "forget_stored", None)
@@ -143,6 +148,7 @@ def take_down(core: Any, hashes: Collection[str]) -> dict[str, Any]:
         "busy": busy(core, hashes),
         "kv_blocks": len(evicted),
         "kv_left": kv_left,
+        "stores_left": stores_left(scheduler) if hashes else [],
         # Asked again, what nothing overwrites is no reason to ask once more.
         "kv_overwritten": not evicted or all(zeroed for _, zeroed in found),
         "outputs": max((dropped for dropped, _ in found), default=0),

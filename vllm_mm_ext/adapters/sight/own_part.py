@@ -124,8 +124,15 @@ class OwnPart:
             "hashes": sorted(hashes),
         }
 
-    async def end(self, digests: Collection[str], urls: Collection[str]) -> dict[str, Any]:
+    async def end(
+        self, digests: Collection[str], urls: Collection[str], hashes: Collection[str]
+    ) -> dict[str, Any]:
         """End requests and live sessions about some files, and note what they made of the files.
+
+        Args:
+            digests: Of the files.
+            urls: Of the files.
+            hashes: vLLM's hashes of the mm items of requests with the files.
 
         Returns:
             Numbers of ``requests`` and ``sessions`` that were ended, and ``requests_left`` and
@@ -133,7 +140,7 @@ class OwnPart:
         """
         deadline, live = time.monotonic() + _END_S, self._live
         sessions = [] if live is None else live.end_holding(digests, _REASON)
-        ended, left, traces = await self._running.cancel(digests, urls, _END_S)
+        ended, left, traces = await self._running.cancel(digests, urls, hashes, _END_S)
         sessions_left = 0 if live is None else await live.left(sessions, deadline)
         # The processor's thread ends what it has begun, and caches it.
         await on_processor_thread(self._renderer, lambda: None)
@@ -158,7 +165,8 @@ class OwnPart:
                 is not about the files uses stays: it was made of another file.
 
         Returns:
-            The number of model inputs that were dropped, and the hashes of what stays.
+            The number of model inputs that were dropped, the hashes of what stays, and the number
+            of requests that go on with an item that they name by its uuid alone.
         """
         runtime = runtime_of(self._renderer)
         await runtime.forget(frozenset(digests), urls)
@@ -169,7 +177,9 @@ class OwnPart:
         drop = partial(drop_inputs, self._renderer.mm_processor_cache, {*hashes} - in_use)
         inputs = await on_processor_thread(self._renderer, drop)
         self._log.forget(digests, urls)
-        return {"inputs": inputs, "in_use": sorted(in_use)}
+        # From now on no request finds the items by their uuid. One that did before goes on.
+        naming = self._running.naming(hashes)
+        return {"inputs": inputs, "in_use": sorted(in_use), "requests_left": naming}
 
     async def forget(self, digests: Collection[str], before: float) -> None:
         """Forget what became of some files, of which nothing is left in any process.

@@ -7,9 +7,12 @@ from vllm_mm_ext.adapters.vllm_compat import Feature
 
 
 def _install() -> None:
+    from vllm_mm_ext.adapters import route_wrappers
+    from vllm_mm_ext.adapters.serving.answers import begin_with_file
     from vllm_mm_ext.adapters.serving.endpoints import MMExtEndpointPlugin
     from vllm_mm_ext.adapters.sight import engine_part
 
+    route_wrappers.before_transcription(begin_with_file)
     engine_part.install()
     MMExtEndpointPlugin.operator_page = True
 

@@ -160,7 +160,10 @@ class SightRoutes:
             action = _action(request, MediaAction)
             asked = MediaRequest.model_validate(await _body(request))
             if action != "drop":
-                return _answered(await service.media(action, asked.url, asked.digest))
+                found = await service.media(action, asked.url, asked.digest)
+                if found is None:
+                    return _failed(HTTPStatus.NOT_FOUND, "Nothing is known of a file of that URL.")
+                return _answered(found)
             # A client that leaves must not leave half of a takedown.
             task = asyncio.create_task(service.take_down(asked.url, asked.digest))
             # The event loop itself refers to tasks weakly.

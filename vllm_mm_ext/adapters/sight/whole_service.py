@@ -90,28 +90,42 @@ class WholeService:
         act = {"pin": self._kv.pin, "unpin": self._kv.unpin, "release": self._kv.release}
         await act[action](session_id, cache_salt)
 
-    async def media(self, action: str, url: str | None, digest: str | None) -> dict[str, Any]:
+    async def media(
+        self, action: str, url: str | None, digest: str | None
+    ) -> dict[str, Any] | None:
         """Pin, unpin or release the KV of a file on all engines.
 
         Args:
             action: As of ``session``.
             url, digest: Of the file; one of them.
 
+        Returns:
+            Digests, and the number of mm items; None if nothing is known of the URL.
+
         Raises:
             NoBlockPoolError: The engines keep no KV of media.
         """
         names = await self._named(url, digest)
-        items = 0
-        for one in names.digests:
-            arguments: dict[str, Any] = {"hashes": sorted(names.hashes)}
-            if action != "release":
-                # Longer than any session id that a client can choose (``short_id``).
-                arguments |= {"key": f"media:{one}", "keeps": action == "pin"}
-            found = await self._engines("let_go" if action == "release" else "keep", arguments)
-            if None in found:
-                raise NoBlockPoolError
-            items += sum(found)
-        return {"digests": sorted(names.digests), "items": items}
+        if not names.digests:
+            return None
+        hashes = sorted(names.hashes)
+        found = await self._keep(names.digests, hashes, action == "pin")
+        if action == "release":
+            found = await self._engines("let_go", {"hashes": hashes})
+        if None in found:
+            raise NoBlockPoolError
+        return {"digests": sorted(names.digests), "items": sum(found)}
+
+    async def _keep(
+        self, digests: Collection[str], hashes: Collection[str], keeps: bool
+    ) -> list[int | None]:
+        """Pin files on all engines, or end their pins; what each engine answers for each file."""
+        found: list[int | None] = []
+        for one in digests:
+            # Longer than any session id that a client can choose (``short_id``).
+            asked = {"hashes": list(hashes), "key": f"media:{one}", "keeps": keeps}
+            found += await self._engines("keep", asked)
+        return found
 
     async def take_down(self, url: str | None, digest: str | None) -> dict[str, Any]:
         """Drop a file, and all that was made of it, from every process.
@@ -123,7 +137,8 @@ class WholeService:
             digest: Hex BLAKE3 of the encoded file.
 
         Returns:
-            What was dropped; ``complete`` is whether nothing is left, ``left`` says what is.
+            What was dropped; ``complete`` is whether nothing is left, ``left`` says what is, and
+            ``known`` is whether any API server knew of the file.
 
         Raises:
             PeerError: An API server does not answer; the takedown has to be asked for again.
@@ -135,21 +150,28 @@ class WholeService:
     async def _take_down(self, url: str | None, digest: str | None) -> dict[str, Any]:
         names = await self._named(url, digest)
         ended = await self._servers(
-            "end", _TAKEDOWN_S, digests=sorted(names.digests), urls=sorted(names.urls)
+            "end",
+            _TAKEDOWN_S,
+            digests=sorted(names.digests),
+            urls=sorted(names.urls),
+            hashes=sorted(names.hashes),
         )
         before = time.monotonic()
         # What requests under way noted meanwhile.
         again = await self._named(url, digest)
         digests, urls = sorted(names.digests | again.digests), sorted(names.urls | again.urls)
         hashes = sorted(names.hashes | again.hashes)
+        known = bool(hashes or {*digests, *urls} - {digest, url})
         cleared = await self._servers(
             "clear", _TAKEDOWN_S, digests=digests, urls=urls, hashes=hashes
         )
-        # What a request about other files uses was made of those.
+        # What a request brought with other files was made of those.
         hashes = sorted({*hashes}.difference(*(one["in_use"] for one in cleared)))
+        # A pin of the file would go on with what its prompts had before the file.
+        await self._keep(digests, (), keeps=False)
         engines, busy = await self._clear_engines(hashes)
         left = []
-        if any(one["requests_left"] for one in ended):
+        if any(one["requests_left"] for one in (*ended, *cleared)):
             left.append("requests that did not end")
         if any(one["sessions_left"] for one in ended):
             left.append("live sessions that did not end")
@@ -157,6 +179,8 @@ class WholeService:
             left.append("requests that engines still work on")
         if any(one["kv_left"] for one in engines):
             left.append("KV blocks of engines without the plugin's block pool, which are busy")
+        if stores := sorted({name for one in engines for name in one["stores_left"]}):
+            left.append(f"what is in stores that vLLM cannot drop it from ({', '.join(stores)})")
         if not all(one["kv_overwritten"] for one in engines):
             left.append("what KV blocks held, until other requests overwrite it")
         if not left:
@@ -166,6 +190,7 @@ class WholeService:
         self._shown_at = -_FRESH_S
         return {
             "complete": not left,
+            "known": known,
             "left": left,
             "digests": [one for one in digests if ":" not in one],
             "urls": [shown_url(one) for one in urls],
