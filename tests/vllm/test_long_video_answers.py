@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from front import CONTEXT, Front, chat_route, opened
 from PIL import Image
+from prometheus_client import REGISTRY
 from vllm import connections
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
@@ -28,11 +29,14 @@ from vllm_mm_ext.adapters import rendering_wrappers
 from vllm_mm_ext.adapters.long_video import long_chat
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.encoder_asks import EncoderAsks
-from vllm_mm_ext.base.shared_state import Decision, SharedState
+from vllm_mm_ext.adapters.sight.recorder import Recorder
+from vllm_mm_ext.base.engine_figures import EngineBoard
+from vllm_mm_ext.base.shared_state import Decision, SharedState, private_state
 from vllm_mm_ext.config.long_video_settings import LongVideoOptions, Strategy
 from vllm_mm_ext.config.options import RequestOptions
 from vllm_mm_ext.policies.quality.controller import QualityController
 from vllm_mm_ext.request.context import EncodeJob, RequestContext, enter_request
+from vllm_mm_ext.sight.prometheus import process_metrics
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -281,3 +285,25 @@ async def test_a_request_pays_once_for_its_long_video_however_many_windows_are_l
             await chat.ask(url=too_large)
         # The file is probed, and nothing more.
         assert (chat.decode_jobs, len(chat.sent)) == (before + 1, sent)
+
+
+async def test_the_bytes_of_a_long_video_are_counted_once_however_many_windows_are_looked_at(
+    front: Front, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(process_metrics(), EngineBoard(private_state()), None)
+    monkeypatch.setattr(runtime_of(front.renderer), "recorder", recorder)
+    of = {"modality": "video", "codec": "h264"}
+
+    def counted(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(name, of | labels) or 0.0
+
+    def items() -> float:
+        return sum(counted("mm_ext_media_items_total", source=s) for s in ("decoder", "cache"))
+
+    # No notes are kept by this name.
+    chat.weights = "counted"
+    before, num_bytes = items(), counted("mm_ext_media_bytes_total")
+    assert (await chat.ask()).choices
+    assert items() - before == WINDOWS
+    size = (front.files / "clip.mp4").stat().st_size
+    assert counted("mm_ext_media_bytes_total") - num_bytes == size

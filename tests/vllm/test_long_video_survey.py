@@ -28,7 +28,8 @@ def survey_of(load: Load, budget: MediaBudget) -> Survey:
     claim = budget.claim()
     ref = MediaRef(Fetched("digest", len(GROWN), None), load, claim)
     claim.end()
-    return Survey(("file:///a.ts",), (ref,), (60.0,), fits=False, context_use=ContextUse(100, 0, 0))
+    use = ContextUse(100, 0, 0)
+    return Survey(("file:///a.ts",), (ref,), (60.0,), ("h264",), fits=False, context_use=use)
 
 
 async def grew(_: Claim) -> Blob:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,10 +75,16 @@ class _Grown:
         return (sample.name, *sorted(sample.labels.items()))
 
 
-def _output(cached: int) -> Any:
+def _output(cached: int, **changes: Any) -> Any:
     stats = RequestStateStats(
-        arrival_time=ARRIVED, queued_ts=50.0, scheduled_ts=50.5, first_token_ts=52.5
+        num_generation_tokens=1,
+        arrival_time=ARRIVED,
+        queued_ts=50.0,
+        scheduled_ts=50.5,
+        first_token_ts=52.5,
+        last_token_ts=52.5,
     )
+    stats = replace(stats, **changes)
     return SimpleNamespace(num_cached_tokens=cached, metrics=stats)
 
 
@@ -154,6 +162,37 @@ def test_the_engine_adds_its_stages_and_the_tokens(front: Front, sight: ApiServe
     cached = tokens["video", "prefix_cache"] + tokens["text", "prefix_cache"]
     assert cached == trace.items[0].end
     assert tokens["video", "prefix_cache"] == trace.items[0].embeddings
+
+
+def test_an_answer_that_is_not_streamed_has_its_stages_where_they_were(
+    front: Front, sight: ApiServerSight
+) -> None:
+    assert sight is not None
+    recorder = runtime_of(front.renderer).recorder
+    assert recorder is not None
+    trace = front.render("a.mp4").trace
+    # The first output that vLLM gives is the whole answer.
+    recorder.answered(trace, _output(0, last_token_ts=72.5, num_generation_tokens=100))
+    prefill = trace.timeline[-1]
+    assert prefill.stage == "prefill"
+    assert prefill.began + prefill.seconds == pytest.approx(time.time() - 20.0, abs=1.0)
+
+
+@pytest.mark.parametrize("scheduled", [0.0, 50.5], ids=["never scheduled", "aborted in prefill"])
+def test_a_request_that_ended_before_its_first_token_has_neither_prefill_nor_computed_tokens(
+    front: Front, sight: ApiServerSight, scheduled: float
+) -> None:
+    assert sight is not None
+    recorder = runtime_of(front.renderer).recorder
+    assert recorder is not None
+    trace = front.render("a.mp4").trace
+    before, grown = len(trace.timeline), _Grown()
+    recorder.answered(trace, _output(-1, scheduled_ts=scheduled, num_generation_tokens=0))
+    stages = [(one.stage, one.seconds) for one in trace.timeline[before:]]
+    assert stages == ([("queue", 0.5)] if scheduled else [])
+    for modality in ("video", "text"):
+        of = {"modality": modality, "source": "computed"}
+        assert grown("mm_ext_prompt_tokens_total", **of) == 0
 
 
 def test_each_prompt_of_a_request_is_counted_once_by_what_it_has(

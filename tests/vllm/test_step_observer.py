@@ -8,6 +8,7 @@ from pathlib import Path
 import kv_harness
 import pytest
 from scheduler_harness import Play, make_scheduler, request
+from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.adapters.sight import step_observer
 from vllm_mm_ext.adapters.sight.step_observer import StepObserver
@@ -64,6 +65,22 @@ def test_counts_are_what_the_requests_needed(state: SharedState, plugin: bool, d
     first = play.timings["v"].tokens[0]
     assert times.encode_s + times.prefill_s + times.wait_s <= first + 1e-9
     assert board.times(1000.0) is None, "requests without media tell no times"
+
+
+def test_a_step_that_hangs_after_a_rest_shows_that_requests_run(state: SharedState) -> None:
+    play, board = _play(state, plugin=False)
+    observer = play.scheduler.mm_ext_steps
+    for name in ("first", "second"):
+        play.add(request(name, text=100, answer=2))
+        observer.scheduled(play.scheduler.schedule())
+        found = board.figures(0)
+        assert found is not None
+        assert found["running"] == 1
+        play.scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
+        observer.finished(None)
+        found = board.figures(0)
+        assert found is not None
+        assert found["running"] == 0
 
 
 def test_steps_and_seconds_add_up(state: SharedState) -> None:

@@ -60,7 +60,8 @@ GAUGES: Final = (
 )
 FIGURES: Final = COUNTERS + GAUGES
 
-_PLACES = 4096
+# Of an answer that is not streamed, the times are read at its end.
+_PLACES = 1 << 16
 _FIGURES_LAYOUT = struct.Struct(f"<{len(FIGURES)}d")
 _COUNTERS_LAYOUT = struct.Struct(f"<{len(COUNTERS)}d")
 _TIMES_LAYOUT = struct.Struct("<4d")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,6 +73,15 @@ def test_times_are_found_by_the_arrival_of_their_request(board):
     board.write_times(1e9 + 0.125, times)
     assert board.times(1e9 + 0.125) == times
     assert board.times(1e9 + 0.25) is None
+
+
+def test_times_outlast_those_of_thousands_of_later_requests(board):
+    times = EngineTimes(1.0, 2.0, 3.0)
+    dice = random.Random(1)
+    arrivals = [1.7e9 + dice.uniform(0, 60) for _ in range(5000)]
+    for arrival in arrivals:
+        board.write_times(arrival, times)
+    assert sum(board.times(arrival) == times for arrival in arrivals[:1000]) > 900
 
 
 def test_the_first_of_several_samples_of_a_request_tells_its_times(board):

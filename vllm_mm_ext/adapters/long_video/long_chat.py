@@ -92,6 +92,9 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
         )
         task = await _task(serving, config.long_video, asked, strategy, question, found, model)
         place = runtime.long_video.enter()
+    if runtime.recorder is not None:
+        for codec, content in zip(found.codecs, found.contents, strict=True):
+            runtime.recorder.surveyed(codec, content.size)
     chat = _LongChat(serving, request, raw_request, create, model, task, found, report, place)
     return chat.stream() if request.stream else await chat.whole()
 

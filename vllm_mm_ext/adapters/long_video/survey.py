@@ -30,6 +30,7 @@ class Survey:
         urls: URL of each video, as the request spells it; a video that is shown twice counts once.
         contents: The content of each.
         durations: Seconds of each.
+        codecs: FFmpeg's name of the codec of each.
         fits: All of them fit one prompt at the frame rate asked.
         context_use: The context, and what the client's own text and the answer take of it.
     """
@@ -37,6 +38,7 @@ class Survey:
     urls: tuple[str, ...]
     contents: tuple[MediaRef, ...]
     durations: tuple[float, ...]
+    codecs: tuple[str, ...]
     fits: bool
     context_use: ContextUse
 
@@ -91,6 +93,7 @@ async def survey(
         tuple(video.url for video in videos),
         tuple(video.ref for video in videos),
         tuple(video.stream.duration for video in videos),
+        tuple(video.stream.codec for video in videos),
         fits,
         use,
     )

@@ -347,7 +347,9 @@ def _note(
     trace.add_work(result.stages)
     note_use(trace, runtime.recorder, item, used, planned=used.content is item.content)
     if runtime.recorder is not None:
-        runtime.recorder.delivered(item, result.codec, used.content.size)
+        # The file of a long video was counted when it was surveyed; its windows are parts of it.
+        size = used.content.size if context.span is None else 0
+        runtime.recorder.delivered(item, result.codec, size)
 
 
 def spec_for(sampling: SamplingConfig, frame_multiple: int) -> SamplingSpec:

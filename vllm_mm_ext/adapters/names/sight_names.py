@@ -59,6 +59,13 @@ API_SERVER_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.v1.engine.output_processor:OutputProcessor.do_tracing", passed_on=True),
     VllmAttributes("vllm.tracing:SpanAttributes", ("GEN_AI_REQUEST_ID",)),
     VllmAttributes(
+        "vllm.v1.metrics.stats:RequestStateStats",
+        (
+            *("arrival_time", "queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts"),
+            "num_generation_tokens",
+        ),
+    ),
+    VllmAttributes(
         "vllm.config:VllmConfig", ("model_config", "observability_config", "parallel_config")
     ),
     VllmAttributes("vllm.config:ObservabilityConfig", ("otlp_traces_endpoint",)),

@@ -71,6 +71,18 @@ class Recorder:
                 metrics.add("mm_ext_lowered_total", what=lowered["what"], why=lowered["why"])
 
     @harmless
+    def surveyed(self, codec: str, num_bytes: int) -> None:
+        """Count the file of a long video, of which a request gets windows.
+
+        Args:
+            codec: FFmpeg's name of the codec of its frames.
+            num_bytes: Encoded size.
+        """
+        if self._metrics is not None:
+            of: dict[str, str] = {"modality": "video", "codec": codec}
+            self._metrics.add("mm_ext_media_bytes_total", num_bytes, **of)
+
+    @harmless
     def downloaded(self, modality: str, num_bytes: int) -> None:
         """Count media that vLLM itself decodes; nobody has looked at its codec or length."""
         if self._metrics is not None:
@@ -104,12 +116,14 @@ class Recorder:
         """
         if not trace.items:
             return
-        times = None
-        if output.metrics is not None:
-            times = self._board.times(output.metrics.arrival_time)
-            stages = _engine_stages(output.metrics, times, time.time())
+        stats = output.metrics
+        if stats is not None:
+            stages = _engine_stages(stats, self._board.times(stats.arrival_time), time.time())
             trace.timeline += stages
             self.stages(stages)
+            if not stats.num_generation_tokens:
+                # Nobody knows how much of the prompt was computed before the request ended.
+                return
         if self._metrics is not None:
             cached = trace.cached_by_modality()
             for modality, tokens in trace.tokens.items():
@@ -146,18 +160,24 @@ def _engine_stages(stats: Any, times: EngineTimes | None, now: float) -> list[St
     """Stages in the engine, up to the first token.
 
     The engine's clock may be that of another machine, so stages are placed by their distance to
-    the first token, which has just come. Steps for the encoder and for the prompt alternate; their
-    stages are placed one after the other.
+    the last token, which has just come. Steps for the encoder and for the prompt alternate; their
+    stages are placed one after the other. A request that ended before its first token has waited
+    at most.
 
     Args:
         stats: vLLM's ``RequestStateStats``.
         times: What the engine tells of the request, if it does.
         now: Seconds since the epoch.
     """
+    if not (stats.queued_ts and stats.scheduled_ts):
+        return []
     waited = stats.scheduled_ts - stats.queued_ts
     total = stats.first_token_ts - stats.scheduled_ts
-    began = now - total
+    # An answer that is not streamed comes with its last token alone.
+    began = now - (stats.last_token_ts - stats.scheduled_ts)
     queued = StageTime("queue", began - waited, waited)
+    if not stats.num_generation_tokens:
+        return [queued]
     if times is None:
         return [queued, StageTime("prefill", began, total)]
     found = [queued]

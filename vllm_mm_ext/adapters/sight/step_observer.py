@@ -23,7 +23,8 @@ from vllm_mm_ext.sight.harmless import harmless
 _MOST_IN_FLIGHT = 64
 # Prompts under way that are remembered besides the scheduler's requests: aborted ones stay a while.
 _MOST_GONE = 256
-# Seconds between two writings of the figures, but for those when the engine comes to rest.
+# Seconds between two writings of the figures, but for those when the engine comes to rest or to
+# work.
 _PUBLISH_S = 0.1
 
 _Figures = Callable[[], Mapping[str, float]]
@@ -102,6 +103,9 @@ class StepObserver:
         self._steps[id(output)] = step
         if len(self._steps) > _MOST_IN_FLIGHT:
             self._steps.popitem(last=False)
+        if not self._values["running"]:
+            # The first step after a rest may never end, and who watches must see it.
+            self._publish(now)
 
     @harmless
     def finished(self, output: Any) -> None:
