@@ -214,7 +214,7 @@ def test_a_worker_overwrites_outputs_and_blocks() -> None:
     assert worker_part.take_down(SimpleNamespace(model_runner=none), ["gone"], []) == (0, True)
 
 
-def made(kind: type[Any], **parts: Any) -> Any:
+def made(kind: Any, **parts: Any) -> Any:
     """A connector of vLLM's without its surroundings."""
     one = kind.__new__(kind)
     vars(one).update(parts)
