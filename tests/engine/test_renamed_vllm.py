@@ -41,6 +41,7 @@ RENAMED = (
     "get_request_counts",
     "check_health",
     "use_beam_search",
+    "score_data_to_prompts",
 )
 
 

@@ -6,7 +6,7 @@ All but the engine is real: prompts are rendered, and get a note that is made up
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from front import CONTEXT, Front, chat_route, opened
 from PIL import Image
 from prometheus_client import REGISTRY
+from starlette.requests import Request
 from vllm import connections
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
@@ -36,6 +37,7 @@ from vllm_mm_ext.config.long_video_settings import LongVideoOptions, Strategy
 from vllm_mm_ext.config.options import RequestOptions
 from vllm_mm_ext.policies.quality.controller import QualityController
 from vllm_mm_ext.request.context import EncodeJob, RequestContext, enter_request
+from vllm_mm_ext.request.long_report import LongVideoReport
 from vllm_mm_ext.sight.prometheus import process_metrics
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
@@ -48,6 +50,8 @@ class Chat:
 
     Attributes:
         sent: The requests that came to the engine.
+        ranks: The data-parallel rank that each of them names.
+        ids: The id that the HTTP request of each of them names.
         weights: Version of the engine's weights.
         freed: Ids of the requests whose KV another server was told to give up.
     """
@@ -56,6 +60,8 @@ class Chat:
         config = front.renderer.config
         self.files = front.files
         self.sent: list[ChatCompletionRequest] = []
+        self.ranks: list[int | None] = []
+        self.ids: list[str | None] = []
         self.weights = "default"
         self.freed: list[str] = []
 
@@ -80,8 +86,9 @@ class Chat:
     async def create(
         self, serving: OpenAIServingChat, request: Any, raw_request: Any = None
     ) -> ChatCompletionResponse:
-        del raw_request
         self.sent.append(request)
+        self.ranks.append(serving._get_data_parallel_rank(raw_request))
+        self.ids.append(None if raw_request is None else raw_request.headers.get("X-Request-Id"))
         _, (prompt,) = await serving.online_renderer.render_chat(request)
         tokens = serving._extract_prompt_len(prompt)
         assert tokens + request.max_completion_tokens <= CONTEXT
@@ -104,6 +111,7 @@ class Chat:
         url: str | None = None,
         strategy: Strategy = "map_reduce",
         elsewhere: EncodeJob | None = None,
+        raw: Request | None = None,
         **more: Any,
     ) -> Any:
         """The answer to the messages and a question about a clip in windows."""
@@ -119,7 +127,7 @@ class Chat:
             messages=[*messages, {"role": "user", "content": [video, text]}],
             **{"max_completion_tokens": 64} | more,
         )
-        return await long_chat.answer(self.serving, request, None, self.create)
+        return await long_chat.answer(self.serving, request, raw, self.create)
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +315,37 @@ async def test_the_bytes_of_a_long_video_are_counted_once_however_many_windows_a
     assert items() - before == WINDOWS
     size = (front.files / "clip.mp4").stat().st_size
     assert counted("mm_ext_media_bytes_total") - num_bytes == size
+
+
+async def test_windows_are_looked_at_where_the_client_wants_to_be_answered(chat: Chat) -> None:
+    headers = [(b"x-data-parallel-rank", b"1"), (b"x-request-id", b"own")]
+    raw = Request({"type": "http", "headers": headers})
+    assert (await chat.ask(raw=raw, cache_salt="no notes yet")).choices
+    assert chat.ranks == [1] * (WINDOWS + 1)
+    assert chat.ids == [None] * WINDOWS + ["own"], "each prompt has an id of its own"
+
+
+async def test_the_cost_of_all_windows_is_summed_once_for_a_streamed_answer(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums = 0
+    create, cost = chat.create, LongVideoReport.cost.fget
+    assert cost is not None
+
+    def counted(self: LongVideoReport) -> Any:
+        nonlocal sums
+        sums += 1
+        return cost(self)
+
+    async def chunks() -> AsyncIterator[str]:
+        for _ in range(100):
+            yield 'data: {"created":1,"choices":[]}\n\n'
+
+    async def answered(serving: Any, request: Any, raw_request: Any = None) -> Any:
+        return chunks() if request.stream else await create(serving, request, raw_request)
+
+    monkeypatch.setattr(LongVideoReport, "cost", property(counted))
+    monkeypatch.setattr(chat, "create", answered)
+    events = [event async for event in await chat.ask(stream=True)]
+    assert len(events) > 100
+    assert sums == 1

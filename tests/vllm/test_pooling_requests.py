@@ -72,7 +72,7 @@ async def test_a_fault_keeps_its_traceback(front: Front) -> None:
             raise RuntimeError("a fault")
 
     with pytest.raises(RuntimeError) as raised:
-        await pooling(front, Faulty).render_async(None)
+        await pooling(front, Faulty).render_async({})
     assert "a fault" in str(raised.traceback[-1].statement)
 
 
@@ -93,7 +93,7 @@ async def test_a_request_that_is_ended_ends_when_its_thread_is_done(front: Front
         context = enter_request(RequestContext())
         requests.append(running.begin("/pooling", context.trace))
         # As vLLM has it: in a task of its own.
-        await asyncio.gather(pooling(front, Slow).render_async(None))
+        await asyncio.gather(pooling(front, Slow).render_async({}))
 
     serving = asyncio.create_task(serve())
     try:

@@ -23,7 +23,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 import vllm_mm_ext
 from vllm_mm_ext import plugin
 from vllm_mm_ext.adapters.runtime import Runtime, attach_runtime, runtime_of
+from vllm_mm_ext.adapters.serving import answers
 from vllm_mm_ext.adapters.vllm_compat import is_offline
+from vllm_mm_ext.config.options import DEFAULT_OPTIONS
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.media.types import SamplingSpec, SizeRule
@@ -82,6 +84,19 @@ def test_conversations_of_a_request_share_its_options_and_trace_but_no_items() -
     assert second.claim("video", "a").plan is None
     assert (first.session, first.cache_salt, second.cache_salt) == ("s", "x", None)
     assert request.trace.media == first.items + second.items
+
+
+async def test_requests_of_one_coroutine_share_nothing() -> None:
+    opened_before = enter_request(RequestContext())
+    answers.begin({"fps": 2}, "s")
+    first = current_request()
+    assert first is opened_before, "the middleware's"
+    enter_request(first.conversation(object(), None)).add([MediaItem("video", "a", plan_of(1))])
+    answers.begin(None, None)
+    second = current_request()
+    assert second is not None
+    assert (second.options, second.session, second.trace.media) == (DEFAULT_OPTIONS, None, [])
+    assert (first.session, len(first.trace.media)) == ("s", 1)
 
 
 async def test_work_that_requests_share_carries_the_context_of_none(runtime: Runtime) -> None:

@@ -16,7 +16,7 @@ from vllm_mm_ext.request.placeholder_text import (
     unmarked,
 )
 
-_MODALITIES = ("image", "video", "audio")
+MODALITIES = ("image", "video", "audio")
 
 
 def install() -> None:
@@ -44,10 +44,10 @@ def placeholders_of(mm_processor: Any) -> list[str]:
         info.get_hf_config(),
         info.get_tokenizer(),
     )
-    found = [getattr(processor, f"{name}_token", None) for name in _MODALITIES]
+    found = [getattr(processor, f"{name}_token", None) for name in MODALITIES]
     ids = [
         getattr(config, f"{name}_token_{kind}", None)
-        for name in _MODALITIES
+        for name in MODALITIES
         for kind in ("id", "index")
     ]
     ids += [getattr(mm_processor, name, None) for name in ("video_token_id", "sound_token_id")]

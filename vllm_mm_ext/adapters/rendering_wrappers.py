@@ -19,15 +19,15 @@ from vllm.exceptions import VLLMError
 
 from vllm_mm_ext.adapters.error_answers import client_errors
 from vllm_mm_ext.adapters.patches import set_on, wrap
-from vllm_mm_ext.base.tasks import all_or_none, to_its_end
-from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.adapters.placeholder_counts import cut_off, lacks_places
+from vllm_mm_ext.base.tasks import all_or_none
 
 logger = logging.getLogger("vllm.mm_ext")
 
 T = TypeVar("T")
 
 # How requests end while they are rendered. Other errors are faults, whose tracebacks are needed.
-_ENDS = (VLLMError, ValueError, OSError, aiohttp.ClientError, asyncio.CancelledError)
+ENDS = (VLLMError, ValueError, OSError, aiohttp.ClientError, asyncio.CancelledError)
 
 
 class Span(NamedTuple):
@@ -82,8 +82,8 @@ def around_chat_rendering(
                     with client_errors(), scope():
                         await plan(self, messages, chat_params, tok_params, extras)
                         return await rendered(render)
-                except _ENDS as error:
-                    _drop_tracebacks(error)
+                except ENDS as error:
+                    drop_tracebacks(error)
                     raise
 
             if len(conversations) == 1:
@@ -115,7 +115,7 @@ def around_chat_rendering(
     wrap(BaseRenderer, "render_chat", make_sync)
 
 
-def _drop_tracebacks(error: BaseException) -> None:
+def drop_tracebacks(error: BaseException) -> None:
     """Drop the tracebacks of an error and of those that led to it.
 
     They lead to the frames in which the request's media were in hand. vLLM's frames above and
@@ -163,42 +163,6 @@ def preprocess_in_context() -> None:
         return init
 
     wrap(BaseRenderer, "__init__", make)
-
-
-def render_pooling_in_context(begun: Callable[[], None]) -> None:
-    """Let requests for pooling be rendered in their own context.
-
-    vLLM renders each of their prompts as a whole on a thread, which sees no context variables and
-    goes on when its request is cancelled.
-
-    Args:
-        begun: Called in the task that waits for a prompt. The task ends when the thread is done.
-    """
-    from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            in_thread, executor = self.render, self._executor
-
-            async def render(*args: Any, **kwargs: Any) -> Any:
-                begun()
-                run = partial(contextvars.copy_context().run, in_thread, *args, **kwargs)
-                try:
-                    return await to_its_end(executor.submit(run))
-                except _ENDS as error:
-                    _drop_tracebacks(error)
-                    raise
-
-            set_on(
-                self,
-                "vllm.entrypoints.pooling.base.io_processor:PoolingIOProcessor.render_async",
-                render,
-            )
-
-        return init
-
-    wrap(PoolingIOProcessor, "__init__", make)
 
 
 async def on_processor_thread(renderer: Any, work: Callable[[], T]) -> T:
@@ -306,7 +270,7 @@ def around_preprocessing(
 
         with client_errors(), scope():
             token = before()
-            with _placeholders_cut_off(prompt, tok_params):
+            with _placeholders_cut_off(renderer, prompt, tok_params):
                 yield told
 
     def make_async(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -336,7 +300,7 @@ def around_preprocessing(
 
 
 @contextmanager
-def _placeholders_cut_off(prompt: Any, tok_params: Any) -> Iterator[None]:
+def _placeholders_cut_off(renderer: Any, prompt: Any, tok_params: Any) -> Iterator[None]:
     """Say so where a prompt does not match its media because ``truncate_prompt_tokens`` cut it.
 
     vLLM refuses to cut the tokens of media (``_truncate_expanded_prompt``). But before media have
@@ -345,15 +309,17 @@ def _placeholders_cut_off(prompt: Any, tok_params: Any) -> Iterator[None]:
     try:
         yield
     except (AssertionError, RuntimeError) as error:
-        limit = None if tok_params is None else tok_params.truncate_prompt_tokens
-        if limit is None or not prompt.get("multi_modal_data"):
+        if not prompt.get("multi_modal_data"):
             raise
-        most = tok_params.max_truncation_tokens if limit < 0 else limit
-        if len(prompt.get("prompt_token_ids") or ()) != most:
+        limit = None
+        if tok_params is not None:
+            limit = tok_params.truncate_prompt_tokens
+            if limit is None:
+                raise
+            most = tok_params.max_truncation_tokens if limit < 0 else limit
+            if len(prompt.get("prompt_token_ids") or ()) != most:
+                raise
+        elif not lacks_places(renderer, prompt):
+            # vLLM does not tell how it has cut the pair of a score.
             raise
-        raise MediaError(
-            f"truncate_prompt_tokens={limit} would cut off the place of a media item in the "
-            "prompt. Raise it or shorten the prompt.",
-            parameter="truncate_prompt_tokens",
-            value=limit,
-        ) from error
+        raise cut_off("truncate_prompt_tokens", limit) from error

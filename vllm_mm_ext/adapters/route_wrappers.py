@@ -158,6 +158,7 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
     that clients of ``/v1/chat/completions`` use beside it.
     """
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
     from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
@@ -166,27 +167,47 @@ def before_other_routes(begin: Callable[[Any, str], None]) -> None:
     from vllm.entrypoints.scale_out.render.serving import ServingRender
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
     from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+    from vllm.entrypoints.speech_to_text.transcription.serving import OpenAIServingTranscription
+    from vllm.entrypoints.speech_to_text.translation.serving import OpenAIServingTranslation
 
     def on_route(route: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            async def create(
-                self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
-            ) -> Any:
+            async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+                raw_request = args[0] if args else kwargs.get("raw_request")
                 # Pooling has many routes; without an HTTP request (a batch) none has a path.
                 path = route or (raw_request.url.path if raw_request else "pooling")
                 begin(await _block_sent(request, raw_request), path)
-                return await original(self, request, raw_request, *args, **kwargs)
+                return await original(self, request, *args, **kwargs)
 
             return create
 
         return make
 
-    batch, render = "create_batch_chat_completion", "render_chat_request"
+    def on_form(route: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            async def create(
+                self: Any, audio_data: Any, request: Any, *args: Any, **kwargs: Any
+            ) -> Any:
+                begin(_block(request), route)
+                return await original(self, audio_data, request, *args, **kwargs)
+
+            return create
+
+        return make
+
+    batch = "create_batch_chat_completion"
+    transcriptions, translations = "/v1/audio/transcriptions", "/v1/audio/translations"
     wrap(OpenAIServingCompletion, "create_completion", on_route("/v1/completions"))
     wrap(OpenAIServingChatBatch, batch, on_route("/v1/chat/completions/batch"))
-    wrap(ServingRender, render, on_route("/v1/chat/completions/render"))
+    wrap(ServingRender, "render_chat_request", on_route("/v1/chat/completions/render"))
+    wrap(ServingRender, "render_messages_request", on_route("/v1/messages/render"))
+    wrap(ServingRender, "render_completion_request", on_route("/v1/completions/render"))
+    wrap(ServingRender, "render_responses_request", on_route("/v1/responses/render"))
     wrap(ServingTokens, "serve_tokens", on_route("/inference/v1/generate"))
     wrap(ServingStructuredDecisions, "create_decision", on_route("/v1/systemone"))
+    wrap(ServingGenerativeScoring, "create_generative_scoring", on_route("/generative_scoring"))
+    wrap(OpenAIServingTranscription, "create_transcription", on_form(transcriptions))
+    wrap(OpenAIServingTranslation, "create_translation", on_form(translations))
     wrap(ServingTokenization, "create_tokenize", on_route("/tokenize"))
     wrap(PoolingBaseServing, "__call__", on_route(""))
     wrap(ServingScores, "__call__", on_route(""))

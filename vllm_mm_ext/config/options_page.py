@@ -44,10 +44,15 @@ that lists them.
 | `/v1/responses` | `input_image` | checked, without effect; `long_video` is a 400 |
 | `/v1/completions` | none | a 400 |
 | `/v1/chat/completions/batch` | as chat | a 400; the server's settings apply |
-| `/tokenize`, `/v1/chat/completions/render` | as chat | a 400; the server's settings apply |
+| `/tokenize` | as chat | a 400; the server's settings apply |
+| `/v1/chat/completions/render` | as chat; videos silent | a 400; the server's settings apply |
 | `/v1/embeddings` and vLLM's other pooling routes | as chat | a 400; the server's settings apply |
 | `/inference/v1/generate`, `/v1/systemone` | all | a 400; the server's settings apply |
 | `/v1/messages*`, `/cohere/v2/chat` | images | a 400; the server's settings apply |
+| `/v1/responses/render` | `input_image` | a 400; the server's settings apply |
+| `/cohere/v2/chat/render` | images | ignored; the server's settings apply |
+| `/v1/audio/*` | the form's `file` | a 400; the server's settings apply |
+| `/v1/completions/render`, `/generative_scoring` | none | a 400 |
 
 `vllm run-batch` reads these requests from a file; of its routes `/v1/chat/completions` takes the
 block. Nobody would send a refused line again, so media wait without end there, as for `LLM`, for
@@ -56,7 +61,11 @@ where more lines with `long_video` run than `mm_ext.long_video.max_requests` (se
 number), where name servers of 64 other hosts do not answer, where a file does not decode in time
 beside others, and where the machine has no more memory, threads or descriptors.
 
-Every route takes a block with `key` alone, which tells routers where the request goes.
+Every route takes a block with `key` alone, which tells routers where the request goes; in the forms
+of `/v1/audio/*` a block is always a 400.
+
+What `/v1/chat/completions/render` makes is for `/inference/v1/generate`. That route refuses media
+items that share tokens, as a video and its sound do, so the model does not hear these videos.
 
 `/tokenize` fetches and plans the videos of a conversation as a chat completion without a block
 would, so its count is that completion's.
@@ -66,7 +75,7 @@ with `--trust-request-mm-kwargs`. Then `media_io_kwargs.video` sets the sampling
 videos, and a size in `mm_processor_kwargs` the size of their frames.
 
 Text of a message, a tool call or a tool that reads like a placeholder of the model
-(`<|video_pad|>`) stays text.
+(`<|video_pad|>`) stays text. Beside media of `/score` and `/rerank` such text is a 400.
 `truncate_prompt_tokens` may cut text; a request in which it would cut a media item is a 400."""
 
 _ANSWER = """

@@ -77,6 +77,8 @@ class RequestContext:
         unreported: The hashes of its mm items are all that is kept of it: a prompt of a live
             session.
         sends_once: Nothing needs its model inputs in the API server once the engine has them.
+        silent: Its videos are shown without their sound.
+        is_begun: A request has been read into it, so it is no other request's.
     """
 
     options: RequestOptions = DEFAULT_OPTIONS
@@ -92,6 +94,8 @@ class RequestContext:
     disaggregated: bool = False
     unreported: bool = False
     sends_once: bool = False
+    silent: bool = False
+    is_begun: bool = False
     _budget_claim: Claim | None = None
 
     def conversation(self, renderer: object, cache_salt: str | None) -> RequestContext:

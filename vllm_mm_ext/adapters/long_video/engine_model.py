@@ -52,6 +52,7 @@ class EngineModel:
         weights: Version of the model's weights.
         session: Session of the client's request; None without one.
         priority: Of the prompts.
+        rank: The data-parallel rank that the client or a router names; None if neither does.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class EngineModel:
         weights: str,
         session: str | None,
         priority: int,
+        rank: int | None = None,
     ) -> None:
         self._serving = serving
         self._create = create
@@ -76,6 +78,7 @@ class EngineModel:
         self._weights = weights
         self._session = session
         self._priority = priority
+        self._rank = rank
         self._renderer = serving.renderer
         self._settings = vllm_compat.settings_of(serving.model_config)
         # What the windows of this request show. They stay as they are, whatever the load becomes.
@@ -204,6 +207,16 @@ class EngineModel:
         url = None if ask.window is None else self._survey.urls[ask.window.video]
         return request_for(ask, self._client, url, session=self._session, priority=self._priority)
 
+    def _raw_request(self) -> Any:
+        """An HTTP request of a prompt: vLLM reads the rank in its headers; None without a rank."""
+        if self._rank is None:
+            return None
+        # Engine processes import this module too, and need no web framework.
+        from starlette.requests import Request
+
+        headers = [(b"x-data-parallel-rank", str(self._rank).encode())]
+        return Request({"type": "http", "headers": headers})
+
     async def _tried(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Result of work, which is done once more where it fails in a way that may pass."""
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -233,7 +246,7 @@ class EngineModel:
             restrict(request, list(first.values()), self._serving.model_config.max_logprobs)
         started = time.perf_counter()
         try:
-            answer = await self._create(self._serving, request)
+            answer = await self._create(self._serving, request, self._raw_request())
         except Exception as error:
             answer = create_error_response(error)
         if isinstance(answer, ErrorResponse):

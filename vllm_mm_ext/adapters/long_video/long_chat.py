@@ -89,6 +89,7 @@ async def answer(serving: Any, request: Any, raw_request: Any, create: Create) -
             weights=await _weight_version(serving.engine_client),
             session=serving._get_session_id(request, raw_request),
             priority=_priority(serving, request, raw_request, config.long_video),
+            rank=serving._get_data_parallel_rank(raw_request),
         )
         task = await _task(serving, config.long_video, asked, strategy, question, found, model)
         place = runtime.long_video.enter()
@@ -272,10 +273,12 @@ class _LongChat:
                 yield chat_chunks.without_text(head, {KEY: block})
             outcome = await looking
             answer = await self._answered(outcome) if isinstance(outcome, Outcome) else outcome
+            # A sum over thousands of windows, which an answer of thousands of chunks would repeat.
+            cost = self._report.cost
             if isinstance(answer, AsyncGenerator):
                 async with aclosing(answer):
                     async for chunk in answer:
-                        yield chat_chunks.joined(chunk, head, self._report.cost)
+                        yield chat_chunks.joined(chunk, head, cost)
             else:
                 yield chat_chunks.event(answer.model_dump())
                 yield chat_chunks.DONE

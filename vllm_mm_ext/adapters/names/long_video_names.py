@@ -20,6 +20,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
     ),
     VllmName(f"{_CHAT}._get_session_id", ("request", "raw_request")),
     VllmName(f"{_CHAT}._get_priority", ("request", "raw_request")),
+    VllmName(f"{_CHAT}._get_data_parallel_rank", ("raw_request",)),
     VllmName(f"{_CHAT}._base_request_id", ("raw_request", "default")),
     VllmName(f"{_CHAT}._maybe_get_adapters", ("request",)),
     VllmName(f"{_CHAT}._extract_prompt_len", ("prompt",)),

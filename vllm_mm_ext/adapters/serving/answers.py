@@ -27,7 +27,8 @@ from vllm_mm_ext.request.trace import RequestTrace
 def begin(raw: Any, session: str | None, transfer: Mapping[str, Any] | None = None) -> None:
     """Put a request's options and session into its context, which the middleware opened.
 
-    Without the middleware (vLLM used in Python) a new context is opened.
+    Without the middleware (vLLM used in Python) a new context is opened for each request, also
+    where one coroutine sends several.
 
     Args:
         raw: Value of `mm_ext` in the request's body; None if the body has none.
@@ -37,7 +38,10 @@ def begin(raw: Any, session: str | None, transfer: Mapping[str, Any] | None = No
     Raises:
         VLLMValidationError: An option is wrong (a 400).
     """
-    context = current_request() or enter_request(RequestContext())
+    context = current_request()
+    if context is None or context.is_begun:
+        context = enter_request(RequestContext())
+    context.is_begun = True
     with client_errors():
         context.options = read_options(raw)
     context.session = session
@@ -78,6 +82,9 @@ def note_task() -> None:
 def begin_without_options(raw: Any, route: str) -> None:
     """Start a request of a route that takes no options.
 
+    What a route makes that only renders a prompt is sent to ``/inference/v1/generate``, which
+    refuses items that share tokens, as a video and its sound do.
+
     Args:
         raw: Value of `mm_ext` in the request's body; None if the body has none.
         route: Path of the route, for the message.
@@ -88,6 +95,8 @@ def begin_without_options(raw: Any, route: str) -> None:
     note_task()
     with client_errors():
         refuse_options(raw, route)
+    if route.endswith("/render"):
+        (current_request() or enter_request(RequestContext())).silent = True
 
 
 async def begin_with_file(sound: bytes) -> None:

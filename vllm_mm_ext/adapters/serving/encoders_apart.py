@@ -34,7 +34,7 @@ _ONLY: Final = (
 _ANSWERING: Final = (
     *("/v1/completions", "/v1/responses", "/v1/messages", "/v1/chat/completions/batch"),
     *("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/embeddings", "/cohere/v2/chat"),
-    *("/invocations", "/generative_scoring", "/inference/v1/generate"),
+    *("/invocations", "/generative_scoring", "/inference/v1/generate", "/v1/systemone"),
 )
 _LIVE: Final = ("/v1/realtime", "/mm_ext/realtime")
 
@@ -166,7 +166,7 @@ class EncodeOnly:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "").rstrip("/")
         asked = scope["type"] == "http" and scope["method"] == "POST"
-        if asked and path.endswith(_ANSWERING) and self._active():
+        if asked and answers_questions(path) and self._active():
             await answer_error(send, EncodeOnlyError(_ONLY))
             return
         if scope["type"] == "websocket" and path.endswith(_LIVE) and self._active():
@@ -174,6 +174,11 @@ class EncodeOnly:
             await send({"type": "websocket.close", "code": 1008, "reason": "encodes media only"})
             return
         await self.app(scope, receive, send)
+
+
+def answers_questions(path: str) -> bool:
+    """Whether vLLM answers questions on a route, other than that of chat completions."""
+    return path.endswith(_ANSWERING)
 
 
 def encodes_only(vllm_config: Any) -> bool:

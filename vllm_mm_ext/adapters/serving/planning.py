@@ -181,7 +181,8 @@ class Conversation:
                 size = requested_size(renderer.mm_processor.info, hf_kwargs)
             # vLLM does not mix sound given as embeddings with the sound of videos.
             splits = splits_videos(renderer.mm_processor, hf_kwargs or {})
-            self._cut = splits and not embeds_sound(messages)
+            self._embeds_sound = embeds_sound(messages)
+            self._cut = splits and not self._embeds_sound
             self._take_items(urls, size)
         if asked and len(self.plans) < len(set(urls)):
             raise OptionError(
@@ -227,6 +228,8 @@ class Conversation:
             return None
         if not self._cut:
             plan = replace(plan, reduction=NO_REDUCTION)
+        if self.context.silent or self._embeds_sound:
+            plan = replace(plan, audio=False)
         if options.audio_stream is not None:
             plan = replace(plan, audio_stream=options.audio_stream)
         if options.video_stream is not None:
@@ -313,13 +316,13 @@ class Conversation:
         costs, traits = self.costs(videos), self.runtime.frontend.traits
         # All videos of a server are sampled alike.
         plan = videos[0].plan
-        countable = costs.knows_tokens
+        countable, info = costs.knows_tokens, self.renderer.mm_processor.info
         family = Family(
             resizable=plan.size.kind != "fixed",
-            reducible=countable,
+            reducible=countable and self._cut,
             countable=countable,
             frame_multiple=traits.frame_multiple,
-            max_item_tokens=largest_item(self.renderer.config, self.renderer.mm_processor.info),
+            max_item_tokens=largest_item(self.renderer.config, info, cut=self._cut),
             trained=traits.trained,
         )
         sampling = plan.sampling
@@ -351,7 +354,8 @@ class Conversation:
             # A long video has hundreds of windows. They would push out what conversations go by.
             sticky=self.context.span is None and not apart,
         )
-        if family.max_item_tokens and countable and sampling.policy == "adaptive":
+        limited = family.max_item_tokens and countable and self._cut
+        if limited and sampling.policy == "adaptive":
             self._densest = {
                 video.url: costs.densest(
                     *(index, made.frames, made.frame_pixels, made.reduction),
@@ -362,11 +366,9 @@ class Conversation:
         return decisions
 
     def costs(self, videos: Sequence[PlannedVideo]) -> FrontendCosts:
-        """What videos of the conversation cost; nobody can tell the tokens of whole ones."""
+        """What videos of the conversation cost."""
         frontend, processor = self.runtime.frontend, self.renderer.mm_processor
-        return FrontendCosts(
-            videos, processor if self._cut else None, frontend.traits, frontend.limits
-        )
+        return FrontendCosts(videos, processor, frontend.traits, frontend.limits, cut=self._cut)
 
     def _own(self, video: PlannedVideo) -> str:
         """A digest of a video, the engine, the ``cache_salt`` and the sampling.

@@ -15,6 +15,7 @@ _CHAT = f"{_OPENAI}.chat_completion.serving:OpenAIServingChat"
 _RESPONSES = f"{_OPENAI}.responses.serving:OpenAIServingResponses"
 _MESSAGES = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
 _POOLING = "vllm.entrypoints.pooling.base.io_processor:PoolingIOProcessor"
+_SCORING = "vllm.entrypoints.pooling.scoring"
 _ROUTE = ("request", "raw_request")
 _CLEANUP = "_with_kv_transfer_rejection_cleanup"
 _PROTOCOL = f"{_OPENAI}.chat_completion.protocol"
@@ -65,14 +66,20 @@ def _install_placeholder_text() -> None:
 
 def _install_cache_reports() -> None:
     from vllm_mm_ext.adapters import rendering_wrappers, route_wrappers
-    from vllm_mm_ext.adapters.serving.answers import note_task, observer
+    from vllm_mm_ext.adapters.serving.answers import observer
     from vllm_mm_ext.adapters.serving.preprocessing import looked_up
     from vllm_mm_ext.errors import UnheldMediaError
 
     rendering_wrappers.preprocess_in_context()
-    rendering_wrappers.render_pooling_in_context(note_task)
     rendering_wrappers.after_cache_lookup(looked_up, UnheldMediaError.of)
     route_wrappers.around_generation(observer)
+
+
+def _install_pooling() -> None:
+    from vllm_mm_ext.adapters import pooling_wrappers
+    from vllm_mm_ext.adapters.serving.answers import note_task
+
+    pooling_wrappers.install(note_task)
 
 
 def _install_health() -> None:
@@ -208,9 +215,33 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 ".create_batch_chat_completion",
                 _ROUTE,
             ),
+            *(
+                VllmName(
+                    f"vllm.entrypoints.scale_out.render.serving:ServingRender.{method}", _ROUTE
+                )
+                for method in (
+                    *("render_chat_request", "render_messages_request"),
+                    "render_completion_request",
+                )
+            ),
             VllmName(
-                "vllm.entrypoints.scale_out.render.serving:ServingRender.render_chat_request",
+                "vllm.entrypoints.scale_out.render.serving:ServingRender.render_responses_request",
+                ("request",),
+            ),
+            VllmName(
+                "vllm.entrypoints.generate.generative_scoring.serving:ServingGenerativeScoring"
+                ".create_generative_scoring",
                 _ROUTE,
+            ),
+            *(
+                VllmName(
+                    f"vllm.entrypoints.speech_to_text.{kind}.serving:{method}",
+                    ("audio_data", *_ROUTE),
+                )
+                for kind, method in (
+                    ("transcription", "OpenAIServingTranscription.create_transcription"),
+                    ("translation", "OpenAIServingTranslation.create_translation"),
+                )
             ),
             VllmName(
                 "vllm.entrypoints.serve.tokenize.serving:ServingTokenization.create_tokenize",
@@ -269,9 +300,6 @@ SERVING_FEATURES: tuple[Feature, ...] = (
                 passed_on=True,
             ),
             VllmAttributes(_RENDERER, ("_mm_executor", "_process_multimodal_async")),
-            VllmName(f"{_POOLING}.__init__", ("vllm_config", "renderer", "chat_template_config")),
-            VllmName(f"{_POOLING}.render", ("render_params",)),
-            VllmAttributes(_POOLING, ("_executor", "render_async")),
             VllmAttributes("vllm.outputs:RequestOutput", ("metrics", "num_cached_tokens")),
             VllmAttributes(
                 "vllm.v1.metrics.stats:RequestStateStats",
@@ -288,6 +316,48 @@ SERVING_FEATURES: tuple[Feature, ...] = (
             ),
         ),
         _install_cache_reports,
+    ),
+    Feature(
+        "pooling requests",
+        "media of /score are fetched on the event loop, and a document can move a query's media",
+        (
+            VllmName(f"{_POOLING}.__init__", ("vllm_config", "renderer", "chat_template_config")),
+            VllmName(f"{_POOLING}.render", ("render_params",)),
+            VllmAttributes(_POOLING, ("model_config", "render_async", "renderer")),
+            VllmAttributes(
+                _RENDERER, ("_executor", "_mm_executor", "mm_processor", "model_config")
+            ),
+            VllmName(
+                f"{_RENDERER}.render_chat_async",
+                ("conversations", "chat_params", "tok_params", "prompt_extras", "skip_mm_cache"),
+            ),
+            VllmName(
+                f"{_RENDERER}.render_cmpl_async",
+                ("prompts", "tok_params", "prompt_extras", "skip_mm_cache"),
+            ),
+            VllmName("vllm.renderers.chat_utils:AsyncMultiModalItemTracker.resolve_items"),
+            VllmName(
+                f"{_SCORING}.io_processor:score_data_to_prompts",
+                ("data_list", "role", "model_config"),
+            ),
+            VllmName(
+                f"{_SCORING}.io_processor:parse_score_data", ("data_1", "data_2", "model_config")
+            ),
+            VllmName(
+                f"{_SCORING}.io_processor:CrossEncoderIOProcessor.get_score_prompt",
+                ("data_1", "data_2"),
+                passed_on=True,
+            ),
+            VllmName(f"{_SCORING}.utils:parse_score_data_single", ("data", "role", "model_config")),
+            VllmName(f"{_SCORING}.utils:_parse_score_content", ("role", "data", "mm_tracker")),
+            VllmName(f"{_SCORING}.utils:_ensure_str", ("content",)),
+            VllmName("vllm.model_executor.model_loader:get_model_cls", ("model_config",)),
+            VllmName(
+                "vllm.model_executor.models.interfaces:SupportsMultiModal.get_placeholder_str",
+                ("modality", "i"),
+            ),
+        ),
+        _install_pooling,
     ),
     Feature(
         "lost inputs",
