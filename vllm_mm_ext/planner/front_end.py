@@ -78,9 +78,7 @@ def front_end(
     largest = max((frame_bytes(medium) for medium in request.media), default=0)
     output = max(usual.max_output_mb, _mib(largest))
     preprocessing = PREPROCESSING_COPIES * each.inputs
-    sound = 0
-    if any(medium.audio_seconds for medium in request.media):
-        sound = _OWN_SOUND_BYTES if facts.family == "composer" else _SOUND_BYTES
+    sound = _SOUND_BYTES if any(medium.audio_seconds for medium in request.media) else 0
     # vLLM takes a request's items from the cache only if they leave as much again free.
     cache = max(2 * each.inputs, each.inputs * count)
     return FrontEnd(
@@ -126,9 +124,8 @@ _LEAST_IN_FLIGHT = 256
 # What an API server loads beside the processor (``vllm-mm bench plan-memory``).
 _GROWTH = 60 << 20
 # As seen beside all other parts with sound of 3 to 40 s in a request (``vllm-mm bench
-# plan-memory``): of the processors of transformers, and of the composer's, which makes spectra of a
-# window at a time.
-_SOUND_BYTES, _OWN_SOUND_BYTES = 160 << 20, 80 << 20
+# plan-memory``).
+_SOUND_BYTES = 160 << 20
 
 
 def _image_bytes(image: Image) -> int:

@@ -20,7 +20,7 @@ _CUDA_BYTES = round(1.6 * GIB)
 _NCCL_BYTES = round(1.0 * GIB)
 # What a core and a worker on a CPU load and allocate for their first requests, beside the process
 # that has loaded vLLM, and for their first sound (``vllm-mm bench plan-memory``).
-_ENGINE_GROWTH = 120 << 20
+_ENGINE_GROWTH = 150 << 20
 _ENGINE_SOUND = 50 << 20
 # What the processor holds of an input as it makes it: float32, twice while patches are cut, and
 # what is sent.
