@@ -64,6 +64,22 @@ TOLD: dict[str, Any] = {
             "encoder": None,
         },
         {"number": 5, "load": None, "kv": None, "encoder": None},
+        {
+            "number": 6,
+            "load": None,
+            "kv": {
+                "blocks": 100,
+                "block_bytes": 1 << 16,
+                "used": 0,
+                "kept": 0,
+                "tokens": {},
+                "all_items": 0,
+                "items": [],
+                # A pin holds on every engine.
+                "sessions": [{"id": "s", "pinned": True, "items": 0, "idle_s": None}],
+            },
+            "encoder": None,
+        },
     ],
     "requests": [
         {

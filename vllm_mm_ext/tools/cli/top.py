@@ -215,9 +215,12 @@ def _media(engines: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def _sessions(told: Mapping[str, Any]) -> RenderableType:
     live = [one for server in told["servers"] for one in server["sessions"]]
-    kept = [one for engine in told["engines"] for one in (engine["kv"] or {}).get("sessions", ())]
-    pinned = sum(one["pinned"] for one in kept)
-    lines = [f"{len(kept)} sessions in KV, {pinned} pinned"]
+    # A session may be in several engines, as pinned ones are.
+    kept: dict[str, bool] = {}
+    for engine in told["engines"]:
+        for one in (engine["kv"] or {}).get("sessions", ()):
+            kept[one["id"]] = kept.get(one["id"], False) or one["pinned"]
+    lines = [f"{len(kept)} sessions in KV, {sum(kept.values())} pinned"]
     lines += [f"live {one['id']}  {one['seconds']:.0f} s, {one['files']} files" for one in live]
     return Text("\n".join(lines[: _ROWS + 1]))
 
