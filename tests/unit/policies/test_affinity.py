@@ -67,12 +67,20 @@ def request(name: str, *digests: str, rank: int | None = None) -> Any:
     )
 
 
-def test_requests_about_one_video_go_to_one_rank(client: Any) -> None:
+@pytest.mark.parametrize("api_servers", [1, 3, 8])
+def test_requests_about_one_video_go_to_one_rank(client: Any, api_servers: int) -> None:
+    client.client_count = api_servers
     chosen = {
         client.get_core_engine_for_request(request(f"r{turn}", "cat", f"rest{turn}"))
-        for turn in range(2)
+        for turn in range(4)
     }
     assert chosen == {str(preference("cat", 3)[0]).encode()}
+
+
+def test_what_other_api_servers_sent_to_a_rank_counts(client: Any) -> None:
+    first, second, _ = preference("cat", 3)
+    client.lb_engines[first] = [0, 12, 0.0]
+    assert client.get_core_engine_for_request(request("r", "cat")) == b"%d" % second
 
 
 def test_a_rank_that_a_client_names_stands(client: Any) -> None:

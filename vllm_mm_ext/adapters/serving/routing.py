@@ -34,11 +34,16 @@ def route_by_content() -> None:
 
 
 def _loads(client: Any) -> list[float]:
-    """Requests of each rank, as vLLM estimates them when it balances load itself."""
-    own = [client.client_count * client.engine_inflight[engine] for engine in client.core_engines]
+    """Requests of each rank: as vLLM's coordinator told last, and no fewer than are from here.
+
+    vLLM counts those from here once more for each other API server. That is right where loads are
+    only compared; here it would take two requests about a video for an overload.
+    """
     return [
-        max(mine, waiting + running)
-        for mine, (waiting, running, *_) in zip(own, client.lb_engines, strict=False)
+        max(client.engine_inflight[engine], waiting + running)
+        for engine, (waiting, running, *_) in zip(
+            client.core_engines, client.lb_engines, strict=False
+        )
     ]
 
 
@@ -52,7 +57,7 @@ ROUTING_FEATURE = Feature(
             ("mm_features", "data_parallel_rank", "pooling_params"),
             passed_on=True,
         ),
-        VllmAttributes(_CLIENT, ("client_count", "core_engines", "engine_inflight", "lb_engines")),
+        VllmAttributes(_CLIENT, ("core_engines", "engine_inflight", "lb_engines")),
     ),
     route_by_content,
 )
