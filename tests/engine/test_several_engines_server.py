@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,11 @@ def at_rest(server: Server) -> bool:
     )
 
 
+def growth(before: Scraped, after: Scraped, name: str, **labels: str) -> float:
+    """By how much a counter has grown between two scrapes."""
+    return after.sum(name, **labels) - before.sum(name, **labels)
+
+
 def test_requests_about_a_video_go_to_one_engine_and_every_scrape_counts_all(
     server: Server, origin: Origin, tmp_path: Path
 ) -> None:
@@ -139,10 +145,7 @@ def test_requests_about_a_video_go_to_one_engine_and_every_scrape_counts_all(
     # Several scrapes, as any API server may answer.
     for _ in range(4):
         scrape = Scraped(server.get("/metrics"))
-
-        def grown(name: str, scrape: Scraped = scrape, **labels: str) -> float:
-            return scrape.sum(name, **labels) - before.sum(name, **labels)
-
+        grown = partial(growth, before, scrape)
         stages = {"stage": "prefill", "modality": "request"}
         assert grown("mm_ext_stage_seconds_count", **stages) == len(usages)
         assert grown("mm_ext_engine_tokens_total", kind="prefill") == prompts - found
