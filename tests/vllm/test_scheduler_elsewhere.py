@@ -126,6 +126,43 @@ def test_items_whose_kv_could_not_be_loaded_are_encoded_and_their_inputs_are_the
     assert len(play.timings["found"].tokens) == answer
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_failed_load_leaves_other_requests_decoding_and_within_their_grammar(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM lets a prompt have any token: it would end the request whose grammar forbids it."""
+    play = decode_node(on_failure="recompute", encoder_tokens=8192, asynchronous=depth > 1)
+    play = Play(play.scheduler, depth=depth)
+    play.add(request("decodes", answer=40))
+    for _ in range(4):
+        play.step()
+    decodes = play.scheduler.requests["decodes"]
+    one = request("found", items=VIDEO)
+    one.kv_transfer_params = {"found": 32 + 6 * 512}
+    play.add(one)
+    play.step()
+    (blocks,) = play.scheduler.kv_cache_manager.get_block_ids("found")
+    play.lost = set(blocks[10:20])
+    while play.lost:
+        output = play.step()
+    assert not decodes.is_prefill_chunk
+    # What may be sampled in the step that was scheduled before the failure was known.
+    output.has_structured_output_requests = True
+    with monkeypatch.context() as played:
+        played.setattr(decodes, "structured_output_request", Any)
+        played.setattr(play.scheduler.structured_output_manager, "grammar_bitmask", _no_rows)
+        found = play.scheduler.get_grammar_bitmask(output)
+    assert found is not None
+    assert found.structured_output_request_ids == ["decodes"]
+    play.run(most=200)
+    assert len(play.timings["decodes"].tokens) == 40
+    assert len(play.timings["found"].tokens) == 4
+
+
+def _no_rows(*_: Any) -> None:
+    """Instead of xgrammar's."""
+
+
 def test_items_whose_kv_a_connector_finds_are_not_encoded() -> None:
     """It is found when vLLM lets the request in, which is after the plan was made."""
     play = decode_node(encoder_tokens=8192)

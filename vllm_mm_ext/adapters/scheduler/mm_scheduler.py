@@ -267,9 +267,10 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         loads = model_runner_output.kv_connector_output
         for one in self.running if loads and loads.invalid_block_ids else ():
-            # vLLM has noted what must be computed again, but not that the request decodes no more.
+            # vLLM has noted what must be computed again, but not that the request decodes no more:
+            # one that decodes lacks its last token alone.
             known = one.num_tokens + one.num_output_placeholders
-            one.is_prefill_chunk = one.num_computed_tokens < known
+            one.is_prefill_chunk |= one.num_computed_tokens < known - 1
         self._publisher.publish(self._prompts.backlog, self._times)
         return outputs
 
