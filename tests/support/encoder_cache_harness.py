@@ -450,6 +450,9 @@ class Engine:
                 for index in indices:
                     feature = self._features[name][index]
                     key, count = feature.identifier, feature.mm_position.get_num_embeds()
+                    if self._second is not None and key in self.device:
+                        # The second runner does not encode what it has.
+                        continue
                     self.device[key] = _output(key, count)
                     self.encoded.append(key)
                     if self._second is None:

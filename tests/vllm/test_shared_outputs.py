@@ -398,8 +398,7 @@ def test_where_an_output_cannot_be_read_nobody_is_answered_without_it(
     assert set(engine.encoded) == set(NAMES)
     assert engine.answers == {"text": 20, "first": 3, "second": 3}
     engine.kv.may_be_wrong = False
-    # What is made here takes the place of what was lost, for others as well. vLLM's second runner
-    # does not tell of what is made in the step after.
+    # What is made here takes the place of what was lost, for others as well.
     run(engine, "again", VIDEO)
     run(other := consumer(tmp_path), "first", VIDEO)
     assert other.encoded == []

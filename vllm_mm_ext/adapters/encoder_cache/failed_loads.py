@@ -63,4 +63,4 @@ def _start_anew(scheduler: Any, keys: frozenset[str]) -> None:
     logger.error("mm_ext: encoder outputs cannot be read, all requests are computed again")
     scheduler.reset_prefix_cache(reset_running_requests=True)
     scheduler.encoder_cache_manager.give_up(keys)
-    scheduler.ec_connector.forget(keys)
+    scheduler.ec_connector.give_up(keys)

@@ -51,10 +51,12 @@ class StoreMetadata(ECConnectorMetadata):  # type: ignore[misc]
     Attributes:
         loads: By identifier, what to read.
         publishes: Identifiers to be in the store, if the worker has them.
+        drops: Identifiers of what could not be read: the worker drops what it has of them first.
     """
 
     loads: dict[str, Load] = field(default_factory=dict)
     publishes: tuple[str, ...] = ()
+    drops: tuple[str, ...] = ()
 
 
 class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
@@ -83,11 +85,12 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
         self._planned: deque[tuple[str, ...]] = deque()
         self._most_plans = int(vllm_config.max_concurrent_batches)
         self._publishes: dict[str, None] = {}
+        self._drops: dict[str, None] = {}
         self._told_of_failure = False
         self.stored = 0
-        # In a worker: what is in the place of outputs that could not be read, and what the
-        # scheduler was not told of yet.
-        self._stand_ins: dict[str, torch.Tensor] = {}
+        # In a worker: outputs that could not be read, until the scheduler has them dropped, and
+        # those that the scheduler was not told of yet.
+        self._lost: set[str] = set()
         self._failed: set[str] = set()
 
     # --- in the scheduler -------------------------------------------------------------------------
@@ -128,6 +131,12 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
         for key in keys:
             self.files.forget(key)
 
+    def give_up(self, keys: Iterable[str]) -> None:
+        """Forget outputs that could not be read, and have the worker drop what it put there."""
+        keys = list(keys)
+        self.forget(keys)
+        self._drops |= dict.fromkeys(keys)
+
     def reset(self) -> None:
         """Empty the store: what it holds was made with other weights."""
         for key in (*chain.from_iterable(self._planned), *self._loads):
@@ -141,9 +150,9 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
         if not scheduler_output.total_num_scheduled_tokens:
             # The runner ignores the plan of a step without tokens.
             return StoreMetadata()
-        meta = StoreMetadata(self._loads, tuple(self._publishes))
+        meta = StoreMetadata(self._loads, tuple(self._publishes), tuple(self._drops))
         self._planned.append(tuple(self._loads))
-        self._loads, self._publishes = {}, {}
+        self._loads, self._publishes, self._drops = {}, {}, {}
         if len(self._planned) > self._most_plans:
             # vLLM makes a plan when one that is so much older has been executed.
             for key in self._planned.popleft():
@@ -162,24 +171,26 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
         device = current_platform.device_type
         if current_platform.is_cuda_alike():
             device = f"{device}:{current_platform.current_device()}"
-        self._stand_ins = {
-            key: output
-            for key, output in self._stand_ins.items()
-            if self.stands_in(key, encoder_cache.get(key))
-        }
         for key, load in self._store_plan().loads.items():
             try:
                 encoder_cache[key] = self._read(key, load, device)
             except (OSError, SafetensorError, KeyError) as error:
                 logger.error("mm_ext: an encoder output in the store cannot be read: %r", error)
                 # The step goes on, and what it brings is not used (``failed_loads``).
-                nothing = torch.zeros(load.shape, dtype=self._dtype, device=device)
-                encoder_cache[key] = self._stand_ins[key] = nothing
+                encoder_cache[key] = torch.zeros(load.shape, dtype=self._dtype, device=device)
+                self._lost.add(key)
                 self._failed.add(key)
 
-    def stands_in(self, key: str, output: torch.Tensor | None) -> bool:
-        """Whether an output is only in the place of one that could not be read."""
-        return key in self._stand_ins and self._stand_ins[key] is output
+    def drop_lost(self, encoder_cache: dict[str, torch.Tensor]) -> tuple[str, ...]:
+        """Drop what the scheduler has given up, before anything else in a step; tell what it was.
+
+        What vLLM's second model runner has in its encoder cache it does not encode.
+        """
+        drops = self._store_plan().drops
+        self._lost.difference_update(drops)
+        for key in drops:
+            encoder_cache.pop(key, None)
+        return drops
 
     def build_connector_worker_meta(self) -> FailedLoads | None:
         """Tell the scheduler of what could not be read in this step."""
@@ -197,12 +208,12 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
     def start_save_caches(self, encoder_cache: dict[str, torch.Tensor], **_: Any) -> None:
         """Store what requests named and the encoder cache has."""
         for key in self._store_plan().publishes:
-            if key in encoder_cache and not self.stands_in(key, encoder_cache[key]):
+            if key in encoder_cache and key not in self._lost:
                 self._store(key, encoder_cache[key])
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **_: Any) -> None:
         """Store what was just made and is named: vLLM tells of embeddings of clients as well."""
-        if mm_hash in self._store_plan().publishes:
+        if mm_hash in self._store_plan().publishes and mm_hash not in self._lost:
             self._store(mm_hash, encoder_cache[mm_hash])
 
     def _store(self, key: str, output: torch.Tensor) -> None:

@@ -204,6 +204,11 @@ class TransportConnector(MMExtECConnector):
         super().forget(keys)
         self.forget_stored(keys)
 
+    def give_up(self, keys: Iterable[str]) -> None:
+        """Forget what the worker could not read from the shared store, in the worker too."""
+        assert self._shared is not None
+        self._shared.give_up(keys)
+
     def forget_stored(self, keys: Iterable[str]) -> None:
         """Remove items from the shared store, whether or not this instance has them too."""
         if self._shared is not None:
@@ -316,6 +321,8 @@ class TransportConnector(MMExtECConnector):
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
         """Load what the scheduler planned, from the host and from elsewhere."""
+        if self._shared is not None:
+            self._store.drop(self._shared.drop_lost(encoder_cache))
         super().start_load_caches(encoder_cache)
         self.transport.start_load_caches(encoder_cache, **kwargs)
         self._device_outputs = encoder_cache
@@ -333,8 +340,7 @@ class TransportConnector(MMExtECConnector):
         # vLLM's second model runner tells only producers of what was just encoded, and both runners
         # ask for this when it is.
         for key in self._plan().saves:
-            output = self._device_outputs.get(key)
-            if output is not None and not (self._shared and self._shared.stands_in(key, output)):
+            if (output := self._device_outputs.get(key)) is not None:
                 self._store.save(key, output)
         found: tuple[set[str] | None, set[str] | None] = self.transport.get_finished(
             finished_req_ids
