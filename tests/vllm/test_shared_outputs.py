@@ -404,6 +404,25 @@ def test_where_an_output_cannot_be_read_nobody_is_answered_without_it(
     assert other.encoded == []
 
 
+def test_what_a_request_that_was_just_preempted_was_given_of_nothing_is_dropped(
+    tmp_path: Path,
+) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO)
+    engine = consumer(tmp_path, scheduler=MMExtScheduler, depth=2)
+    engine.kv.may_be_wrong = True
+    add(engine, "video", VIDEO)
+    engine.step()
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    # As vLLM does where others need its blocks.
+    (video,) = engine.scheduler.running
+    engine.scheduler.running.clear()
+    engine.scheduler._preempt_request(video, 0.0)
+    engine.run()
+    assert sorted(engine.encoded) == NAMES
+    assert engine.answers == {"video": 3}
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_request_that_may_have_to_begin_again_is_sent_with_all_inputs(
     tmp_path: Path, shared: bool

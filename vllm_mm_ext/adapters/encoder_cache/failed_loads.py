@@ -62,5 +62,8 @@ def _start_anew(scheduler: Any, keys: frozenset[str]) -> None:
         raise RuntimeError("mm_ext: KV made without an encoder output may be in a KV connector")
     logger.error("mm_ext: encoder outputs cannot be read, all requests are computed again")
     scheduler.reset_prefix_cache(reset_running_requests=True)
+    for request in scheduler.requests.values():
+        # vLLM delivers what steps under way bring to a request that was preempted before.
+        request.drop_stale_output |= request.num_stale_output_tokens > 0
     scheduler.encoder_cache_manager.give_up(keys)
     scheduler.ec_connector.give_up(keys)
