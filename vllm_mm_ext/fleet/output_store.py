@@ -198,7 +198,8 @@ class OutputStore:
         of a thousand items.
         """
         now = self._clock()
-        if key in self._pinned or any(
+        pinned = key in self._pinned and os.path.exists(self.held_path(key))
+        if pinned or any(
             now - known.get(key, -HOLD_S) < HOLD_S for known in (self._held, self._seen)
         ):
             return True
@@ -233,7 +234,7 @@ class OutputStore:
         pins = self._pinned.pop(key, 0)
         if pins > 1:
             self._pinned[key] = pins - 1
-        elif pins:
+        elif pins and os.path.exists(self.held_path(key)):
             self._held[key] = self._clock()
 
     def look_again(self) -> None:
@@ -264,7 +265,8 @@ class OutputStore:
         A reader at work may be about to read it, and lets go within ``HOLD_S`` of its last use.
         """
         self.path(key).unlink(missing_ok=True)
-        for known in (self._held, self._pinned, self._seen):
+        # Pins stay counted: each is yet taken back by who has it.
+        for known in (self._held, self._seen):
             known.pop(key, None)
         # One at work shows it every ``HOLD_S``.
         idle = time.time() - 2 * HOLD_S

@@ -244,6 +244,23 @@ def test_a_takedown_takes_pinned_files_too(tmp_path: Path) -> None:
     assert not names(tmp_path)
 
 
+def test_a_pin_from_before_a_takedown_takes_back_no_later_one(tmp_path: Path) -> None:
+    store = OutputStore(tmp_path, CAPACITY, "reader")
+    put(store, "key")
+    assert store.pin("key")
+    store.forget("key")
+    assert not store.seems_there("key")
+    put(store, "key")
+    assert store.pin("key")
+    store.unpin("key")
+    store.let_go()
+    store.path("key").unlink()
+    assert store.hold("key")
+    store.unpin("key")
+    store.let_go()
+    assert not store.hold("key")
+
+
 def test_a_file_that_is_not_whole_is_no_output(tmp_path: Path) -> None:
     store = OutputStore(tmp_path, CAPACITY, "reader")
     put(store, "key", 500)
