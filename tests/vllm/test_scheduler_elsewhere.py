@@ -90,6 +90,18 @@ def test_a_request_prefilled_on_another_node_waits_for_no_encoder_work() -> None
     assert all(len(one.tokens) == 4 for one in play.timings.values())
 
 
+def test_what_is_prefilled_elsewhere_may_be_more_than_the_encoder_cache_holds_here() -> None:
+    play = decode_node()
+    one = request("there", items=[3000], sound=1000, answer=4)
+    one.kv_transfer_params = {"do_remote_prefill": True}
+    play.add(one)
+    play.step()
+    play.scheduler.finished_recving_kv_req_ids.add("there")
+    play.run(most=20)
+    assert not encoded(play)
+    assert len(play.timings["there"].tokens) == 4
+
+
 def test_where_the_transfer_fails_the_request_is_computed_here() -> None:
     play = decode_node()
     play.add(prefilled("there", do_remote_prefill=True))

@@ -21,6 +21,10 @@ def refuse_what_never_fits(scheduler: Any, request: Any) -> None:
     """
     if scheduler.is_encoder_decoder or hasattr(scheduler.encoder_cache_manager, "overdraws"):
         return
+    params = request.kv_transfer_params
+    if scheduler.connector is not None and params and params.get("do_remote_prefill"):
+        # Its KV comes from another node, and nothing is encoded here.
+        return
     features = request.mm_features
     for index, feature in enumerate(features):
         needed = (feature, *sharing(features, index)[1])
