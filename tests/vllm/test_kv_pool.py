@@ -330,6 +330,61 @@ def test_a_pinned_session_that_goes_on_in_another_way_lets_go_of_what_it_had() -
     assert control.trim("unknown") == 0
 
 
+def two_prompts(engine: Engine) -> KVControl:
+    """Let a pinned session have a prompt, and then one that does not go on from there."""
+    control = KVControl(engine.pool)
+    control.pin("s")
+    served(engine, "long", (PROMPT, Media("old", 40), Text(1, 8)), session="s")
+    served(engine, "cut", (PROMPT, Media("new", 20), Text(2, 8)), session="s")
+    return control
+
+
+def test_a_trim_keeps_the_latest_prompt_while_the_session_answers_aside() -> None:
+    engine = Engine(100)
+    control = two_prompts(engine)
+    aside = request("aside", (PROMPT, Media("old", 40), Text(3, 8)), session="s aside")
+    engine.admit(aside)
+    for _ in range(2 * BLOCK):
+        assert engine.extend("aside")
+    assert control.trim("s") == 1
+    engine.pool.check_integrity()
+    (end,) = engine.pool.sessions.ends("s")
+    assert engine.pool.sessions.pinned(end)
+    assert sorted(items(engine)) == ["new", "old"]
+    assert engine.extend("aside", BLOCK)
+    control.release("s aside")
+    assert items(engine) == ["new"]
+    engine.finish("aside")
+    engine.pool.check_integrity()
+    control.release("s")
+    assert items(engine) == []
+
+
+def test_a_trim_keeps_the_latest_prompt_after_the_end_of_an_earlier_one_was_given_up() -> None:
+    engine = Engine(100)
+    control = two_prompts(engine)
+    old, new = engine.pool.sessions.ends("s")
+    engine.pool.let_go([old])
+    assert set(engine.pool.sessions.ends("s")) == {old.parent, new}
+    assert control.trim("s") == 1
+    engine.pool.check_integrity()
+    assert engine.pool.sessions.ends("s") == [new]
+    assert items(engine) == ["new"]
+
+
+def test_a_trim_keeps_the_latest_prompt_in_each_group_of_layers() -> None:
+    engine = Engine(200, window=12)
+    control = two_prompts(engine)
+    assert len(engine.pool.sessions.ends("s")) == 4
+    # An item counts once for each group.
+    assert control.trim("s") == 2
+    engine.pool.check_integrity()
+    ends = engine.pool.sessions.ends("s")
+    assert len(ends) == 2
+    assert all(engine.pool.sessions.pinned(end) for end in ends)
+    assert set(items(engine)) == {"new"}
+
+
 def test_a_pinned_session_may_have_more_prompts_than_are_remembered() -> None:
     engine = Engine(200)
     KVControl(engine.pool).pin("a")

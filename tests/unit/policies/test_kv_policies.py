@@ -96,46 +96,56 @@ def test_attention_makes_later_tokens_dearer() -> None:
 def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
     sessions: Sessions[int] = Sessions()
     pinned: set[str] = set()
-    ends: dict[str, list[int]] = {}
+    # By session, when the latest prompt came that ends in a piece.
+    ends: dict[str, dict[int, int]] = {}
     for _ in range(data.draw(st.integers(0, 60))):
         name = data.draw(st.sampled_from("abc"))
         action = data.draw(st.sampled_from(["use", "pin", "unpin", "trim", "release", "gone"]))
         piece = data.draw(st.integers(0, 6))
-        of_session = ends.get(name, [])
+        of_session = ends.get(name, {})
         if action == "use":
-            sessions.use(name, piece, [piece - 1])
-            left = [each for each in of_session if each not in (piece, piece - 1)]
-            # The order in which prompts got there does not change by coming back.
-            ends[name] = [*left, piece] if piece not in of_session else of_session
-            if piece in of_session:
-                ends[name] = [each for each in of_session if each != piece - 1]
+            # Prompts may be computed in another order than they came in, and pieces at once.
+            came_s = data.draw(st.integers(0, 3))
+            sessions.use(name, piece, [piece - 1, piece], came_s)
+            of_session = ends.setdefault(name, {})
+            of_session[piece] = max(came_s, of_session.get(piece, 0), of_session.pop(piece - 1, 0))
         elif action == "pin":
-            assert sessions.pin(name) == ends.setdefault(name, [])
+            assert set(sessions.pin(name)) == ends.setdefault(name, {}).keys()
             pinned.add(name)
         elif action == "unpin":
-            assert sessions.unpin(name) == (of_session if name in pinned else [])
+            assert set(sessions.unpin(name)) == (of_session.keys() if name in pinned else set())
             pinned.discard(name)
         elif action == "trim":
-            assert sessions.trim(name) == of_session[:-1]
+            latest = [one for one, at in of_session.items() if at == max(of_session.values())]
+            assert set(sessions.trim(name)) == of_session.keys() - set(latest)
             if name in ends:
-                ends[name] = of_session[-1:]
+                ends[name] = {one: of_session[one] for one in latest}
         elif action == "release":
-            assert sessions.release(name) == ends.pop(name, [])
+            assert set(sessions.release(name)) == ends.pop(name, {}).keys()
             pinned.discard(name)
         else:
             sessions.replace(piece, piece - 1 if piece else None)
-            for each, known in ends.items():
+            for known in ends.values():
                 if piece in known:
-                    known.remove(piece)
-                    if piece and piece - 1 not in known:
-                        known.append(piece - 1)
-                    ends[each] = known
+                    at = known.pop(piece)
+                    if piece:
+                        known[piece - 1] = max(known.get(piece - 1, 0), at)
         sessions.check_integrity()
         assert set("abc") & ends.keys() == {each for each in "abc" if each in sessions}
         for number in range(7):
             users = {each for each, known in ends.items() if number in known}
             assert sessions.ending(number) == users
             assert sessions.pinned(number) == bool(users & pinned)
+
+
+def test_of_too_many_prompts_the_one_that_came_first_is_forgotten() -> None:
+    sessions: Sessions[int] = Sessions()
+    for number in range(MAX_ENDS):
+        sessions.use("s", number, came_s=number)
+    # The session comes back to its first prompt, and the second one loses its end.
+    sessions.use("s", 0, came_s=MAX_ENDS)
+    sessions.replace(1, -1)
+    assert sessions.use("s", MAX_ENDS + 1, came_s=MAX_ENDS + 1) == -1
 
 
 def test_ids_and_prompts_that_clients_make_up_do_not_pile_up() -> None:

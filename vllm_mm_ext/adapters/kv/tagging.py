@@ -126,7 +126,7 @@ class Tagger:
         request = way.request
         if request.session_id is not None and way.piece is not None:
             session = session_key(request.session_id, request.cache_salt)
-            other = self._sessions.use(session, way.piece, way.passed)
+            other = self._sessions.use(session, way.piece, way.passed, request.arrival_time)
             if other is not None:
                 # The piece may be pinned no longer.
                 self._retention.settle(other)

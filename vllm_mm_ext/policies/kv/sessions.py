@@ -35,10 +35,13 @@ def session_key(session_id: str, cache_salt: str | None) -> str:
 
 @dataclass(slots=True)
 class _Session(Generic[T]):
-    """One conversation: the ends of its prompts that are cached, and whether it is pinned."""
+    """One conversation: whether it is pinned, and the ends of its prompts that are cached.
+
+    Of an end it is known when the latest prompt came that ends there.
+    """
 
     pinned: bool = False
-    ends: dict[T, None] = field(default_factory=dict)
+    ends: dict[T, float] = field(default_factory=dict)
 
 
 class Sessions(Generic[T]):
@@ -61,13 +64,16 @@ class Sessions(Generic[T]):
     def __len__(self) -> int:
         return len(self._live) + len(self._pinned)
 
-    def use(self, session_id: str, end: T, passed: Iterable[T] = ()) -> T | None:
+    def use(
+        self, session_id: str, end: T, passed: Iterable[T] = (), came_s: float = 0.0
+    ) -> T | None:
         """Note that a session's prompt reaches a piece.
 
         Args:
             session_id: The session.
             end: The piece.
             passed: Pieces of the prompt, where the session's prompt may have ended until now.
+            came_s: When the prompt came, in seconds on any clock.
 
         Returns:
             Another piece, if one of the session's other prompts is forgotten that ended there.
@@ -78,11 +84,13 @@ class Sessions(Generic[T]):
             self._live.move_to_end(session_id)
             self._forget_oldest()
         for piece in passed:
+            # A later prompt may be part of this one.
+            came_s = max(came_s, session.ends.get(piece, came_s))
             self._unlink(session_id, session, piece)
-        self._link(session_id, session, end)
+        self._link(session_id, session, end, came_s)
         if len(session.ends) <= MAX_ENDS:
             return None
-        oldest = next(iter(session.ends))
+        oldest = min(session.ends, key=session.ends.__getitem__)
         self._unlink(session_id, session, oldest)
         return oldest
 
@@ -124,11 +132,15 @@ class Sessions(Generic[T]):
         return ends
 
     def trim(self, session_id: str) -> list[T]:
-        """Forget where a session's prompts end, but for the latest; returns what is forgotten."""
+        """Forget where a session's prompts end, but for the latest; returns what is forgotten.
+
+        A prompt has several ends where groups of layers have KV blocks of their own.
+        """
         session = self._pinned.get(session_id) or self._live.get(session_id)
         if session is None:
             return []
-        forgotten = list(session.ends)[:-1]
+        latest_s = max(session.ends.values(), default=0.0)
+        forgotten = [end for end, came_s in session.ends.items() if came_s < latest_s]
         for end in forgotten:
             self._unlink(session_id, session, end)
         return forgotten
@@ -137,9 +149,10 @@ class Sessions(Generic[T]):
         """Note that a piece is no longer cached; prompts that ended there end before it."""
         for session_id in list(self._of_piece.get(piece, ())):
             session = self._pinned.get(session_id) or self._live[session_id]
+            came_s = session.ends[piece]
             self._unlink(session_id, session, piece)
             if before is not None:
-                self._link(session_id, session, before)
+                self._link(session_id, session, before, came_s)
 
     def clear_pieces(self) -> None:
         """Note that nothing is cached any more; sessions and pins go on."""
@@ -196,9 +209,10 @@ class Sessions(Generic[T]):
         if not self._pins[end]:
             del self._pins[end]
 
-    def _link(self, session_id: str, session: _Session[T], end: T) -> None:
-        if end not in session.ends:
-            session.ends[end] = None
+    def _link(self, session_id: str, session: _Session[T], end: T, came_s: float) -> None:
+        known_s = session.ends.get(end)
+        session.ends[end] = came_s if known_s is None else max(known_s, came_s)
+        if known_s is None:
             self._of_piece.setdefault(end, set()).add(session_id)
             if session.pinned:
                 self._count_pin(end, 1)
