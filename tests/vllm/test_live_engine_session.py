@@ -32,6 +32,7 @@ from vllm_mm_ext.adapters.serving.preprocessing import finished, looked_up, star
 from vllm_mm_ext.live.effects import Append, Respond, ResponseOptions, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Message, Prompt, Text
 from vllm_mm_ext.live.reasoning import Reasoning
+from vllm_mm_ext.policies.kv.sessions import session_key
 from vllm_mm_ext.request.context import current_request
 
 END = 7
@@ -45,6 +46,7 @@ class Client:
     """Answers each prompt with one token, whose chance is a quarter."""
 
     model_config = SimpleNamespace(max_model_len=100)
+    engine_core: Any
 
     def __init__(self) -> None:
         self.renderer = self
@@ -53,6 +55,7 @@ class Client:
         self.params: list[Any] = []
         self.adapters: list[Any] = []
         self.ranks: list[int | None] = []
+        self.sessions: list[str] = []
         self.salts: set[str] = set()
         # Prompts are answered as long as this is set.
         self.answers = asyncio.Event()
@@ -68,6 +71,7 @@ class Client:
         self.params.append(params)
         self.adapters.append(more["lora_request"])
         self.ranks.append(more["data_parallel_rank"])
+        self.sessions.append(more["session_id"])
         await self.answers.wait()
         logprobs = None
         if params.allowed_token_ids is not None:
@@ -269,6 +273,33 @@ async def test_kv_of_earlier_prompts_is_let_go_once_one_that_does_not_go_on_is_c
         assert await append() == ["prompt"]
         assert await append() == ["prompt", "trim"]
         await session.close()
+
+
+async def test_kv_of_answers_aside_is_known_apart_and_let_go_before_that_of_the_conversation() -> (
+    None
+):
+    asked: list[tuple[str, str]] = []
+
+    async def pool(_: str, action: str, key: str) -> int:
+        asked.append((action, key))
+        return 0
+
+    client, listener = Client(), Listener()
+    live = _live(client, SimpleNamespace(lora_requests={}))
+    client.engine_core.call_utility_async = pool
+    session = await live.open("one", listener)
+    for aside in (True, False):
+        session.respond(Respond("r", PROMPT, ResponseOptions(1, 0.0), aside=aside))
+        await listener.answered.get()
+    # The answer is not part of this prompt.
+    session.append(Append(PROMPT))
+    await listener.told.get()
+    await session.close()
+    assert client.sessions == ["one-aside", "one", "one"]
+    (salt,) = client.salts
+    talk, beside = session_key("one", salt), session_key("one-aside", salt)
+    trimmed = [("release", beside), ("trim", talk)]
+    assert asked == [("pin", talk), *trimmed, ("release", beside), ("release", talk)]
 
 
 class Writing(Client):

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.live.engine_parts import Engine, EngineListener
-from vllm_mm_ext.adapters.live.engine_session import EngineSession, new_salt
+from vllm_mm_ext.adapters.live.engine_session import EngineSession, aside_of, new_salt
 from vllm_mm_ext.adapters.live.families import UnsupportedModelError, family_of
 from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
 from vllm_mm_ext.adapters.live.refusals import UnknownModelError
@@ -154,6 +154,7 @@ class LiveEngine:
     async def _trim(self, session_id: str, salt: str) -> None:
         assert self._kv is not None
         try:
+            await self._kv.release(aside_of(session_id), salt)
             await self._kv.trim(session_id, salt)
         except Exception as error:
             logger.warning("mm_ext: old KV of a live session stays pinned: %s", error)
@@ -161,6 +162,8 @@ class LiveEngine:
     async def _release(self, session_id: str, salt: str) -> None:
         assert self._kv is not None
         try:
+            # First, as what comes before cached pieces is kept with them.
+            await self._kv.release(aside_of(session_id), salt)
             await self._kv.release(session_id, salt)
         except Exception as error:
             logger.warning("mm_ext: the KV of a live session is not released: %s", error)

@@ -56,6 +56,14 @@ def new_salt() -> str:
     return secrets.token_hex(16)
 
 
+def aside_of(session_id: str) -> str:
+    """The id under which the engine knows a session's answers aside.
+
+    So where their prompts end does not stand in for the end of the conversation.
+    """
+    return f"{session_id}-aside"
+
+
 class EngineSession:
     """Prompts of one session. All but ``close`` return at once; the listener is told the rest."""
 
@@ -309,7 +317,7 @@ class EngineSession:
                     f"live-{self._id}-{self._requests}",
                     lora_request=lora,
                     data_parallel_rank=self._rank,
-                    session_id=self._id,
+                    session_id=aside_of(self._id) if aside else self._id,
                 )
                 aborted = False
                 async for output in outputs:
