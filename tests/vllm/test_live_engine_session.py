@@ -15,31 +15,34 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import TokenizersBackend
 from vllm.exceptions import (
     GracefulHTTPError,
     MaxQueuedTokensError,
     QueueOverflowError,
     RetryableRequestError,
 )
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 from vllm_mm_ext.adapters.live import engine_session
 from vllm_mm_ext.adapters.live.engine import LiveEngine
 from vllm_mm_ext.adapters.live.engine_parts import Engine
 from vllm_mm_ext.adapters.live.engine_session import EngineSession, new_salt
+from vllm_mm_ext.adapters.live.served_template import reasoning_of
 from vllm_mm_ext.adapters.rendering_wrappers import Span
 from vllm_mm_ext.adapters.serving.cache_drift import LostInputsError
 from vllm_mm_ext.adapters.serving.preprocessing import finished, looked_up, started
 from vllm_mm_ext.live.effects import Append, Respond, ResponseOptions, TurnEnd, Usage
 from vllm_mm_ext.live.prompt import Message, Prompt, Text
-from vllm_mm_ext.live.reasoning import Reasoning
 from vllm_mm_ext.policies.kv.sessions import session_key
 from vllm_mm_ext.request.context import current_request
 
 END = 7
 PROMPT = Prompt((Message("user", (Text("one two three"),)),), open=True)
 CHAT = SimpleNamespace(default_sampling_params={}, override_max_tokens=None)
-THINK, THOUGHT, NEWLINE = 20, 21, 22
-REASONING = Reasoning(THINK, THOUGHT, False, lambda token: token == NEWLINE)
 
 
 class Client:
@@ -142,7 +145,7 @@ def _session(
     chat: Any = CHAT,
     remembers: bool = False,
 ) -> EngineSession:
-    engine: Any = Engine(client, chat, Maker(), threads, REASONING, remembers)  # type: ignore[arg-type]
+    engine: Any = Engine(client, chat, Maker(), threads, None, remembers)  # type: ignore[arg-type]
     return EngineSession(engine, "one", listener, _base_model, None, new_salt(), _nothing, leave)
 
 
@@ -302,35 +305,55 @@ async def test_kv_of_answers_aside_is_known_apart_and_let_go_before_that_of_the_
     assert asked == [("pin", talk), *trimmed, ("release", beside), ("release", talk)]
 
 
+def _tokenizer(*, special: bool) -> TokenizersBackend:
+    """A tokenizer with tokens around reasoning, which may be special ones, as the last one is."""
+    words = ("[UNK]", "Let me", " see.", "It", " is.", "\n", "\n\n")
+    raw = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "[UNK]"))
+    raw.decoder = Fuse()
+    raw.add_tokens([AddedToken(mark, special=special) for mark in ("<think>", "</think>")])
+    raw.add_special_tokens(["<end>"])
+    return TokenizersBackend(tokenizer_object=raw)
+
+
 class Writing(Client):
-    """Answers each prompt with these tokens and texts, so many at a time."""
+    """Answers each prompt with these tokens, so many at a time; vLLM makes them into text."""
 
-    def __init__(self, words: list[tuple[int, str]], at_once: int) -> None:
+    def __init__(self, tokenizer: TokenizersBackend, ids: list[int], at_once: int) -> None:
         super().__init__()
-        self.words, self.at_once = words, at_once
+        self.tokenizer, self.ids, self.at_once = tokenizer, ids, at_once
 
-    async def generate(self, prompt: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
-        for first in range(0, len(self.words), self.at_once):
-            some = self.words[first : first + self.at_once]
-            ends = first + self.at_once >= len(self.words)
+    async def generate(self, prompt: Any, params: Any, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        asked = prompt["prompt_token_ids"]
+        request: Any = SimpleNamespace(
+            request_id="r", prompt_token_ids=asked, sampling_params=params
+        )
+        detokenizer = IncrementalDetokenizer.from_new_request(self.tokenizer, request)
+        for first in range(0, len(self.ids), self.at_once):
+            some = self.ids[first : first + self.at_once]
+            ends = first + self.at_once >= len(self.ids)
+            detokenizer.update(some, ends)
             part = SimpleNamespace(
-                token_ids=[token for token, _ in some],
-                text="".join(text for _, text in some),
+                token_ids=some,
+                text=detokenizer.get_next_output_text(ends, delta=True),
                 finish_reason="stop" if ends else None,
             )
-            ids = prompt["prompt_token_ids"]
-            yield SimpleNamespace(prompt_token_ids=ids, num_cached_tokens=2, outputs=[part])
+            yield SimpleNamespace(prompt_token_ids=asked, num_cached_tokens=2, outputs=[part])
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 9])
 @pytest.mark.parametrize("begun", [False, True])
-async def test_the_reasoning_before_an_answer_is_left_out(begun: bool, at_once: int) -> None:
-    thought = [(1, "Let me"), (2, " see."), (THOUGHT, "</think>"), (NEWLINE, "\n\n")]
-    answer = [(3, "It"), (4, " is."), (NEWLINE, "\n"), (END, "")]
-    words = [*([] if begun else [(THINK, "<think>")]), *thought, *answer]
-    client, listener = Writing(words, at_once), Listener()
+@pytest.mark.parametrize("special", [False, True])
+async def test_the_reasoning_before_an_answer_is_left_out(
+    special: bool, begun: bool, at_once: int
+) -> None:
+    tokenizer = _tokenizer(special=special)
+    written = "" if begun else "<think>"
+    ids = [*tokenizer.encode(written), 1, 2, *tokenizer.encode("</think>"), 6, 3, 4, 5]
+    ids += tokenizer.encode("<end>")
+    client, listener = Writing(tokenizer, ids, at_once), Listener()
     with ThreadPoolExecutor(1) as threads:
-        reasoning = replace(REASONING, begun=begun)
+        reasoning = reasoning_of(tokenizer, begun=begun)
+        assert reasoning is not None
         engine: Any = Engine(client, CHAT, Maker(), threads, reasoning)  # type: ignore[arg-type]
         session = EngineSession(
             engine, "one", listener, _base_model, None, new_salt(), _nothing, _nothing
@@ -338,8 +361,8 @@ async def test_the_reasoning_before_an_answer_is_left_out(begun: bool, at_once: 
         session.respond(Respond("one", PROMPT, ResponseOptions(9, 0.0)))
         await listener.answered.get()
         await session.close()
-    assert (listener.token_ids, listener.text) == ((3, 4, NEWLINE), "It is.\n")
-    assert listener.output_tokens == len(words)
+    assert (listener.token_ids, listener.text) == ((3, 4, 5), "It is.\n")
+    assert listener.output_tokens == len(ids)
 
 
 async def test_an_append_waits_for_the_one_before_it_and_takes_the_place_of_one_that_waits() -> (

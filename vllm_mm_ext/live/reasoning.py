@@ -19,12 +19,14 @@ class Reasoning:
     Attributes:
         begin: The token ``BEGIN``.
         end: The token ``END``.
+        special: The tokens are special ones, which vLLM leaves out of texts unless it is asked.
         begun: Prompts end with ``BEGIN``, so what the model writes first is reasoning.
         is_newline: Whether a token is line breaks alone.
     """
 
     begin: int
     end: int
+    special: bool
     begun: bool
     is_newline: Callable[[int], bool]
 

@@ -236,7 +236,8 @@ class EngineSession:
         if options.temperature is not None:
             chosen["temperature"] = options.temperature
         banned = engine.maker.family.token_ids
-        answer = None if engine.reasoning is None else AnswerOnly(engine.reasoning)
+        reasoning = engine.reasoning
+        answer = None if reasoning is None else AnswerOnly(reasoning)
 
         def params(prompt_tokens: int) -> Any:
             return SamplingParams(
@@ -250,6 +251,8 @@ class EngineSession:
                 ),
                 logit_bias=dict.fromkeys(banned.values(), _NEVER),
                 output_kind=RequestOutputKind.DELTA,
+                # Where the reasoning ends is looked for in the text, too.
+                skip_special_tokens=reasoning is None or not reasoning.special,
             )
 
         usage: Usage | None = None

@@ -67,7 +67,11 @@ def reasoning_of(tokenizer: Any, *, begun: bool) -> Reasoning | None:
     known = [tokenizer.decode(ids).strip() for ids in (begin, end)] == [BEGIN, END]
     if known and len(begin) == len(end) == 1:
         return Reasoning(
-            begin[0], end[0], begun, lambda token: not tokenizer.decode([token]).strip("\n")
+            begin[0],
+            end[0],
+            not tokenizer.decode(end, skip_special_tokens=True),
+            begun,
+            lambda token: not tokenizer.decode([token]).strip("\n"),
         )
     if begun:
         raise TemplateError(
