@@ -73,6 +73,7 @@ LIVE_ENGINE_NAMES: tuple[Checked, ...] = (
         "vllm.sampling_params:SamplingParams",
         (
             "allowed_token_ids",
+            "detokenize",
             "frequency_penalty",
             "logit_bias",
             "logprobs",
@@ -81,6 +82,7 @@ LIVE_ENGINE_NAMES: tuple[Checked, ...] = (
             "output_kind",
             "presence_penalty",
             "repetition_penalty",
+            "skip_special_tokens",
             "temperature",
             "top_k",
             "top_p",
