@@ -62,7 +62,7 @@ async def use_media(
 
     started = time.perf_counter()
     try:
-        # A file may also change while it is resolved, which can mean a wait for the media budget.
+        # A file may also change while it is resolved, since it is read then.
         if content is None:
             content = await resolve()
         fetched = time.perf_counter()

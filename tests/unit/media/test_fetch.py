@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import itertools
 import math
 import os
 import resource
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pybase64
@@ -737,33 +739,57 @@ class TestFile:
             await ref.open()
 
     @pytest.mark.usefixtures("settled")
-    @pytest.mark.parametrize("change", ["grows", "is renamed", "is rewritten", "shrinks"])
+    @pytest.mark.parametrize(
+        ("change", "delivered"),
+        [
+            ("grows", True),
+            ("is renamed", True),
+            ("is rewritten alike", True),
+            ("is rewritten", False),
+            ("is rewritten larger", False),
+            ("is rewritten, and its time restored", False),
+            ("shrinks", False),
+            ("is cut before it is read", False),
+        ],
+    )
     async def test_a_file_that_changes_while_it_is_read_is_delivered_as_it_was_or_not(
         self,
         tmp_path: Path,
         make_fetcher: MakeFetcher,
         monkeypatch: pytest.MonkeyPatch,
         change: str,
+        delivered: bool,
     ) -> None:
         path = tmp_path / "a"
         path.write_bytes(BODY)
         os.utime(path, ns=(0, 0))
         reading = file_source.read_blob
+        rewritten = {
+            "is rewritten alike": BODY,
+            "is rewritten": b"x" * len(BODY),
+            "is rewritten larger": b"x" * (len(BODY) + 1),
+            "is rewritten, and its time restored": b"x" * len(BODY),
+            "shrinks": BODY[1:],
+        }
 
         def changing(fd: int, size: int, stop: threading.Event) -> Blob:
             if change == "grows":
                 with path.open("ab") as file:
                     file.write(b"more")
+            if change == "is cut before it is read":
+                os.truncate(path, 1)
             blob = reading(fd, size, stop)
             if change == "is renamed":
                 path.rename(path.with_name("b")).rename(path)
-            elif change in ("is rewritten", "shrinks"):
-                path.write_bytes(BODY if change == "is rewritten" else BODY[1:])
+            elif change in rewritten:
+                path.write_bytes(rewritten[change])
+                if "restored" in change:
+                    os.utime(path, ns=(0, 0))
             return blob
 
         monkeypatch.setattr(file_source, "read_blob", changing)
         fetcher = make_fetcher()
-        if change in ("is rewritten", "shrinks"):
+        if not delivered:
             with pytest.raises(MediaChangedError):
                 await get(fetcher, path.as_uri())
             return
@@ -771,6 +797,70 @@ class TestFile:
         monkeypatch.setattr(file_source, "read_blob", reading)
         # The digest is that of the bytes, not of a state that the file is in.
         assert (await get(fetcher, path.as_uri())).digest == digest_of(path.read_bytes())
+
+    @pytest.mark.parametrize("size", [5000, 1000, 10])
+    async def test_a_file_that_is_rewritten_while_the_media_budget_is_waited_for_is_the_new_one(
+        self, tmp_path: Path, size: int
+    ) -> None:
+        path, budget = tmp_path / "a", MediaBudget(10_000)
+        path.write_bytes(b"a" * 1000)
+        first, second = budget.claim(), budget.claim()
+        lease = await first.acquire(9_500)
+        source = FileSource(tmp_path, max_bytes=None)
+        reading = asyncio.create_task(
+            source.fetch(path, timeout_s=1.0, max_bytes=None, load=True, claim=second)
+        )
+        while not budget.stats()["waiting"]:
+            await asyncio.sleep(0.001)
+        path.write_bytes(b"b" * size)
+        lease.release()
+        fetched = await reading
+        assert fetched.blob is not None
+        assert fetched.blob.read() == b"b" * size
+        assert budget.used == size
+
+    async def test_a_file_that_grew_past_the_limit_while_it_waited_is_too_large(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, budget = tmp_path / "a", MediaBudget(10_000)
+        path.write_bytes(b"a" * 1000)
+        source = FileSource(tmp_path, max_bytes=2000)
+        look = source._look
+
+        def looking(*asked: Any) -> Any:
+            found = look(*asked)
+            path.write_bytes(b"b" * 2001)
+            return found
+
+        monkeypatch.setattr(source, "_look", looking)
+        with pytest.raises(MediaTooLargeError):
+            await source.fetch(path, timeout_s=1.0, max_bytes=None, load=True, claim=budget.claim())
+        assert budget.used == 0
+
+    async def test_a_recording_in_progress_is_served_as_far_as_it_goes(
+        self, tmp_path: Path, make_fetcher: MakeFetcher
+    ) -> None:
+        path, ended = tmp_path / "a", threading.Event()
+        path.write_bytes(BODY)
+
+        def record() -> None:
+            with path.open("ab", buffering=0) as file:
+                for number in itertools.count():
+                    if ended.is_set():
+                        return
+                    file.write(number.to_bytes(8))
+
+        recording = threading.Thread(target=record)
+        recording.start()
+        try:
+            fetcher = make_fetcher()
+            blobs = [await (await get(fetcher, path.as_uri())).open() for _ in range(10)]
+        finally:
+            ended.set()
+            recording.join()
+        whole, sizes = path.read_bytes(), [blob.size for blob in blobs]
+        assert sizes == sorted(sizes)
+        assert all(whole.startswith(blob.read()) for blob in blobs)
 
     async def test_later_change_does_not_reach_what_was_read(
         self, tmp_path: Path, make_fetcher: MakeFetcher

@@ -8,17 +8,19 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import url2pathname
 
+from blake3 import blake3
 from cachetools import LRUCache
 from urllib3.util import parse_url
 
 from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError, no_room
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
 from vllm_mm_ext.media.fetch.byte_gate import Claim
+from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.source import Fetched, MediaChangedError, tighter
 
 _FLAG = "--allowed-local-media-path"
@@ -53,16 +55,6 @@ class FileIdentity(NamedTuple):
     def is_settled(self, now_ns: int) -> bool:
         """Return whether every change made at or after ``now_ns`` will change the identity."""
         return now_ns - max(self.mtime_ns, self.ctime_ns) > _RACY_NS
-
-    def goes_on_in(self, later: FileIdentity) -> bool:
-        """Return whether the file still begins with the same bytes in a later state.
-
-        That is so where the file has grown, as a recording in progress does, and where no more than
-        its rights or its name changed.
-        """
-        is_same_file = (self.device, self.inode) == (later.device, later.inode)
-        unchanged = (self.size, self.mtime_ns) == (later.size, later.mtime_ns)
-        return is_same_file and (unchanged or later.size > self.size)
 
 
 class FileSource:
@@ -123,14 +115,18 @@ class FileSource:
         lease = await claim.acquire(found.size)
         stop = threading.Event()
         try:
-            blob = await asyncio.to_thread(self._read, location, found, stop)
-            blob.hold(lease)
+            # The file may have grown while the budget was waited for, and grows on if something is
+            # being recorded to it.
+            while isinstance(read := await self._reading(location, limit, lease, stop), int):
+                if not claim.grow(lease, read - lease.num_bytes, spare=_READ_CHUNK):
+                    raise _changed()
+            read.hold(lease)
         except BaseException:
             lease.release()
             raise
         finally:
             stop.set()  # If this task was cancelled, the thread ends at its next chunk.
-        return Fetched.of(blob)
+        return Fetched.of(read)
 
     def forget(self, digests: Collection[str]) -> None:
         """Forget the files whose content has one of these digests."""
@@ -154,23 +150,38 @@ class FileSource:
                 return Fetched(digest, identity.size, None)
         return identity
 
-    def _read(self, path: Path, identity: FileIdentity, stop: threading.Event) -> Blob:
-        """The bytes that the file had when it was looked at, if it still has them."""
+    async def _reading(
+        self, path: Path, max_bytes: int | None, lease: Lease, stop: threading.Event
+    ) -> Blob | int:
+        return await asyncio.to_thread(self._read, path, max_bytes, lease.num_bytes, stop)
+
+    def _read(
+        self, path: Path, max_bytes: int | None, room: int, stop: threading.Event
+    ) -> Blob | int:
+        """The bytes that the file has when it is opened; their number where it is above ``room``.
+
+        Raises:
+            MediaChangedError: Some of them changed before all were read.
+        """
         fd = self._open(path)
         try:
             started_ns = time.time_ns()
-            blob = read_blob(fd, identity.size, stop)
+            before = FileIdentity.of(os.fstat(fd))
+            check_size(before.size, max_bytes, "The file")
+            if before.size > room:
+                return before.size
+            blob = read_blob(fd, before.size, stop)
             after = FileIdentity.of(os.fstat(fd))
-            if not identity.goes_on_in(after):
-                raise MediaChangedError("The file changed while it was read; send it again.")
+            if after != before and not _begins_with(fd, before.size, blob, stop):
+                raise _changed()
         except OSError as error:
             raise UnreachableMediaError(f"The file cannot be read: {error.strerror}.") from None
         finally:
             os.close(fd)
         with self._lock:
             self.counts["file_reads"] += 1
-            if after == identity and identity.is_settled(started_ns):
-                self._known[identity] = blob.digest
+            if after == before and before.is_settled(started_ns):
+                self._known[before] = blob.digest
         return blob
 
     def _open(self, path: Path) -> int:
@@ -202,7 +213,7 @@ class FileSource:
 
 
 def read_blob(fd: int, size: int, stop: threading.Event) -> Blob:
-    """Copy an open file from its current offset into memory.
+    """Copy the beginning of an open file into memory.
 
     Args:
         fd: Descriptor open for reading.
@@ -213,8 +224,35 @@ def read_blob(fd: int, size: int, stop: threading.Event) -> Blob:
         OSError: The file cannot be read.
     """
     with BlobWriter() as writer:
-        while chunk := os.read(fd, min(_READ_CHUNK, size - writer.size)):
-            if stop.is_set():
-                raise asyncio.CancelledError
+        for chunk in _chunks(fd, size, stop):
             writer.append(chunk)
         return writer.finish()
+
+
+def _begins_with(fd: int, size: int, blob: Blob, stop: threading.Event) -> bool:
+    """Whether a blob is still the first ``size`` bytes of a file that changed while it was read.
+
+    That is so of a recording in progress, and where no more than rights or a name changed. A file
+    that somebody writes anew may grow as well.
+    """
+    if blob.size != size:
+        return False
+    digest = blake3()
+    for chunk in _chunks(fd, size, stop):
+        digest.update(chunk)
+    return bool(digest.hexdigest() == blob.digest)
+
+
+def _chunks(fd: int, size: int, stop: threading.Event) -> Iterator[bytes]:
+    """The first ``size`` bytes of an open file, or all where it has fewer."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    left = size
+    while chunk := os.read(fd, min(_READ_CHUNK, left)):
+        if stop.is_set():
+            raise asyncio.CancelledError
+        left -= len(chunk)
+        yield chunk
+
+
+def _changed() -> MediaChangedError:
+    return MediaChangedError("The file changed while it was read; send it again.")
