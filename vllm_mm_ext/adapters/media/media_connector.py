@@ -25,14 +25,13 @@ from vllm_mm_ext.adapters.media.noted_media import (
     take_pictures,
 )
 from vllm_mm_ext.adapters.media.request_budgets import charge_request, charge_request_async
-from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_for
+from vllm_mm_ext.adapters.media.video_kwargs import read_video_kwargs, sampling_for, spec_for
 from vllm_mm_ext.adapters.runtime import Runtime, runtime_of
 from vllm_mm_ext.adapters.sight.stage_notes import note_use
-from vllm_mm_ext.config.media_settings import SamplingConfig
 from vllm_mm_ext.media.fetch.data_url import is_jpeg_sequence, padded, plain_base64, split_data_url
 from vllm_mm_ext.media.fetch.fetcher import MediaFetcher, MediaRef
 from vllm_mm_ext.media.frontend import AudioResult, VideoResult
-from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SamplingSpec, SizeRule
+from vllm_mm_ext.media.types import FrameSelection, MediaInfo, SizeRule
 from vllm_mm_ext.media.use_media import MediaUse, use_media
 from vllm_mm_ext.media.video_plan import VideoPlan
 from vllm_mm_ext.request.context import RequestContext, current_request
@@ -350,26 +349,6 @@ def _note(
         # The file of a long video was counted when it was surveyed; its windows are parts of it.
         size = used.content.size if context.span is None else 0
         runtime.recorder.delivered(item, result.codec, size)
-
-
-def spec_for(sampling: SamplingConfig, frame_multiple: int) -> SamplingSpec:
-    """The sampling a decode worker is asked for.
-
-    Args:
-        sampling: Settings in force. For ``stock`` they do not count: its indices follow from the
-            probe.
-        frame_multiple: Frame counts are rounded down to this.
-    """
-    return SamplingSpec(
-        policy="uniform" if sampling.policy == "stock" else sampling.policy,
-        fps=sampling.fps,
-        max_frames=sampling.max_frames,
-        min_frames=sampling.min_frames,
-        min_fps=sampling.min_fps,
-        max_fps=sampling.max_fps,
-        multiple_of=frame_multiple,
-        video_stream=sampling.video_stream,
-    )
 
 
 def metadata_of(info: MediaInfo, selection: FrameSelection, digest: str) -> dict[str, Any]:

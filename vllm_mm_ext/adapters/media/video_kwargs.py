@@ -1,4 +1,4 @@
-"""``media_io_kwargs.video`` as ``video_backend: mm_ext`` understands it."""
+"""``media_io_kwargs.video`` as ``video_backend: mm_ext`` understands it, and what follows of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vllm_mm_ext.config.media_settings import SamplingConfig
 from vllm_mm_ext.config.schema import problems
 from vllm_mm_ext.errors import MediaError
+from vllm_mm_ext.media.types import SamplingSpec
 
 KEY = "media_io_kwargs.video"
 
@@ -101,4 +102,24 @@ def sampling_for(config: SamplingConfig, kwargs: VideoKwargs) -> SamplingConfig:
         ceiling = min(ceiling, max(1, int(kwargs.max_duration * fps)))
     return config.model_copy(
         update={"fps": fps, "max_frames": ceiling, "min_frames": min(floor, ceiling)}
+    )
+
+
+def spec_for(sampling: SamplingConfig, frame_multiple: int) -> SamplingSpec:
+    """The sampling a decode worker is asked for.
+
+    Args:
+        sampling: Settings in force. For ``stock`` they do not count: its indices follow from the
+            probe.
+        frame_multiple: Frame counts are rounded down to this.
+    """
+    return SamplingSpec(
+        policy="uniform" if sampling.policy == "stock" else sampling.policy,
+        fps=sampling.fps,
+        max_frames=sampling.max_frames,
+        min_frames=sampling.min_frames,
+        min_fps=sampling.min_fps,
+        max_fps=sampling.max_fps,
+        multiple_of=frame_multiple,
+        video_stream=sampling.video_stream,
     )

@@ -15,12 +15,13 @@ from vllm.multimodal.video import VideoLoader
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
-from vllm_mm_ext.adapters.media.media_connector import VIDEO_KEYS, metadata_of, spec_for
+from vllm_mm_ext.adapters.media.media_connector import VIDEO_KEYS, metadata_of
 from vllm_mm_ext.adapters.media.video_kwargs import (
     CODEC_KEYS,
     VideoOptionError,
     read_video_kwargs,
     sampling_for,
+    spec_for,
 )
 from vllm_mm_ext.adapters.runtime import current_runtime
 from vllm_mm_ext.config.root import MMExtConfig

@@ -16,6 +16,7 @@ from vllm_mm_ext.media.audio.conversion import Packer
 from vllm_mm_ext.media.audio.downmix import to_mono
 from vllm_mm_ext.media.audio.sound_placement import Clock, FileOrder, Piece, place
 from vllm_mm_ext.media.audio.sound_reader import SoundReader
+from vllm_mm_ext.media.decode.container import NO_INDEX, TIMES_RESTART
 from vllm_mm_ext.media.types import AudioNote, AudioStream, DecodeLimits
 
 # The highest rate of sampled sound in use (DXD is half of it). A header may claim any.
@@ -23,9 +24,8 @@ MAX_SAMPLE_RATE = 768_000
 # One window of the log-mel transform that all families begin with. From less, Qwen2.5-Omni makes no
 # token, and Qwen3-Omni's audio encoder fails.
 MIN_AUDIO_S = 0.025
-# FFmpeg's flags of formats whose timestamps may start anew (AVFMT_TS_DISCONT), and of those without
-# an index (AVFMT_GENERIC_INDEX), of which files are joined as they are.
-_RESTARTS = 0x200 | 0x100
+# Files without an index are joined as they are.
+_RESTARTS = TIMES_RESTART | NO_INDEX
 # Of one float32 sample, as which every format is delivered.
 _SAMPLE_BYTES = 4
 # Sound decoded beyond the end, in seconds, before decoding stops. Where recordings were joined, it

@@ -20,6 +20,9 @@ _FORMATS = (
     "eac3,dts,aiff,caf,amr,amrnb,amrwb,au,ape,tta,wv,tak,tta,truehd,voc,mpc,mpc8,spdif,gsm"
 )
 _PROTOCOLS = "file"
+# FFmpeg's flags of formats whose timestamps may start anew, and of those without an index.
+TIMES_RESTART = 0x200
+NO_INDEX = 0x100
 
 
 @contextmanager

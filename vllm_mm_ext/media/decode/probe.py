@@ -25,7 +25,7 @@ from vllm_mm_ext.media.decode.clock import (
     players_delays,
     read_clock,
 )
-from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.container import TIMES_RESTART, open_container
 from vllm_mm_ext.media.decode.geometry import displayed
 from vllm_mm_ext.media.decode.packets import Packets, read_beside, read_packets
 from vllm_mm_ext.media.decode.pictures import HIDDEN, SECOND_FIELD
@@ -51,8 +51,6 @@ from vllm_mm_ext.media.types import (
 # The format whose headers hold the length of a stream; of others FFmpeg may estimate it, or they
 # tell the end of it.
 _TELLS_LENGTH = "mov"
-# FFmpeg's flag of formats whose clock may jump.
-_MAY_JUMP = 0x200
 # Gives the video streams of an open container to try, the best first; None stands for sound alone.
 Choose = Callable[[InputContainer], list[int | None]]
 
@@ -239,7 +237,7 @@ def _clock(
         float(rates[0]) if rates else 0.0,
         rates,
         from_key=bool(is_key[places[0]]),
-        may_jump=bool(container.format.flags & _MAY_JUMP),
+        may_jump=bool(container.format.flags & TIMES_RESTART),
         beside=None if sound is None else beside,
     )
     order = places[clock.order]

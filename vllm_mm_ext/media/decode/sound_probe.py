@@ -16,13 +16,11 @@ from vllm_mm_ext.errors import UnreadableMediaError
 from vllm_mm_ext.media.audio.audio_decoder import codec_of
 from vllm_mm_ext.media.audio.audio_streams import describe_audio, is_unknown
 from vllm_mm_ext.media.audio.sound_placement import STEP_AHEAD_S
-from vllm_mm_ext.media.decode.container import open_container
+from vllm_mm_ext.media.decode.container import NO_INDEX, open_container
 from vllm_mm_ext.media.decode.packets import MAX_PACKETS, demux
 from vllm_mm_ext.media.decode.streams import container_start, video_streams
 from vllm_mm_ext.media.types import DecodeLimits, MediaInfo
 
-# FFmpeg's flag of formats that have no index.
-_NO_INDEX = 0x100
 # How pages of Ogg begin: the first one of a stream, and one that goes on with it.
 _OGG_BEGIN, _OGG_DATA = b"OggS\0\2", b"OggS\0\0"
 _BLOCK = 1 << 20
@@ -64,9 +62,10 @@ def sound_alone(container: InputContainer, path: str) -> MediaInfo:
     """
     film = next(iter(video_streams(container)), None)
     sounds = describe_audio(container, container_start(container), film)
-    if sounds and sounds[0].estimated and container.format.flags & _NO_INDEX:
-        # FFmpeg estimates the length from the bit rate; to read the packets tells it. Of Ogg FFmpeg
-        # knows the end of the last file, which is the length of one that begins at 0.
+    if sounds and sounds[0].estimated and container.format.flags & NO_INDEX:
+        # The format has no index, so FFmpeg estimates the length from the bit rate; to read the
+        # packets tells it. Of Ogg FFmpeg knows the end of the last file, which is the length of one
+        # that begins at 0.
         seconds, start = sounds[0].duration, sounds[0].start
         is_whole = container.format.name == "ogg" and seconds > 0 and abs(start) <= _BEGINS_S
         if not is_whole or _is_joined(path):
