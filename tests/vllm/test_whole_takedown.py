@@ -33,7 +33,7 @@ from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.sight.request_log import RequestLog
 from vllm_mm_ext.sight.running_requests import RunningRequests
 
-URL, DIGEST = "http://host/clip.mp4", "ab" * 32
+URL, DIGEST, OTHER_DIGEST = "http://host/clip.mp4", "ab" * 32, "cd" * 32
 FILE, OTHER = "file#video0", "other#video0"
 
 
@@ -346,6 +346,50 @@ async def test_a_request_that_names_the_file_by_its_uuid_alone_is_ended(service:
     assert not other.taken_down
     assert not engine.outputs
     assert not service.known()
+
+
+@pytest.mark.parametrize(
+    ("uses", "is_ended"),
+    [
+        ([(DIGEST, OTHER_DIGEST), (OTHER_DIGEST,)], False),
+        ([(DIGEST, OTHER_DIGEST)], True),
+        ([(DIGEST,), (OTHER_DIGEST,)], True),
+    ],
+    ids=["of the other file", "of either file", "of both files, which have one uuid"],
+)
+async def test_a_request_that_names_an_item_by_its_uuid_is_ended_unless_another_file_became_it(
+    service: Service, monkeypatch: pytest.MonkeyPatch, uses: list[tuple[str, ...]], is_ended: bool
+) -> None:
+    engine, seen = service.engine, service.runtime.seen
+    assert seen is not None
+    service.note(FILE)
+    for digests in uses:
+        items = [MediaItem("video", f"http://host/{one}", digest=one) for one in digests]
+        seen.note_all(items, [], {OTHER})
+    engine.serve(request("first", items=[64], digest="file"))
+    engine.add(request("runs", items=[64], digest="other", prompt=3, answer=1000))
+    engine.step()
+    trace = RequestTrace(tokens={"video": 1}, named={OTHER})
+    running = service.running.begin("/v1/chat/completions", trace)
+    assert running is not None
+    # It has no task that would take its end for that of the test.
+    running.task = None
+    ending = running.end
+
+    def end() -> None:
+        ending()
+        engine.play.abort("runs")
+        engine.play.drain()
+        service.running.end(running, 0)
+
+    monkeypatch.setattr(running, "end", end)
+    done = await service.whole.take_down(None, DIGEST)
+    assert done["requests_ended"] == is_ended
+    # vLLM's own block pool can only be emptied as a whole, once nothing runs.
+    assert all(one.startswith("KV blocks") for one in done["left"])
+    assert running.taken_down == is_ended
+    # The file itself is gone in any case.
+    assert {*engine.outputs} == (set() if is_ended else {OTHER})
 
 
 async def test_a_file_is_not_forgotten_while_a_request_that_found_it_by_its_uuid_goes_on(

@@ -160,6 +160,12 @@ class RunningRequests:
             *(one.trace.hashes for one in self._running.values() if not one.taken_down)
         )
 
+    def named(self) -> set[str]:
+        """vLLM's hashes of the mm items that these requests name by their `uuid` alone."""
+        return set[str]().union(
+            *(one.trace.named for one in self._running.values() if not one.taken_down)
+        )
+
     def naming(self, hashes: Collection[str]) -> int:
         """Number of requests that name some mm items by their `uuid` alone, and go on.
 
@@ -192,7 +198,7 @@ class RunningRequests:
         Args:
             digests: Of the files.
             urls: Of the files.
-            hashes: vLLM's hashes of the mm items of requests with the files.
+            hashes: vLLM's hashes of the mm items that may have been made of the files.
             timeout_s: Seconds to wait for requests to end, or to know their media.
 
         Returns:

@@ -138,6 +138,24 @@ class SeenMedia:
             known = (self._media[digest] for digest in digests if digest in self._media)
             return {one for medium in known for use in medium.uses for one in use.hashes}
 
+    def made_of(self, digests: Collection[str], hashes: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Which of some mm items were made of these files, and which of others, as requests tell.
+
+        Args:
+            digests: Of the files.
+            hashes: vLLM's hashes of the items.
+
+        Returns:
+            The items that a request had which used these files alone, and those that a request had
+            which used none of them. A client may give one `uuid` to several files: then an item is
+            among both.
+        """
+        files = frozenset(digests)
+        with self._lock:
+            uses = [(one, use) for one in hashes for use in self._of_hash.get(one, ())]
+            own = {one for one, use in uses if use.digests <= files}
+            return own, {one for one, use in uses if use.digests.isdisjoint(files)}
+
     def medium_of(self, mm_hash: str, modality: str) -> Medium | None:
         """The file that an mm item was made of; None where it is not known for sure.
 

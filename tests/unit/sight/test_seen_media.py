@@ -124,6 +124,20 @@ def test_an_item_is_ascribed_to_a_file_where_only_one_can_be_it() -> None:
     assert seen.medium_of("other", "video") is None
 
 
+def test_requests_tell_which_items_were_made_of_a_file_and_which_of_others() -> None:
+    seen = SeenMedia()
+    for digests, hashes in (
+        (DIGESTS[:1], ["own", "named anew"]),
+        (DIGESTS[:2], ["own", "either", "other"]),
+        (DIGESTS[1:3], ["other"]),
+        (DIGESTS[2:3], ["named anew"]),
+    ):
+        seen.note_all([], [ImageItem("", digest) for digest in digests], hashes)
+    asked = ["own", "named anew", "either", "other", "unknown"]
+    assert seen.made_of(DIGESTS[:1], asked) == ({"own", "named anew"}, {"other", "named anew"})
+    assert seen.made_of(DIGESTS[:3], asked) == ({*asked} - {"unknown"}, set())
+
+
 def test_a_file_that_came_again_is_not_forgotten() -> None:
     seen = SeenMedia()
     for digest in DIGESTS[:2]:

@@ -65,6 +65,7 @@ class OwnPart:
             "record": self.record,
             "names": self.names,
             "media": self.media,
+            "made_of": self.made_of,
             "end": self.end,
             "clear": self.clear,
             "forget": self.forget,
@@ -124,6 +125,22 @@ class OwnPart:
             "hashes": sorted(hashes),
         }
 
+    async def made_of(self, digests: Collection[str], hashes: Collection[str]) -> dict[str, Any]:
+        """Which of some mm items were made of some files, and which of others.
+
+        Args:
+            digests: Of the files.
+            hashes: vLLM's hashes of the items.
+
+        Returns:
+            ``own`` and ``others``, as ``SeenMedia.made_of``. All items of a live session with one
+            of the files are its own.
+        """
+        own, others = self._seen.made_of(digests, hashes)
+        if self._live is not None:
+            own |= self._live.hashes_of(digests)
+        return {"own": sorted(own), "others": sorted(others)}
+
     async def end(
         self, digests: Collection[str], urls: Collection[str], hashes: Collection[str]
     ) -> dict[str, Any]:
@@ -132,7 +149,7 @@ class OwnPart:
         Args:
             digests: Of the files.
             urls: Of the files.
-            hashes: vLLM's hashes of the mm items of requests with the files.
+            hashes: vLLM's hashes of the mm items that may have been made of the files.
 
         Returns:
             Numbers of ``requests`` and ``sessions`` that were ended, and ``requests_left`` and
@@ -154,7 +171,11 @@ class OwnPart:
         }
 
     async def clear(
-        self, digests: Collection[str], urls: Collection[str], hashes: Collection[str]
+        self,
+        digests: Collection[str],
+        urls: Collection[str],
+        hashes: Collection[str],
+        others: Collection[str],
     ) -> dict[str, Any]:
         """Drop everything of some files from this process, its workers and its downloads.
 
@@ -163,10 +184,12 @@ class OwnPart:
             urls: Of the files.
             hashes: vLLM's hashes of the mm items of requests with the files. What a request that
                 is not about the files uses stays: it was made of another file.
+            others: Those of ``hashes`` that were made of other files for sure.
 
         Returns:
             The number of model inputs that were dropped, the hashes of what stays, and the number
-            of requests that go on with an item that they name by its uuid alone.
+            of requests that go on with an item that they name by its uuid alone and that may have
+            been made of the files.
         """
         runtime = runtime_of(self._renderer)
         await runtime.forget(frozenset(digests), urls)
@@ -174,11 +197,12 @@ class OwnPart:
             # The files came again meanwhile, and must not be forgotten.
             self._note(trace)
         in_use = self._running.hashes().intersection(hashes)
+        in_use |= self._running.named().intersection(others)
         drop = partial(drop_inputs, self._renderer.mm_processor_cache, {*hashes} - in_use)
         inputs = await on_processor_thread(self._renderer, drop)
         self._log.forget(digests, urls)
         # From now on no request finds the items by their uuid. One that did before goes on.
-        naming = self._running.naming(hashes)
+        naming = self._running.naming({*hashes}.difference(others))
         return {"inputs": inputs, "in_use": sorted(in_use), "requests_left": naming}
 
     async def forget(self, digests: Collection[str], before: float) -> None:

@@ -149,12 +149,13 @@ class WholeService:
 
     async def _take_down(self, url: str | None, digest: str | None) -> dict[str, Any]:
         names = await self._named(url, digest)
+        others = await self._of_others(names.digests, names.hashes)
         ended = await self._servers(
             "end",
             _TAKEDOWN_S,
             digests=sorted(names.digests),
             urls=sorted(names.urls),
-            hashes=sorted(names.hashes),
+            hashes=sorted(names.hashes - others),
         )
         before = time.monotonic()
         # What requests under way noted meanwhile.
@@ -162,10 +163,11 @@ class WholeService:
         digests, urls = sorted(names.digests | again.digests), sorted(names.urls | again.urls)
         hashes = sorted(names.hashes | again.hashes)
         known = bool(hashes or {*digests, *urls} - {digest, url})
+        others = await self._of_others(digests, hashes)
         cleared = await self._servers(
-            "clear", _TAKEDOWN_S, digests=digests, urls=urls, hashes=hashes
+            "clear", _TAKEDOWN_S, digests=digests, urls=urls, hashes=hashes, others=sorted(others)
         )
-        # What a request brought with other files was made of those.
+        # What a request uses that is about other files was made of those.
         hashes = sorted({*hashes}.difference(*(one["in_use"] for one in cleared)))
         # A pin of the file would go on with what its prompts had before the file.
         await self._keep(digests, (), keeps=False)
@@ -225,6 +227,12 @@ class WholeService:
         if url is not None:
             names.urls.add(url)
         return names
+
+    async def _of_others(self, digests: Collection[str], hashes: Collection[str]) -> set[str]:
+        """Those of some mm items that were made of other files than these for sure."""
+        found = await self._servers("made_of", digests=sorted(digests), hashes=sorted(hashes))
+        own, others = ({one for each in found for one in each[n]} for n in ("own", "others"))
+        return others - own
 
     async def _overview(self) -> dict[str, Any]:
         state = state_for(self._config)
