@@ -56,16 +56,18 @@ def test_bad_options_are_refused_with_option_value_and_what_is_valid(arguments, 
 
 
 @pytest.mark.parametrize(
-    ("given", "medium"),
+    ("family", "given", "medium"),
     [
-        ('{"max_pixels": "x"}', ("--image", 1)),
-        ('{"max_pixels": "x"}', ("--video", "2s:240p")),
-        ('{"max_pixels": 1}', ("--image", 1)),
+        ("qwen2_5_vl", '{"max_pixels": "x"}', ("--image", 1)),
+        ("qwen2_5_vl", '{"max_pixels": "x"}', ("--video", "2s:240p")),
+        ("qwen2_5_vl", '{"max_pixels": 1}', ("--image", 1)),
+        # vLLM warms the processor up with pictures as well.
+        ("qwen2_5_omni", '{"max_pixels": 1}', ("--audio", "2s")),
     ],
 )
-def test_processor_options_that_the_processor_fails_with_are_named(given, medium):
+def test_processor_options_that_the_processor_fails_with_are_named(family, given, medium):
     code, _, error = run(
-        *(checkpoint("qwen2_5_vl"), "--gpu", "cpu", "--host-gib", 8, *medium),
+        *(checkpoint(family), "--gpu", "cpu", "--host-gib", 8, *medium),
         *("--mm-processor-kwargs", given),
     )
     assert code == 2, error

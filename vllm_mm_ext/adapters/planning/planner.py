@@ -194,11 +194,12 @@ class Planner:
         limits = processor.info.get_supported_mm_limits()
         used = [kind for kind, media in kinds.items() if media and kind in limits]
         most = {}
-        if used:
-            counts = dict.fromkeys(used, 1)
-            with self.loaded.naming_kwargs():
+        with self.loaded.naming_kwargs():
+            if used:
+                counts = dict.fromkeys(used, 1)
                 found = processor.info.get_mm_max_tokens_per_item(config.max_model_len, counts)
-            most = dict(found or {})
+                most = dict(found or {})
+            warm_up = warm_up_bytes(self.loaded, used)
         return Server(
             segment_tokens=processor.segment_tokens,
             encoder_max_patches=self.settings.compression.encoder_max_patches,
@@ -207,7 +208,7 @@ class Planner:
             frame_multiple=traits.frame_multiple,
             hears_video=bool(traits.hears_video),
             largest_item=max((most[kind] for kind in used if kind in most), default=0),
-            warm_up=warm_up_bytes(self.loaded, used),
+            warm_up=warm_up,
             default_reduction=self.default_reduction,
         )
 
