@@ -33,6 +33,7 @@ from vllm_mm_ext.adapters.processors.composer_info import (
     default_reduction_of,
 )
 from vllm_mm_ext.adapters.processors.fields import KINDS, token_kinds
+from vllm_mm_ext.adapters.processors.segment_info import prunes_videos
 from vllm_mm_ext.adapters.processors.segment_items import part_of
 from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor
 from vllm_mm_ext.adapters.processors.sound_tracks import DigestAudioItems
@@ -132,7 +133,7 @@ class ComposerMultiModalProcessor(SegmentProcessor, _WithoutSegments):
                 f"compression.reduction = {self.default_reduction.key()!r}: the checkpoint was "
                 f"trained for {self.trained}"
             )
-        if info.ctx.get_mm_config().is_multimodal_pruning_enabled():
+        if prunes_videos(info.ctx):
             raise ValueError("a composer has no --video-pruning-rate; see compression.reduction")
 
     # --- layout -----------------------------------------------------------------------------------

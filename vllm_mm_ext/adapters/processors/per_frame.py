@@ -14,7 +14,7 @@ import torch
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.processors.model_traits import video_kwargs
-from vllm_mm_ext.adapters.processors.segment_info import cuts_videos
+from vllm_mm_ext.adapters.processors.segment_info import limits_items_to_segments
 from vllm_mm_ext.adapters.processors.segment_processor import SegmentProcessor
 from vllm_mm_ext.video.segments import VideoLayout, VideoSegment, VideoShape
 
@@ -31,7 +31,7 @@ class PerFrameInfo:
     def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
         """Frames of the largest video item; vLLM sizes and profiles its encoder cache by this."""
         stock: int = super().get_num_frames_with_most_features(seq_len, mm_counts)  # type: ignore[misc]
-        if not cuts_videos(self.ctx):
+        if not limits_items_to_segments(self.ctx):
             return stock
         target = vllm_compat.settings_of(self.ctx.model_config).segments.tokens
         rows, columns = self.frame_tokens()

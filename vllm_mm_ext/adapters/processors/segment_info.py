@@ -12,18 +12,26 @@ from vllm_mm_ext.adapters.processors.session_media import SessionInfo
 from vllm_mm_ext.video.track_pieces import AudioWindow
 
 
-def cuts_videos(ctx: Any) -> bool:
-    """Whether a server's videos are cut into segments.
+def prunes_videos(ctx: Any) -> bool:
+    """Whether vLLM prunes videos: it counts and places the tokens of whole ones.
 
     Args:
         ctx: vLLM's ``InputProcessingContext`` of the served model.
     """
-    config = ctx.get_mm_config()
-    # vLLM prunes whole videos. Where no video is allowed, it still takes embeddings of whole ones.
+    return bool(ctx.get_mm_config().is_multimodal_pruning_enabled())
+
+
+def limits_items_to_segments(ctx: Any) -> bool:
+    """Whether no video item that a server takes needs to be larger than a segment.
+
+    Args:
+        ctx: As for ``prunes_videos``.
+    """
+    # Where no video is allowed, vLLM still takes embeddings of whole ones.
     return (
         vllm_compat.settings_of(ctx.model_config).segments.tokens > 0
-        and not config.is_multimodal_pruning_enabled()
-        and config.get_limit_per_prompt("video") > 0
+        and not prunes_videos(ctx)
+        and ctx.get_mm_config().get_limit_per_prompt("video") > 0
     )
 
 
@@ -39,7 +47,7 @@ class SegmentInfo(SessionInfo):
         grid of the largest frames or, for a family that hears videos, all grids within one window
         of the audio encoder at the configured frame rates, with their sound.
         """
-        if not cuts_videos(self.ctx):
+        if not limits_items_to_segments(self.ctx):
             return None
         settings = vllm_compat.settings_of(self.ctx.model_config)
         target, grid = settings.segments.tokens, self._largest_grid()

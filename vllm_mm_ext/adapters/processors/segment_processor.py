@@ -23,6 +23,7 @@ from vllm_mm_ext.adapters.processors import fields
 from vllm_mm_ext.adapters.processors.large_requests import LargeRequestCache, is_large
 from vllm_mm_ext.adapters.processors.model_traits import video_kwargs
 from vllm_mm_ext.adapters.processors.recorded_items import RecordedItems
+from vllm_mm_ext.adapters.processors.segment_info import prunes_videos
 from vllm_mm_ext.adapters.processors.segment_items import (
     SegmentItems,
     frames_of,
@@ -113,8 +114,7 @@ class SegmentProcessor(RecordedItems):
 
     def splits(self, hf_kwargs: Mapping[str, object]) -> bool:
         """Whether videos of a request with these ``mm_processor_kwargs`` are split."""
-        # vLLM's own pruning counts and places the tokens of whole videos.
-        return not self.info.ctx.get_mm_config().is_multimodal_pruning_enabled()
+        return not prunes_videos(self.info.ctx)
 
     @property
     def hears_video(self) -> bool:
