@@ -1,4 +1,4 @@
-"""Planning where the server's set-up leaves videos to stock vLLM: nothing is counted or reduced."""
+"""Planning where the server's set-up or a request leaves videos to stock vLLM: none is reduced."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from front import Front, opened
+from front import CONTEXT, Front, Rendered, opened
 from vllm.exceptions import VLLMValidationError
 
+from vllm_mm_ext.adapters.processors.segment_info import largest_item
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_clip
 
@@ -25,6 +26,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_clip(folder / "short.mp4", duration=4, seed=1)
     make_clip(folder / "long.mp4", duration=20, seed=2)
     make_clip(folder / "heard.mp4", duration=4, seed=3, audio=[Tone(440, 0, 4)])
+    make_clip(folder / "heard_long.mp4", duration=30, seed=4, audio=[Tone(440, 0, 30)])
     return folder
 
 
@@ -61,6 +63,47 @@ def test_nothing_is_reduced_where_the_request_s_options_leave_a_video_whole(file
         assert video["reduction"]["pool"] == 1
         with pytest.raises(VLLMValidationError, match="mm_processor_kwargs, allows no token red"):
             made.render("heard.mp4", options={"reduction": {"pool": 2}}, **whole)
+
+
+def heard_whole(front: Front, name: str, options: dict[str, Any] | None = None) -> Rendered:
+    """A request whose options leave the named clip whole, with the clip's sound beside it."""
+    messages = front.messages(name)
+    url = (front.files / name).as_uri()
+    messages[0]["content"].append({"type": "audio_url", "audio_url": {"url": url}})
+    return front.render_messages(
+        messages, options, mm_processor_kwargs={"use_audio_in_video": True}
+    )
+
+
+def test_a_video_that_the_request_s_options_leave_whole_fits_the_context(files: Path) -> None:
+    arguments: dict[str, Any] = {
+        "model": str(checkpoint("qwen2_5_omni")),
+        "additional_config": {"mm_ext": CONFIG},
+        # With its cache, vLLM refuses a second request with the same sound and other frames.
+        "mm_processor_cache_gb": 0,
+    }
+    with opened(files, **arguments) as made:
+        whole = heard_whole(made, "heard_long.mp4")
+        assert whole.prompt_tokens < CONTEXT
+        assert "context" in {entry["why"] for entry in whole.videos[0]["lowered"]}
+        fewer = heard_whole(made, "heard_long.mp4", {"total_tokens": 1400})
+        assert fewer.trace.tokens["video"] + fewer.trace.tokens["audio"] <= 1400
+
+
+def test_a_video_that_the_request_s_options_leave_whole_fits_the_encoder_cache(
+    files: Path,
+) -> None:
+    arguments: dict[str, Any] = {
+        "model": str(checkpoint("qwen2_5_omni")),
+        "additional_config": {"mm_ext": CONFIG | {"segments": {"tokens": 64}}},
+        "max_model_len": 2 * CONTEXT,
+        "max_num_batched_tokens": 512,
+    }
+    with opened(files, **arguments) as made:
+        most = largest_item(made.renderer.config, made.renderer.mm_processor.info)
+        whole = heard_whole(made, "heard_long.mp4")
+        assert whole.video_tokens <= most
+        assert "limit" in {entry["why"] for entry in whole.videos[0]["lowered"]}
 
 
 @pytest.mark.parametrize(

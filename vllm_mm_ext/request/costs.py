@@ -86,6 +86,8 @@ class FrontendCosts:
         processor: vLLM's multimodal processor of the model.
         traits: What the model wants from the front-end.
         limits: The front-end's limits; sound longer than ``max_audio_s`` is cut.
+        cut: The request lets the processor cut its videos into segments. Whole videos have about
+            the tokens of their segments.
 
     The processor counts tokens with its tokenizer, which vLLM uses on one thread only. So call
     ``knows_tokens`` and ``tokens`` on that thread (``rendering_wrappers.on_processor_thread``).
@@ -97,10 +99,13 @@ class FrontendCosts:
         processor: Any,
         traits: ModelTraits,
         limits: DecodeLimits,
+        *,
+        cut: bool = True,
     ) -> None:
         self._videos = videos
         self._traits = traits
         self._limits = limits
+        self._cut = cut
         self._count = getattr(processor, "video_tokens", None)
         self._known: dict[tuple[int, int, int, Reduction], TokenCount] = {}
 
@@ -166,6 +171,9 @@ class FrontendCosts:
             reduction: The token reduction.
             fps: Frames per second asked for; ``frames`` may be fewer.
         """
+        if not self._cut:
+            # Its sound is an item of its own.
+            return int(self._whole(index, frames, cap, reduction).visual)
         video = self._videos[index]
         if not self._samples(video):
             # Cut by the number of frames alone.
@@ -231,6 +239,7 @@ class FrontendCosts:
             times=times,
             audio_samples=self._samples(video),
             reduction=reduction,
+            cut=self._cut,
         )
         return count
 

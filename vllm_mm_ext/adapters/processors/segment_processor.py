@@ -133,6 +133,7 @@ class SegmentProcessor(RecordedItems):
         times: Sequence[float] | None,
         audio_samples: int,
         reduction: Reduction,
+        cut: bool = True,
     ) -> TokenCount:
         """Prompt tokens that a video becomes.
 
@@ -142,6 +143,7 @@ class SegmentProcessor(RecordedItems):
             times: Presentation times of the frames in seconds; None for the model's assumption.
             audio_samples: Samples of the sound at the model's rate; 0 for a video without sound.
             reduction: The token reduction.
+            cut: The video is cut; of a whole one, vLLM resizes the frames once more.
 
         Raises:
             ValueError: The family leaves such a video to stock vLLM.
@@ -154,7 +156,7 @@ class SegmentProcessor(RecordedItems):
                 times=None if times is None else tuple(times),
                 audio_samples=audio_samples,
                 reduction=reduction,
-                final=self._frames_are_final,
+                final=cut and self._frames_are_final,
             )
         )
 

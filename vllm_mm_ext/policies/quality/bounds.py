@@ -71,8 +71,8 @@ def check_family(options: RequestOptions, family: Family) -> None:
         raise _refusal(
             "total_tokens",
             options.total_tokens,
-            "the served model's video tokens, as this server is set up or with these "
-            "mm_processor_kwargs, cannot be told in advance; max_frames can be set",
+            "the served model's video tokens, as this server is set up, cannot be told in advance; "
+            "max_frames can be set",
         )
 
 
