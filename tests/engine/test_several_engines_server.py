@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from blake3 import blake3
 from memory_search import Content
 from test_live_server import answered, connected, stream, told, tone
-from test_takedown_server import CONFIG, KEY, call, decoded, noise, overview, pieces, record_of
+from test_takedown_server import KEY, call, config_file, decoded, noise, overview, pieces, record_of
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.origin import Origin, Resource
@@ -42,12 +41,9 @@ def origin() -> Iterator[Origin]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    config = yaml.safe_load(CONFIG.read_text())
-    config["additional-config"]["mm_ext"]["sight"] = {"page": True, "admin": True}
-    path = tmp_path_factory.mktemp("engines") / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path = config_file(tmp_path_factory.mktemp("engines"), {"page": True, "admin": True})
     # vLLM starts as many API servers as engines.
-    args = ["--config", str(path), "--api-key", KEY, "--data-parallel-size", "2"]
+    args = ["--config", path, "--api-key", KEY, "--data-parallel-size", "2"]
     env = {"VLLM_SERVER_DEV_MODE": "1"}
     with serve(checkpoint("qwen2_5_omni"), plugin=True, args=args, env=env) as running:
         assert len(overview(running)["servers"]) == 2

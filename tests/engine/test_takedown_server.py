@@ -55,6 +55,14 @@ def noise(path: Path, seed: int, seconds: float = 3.0) -> bytes:
     return path.read_bytes()
 
 
+def config_file(folder: Path, sight: dict[str, bool]) -> str:
+    """A configuration in ``folder`` with these settings of ``sight``."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["additional-config"]["mm_ext"]["sight"] = sight
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "config.yaml")
+
+
 @pytest.fixture(scope="module")
 def origin() -> Iterator[Origin]:
     with Origin() as running:
@@ -64,10 +72,7 @@ def origin() -> Iterator[Origin]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("sight")
-    config = yaml.safe_load(CONFIG.read_text())
-    config["additional-config"]["mm_ext"]["sight"] = SIGHT
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    args = ["--config", str(folder / "config.yaml"), "--api-key", KEY, "--api-server-count", "2"]
+    args = ["--config", config_file(folder, SIGHT), "--api-key", KEY, "--api-server-count", "2"]
     env = {"VLLM_MEDIA_CACHE": str(folder / "downloads"), "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     with serve(checkpoint("qwen2_5_omni"), plugin=True, args=args, env=env) as running:
         yield running

@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -524,18 +525,26 @@ async def test_a_prompt_waits_for_a_paused_engine_and_is_rendered_anew_where_med
         assert (client.rendered, client.refusals) == (renders, [])
 
 
-@pytest.mark.parametrize("answers", [False, True])
-async def test_an_append_that_waits_for_a_paused_engine_holds_nothing_else_up(
-    monkeypatch: pytest.MonkeyPatch, answers: bool
-) -> None:
-    # Only something else ends this wait.
-    monkeypatch.setattr(engine_session, "_WAITS_S", (1e6,))
+@asynccontextmanager
+async def _append_that_waits() -> AsyncIterator[tuple[EngineSession, Listener]]:
+    """A session whose append a paused engine has just refused."""
     client, listener = Refusing(RetryableRequestError("Generation is paused.")), Listener()
     with ThreadPoolExecutor(1) as threads:
         session = _session(client, listener, threads)
         session.append(Append(PROMPT))
         while client.refusals:
             await asyncio.sleep(0)
+        yield session, listener
+        await session.close()
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_an_append_that_waits_for_a_paused_engine_holds_nothing_else_up(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    # Only something else ends this wait.
+    monkeypatch.setattr(engine_session, "_WAITS_S", (1e6,))
+    async with _append_that_waits() as (session, listener):
         if answers:
             session.respond(Respond("one", PROMPT, ResponseOptions(1, 0.0)))
         else:
@@ -545,24 +554,17 @@ async def test_an_append_that_waits_for_a_paused_engine_holds_nothing_else_up(
             assert await listener.answered.get() == "one"
         else:
             assert await listener.told.get() == (5, 3, None)
-        await session.close()
 
 
 async def test_an_answer_outside_the_conversation_lets_an_append_wait_for_a_paused_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine_session, "_WAITS_S", (0.1,))
-    client, listener = Refusing(RetryableRequestError("Generation is paused.")), Listener()
-    with ThreadPoolExecutor(1) as threads:
-        session = _session(client, listener, threads)
-        session.append(Append(PROMPT))
-        while client.refusals:
-            await asyncio.sleep(0)
+    async with _append_that_waits() as (session, listener):
         options = ResponseOptions(1, 0.0)
         session.respond(Respond("one", PROMPT, options, aside=True, in_conversation=False))
         assert await listener.told.get() == (5, 3, None)
         assert await listener.answered.get() == "one"
-        await session.close()
 
 
 async def test_a_prompt_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
