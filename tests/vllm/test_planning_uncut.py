@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from front import CONTEXT, Front, Rendered, opened
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.encoder_budget import MultiModalBudget
 
 from vllm_mm_ext.adapters.processors.segment_info import largest_item
+from vllm_mm_ext.adapters.serving import planning
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_clip
 
@@ -100,10 +103,30 @@ def test_a_video_that_the_request_s_options_leave_whole_fits_the_encoder_cache(
         "max_num_batched_tokens": 512,
     }
     with opened(files, **arguments) as made:
-        most = largest_item(made.renderer.config, made.renderer.mm_processor.info)
         whole = heard_whole(made, "heard_long.mp4")
+        most = MultiModalBudget(made.renderer.config, MULTIMODAL_REGISTRY).encoder_cache_size
         assert whole.video_tokens <= most
         assert "limit" in {entry["why"] for entry in whole.videos[0]["lowered"]}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_vl", "qwen2_5_vl"])
+def test_a_whole_video_may_have_as_much_as_the_encoder_cache_of_vllm_holds(
+    files: Path, family: str
+) -> None:
+    with opened(files, model=str(checkpoint(family)), max_num_batched_tokens=512) as made:
+        config, info = made.renderer.config, made.renderer.mm_processor.info
+        holds = MultiModalBudget(config, MULTIMODAL_REGISTRY).encoder_cache_size
+        assert largest_item(config, info, cut=False) == holds
+
+
+def test_no_sound_of_a_video_is_counted_or_made_where_sound_comes_as_embeddings(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"mm_ext": CONFIG}
+    with opened(files, model=str(checkpoint("qwen2_5_omni")), additional_config=config) as made:
+        assert made.render("heard.mp4").trace.tokens["audio"]
+        monkeypatch.setattr(planning, "embeds_sound", lambda _: True)
+        assert not made.render("heard.mp4").trace.tokens.get("audio")
 
 
 @pytest.mark.parametrize(

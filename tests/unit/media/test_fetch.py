@@ -819,6 +819,29 @@ class TestFile:
         assert fetched.blob.read() == b"b" * size
         assert budget.used == size
 
+    async def test_a_recording_whose_growth_has_no_room_waits_for_it_again(
+        self, tmp_path: Path
+    ) -> None:
+        path, budget = tmp_path / "a", MediaBudget(10_000)
+        path.write_bytes(b"a" * 1000)
+        first, second, third = budget.claim(), budget.claim(), budget.claim()
+        leases = [await first.acquire(5_000), await third.acquire(4_500)]
+        source = FileSource(tmp_path, max_bytes=None)
+        reading = asyncio.create_task(
+            source.fetch(path, timeout_s=1.0, max_bytes=None, load=True, claim=second)
+        )
+        while not budget.stats()["waiting"]:
+            await asyncio.sleep(0.001)
+        path.write_bytes(b"a" * 6000)
+        leases.pop().release()
+        while not budget.stats()["waiting"]:
+            await asyncio.sleep(0.001)
+        leases.pop().release()
+        fetched = await reading
+        assert fetched.blob is not None
+        assert fetched.blob.read() == b"a" * 6000
+        assert budget.used == 6000
+
     async def test_a_file_that_grew_past_the_limit_while_it_waited_is_too_large(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -28,7 +28,10 @@ ERROR_NAMES: tuple[Checked, ...] = (
 
 PROCESSING_INFO = VllmAttributes(
     "vllm.multimodal.processing:BaseProcessingInfo",
-    ("ctx", "data_parser", "get_hf_config", "get_hf_processor", "get_tokenizer"),
+    (
+        *("allowed_mm_limits", "ctx", "data_parser"),
+        *("get_hf_config", "get_hf_processor", "get_tokenizer"),
+    ),
 )
 
 PROCESSOR_CACHE_NAMES: tuple[Checked, ...] = tuple(
@@ -85,6 +88,10 @@ SEGMENT_NAMES: tuple[Checked, ...] = (
     ),
     VllmName(
         "vllm.multimodal.processing:BaseProcessingInfo.parse_mm_data", ("mm_data", "validate")
+    ),
+    VllmName(
+        "vllm.multimodal.processing:BaseProcessingInfo.get_mm_max_tokens_per_item",
+        ("seq_len", "mm_counts"),
     ),
     VllmName("vllm.config:MultiModalConfig.get_limit_per_prompt", ("modality",)),
     VllmName("vllm.config:MultiModalConfig.is_multimodal_pruning_enabled"),

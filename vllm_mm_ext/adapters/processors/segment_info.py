@@ -91,17 +91,24 @@ class SegmentInfo(SessionInfo):
         return min(stock, self._temporal_patch() * max(1, largest // max(1, self._largest_grid())))
 
 
-def largest_item(config: Any, info: Any) -> int:
+def largest_item(config: Any, info: Any, *, cut: bool = True) -> int:
     """Most tokens of a segment, or of a video that is one mm item: what vLLM's encoder cache holds.
 
     Args:
         config: vLLM's configuration of the engine.
         info: vLLM's ``BaseProcessingInfo`` of the served model.
+        cut: Whether the videos become segments where the settings say so.
 
     Returns:
         0, for no limit, of a family whose videos can be cut anywhere.
     """
     tokens: int = config.scheduler_config.max_num_batched_tokens
+    if not cut:
+        # The cache holds the largest item of any modality.
+        served = dict.fromkeys((kind for kind, limit in info.allowed_mm_limits.items() if limit), 1)
+        length = config.model_config.max_model_len
+        largest: Mapping[str, int] = info.get_mm_max_tokens_per_item(length, served) or {}
+        return max(tokens, *largest.values(), 0)
     if not vllm_compat.settings_of(config.model_config).segments.tokens:
         return tokens
     return max(tokens, info.largest_segment() or 0) if isinstance(info, SegmentInfo) else 0

@@ -119,7 +119,8 @@ class FileSource:
             # being recorded to it.
             while isinstance(read := await self._reading(location, limit, lease, stop), int):
                 if not claim.grow(lease, read - lease.num_bytes, spare=_READ_CHUNK):
-                    raise _changed()
+                    lease.release()
+                    lease = await claim.acquire(read + _READ_CHUNK, sure=read)
             read.hold(lease)
         except BaseException:
             lease.release()
