@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 from planned import PlannedServer
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
 from vllm_mm_ext.testing.server import Server, serve, serve_both
+
+# No test fails for the time that an example takes.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Files with the most engines; two files run at a time, so the longest begin.
 LONGEST = (

@@ -81,7 +81,7 @@ PATHS = st.lists(
 
 
 @given(PATHS, st.integers(5, 14))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_pool_and_no_policy_saves_more_than_the_optimum(
     paths: list[tuple[int, ...]], blocks: int
 ) -> None:
@@ -94,7 +94,7 @@ def test_no_pool_and_no_policy_saves_more_than_the_optimum(
 
 
 @given(PATHS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_room_for_everything_finds_all_that_was_there(paths: list[tuple[int, ...]]) -> None:
     trace = trace_of(*paths)
     blocks = 40

@@ -94,7 +94,7 @@ def test_the_design_has_exactly_these_counts(design: Any, seconds: int, tokens: 
 ascending = st.lists(st.floats(0, 40), min_size=1, max_size=14, unique=True).map(sorted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ascending,
     st.sampled_from(PAIRS),

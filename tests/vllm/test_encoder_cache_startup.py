@@ -202,7 +202,7 @@ class TorchsBlocks:
         self._free.clear()
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5000)), max_size=200))
 def test_pinned_memory_is_bounded_whatever_sizes_come_and_go(
     monkeypatch: pytest.MonkeyPatch, changes: list[tuple[int, int]]

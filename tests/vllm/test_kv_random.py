@@ -158,6 +158,6 @@ def test_blocks_items_and_lists_agree_after_every_operation(name: str, window: i
 
 
 @given(seed=st.integers(0, 1 << 30), blocks=st.integers(8, 90), name=st.sampled_from(list(CASES)))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_any_pool_size_survives_any_order_of_operations(seed: int, blocks: int, name: str) -> None:
     run(seed, 80, CASES[name], blocks=blocks, window=None)

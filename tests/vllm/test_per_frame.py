@@ -211,7 +211,7 @@ reductions = st.builds(
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 24), reductions, st.sampled_from([0, 1, 40, 64, 150]))
 def test_counted_tokens_are_the_tokens_of_the_prompt(
     family: str, num_frames: int, reduction: Reduction, segment_tokens: int

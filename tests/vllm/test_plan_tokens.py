@@ -54,7 +54,7 @@ reductions = st.sampled_from(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=7, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=7, suppress_health_check=list(HealthCheck))
 @given(
     shown=st.lists(videos, max_size=2),
     heard=st.lists(st.sampled_from([0.4, 5.0, 31.0]), max_size=2),
@@ -100,7 +100,7 @@ def test_planned_tokens_and_items_are_those_of_the_prompt(
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "composer"])
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(at=st.lists(st.floats(0, 119.9), min_size=4, max_size=40, unique=True))
 @example(at=[0.0, 20.0, 81.0, 119.0])
 def test_written_times_take_no_more_than_planned_wherever_the_frames_are(family, at):

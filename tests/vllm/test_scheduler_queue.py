@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_harness import Play, make_scheduler, request
 from vllm.v1.request import Request, RequestStatus
@@ -22,7 +22,6 @@ MOST_LOOKED_AT = 3 * LOOKED_AT
 
 
 # No deadline: the machine may be busy.
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.one_of(st.none(), st.integers(0, 9)))))
 def test_a_ranking_is_sorted_whatever_changes(changes: list[tuple[int, int | None]]) -> None:
     ranking = Ranking()

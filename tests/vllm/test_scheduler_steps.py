@@ -332,7 +332,6 @@ actions = st.lists(
 
 @settings(
     max_examples=160,
-    deadline=None,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=True,

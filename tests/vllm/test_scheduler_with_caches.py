@@ -190,7 +190,6 @@ def test_they_agree_whatever_their_sizes_and_settings_are() -> None:
     )
     @settings(
         max_examples=25,
-        deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],
     )

@@ -72,7 +72,7 @@ PROMPTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(prompts=PROMPTS, gone=st.sets(st.sampled_from("abcd"), min_size=1), small=st.booleans())
 def test_no_kv_that_depends_on_an_item_is_found_and_all_other_kv_is(prompts, gone, small) -> None:
     # With a small quota most items have been given up, and are still cached.

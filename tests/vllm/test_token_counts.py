@@ -50,7 +50,7 @@ reductions = st.builds(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(
     frames=st.integers(1, 17),
     height=st.integers(2, 5),

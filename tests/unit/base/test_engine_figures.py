@@ -42,7 +42,7 @@ def test_an_engine_beyond_the_table_is_left_out(board):
     assert board.figures(10**6) is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(steps=st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=20))
 def test_what_processes_take_adds_up_to_the_counters(steps, tmp_path_factory):
     directories = [tmp_path_factory.mktemp("shared")]

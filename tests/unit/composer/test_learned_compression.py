@@ -41,7 +41,7 @@ def naive(
     return torch.cat(out)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=6))
 def test_variable_lengths_attend_as_one_item_at_a_time(lengths: list[tuple[int, int]]) -> None:
     q_lens, kv_lens = [one[0] for one in lengths], [one[1] for one in lengths]
@@ -71,7 +71,7 @@ def test_lengths_that_do_not_add_up_are_refused() -> None:
         varlen_cross_attention(q, q, q, [3, 0], [2, 1])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(2, 4))
 def test_groups_never_cross_items_and_short_ones_are_not_padded(
     frames: list[int], stride: int

@@ -30,7 +30,7 @@ _TRAFFIC = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(_TRAFFIC, st.sampled_from(sorted(ROUTERS)), st.sampled_from([0, 1]), st.integers(0, 5))
 def test_every_request_is_answered_once_or_refused_whatever_fails(
     traffic, routing, encoders, failures
@@ -44,14 +44,14 @@ def test_every_request_is_answered_once_or_refused_whatever_fails(
     assert all(0 <= busy <= tally.seconds * 1.001 for busy in tally.busy_s)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(_TRAFFIC, st.sampled_from(sorted(ROUTERS)))
 def test_the_same_seed_gives_the_same_figures(traffic, routing):
     one, other = (figures(serve(traffic.asks(), routing), 1) for _ in range(2))
     assert one == other
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(_TRAFFIC, st.sampled_from(sorted(ROUTERS)))
 def test_no_cache_has_what_was_never_computed_there(traffic, routing):
     asks = list(traffic.asks())
@@ -64,7 +64,7 @@ def test_no_cache_has_what_was_never_computed_there(traffic, routing):
         assert tally.prompt_tokens - tally.found_tokens >= needed
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 4]))
 def test_frames_kept_for_more_videos_are_never_decoded_more_often(seed, room):
     asks = list(replace(TRAFFIC, seed=seed, turns=1.0, rate=0.1, requests=80).asks())

@@ -50,7 +50,7 @@ def names(root: Path) -> list[Path]:
 
 
 @given(st.text(max_size=300))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_nothing_that_a_client_says_becomes_a_path(
     tmp_path_factory: pytest.TempPathFactory, key: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_what_was_used_least_recently_goes_first(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30), st.integers(1, 900)), max_size=60))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_two_writers_keep_the_bound_and_their_writers_share(
     tmp_path_factory: pytest.TempPathFactory, writes: list[tuple[int, int, int]]
 ) -> None:
@@ -271,7 +271,7 @@ def test_a_file_that_is_not_whole_is_no_output(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=64))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_bytes_make_the_check_fail(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:

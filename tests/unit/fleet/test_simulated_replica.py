@@ -134,7 +134,7 @@ class Blocks:
         ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.integers(-1, 3), st.integers(1, 300), st.integers(1, 40)),

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mm_ext.fleet.maglev import TABLE_SIZE, maglev_table
@@ -34,7 +34,6 @@ def test_a_table_is_refused_without_servers_or_with_too_many(servers):
 
 
 # Maglev's table is made at the first use, which takes long.
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=400), st.integers(1, 9))
 def test_no_replica_gets_more_than_its_bound_however_hot_a_video_is(videos, count):
     router = Hashed(by_media=True, balance=BALANCE_FACTOR)

@@ -410,13 +410,13 @@ TYPES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(TYPES), st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4))
 def test_no_json_makes_the_codec_fail_otherwise(kind: str, fields: dict[str, Any]) -> None:
     LiveDriver(strict=False).send({"type": kind, **fields})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=60) | st.binary(max_size=60))
 def test_no_text_or_bytes_make_the_codec_fail_otherwise(data: str | bytes) -> None:
     with pytest.raises(WireError):

@@ -67,7 +67,7 @@ def windows_of(pieces: list[Piece]) -> list[VoiceWindow]:
     return [piece.window for piece in pieces if piece.window is not None]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     audio_format=st.sampled_from(list(AudioFormat)),
     rate=st.sampled_from([16_000, 24_000, 12_000]),

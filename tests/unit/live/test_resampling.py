@@ -27,7 +27,7 @@ def noise(count: int, seed: int = 0) -> Samples:
     return np.random.default_rng(seed).uniform(-0.5, 0.5, count).astype(np.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rates=st.sampled_from([(24_000, 16_000), (8_000, 16_000), (24_000, 24_000), (8_000, 24_000)]),
     count=st.integers(0, 6000),
@@ -71,7 +71,7 @@ def test_little_is_held_back_however_long_the_stream() -> None:
             assert 0 <= resampler.taken - resampler.given <= 40
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(counts=st.lists(st.integers(0, 2000), max_size=20))
 def test_flushes_and_drops_do_not_move_the_clock(counts: list[int]) -> None:
     resampler = StreamResampler(24_000, 16_000)

@@ -41,7 +41,7 @@ open_stretches = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(items, max_size=8), open_stretches, st.integers(1, 400), st.integers(0, 6))
 def test_what_goes_is_enough_or_all_that_can_go(
     held: list[Item], open_parts: list[Weighed], excess: int, keep_frames: int

@@ -382,7 +382,7 @@ def test_a_session_that_is_dropped_leaves_nothing_behind(client: Client) -> None
 Step = tuple[str, int]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     gated=st.booleans(),
     steps=st.lists(

@@ -111,7 +111,7 @@ def test_a_file_that_is_cut_short_is_an_error_wherever_it_is_cut(
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_bytes_are_an_image_or_a_clear_error(
     image_format: str, data: st.DataObject

@@ -65,7 +65,7 @@ async def test_no_event_of_two_hours_is_lost_or_told_twice(strategy: WindowStrat
     assert not outcome.is_thinned
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(0, 1000), st.floats(60, 8000), st.floats(8, 120), st.floats(0, 0.5))
 async def test_whatever_the_windows_no_event_is_lost(
     seed: int, duration: float, window_s: float, part: float

@@ -81,7 +81,7 @@ async def test_a_group_whose_prompt_fails_is_kept_until_there_is_no_room() -> No
     assert count(lines_of(kept)) <= 800
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 200), st.integers(96, 900), st.integers(300, 2000), st.integers(0, 1000))
 async def test_whatever_the_model_replies_it_ends_within_the_room(
     number: int, room: int, context: int, seed: int

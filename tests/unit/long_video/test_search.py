@@ -38,7 +38,7 @@ def test_of_windows_as_relevant_the_more_active_one_comes_first() -> None:
     assert numbers(choose(seen(relevances, activities), 1)) == [10]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), max_size=60), st.integers(1, 20), st.randoms())
 def test_the_choice_is_bounded_and_does_not_depend_on_the_order_of_replies(
     values: list[float], count: int, order: random.Random

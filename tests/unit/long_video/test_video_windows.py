@@ -17,7 +17,7 @@ OVERLAPS = st.floats(0, 0.5)  # As a part of the window.
 MANY = 1 << 20
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(DURATIONS, min_size=1, max_size=3), WINDOW_S, OVERLAPS)
 def test_windows_cover_each_video_in_order_and_overlap(
     durations: list[float], window_s: float, part: float
@@ -36,7 +36,7 @@ def test_windows_cover_each_video_in_order_and_overlap(
             assert after.end > before.end
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(DURATIONS, WINDOW_S, OVERLAPS)
 def test_the_last_window_is_never_shorter_than_the_overlap_nor_much_longer_than_a_window(
     duration: float, window_s: float, part: float
@@ -48,7 +48,7 @@ def test_the_last_window_is_never_shorter_than_the_overlap_nor_much_longer_than_
         assert last >= max(part * window_s, 1) - 1e-6
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(DURATIONS, st.floats(0, 10_000), WINDOW_S, OVERLAPS)
 def test_a_video_that_has_grown_keeps_all_windows_but_the_last(
     duration: float, more: float, window_s: float, part: float

@@ -183,7 +183,7 @@ async def turns(count: int) -> None:
     streamed=False,
     announced=False,
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     items=ITEMS,
     requests=REQUESTS,

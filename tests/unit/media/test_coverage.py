@@ -36,7 +36,7 @@ def error(looked: Looked, chosen: list[int]) -> float:
     return total
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 11), count=st.integers(1, 5))
 def test_no_other_choice_has_less_error(seed: int, size: int, count: int) -> None:
     rng = np.random.default_rng(seed)

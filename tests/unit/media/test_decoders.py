@@ -304,7 +304,7 @@ def tables(draw):
     return table, np.array(sorted(rows), np.int64)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tables())
 def test_every_wanted_frame_is_covered_from_a_keyframe_it_can_be_decoded_from(case):
     table, rows = case
@@ -319,7 +319,7 @@ def test_every_wanted_frame_is_covered_from_a_keyframe_it_can_be_decoded_from(ca
         assert run.start == 0 or (table.is_key[run.key] and table.order[run.key] == run.start)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tables())
 def test_runs_do_not_overlap_and_never_cost_more_than_sequential(case):
     table, rows = case
@@ -329,7 +329,7 @@ def test_runs_do_not_overlap_and_never_cost_more_than_sequential(case):
     assert sum(run.num_packets for run in runs) <= table.order[rows].max() + 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tables(), st.integers(1, 8))
 def test_lanes_partition_the_rows_and_add_only_open_gop_overlap(case, lanes):
     table, rows = case

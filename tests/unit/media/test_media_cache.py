@@ -64,7 +64,7 @@ class TestBlob:
 
 
 class TestByteBudgetCache:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         budget=st.integers(0, 50),
         operations=st.lists(

@@ -279,7 +279,7 @@ def test_a_record_is_held_against_the_limits_of_a_decode(known: MediaRecord) -> 
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_make_reading_fail_otherwise(known: MediaRecord, data: Any) -> None:
     whole = bytearray(pack(known))
     for _ in range(data.draw(st.integers(1, 3))):

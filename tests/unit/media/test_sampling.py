@@ -122,7 +122,7 @@ specs = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(info=clips(), spec=specs)
 def test_any_policy_keeps_its_budget_order_and_times(info: MediaInfo, spec: SamplingSpec) -> None:
     selection = select(info, spec, noise_thumbnails())  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_any_policy_keeps_its_budget_order_and_times(info: MediaInfo, spec: Samp
     assert (selection.profile is not None) == (spec.policy == "adaptive")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(info=clips(), count=st.integers(2, 64))
 def test_adaptive_leaves_no_gap_wider_than_eight_uniform_spacings(
     info: MediaInfo, count: int
@@ -164,7 +164,7 @@ def test_adaptive_leaves_no_gap_wider_than_eight_uniform_spacings(
     assert np.diff(selection.times).max(initial=0.0) <= 8 * spacing + 2 * widest + 1e-6
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     info=clips(),
     fps=st.sampled_from([0.5, 4.0]),
@@ -213,7 +213,7 @@ def test_a_high_rate_does_not_raise_the_ceiling_of_what_the_budget_leaves() -> N
     assert np.bincount(timeline.second_of(selection.times)).max() <= 3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(info=clips(), count=st.integers(3, 32))
 def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, count: int) -> None:
     packets = info.packets
@@ -236,7 +236,7 @@ def test_the_look_at_the_pixels_is_bounded_and_happens_once(info: MediaInfo, cou
         assert np.isin(selection.indices, likely).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(info=clips(), count=st.integers(3, 64))
 def test_the_first_and_the_last_second_have_a_chosen_frame(info: MediaInfo, count: int) -> None:
     assert info.packets is not None
@@ -362,7 +362,7 @@ def test_keyframe_takes_keyframes_only_while_there_are_enough() -> None:
     assert filled.indices[0] == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(info=clips(), count=st.integers(1, 64))
 def test_keyframes_are_filled_up_in_the_middle_of_the_widest_gap_each_time(
     info: MediaInfo, count: int

@@ -139,7 +139,7 @@ def noise(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint
     return np.stack(pictures)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     info=clips(),
     part=st.floats(0.3, 1.0),

@@ -33,7 +33,7 @@ def qwen_vl_resize(width: int, height: int, frames: int, *, cap: bool, size: dic
     return tuple(out.shape[-2:])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(width=SIDES, height=SIDES, frames=FRAMES, cap=st.booleans())
 def test_qwen_vl_is_the_size_transformers_resizes_to(width, height, frames, cap):
     size = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
@@ -52,7 +52,7 @@ def test_qwen_vl_is_the_size_transformers_resizes_to(width, height, frames, cap)
     assert ours == qwen_vl_resize(width, height, frames, cap=cap, size=size)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     width=SIDES,
     height=SIDES,
@@ -73,7 +73,7 @@ def test_qwen3_vl_is_the_size_of_transformers_smart_resize(width, height, frames
     assert target_size(rule, width=width, height=height, num_frames=frames) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     height=st.integers(64, 2160),
     aspect=st.floats(0.3, 3.4),
@@ -115,7 +115,7 @@ def test_native_and_fixed_say_what_they_mean():
     assert target_size(fixed, width=64, height=48, num_frames=1) == (30, 20)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     width=SIDES,
     height=SIDES,

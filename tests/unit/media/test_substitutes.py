@@ -87,7 +87,7 @@ def test_a_file_without_a_frame_that_decodes_is_refused(tmp_path):
         take(tmp_path / "b.mp4", "uniform", 8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_the_frames_that_remain_are_right_and_in_order(data):
     size = data.draw(st.integers(1, 60))

@@ -123,13 +123,13 @@ def refused(payload: bytes) -> bool:
     return False
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(payload: bytes) -> None:
     assert refused(payload)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(
     st.sampled_from(REPLIES),
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4),

@@ -143,7 +143,7 @@ COSTS = st.sampled_from([("step", name) for name in StepCosts.__struct_fields__]
 
 
 @given(COSTS, st.floats(1.0, 10.0), st.integers(0, 2), st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_cost_that_rises_makes_a_lone_request_faster(
     cost: tuple[str, str], factor: float, media: int, output: int
 ) -> None:
@@ -157,7 +157,7 @@ def test_no_cost_that_rises_makes_a_lone_request_faster(
 
 
 @given(st.floats(0.1, 10.0), st.integers(1, 12), st.integers(0, 2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_machine_of_another_speed_gives_the_same_load_in_other_times(
     factor: float, concurrency: int, media: int
 ) -> None:
@@ -168,7 +168,7 @@ def test_a_machine_of_another_speed_gives_the_same_load_in_other_times(
 
 
 @given(st.integers(1, 16), st.integers(0, 2), st.integers(1, 8), st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_clients_get_no_more_answers_than_their_waiting_allows(
     concurrency: int, media: int, output: int, cores: int
 ) -> None:
@@ -181,7 +181,7 @@ def test_clients_get_no_more_answers_than_their_waiting_allows(
 
 
 @given(st.integers(1, 8), st.integers(0, 2), st.floats(0.3, 1.0), st.floats(1.0, 3.0))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_range_holds_the_middle(concurrency: int, media: int, low: float, high: float) -> None:
     rates = RatesRange.around(RATES, step=(low, high), host=(low, high))
     found = estimate(

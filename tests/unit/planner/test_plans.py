@@ -89,7 +89,7 @@ def site(gpu: str = "24gb") -> Site:
     return Site(gpu_of(gpu, 16 * GIB), 1, 1, 16 * GIB if gpu == "cpu" else None, 16, GIB)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @example(seconds=256.0, fps=0.5, concurrency=44, context=None)
 @example(seconds=20.0, fps=1.0, concurrency=2, context=131_072)
 @given(
@@ -149,7 +149,7 @@ def test_on_a_cpu_the_kv_cache_holds_exactly_the_requests_that_are_planned():
     assert plan.kv_blocks == 7 * plan.blocks
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(name=st.text(TEXT, min_size=1, max_size=12), value=st.text(TEXT, max_size=12))
 @example(name="a: b #c", value="it's\n- a: 'line'")
 @example(name="no", value="1e3")
@@ -173,7 +173,7 @@ def test_the_command_that_serves_a_plan_is_one_that_a_shell_takes():
 
 
 @given(concurrency=st.integers(1, 300))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_quality_is_full_while_one_request_more_than_planned_waits(concurrency):
     plan = planned(site("cpu"), Workload(concurrency=concurrency))
     text = plan_yaml(plan, command="plan", file_name="a.yaml", mm_processor_kwargs={})
@@ -308,7 +308,7 @@ def test_gpus_share_a_model_only_if_all_its_heads_divide():
     ).undivided(32)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seconds=st.floats(10, 2000), side=st.sampled_from([448, 1120, 2240]))
 def test_the_server_that_is_written_takes_the_videos_of_the_plan(seconds, side):
     def count_large(workload: Workload, delivery: Delivery) -> RequestTokens:

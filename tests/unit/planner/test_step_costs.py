@@ -52,7 +52,7 @@ def random_steps(rng: np.random.Generator, count: int) -> list[StepContents]:
 
 
 @given(PRICES, st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_costs_that_made_the_steps_are_found_again(costs: StepCosts, seed: int) -> None:
     rng = np.random.default_rng(seed)
     steps = [(one, costs.seconds(one)) for one in random_steps(rng, 200)]
@@ -75,7 +75,7 @@ def test_steps_that_something_else_held_up_do_not_count() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_cost_is_negative_and_none_that_is_left_out_would_help(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows, wanted = rng.normal(size=(30, 6)), rng.normal(size=30)

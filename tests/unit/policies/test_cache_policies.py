@@ -63,13 +63,13 @@ UNEQUAL = st.lists(st.integers(0, 4), min_size=1, max_size=12).map(
 
 
 @given(EQUAL, st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_optimum_of_equal_items_is_beladys(trace: Trace, capacity: int) -> None:
     assert optimum(trace, capacity) == pytest.approx(belady(trace, capacity), abs=1e-6)
 
 
 @given(UNEQUAL, st.integers(1, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_optimum_bounds_what_can_be_saved(trace: Trace, capacity: int) -> None:
     best = best_of_all(trace, capacity)
     assert optimum(trace, capacity) >= best - 1e-6

@@ -46,7 +46,7 @@ def run(ops: list[tuple[str, int]]) -> CostAware[int]:
 
 
 @given(OPS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_holds_what_was_admitted_and_ranks_all_of_it(ops: list[tuple[str, int]]) -> None:
     policy = run(ops)
     scores = [policy.score(key) for key in policy.order()]
@@ -55,7 +55,7 @@ def test_it_holds_what_was_admitted_and_ranks_all_of_it(ops: list[tuple[str, int
 
 
 @given(OPS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_same_events_give_the_same_order(ops: list[tuple[str, int]]) -> None:
     first, second = run(ops), run(ops)
     assert list(first.order()) == list(second.order())
@@ -63,7 +63,7 @@ def test_the_same_events_give_the_same_order(ops: list[tuple[str, int]]) -> None
 
 
 @given(st.sets(st.integers(0, 300), min_size=1), st.sets(st.integers(0, 300)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_victim_is_allowed_to_go(keys: set[int], kept: set[int]) -> None:
     policy: CostAware[int] = CostAware()
     for key in keys:
@@ -202,7 +202,7 @@ def test_classes_and_buckets_ascend(number: int) -> None:
     st.lists(st.tuples(st.integers(1, 50), st.integers(0, 10**6), st.booleans()), max_size=200),
     st.lists(st.tuples(st.integers(1, 50), st.integers(0, 10**6)), max_size=50),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_densities_are_positive_and_finite(
     ends: list[tuple[int, int, bool]], waiting: list[tuple[int, int]]
 ) -> None:

@@ -92,7 +92,6 @@ def test_attention_makes_later_tokens_dearer() -> None:
 
 @given(st.data())
 # No deadline: the machine may be busy.
-@settings(deadline=None)
 def test_sessions_follow_a_simple_model(data: st.DataObject) -> None:
     sessions: Sessions[int] = Sessions()
     pinned: set[str] = set()
@@ -328,7 +327,7 @@ class Kept:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_goes_is_idle_unpinned_and_not_followed_and_all_can_go(data: st.DataObject) -> None:
     kept = Kept()
     for number in range(data.draw(st.integers(1, 40))):

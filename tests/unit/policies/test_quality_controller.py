@@ -388,7 +388,7 @@ def test_below_the_floors_the_request_is_refused(setup: Setup) -> None:
     assert setup.plan(video(), options=options)[0].frames == 60
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seconds=st.lists(st.floats(1, 3600), min_size=1, max_size=4),
     length=st.sampled_from([4096, 32_768, 131_072]),

@@ -23,7 +23,7 @@ from vllm_mm_ext.policies.scheduler.step_plan import (
 from vllm_mm_ext.policies.scheduler.step_times import StepTimes, StepWork, attended
 
 # No deadline: the machine may be busy.
-QUICK = settings(deadline=None, max_examples=60)
+QUICK = settings(max_examples=60)
 # Of prefill and of encoding, in seconds a token.
 PREFILL, ENCODER = 20e-6, 100e-6
 ROOM = Room(seconds=0.1, media_s=0.1, tokens=2048, encoder_tokens=4096, items=64, slots=4)

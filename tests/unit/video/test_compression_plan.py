@@ -59,7 +59,7 @@ def slow_score(frames: Frames, at: tuple[int, int, int], span: int, side: tuple[
 
 
 @given(seed=st.integers(0, 99), pool=st.integers(1, 3), temporal=st.integers(1, 3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_score_is_the_mean_difference_of_a_cells_blocks_to_the_cell_before(
     seed: int, pool: int, temporal: int
 ) -> None:
@@ -74,7 +74,6 @@ def test_a_score_is_the_mean_difference_of_a_cells_blocks_to_the_cell_before(
 
 
 @given(grid=grids, reduction=reductions(), patch=st.integers(1, 2), odd=st.integers(0, 1))
-@settings(deadline=None)
 def test_scores_have_one_value_per_cell_of_the_reduced_grid(
     grid: tuple[int, int, int], reduction: Reduction, patch: int, odd: int
 ) -> None:
@@ -118,7 +117,7 @@ def test_fewer_pixels_than_tokens_is_an_error() -> None:
 
 
 @given(side_y=st.integers(1, 9), side_x=st.integers(1, 9), seed=st.integers(0, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_block_sums_are_the_sums_of_blocks(side_y: int, side_x: int, seed: int) -> None:
     frames = noise(seed, 2, 20, 23, 3)
     sums = block_sums(frames, side_y, side_x)

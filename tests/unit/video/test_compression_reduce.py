@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
@@ -77,7 +77,6 @@ def reference(
 
 
 @given(case=cases(), weigh_dim=st.sampled_from([None, 2]))
-@settings(deadline=None)
 def test_equals_a_loop_over_cells(
     case: tuple[Grid, Reduction, torch.Tensor | None, torch.Tensor], weigh_dim: int | None
 ) -> None:
@@ -89,7 +88,6 @@ def test_equals_a_loop_over_cells(
 
 
 @given(case=cases(), dtype=st.sampled_from([torch.bfloat16, torch.float16]))
-@settings(deadline=None)
 def test_equal_tokens_stay_exactly_what_they_are(
     case: tuple[Grid, Reduction, torch.Tensor | None, torch.Tensor], dtype: torch.dtype
 ) -> None:
@@ -101,7 +99,6 @@ def test_equal_tokens_stay_exactly_what_they_are(
 
 
 @given(case=cases())
-@settings(deadline=None)
 def test_half_precision_is_rounded_once_at_the_end(
     case: tuple[Grid, Reduction, torch.Tensor | None, torch.Tensor],
 ) -> None:
@@ -113,7 +110,6 @@ def test_half_precision_is_rounded_once_at_the_end(
 
 
 @given(case=cases(), scale=st.floats(0.01, 100))
-@settings(deadline=None)
 def test_a_common_scale_passes_through(
     case: tuple[Grid, Reduction, torch.Tensor | None, torch.Tensor], scale: float
 ) -> None:
@@ -124,7 +120,6 @@ def test_a_common_scale_passes_through(
 
 
 @given(case=cases(), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_without_temporal_merging_reduction_is_linear(
     case: tuple[Grid, Reduction, torch.Tensor | None, torch.Tensor], seed: int
 ) -> None:
@@ -139,7 +134,6 @@ def test_without_temporal_merging_reduction_is_linear(
 
 
 @given(seed=st.integers(0, 99), size=st.integers(2, 5))
-@settings(deadline=None)
 def test_the_order_within_a_merged_group_does_not_matter(seed: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     grids = torch.randn(size, 6, 4, generator=generator)
@@ -152,7 +146,6 @@ def test_the_order_within_a_merged_group_does_not_matter(seed: int, size: int) -
 
 
 @given(case=cases())
-@settings(deadline=None)
 def test_every_channel_stays_between_the_extremes_of_its_inputs(
     case: tuple[Grid, Reduction, torch.Tensor | None, torch.Tensor],
 ) -> None:

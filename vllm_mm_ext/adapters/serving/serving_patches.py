@@ -164,9 +164,11 @@ SERVING_PATCHES: tuple[Patch, ...] = (
             "vllm.engine.arg_utils:EngineArgs.create_engine_config",
             f"{_PROCESSOR}._get_mm_hashes",
             f"{_RENDERER}._process_mm_uuids",
+            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
         ),
-        "Instances that share encoder outputs name them alike: by content, wherever the model is.",
-        "vLLM's EC connectors pair instances by model and settings, and name items by content",
+        "Instances that share encoder outputs name them alike: by content, wherever the model is. "
+        "What an engine computed without an output that it could not read is dropped.",
+        "vLLM's EC connectors pair instances by model, name items by content and survive failures",
     ),
     Patch(
         "shared encoder outputs",
