@@ -109,7 +109,7 @@ async def hashes(own: OwnPart) -> list[str]:
 
 async def test_a_session_with_the_file_has_ended_when_the_takedown_goes_on() -> None:
     async with session_with_picture() as (own, engine, sessions, connection):
-        ending = asyncio.create_task(own.end([DIGEST], []))
+        ending = asyncio.create_task(own.end([DIGEST], [], []))
         with suppress(ConnectionClosed):
             while True:
                 await connection.recv()
@@ -128,7 +128,7 @@ async def test_a_session_with_the_file_has_ended_when_the_takedown_goes_on() -> 
 async def test_a_session_that_does_not_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_part, "_END_S", 0.05)
     async with session_with_picture() as (own, _, _, _):
-        told = await own.end([DIGEST], [])
+        told = await own.end([DIGEST], [], [])
         assert (told["sessions"], told["sessions_left"]) == (1, 1)
 
 

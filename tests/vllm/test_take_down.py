@@ -297,7 +297,7 @@ async def test_a_file_that_comes_to_be_transcribed_is_known_by_its_digest(
 
     context = enter_request(RequestContext())
     context.trace.watched = True
-    asked = SimpleNamespace(response_format="json")
+    asked = SimpleNamespace(response_format="json", model_extra=None)
     assert await getattr(Serving(), method)(b"sound", asked, None) == b"sound"
     (item,) = context.items
     assert (item.modality, item.known_digest) == ("audio", blake3(b"sound").hexdigest())
