@@ -78,7 +78,7 @@ def front_end(
     largest = max((frame_bytes(medium) for medium in request.media), default=0)
     output = max(usual.max_output_mb, _mib(largest))
     preprocessing = PREPROCESSING_COPIES * each.inputs
-    sound = _SOUND_BYTES if any(medium.audio_seconds for medium in request.media) else 0
+    sound = _SOUND_BYTES if request.has_sound else 0
     # vLLM takes a request's items from the cache only if they leave as much again free.
     cache = max(2 * each.inputs, each.inputs * count)
     return FrontEnd(

@@ -235,6 +235,7 @@ def engine_parts(
         step: The largest step.
         warm_up: Most bytes that vLLM's warm-up of the processor takes.
     """
+    encoders = encoder_step_peak(facts, request, step)
     parts = [
         Part(
             "weights",
@@ -248,7 +249,7 @@ def engine_parts(
         ),
         Part(
             "encoders, one step",
-            encoder_step_peak(facts, request, step),
+            encoders,
             f"up to {step.encoder_tokens:,} embeddings, {step.encoder_inputs:,} patches at a time",
         ),
         Part(
@@ -261,17 +262,16 @@ def engine_parts(
         allowance = _CUDA_BYTES + (_NCCL_BYTES if site.tp > 1 else 0)
         return (*parts, Part("CUDA", allowance, "an allowance: context, libraries, graphs"))
     each = request_bytes(facts, workload, request)
-    heard = any(medium.audio_seconds for medium in request.media)
     return (
         *parts,
         Part(
             "Python and vLLM, twice",
-            2 * site.process_bytes + _ENGINE_GROWTH + (_ENGINE_SOUND if heard else 0),
+            2 * site.process_bytes + _ENGINE_GROWTH + (_ENGINE_SOUND if request.has_sound else 0),
             "the engine's core and its worker; and what their first request loads",
         ),
         Part(
             "vLLM's warm-up",
-            max(0, warm_up - encoder_step_peak(facts, request, step)),
+            max(0, warm_up - encoders),
             "before it serves, where the encoders take less",
         ),
         Part(

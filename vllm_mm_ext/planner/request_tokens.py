@@ -116,6 +116,11 @@ class RequestTokens:
         return self.prompt + sum(medium.later_text for medium in self.media)
 
     @property
+    def has_sound(self) -> bool:
+        """Whether the model hears anything of the request."""
+        return any(medium.audio_seconds for medium in self.media)
+
+    @property
     def items(self) -> tuple[ItemTokens, ...]:
         """All mm items in the order of the prompt."""
         return tuple(item for medium in self.media for item in medium.items)

@@ -8,6 +8,15 @@ from vllm_mm_ext.adapters.encoder_cache.mm_features import sharing
 from vllm_mm_ext.adapters.vllm_compat import logger
 
 
+def is_prefilled_elsewhere(scheduler: Any, request: Any) -> bool:
+    """Whether the KV of a request that has not begun comes from another node.
+
+    A connector takes the mark away once the transfer has begun.
+    """
+    params = request.kv_transfer_params or {}
+    return scheduler.connector is not None and bool(params.get("do_remote_prefill"))
+
+
 def refuse_what_never_fits(scheduler: Any, request: Any) -> None:
     """End a request whose video and sound together are more than vLLM's own encoder cache holds.
 
@@ -21,9 +30,8 @@ def refuse_what_never_fits(scheduler: Any, request: Any) -> None:
     """
     if scheduler.is_encoder_decoder or hasattr(scheduler.encoder_cache_manager, "overdraws"):
         return
-    params = request.kv_transfer_params
-    if scheduler.connector is not None and params and params.get("do_remote_prefill"):
-        # Its KV comes from another node, and nothing is encoded here.
+    if is_prefilled_elsewhere(scheduler, request):
+        # Nothing is encoded here.
         return
     features = request.mm_features
     for index, feature in enumerate(features):

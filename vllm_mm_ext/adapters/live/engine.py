@@ -125,14 +125,14 @@ class LiveEngine:
 
         async def trim() -> None:
             if pinned:
-                await self._trim(session_id, salt)
+                await self._let_go(session_id, salt, trims=True)
 
         async def leave() -> None:
             if rank is not None:
                 self._of_rank[rank] -= 1
             if pinned:
                 self.pinned -= 1
-                await self._release(session_id, salt)
+                await self._let_go(session_id, salt)
 
         adapter = partial(self._adapter, model)
         return EngineSession(self._engine, session_id, listener, adapter, rank, salt, trim, leave)
@@ -151,22 +151,16 @@ class LiveEngine:
             return False
         return True
 
-    async def _trim(self, session_id: str, salt: str) -> None:
+    async def _let_go(self, session_id: str, salt: str, *, trims: bool = False) -> None:
+        """Release a session's KV, or all but that of the conversation's latest prompt."""
         assert self._kv is not None
-        try:
-            await self._kv.release(aside_of(session_id), salt)
-            await self._kv.trim(session_id, salt)
-        except Exception as error:
-            logger.warning("mm_ext: old KV of a live session stays pinned: %s", error)
-
-    async def _release(self, session_id: str, salt: str) -> None:
-        assert self._kv is not None
+        act, what = (self._kv.trim, "old KV") if trims else (self._kv.release, "the KV")
         try:
             # First, as what comes before cached pieces is kept with them.
             await self._kv.release(aside_of(session_id), salt)
-            await self._kv.release(session_id, salt)
+            await act(session_id, salt)
         except Exception as error:
-            logger.warning("mm_ext: the KV of a live session is not released: %s", error)
+            logger.warning("mm_ext: %s of a live session is not released: %s", what, error)
 
     async def _adapter(self, model: str | None) -> Any:
         """The LoRA adapter of a name as vLLM's chat requests find it; None for the served model."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
 
+from vllm_mm_ext.adapters.encoder_cache.never_served import is_prefilled_elsewhere
 from vllm_mm_ext.policies.scheduler.step_plan import AGED_AFTER, Candidate, Item, Order, Rank
 
 # Seconds for which a look at a waiting request's caches stands: it takes time in proportion to the
@@ -198,9 +199,7 @@ class Prompts:
 
         The prefix cache is asked past ``get_computed_blocks``, which counts and reports its hits.
         """
-        # A connector takes the mark away once the transfer has begun.
-        params = request.kv_transfer_params
-        if self._scheduler.connector is not None and params and params.get("do_remote_prefill"):
+        if is_prefilled_elsewhere(self._scheduler, request):
             return int(request.num_tokens)
         manager = self._scheduler.kv_cache_manager
         if not manager.prefix_cache_lookup_enabled(request):
