@@ -23,7 +23,7 @@ from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
 from vllm_mm_ext.testing.server import Server
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 ARGS = (
     *("--max-model-len", "4096", "--max-num-batched-tokens", "4096", "--max-num-seqs", "8"),

@@ -8,7 +8,7 @@ import pytest
 from engine_script import run_script
 from features_engine import FILES, MAX_PATCHES, make_media, unloaded_variants, variants
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = "Qwen2_5_VLForConditionalGeneration"
 PROCESSOR = "Qwen2_5_VLMultiModalProcessor"

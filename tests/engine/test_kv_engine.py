@@ -33,6 +33,7 @@ def test_media_found_after_churn_give_the_answers_of_an_empty_cache(tmp_path: Pa
     assert found["cleared"] > 0
 
 
+@pytest.mark.slow
 def test_a_pinned_sessions_media_outlive_others_until_it_is_released(tmp_path: Path) -> None:
     model = build("qwen2_5_vl", tmp_path / "model", video_max_pixels=448 * 448)
     env = {"VLLM_PLUGINS": "mm_ext", "DO_NOT_TRACK": "1"}

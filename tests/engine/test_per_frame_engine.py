@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engine_script import run_script
+from engine_script import asked_for, run_script
 from per_frame_engine import CASES, FAMILIES, MAX_PATCHES
 
 # Patches of a frame of the tiny checkpoints: 112 pixels in patches of 14.
@@ -13,16 +13,19 @@ PATCHES = 64
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, Any]:
+def outcomes(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What both modes say, by family; one process for all families of a mode."""
+    families = asked_for(request, "family", FAMILIES)
     return {
-        mode: run_script("per_frame_engine.py", mode, *FAMILIES, timeout_s=300)
+        mode: run_script("per_frame_engine.py", mode, *families, timeout_s=300)
         for mode in ("stock", "plugin")
     }
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])]
+)
 def test_segments_and_bounded_encoder_calls_change_no_answer(
     outcomes: dict[str, Any], family: str
 ) -> None:

@@ -9,7 +9,7 @@ from engine_script import run_script
 
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def test_a_written_plan_runs_as_many_requests_as_it_says_and_one_more_waits(tmp_path: Path) -> None:

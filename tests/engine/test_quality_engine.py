@@ -18,7 +18,7 @@ from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.server import Server, serve
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 SETTINGS = TierSettings(hold_s=600.0)
 
@@ -74,7 +74,7 @@ async def _levels(server: Server, urls: list[str]) -> list[int]:
 
 
 # With vLLM's own scheduler the stat logger alone publishes, which takes a server of its own.
-@pytest.mark.parametrize("plugin_scheduler", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("plugin_scheduler", [False, True])
 def test_all_api_servers_share_a_tier_that_follows_the_load(
     tmp_path: Path, plugin_scheduler: bool
 ) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from engine_script import run_script
+from engine_script import asked_for, run_script
 from segments_engine import WHOLE_PROMPT, make_media
 
 # LLaVA-OneVision and InternVL, and bfloat16: ``test_per_frame_engine``.
@@ -13,6 +14,8 @@ FAMILIES = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_vl", "qwen3_omni")
 # Qwen3-VL numbers the frames of a video in its prompt.
 MERGE_POSITIONS = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_omni")
 OMNI = ("qwen2_5_omni", "qwen3_omni")
+# Run unless the slow tests are asked for: one with sound, and the one that numbers its frames.
+USUAL = ("qwen2_5_omni", "qwen3_vl")
 TOLERANCE = 1e-4
 SPLIT = ("smallest", "larger")
 WHOLE = f"steps of {WHOLE_PROMPT}"
@@ -20,13 +23,22 @@ WHOLE = f"steps of {WHOLE_PROMPT}"
 pytestmark = pytest.mark.engine
 
 
+def marked(families: Sequence[str]) -> list[Any]:
+    """The families as values of a parameter."""
+    slow = pytest.mark.slow
+    return [name if name in USUAL else pytest.param(name, marks=slow) for name in families]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What both modes say, by mode and family; one process for all families of a mode."""
+    families = asked_for(request, "family", FAMILIES)
     media = tmp_path_factory.mktemp("segments")
     make_media(media)
     return {
-        mode: run_script("segments_engine.py", mode, media, *FAMILIES, timeout_s=560)
+        mode: run_script("segments_engine.py", mode, media, *families, timeout_s=560)
         for mode in ("stock", "plugin")
     }
 
@@ -40,7 +52,7 @@ def assert_equal(got: list[Any], expected: list[Any], case: str) -> None:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", marked(FAMILIES))
 def test_segments_change_no_answer_of_stock(outcomes: dict[str, Any], family: str) -> None:
     (stock,) = (asked["silent"] for asked in outcomes["stock"][family].values())
     for case, asked in outcomes["plugin"][family].items():
@@ -50,7 +62,7 @@ def test_segments_change_no_answer_of_stock(outcomes: dict[str, Any], family: st
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("family", OMNI)
+@pytest.mark.parametrize("family", marked(OMNI))
 def test_segments_with_sound_change_no_answer_of_the_whole(
     outcomes: dict[str, Any], family: str
 ) -> None:
@@ -63,7 +75,7 @@ def test_segments_with_sound_change_no_answer_of_the_whole(
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", marked(FAMILIES))
 def test_reduced_videos_take_as_many_tokens_as_foretold(
     outcomes: dict[str, Any], family: str
 ) -> None:
@@ -75,7 +87,7 @@ def test_reduced_videos_take_as_many_tokens_as_foretold(
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", marked(FAMILIES))
 def test_videos_really_are_several_segments(outcomes: dict[str, Any], family: str) -> None:
     for case, asked in outcomes["plugin"][family].items():
         for kind in {"silent", "sounding"} & asked.keys():
@@ -88,7 +100,7 @@ def test_videos_really_are_several_segments(outcomes: dict[str, Any], family: st
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("family", MERGE_POSITIONS)
+@pytest.mark.parametrize("family", marked(MERGE_POSITIONS))
 def test_segments_at_positions_of_their_own_change_answers(
     outcomes: dict[str, Any], family: str
 ) -> None:

@@ -26,7 +26,7 @@ from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.scraped import Scraped
 from vllm_mm_ext.testing.server import Server, serve
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 CLIPS = 3
 REQUESTS = 6

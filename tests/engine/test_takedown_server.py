@@ -73,7 +73,12 @@ def origin() -> Iterator[Origin]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("sight")
     args = ["--config", config_file(folder, SIGHT), "--api-key", KEY, "--api-server-count", "2"]
-    env = {"VLLM_MEDIA_CACHE": str(folder / "downloads"), "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    env = {
+        "VLLM_MEDIA_CACHE": str(folder / "downloads"),
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+        # A worker apart has media of its own to let go of.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
     with serve(checkpoint("qwen2_5_omni"), plugin=True, args=args, env=env) as running:
         yield running
 

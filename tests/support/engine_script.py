@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def run_script(
@@ -34,3 +36,20 @@ def run_script(
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def asked_for(request: pytest.FixtureRequest, name: str, values: Sequence[str]) -> list[str]:
+    """Those of a parameter's values for which a test of the module is going to run.
+
+    Args:
+        request: Of a fixture of the module.
+        name: The parameter.
+        values: Its values, in their order.
+    """
+    specs = [
+        getattr(item, "callspec", None)
+        for item in request.session.items
+        if item.path == request.path
+    ]
+    chosen = {spec.params.get(name) for spec in specs if spec is not None}
+    return [value for value in values if value in chosen]
