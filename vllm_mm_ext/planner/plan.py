@@ -158,23 +158,23 @@ class Plan:
         return encoder_cache_bytes(self.facts, self.request.embeddings * self.per_engine)
 
     @property
-    def api_server(self) -> tuple[Part, ...]:
-        """Memory that an API server may take."""
-        working = self.front.in_flight_mb << 20
-        part = Part("media that are worked on", working, "media.cache.in_flight_mb")
-        return (*self.front.memory, part)
-
-    @property
     def host(self) -> tuple[Part, ...]:
-        """Memory of the machine."""
+        """Memory of the machine.
+
+        An API server may work on as much as its media budget beside what the workload keeps in its
+        caches: other requests may come than the planned ones.
+        """
         site, front = self.site, self.front
+        working = front.in_flight_mb << 20
+        budget = Part("media that are worked on", working, "media.cache.in_flight_mb")
         if site.gpu.is_cpu:
             kv = Part("KV cache", self.kv_bytes, "as planned")
-            return (*self.api_server, *self.engine, kv)
+            return (*front.memory, budget, *self.engine, kv)
         # With one GPU the core is the worker.
         processes = site.tp + 1 if site.tp > 1 else 1
         each = [
-            *self.api_server,
+            *front.memory,
+            budget,
             Part(
                 "Python and vLLM of the engine",
                 processes * site.process_bytes,

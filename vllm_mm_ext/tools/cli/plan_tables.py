@@ -94,7 +94,7 @@ def show_plan(
     )
     console.print(_memory(title, [*plan.engine, kv]))
     if site.gpu.is_cpu:
-        console.print(_memory("memory of the API server", plan.api_server))
+        console.print(_memory("memory of the API server", plan.front.memory))
     else:
         console.print(_memory("memory of the machine", plan.host))
     console.print(str(plan.container), highlight=False, style="dim")
