@@ -114,6 +114,7 @@ class Engine:
         window: Tokens of a second, sliding-window KV cache group.
         events: Whether the pool tells what it caches.
         hash_block: Tokens of a hash: with fewer than a block's, the ends of prompts are cached.
+        read_ahead: Tokens that a drafter reads ahead of those computed.
     """
 
     blocks: int
@@ -121,6 +122,7 @@ class Engine:
     window: int | None = None
     events: bool = False
     hash_block: int = BLOCK
+    read_ahead: int = 0
     manager: KVCacheManager = field(init=False)
     running: dict[str, Request] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
@@ -137,7 +139,10 @@ class Engine:
         if self.settings is None:
             self.manager = KVCacheManager(config, **arguments)
         else:
-            with adapter.pools_of(adapter.pool_factory(self.settings, config, HIDDEN_SIZE)):
+            factory = adapter.pool_factory(
+                self.settings, config, HIDDEN_SIZE, read_ahead=self.read_ahead
+            )
+            with adapter.pools_of(factory):
                 self.manager = KVCacheManager(config, **arguments)
 
     @property

@@ -209,6 +209,17 @@ def test_of_two_videos_after_the_same_text_one_can_go_without_the_other() -> Non
     assert served(engine, "a again", VIDEO) == 8
 
 
+@pytest.mark.parametrize(("read_ahead", "text_stays"), [(0, True), (1, False)])
+def test_what_a_drafter_made_of_the_item_behind_a_block_goes_with_the_item(
+    read_ahead: int, text_stays: bool
+) -> None:
+    engine = Engine(64, read_ahead=read_ahead)
+    parts = (Text(0, BLOCK), Media("a", 2 * BLOCK), Text(1, 6))
+    served(engine, "first", parts)
+    engine.pool.take_down(lambda one: one == "a")
+    assert served(engine, "again", parts) == (BLOCK if text_stays else 0)
+
+
 def test_evicting_one_block_gives_up_all_that_is_not_found_any_more() -> None:
     engine = Engine(64)
     served(engine, "a", VIDEO)

@@ -31,10 +31,16 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
         args, kwargs: Arguments of vLLM's block pool.
         limits: What the pool may keep of media.
         audio_token: The token that stands for sound inside a video item, if the model has one.
+        read_ahead: Tokens after a token that a drafter makes the KV of this token of.
     """
 
     def __init__(
-        self, *args: Any, limits: Limits, audio_token: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        limits: Limits,
+        audio_token: int | None = None,
+        read_ahead: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.limits = limits
@@ -55,7 +61,7 @@ class MMExtBlockPool(BlockPool):  # type: ignore[misc]
             self.sessions,
             audio_token,
         )
-        self._marks = MediaMarks(self.num_gpu_blocks)
+        self._marks = MediaMarks(self.num_gpu_blocks, read_ahead)
         # How often blocks of a piece were given up since the start, be it media or text.
         self.evictions = 0
         # Groups whose blocks of the request that is being admitted were walked along.

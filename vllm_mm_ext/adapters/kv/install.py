@@ -65,6 +65,7 @@ def _with_pool(original: Callable[..., Any]) -> Callable[..., Any]:
             model.get_hidden_size(),
             # Only the composer has sound inside its video items.
             getattr(model.hf_config, "audio_pad_token_id", None),
+            vllm_config.num_prefill_lookahead_tokens,
         )
         with pools_of(factory):
             original(self, vllm_config, kv_cache_config, *args, **kwargs)
@@ -115,7 +116,11 @@ def pools_of(factory: Callable[..., Any]) -> Iterator[None]:
 
 
 def pool_factory(
-    settings: KVSettings, kv_cache_config: Any, hidden_size: int, audio_token: int | None = None
+    settings: KVSettings,
+    kv_cache_config: Any,
+    hidden_size: int,
+    audio_token: int | None = None,
+    read_ahead: int = 0,
 ) -> partial[Any]:
     """A factory of block pools with these settings.
 
@@ -124,6 +129,7 @@ def pool_factory(
         kv_cache_config: vLLM's ``KVCacheConfig``.
         hidden_size: Hidden size of the language model.
         audio_token: The token that stands for sound inside a video item, if the model has one.
+        read_ahead: Tokens after a token that a drafter makes the KV of this token of.
     """
     from vllm_mm_ext.adapters.kv.block_pool import MMExtBlockPool
     from vllm_mm_ext.adapters.kv.pool_limits import Limits
@@ -143,7 +149,7 @@ def pool_factory(
         hidden_size=hidden_size,
         block_bytes=block_bytes,
     )
-    return partial(MMExtBlockPool, limits=limits, audio_token=audio_token)
+    return partial(MMExtBlockPool, limits=limits, audio_token=audio_token, read_ahead=read_ahead)
 
 
 def _noting_hits(original: Callable[..., Any]) -> Callable[..., Any]:

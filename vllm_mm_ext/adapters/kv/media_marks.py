@@ -32,14 +32,16 @@ class Link:
 class MediaMarks:
     """For each block, the mm items that its KV depends on.
 
-    A block depends on an item that begins before the block ends. A mark holds only as long as the
-    block has the hash that it had then.
+    A block depends on an item that begins before the block ends, or so soon after it that a drafter
+    has read the item. A mark holds only as long as the block has the hash that it had then.
 
     Args:
         num_blocks: Number of blocks of the pool.
+        read_ahead: Tokens after a token that a drafter makes the KV of this token of.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, read_ahead: int = 0) -> None:
+        self._read_ahead = read_ahead
         self._marks: list[tuple[Any, Link] | None] = [None] * num_blocks
         self._chains: OrderedDict[str, list[Link]] = OrderedDict()
         # By the link before, which each of them keeps alive, and identifier.
@@ -55,7 +57,8 @@ class MediaMarks:
         features = request.mm_features
         chain = self._chain(request.request_id, features) if features else []
         for block, end in cached:
-            begun = bisect_left(features, end, key=lambda feature: feature.mm_position.offset)
+            read = end + self._read_ahead
+            begun = bisect_left(features, read, key=lambda feature: feature.mm_position.offset)
             mark = self._marks[block.block_id]
             # A block that is found by fewer tokens as well still depends on what it did.
             known = mark is not None and mark[0] == block.block_hash

@@ -115,7 +115,10 @@ POOL_NAMES: tuple[Checked, ...] = (
     VllmAttributes("vllm.v1.kv_cache_interface:KVCacheTensor", ("size",)),
     VllmAttributes(
         "vllm.config:VllmConfig",
-        ("additional_config", "attention_config", "kv_transfer_config", "model_config"),
+        (
+            *("additional_config", "attention_config", "kv_transfer_config", "model_config"),
+            "num_prefill_lookahead_tokens",
+        ),
     ),
     VllmAttributes("vllm.config:KVTransferConfig", ("kv_connector", "kv_connector_extra_config")),
     VllmAttributes("vllm.config:ModelConfig", ("get_hidden_size", "hf_config")),
