@@ -20,7 +20,9 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponseChoice,
     ChatMessage,
 )
+from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.exceptions import RetryableRequestError
 from vllm.lora.request import LoRARequest
 
 from vllm_mm_ext.adapters.long_video import engine_model
@@ -109,6 +111,7 @@ def model_of(
     serving = SimpleNamespace(
         renderer=None,
         model_config=SimpleNamespace(mm_ext_settings=config, max_model_len=9, max_logprobs=20),
+        engine_client=SimpleNamespace(is_paused=AsyncMock(return_value=False)),
     )
     model = EngineModel(
         serving,
@@ -203,6 +206,24 @@ async def test_a_prompt_that_the_engine_gives_up_is_sent_again_and_is_no_reply(
     # However the engine came to end a choice without a token.
     model._create = AsyncMock(side_effect=[answered("", tokens=[]), chosen])
     assert (await model.ask(choice)).chances["yes"] > 0.9
+
+
+@pytest.mark.parametrize("polls", [1, 5])
+async def test_a_pause_of_the_engine_uses_up_no_attempt(
+    polls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.33 refuses prompts meanwhile."""
+    monkeypatch.setattr(engine_model, "_BUSY_PAUSE_S", 0.0)
+    model = model_of("salt", ReportsConfig())
+    monkeypatch.setattr(model, "_enter", lambda *_: RequestContext())
+    refused = create_error_response(RetryableRequestError("Generation is paused."))
+    model._create = AsyncMock(side_effect=[refused, refused, refused, answered("[1] a man")])
+    # Paused again as soon as it went on, and busy after that.
+    paused = [*[True] * polls, False, True, False, False]
+    model._serving.engine_client = SimpleNamespace(is_paused=AsyncMock(side_effect=paused))
+    ask = Ask(WINDOW, Look("note"), ("Note.",), max_tokens=20)
+    assert (await model.ask(ask)).text == "[1] a man"
+    assert model.first_error is None
 
 
 async def test_a_takedown_finds_the_items_of_a_window_by_the_clients_request() -> None:

@@ -59,7 +59,8 @@ class AbortedError(RetryableRequestError):  # type: ignore[misc]
     """The engine gave a prompt up, as ``/pause`` and ``/sleep`` have it do by default.
 
     vLLM answers what was written until then, with the finish reason "abort". A prompt that is sent
-    meanwhile waits for the engine to go on.
+    meanwhile waits for the engine to go on; vLLM 0.33 refuses it with a 503, unless the mode of the
+    pause is `keep`.
     """
 
     def __init__(self) -> None:

@@ -218,19 +218,38 @@ class EngineModel:
         return Request({"type": "http", "headers": headers})
 
     async def _tried(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        """Result of work, which is done once more where it fails in a way that may pass."""
+        """Result of work, which is done once more where it fails in a way that may pass.
+
+        That the engine was paused counts as no failure.
+        """
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-        for last in (False, True):
+        failed = 0
+        while True:
             made = await _alone(work())
             if not isinstance(made, ErrorResponse):
                 return made
-            if last or not _may_pass(made.error.code):
+            busy = made.error.code == HTTPStatus.SERVICE_UNAVAILABLE
+            if busy and await self.sat_out_pause():
+                continue
+            failed += 1
+            if failed > 1 or not _may_pass(made.error.code):
                 break
-            if made.error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+            if busy:
                 await asyncio.sleep(_BUSY_PAUSE_S)
         self.first_error = self.first_error or made
         raise AskFailedError(made.error.message)
+
+    async def sat_out_pause(self) -> bool:
+        """Whether the engine was paused; it is not any more.
+
+        vLLM 0.32 has prompts wait meanwhile, 0.33 refuses them unless the pause's mode is `keep`.
+        """
+        paused = False
+        while await self._serving.engine_client.is_paused():
+            paused = True
+            await asyncio.sleep(_BUSY_PAUSE_S)
+        return paused
 
     # --- each in a task of its own, as its context is its own -------------------------------------
 

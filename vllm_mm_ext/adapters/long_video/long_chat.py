@@ -319,6 +319,8 @@ class _LongChat:
             for evidence in outcome.evidence
         }
         request = _with_texts(self._request, texts)
+        # What was found is not to be lost to it.
+        await self._model.sat_out_pause()
         return await self._create(self._serving, request, self._raw_request)
 
     def _head(self) -> chat_chunks.Head:

@@ -91,6 +91,7 @@ LONG_VIDEO_NAMES: tuple[Checked, ...] = (
     VllmAttributes(f"{_PROTOCOL}:ErrorInfo", ("code", "message")),
     VllmName("vllm.entrypoints.serve:create_error_response", ("message",)),
     VllmName("vllm.engine.protocol:EngineClient.get_weight_version", ("self",)),
+    VllmName("vllm.engine.protocol:EngineClient.is_paused", ("self",)),
     VllmName(
         "vllm.entrypoints.generate.base.protocol:validate_request_mm_kwargs",
         ("mm_processor_kwargs", "media_io_kwargs", "trust_request_mm_kwargs"),
