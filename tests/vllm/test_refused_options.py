@@ -100,6 +100,8 @@ ROUTES = {
     ),
 }
 HONOURED = {"/v1/chat/completions", "/v1/responses"}
+# vLLM refuses all fields here that it does not know. From 0.33 on.
+FORBIDS = {"/v1/decisions"}
 # Takes the requests of other routes and hands them on.
 HANDS_ON = {"/invocations"}
 # These take no prompt.
@@ -192,7 +194,7 @@ def routes(*routers: APIRouter) -> set[str]:
 def test_there_is_no_other_route() -> None:
     found = routes(pooling.router, classify.router, embed.router, scoring.router)
     assert found >= {"/v1/chat/completions", "/v1/embeddings", "/rerank", "/v1/systemone"}
-    assert found - ROUTES.keys() - HONOURED - HANDS_ON - WITHOUT_PROMPT == set()
+    assert found - ROUTES.keys() - HONOURED - FORBIDS - HANDS_ON - WITHOUT_PROMPT == set()
 
 
 def test_an_instance_that_encodes_only_answers_on_no_route() -> None:

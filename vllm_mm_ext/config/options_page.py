@@ -53,6 +53,7 @@ that lists them.
 | `/cohere/v2/chat/render` | images | ignored; the server's settings apply |
 | `/v1/audio/*` | the form's `file` | a 400; the server's settings apply |
 | `/v1/completions/render`, `/generative_scoring` | none | a 400 |
+| `/v1/decisions` (vLLM 0.33) | none | a 400 of vLLM's own, as for any field it does not know |
 
 `vllm run-batch` reads these requests from a file; of its routes `/v1/chat/completions` takes the
 block. Nobody would send a refused line again, so media wait without end there, as for `LLM`, for
@@ -61,8 +62,8 @@ where more lines with `long_video` run than `mm_ext.long_video.max_requests` (se
 number), where name servers of 64 other hosts do not answer, where a file does not decode in time
 beside others, and where the machine has no more memory, threads or descriptors.
 
-Every route takes a block with `key` alone, which tells routers where the request goes; in the forms
-of `/v1/audio/*` a block is always a 400.
+Every route takes a block with `key` alone, which tells routers where the request goes; at
+`/v1/decisions` and in the forms of `/v1/audio/*` a block is always a 400.
 
 What `/v1/chat/completions/render` makes is for `/inference/v1/generate`. That route refuses media
 items that share tokens, as a video and its sound do, so the model does not hear these videos.

@@ -35,6 +35,7 @@ _ANSWERING: Final = (
     *("/v1/completions", "/v1/responses", "/v1/messages", "/v1/chat/completions/batch"),
     *("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/embeddings", "/cohere/v2/chat"),
     *("/invocations", "/generative_scoring", "/inference/v1/generate", "/v1/systemone"),
+    "/v1/decisions",
 )
 _LIVE: Final = ("/v1/realtime", "/mm_ext/realtime")
 
