@@ -13,6 +13,7 @@ from encoder_cache_harness import Engine, Item, request
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ECConnectorOutput
+from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.adapters.encoder_cache.failed_loads import FailedLoads
 from vllm_mm_ext.adapters.encoder_cache.transport_options import JOB, OWN
@@ -402,6 +403,37 @@ def test_where_an_output_cannot_be_read_nobody_is_answered_without_it(
     run(engine, "again", VIDEO)
     run(other := consumer(tmp_path), "first", VIDEO)
     assert other.encoded == []
+
+
+@SCHEDULERS
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_where_an_output_cannot_be_read_a_session_that_waits_ends_no_engine(
+    tmp_path: Path, scheduler: Any, goes_on: bool
+) -> None:
+    run(Engine(shared=tmp_path, role="ec_producer"), "first", VIDEO)
+    engine = consumer(tmp_path, role="ec_both", scheduler=scheduler)
+    session, update = (request("session", [], text=40) for _ in range(2))
+    session.resumable = update.resumable = True
+    engine.add(session)
+    while session.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
+        engine.step()
+    add(engine, "video", VIDEO)
+    output = engine.scheduler.schedule()
+    assert output.ec_connector_metadata.transport.loads
+    if goes_on:
+        engine.scheduler.add_request(update)
+        engine.kv.add(session)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    engine.kv.may_be_wrong = True
+    engine._finish(output)
+    engine.kv.may_be_wrong = False
+    engine.run()
+    assert sorted(engine.encoded) == NAMES
+    assert engine.answers == {"video": 3, "session": 6 if goes_on else 3}
+    # vLLM 0.32 would go on without what it was told before.
+    assert ended(engine, "session") != goes_on
+    assert engine.scheduler.num_waiting_for_streaming_input == int(goes_on)
 
 
 def test_what_a_request_that_was_just_preempted_was_given_of_nothing_is_dropped(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorWorkerMetadata
+from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.adapters.patches import wrap
 from vllm_mm_ext.adapters.vllm_compat import logger
@@ -61,6 +62,14 @@ def _start_anew(scheduler: Any, keys: frozenset[str]) -> None:
     if scheduler.connector is not None:
         raise RuntimeError("mm_ext: KV made without an encoder output may be in a KV connector")
     logger.error("mm_ext: encoder outputs cannot be read, all requests are computed again")
+    for request in scheduler.kv_holding_waiting:
+        # Of sessions, which vLLM resets no KV beside. One whose next input has come begins again.
+        scheduler._free_request_blocks(request)
+        scheduler.encoder_cache_manager.free(request)
+        request.num_computed_tokens = 0
+        if request.status == RequestStatus.WAITING_FOR_STREAMING_REQ:
+            # vLLM 0.32 takes what is not computed of one from its text, so it ends with an error.
+            scheduler.encoder_cache_mismatch_reqs.add(request.request_id)
     scheduler.reset_prefix_cache(reset_running_requests=True)
     for request in scheduler.requests.values():
         # vLLM delivers what steps under way bring to a request that was preempted before.

@@ -31,9 +31,13 @@ DEVICE_TIER_NAMES: tuple[Checked, ...] = (
     VllmName("vllm.v1.request:Request.get_num_encoder_embeds", ("input_id",)),
     VllmName("vllm.multimodal.inputs:PlaceholderRange", ("offset", "length")),
     VllmName("vllm.config:ModelConfig.get_inputs_embeds_size"),
+    VllmName(f"{_SCHEDULER}._free_encoder_inputs", ("request",)),
     # What objects have and the plugin reads or sets.
     VllmAttributes(_MANAGER, ("cache_size", "num_freeable_slots")),
-    VllmAttributes("vllm.v1.request:Request", ("mm_features", "num_computed_tokens", "request_id")),
+    VllmAttributes(
+        "vllm.v1.request:Request", ("mm_features", "num_computed_tokens", "request_id", "status")
+    ),
+    VllmAttributes("vllm.v1.request:RequestStatus", ("RUNNING",)),
     VllmAttributes(
         "vllm.multimodal.inputs:MultiModalFeatureSpec",
         ("data", "identifier", "mm_position", "modality"),
@@ -205,8 +209,19 @@ SHARED_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_SCHEDULER}.reset_prefix_cache", ("reset_running_requests",)),
     VllmName(f"{_BASE}.build_connector_worker_meta"),
     VllmName(f"{_CONNECTORS}.base:ECConnectorWorkerMetadata.aggregate", ("other",)),
-    VllmAttributes(_SCHEDULER, ("connector", "ec_connector", "encoder_cache_manager", "requests")),
-    VllmAttributes("vllm.v1.request:Request", ("drop_stale_output", "num_stale_output_tokens")),
+    VllmName(f"{_SCHEDULER}._free_request_blocks", ("request",)),
+    VllmAttributes(
+        _SCHEDULER,
+        (
+            *("connector", "ec_connector", "encoder_cache_manager", "encoder_cache_mismatch_reqs"),
+            *("kv_holding_waiting", "requests"),
+        ),
+    ),
+    VllmAttributes(
+        "vllm.v1.request:Request",
+        ("drop_stale_output", "num_computed_tokens", "num_stale_output_tokens", "status"),
+    ),
+    VllmAttributes("vllm.v1.request:RequestStatus", ("WAITING_FOR_STREAMING_REQ",)),
     VllmAttributes("vllm.v1.outputs:ModelRunnerOutput", ("ec_connector_output",)),
     VllmAttributes("vllm.v1.outputs:ECConnectorOutput", ("ec_connector_worker_meta",)),
     VllmAttributes(_RENDERER, ("model_config",)),
