@@ -9,7 +9,7 @@ import pytest
 from encoder_cache_harness import BLOCK, WIDTH, Engine, Item, request
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_mm_ext.scheduler import MMExtScheduler
 
@@ -237,6 +237,19 @@ def test_an_item_is_encoded_though_all_that_a_pass_scheduled_it_for_were_preempt
     assert set(engine.encoded) == {"video"}
 
 
+@pytest.mark.parametrize("scheduler", [Scheduler, MMExtScheduler])
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_requests_that_begin_in_one_step_share_what_it_encodes(policy: str, scheduler: Any) -> None:
+    sizes = {"device": 8192, "host": 8192, "blocks": 4000, "chunk": 4096, "encoder_tokens": 8192}
+    engine = Engine(policy=policy, slots=8, scheduler=scheduler, **sizes)
+    items = [Item(f"item {number}", 100) for number in range(6)]
+    engine.add(*(request(str(number), items) for number in range(6)))
+    engine.step()
+    assert len(engine.scheduler.running) > 1
+    engine.run()
+    assert len(engine.encoded) == len(items)
+
+
 def test_what_a_pass_without_tokens_did_not_encode_is_saved_when_it_is() -> None:
     engine = Engine(policy="priority")
     manager, connector = engine.manager, engine.connector
@@ -287,6 +300,7 @@ def test_a_load_that_another_request_relies_on_outlives_a_preemption() -> None:
     connector._tier.plan({"earlier": [0]})
     first, second = request("a", [Item("x", 20)]), request("b", [Item("x", 20)])
     for one in (first, second):
+        one.status = RequestStatus.RUNNING
         # The second cannot rely on what is about to be done for the first.
         assert not manager.check_and_update_cache(one, 0)
         assert manager.can_allocate(one, 0, 1000, 0)

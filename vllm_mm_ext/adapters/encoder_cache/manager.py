@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager, EncoderDecoderCacheManager
+from vllm.v1.request import RequestStatus
 
 from vllm_mm_ext.adapters.encoder_cache.mm_features import (
     PROMPT_EMBEDS,
@@ -179,9 +180,9 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         key = request.mm_features[input_id].identifier
         if key not in self._cache:
             return False
-        owner = self._fresh.get(key, request.request_id)
-        if self._preempts_scheduled and owner != request.request_id:
-            # The request it is about to be encoded for may yet be preempted.
+        shared = self._fresh.get(key, request.request_id) != request.request_id
+        if shared and self._preempts_scheduled and request.status == RequestStatus.RUNNING:
+            # Whom it is encoded for may yet be preempted, until vLLM turns to those that wait.
             return False
         if self._host is not None and not self._host.secured(request, input_id):
             return False
