@@ -175,6 +175,37 @@ def _no_rows(*_: Any) -> None:
     """Instead of xgrammar's."""
 
 
+class Unmarked(Prefilled):
+    """A connector that has nothing, and knows no mark of another node."""
+
+    def get_num_new_matched_tokens(self, _request: Request, _computed: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, _request: Request, _blocks: Any, _external: int) -> None:
+        """Nothing to take away."""
+
+
+def test_who_says_that_another_node_has_its_kv_keeps_nobody_out_where_none_has() -> None:
+    """Its own cached prefix ends where its first item begins: without the item it gets nowhere."""
+    transfer = KVTransferConfig(
+        kv_connector="Unmarked", kv_connector_module_path=__name__, kv_role="kv_both"
+    )
+    settings = {"aging_s": 2.0}
+    play = Play(make_scheduler(kv_transfer=transfer, encoder_tokens=4096, settings=settings))
+    play.add(request("first", items=[512], prompt=7))
+    play.run()
+    marked = request("marked", items=[512], prompt=7, digest="other")
+    marked.kv_transfer_params = {"do_remote_prefill": True}
+    play.add(marked)
+    for _ in range(5):
+        play.step()
+    play.now += 3.0
+    play.step()
+    play.add(*[request(f"later{number}", text=40) for number in range(3)])
+    play.run(most=400)
+    assert all(len(timing.tokens) == 4 for timing in play.timings.values())
+
+
 def test_items_whose_kv_a_connector_finds_are_not_encoded() -> None:
     """It is found when vLLM lets the request in, which is after the plan was made."""
     play = decode_node(encoder_tokens=8192)

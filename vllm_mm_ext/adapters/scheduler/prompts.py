@@ -19,9 +19,13 @@ _FRESH_S = 0.25
 
 
 class Arrival(NamedTuple):
-    """When a request came, in seconds on the scheduler's clock, and its place in that order."""
+    """When a request came, in seconds on the scheduler's clock, and its place in that order.
+
+    One that ``stays`` is computed here, whatever its client said of another node.
+    """
 
     since: float
+    stays: bool = False
     order: Order
 
 
@@ -155,8 +159,10 @@ class Prompts:
         return need
 
     def look_again(self, request: Any) -> None:
-        """What was found for a waiting request no longer stands."""
-        self._looks.pop(request.request_id, None)
+        """What was found for a waiting request no longer stands, nor what its client said of it."""
+        key = request.request_id
+        self._looks.pop(key, None)
+        self.arrivals[key] = self.arrivals[key]._replace(stays=True)
 
     def encodes(self, key: str, tokens: int) -> None:
         """A request needs so many encoder outputs from now on."""
@@ -199,7 +205,8 @@ class Prompts:
 
         The prefix cache is asked past ``get_computed_blocks``, which counts and reports its hits.
         """
-        if is_prefilled_elsewhere(self._scheduler, request):
+        stays = self.arrivals[request.request_id].stays
+        if not stays and is_prefilled_elsewhere(self._scheduler, request):
             return int(request.num_tokens)
         manager = self._scheduler.kv_cache_manager
         if not manager.prefix_cache_lookup_enabled(request):
