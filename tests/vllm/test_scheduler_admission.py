@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from scheduler_harness import Costs, Play, make_scheduler, request
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT
@@ -139,6 +140,43 @@ def test_what_a_throttled_step_tries_all_the_same_can_be_refused(bound: bool) ->
     play.add(request("video", items=[512] * 26, answer=4))
     play.scheduler.schedule(throttle_prefills=True)
     assert ("video" in play.scheduler._admission._refusals) == bound
+
+
+@pytest.mark.parametrize("held", ["throttled", "paused"])
+def test_a_prompt_under_way_that_a_step_held_back_does_not_go_last(held: str) -> None:
+    play = Play(make_scheduler(slots=8, settings={"aging_s": 1.0}))
+    scheduler = play.scheduler
+    play.add(request("decodes", answer=3000))
+    for _ in range(2):
+        play.step()
+    play.add(request("long", text=9000))
+    play.step()
+    play.now += 5.0
+    if held == "paused":
+        scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    output = scheduler.schedule(throttle_prefills=held == "throttled")
+    assert "long" not in output.num_scheduled_tokens
+    play._finish(output)
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    play.add(*[request(f"new{number}", text=900) for number in range(3)])
+    assert scheduler._looked_at(play.now)[0].key == "long"
+    assert "long" in play.step().num_scheduled_tokens
+
+
+def test_no_step_has_more_adapters_than_vllm_may_have() -> None:
+    """Of a running prompt that gets nothing in a step, vLLM 0.32 does not count the adapter."""
+    scheduler = make_scheduler(slots=8)
+    scheduler.lora_config = SimpleNamespace(max_loras=1)
+    play = Play(scheduler)
+    play.add(request("decodes", answer=300))
+    for _ in range(3):
+        play.step()
+    play.add(adapted(1, "video", items=[1024] * 4))
+    while "video" not in {one.request_id for one in scheduler.running}:
+        play.step()
+    play.add(adapted(2, "text", text=600, answer=40))
+    play.run()
+    assert all(timing.ended is not None for timing in play.timings.values())
 
 
 def test_a_video_that_waits_for_a_lora_slot_stops_nobody_and_gets_one_within_the_bound() -> None:

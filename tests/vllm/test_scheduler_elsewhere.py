@@ -357,7 +357,7 @@ def test_prompts_that_vllm_holds_back_are_not_taken_for_refused() -> None:
     """vLLM 0.33 begins prefill in every so many steps, 0.32 does not on an engine by itself."""
     play = Play(make_scheduler(change=every_fourth_step, encoder_tokens=8192))
     acts = hasattr(play.scheduler, CADENCE_ATTRIBUTES[0])
-    warned = start_warnings(play.scheduler, play.scheduler._settings, limits_prefill=True)
+    warned = start_warnings(play.scheduler)
     assert any("--prefill-schedule-interval" in warning for warning in warned) == acts
     play.add(request("decodes", answer=200))
     play.step()

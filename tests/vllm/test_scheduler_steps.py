@@ -105,6 +105,23 @@ def test_steps_keep_to_the_target_while_something_decodes() -> None:
     assert times[True] <= 0.35 * times[False]
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_steps_between_two_decodes_of_a_pipeline_keep_to_the_target_too(stages: int) -> None:
+    scheduler = make_scheduler(
+        stages=stages, encoder_tokens=16384, settings={"target_itl_ms": 50.0}
+    )
+    play = Play(scheduler, depth=stages)
+    play.add(request("learn", items=[400] * 4))
+    play.run()
+    play.add(request("text", answer=300))
+    for _ in range(6):
+        play.step()
+    play.add(request("video", items=[400] * 20))
+    play.run()
+    # A decode takes as many steps as there are stages; a step may be long by a part of an item.
+    assert max(play.timings["text"].gaps) < stages * 0.060
+
+
 def test_short_text_is_not_held_up_by_a_long_prompt_in_front_of_it() -> None:
     play = Play(make_scheduler(slots=4, max_tokens=512))
     play.add(request("book", text=30_000, answer=2))

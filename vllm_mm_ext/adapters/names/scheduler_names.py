@@ -61,7 +61,7 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
     VllmName(f"{_MANAGER}.free", ("request",)),
     VllmName(f"{_SCHEDULER}.pause_state"),
     # What objects have and the plugin reads or sets.
-    VllmAttributes("vllm.v1.core.sched.interface:PauseState", ("UNPAUSED",)),
+    VllmAttributes("vllm.v1.core.sched.interface:PauseState", ("PAUSED_ALL", "UNPAUSED")),
     VllmAttributes(
         _SCHEDULER,
         (

@@ -55,14 +55,14 @@ class Admission:
         if refusal is None or self._scheduler.current_step >= refusal.until:
             return False
         found = refusal.blocks and self._fit((request,))
-        if found or (refusal.adapter and self._place(request)):
+        if found or (refusal.adapter and self.has_place(request)):
             # It has found what it lacked.
             self._refusals[request.request_id] = refusal._replace(until=0)
             return False
         return True
 
     def refuse(self, request: Any, *, blocks: bool = False, adapter: bool = False) -> None:
-        """Vllm tried the request in the current step and did not let it in."""
+        """The request was tried in the current step and not let in."""
         until = self._scheduler.current_step + BACK_OFF
         self._refusals[request.request_id] = _Refusal(until, blocks, adapter)
 
@@ -85,8 +85,7 @@ class Admission:
             if key in scheduled or awaits or request.num_stale_output_tokens:
                 continue
             if skipped or key in planned:
-                adapter = skipped and not self._place(request)
-                self.refuse(request, blocks=not skipped, adapter=adapter)
+                self.refuse(request, blocks=not skipped)
         self._line, self._adapted = [], None
 
     def keep_door(self, now: float) -> None:
@@ -132,11 +131,10 @@ class Admission:
         needed = sum(self._scheduler._request_remaining_blocks(one) for one in requests)
         return bool(needed <= self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
-    def _place(self, request: Any) -> bool:
+    def has_place(self, request: Any) -> bool:
         """Whether the running requests leave a place for its LoRA adapter."""
-        config, wanted = self._scheduler.lora_config, request.lora_request
-        if not (config and wanted):
+        if not request.lora_request:
             return True
-        loras = (one.lora_request for one in self._scheduler.running)
+        loras = (one.lora_request for one in (*self._scheduler.running, request))
         adapters = {lora.lora_int_id for lora in loras if lora}
-        return wanted.lora_int_id in adapters or len(adapters) < config.max_loras
+        return bool(len(adapters) <= self._scheduler.lora_config.max_loras)

@@ -13,7 +13,6 @@ from vllm_mm_ext.adapters.names.scheduler_names import (
     QUEUE_METHODS,
     SCHEDULER_NAMES,
 )
-from vllm_mm_ext.config.scheduler_settings import SchedulerSettings
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -62,16 +61,8 @@ def stock_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
     return (AsyncScheduler if asynchronous else Scheduler)(vllm_config, *args, **kwargs)
 
 
-def start_warnings(
-    scheduler: Any, settings: SchedulerSettings, *, limits_prefill: bool
-) -> Iterator[str]:
-    """What is off, or costs more than an operator would expect.
-
-    Args:
-        scheduler: vLLM's scheduler.
-        settings: The section ``scheduler``.
-        limits_prefill: Whether prefill can be limited while something decodes.
-    """
+def start_warnings(scheduler: Any) -> Iterator[str]:
+    """What the plugin's scheduler has off, or what costs more than an operator would expect."""
     if scheduler.is_encoder_decoder:
         yield "encoder work of encoder-decoder models is left to vLLM"
     if scheduler.connector is not None:
@@ -80,17 +71,17 @@ def start_warnings(
             "encoder before it is asked, unless their kv_transfer_params say do_remote_prefill"
         )
     slots = int(scheduler.max_num_active_reqs)
-    if settings.text_slots > slots // 4:
+    if scheduler.settings.text_slots > slots // 4:
         yield (
-            f"scheduler.text_slots is {settings.text_slots}, but at most a quarter of the {slots} "
-            f"slots (--max-num-seqs) is kept for text: {slots // 4}"
+            f"scheduler.text_slots is {scheduler.settings.text_slots}, but at most a quarter of "
+            f"the {slots} slots (--max-num-seqs) is kept for text: {slots // 4}"
         )
     if getattr(scheduler, CADENCE_ATTRIBUTES[0], 1) > 1:
         yield (
             "--prefill-schedule-interval holds back prompts and encoder work, which the "
             "scheduler spreads between decodes already: first tokens come later"
         )
-    if not limits_prefill:
+    if not scheduler.limits_prefill:
         yield (
             "prefill is not limited while something decodes: chunked prefill is off, "
             "mm items must not be chunked, or prompts are computed in whole Mamba blocks"

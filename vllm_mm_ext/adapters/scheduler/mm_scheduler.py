@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cachetools import FIFOCache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -40,9 +39,6 @@ from vllm_mm_ext.policies.scheduler.step_times import StepTimes, StepWork, atten
 
 logger = logging.getLogger("vllm.mm_ext")
 
-# Steps whose end is still awaited; more were given up.
-_MOST_IN_FLIGHT = 64
-
 
 class MMExtScheduler(Scheduler):  # type: ignore[misc]
     """For ``--scheduler-cls``; asynchronous where vLLM schedules asynchronously."""
@@ -58,20 +54,20 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if vllm_config.model_config.is_diffusion:
             raise ValueError("mm_ext: diffusion models need vLLM's own scheduler")
         # Not what the plugin left at the model's configuration: it may not be in VLLM_PLUGINS.
-        self._settings = MMExtConfig.from_additional_config(vllm_config.additional_config).scheduler
+        self.settings = MMExtConfig.from_additional_config(vllm_config.additional_config).scheduler
         self._clock: Callable[[], float] = time.monotonic
         self._times = StepTimes()
         self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
         # Where vLLM must compute prompts or blocks in one piece, a limit could stop them for good.
-        self._limits_prefill = not (
+        self.limits_prefill = not (
             self.need_mamba_block_aligned_split
             or self.scheduler_config.disable_chunked_mm_input
             or not self.scheduler_config.enable_chunked_prefill
         )
-        for warning in start_warnings(self, self._settings, limits_prefill=self._limits_prefill):
+        for warning in start_warnings(self):
             logger.warning("mm_ext: %s", warning)
         self._prompts = Prompts(
-            self, aging_s=self._settings.aging_s, plans_encoder=self._plans_encoder
+            self, aging_s=self.settings.aging_s, plans_encoder=self._plans_encoder
         )
         self._admission = Admission(self, self._prompts)
         self.waiting = ArrangedQueue(self._prompts.order, self._prompts.first_rank)
@@ -84,7 +80,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._stuck: set[str] = set()
         # In this step no other waiting request is let in.
         self._walk_ends = False
-        self._begun: FIFOCache[int, tuple[float, StepWork]] = FIFOCache(_MOST_IN_FLIGHT)
+        self._begun: dict[int, tuple[float, StepWork]] = {}
         self._ended = -math.inf
         self._publisher = LoadPublisher(self)
 
@@ -98,9 +94,8 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if len(decoding) == len(self.running) and not comes:
             return self._decode(throttle_prefills, now)
         self._admission.keep_door(now)
-        decodes = sum(decode_tokens(request) for request in decoding)
         candidates = self._looked_at(now)
-        self._plan = self._filled(candidates, decodes)
+        self._plan = self._filled(candidates, decoding)
         requests = [self.requests[one.key] for one in candidates]
         # Decodes first. The last one in ``running`` is the first that vLLM preempts.
         running = [one for one in requests if one.status == RequestStatus.RUNNING]
@@ -108,12 +103,13 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         grants = self._plan.grants
         shown = [one for one in requests if one in self.waiting and one.request_id in grants]
         self._walk_ends = False
-        held = bool(decoding) and self._holds_prefill(throttle_prefills)
+        held = self._holds_prefill(throttle_prefills, decoding)
         with self.waiting.showing(shown):
             output = super().schedule(throttle_prefills)
         send_all_inputs(self, output)
-        missed = grants.keys() - output.num_scheduled_tokens.keys()
-        self._stuck = {one.request_id for one in running} & missed
+        if not held:
+            missed = grants.keys() - output.num_scheduled_tokens.keys()
+            self._stuck = {one.request_id for one in running} & missed
         planned = {key for key, grant in grants.items() if grant.items}
         self._admission.note(planned, {} if held else self._tried, output.num_scheduled_tokens)
         self._tried.clear()
@@ -162,15 +158,17 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         # It may wait for what another instance is encoding.
         return one if one.left > 0 else None
 
-    def _filled(self, candidates: list[Candidate], decodes: int) -> StepPlan:
-        """What the candidates are granted in a step that decodes so many tokens."""
-        settings, times = self._settings, self._times
+    def _filled(self, candidates: list[Candidate], decoding: list[Any]) -> StepPlan:
+        """What the candidates are granted in a step beside those that decode."""
+        settings, times = self.settings, self._times
+        # None where their tokens are under way, as in every other step of two pipeline stages.
+        decodes = sum(map(decode_tokens, decoding))
         base = times.base_s(decodes, prompts=True)
         # The target is for most steps, not for the mean of those that encode.
         target = settings.target_itl_ms / 1e3 / (1 + times.encoder_spread)
         seconds = media_s = step_seconds(target, base)
-        alone = not decodes and all(one.media for one in candidates)
-        if not decodes:
+        alone = not decoding and all(one.media for one in candidates)
+        if not decoding:
             seconds, self._late_s = settings.encoder_step_idle_ms / 1e3, 0.0
             media_s = seconds if alone else media_s
         # One item tells what encoding costs here.
@@ -191,7 +189,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             most_kept=max(1, slots // 4),
             shift=self.num_prefill_lookahead,
             late_s=self._late_s,
-            prefill_counts=self._limits_prefill,
+            prefill_counts=self.limits_prefill,
             whole=not self.scheduler_config.enable_chunked_prefill,
             together=bound if hasattr(self.encoder_cache_manager, "overdraws") else math.inf,
         )
@@ -206,15 +204,16 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         used = len(self.running) + self.num_waiting_for_streaming_input
         return max(0, int(self.max_num_active_reqs - used))
 
-    def _holds_prefill(self, throttled: bool) -> bool:
-        """Whether vLLM begins no prefill in this step, in which something decodes.
+    def _holds_prefill(self, throttled: bool, decoding: list[Any]) -> bool:
+        """Whether vLLM computes no prompt in this step: it is paused, or throttled beside decodes.
 
         Data-parallel engines are throttled together; by itself an engine of vLLM 0.33 keeps to
         ``--prefill-schedule-interval``. Neither holds prompts back that a step had no room for.
         """
         interval, last, executed = (getattr(self, name, 0) for name in CADENCE_ATTRIBUTES)
         early = interval > 1 and executed + 1 - last < interval
-        return (throttled or early) and not self.prefill_capacity_bound
+        throttled = (throttled or early) and not self.prefill_capacity_bound
+        return self.pause_state == PauseState.PAUSED_ALL or (throttled and bool(decoding))
 
     # --- what steps and requests were -------------------------------------------------------------
 
@@ -293,6 +292,10 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         passed = self._walk_ends or key not in self._plan.grants or self._admission.holds(request)
         if passed or not super()._handle_blocked_waiting_request(request):
             return False
+        if not self._admission.has_place(request):
+            # vLLM 0.32 counts adapters of this step alone, and fails over those of the next.
+            self._admission.refuse(request, adapter=True)
+            return False
         self._tried[key] = request
         self.deferred_waiting.discard(request)
         return True
@@ -306,7 +309,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         grant = self._plan.grants.get(request.request_id)
         # The last token of a prompt, which vLLM has padded to the size of a speculating decode.
         padded = num_computed_tokens + num_new_tokens > request.num_tokens
-        if self._limits_prefill and (grant or request.is_prefill_chunk) and not padded:
+        if self.limits_prefill and (grant or request.is_prefill_chunk) and not padded:
             num_new_tokens = min(num_new_tokens, grant.tokens if grant else 0)
         return int(super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens))
 

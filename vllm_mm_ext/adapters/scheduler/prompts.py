@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -25,8 +24,8 @@ class Arrival(NamedTuple):
     """
 
     since: float
-    stays: bool = False
     order: Order
+    stays: bool = False
 
 
 class Need(NamedTuple):
@@ -66,7 +65,6 @@ class Prompts:
         self._aged_after_s = AGED_AFTER * aging_s
         self._plans_encoder = plans_encoder
         self._by_priority = scheduler.policy == SchedulingPolicy.PRIORITY
-        self._clock: Callable[[], float] = lambda: scheduler._clock()
         self._came = 0
         # Whether an item is being encoded by another instance; of the plugin's EC connector.
         self._awaits = getattr(scheduler.ec_connector, "awaits", None)
@@ -82,7 +80,7 @@ class Prompts:
         """A request has come, by vLLM's account then, or a session goes on, which counts as one."""
         self._came += 1
         order = (arrival_time if self._by_priority else 0.0, self._came)
-        self.arrivals[request.request_id] = Arrival(self._clock(), order)
+        self.arrivals[request.request_id] = Arrival(self._scheduler._clock(), order)
 
     def order(self, request: Any) -> Order:
         """A request's place in the order of coming."""
@@ -104,7 +102,7 @@ class Prompts:
 
     def first_rank(self, request: Any) -> Rank:
         """The rank of a request that begins to wait."""
-        one = self.read(request, self._clock())
+        one = self.read(request, self._scheduler._clock())
         return one._replace(aged=request.status == RequestStatus.PREEMPTED).rank
 
     def read(self, request: Any, now: float, *, last: bool = False) -> Candidate:
