@@ -301,6 +301,19 @@ def is_offline(model_config: Any) -> bool:
     return getattr(model_config, "mm_ext_offline", False) is True
 
 
+def awaited_ahead(vllm_config: Any) -> int:
+    """Tokens past those computed whose encoder outputs a drafter that reads ahead waits for.
+
+    By so many tokens vLLM 0.32 stops prefill before an item that is not encoded, and frees outputs
+    late. From 0.33 on a drafter does without what is not encoded.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    free = inspect.unwrap(Scheduler._free_encoder_inputs).__code__
+    waits = "num_prefill_lookahead" in free.co_names
+    return int(vllm_config.num_prefill_lookahead_tokens) if waits else 0
+
+
 def media_connector(
     model_config: Any, media_io_kwargs: Mapping[str, Mapping[str, Any]] | None
 ) -> Any:

@@ -21,7 +21,7 @@ from vllm_mm_ext.adapters.encoder_cache.mm_features import (
 from vllm_mm_ext.adapters.names.encoder_cache_names import DEVICE_TIER_NAMES
 from vllm_mm_ext.adapters.names.names_check import problem
 from vllm_mm_ext.adapters.patches import set_on
-from vllm_mm_ext.adapters.vllm_compat import logger
+from vllm_mm_ext.adapters.vllm_compat import awaited_ahead, logger
 from vllm_mm_ext.config.root import MIB, MMExtConfig
 from vllm_mm_ext.policies.encoder_cache.byte_cache import ByteCache
 
@@ -87,7 +87,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         sizes: Bytes of an embedding, by modality.
         host: The scheduler side of the host tier, if there is one.
         largest_item: Embeddings of the largest item that vLLM admits.
-        read_ahead: Tokens that a drafter reads ahead of those computed.
+        read_ahead: Tokens past those computed whose encoder outputs a drafter waits for.
         preempts_scheduled: Whether a request may be preempted in the pass that scheduled it.
     """
 
@@ -146,7 +146,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             sizes,
             host,
             largest_item=cache_size,
-            read_ahead=vllm_config.num_prefill_lookahead_tokens,
+            read_ahead=awaited_ahead(vllm_config),
             preempts_scheduled=vllm_config.scheduler_config.policy == "priority",
         )
 
@@ -226,7 +226,7 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
         if self._host is not None and self._host.awaits(request, input_id):
             return False
         if with_earlier:
-            self._evict(pending + size)
+            self._forget(self._cache.evict_to_fit(pending + size))
             return True
         on_host = self._host is not None and self._host.has_cache_item(feature.identifier)
         if not on_host and request.get_num_encoder_embeds(input_id) > encoder_compute_budget:
@@ -239,12 +239,12 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             if self._cache.passing is None and pending <= self._cache.capacity:
                 return True
         elif self._cache.fits(pending + needed):
-            self._evict(pending + needed)
+            self._forget(self._cache.evict_to_fit(pending + needed))
             return True
         if not self._must_overdraw(request, input_id, needed, pending=pending > 0):
             return False
         self._overdraws = request.request_id
-        self._evict(pending + needed)
+        self._forget(self._cache.evict_to_fit(pending + needed))
         return True
 
     def overdraws(self, request: Request, input_id: int) -> bool:
@@ -387,9 +387,6 @@ class MMExtEncoderCacheManager(EncoderCacheManager):  # type: ignore[misc]
             return False
         others = self._overdraws in self._inputs and self._overdraws != request.request_id
         return self._cache.busy <= self._cache.capacity or not others
-
-    def _evict(self, size: int) -> None:
-        self._forget(self._cache.evict_to_fit(size))
 
     def _forget(self, keys: list[str]) -> None:
         for key in keys:

@@ -32,6 +32,7 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
     ),
     VllmName(f"{_SCHEDULER}._handle_blocked_waiting_request", ("request",)),
     VllmName(f"{_SCHEDULER}._is_blocked_waiting_status", ("status",)),
+    VllmName(f"{_SCHEDULER}._free_encoder_inputs", ("request",)),
     VllmName(f"{_SCHEDULER}._free_request", ("request",)),
     VllmName(f"{_SCHEDULER}._update_request_as_session", ("session", "update")),
     VllmName(f"{_SCHEDULER}._request_remaining_blocks", ("request",)),
@@ -135,7 +136,11 @@ SCHEDULER_NAMES: tuple[Checked, ...] = (
         "vllm.multimodal.inputs:PlaceholderRange", ("get_num_embeds", "length", "offset")
     ),
     VllmAttributes(
-        "vllm.config:VllmConfig", ("additional_config", "model_config", "scheduler_config")
+        "vllm.config:VllmConfig",
+        (
+            *("additional_config", "model_config", "num_prefill_lookahead_tokens"),
+            "scheduler_config",
+        ),
     ),
     VllmAttributes("vllm.config:ModelConfig", ("is_diffusion",)),
     VllmAttributes(

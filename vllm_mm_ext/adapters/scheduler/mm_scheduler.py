@@ -25,6 +25,7 @@ from vllm_mm_ext.adapters.scheduler.choice import start_warnings
 from vllm_mm_ext.adapters.scheduler.load_publisher import LoadPublisher
 from vllm_mm_ext.adapters.scheduler.prompts import Prompts, decode_tokens
 from vllm_mm_ext.adapters.scheduler.queue import ArrangedQueue
+from vllm_mm_ext.adapters.vllm_compat import awaited_ahead
 from vllm_mm_ext.base.heap import trim_when_due
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.policies.scheduler.step_plan import (
@@ -58,6 +59,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         self._clock: Callable[[], float] = time.monotonic
         self._times = StepTimes()
         self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
+        self._shift = awaited_ahead(vllm_config)
         # Where vLLM must compute prompts or blocks in one piece, a limit could stop them for good.
         self.limits_prefill = not (
             self.need_mamba_block_aligned_split
@@ -187,7 +189,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             slots=self._free_slots(),
             reserved=min(settings.text_slots, slots // 4),
             most_kept=max(1, slots // 4),
-            shift=self.num_prefill_lookahead,
+            shift=self._shift,
             late_s=self._late_s,
             prefill_counts=self.limits_prefill,
             whole=not self.scheduler_config.enable_chunked_prefill,
@@ -330,6 +332,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         for item in all_items:
             if item.index not in given and not self._prompts.is_there(request, item):
                 # What the plan does not pay for, vLLM must not reach.
+                shift_computed_tokens = self._shift
                 most = item.start - num_computed_tokens - shift_computed_tokens
                 num_new_tokens = min(num_new_tokens, max(0, most))
                 break
