@@ -83,6 +83,19 @@ def test_what_other_api_servers_sent_to_a_rank_counts(client: Any) -> None:
     assert client.get_core_engine_for_request(request("r", "cat")) == b"%d" % second
 
 
+def test_a_text_that_vllm_routes_overloads_no_rank(client: Any) -> None:
+    client.client_count = 8
+    first, _, _ = preference("cat", 3)
+    client.eng_start_index = first
+    assert client.get_core_engine_for_request(request("text")) == b"%d" % first
+    for turn in range(2):
+        chosen = client.get_core_engine_for_request(request(f"r{turn}", "cat"))
+        assert chosen == b"%d" % first
+    # What the coordinator tells then counts as told, however the client had changed it before.
+    client.lb_engines = [[12 if rank == first else 0, 0, 0.0] for rank in range(3)]
+    assert client.get_core_engine_for_request(request("late", "cat")) != b"%d" % first
+
+
 def test_a_rank_that_a_client_names_stands(client: Any) -> None:
     other = preference("cat", 3)[2]
     assert client.get_core_engine_for_request(request("r", "cat", rank=other)) == b"%d" % other
