@@ -31,13 +31,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.simple_cpu_offload_connector i
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.entrypoints.speech_to_text.transcription.serving import OpenAIServingTranscription
 from vllm.entrypoints.speech_to_text.translation.serving import OpenAIServingTranslation
+from vllm.inputs.engine import mm_enc_dec_input, mm_input
 from vllm.multimodal.cache import (
     LruKeyReplicatedReceiverCache,
     LruKeyReplicatedSenderCache,
     MultiModalProcessorOnlyCache,
     ShmObjectStoreSenderCache,
 )
-from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
+from vllm.renderers.hf import HfRenderer
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -46,6 +54,7 @@ from vllm_mm_ext.adapters.encoder_cache.cuda_connector import CudaECConnector
 from vllm_mm_ext.adapters.encoder_cache.ec_connector import MMExtECConnector, NoHostTier
 from vllm_mm_ext.adapters.encoder_cache.shared_store import SharedStoreConnector
 from vllm_mm_ext.adapters.encoder_cache.transport_connector import TransportConnector
+from vllm_mm_ext.adapters.runtime import attach_runtime, detach_runtime
 from vllm_mm_ext.adapters.serving import answers
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
 from vllm_mm_ext.adapters.sight import worker_part
@@ -53,6 +62,8 @@ from vllm_mm_ext.adapters.sight.api_server_sight import ApiServerSight
 from vllm_mm_ext.adapters.sight.connector_stores import stores_left
 from vllm_mm_ext.adapters.sight.processor_cache import drop_inputs
 from vllm_mm_ext.config.kv_settings import KVSettings
+from vllm_mm_ext.config.root import MMExtConfig
+from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.plugin import register
 from vllm_mm_ext.request.context import RequestContext, current_request, enter_request
 from vllm_mm_ext.sight.request_log import RequestLog
@@ -302,6 +313,50 @@ async def test_a_file_that_comes_to_be_transcribed_is_known_by_its_digest(
     (item,) = context.items
     assert (item.modality, item.known_digest) == ("audio", blake3(b"sound").hexdigest())
     assert context.trace.media == [item]
+
+
+class EncoderDecoderRenderer(HfRenderer):
+    """vLLM's renderer of an encoder-decoder, but for its processor."""
+
+    def __init__(self) -> None:
+        """No model."""
+
+    async def _process_singleton_async(self, *_: Any, **__: Any) -> Any:
+        sound = mm_input(
+            prompt_token_ids=[0],
+            mm_kwargs=MultiModalKwargsItems({}),
+            mm_hashes={"audio": ["hash of the sound"]},
+            mm_placeholders={"audio": [PlaceholderRange(offset=0, length=1500)]},
+        )
+        return mm_enc_dec_input(sound, [1, 2, 3])
+
+    def get_dec_start_token_id(self) -> int:
+        return 1
+
+    def _get_skip_decoder_start_token(self) -> bool:
+        return False
+
+
+async def test_what_the_encoder_of_an_encoder_decoder_got_is_known_by_its_file() -> None:
+    register()
+    renderer = EncoderDecoderRenderer()
+    config = MMExtConfig.from_additional_config({"mm_ext": {"sight": {"page": True}}})
+    runtime = attach_runtime(config, ModelTraits(), renderer)
+    try:
+        context = enter_request(RequestContext(renderer=renderer))
+        context.trace.watched = True
+        await answers.begin_with_file(b"sound")
+        prompt = {"encoder_prompt": {"prompt_token_ids": [0]}, "decoder_prompt": None}
+        made = await renderer.process_for_engine_async(prompt, 0.0)
+        assert runtime.seen is not None
+        digest = blake3(b"sound").hexdigest()
+        assert runtime.seen.hashes_of([digest]) == {"hash of the sound"}
+        followed = answers.observer("r", made)
+        assert followed is not None
+        assert followed._trace.items
+        assert followed._trace.items is context.trace.prompts[0].items
+    finally:
+        detach_runtime(renderer)
 
 
 class OnDevice:

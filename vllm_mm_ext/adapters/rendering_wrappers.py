@@ -258,6 +258,8 @@ def around_preprocessing(
     @contextmanager
     def observed(renderer: Any, prompt: Any, tok_params: Any) -> Iterator[Callable[[Any], None]]:
         def told(engine_input: Any) -> None:
+            # The decoder of an encoder-decoder has the media.
+            engine_input = engine_input.get("decoder_prompt", engine_input)
             hashes = engine_input.get("mm_hashes") or {}
             spans = {
                 modality: [

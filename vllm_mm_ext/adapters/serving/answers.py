@@ -192,7 +192,10 @@ def observer(request_id: str, prompt: Any) -> _Followed | None:
     if trace is None or context is None or trace.cached_tokens is not None:
         return None
     trace.request_id = request_id
-    token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    token_ids = None
+    if isinstance(prompt, dict):
+        # The decoder of an encoder-decoder has the media.
+        token_ids = prompt.get("decoder_prompt", prompt).get("prompt_token_ids")
     own = trace.of_prompt(token_ids, request_id)
     return _Followed(trace, own, runtime_of(context.renderer).recorder)
 
