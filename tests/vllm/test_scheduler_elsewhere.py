@@ -102,6 +102,35 @@ def test_what_is_prefilled_elsewhere_may_be_more_than_the_encoder_cache_holds_he
     assert len(play.timings["there"].tokens) == 4
 
 
+@pytest.mark.parametrize("lost", ["in the transfer", "after a preemption"])
+def test_what_is_more_than_the_encoder_cache_holds_ends_where_it_must_be_computed_here(
+    lost: str,
+) -> None:
+    play = decode_node(on_failure="recompute")
+    scheduler = play.scheduler
+    one = request("there", items=[3000], sound=1000, answer=400)
+    one.kv_transfer_params = {"do_remote_prefill": True}
+    play.add(one)
+    play.step()
+    if lost == "in the transfer":
+        # What vLLM does with a load that brought nothing.
+        one.num_computed_tokens = 0
+        scheduler.failed_recving_kv_req_ids.add("there")
+    scheduler.finished_recving_kv_req_ids.add("there")
+    if lost == "after a preemption":
+        while not play.timings["there"].tokens:
+            play.step()
+        scheduler.running.remove(one)
+        scheduler._preempt_request(one, 0.0)
+        assert scheduler.reset_prefix_cache()
+    # It keeps no other request's encoder work waiting.
+    play.add(request("next", items=[512], answer=4))
+    play.run(most=50)
+    assert one.status == RequestStatus.FINISHED_ERROR
+    assert encoded(play) == {"next"}
+    assert len(play.timings["next"].tokens) == 4
+
+
 def test_where_the_transfer_fails_the_request_is_computed_here() -> None:
     play = decode_node()
     play.add(prefilled("there", do_remote_prefill=True))

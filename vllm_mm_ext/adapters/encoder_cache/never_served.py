@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm_mm_ext.adapters.encoder_cache.mm_features import sharing
 from vllm_mm_ext.adapters.vllm_compat import logger
+from vllm_mm_ext.policies.scheduler.step_plan import Item
 
 
 def is_prefilled_elsewhere(scheduler: Any, request: Any) -> bool:
@@ -17,7 +19,9 @@ def is_prefilled_elsewhere(scheduler: Any, request: Any) -> bool:
     return scheduler.connector is not None and bool(params.get("do_remote_prefill"))
 
 
-def refuse_what_never_fits(scheduler: Any, request: Any) -> None:
+def refuse_what_never_fits(
+    scheduler: Any, request: Any, missing: Sequence[Item] | None = None
+) -> bool:
     """End a request whose video and sound together are more than vLLM's own encoder cache holds.
 
     vLLM checks the size of each item by itself, and prefill needs all items of a placeholder at
@@ -26,16 +30,25 @@ def refuse_what_never_fits(scheduler: Any, request: Any) -> None:
 
     Args:
         scheduler: vLLM's scheduler.
-        request: A request with media that has come.
+        request: A request with media.
+        missing: The items that it now needs and that must be encoded here; None of one that comes.
+            What was prefilled elsewhere when the request came may have got lost since.
+
+    Returns:
+        Whether the request ends.
     """
     if scheduler.is_encoder_decoder or hasattr(scheduler.encoder_cache_manager, "overdraws"):
-        return
-    if is_prefilled_elsewhere(scheduler, request):
-        # Nothing is encoded here.
-        return
+        return False
     features = request.mm_features
-    for index, feature in enumerate(features):
-        needed = (feature, *sharing(features, index)[1])
+    if missing is not None:
+        # The others are asked about when it is their turn.
+        looked_at: Iterable[int] = (item.index for item in missing[:1])
+    else:
+        looked_at = () if is_prefilled_elsewhere(scheduler, request) else range(len(features))
+    for index in looked_at:
+        while sharing(features, index)[0]:
+            index -= 1
+        needed = (features[index], *sharing(features, index)[1])
         embeds = sum(one.mm_position.get_num_embeds() for one in needed)
         if len(needed) > 1 and embeds > scheduler.max_num_encoder_input_tokens:
             logger.error(
@@ -47,4 +60,5 @@ def refuse_what_never_fits(scheduler: Any, request: Any) -> None:
                 scheduler.max_num_encoder_input_tokens,
             )
             scheduler.encoder_cache_mismatch_reqs.add(request.request_id)
-            return
+            return True
+    return False

@@ -158,7 +158,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         last = self._admission.goes_last(request) if waits else request.request_id in self._stuck
         one = self._prompts.read(request, now, last=last)
         # It may wait for what another instance is encoding.
-        return one if one.left > 0 else None
+        return None if one.left <= 0 or refuse_what_never_fits(self, request, one.items) else one
 
     def _filled(self, candidates: list[Candidate], decoding: list[Any]) -> StepPlan:
         """What the candidates are granted in a step beside those that decode."""
