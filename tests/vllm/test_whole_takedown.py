@@ -33,7 +33,7 @@ from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.sight.request_log import RequestLog
 from vllm_mm_ext.sight.running_requests import RunningRequests
 
-URL, DIGEST, OTHER_DIGEST = "http://host/clip.mp4", "ab" * 32, "cd" * 32
+URL, DIGEST, OTHER_DIGEST, THIRD_DIGEST = "http://host/clip.mp4", "ab" * 32, "cd" * 32, "ef" * 32
 FILE, OTHER = "file#video0", "other#video0"
 
 
@@ -354,8 +354,14 @@ async def test_a_request_that_names_the_file_by_its_uuid_alone_is_ended(service:
         ([(DIGEST, OTHER_DIGEST), (OTHER_DIGEST,)], False),
         ([(DIGEST, OTHER_DIGEST)], True),
         ([(DIGEST,), (OTHER_DIGEST,)], True),
+        ([(DIGEST, THIRD_DIGEST), (OTHER_DIGEST,)], True),
     ],
-    ids=["of the other file", "of either file", "of both files, which have one uuid"],
+    ids=[
+        "of the other file",
+        "of either file",
+        "of both files, which have one uuid",
+        "of a file beside a third one, and of the other one, which have one uuid",
+    ],
 )
 async def test_a_request_that_names_an_item_by_its_uuid_is_ended_unless_another_file_became_it(
     service: Service, monkeypatch: pytest.MonkeyPatch, uses: list[tuple[str, ...]], is_ended: bool
@@ -390,6 +396,35 @@ async def test_a_request_that_names_an_item_by_its_uuid_is_ended_unless_another_
     assert running.taken_down == is_ended
     # The file itself is gone in any case.
     assert {*engine.outputs} == (set() if is_ended else {OTHER})
+
+
+async def test_an_item_that_comes_again_after_a_takedown_is_not_that_of_the_file_beside_it(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = service.runtime.seen
+    assert seen is not None
+    kept = service.engine.call_utility_all_async
+
+    async def with_kv_overwritten(_: str, action: str, arguments: Any) -> list[Any]:
+        found = await kept(_, action, arguments)
+        return [one | {"kv_left": 0} if action == "take_down" else one for one in found]
+
+    monkeypatch.setattr(service.engine, "call_utility_all_async", with_kv_overwritten)
+    file, other, third = (
+        MediaItem("video", f"http://host/{one}", digest=one)
+        for one in (DIGEST, OTHER_DIGEST, THIRD_DIGEST)
+    )
+    seen.note_all([file, other], [], {FILE, OTHER})
+    done = await service.whole.take_down(None, DIGEST)
+    assert (done["complete"], done["items"]) == (True, 2)
+    seen.note_all([file, third], [], {FILE, "third"})
+    trace = RequestTrace(tokens={"video": 1}, named={FILE})
+    running = service.running.begin("/v1/chat/completions", trace)
+    assert running is not None
+    running.task = None
+    asyncio.get_running_loop().call_later(0.05, service.running.end, running, 0)
+    done = await service.whole.take_down(None, DIGEST)
+    assert (done["complete"], done["requests_ended"], done["items"]) == (True, 1, 2)
 
 
 async def test_a_file_is_not_forgotten_while_a_request_that_found_it_by_its_uuid_goes_on(

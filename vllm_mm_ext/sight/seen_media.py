@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -138,23 +138,18 @@ class SeenMedia:
             known = (self._media[digest] for digest in digests if digest in self._media)
             return {one for medium in known for use in medium.uses for one in use.hashes}
 
-    def made_of(self, digests: Collection[str], hashes: Iterable[str]) -> tuple[set[str], set[str]]:
-        """Which of some mm items were made of these files, and which of others, as requests tell.
+    def made_of(self, hashes: Iterable[str]) -> dict[str, frozenset[str]]:
+        """Digests of the files of which some mm items may have been made.
 
         Args:
-            digests: Of the files.
             hashes: vLLM's hashes of the items.
 
         Returns:
-            The items that a request had which used these files alone, and those that a request had
-            which used none of them. A client may give one `uuid` to several files: then an item is
-            among both.
+            Of each item that is known, the files that all its requests used. There are none if a
+            client gave one `uuid` to several files.
         """
-        files = frozenset(digests)
         with self._lock:
-            uses = [(one, use) for one in hashes for use in self._of_hash.get(one, ())]
-            own = {one for one, use in uses if use.digests <= files}
-            return own, {one for one, use in uses if use.digests.isdisjoint(files)}
+            return {one: self._made_of(one) for one in hashes if one in self._of_hash}
 
     def medium_of(self, mm_hash: str, modality: str) -> Medium | None:
         """The file that an mm item was made of; None where it is not known for sure.
@@ -164,12 +159,9 @@ class SeenMedia:
             modality: Of the item.
         """
         with self._lock:
-            uses = self._of_hash.get(mm_hash)
-            if not uses:
+            if mm_hash not in self._of_hash:
                 return None
-            # It was made of a file that was there each time.
-            digests = frozenset.intersection(*(use.digests for use in uses))
-            media = [self._media[digest] for digest in digests]
+            media = [self._media[digest] for digest in self._made_of(mm_hash)]
         if len(media) > 1:
             media = [medium for medium in media if medium.modality == modality]
         return media[0] if len(media) == 1 else None
@@ -185,8 +177,9 @@ class SeenMedia:
             known = (self._media[digest] for digest in digests if digest in self._media)
             gone = frozenset(medium.digest for medium in known if medium.noted < before)
             for use in {use for digest in gone for use in self._media[digest].uses}:
-                # What became of the other files is still known.
-                left = _Use(use.digests - gone, use.hashes)
+                # The other files are still known. An item may have been made of those that are gone
+                # unless a request had it without them.
+                left = _Use(use.digests - gone, frozenset(self._used_without(gone, use.hashes)))
                 if left.digests:
                     self._add(left)
                 self._drop(use)
@@ -203,6 +196,16 @@ class SeenMedia:
         assert of_file == {digest: medium.uses for digest, medium in self._media.items()}
         assert of_hash == self._of_hash
         assert self._count == sum(use.places for use in self._uses)
+
+    def _made_of(self, mm_hash: str) -> frozenset[str]:
+        """The files that were there each time that a request had an item, which is known."""
+        return frozenset.intersection(*(use.digests for use in self._of_hash[mm_hash]))
+
+    def _used_without(self, digests: frozenset[str], hashes: Iterable[str]) -> Iterator[str]:
+        """Those of some items that a request had which used none of some files."""
+        for one in hashes:
+            if any(use.digests.isdisjoint(digests) for use in self._of_hash[one]):
+                yield one
 
     def _add(self, use: _Use) -> None:
         if use in self._uses:

@@ -86,19 +86,20 @@ def test_a_request_with_many_files_leaves_those_of_others_known() -> None:
     ),
     gone=st.sets(st.sampled_from(DIGESTS)),
 )
-def test_to_forget_a_file_leaves_what_became_of_those_it_was_used_with(
+def test_to_forget_a_file_leaves_what_requests_without_it_tell_of_those_it_was_used_with(
     requests: list[tuple[list[str], list[str]]], gone: set[str]
 ) -> None:
     seen = SeenMedia()
-    model: dict[str, set[str]] = {}
     for digests, hashes in requests:
         seen.note_all([], [ImageItem("", digest) for digest in digests], hashes)
-        for digest in digests:
-            model.setdefault(digest, set()).update(hashes)
     seen.forget(gone, before=math.inf)
     seen.check_integrity()
+    told = {one for digests, hashes in requests if gone.isdisjoint(digests) for one in hashes}
+    left = {digest for digests, _ in requests for digest in digests} - gone
+    assert len(seen) == len(left)
     for digest in DIGESTS:
-        assert seen.hashes_of([digest]) == (set() if digest in gone else model.get(digest, set()))
+        used = {one for digests, hashes in requests if digest in digests for one in hashes}
+        assert seen.hashes_of([digest]) == (used & told if digest in left else set())
 
 
 def test_an_item_is_ascribed_to_a_file_where_only_one_can_be_it() -> None:
@@ -124,18 +125,37 @@ def test_an_item_is_ascribed_to_a_file_where_only_one_can_be_it() -> None:
     assert seen.medium_of("other", "video") is None
 
 
-def test_requests_tell_which_items_were_made_of_a_file_and_which_of_others() -> None:
+def test_requests_tell_of_which_files_an_item_may_have_been_made() -> None:
     seen = SeenMedia()
     for digests, hashes in (
         (DIGESTS[:1], ["own", "named anew"]),
-        (DIGESTS[:2], ["own", "either", "other"]),
+        (DIGESTS[:2], ["own", "either", "other", "named twice"]),
         (DIGESTS[1:3], ["other"]),
         (DIGESTS[2:3], ["named anew"]),
+        # The client gave it to one of the first two files before.
+        (DIGESTS[3:4], ["named twice"]),
     ):
         seen.note_all([], [ImageItem("", digest) for digest in digests], hashes)
-    asked = ["own", "named anew", "either", "other", "unknown"]
-    assert seen.made_of(DIGESTS[:1], asked) == ({"own", "named anew"}, {"other", "named anew"})
-    assert seen.made_of(DIGESTS[:3], asked) == ({*asked} - {"unknown"}, set())
+    assert seen.made_of(["own", "named anew", "either", "other", "named twice", "unknown"]) == {
+        "own": {*DIGESTS[:1]},
+        "named anew": set(),
+        "either": {*DIGESTS[:2]},
+        "other": {*DIGESTS[1:2]},
+        "named twice": set(),
+    }
+
+
+def test_an_item_of_a_file_that_was_forgotten_is_not_ascribed_to_the_file_beside_it() -> None:
+    seen = SeenMedia()
+    first, second, third = ([ImageItem("", digest)] for digest in DIGESTS[:3])
+    seen.note_all([], first + second, ["of the first", "of the second"])
+    seen.note_all([], second, ["of the second"])
+    seen.forget(DIGESTS[:1], before=math.inf)
+    asked = ["of the first", "of the second"]
+    assert seen.made_of(asked) == {"of the second": {DIGESTS[1]}}
+    seen.note_all([], first + third, ["of the first", "of the third"])
+    seen.note_all([], first + second, asked)
+    assert seen.made_of(asked) == {"of the first": {DIGESTS[0]}, "of the second": {DIGESTS[1]}}
 
 
 def test_a_file_that_came_again_is_not_forgotten() -> None:

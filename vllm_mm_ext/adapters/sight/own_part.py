@@ -125,21 +125,23 @@ class OwnPart:
             "hashes": sorted(hashes),
         }
 
-    async def made_of(self, digests: Collection[str], hashes: Collection[str]) -> dict[str, Any]:
-        """Which of some mm items were made of some files, and which of others.
+    async def made_of(
+        self, digests: Collection[str], hashes: Collection[str]
+    ) -> dict[str, list[str]]:
+        """Of which files some mm items may have been made.
 
         Args:
-            digests: Of the files.
+            digests: Of the files that are asked about.
             hashes: vLLM's hashes of the items.
 
         Returns:
-            ``own`` and ``others``, as ``SeenMedia.made_of``. All items of a live session with one
-            of the files are its own.
+            As ``SeenMedia.made_of``. An item of a live session with one of the files may have been
+            made of that one, whatever else had it.
         """
-        own, others = self._seen.made_of(digests, hashes)
+        found = {one: sorted(files) for one, files in self._seen.made_of(hashes).items()}
         if self._live is not None:
-            own |= self._live.hashes_of(digests)
-        return {"own": sorted(own), "others": sorted(others)}
+            found |= {one: [] for one in self._live.hashes_of(digests)}
+        return found
 
     async def end(
         self, digests: Collection[str], urls: Collection[str], hashes: Collection[str]

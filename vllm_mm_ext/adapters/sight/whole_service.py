@@ -231,8 +231,11 @@ class WholeService:
     async def _of_others(self, digests: Collection[str], hashes: Collection[str]) -> set[str]:
         """Those of some mm items that were made of other files than these for sure."""
         found = await self._servers("made_of", digests=sorted(digests), hashes=sorted(hashes))
-        own, others = ({one for each in found for one in each[n]} for n in ("own", "others"))
-        return others - own
+        made_of: dict[str, set[str]] = {}
+        for each in found:
+            for one, files in each.items():
+                made_of[one] = made_of.get(one, {*files}).intersection(files)
+        return {one for one, files in made_of.items() if files and files.isdisjoint(digests)}
 
     async def _overview(self) -> dict[str, Any]:
         state = state_for(self._config)
