@@ -306,6 +306,28 @@ async def test_kv_of_answers_aside_is_known_apart_and_let_go_before_that_of_the_
     assert asked == [("pin", talk), *trimmed, ("release", beside), ("release", talk)]
 
 
+async def test_a_session_on_a_slow_engine_asks_it_to_let_go_of_all_its_kv(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    async def slow(_: str, action: str, key: str) -> int:
+        asked.append((action, key))
+        if action == "release":
+            await asyncio.Event().wait()
+        return 0
+
+    monkeypatch.setattr(engine_session, "_END_S", 0.01)
+    client, listener = Client(), Listener()
+    live = _live(client, SimpleNamespace(lora_requests={}))
+    client.engine_core.call_utility_async = slow
+    session = await live.open("one", listener)
+    with pytest.raises(TimeoutError):
+        await session.close()
+    talk, beside = (session_key(name, session._salt) for name in ("one", "one-aside"))
+    assert asked == [("pin", talk), ("release", beside), ("release", talk)]
+
+
 def _tokenizer(*, special: bool) -> TokenizersBackend:
     """A tokenizer with tokens around reasoning, which may be special ones, as the last one is."""
     words = ("[UNK]", "Let me", " see.", "It", " is.", "\n", "\n\n")

@@ -15,6 +15,7 @@ from vllm_mm_ext.adapters.sight.sight_routes import SightRoutes, page
 from vllm_mm_ext.base.peers import PeerError
 from vllm_mm_ext.config.sight_settings import SightSettings
 from vllm_mm_ext.policies.kv.control import NoBlockPoolError
+from vllm_mm_ext.policies.kv.sessions import session_key
 from vllm_mm_ext.sight.running_requests import RunningRequests
 
 DIGEST = "ab" * 32
@@ -102,12 +103,16 @@ def test_what_an_operator_asks_reaches_the_service() -> None:
     asking, service = client(SightSettings(page=True, admin=True))
     session = {"session_id": "a", "cache_salt": "s"}
     assert asking.post("/mm_ext/sessions/pin", json=session).status_code == 200
+    listed = session_key("a", "s")
+    assert asking.post("/mm_ext/sessions/release", json={"key": listed}).status_code == 200
+    assert asking.post("/mm_ext/sessions/end", json={"key": "sess_1"}).status_code == 404
     assert asking.post("/mm_ext/media/pin", json={"url": "http://h/v"}).json() == {"items": 1}
     unknown = {"url": "http://h/unknown"}
     assert asking.post("/mm_ext/media/unpin", json=unknown).status_code == 404
     assert asking.post("/mm_ext/media/drop", json={"digest": DIGEST}).json()["complete"]
     assert service.asked == [
-        ("pin", "a", "s"),
+        ("pin", listed),
+        ("release", listed),
         ("pin", "http://h/v", None),
         (None, DIGEST),
     ]

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_mm_ext.policies.kv.control import key_of
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -15,15 +17,32 @@ class _Body(BaseModel):
 
 
 class SessionRequest(_Body):
-    """A conversation of the KV cache, as its requests name it, or a live session.
+    """A conversation of the KV cache, as its requests name it or as it is listed; a live session.
 
     Attributes:
         session_id: Id of the conversation (`session_id` of its requests), or of a live session.
         cache_salt: The `cache_salt` of its requests, if they have one.
+        key: The id by which the engines list the conversation. It is another than that of its
+            requests where they have a `cache_salt` or a long id; nobody knows those of the prompts
+            of live sessions.
     """
 
-    session_id: str = Field(min_length=1, max_length=4096)
+    session_id: str | None = Field(None, min_length=1, max_length=4096)
     cache_salt: str | None = Field(None, min_length=1, max_length=4096)
+    key: str | None = Field(None, min_length=1, max_length=4096)
+
+    @model_validator(mode="after")
+    def _one_name(self) -> Self:
+        if (self.session_id is None) == (self.key is None):
+            raise ValueError("give one of session_id and key")
+        if self.key is not None and self.cache_salt is not None:
+            raise ValueError("a key stands for the cache_salt as well")
+        return self
+
+    @property
+    def kv_key(self) -> str:
+        """The key under which the engines know the conversation."""
+        return self.key or key_of(self.session_id or "", self.cache_salt)
 
 
 class MediaRequest(_Body):

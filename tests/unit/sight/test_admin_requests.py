@@ -26,7 +26,29 @@ def test_a_file_is_named_in_one_way(body: dict[str, Any], says: str) -> None:
     assert says in problem_of(raised.value)
 
 
-def test_a_session_needs_an_id() -> None:
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"cache_salt": "x"}, "give one of session_id and key"),
+        ({"session_id": "a", "key": "a"}, "give one of session_id and key"),
+        ({"cache_salt": "x", "key": "a"}, "stands for the cache_salt"),
+    ],
+)
+def test_a_session_is_named_in_one_way(body: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError) as raised:
-        SessionRequest.model_validate({"cache_salt": "x"})
-    assert problem_of(raised.value) == "session_id: Field required"
+        SessionRequest.model_validate(body)
+    assert says in problem_of(raised.value)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"session_id": "a"},
+        {"session_id": "a", "cache_salt": "s"},
+        {"session_id": "a" * 100},
+        {"session_id": "a" * 100, "cache_salt": "s"},
+    ],
+)
+def test_a_session_is_found_by_the_key_that_is_listed(named: dict[str, str]) -> None:
+    listed = SessionRequest.model_validate(named).kv_key
+    assert SessionRequest.model_validate({"key": listed}).kv_key == listed

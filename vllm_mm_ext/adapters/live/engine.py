@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -156,9 +157,11 @@ class LiveEngine:
         assert self._kv is not None
         act, what = (self._kv.trim, "old KV") if trims else (self._kv.release, "the KV")
         try:
-            # First, as what comes before cached pieces is kept with them.
-            await self._kv.release(aside_of(session_id), salt)
-            await act(session_id, salt)
+            # Both go to the engine before either is answered, as nobody waits long for a slow one.
+            # The answers aside first: what comes before cached pieces is kept with them.
+            await asyncio.gather(
+                self._kv.release(aside_of(session_id), salt), act(session_id, salt)
+            )
         except Exception as error:
             logger.warning("mm_ext: %s of a live session is not released: %s", what, error)
 

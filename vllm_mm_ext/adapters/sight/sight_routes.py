@@ -147,10 +147,10 @@ class SightRoutes:
             action = _action(request, SessionAction)
             asked = SessionRequest.model_validate(await _body(request))
             if action == "end":
-                if await service.end_session(asked.session_id):
+                if asked.session_id and await service.end_session(asked.session_id):
                     return _answered({"ended": True})
                 return _failed(HTTPStatus.NOT_FOUND, "There is no live session of that id.")
-            await service.session(action, asked.session_id, asked.cache_salt)
+            await service.session(action, asked.kv_key)
             return _answered({})
 
         return await self._for_admin(request, answer)

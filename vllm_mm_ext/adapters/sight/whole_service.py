@@ -76,19 +76,17 @@ class WholeService:
         """End a live session; False if there is none of that id."""
         return any(await self._servers("end_session", session_id=session_id))
 
-    async def session(self, action: str, session_id: str, cache_salt: str | None) -> None:
+    async def session(self, action: str, key: str) -> None:
         """Pin, unpin or release a KV session on all engines.
 
         Args:
             action: ``pin``, ``unpin`` or ``release``.
-            session_id: As the client names it.
-            cache_salt: As the client names it, if it does.
+            key: Of the session.
 
         Raises:
             NoBlockPoolError: The engines keep no KV of media.
         """
-        act = {"pin": self._kv.pin, "unpin": self._kv.unpin, "release": self._kv.release}
-        await act[action](session_id, cache_salt)
+        await self._kv.act(action, key)
 
     async def media(
         self, action: str, url: str | None, digest: str | None

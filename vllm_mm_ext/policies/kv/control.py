@@ -114,19 +114,28 @@ class KVClient:
 
     async def pin(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.pin``, on all engines: requests of the session may go to any engine."""
-        await self._call("pin", _key(session_id, cache_salt))
+        await self.act("pin", key_of(session_id, cache_salt))
 
     async def unpin(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.unpin``, on all engines."""
-        await self._call("unpin", _key(session_id, cache_salt))
+        await self.act("unpin", key_of(session_id, cache_salt))
 
     async def release(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.release``, on all engines."""
-        await self._call("release", _key(session_id, cache_salt))
+        await self.act("release", key_of(session_id, cache_salt))
 
     async def trim(self, session_id: str, cache_salt: str | None = None) -> None:
         """As ``KVControl.trim``, on all engines."""
-        await self._call("trim", _key(session_id, cache_salt))
+        await self.act("trim", key_of(session_id, cache_salt))
+
+    async def act(self, action: str, key: str) -> None:
+        """Do something with a session on all engines.
+
+        Args:
+            action: ``pin``, ``unpin``, ``release`` or ``trim``.
+            key: Of the session, as the engines list it.
+        """
+        await self._call(action, key)
 
     async def media(self) -> list[dict[str, Any]]:
         """As ``KVControl.media``, as plain values. Of several engines the first one answers."""
@@ -155,6 +164,11 @@ def answer(control: KVControl | None, action: str, session_id: str) -> Any:
     return actions[action](session_id)
 
 
-def _key(session_id: str, cache_salt: str | None) -> str:
-    """The key under which the pool knows a client's session."""
+def key_of(session_id: str, cache_salt: str | None) -> str:
+    """The key under which the engines know and list a session.
+
+    Args:
+        session_id: As the client names it.
+        cache_salt: As the client names it, if it does.
+    """
     return session_key(short_id(session_id, "session"), cache_salt)
