@@ -8,6 +8,7 @@ import contextvars
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ import pytest
 import vllm.models
 from blake3 import blake3
 from vllm.config import ModelConfig
-from vllm.exceptions import VLLMUnprocessableEntityError
+from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.media import MediaConnector
@@ -242,6 +243,46 @@ async def test_a_sound_that_vllm_reads_by_itself_is_known_by_its_digest(
         await asyncio.to_thread(ours.fetch_audio, url)
     digests = [item.known_digest for item in context.items]
     assert digests == [blake3(encoded).hexdigest()] * 2
+
+
+async def test_a_sound_file_that_is_too_large_for_vllm_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_MAX_AUDIO_CLIP_FILESIZE_MB", "1")
+    attach({"enabled": False})
+    _, ours = connectors(tmp_path)
+    path = tmp_path / "large.wav"
+    path.write_bytes(bytes((1 << 20) + 1))
+    context = enter_request(RequestContext())
+    context.trace.watched = True
+    with pytest.raises(VLLMValidationError, match="Maximum file size exceeded"):
+        await ours.fetch_audio_async(path.as_uri())
+    assert [item.known_digest for item in context.items] == [""]
+
+
+async def test_a_sound_file_that_is_cut_short_while_it_is_read_ends_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach({"enabled": False})
+    _, ours = connectors(tmp_path)
+    path = tmp_path / "cut.wav"
+    path.write_bytes(bytes(8 << 20))
+    read, ends = os.read, []
+
+    def read_and_cut(fd: int, size: int) -> bytes:
+        chunk = read(fd, size)
+        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
+            os.truncate(path, 1 << 10)
+            ends.append(len(chunk))
+        return chunk
+
+    monkeypatch.setattr(os, "read", read_and_cut)
+    context = enter_request(RequestContext())
+    context.trace.watched = True
+    # What is left is no sound.
+    with pytest.raises(ValueError, match="audio"):
+        await ours.fetch_audio_async(path.as_uri())
+    assert ends == [1 << 20, 0]
 
 
 def test_stock_vllm_can_select_the_plugins_sampling_as_a_video_loader(

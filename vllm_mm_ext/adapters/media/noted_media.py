@@ -11,6 +11,7 @@ from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.media.audio import AudioMediaIO
 
 from vllm_mm_ext.adapters.runtime import Runtime
+from vllm_mm_ext.media.fetch.file_source import digest_of
 from vllm_mm_ext.media.payload import SampledFrames
 from vllm_mm_ext.media.recorded import record_of
 from vllm_mm_ext.request.context import RequestContext, current_request
@@ -111,7 +112,9 @@ class _NotedAudioIO(AudioMediaIO):  # type: ignore[misc]
 
     def load_file(self, filepath: Path) -> Any:
         """Decode a local file."""
-        self._item.digest = str(blake3().update_mmap(filepath).hexdigest())
+        # vLLM refuses a file that is larger.
+        if filepath.stat().st_size <= (most := self.get_max_bytes()):
+            self._item.digest = digest_of(filepath, most)
         return super().load_file(filepath)
 
 

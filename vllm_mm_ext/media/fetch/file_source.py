@@ -230,18 +230,38 @@ def read_blob(fd: int, size: int, stop: threading.Event) -> Blob:
         return writer.finish()
 
 
+def digest_of(path: Path, size: int) -> str:
+    """Digest of the beginning of a file.
+
+    The file is read, not mapped into memory: to read on in a mapped file that somebody cuts short
+    would end the process.
+
+    Args:
+        path: Of the file.
+        size: Most bytes to read.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        return _digest(file.fileno(), size, threading.Event())
+
+
 def _begins_with(fd: int, size: int, blob: Blob, stop: threading.Event) -> bool:
     """Whether a blob is still the first ``size`` bytes of a file that changed while it was read.
 
     That is so of a recording in progress, and where no more than rights or a name changed. A file
     that somebody writes anew may grow as well.
     """
-    if blob.size != size:
-        return False
+    return blob.size == size and blob.digest == _digest(fd, size, stop)
+
+
+def _digest(fd: int, size: int, stop: threading.Event) -> str:
+    """Digest of what ``_chunks`` reads."""
     digest = blake3()
     for chunk in _chunks(fd, size, stop):
         digest.update(chunk)
-    return bool(digest.hexdigest() == blob.digest)
+    return str(digest.hexdigest())
 
 
 def _chunks(fd: int, size: int, stop: threading.Event) -> Iterator[bytes]:
