@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,9 +26,12 @@ from vllm.entrypoints.pooling.scoring.io_processor import (
 from vllm.entrypoints.pooling.scoring.protocol import RerankRequest
 from vllm.entrypoints.pooling.typing import PoolingServeContext
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor import model_loader
 from vllm.renderers.chat_utils import ChatTemplateConfig
 
+from vllm_mm_ext.adapters.placeholder_counts import check_places
 from vllm_mm_ext.adapters.runtime import runtime_of
+from vllm_mm_ext.errors import MediaError
 from vllm_mm_ext.request.context import RequestContext, enter_request
 from vllm_mm_ext.testing.media import make_clip
 from vllm_mm_ext.testing.origin import Origin, Resource
@@ -227,3 +231,31 @@ async def test_so_is_one_for_documents_alone(front: Front) -> None:
             *(front, CrossEncoderIOProcessor, "a query", [clip(url)]), max_tokens_per_doc=1
         )
     assert caught.value.parameter == "max_tokens_per_doc"
+
+
+class _Numbered:
+    """A model that numbers its places, as Phi-3-V and Phi-4-multimodal do."""
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, number: int) -> str:
+        return f"<|{modality}_{number}|>"
+
+
+@pytest.mark.parametrize(
+    ("words", "parameter"),
+    [
+        ("a <|image_1|> b <|image_2|>", None),
+        ("a <|image_1|> b", "max_tokens_per_doc"),
+        ("a <|image_1|> b <|image_2|> <|image_1|>", "text"),
+        ("a <|image_1|> b <|image_1|>", "text"),
+    ],
+)
+def test_places_that_a_model_numbers_are_counted_one_by_one(
+    front: Front, monkeypatch: pytest.MonkeyPatch, words: str, parameter: str | None
+) -> None:
+    monkeypatch.setattr(model_loader, "get_model_cls", lambda _: _Numbered)
+    expected = nullcontext() if parameter is None else pytest.raises(MediaError)
+    with expected as caught:
+        check_places(front.renderer, words, {"image": [None, None]}, "max_tokens_per_doc")
+    if caught is not None:
+        assert caught.value.parameter == parameter

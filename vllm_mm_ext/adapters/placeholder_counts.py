@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,13 +68,16 @@ def lacks_places(renderer: Any, prompt: Mapping[str, Any]) -> bool:
 def _counted(
     renderer: Any, text: str, mm_data: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, str, int, int]]:
-    """For each modality: how a place is written, how many places there are, how many media."""
+    """For each way to write a place: modality, the place, how many there are, how many media."""
     from vllm.model_executor.model_loader import get_model_cls
 
     for modality, items in (mm_data or {}).items():
         if modality not in MODALITIES or not isinstance(items, list):
             continue
-        written = get_model_cls(renderer.model_config).get_placeholder_str(modality, 1)
-        known = [one for one in placeholders_of(renderer.mm_processor) if one in (written or "")]
-        for place in known or filter(None, [written]):
-            yield modality, place, text.count(place), len(items)
+        write = get_model_cls(renderer.model_config).get_placeholder_str
+        # Some models number the places.
+        written = Counter(filter(None, (write(modality, n) for n in range(1, len(items) + 1))))
+        tokens = placeholders_of(renderer.mm_processor)
+        known = [one for one in tokens if any(one in place for place in written)]
+        for place, count in (dict.fromkeys(known, len(items)) or written).items():
+            yield modality, place, text.count(place), count
