@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,20 @@ async def test_requests_of_one_coroutine_share_nothing() -> None:
     assert second is not None
     assert (second.options, second.session, second.trace.media) == (DEFAULT_OPTIONS, None, [])
     assert (first.session, len(first.trace.media)) == ("s", 1)
+
+
+@pytest.mark.parametrize(
+    ("block", "is_told"),
+    [(None, False), ({"key": "a"}, False), ({"key": "a", "fps": 2}, True), ({}, True)],
+)
+async def test_an_answer_without_media_tells_nothing_where_only_routers_were_told_something(
+    block: dict[str, Any] | None, is_told: bool
+) -> None:
+    enter_request(RequestContext())
+    answers.begin(block, None)
+    response = SimpleNamespace()
+    answers.answered(response)
+    assert hasattr(response, "mm_ext") == is_told
 
 
 async def test_work_that_requests_share_carries_the_context_of_none(runtime: Runtime) -> None:

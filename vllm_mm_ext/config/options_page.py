@@ -82,10 +82,11 @@ Text of a message, a tool call or a tool that reads like a placeholder of the mo
 _ANSWER = """
 ## What an answer reports
 
-Answers to requests with media, or with a block, carry a block `mm_ext` themselves: in the JSON
-object; in a stream in the last chunk (the one with the last `finish_reason`, or the usage chunk
-with `include_usage`); in the `response` of `/v1/responses`, streamed, stored or not. Other chunks
-pass as they are. Clients that do not know the block ignore it.
+Answers to requests with media, or with a block of more than `key`, carry a block `mm_ext`
+themselves: in the JSON object; in a stream in the last chunk (the one with the last
+`finish_reason`, or the usage chunk with `include_usage`); in the `response` of `/v1/responses`,
+streamed, stored or not. Other chunks pass as they are. Clients that do not know the block ignore
+it.
 
 | key | meaning |
 | --- | --- |

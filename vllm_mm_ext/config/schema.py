@@ -86,7 +86,7 @@ def _field_at(root: type[BaseModel], path: list[str]) -> FieldInfo | None:
 
 
 def describe_type(field: FieldInfo) -> str:
-    """Words for what a field accepts: its choices, or its type and bounds."""
+    """Words for what a field accepts: its choices, or its type, bounds and length."""
     annotation: Any = field.annotation
     if get_origin(annotation) is Literal:
         return " | ".join(repr(choice) for choice in get_args(annotation))
@@ -104,7 +104,20 @@ def describe_type(field: FieldInfo) -> str:
         for attr, symbol in symbols.items()
         if getattr(meta, attr, None) is not None
     ]
+    bounds += _length(field)
     return " ".join([name, *([f"({', '.join(bounds)})"] if bounds else [])])
+
+
+def _length(field: FieldInfo) -> list[str]:
+    """Words for how long a text or a list may be, if that is bounded."""
+    least, most = (
+        next((n for meta in field.metadata if (n := getattr(meta, attr, None)) is not None), None)
+        for attr in ("min_length", "max_length")
+    )
+    unit = "values" if get_origin(field.annotation) in (tuple, list) else "characters"
+    if least is None:
+        return [] if most is None else [f"at most {most} {unit}"]
+    return [f"{least} or more {unit}" if most is None else f"{least} to {most} {unit}"]
 
 
 def shown_default(field: FieldInfo) -> str:

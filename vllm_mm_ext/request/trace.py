@@ -70,7 +70,8 @@ class RequestTrace:
         media: The videos and audios of the request's conversations, in the order of the messages.
         tokens: Number of embeddings per modality, and of other tokens as ``text``; empty until the
             prompt is built.
-        asked: The request has options, so that its answer gets a block even without media.
+        asked: The request has a block of more than a key for routers, so that its answer gets one
+            even without media.
         items: The mm items of the prompt; empty until the prompt is built. Here and in ``tokens``
             the last of several conversations counts.
         prompts: Those of all its conversations.

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from vllm_mm_ext.adapters.serving.requests import OptionError, read_options, refuse_options
 from vllm_mm_ext.config.options import DEFAULT_OPTIONS, Reduction, RequestOptions, TrainedReductions
 from vllm_mm_ext.config.options_page import to_markdown
-from vllm_mm_ext.config.schema import iter_fields
+from vllm_mm_ext.config.quality_settings import BudgetSettings
+from vllm_mm_ext.config.schema import describe_type, iter_fields
 
 ROOT = Path(__file__).parents[3]
 
@@ -150,3 +151,14 @@ def test_every_route_takes_a_route_key_which_changes_no_option() -> None:
         refuse_options({"key": ""}, "/v1/completions")
     with pytest.raises(OptionError, match="takes no mm_ext"):
         refuse_options({"key": "asset 7", "fps": 2}, "/v1/completions")
+
+
+@pytest.mark.parametrize("bad", ["", "a" * 257])
+def test_how_long_a_text_may_be_is_told(bad: str) -> None:
+    with pytest.raises(OptionError, match=r"valid: str \| null \(1 to 256 characters\)"):
+        read_options({"key": bad})
+
+
+def test_how_long_a_list_may_be_is_told() -> None:
+    reductions = BudgetSettings.model_fields["reductions"]
+    assert describe_type(reductions) == "list of Reduction (at most 16 values)"
