@@ -30,7 +30,7 @@ from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.policies.kv.control import NoBlockPoolError
 from vllm_mm_ext.request.media_items import MediaItem
 from vllm_mm_ext.request.trace import RequestTrace
-from vllm_mm_ext.sight.request_log import RequestLog
+from vllm_mm_ext.sight.request_log import Arrival, RequestLog, record_of
 from vllm_mm_ext.sight.running_requests import RunningRequests
 
 URL, DIGEST, OTHER_DIGEST, THIRD_DIGEST = "http://host/clip.mp4", "ab" * 32, "cd" * 32, "ef" * 32
@@ -134,7 +134,7 @@ class Service:
         config = MMExtConfig.from_additional_config({"mm_ext": {"sight": {"page": True}}})
         self.runtime = attach_runtime(config, ModelTraits(), renderer)
         self.running = RunningRequests()
-        self.running.follow(RequestLog(10), server=0)
+        self.running.follow(RequestLog(300), server=0)
         assert self.running.log is not None
         own = OwnPart(0, renderer, self.running, self.running.log, None)
         self.engine = Engine()
@@ -467,6 +467,20 @@ async def test_a_file_that_nobody_knows_is_told_from_one_that_is_gone(service: S
         assert (await service.whole.take_down(*asked))["known"]
         service.note(FILE)
         assert (await service.whole.take_down(*asked))["known"]
+
+
+async def test_all_requests_that_are_remembered_are_listed(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert service.running.log is not None
+    for number in range(300):
+        arrival = Arrival(f"0-{number}", "/v1/chat/completions", float(number))
+        service.running.log.add(record_of(arrival, RequestTrace(), 0.1, 200))
+    idle = SimpleNamespace(tier=lambda: SimpleNamespace(level=0), loads=lambda _: {})
+    monkeypatch.setattr(whole_service, "state_for", lambda _: idle)
+    service.whole._config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+    shown = await service.whole.overview()
+    assert [one["id"] for one in shown["requests"]] == [f"0-{n}" for n in reversed(range(300))]
 
 
 @pytest.fixture

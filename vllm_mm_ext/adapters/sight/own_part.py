@@ -21,8 +21,6 @@ from vllm_mm_ext.sight.request_log import RequestLog
 from vllm_mm_ext.sight.running_requests import RunningRequests
 from vllm_mm_ext.sight.seen_media import SeenMedia, unknown_digest
 
-# Requests that the page's table shows at most.
-SHOWN = 200
 # Seconds for requests about media that are taken down to end.
 _END_S = 15.0
 _REASON = "The media of this session were taken down by the server's operator."
@@ -83,7 +81,7 @@ class OwnPart:
             "live": {} if self._live is None else self._live.stats(),
             "sessions": [] if self._live is None else self._live.listing(),
             "running": self._running.now(),
-            "requests": self._log.summaries()[:SHOWN],
+            "requests": self._log.summaries(),
         }
 
     async def record(self, request_id: str) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from vllm_mm_ext.adapters.quality.service import state_for
 from vllm_mm_ext.adapters.sight.engine_part import UTILITY
-from vllm_mm_ext.adapters.sight.own_part import SHOWN
 from vllm_mm_ext.base.peers import Peers
 from vllm_mm_ext.policies.kv.control import KVClient, NoBlockPoolError
 from vllm_mm_ext.sight.request_log import shown_url
@@ -264,7 +263,7 @@ class WholeService:
                 for engine in engines
                 for number in (engine["number"],)
             ],
-            "requests": requests[:SHOWN],
+            "requests": requests,
         }
 
     async def _servers(self, do: str, timeout_s: float = _ANSWER_S, **arguments: Any) -> list[Any]:
