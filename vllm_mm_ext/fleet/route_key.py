@@ -36,13 +36,18 @@ _MEDIA_FIELDS = {
     "audio_embeds": _EMBEDDINGS,
     "image_embeds": _EMBEDDINGS,
 }
-# Fields of a body whose objects have content parts: `messages` of chat and of Anthropic's messages,
-# `input` of responses; then those of scoring and reranking, and Cohere's `inputs`.
-_HOLDERS = (
-    *("messages", "input"),
+# Fields of a body that hold content parts, or objects that have some: `messages` of chat and of
+# Anthropic's messages, `input` of responses.
+_HOLDERS = ("messages", "input")
+# Those of scoring and reranking, and Cohere's `inputs`, hold such objects alone. Other objects may
+# lie there, such as the documents of a chat, whose `source` is any text.
+_OUTER_HOLDERS = (
     *("data_1", "queries", "text_1", "query", "data_2", "documents", "items", "text_2"),
     "inputs",
 )
+# Fields of a body that hold media by themselves: pictures that Cohere's route is to embed, and what
+# a structured decision is about.
+_LISTS = {"images": "image_url", "videos": "video_url", "audio": "audio_url"}
 # Lists and objects that lie in each other where a route has most of them: a batch, a conversation,
 # a message, its content, a tool's result, the content of the result, a part.
 _MOST_NESTED = 7
@@ -113,10 +118,15 @@ def _parts(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Content parts of a body in the order of its messages."""
     for field in _HOLDERS:
         yield from _nested(body.get(field), _MOST_NESTED)
-    # Cohere's pictures to embed are URLs by themselves.
-    images = body.get("images")
-    if isinstance(images, list | tuple):
-        yield from ({"image_url": url} for url in images)
+    for field in _OUTER_HOLDERS:
+        value = body.get(field)
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, Mapping):
+                yield from _nested(one.get("content"), _MOST_NESTED)
+    for field, kind in _LISTS.items():
+        value = body.get(field)
+        if isinstance(value, list | tuple):
+            yield from ({kind: url} for url in value)
 
 
 def _nested(value: Any, depth: int) -> Iterator[Mapping[str, Any]]:
@@ -138,6 +148,8 @@ def _name(part: Mapping[str, Any]) -> str | None:
     for field, kind in _MEDIA_FIELDS.items():
         if field not in part:
             continue
+        if field == "source" and not isinstance(part[field], Mapping):
+            continue  # A name that many kinds of objects have.
         if (uuid := part.get("uuid")) is not None:
             return f"uuid:{uuid}"
         value = part[field]

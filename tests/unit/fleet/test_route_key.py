@@ -30,7 +30,7 @@ _JSON = st.recursive(
             st.sampled_from(
                 [
                     *("content", "messages", "input", "video_url", "url", "uuid", "source", "data"),
-                    *("documents", "images", "inputs"),
+                    *("documents", "images", "inputs", "videos"),
                 ]
             ),
             inner,
@@ -105,11 +105,21 @@ def test_video_sound_and_pictures_of_all_routes_have_keys() -> None:
         {"query": "text", "documents": ["text", {"content": [video(URL)]}]},
         {"inputs": [{"content": [{"type": "image_url", "image_url": {"url": URL}}]}]},
         {"images": [URL, "https://elsewhere.example.com/b.png"]},
+        {"state": "text", "videos": [URL, "https://elsewhere.example.com/b.mp4"]},
+        {"state": "text", "audio": [URL]},
     ],
     ids=str,
 )
 def test_media_to_score_to_rank_and_to_embed_have_keys(body: dict[str, Any]) -> None:
     assert route_key(body) == url_route_key(URL)
+
+
+def test_what_a_chat_says_of_its_documents_is_no_medium() -> None:
+    documents = [{"text": "x", "source": "a"}, {"content": "y", "source": "b", "image_url": URL}]
+    assert route_key(chat(documents=documents)) is None
+    assert route_key(chat(session_id="s", documents=documents)) == session_route_key("s")
+    assert route_key(chat(video(URL), documents=documents)) == url_route_key(URL)
+    assert route_key(chat({"type": "text", "text": "x", "source": "a"})) is None
 
 
 def test_messages_and_parts_in_tuples_have_the_key_of_those_in_lists() -> None:
@@ -192,7 +202,10 @@ def test_a_body_without_media_has_the_key_of_its_session_or_none() -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from(["messages", "input", "mm_ext", "session_id", "documents", "images"]), _JSON
+        st.sampled_from(
+            [*("messages", "input", "mm_ext", "session_id", "documents", "images"), "videos"]
+        ),
+        _JSON,
     )
 )
 def test_whatever_a_client_sends_has_a_key_or_none(body: dict[str, Any]) -> None:
