@@ -201,6 +201,21 @@ def test_joined_files_are_heard_to_their_end_and_no_claim_refuses_them(
         assert result.info.duration == pytest.approx(6, abs=0.2)
 
 
+@pytest.mark.parametrize("lost", ["zeroed", "cut out"])
+def test_a_long_hole_in_a_file_without_an_index_is_silence(tmp_path: Path, lost: str) -> None:
+    samples = np.random.default_rng(0).uniform(-0.1, 0.1, 60 * RATE).astype(np.float32)
+    samples[50 * RATE : 51 * RATE] *= 8
+    path = tmp_path / "a.flac"
+    soundfile.write(path, samples, RATE)
+    data = path.read_bytes()
+    begin, end = (round(share * len(data)) for share in (0.4, 0.65))
+    path.write_bytes(data[:begin] + bytes(end - begin) * (lost == "zeroed") + data[end:])
+    audio = run_job(str(path), SOUND).audio
+    assert audio is not None
+    assert len(audio) / RATE == pytest.approx(60, abs=0.01)
+    assert np.flatnonzero(np.abs(audio) > 0.5)[[0, -1]] / RATE == pytest.approx([50, 51], abs=0.01)
+
+
 def test_a_recording_that_begins_late_on_its_clock_is_as_long_as_it_is(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "a.mkv", duration=2, audio=TONE, start_time=610).path
     with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:

@@ -267,6 +267,26 @@ def test_a_clock_that_starts_anew_goes_on_where_the_format_allows_it() -> None:
     assert times == pytest.approx(np.array(stamps) - 5.0)
 
 
+def test_where_files_are_joined_a_step_back_to_the_start_alone_begins_the_next_file() -> None:
+    def times(stamps: Any) -> list[float | None]:
+        clock = Clock([], restarts=False, joins=True)
+        return [clock.time(stamp, 0.1) for stamp in stamps]
+
+    file = np.arange(50) * 0.1
+    assert times([*file, *file, *file]) == pytest.approx(np.arange(150) * 0.1)
+    # A hole behind the start of the next file, too.
+    assert times([*file, 0.0, 30.0]) == pytest.approx([*file, 5.0, 35.0])
+
+
+@pytest.mark.parametrize("off", [-4.0, -0.3, 0.3, 4.0, 40.0])
+def test_where_files_are_joined_one_wrong_timestamp_moves_no_other_sound(off: float) -> None:
+    clock = Clock([], restarts=False, joins=True)
+    right = np.arange(100) * 0.1
+    stamps = right + off * (np.arange(100) == 55)
+    times = [clock.time(stamp, 0.1) for stamp in stamps]
+    assert np.delete(times, 55) == pytest.approx(np.delete(right, 55))
+
+
 def in_file(
     sound: Sequence[float], places: Sequence[float], origins: Sequence[float], seconds: float
 ) -> FileOrder:

@@ -24,8 +24,6 @@ MAX_SAMPLE_RATE = 768_000
 # One window of the log-mel transform that all families begin with. From less, Qwen2.5-Omni makes no
 # token, and Qwen3-Omni's audio encoder fails.
 MIN_AUDIO_S = 0.025
-# Files without an index are joined as they are.
-_RESTARTS = TIMES_RESTART | NO_INDEX
 # Of one float32 sample, as which every format is delivered.
 _SAMPLE_BYTES = 4
 # Sound decoded beyond the end, in seconds, before decoding stops. Where recordings were joined, it
@@ -125,7 +123,10 @@ def decode_audio(
     with opened if reader is None else nullcontext():
         packets = opened.packets(begin)
         container, source = opened.container, opened.source
-        clock = Clock(origins, bool(container.format.flags & _RESTARTS), beside)
+        restarts, joins = (
+            bool(container.format.flags & flag) for flag in (TIMES_RESTART, NO_INDEX)
+        )
+        clock = Clock(origins, restarts, beside, joins=joins)
         time_base = float(source.time_base or 0)
         for frame in decoded_frames(container, opened.decoder, packets):
             # Headers of HE-AAC give half the rate that is really played.

@@ -88,6 +88,8 @@ class Clock:
             container's clock starts anew in the middle of the file one for each part of it. Empty
             lets the target clock begin with the first timestamp.
         restarts: The format's timestamps may start anew.
+        joins: Files of the format are joined as they are: a timestamp that steps back to 0 begins
+            the next file. A step ahead is missing sound in them.
         beside: Reads where the sound lies in the file; called only where its clock jumps, and where
             there are several ``origins``. None for sound without pictures.
     """
@@ -97,7 +99,10 @@ class Clock:
         origins: Sequence[float],
         restarts: bool,
         beside: Callable[[], FileOrder] | None = None,
+        *,
+        joins: bool = False,
     ) -> None:
+        self._joins = joins
         self._origin = origins[0] if origins else None
         self._has_parts = len(origins) > 1
         restarts = restarts or self._has_parts
@@ -130,7 +135,9 @@ class Clock:
         time = timestamp - self._origin
         expected = time if self._expected is None else self._expected
         is_first = self._expected is None and self._has_parts
-        if is_first or not -self._back <= time - expected <= self._ahead:
+        # Else it may be a wrong timestamp.
+        is_joined = self._joins and abs(timestamp) <= _STEP_BACK_S < expected - time
+        if is_first or is_joined or not -self._back <= time - expected <= self._ahead:
             self._origin = self._origin_of(timestamp, expected)
             time = timestamp - self._origin
         self._expected = time + seconds
