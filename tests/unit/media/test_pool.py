@@ -8,12 +8,14 @@ import errno
 import gc
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from http import HTTPStatus
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -174,9 +176,33 @@ async def test_too_little_memory_is_an_error_of_this_job_alone(pool, fd):
     before = [pool.stats()[key] for key in ("jobs", "died")]
     with pytest.raises(MediaTooLargeError, match="memory than the limit of 2147483648 bytes"):
         await pool.run(fd, request)
-    # It is not tried again, and the worker goes on.
+    # No worker is said to have died.
     assert [pool.stats()[key] for key in ("jobs", "died")] == [before[0] + 1, before[1]]
     assert len((await pool.run(fd, wanting(0))).frames) == 1
+
+
+async def test_a_job_that_finds_a_worker_grown_too_large_is_done_by_a_fresh_one(fd):
+    pool = DecodePool(workers=1, threads=1)
+    try:
+        await pool.run(fd, wanting(0))
+        (grown,) = pool.worker_pids()
+        pages = int(Path(f"/proc/{grown}/statm").read_text().split()[0])
+        room = pages * resource.getpagesize() + (8 << 20)
+        resource.prlimit(grown, resource.RLIMIT_AS, (room, room))
+        request = wanting(*range(40), size=SizeRule("fixed", 1280, 720))
+        assert len((await pool.run(fd, request)).frames) == 40
+        assert grown not in pool.worker_pids()
+        assert pool.stats()["started"] == 2
+        # In a fresh worker, it is the job that needs too much.
+        pool.renew()
+        limits = DecodeLimits(memory_bytes=2 << 30)
+        request = wanting(*range(60), size=SizeRule("fixed", 3400, 3400), limits=limits)
+        with pytest.raises(MediaTooLargeError, match="memory than the limit"):
+            await pool.run(fd, request)
+        assert pool.stats()["started"] == 3
+        assert pool.worker_pids() == []
+    finally:
+        pool.close()
 
 
 async def test_a_job_past_its_time_is_stopped_and_the_next_one_runs(pool, fd):

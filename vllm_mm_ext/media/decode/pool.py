@@ -73,8 +73,8 @@ class DecodePool:
     ) -> DecodeResult:
         """Decode the media in ``fd``.
 
-        A job whose worker dies is tried once more in a fresh worker. Cancelling the awaiting task
-        takes the job out of the queue, or kills its worker.
+        A job whose worker dies, or has no memory left for it, is tried once more in a fresh worker.
+        Cancelling the awaiting task takes the job out of the queue, or kills its worker.
 
         Args:
             fd: Readable descriptor of the whole encoded file. The pool duplicates it: the caller
@@ -228,13 +228,17 @@ class DecodePool:
             if holder is not None:
                 self._let_go(holder, reusable=True)
             raise
-        died = 0
         try:
             job.deadline = time.monotonic() + job.request.limits.timeout_s
-            worker = holder or self._idle_worker(job.request.may_use_gpu) or self._new_worker()
+            used, died = holder or self._idle_worker(job.request.may_use_gpu), 0
+            worker = used or self._new_worker()
             while True:
                 try:
                     return self._attempt(job, worker)
+                except MediaError as error:
+                    # Earlier jobs may have left the worker too little memory.
+                    if worker is not used or not isinstance(error.__cause__, MemoryError):
+                        raise
                 except WorkerDiedError as error:
                     self._check_wanted(job)
                     died += not worker.retired
@@ -278,8 +282,8 @@ class DecodePool:
         except MediaError as error:
             with self._lock:
                 worker.files.drop(file)
-            # A worker that reports an error is in order; one that ran out of time is not.
-            reusable = not isinstance(error.__cause__, TimeoutError)
+            # A worker that reports an error is in order; one out of time or memory is not.
+            reusable = not isinstance(error.__cause__, TimeoutError | MemoryError)
             raise
         finally:
             with self._lock:

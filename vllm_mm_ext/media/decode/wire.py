@@ -121,12 +121,14 @@ class Failed(_Message):
 
     Attributes:
         code, message, parameter, value: Those of the ``MediaError``.
+        out_of_memory: Its cause is a ``MemoryError``.
     """
 
     code: str
     message: str
     parameter: str
     value: int | float | str | None
+    out_of_memory: bool = False
 
     @classmethod
     def of(cls, error: MediaError) -> Failed:
@@ -135,11 +137,14 @@ class Failed(_Message):
         value = error.value
         if not isinstance(value, int | float | str | None):
             value = None
-        return cls(code, error.message[:_MAX_TEXT], error.parameter, value)
+        short = isinstance(error.__cause__, MemoryError)
+        return cls(code, error.message[:_MAX_TEXT], error.parameter, value, short)
 
     def error(self) -> MediaError:
         """The error that the worker met, as one of the classes a worker may name."""
-        return _ERRORS[self.code](self.message, parameter=self.parameter, value=self.value)
+        error = _ERRORS[self.code](self.message, parameter=self.parameter, value=self.value)
+        error.__cause__ = MemoryError() if self.out_of_memory else None
+        return error
 
 
 class Broken(_Message):

@@ -137,11 +137,12 @@ def _serve(sock: socket.socket, request: DecodeRequest, media: int, files: OpenF
         _answer(sock, request, result, memory)
     except MediaError as error:
         wire.send(sock, wire.Failed.of(error))
-    except MemoryError:
+    except MemoryError as error:
         # Also of FFmpeg, whose MemoryError is an error of both kinds.
         too_large = MediaTooLargeError(
             f"Decoding the media needs more memory than the limit of {limit} bytes."
         )
+        too_large.__cause__ = error
         wire.send(sock, wire.Failed.of(too_large))
     except av.FFmpegError as error:
         unreadable = UnreadableMediaError(f"The media could not be decoded: {describe(error)}.")
