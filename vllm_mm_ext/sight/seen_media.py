@@ -19,6 +19,8 @@ MAX_NOTED = 1 << 16
 # URLs remembered of one file, and characters of a URL; longer ones are known by their digest alone.
 _MAX_URLS = 16
 _MAX_URL = 4096
+# Characters of URLs for each file or hash that may be remembered, all together.
+_URL_CHARS = 512
 
 
 @dataclass(slots=True)
@@ -58,8 +60,8 @@ class SeenMedia:
     much as it has files and items. For any thread.
 
     Args:
-        most: Files and hashes remembered at most, those of each use counted anew. The last use is
-            remembered in any case.
+        most: Files and hashes remembered at most, those of each use counted anew, and URLs of 512
+            times as many characters. The last use is remembered in any case.
     """
 
     def __init__(self, most: int = MAX_NOTED) -> None:
@@ -69,6 +71,7 @@ class SeenMedia:
         self._uses: OrderedDict[_Use, None] = OrderedDict()
         self._of_hash: dict[str, set[_Use]] = {}
         self._count = 0
+        self._chars = 0  # of all URLs
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -111,13 +114,10 @@ class SeenMedia:
                 medium = self._media.setdefault(digest, Medium(digest, modality))
                 medium.noted = now
                 if url and len(url) <= _MAX_URL and url[:5].lower() != "data:":
-                    medium.urls.pop(url, None)
-                    medium.urls[url] = None
-                    while len(medium.urls) > _MAX_URLS:
-                        del medium.urls[next(iter(medium.urls))]
+                    self._add_url(medium, url)
             self._add(use)
             self._uses.move_to_end(use)
-            while self._count > self._most and len(self._uses) > 1:
+            while self._is_full() and len(self._uses) > 1:
                 self._drop(next(iter(self._uses)))
 
     def digests_at(self, url: str) -> set[str]:
@@ -196,6 +196,19 @@ class SeenMedia:
         assert of_file == {digest: medium.uses for digest, medium in self._media.items()}
         assert of_hash == self._of_hash
         assert self._count == sum(use.places for use in self._uses)
+        assert self._chars == sum(len(url) for one in self._media.values() for url in one.urls)
+
+    def _is_full(self) -> bool:
+        return self._count > self._most or self._chars > _URL_CHARS * self._most
+
+    def _add_url(self, medium: Medium, url: str) -> None:
+        self._chars += 0 if url in medium.urls else len(url)
+        medium.urls.pop(url, None)
+        medium.urls[url] = None
+        while len(medium.urls) > _MAX_URLS:
+            oldest = next(iter(medium.urls))
+            del medium.urls[oldest]
+            self._chars -= len(oldest)
 
     def _made_of(self, mm_hash: str) -> frozenset[str]:
         """The files that were there each time that a request had an item, which is known."""
@@ -225,6 +238,7 @@ class SeenMedia:
             medium.uses.discard(use)
             if not medium.uses:
                 del self._media[digest]
+                self._chars -= sum(map(len, medium.urls))
         for one in use.hashes:
             uses = self._of_hash[one]
             uses.discard(use)

@@ -65,6 +65,19 @@ def test_memory_is_bounded_and_the_file_used_last_is_known(notes: list[Note], mo
         assert set(hashes) <= seen.hashes_of([digest])
 
 
+def test_long_urls_of_many_files_take_no_more_than_their_share_of_memory() -> None:
+    seen = SeenMedia(1000)
+    for n in range(1000):
+        for m in range(17):
+            seen.note(f"{n:064x}", "video", f"http://a/{m}{'x' * 4000}", [])
+    seen.check_integrity()
+    found = seen.urls_of(f"{n:064x}" for n in range(1000))
+    every = [url for n in range(1000) for url in seen.urls_of([f"{n:064x}"])]
+    assert 400_000 < sum(map(len, every)) <= 512_000
+    assert len(found) == 16
+    assert len(seen.urls_of([f"{999:064x}"])) == 16
+
+
 def test_a_request_with_many_files_leaves_those_of_others_known() -> None:
     seen = SeenMedia(10_000)
     for n in range(1000):
