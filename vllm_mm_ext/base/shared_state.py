@@ -37,8 +37,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil  # type: ignore[import-untyped]
-
 from vllm_mm_ext.base import shared_file
 from vllm_mm_ext.base.engine_figures import BOARD_BYTES, ENGINES
 from vllm_mm_ext.base.shared_file import open_shared, remove_if_unused
@@ -308,8 +306,11 @@ def service_name(api_servers: int, api_server: int) -> str:
         return uuid.uuid4().hex
     parent = multiprocessing.parent_process()
     main = parent.pid if parent is not None and api_server >= 0 else os.getpid()
-    # The start time makes a difference to an earlier service whose main process had the same id.
-    return f"{main}-{psutil.Process(main).create_time():.2f}"
+    # The start makes a difference to an earlier service whose main process had the same id. It is
+    # counted in ticks since the machine started, which no step of the clock changes.
+    # Behind the name of the program, which may hold anything.
+    fields = Path(f"/proc/{main}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return f"{main}-{fields[19]}"
 
 
 def file_name(service: str) -> str:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vllm_mm_ext.base import shared_file
@@ -297,6 +299,13 @@ def test_a_single_api_server_s_name_is_unique_and_several_have_one_in_common() -
     with SPAWN.Pool(2) as pool:
         names = pool.starmap(service_name, [(2, 0), (2, 1)])
     assert names == [service_name(2, -1)] * 2
+
+
+def test_a_step_of_the_machine_s_clock_changes_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = service_name(2, -1)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: 12345.0)
+    assert psutil.Process().create_time() < 1e6 + time.monotonic()
+    assert service_name(2, -1) == before
 
 
 def test_the_name_goes_when_all_api_servers_have_the_state(path: Path) -> None:
