@@ -178,6 +178,9 @@ def no_room(why: str | None) -> BusyError:
     return BusyError(f"The server cannot take more media at present: {why}.")
 
 
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Numbers of the system's errors of a disk that is full, and of a quota that is used up."""
+
 _SHORTAGES = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 

@@ -7,12 +7,11 @@ import socket
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar
 
-from vllm_mm_ext.errors import BusyError
+from vllm_mm_ext.media.bounded_threads import BoundedThreads
 
 T = TypeVar("T")
 
@@ -26,14 +25,13 @@ _LOOKUP_WAIT_S = 2.0
 class _Loop(asyncio.SelectorEventLoop):
     """Looks host names up in threads of its own: dead name servers hold up no other blocking call.
 
-    Attributes:
+    Args:
         lookups: Those threads.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, lookups: BoundedThreads) -> None:
         super().__init__()
-        self.lookups = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix=f"{name}-dns")
-        self._free = asyncio.Semaphore(_LOOKUPS)
+        self._lookups = lookups
 
     async def getaddrinfo(self, host: Any, port: Any, **hints: int) -> list[Any]:
         """See ``AbstractEventLoop.getaddrinfo``.
@@ -41,21 +39,8 @@ class _Loop(asyncio.SelectorEventLoop):
         Raises:
             BusyError: Name servers that do not answer have taken all threads.
         """
-        try:
-            async with asyncio.timeout(_LOOKUP_WAIT_S):
-                await self._free.acquire()
-        except TimeoutError:
-            raise BusyError(
-                "The server waits for the name servers of too many other hosts. Try again later."
-            ) from None
-        lookup = self.lookups.submit(partial(socket.getaddrinfo, host, port, **hints))
-        # A lookup keeps its thread when nobody waits for it any more.
-        lookup.add_done_callback(self._looked_up)
-        return await asyncio.wrap_future(lookup)
-
-    def _looked_up(self, _: Future[Any]) -> None:
-        with suppress(RuntimeError):  # The loop is closed.
-            self.call_soon_threadsafe(self._free.release)
+        look_up = partial(socket.getaddrinfo, host, port, **hints)
+        return await self._lookups.run(look_up, _LOOKUP_WAIT_S)
 
 
 class LoopThread:
@@ -76,7 +61,9 @@ class LoopThread:
     """
 
     def __init__(self, name: str, workers: int = 16) -> None:
-        self.loop = _Loop(name)
+        self._name = name
+        self._bounded: list[BoundedThreads] = []
+        self.loop = _Loop(self.threads(_LOOKUPS, "dns", "the name servers of too many other hosts"))
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix=name)
         self.loop.set_default_executor(self._executor)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -92,10 +79,21 @@ class LoopThread:
             return await coroutine
         return await asyncio.wrap_future(self.submit(coroutine))
 
+    def threads(self, most: int, name: str, cause: str) -> BoundedThreads:
+        """Make threads for blocking calls of one kind, which end with the loop.
+
+        Args:
+            most, cause: See ``BoundedThreads``.
+            name: Of the kind.
+        """
+        threads = BoundedThreads(most, f"{self._name}-{name}", cause)
+        self._bounded.append(threads)
+        return threads
+
     @property
     def pools(self) -> tuple[ThreadPoolExecutor, ...]:
-        """The threads for blocking calls and for lookups of host names."""
-        return self._executor, self.loop.lookups
+        """All threads for blocking calls."""
+        return self._executor, *(threads.pool for threads in self._bounded)
 
     def stop(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what runs, run ``last``, end the thread and wait for its end."""
@@ -116,6 +114,6 @@ class LoopThread:
         try:
             await last
         finally:
-            self._executor.shutdown(wait=False)
-            self.loop.lookups.shutdown(wait=False)
+            for pool in self.pools:
+                pool.shutdown(wait=False)
             self.loop.stop()

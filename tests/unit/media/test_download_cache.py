@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from vllm_mm_ext.media.bounded_threads import BoundedThreads
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
 from vllm_mm_ext.media.fetch.download_cache import CachedDownloads, DownloadCacheSettings
@@ -20,7 +23,7 @@ URL = "http://a.test/clip.mp4"
 class OneFile:
     """An origin whose URLs all lead to one file."""
 
-    async def locate(self, url: str) -> str:
+    async def locate(self, url: str, _: Claim) -> str:
         return url
 
     async def fetch(self, *_: object, **__: object) -> Fetched:
@@ -29,7 +32,8 @@ class OneFile:
 
 def server(directory: Path, ttl_s: float = 3600.0) -> CachedDownloads:
     settings = DownloadCacheSettings(directory, 1 << 20, ttl_s)
-    return CachedDownloads(OneFile(), settings, max_bytes=None)
+    threads = BoundedThreads(2, "test", "the disk")
+    return CachedDownloads(OneFile(), settings, threads=threads, max_bytes=None)
 
 
 async def fetched(downloads: CachedDownloads) -> Fetched:
@@ -70,3 +74,29 @@ async def test_a_directory_that_cannot_be_listed_is_no_reason_to_fail(
     found = await fetched(server(tmp_path))
     assert found.blob is not None
     assert found.blob.read() == BODY
+
+
+async def test_a_disk_that_is_full_below_the_bound_loses_old_downloads_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = server(tmp_path)
+    now = time.time()
+    for number in range(20):
+        (tmp_path / f"{number}.mp4").write_bytes(BODY)
+        # The first two have expired.
+        os.utime(tmp_path / f"{number}.mp4", (now - (5000 if number < 2 else 1000 - number),) * 2)
+
+    def full(_: Blob) -> Iterator[bytes]:
+        yield BODY[:100]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def left() -> set[str]:
+        return {file.name for file in tmp_path.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Blob, "chunks", full)
+        for _ in range(3):
+            assert (await fetched(downloads)).blob is not None
+            assert left() == {f"{number}.mp4" for number in range(4, 20)}
+    await fetched(downloads)
+    assert len(left()) == 17

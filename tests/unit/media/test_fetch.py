@@ -28,6 +28,7 @@ from vllm_mm_ext.errors import (
     OriginTimeoutError,
     UnreachableMediaError,
 )
+from vllm_mm_ext.media.bounded_threads import BoundedThreads
 from vllm_mm_ext.media.cache import ByteBudgetCache
 from vllm_mm_ext.media.fetch import file_source
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter
@@ -79,6 +80,10 @@ def make_fetcher(tmp_path: Path) -> Iterator[MakeFetcher]:
 
 async def get(fetcher: MediaFetcher, url: str, **kwargs: object) -> MediaRef:
     return await fetcher.resolve(url, **({"timeout_s": 10.0} | kwargs))  # type: ignore[arg-type]
+
+
+def readers() -> BoundedThreads:
+    return BoundedThreads(2, "test", "files")
 
 
 @pytest.fixture
@@ -806,7 +811,7 @@ class TestFile:
         path.write_bytes(b"a" * 1000)
         first, second = budget.claim(), budget.claim()
         lease = await first.acquire(9_500)
-        source = FileSource(tmp_path, max_bytes=None)
+        source = FileSource(tmp_path, threads=readers(), max_bytes=None)
         reading = asyncio.create_task(
             source.fetch(path, timeout_s=1.0, max_bytes=None, load=True, claim=second)
         )
@@ -826,7 +831,7 @@ class TestFile:
         path.write_bytes(b"a" * 1000)
         first, second, third = budget.claim(), budget.claim(), budget.claim()
         leases = [await first.acquire(5_000), await third.acquire(4_500)]
-        source = FileSource(tmp_path, max_bytes=None)
+        source = FileSource(tmp_path, threads=readers(), max_bytes=None)
         reading = asyncio.create_task(
             source.fetch(path, timeout_s=1.0, max_bytes=None, load=True, claim=second)
         )
@@ -847,7 +852,7 @@ class TestFile:
     ) -> None:
         path, budget = tmp_path / "a", MediaBudget(10_000)
         path.write_bytes(b"a" * 1000)
-        source = FileSource(tmp_path, max_bytes=2000)
+        source = FileSource(tmp_path, threads=readers(), max_bytes=2000)
         look = source._look
 
         def looking(*asked: Any) -> Any:
@@ -934,13 +939,12 @@ class TestFile:
         (allowed / "dir" / "a").write_bytes(b"fine")
         (outside / "a").write_bytes(b"secret")
         fetcher = make_fetcher(allowed_local_media_path=allowed)
-        located = await fetcher._files.locate((allowed / "dir" / "a").as_uri())
+        claim = fetcher.budget.claim()
+        located = await fetcher._files.locate((allowed / "dir" / "a").as_uri(), claim)
         (allowed / "dir").rename(tmp_path / "moved")
         (allowed / "dir").symlink_to(outside)
         with pytest.raises(ForbiddenMediaError):
-            await fetcher._files.fetch(
-                located, timeout_s=1, max_bytes=None, load=True, claim=fetcher.budget.claim()
-            )
+            await fetcher._files.fetch(located, timeout_s=1, max_bytes=None, load=True, claim=claim)
 
     async def test_without_the_flag_files_are_forbidden(
         self, tmp_path: Path, make_fetcher: MakeFetcher
@@ -1149,7 +1153,7 @@ async def test_a_server_without_descriptors_is_busy_and_the_file_is_not_at_fault
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(BODY)
-    source = FileSource(tmp_path, max_bytes=None)
+    source = FileSource(tmp_path, threads=readers(), max_bytes=None)
     with without_descriptors():
         with pytest.raises(BusyError):
             BlobWriter()
@@ -1181,3 +1185,36 @@ async def test_bytes_that_a_request_uses_serve_others_though_no_cache_holds_them
         del held, part
     assert (await (await get(fetcher, path.as_uri())).open()).read() == BODY
     assert fetcher.stats()["file_reads"] == 2
+
+
+@pytest.mark.parametrize("call", ["lstat", "open"])
+async def test_files_of_a_server_that_is_gone_hold_up_no_media_from_elsewhere(
+    tmp_path: Path, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    begun, answer = threading.Semaphore(0), threading.Event()
+    really = getattr(os, call)
+
+    def hang(path: object, *rest: object, **more: object) -> object:
+        if str(path).endswith(".gone"):
+            begun.release()
+            answer.wait()
+        return really(path, *rest, **more)
+
+    fetcher = make_fetcher(budget=MediaBudget(1 << 30, max_wait_s=0.2))
+    paths = [tmp_path / f"{number}.gone" for number in range(16)]
+    for path in (*paths, tmp_path / "here"):
+        path.write_bytes(BODY)
+    monkeypatch.setattr(os, call, hang)
+    try:
+        hanging = [asyncio.create_task(get(fetcher, path.as_uri())) for path in paths]
+        for _ in paths:
+            await asyncio.to_thread(begun.acquire)
+        url = f"data:video/mp4;base64,{base64.b64encode(BODY).decode()}"
+        assert (await asyncio.wait_for(get(fetcher, url), 10)).digest == DIGEST
+        with pytest.raises(BusyError, match="too many other requests"):
+            await asyncio.wait_for(get(fetcher, (tmp_path / "here").as_uri()), 10)
+        answer.set()
+        assert {ref.digest for ref in await asyncio.gather(*hanging)} == {DIGEST}
+        assert (await get(fetcher, (tmp_path / "here").as_uri())).digest == DIGEST
+    finally:
+        answer.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -77,4 +78,32 @@ async def test_a_name_that_finds_only_dead_name_servers_in_the_way_is_busy_and_n
         assert await thread.run(ask("good.test")) == ["good.test"]
     finally:
         answer.set()
+        thread.stop(nothing())
+
+
+async def test_names_that_find_no_thread_take_no_place_of_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: [host])
+    monkeypatch.setattr(loop_thread, "_LOOKUPS", 2)
+    monkeypatch.setattr(loop_thread, "_LOOKUP_WAIT_S", 0.05)
+    thread = LoopThread("test")
+
+    async def nothing() -> None:
+        """Nothing is to be closed."""
+
+    async def ask() -> list[Any]:
+        return await asyncio.get_running_loop().getaddrinfo("good.test", 80, type=0)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(ThreadPoolExecutor, "submit", fail)
+            for _ in range(2):
+                with pytest.raises(BusyError, match="no thread can start"):
+                    await thread.run(ask())
+        assert await thread.run(ask()) == ["good.test"]
+    finally:
         thread.stop(nothing())

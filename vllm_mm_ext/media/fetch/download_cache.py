@@ -7,9 +7,9 @@ the operator asked for the directory.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
+import math
 import os
 import stat
 import tempfile
@@ -18,11 +18,14 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
 from cachetools import LRUCache
 
+from vllm_mm_ext.errors import FULL_DISK
+from vllm_mm_ext.media.bounded_threads import BoundedThreads
 from vllm_mm_ext.media.fetch.blob import Blob, check_size
 from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.file_source import FileIdentity, read_blob
@@ -34,6 +37,9 @@ _READ_CHUNK = 1 << 20
 # The time of a file's last use may be this many seconds too early, or a tenth of the time to live.
 # A touch makes every process that shares the directory read the file again.
 _TOUCH_AFTER_S = 60.0
+# Where the disk is full below the bound, downloads are evicted down to this share of what is there,
+# no more often than once in so many seconds.
+_KEEP_OF_FULL, _FULL_S = 0.9, 60.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class CachedDownloads:
     Args:
         origin: Downloads what is not on disk.
         settings: See there.
+        threads: For reading and writing, as the disk may be that of a server that is gone.
         max_bytes: Limit on the size of one download, None for none.
         max_known: Files whose digest is remembered.
 
@@ -69,20 +76,23 @@ class CachedDownloads:
         origin: Source[str],
         settings: DownloadCacheSettings,
         *,
+        threads: BoundedThreads,
         max_bytes: int | None,
         max_known: int = 4096,
     ) -> None:
         self._origin = origin
+        self._threads = threads
         self._settings = settings
         self._max_bytes = max_bytes
         self._known: LRUCache[FileIdentity, str] = LRUCache(max_known)
         self._lock = threading.Lock()
+        self._made_room = -math.inf
         self._usable = _is_writable(settings.directory)
         self.counts = {"disk_hits": 0, "disk_writes": 0}
 
-    async def locate(self, url: str) -> str:
+    async def locate(self, url: str, claim: Claim) -> str:
         """See ``Source.locate``: access is checked whether or not the download is on disk."""
-        return await self._origin.locate(url)
+        return await self._origin.locate(url, claim)
 
     async def fetch(
         self, location: str, *, timeout_s: float, max_bytes: int | None, load: bool, claim: Claim
@@ -90,7 +100,8 @@ class CachedDownloads:
         """See ``Source.fetch``."""
         if self._usable:
             limit = tighter(self._max_bytes, max_bytes)
-            found = await asyncio.to_thread(self._look_up, location, limit, load)
+            look_up = partial(self._look_up, location, limit, load)
+            found = await self._threads.run(look_up, claim.max_wait_s)
             if isinstance(found, FileIdentity):
                 found = await self._load(location, found, claim)
             if found is not None:
@@ -99,7 +110,8 @@ class CachedDownloads:
             location, timeout_s=timeout_s, max_bytes=max_bytes, load=load, claim=claim
         )
         if self._usable and fetched.blob is not None:
-            await asyncio.to_thread(self._keep, location, fetched.blob)
+            keep = partial(self._keep, location, fetched.blob)
+            await self._threads.run(keep, claim.max_wait_s)
         return fetched
 
     def forget(self, digests: Collection[str], urls: Collection[str]) -> None:
@@ -160,7 +172,8 @@ class CachedDownloads:
         lease = await claim.acquire(found.size)
         stop = threading.Event()
         try:
-            blob = await asyncio.to_thread(self._read, url, found, stop)
+            read = partial(self._read, url, found, stop)
+            blob = await self._threads.run(read, claim.max_wait_s)
             if blob is None:
                 lease.release()
                 return None
@@ -200,18 +213,35 @@ class CachedDownloads:
                 for chunk in blob.chunks():
                     file.write(chunk)
             os.rename(temporary, path)
-        except OSError:
+        except OSError as error:
             if temporary is not None:
                 with suppress(OSError):
                     os.remove(temporary)
+            if error.errno in FULL_DISK:
+                self._make_room()
             return
         with self._lock:
             self.counts["disk_writes"] += 1
         with suppress(OSError):
             self._evict(keep=path.name)
 
-    def _evict(self, keep: str) -> None:
-        """Remove what is too old, then the least recently used beyond the bound, but ``keep``."""
+    def _make_room(self) -> None:
+        """Evict for a disk that others fill too, or that is smaller than the bound."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._made_room < _FULL_S:
+                return
+            self._made_room = now
+        with suppress(OSError):
+            self._evict(share=_KEEP_OF_FULL)
+
+    def _evict(self, keep: str = "", share: float = 1.0) -> None:
+        """Remove what is too old, then what was least recently used.
+
+        Args:
+            keep: A file that stays.
+            share: Of the bytes that are there, the part that may stay, if the bound allows it.
+        """
         now, total = time.time(), 0
         kept: list[tuple[float, int, str]] = []
         expired: list[str] = []
@@ -229,8 +259,9 @@ class CachedDownloads:
                 total += status.st_size
                 if entry.name != keep:
                     kept.append((status.st_mtime, status.st_size, entry.path))
+        most = min(self._settings.max_bytes, share * total)
         for _, size, name in sorted(kept):
-            if total <= self._settings.max_bytes:
+            if total <= most:
                 break
             expired.append(name)
             total -= size

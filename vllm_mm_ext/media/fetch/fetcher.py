@@ -29,6 +29,9 @@ from vllm_mm_ext.media.loop_thread import LoopThread
 
 __all__ = ["BusyError", "MediaChangedError", "MediaFetcher", "MediaRef"]
 
+# Files that are read at a time, and as many of the download cache.
+_READERS = 16
+
 
 class MediaRef:
     """Media whose digest is known and whose bytes are read when somebody asks for them.
@@ -155,7 +158,10 @@ class MediaFetcher:
         self.encoded_cache = encoded_cache
         self.budget = budget
         self._files = FileSource(
-            allowed_local_media_path, max_bytes=local_limit_bytes, max_known=max_known
+            allowed_local_media_path,
+            threads=loop.threads(_READERS, "files", "files of too many other requests"),
+            max_bytes=local_limit_bytes,
+            max_known=max_known,
         )
         self._data = DataSource(max_bytes=local_limit_bytes, max_known=max_known)
         self._http = HttpSource(
@@ -172,7 +178,11 @@ class MediaFetcher:
         self._disk: CachedDownloads | None = None
         if download_cache is not None:
             self._disk = CachedDownloads(
-                self._http, download_cache, max_bytes=download_limit_bytes, max_known=max_known
+                self._http,
+                download_cache,
+                threads=loop.threads(_READERS, "downloads", "the disk with too many downloads"),
+                max_bytes=download_limit_bytes,
+                max_known=max_known,
             )
         self._flights: SingleFlight[Any, Fetched] = SingleFlight()
         # Bytes that somebody still uses, cached or not: none is read twice at a time.
@@ -200,7 +210,8 @@ class MediaFetcher:
             UnreachableMediaError: The URL leads to no media. Its subclasses ``OriginError`` and
                 ``OriginTimeoutError``: the origin failed, or took too long.
             MediaTooLargeError: The content is past a size limit.
-            BusyError: The media budget had no room for the content for too long.
+            BusyError: The media budget had no room for the content for too long, or reads from
+                servers that are gone have taken all threads.
             MediaError: The URL is malformed, or the file is not a regular file.
         """
         claim = claim or self.budget.claim()
@@ -252,7 +263,7 @@ class MediaFetcher:
         places = set()
         for url in urls:
             with suppress(MediaError):  # No URL that this fetcher would ever have read.
-                places.add(await self._http.locate(url))
+                places.add(await self._http.locate(url, self.budget.claim()))
         for source in (self._http, self._files, self._data):
             source.forget(digests)
         self._http.forget_urls(places)
@@ -263,7 +274,7 @@ class MediaFetcher:
         self, url: str, timeout_s: float, max_bytes: int | None, claim: Claim
     ) -> MediaRef:
         source = self._source_of(url)
-        location = await source.locate(url)
+        location = await source.locate(url, claim)
         fetched = await self._fetch(source, location, timeout_s, max_bytes, claim, load=False)
         digest = fetched.digest
 
@@ -279,7 +290,7 @@ class MediaFetcher:
     async def _download(
         self, url: str, timeout_s: float, max_bytes: int | None, claim: Claim
     ) -> Blob:
-        location = await self._http.locate(url)
+        location = await self._http.locate(url, claim)
         fetched = await self._http.fetch(
             location, timeout_s=timeout_s, max_bytes=max_bytes, load=True, claim=claim
         )

@@ -9,6 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import url2pathname
@@ -17,7 +18,14 @@ from blake3 import blake3
 from cachetools import LRUCache
 from urllib3.util import parse_url
 
-from vllm_mm_ext.errors import ForbiddenMediaError, MediaError, UnreachableMediaError, no_room
+from vllm_mm_ext.errors import (
+    BusyError,
+    ForbiddenMediaError,
+    MediaError,
+    UnreachableMediaError,
+    no_room,
+)
+from vllm_mm_ext.media.bounded_threads import BoundedThreads
 from vllm_mm_ext.media.fetch.blob import Blob, BlobWriter, check_size
 from vllm_mm_ext.media.fetch.byte_gate import Claim
 from vllm_mm_ext.media.fetch.byte_lease import Lease
@@ -66,6 +74,7 @@ class FileSource:
 
     Args:
         allowed_path: Only files below this directory are read; None forbids all.
+        threads: For reading, as a directory may be that of a server that is gone.
         max_bytes: Limit on the size of one file, None for none.
         max_known: How many digests of files are remembered.
 
@@ -74,19 +83,25 @@ class FileSource:
     """
 
     def __init__(
-        self, allowed_path: Path | None, *, max_bytes: int | None, max_known: int = 4096
+        self,
+        allowed_path: Path | None,
+        *,
+        threads: BoundedThreads,
+        max_bytes: int | None,
+        max_known: int = 4096,
     ) -> None:
         if allowed_path is not None:
             allowed_path = allowed_path.resolve()
             if not allowed_path.is_dir():
                 raise ValueError(f"`{_FLAG}` must be an existing directory, got {allowed_path}")
         self._allowed = allowed_path
+        self._threads = threads
         self._max_bytes = max_bytes
         self._known: LRUCache[FileIdentity, str] = LRUCache(max_known)
         self._lock = threading.Lock()
         self.counts = {"file_unchanged": 0, "file_reads": 0}
 
-    async def locate(self, url: str) -> Path:
+    async def locate(self, url: str, claim: Claim) -> Path:
         """Return the path of a ``file:`` URL with all links resolved.
 
         The errors do not tell whether a file outside the allowed directory exists.
@@ -96,7 +111,9 @@ class FileSource:
         spec = parse_url(url)
         try:
             path = Path(url2pathname((spec.netloc or "") + (spec.path or "")))
-            resolved = await asyncio.to_thread(path.resolve)
+            resolved = await self._threads.run(path.resolve, claim.max_wait_s)
+        except BusyError:  # A kind of ValueError.
+            raise
         except (ValueError, OSError, RuntimeError):  # null byte; too long; a loop of links
             raise MediaError("The file URL does not hold a usable path.") from None
         self._check_allowed(resolved)
@@ -108,7 +125,8 @@ class FileSource:
         """See ``Source.fetch``. ``timeout_s`` does not apply to local files."""
         del timeout_s
         limit = tighter(self._max_bytes, max_bytes)
-        found = await asyncio.to_thread(self._look, location, limit, load)
+        look = partial(self._look, location, limit, load)
+        found = await self._threads.run(look, claim.max_wait_s)
         if isinstance(found, Fetched):
             return found
         # The file is not open meanwhile: descriptors are scarcer than requests.
@@ -117,7 +135,7 @@ class FileSource:
         try:
             # The file may have grown while the budget was waited for, and grows on if something is
             # being recorded to it.
-            while isinstance(read := await self._reading(location, limit, lease, stop), int):
+            while isinstance(read := await self._reading(location, limit, lease, stop, claim), int):
                 if not claim.grow(lease, read - lease.num_bytes, spare=_READ_CHUNK):
                     lease.release()
                     lease = await claim.acquire(read + _READ_CHUNK, sure=read)
@@ -152,9 +170,10 @@ class FileSource:
         return identity
 
     async def _reading(
-        self, path: Path, max_bytes: int | None, lease: Lease, stop: threading.Event
+        self, path: Path, max_bytes: int | None, lease: Lease, stop: threading.Event, claim: Claim
     ) -> Blob | int:
-        return await asyncio.to_thread(self._read, path, max_bytes, lease.num_bytes, stop)
+        read = partial(self._read, path, max_bytes, lease.num_bytes, stop)
+        return await self._threads.run(read, claim.max_wait_s)
 
     def _read(
         self, path: Path, max_bytes: int | None, room: int, stop: threading.Event

@@ -131,11 +131,12 @@ class HttpSource:
             "http_body_bytes": 0,
         }
 
-    async def locate(self, url: str) -> str:
+    async def locate(self, url: str, claim: Claim) -> str:
         """Return the normalised URL, if its scheme, its domain and its address are allowed.
 
         The address of a host given by name is checked when the name is resolved.
         """
+        del claim
         return self._check(url)
 
     async def fetch(

@@ -48,10 +48,15 @@ class Fetched:
 class Source(Protocol[L]):
     """Finds the content of URLs of one scheme. The fetcher calls it on its own event loop only."""
 
-    async def locate(self, url: str) -> L:
+    async def locate(self, url: str, claim: Claim) -> L:
         """Check access to a URL and return its location. Equal locations have equal content.
 
+        Args:
+            url: As the client wrote it.
+            claim: Of the request, on the media budget. It tells how long to wait for a thread.
+
         Raises:
+            BusyError: No thread was free for too long.
             MediaError: The URL is malformed or not allowed.
         """
 
@@ -69,7 +74,8 @@ class Source(Protocol[L]):
                 blob holds them.
 
         Raises:
-            BusyError: The media budget had no room for the bytes for too long.
+            BusyError: The media budget had no room for the bytes for too long, or no thread was
+                free.
             MediaError: The content is unreachable, too large, or not readable.
         """
 
