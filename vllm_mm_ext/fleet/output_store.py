@@ -8,14 +8,15 @@ server removes.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Final, NamedTuple
@@ -23,6 +24,8 @@ from uuid import uuid4
 
 from blake3 import blake3
 from safetensors import SafetensorError
+
+from vllm_mm_ext.fleet.tensor_files import entries, is_older, is_whole, lacks_room
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -38,6 +41,9 @@ _ABSENT_S, _AWAITED_S = 1.0, 0.01
 # Shares of the capacity: the store is looked through after a writer has added so much, and files
 # are evicted down to so much.
 _GROWTH, _EVICT_TO = 0.05, 0.9
+# Where the disk has no room, seconds between two evictions for it. If the first does not help,
+# nothing is written until the second: each try takes a step of the engine longer.
+_FULL_S: Final = 60.0
 # Of more held files those go that were found longest ago. Of no more files it is known that they
 # were seen, or were absent.
 _MOST_HELD = 4096
@@ -85,6 +91,8 @@ class OutputStore:
         self._seen: OrderedDict[str, float] = OrderedDict()
         self._told_of_failure = False
         self._written = 0
+        # When files were last evicted for a full disk, and until when nothing is written for one.
+        self._made_room = self._no_room_until = -math.inf
         # Held while the store is looked through.
         self._sweeping = Lock()
         self._shown = clock()
@@ -113,12 +121,12 @@ class OutputStore:
             write: Writes it to a path that it is given, with safetensors.
 
         Returns:
-            False if it is there already, or does not fit the capacity.
+            False if it is there already, or does not fit the capacity, or the disk is full.
 
         Raises:
             OSError: The directory cannot be written to.
         """
-        if self.has(key):
+        if self.has(key) or self._clock() < self._no_room_until:
             return False
         part, path = self._parts / uuid4().hex, self.path(key)
         try:
@@ -133,18 +141,40 @@ class OutputStore:
                 return False
             path.parent.mkdir(exist_ok=True)
             os.replace(part, path)
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
+            if lacks_room(error):
+                self._make_room()
             raise OSError(f"{part} cannot be written: {error}") from error
         finally:
             part.unlink(missing_ok=True)
         self._absent.pop(key, None)
         self._written += size
-        if self._written > _GROWTH * self._capacity and not self._sweeping.locked():
-            # Apart: a model's forward pass waits for this call, and a network file system takes
-            # seconds to tell of all files. Where there is no thread now, a later write has one.
-            with suppress(RuntimeError):
-                Thread(target=self.sweep, daemon=True).start()
-                self._written = 0
+        if self._written > _GROWTH * self._capacity and self._sweep_apart(full=False):
+            self._written = 0
+        return True
+
+    def _make_room(self) -> None:
+        """Evict for a disk that others fill too, or that is smaller than the capacity."""
+        now = self._clock()
+        if now - self._made_room >= _FULL_S:
+            if self._sweep_apart(full=True):
+                self._made_room = now
+        elif not self._sweeping.locked():
+            self._no_room_until = self._made_room + _FULL_S
+
+    def _sweep_apart(self, *, full: bool) -> bool:
+        """Whether a thread begins to look through the store now; else a later write has one.
+
+        Apart: a model's forward pass waits for ``put``, and a network file system takes seconds to
+        tell of all files.
+        """
+        if self._sweeping.locked():
+            return False
+        sweep = partial(self.sweep, full=full)
+        try:
+            Thread(target=sweep, name="output-sweep", daemon=True).start()
+        except RuntimeError:
+            return False
         return True
 
     # --- for readers ------------------------------------------------------------------------------
@@ -270,9 +300,9 @@ class OutputStore:
             known.pop(key, None)
         # One at work shows it every ``HOLD_S``.
         idle = time.time() - 2 * HOLD_S
-        for reader in _entries(self._root / _HELD):
+        for reader in entries(self._root / _HELD):
             own = self._own is not None and reader.name == self._own.name
-            if own or _older(reader, idle):
+            if own or is_older(reader, idle):
                 with suppress(OSError):
                     os.unlink(Path(reader.path) / (_name(key) + SUFFIX))
 
@@ -298,28 +328,33 @@ class OutputStore:
 
     # --- for all ----------------------------------------------------------------------------------
 
-    def sweep(self) -> None:
-        """Evict what was used least recently, down to the capacity, and clean up after the dead."""
-        with self._sweeping:
-            self._look_through()
+    def sweep(self, *, full: bool = False) -> None:
+        """Evict what was used least recently, down to the capacity, and clean up after the dead.
 
-    def _look_through(self) -> None:
+        Args:
+            full: The disk has no room, so files go though the store is within its capacity.
+        """
+        with self._sweeping:
+            self._look_through(full)
+
+    def _look_through(self, full: bool) -> None:
         before = time.time() - _ABANDONED_S
-        for part in _entries(self._parts):
-            if _older(part, before):
+        for part in entries(self._parts):
+            if is_older(part, before):
                 with suppress(OSError):
                     os.unlink(part.path)
-        for directory in _entries(self._root / _HELD):
+        for directory in entries(self._root / _HELD):
             if self._own is not None and directory.name == self._own.name:
                 continue
-            if _older(directory, before):
+            if is_older(directory, before):
                 shutil.rmtree(directory, ignore_errors=True)
         files = sorted(self._files())
         held = sum(file.size for file in files)
-        if held <= self._capacity:
+        if held <= self._capacity and not full:
             return
+        most = _EVICT_TO * min(held, self._capacity)
         for file in files:
-            if held <= _EVICT_TO * self._capacity:
+            if held <= most:
                 break
             # Another server may have evicted the same file.
             with suppress(OSError):
@@ -333,10 +368,10 @@ class OutputStore:
         return len(files), sum(file.size for file in files)
 
     def _files(self) -> Iterator[_File]:
-        for directory in _entries(self._root):
+        for directory in entries(self._root):
             if len(directory.name) != 2:
                 continue
-            for entry in _entries(directory):
+            for entry in entries(directory):
                 with suppress(OSError):
                     found = entry.stat(follow_symlinks=False)
                     yield _File(found.st_mtime, found.st_size, Path(entry.path))
@@ -352,28 +387,6 @@ class OutputStore:
         return self._own
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says.
-
-    Raises:
-        OSError: It is not there, or cannot be read.
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        begin = file.read(8)
-        if len(begin) < 8:
-            return False
-        length = int.from_bytes(begin, "little")
-        if length > size - 8:
-            return False
-        try:
-            header = json.loads(file.read(length))
-            ends = [one["data_offsets"][1] for name, one in header.items() if name[:2] != "__"]
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError):
-            return False
-    return bool(ends) and size == 8 + length + max(ends)
-
-
 def _note(times: OrderedDict[str, float], key: str, now: float) -> None:
     times[key] = now
     times.move_to_end(key)
@@ -383,18 +396,3 @@ def _note(times: OrderedDict[str, float], key: str, now: float) -> None:
 
 def _name(key: str) -> str:
     return blake3(key.encode("utf-8", "surrogatepass")).hexdigest(32)
-
-
-def _entries(directory: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(directory) as found:
-            return list(found)
-    except OSError:
-        return []
-
-
-def _older(entry: os.DirEntry[str], than: float) -> bool:
-    try:
-        return entry.stat(follow_symlinks=False).st_mtime < than
-    except OSError:
-        return False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import struct
+import threading
 import time
 from pathlib import Path
 from threading import Event
@@ -14,10 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vllm_mm_ext.fleet import output_store
-from vllm_mm_ext.fleet.output_store import HOLD_S, OutputStore, is_whole
+from vllm_mm_ext.fleet.output_store import HOLD_S, OutputStore
+from vllm_mm_ext.fleet.tensor_files import is_whole
 
 CAPACITY = 4000
 
@@ -160,7 +164,7 @@ def test_who_writes_does_not_wait_while_the_store_is_looked_through(
     store = OutputStore(tmp_path, CAPACITY)
     may_end, looked = Event(), []
 
-    def look_through() -> None:
+    def look_through(_: bool) -> None:
         looked.append(may_end.wait())
 
     monkeypatch.setattr(store, "_look_through", look_through)
@@ -173,6 +177,51 @@ def test_who_writes_does_not_wait_while_the_store_is_looked_through(
     assert put(store, "more", 2000)
     with store._sweeping:
         assert store.figures()[1] <= CAPACITY
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=str,
+)
+def test_a_disk_that_is_full_below_the_capacity_is_made_room_on(
+    tmp_path: Path, error: Exception
+) -> None:
+    clock, tries = Clock(), []
+    store = OutputStore(tmp_path, 100 * CAPACITY, clock=clock)
+    for number in range(10):
+        put(store, str(number), 500)
+        os.utime(store.path(str(number)), (number, number))
+
+    def fail(path: Path) -> None:
+        tries.append(path)
+        raise error
+
+    def left() -> list[int]:
+        while any(thread.name.startswith("output-sweep") for thread in threading.enumerate()):
+            time.sleep(0.01)
+        return [number for number in range(10) if store.path(str(number)).exists()]
+
+    with pytest.raises(OSError, match=r"full|space|quota"):
+        store.put("more", fail)
+    assert left() == list(range(1, 10))
+    assert put(store, "more")
+    # Where that does not help, the disk is tried again, and files go, once a minute.
+    with pytest.raises(OSError, match=r"full|space|quota"):
+        store.put("yet more", fail)
+    for _ in range(9):
+        assert not store.put("yet more", fail)
+    assert left() == list(range(1, 10))
+    assert len(tries) == 2
+    clock.now += 60.0
+    with pytest.raises(OSError, match=r"full|space|quota"):
+        store.put("yet more", fail)
+    assert left() == list(range(2, 10))
+    assert put(store, "yet more")
 
 
 def test_what_a_reader_holds_outlives_its_eviction(tmp_path: Path) -> None:
