@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from vllm_mm_ext.adapters.quality.service import state_for
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.answers import observer
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
+from vllm_mm_ext.adapters.sight import api_server_sight
 from vllm_mm_ext.adapters.sight.api_server_sight import ApiServerSight
 from vllm_mm_ext.base.engine_figures import FIGURES, EngineBoard, EngineTimes
 from vllm_mm_ext.media.fetch.byte_gate import MediaBudget
@@ -314,6 +315,33 @@ def test_a_scrape_brings_in_caches_and_engines(front: Front, sight: ApiServerSig
     assert _value("mm_ext_cache_bytes", cache="decoded") == stats["decoded_cache"]["num_bytes"] > 0
     assert _value("mm_ext_cache_hits_total", cache="decoded") == stats["decoded_cache"]["hits"]
     assert _value("mm_ext_decode_jobs_started_total") == stats["decode"]["jobs"]
+
+
+async def test_who_is_not_scraped_sets_what_engines_tell_again_and_again_whatever_goes_wrong(
+    front: Front, sight: ApiServerSight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = EngineBoard(state_for(front.renderer.config))
+    figures = {name: float(number) for number, name in enumerate(FIGURES)}
+    board.write(0, figures)
+    stats, looks = sight._stats, []
+
+    def fail_once() -> Mapping[str, Any]:
+        looks.append(len(looks))
+        if len(looks) == 1:
+            raise OSError("too many open files")
+        if len(looks) == 5:
+            # As when the front-end is gone.
+            raise VLLMError("the engine is dead")
+        board.write(0, {name: value + looks[-1] for name, value in figures.items()})
+        return stats()
+
+    monkeypatch.setattr(api_server_sight, "_LOOK_S", 0.001)
+    monkeypatch.setattr(sight, "_stats", fail_once)
+    assert sight._metrics is not None
+    await asyncio.wait_for(sight._keep_looking(sight._metrics), 10)
+    assert looks == [0, 1, 2, 3, 4]
+    waiting = _value("mm_ext_engine_requests", engine="0", state="waiting")
+    assert waiting == figures["waiting"] + 3
 
 
 def test_metrics_that_are_off_leave_no_recorder(front: Front) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -26,7 +25,9 @@ from vllm_mm_ext.sight.prometheus import Metrics, process_metrics
 
 logger = logging.getLogger("vllm.mm_ext")
 
-# Seconds between two looks at an API server's figures where others may be the ones scraped.
+# Seconds between two looks at the figures where another API server may be the one scraped. Of what
+# engines tell, a scrape shows what was set last by the system's clock. After a step back of that
+# clock, this is right once all API servers have set it again.
 _LOOK_S = 1.0
 
 
@@ -80,20 +81,9 @@ class ApiServerSight:
 
     @harmless
     def before_scrape(self) -> None:
-        """Bring in the figures of this API server, and of the engines.
-
-        With several API servers, what engines count is brought in by the one that is scraped, and
-        adds up with what others brought in before.
-        """
-        if self._metrics is None:
-            return
-        self._look(self._metrics)
-        self._metrics.set("mm_ext_load_tier", self._state.tier().level)
-        for engine in range(self._engines):
-            figures = self._board.figures(engine)
-            if figures is not None:
-                load = self._state.load(engine)
-                collect_engine(self._metrics, engine, self._board.take(engine), figures, load)
+        """Bring in the figures of this API server, and of the engines."""
+        if self._metrics is not None:
+            self._look(self._metrics)
 
     def ended(self, trace: RequestTrace) -> None:
         """Count how an HTTP request ended."""
@@ -101,11 +91,23 @@ class ApiServerSight:
             self._recorder.ended(trace)
 
     def _look(self, metrics: Metrics) -> None:
+        """Bring figures in; what engines count adds up with what other API servers brought in."""
         collect_api_server(metrics, self._server, self._stats())
+        metrics.set("mm_ext_load_tier", self._state.tier().level)
+        for engine in range(self._engines):
+            figures = self._board.figures(engine)
+            if figures is not None:
+                load = self._state.load(engine)
+                collect_engine(metrics, engine, self._board.take(engine), figures, load)
 
     async def _keep_looking(self, metrics: Metrics) -> None:
-        # At the end there is no front-end any more to look at.
-        with contextlib.suppress(VLLMError):
-            while True:
-                await asyncio.sleep(_LOOK_S)
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
                 self._look(metrics)
+            except VLLMError:
+                # At the end there is no front-end any more to look at.
+                return
+            except Exception:
+                # A scrape of this server, which meets the same, tells of it.
+                logger.debug("mm_ext: figures of this API server are missing", exc_info=True)
