@@ -37,6 +37,7 @@ from vllm_mm_ext.media.fetch.data_url import is_jpeg_sequence
 from vllm_mm_ext.media.fetch.fetcher import MediaChangedError, MediaFetcher, MediaRef
 from vllm_mm_ext.media.fetch.file_source import FileSource
 from vllm_mm_ext.media.fetch.freshness import freshness_fields, judge
+from vllm_mm_ext.media.fetch.source import TimeLimit
 from vllm_mm_ext.media.loop_thread import LoopThread
 from vllm_mm_ext.testing.origin import Origin, Resource
 
@@ -285,6 +286,22 @@ class TestHttpLimits:
         with pytest.raises(OriginTimeoutError, match=r"0\.2 s"):
             await get(make_fetcher(), url, timeout_s=0.2)
         release.set()
+
+    async def test_a_download_that_its_time_is_too_short_for_tells_which_variable_to_raise(
+        self, origin: Origin, make_fetcher: MakeFetcher
+    ) -> None:
+        url = origin.serve("/a", Resource(BODY, bytes_per_s=10_000))
+        fetcher = make_fetcher(max_retries=2)
+        limit = TimeLimit(0.05, "VLLM_VIDEO_FETCH_TIMEOUT")
+        with pytest.raises(
+            OriginTimeoutError,
+            match=r"in 0\.2 s\. VLLM_VIDEO_FETCH_TIMEOUT is the time of",
+        ):
+            await get(fetcher, url, timeout_s=limit)
+        gone = origin.serve("/b", Resource(status=500))
+        with pytest.raises(OriginError) as refused:
+            await get(fetcher, gone, timeout_s=limit)
+        assert "VLLM" not in refused.value.message
 
     async def test_slow_origins_hold_up_no_other_origin(
         self, origin: Origin, make_fetcher: MakeFetcher

@@ -1,10 +1,11 @@
-"""How many encoded bytes one medium may have, and by which setting."""
+"""How many encoded bytes one medium may have, how long it may take to come, by which setting."""
 
 from __future__ import annotations
 
 from vllm_mm_ext.config.media_settings import FetchConfig
 from vllm_mm_ext.config.root import MIB
 from vllm_mm_ext.media.fetch.blob import ByteLimit
+from vllm_mm_ext.media.fetch.source import TimeLimit
 
 
 def download_limit() -> ByteLimit | None:
@@ -26,3 +27,17 @@ def audio_limit() -> ByteLimit:
     from vllm.multimodal.media.audio import AudioMediaIO
 
     return ByteLimit(AudioMediaIO().get_max_bytes(), "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB")
+
+
+def video_timeout() -> TimeLimit:
+    """Of the first attempt to download a video."""
+    from vllm import envs
+
+    return TimeLimit(envs.VLLM_VIDEO_FETCH_TIMEOUT, "VLLM_VIDEO_FETCH_TIMEOUT")
+
+
+def audio_timeout() -> TimeLimit:
+    """Of the first attempt to download an audio item."""
+    from vllm import envs
+
+    return TimeLimit(envs.VLLM_AUDIO_FETCH_TIMEOUT, "VLLM_AUDIO_FETCH_TIMEOUT")

@@ -13,7 +13,7 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 
 from vllm_mm_ext.adapters import vllm_compat
 from vllm_mm_ext.adapters.error_answers import client_errors
-from vllm_mm_ext.adapters.media.byte_limits import audio_limit
+from vllm_mm_ext.adapters.media.byte_limits import audio_limit, audio_timeout, video_timeout
 from vllm_mm_ext.adapters.media.downloads import StockDownloads
 from vllm_mm_ext.adapters.media.media_records import recorded_or_decoded
 from vllm_mm_ext.adapters.media.noted_media import (
@@ -251,7 +251,7 @@ class MMExtMediaConnector(NotingConnector):
             lambda content: recorded_or_decoded(context, runtime, content, plan),
             content=item.content,
             claim=context.budget_claim(runtime.budget),
-            timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
+            timeout_s=video_timeout(),
         )
 
     async def _audio(
@@ -267,7 +267,7 @@ class MMExtMediaConnector(NotingConnector):
             item.url,
             hear,
             claim=context.budget_claim(runtime.budget),
-            timeout_s=envs.VLLM_AUDIO_FETCH_TIMEOUT,
+            timeout_s=audio_timeout(),
             max_bytes=audio_limit(),
         )
 

@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any
 
 from blake3 import blake3
-from vllm import envs
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from vllm_mm_ext.adapters import vllm_compat
+from vllm_mm_ext.adapters.media.byte_limits import video_timeout
 from vllm_mm_ext.adapters.media.media_connector import MMExtMediaConnector, server_plan
 from vllm_mm_ext.adapters.media.request_budgets import charge_download, download_budget
 from vllm_mm_ext.adapters.processors.model_traits import requested_size, splits_videos
@@ -260,7 +260,7 @@ class Conversation:
             lambda content: self.runtime.frontend.probe(content, plan.sampling.video_stream),
             claim=claim,
             content=None if known is None else known.claimed_by(claim),
-            timeout_s=envs.VLLM_VIDEO_FETCH_TIMEOUT,
+            timeout_s=video_timeout(),
         )
         charge_download(self._downloads, self.context, url, self._uses[url] * probed.content.size)
         self.stages.append({"fetch": probed.fetch_s, "probe": probed.use_s})

@@ -35,7 +35,7 @@ from vllm_mm_ext.media.fetch.byte_lease import Lease
 from vllm_mm_ext.media.fetch.checked_resolver import CheckedResolver
 from vllm_mm_ext.media.fetch.freshness import StoredResponse, freshness_fields, judge
 from vllm_mm_ext.media.fetch.http_body import NoRoomError, read_body, whole_range
-from vllm_mm_ext.media.fetch.source import Fetched, tighter
+from vllm_mm_ext.media.fetch.source import Fetched, TimeLimit, tighter
 
 logger = logging.getLogger("vllm.mm_ext")
 
@@ -159,7 +159,10 @@ class HttpSource:
                 return await self._with_room(location, known, limit, attempt_timeout, claim)
             except _TransientError as error:
                 if attempt + 1 == self._max_attempts:
-                    raise error.lasting(error.message, value=error.value) from None
+                    message = error.message
+                    if isinstance(error, _TimedOutError) and isinstance(timeout_s, TimeLimit):
+                        message += f" {timeout_s.setting} is the time of the first attempt."
+                    raise error.lasting(message, value=error.value) from None
                 logger.info("%s Trying again.", error.message)
             await asyncio.sleep(self._retry_pause_s * _BACKOFF_FACTOR**attempt)
         raise AssertionError("unreachable")

@@ -11,7 +11,7 @@ from vllm_mm_ext.errors import BusyError, MediaError
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_gate import Claim
 
-__all__ = ["BusyError", "Fetched", "MediaChangedError", "Source", "tighter"]
+__all__ = ["BusyError", "Fetched", "MediaChangedError", "Source", "TimeLimit", "tighter"]
 
 L = TypeVar("L", bound=Hashable)
 
@@ -21,6 +21,22 @@ class MediaChangedError(MediaError):
 
     code = "changed"
     status = HTTPStatus.BAD_GATEWAY
+
+
+class TimeLimit(float):
+    """A limit in seconds that knows its name.
+
+    Attributes:
+        setting: The setting or the variable that it comes from, for messages.
+    """
+
+    setting: str
+
+    def __new__(cls, seconds: float, setting: str) -> TimeLimit:
+        """See the class."""
+        limit = super().__new__(cls, seconds)
+        limit.setting = setting
+        return limit
 
 
 @dataclass(frozen=True)
