@@ -166,7 +166,9 @@ def test_timeouts(
     _, ours = connectors()
     release = threading.Event()
     url = origin.serve("/a", Resource(media[modality].read_bytes(), hold=release))
-    assert "in 1 s" in str(refused(ours, modality, url))
+    told = str(refused(ours, modality, url))
+    assert "in 1 s" in told
+    assert (f"VLLM_{modality.upper()}_FETCH_TIMEOUT" in told) == (modality != "image")
     release.set()
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from vllm_mm_ext.errors import BusyError
 from vllm_mm_ext.media.bounded_threads import BoundedThreads
 from vllm_mm_ext.media.fetch.blob import Blob
 from vllm_mm_ext.media.fetch.byte_gate import Claim, MediaBudget
@@ -100,3 +103,28 @@ async def test_a_disk_that_is_full_below_the_bound_loses_old_downloads_once_a_mi
             assert left() == {f"{number}.mp4" for number in range(4, 20)}
     await fetched(downloads)
     assert len(left()) == 17
+
+
+async def test_a_disk_that_stops_to_answer_fails_no_request_that_has_its_download(
+    tmp_path: Path,
+) -> None:
+    threads, answer, hanging = BoundedThreads(1, "test", "the disk"), threading.Event(), []
+
+    class Origin(OneFile):
+        async def fetch(self, *_: object, **__: object) -> Fetched:
+            hanging.append(asyncio.create_task(threads.run(answer.wait, 1)))
+            await asyncio.sleep(0)
+            return Fetched.of(Blob.from_bytes(BODY))
+
+    settings = DownloadCacheSettings(tmp_path, 1 << 20, 3600.0)
+    downloads = CachedDownloads(Origin(), settings, threads=threads, max_bytes=None)
+    claim = MediaBudget(1 << 20, max_wait_s=0.05).claim()
+    try:
+        found = await downloads.fetch(URL, timeout_s=5, max_bytes=None, load=False, claim=claim)
+        assert found.blob is not None
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(BusyError, match="the disk"):
+            await downloads.fetch(URL, timeout_s=5, max_bytes=None, load=False, claim=claim)
+    finally:
+        answer.set()
+    await asyncio.gather(*hanging)

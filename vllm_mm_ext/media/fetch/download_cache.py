@@ -24,7 +24,7 @@ from pathlib import Path
 from blake3 import blake3
 from cachetools import LRUCache
 
-from vllm_mm_ext.errors import FULL_DISK
+from vllm_mm_ext.errors import FULL_DISK, BusyError
 from vllm_mm_ext.media.bounded_threads import BoundedThreads
 from vllm_mm_ext.media.fetch.blob import Blob, check_size
 from vllm_mm_ext.media.fetch.byte_gate import Claim
@@ -111,7 +111,9 @@ class CachedDownloads:
         )
         if self._usable and fetched.blob is not None:
             keep = partial(self._keep, location, fetched.blob)
-            await self._threads.run(keep, claim.max_wait_s)
+            # The request has what it wants.
+            with suppress(BusyError):
+                await self._threads.run(keep, claim.max_wait_s)
         return fetched
 
     def forget(self, digests: Collection[str], urls: Collection[str]) -> None:
