@@ -40,7 +40,7 @@ class Reduction(Options):
     static: Literal["none", "merge", "prune"] = Field(
         "none",
         description="What happens to the tokens that change least over time: `merge` averages each "
-        "into the token before it at its place, `prune` drops them.",
+        "into the token before it at its place, where its segment has one, `prune` drops them.",
     )
     keep: float = Field(
         1.0, gt=0, le=1, description="`static`: share of a segment's tokens that is kept."

@@ -30,6 +30,7 @@ def static_scores(
     width: int,
     temporal_patch: int,
     reduction: Reduction,
+    before: int = 0,
 ) -> Scores:
     """Mean absolute difference between each cell's pixels and those of the cell before it in time.
 
@@ -39,28 +40,34 @@ def static_scores(
     frames of the cell and of the cell before it, so a longer version of a segment keeps its scores.
 
     Args:
-        frames: uint8 ``[frames, rows, columns, 3]``, at least as many rows and columns as tokens.
+        frames: uint8 ``[frames, rows, columns, 3]``, at least as many rows and columns as tokens:
+            the frames of the segment, and before them those of the cells before its first.
         height, width: Tokens of one temporal grid vertically and horizontally, before reduction.
         temporal_patch: Frames per temporal grid.
         reduction: ``pool`` and ``temporal`` of the reduction say how large a cell is.
+        before: How many of the frames come before the segment; 0 for a video's first segment. They
+            are at most those of a cell; where they are fewer, the earliest one stands for the rest.
 
     Returns:
         float32 ``[merged grids, pooled height, pooled width]`` in grey levels, 0 to 255; infinite
-        for the first merged grid, which has no grid before it.
+        for the first merged grid of a video, which has no grid before it.
 
     Raises:
         ValueError: The frames have fewer rows or columns than tokens.
     """
     if frames.shape[1] < height or frames.shape[2] < width:
         raise ValueError(f"frames of {frames.shape[1:3]} cannot hold {height} x {width} tokens")
-    grid = reduction.grid(math.ceil(len(frames) / temporal_patch), height, width)
+    own = len(frames) - before
+    grid = reduction.grid(math.ceil(own / temporal_patch), height, width)
     scores = np.full(grid, np.inf, dtype=np.float32)
     span = temporal_patch * reduction.temporal
-    if len(frames) <= span:
+    if not before and own <= span:
         return scores
     side_y, side_x = _block(frames.shape[1], height), _block(frames.shape[2], width)
     # A plain array: SampledFrames would run its own code for every slice.
     blocks = block_sums(np.asarray(frames), side_y, side_x)
+    if before:
+        blocks = np.concatenate([blocks[:1].repeat(span - before, axis=0), blocks])
     # Integers until the last division, so that every machine ranks cells alike.
     change = np.abs(blocks[span:] - blocks[:-span]).sum(axis=1)
     firsts = (
@@ -72,10 +79,10 @@ def static_scores(
         change = np.add.reduceat(change, first, axis=axis, dtype=np.int64)
     members = [
         np.diff(first, append=size)
-        for first, size in zip(firsts, (len(frames) - span, *blocks.shape[2:]), strict=True)
+        for first, size in zip(firsts, (len(blocks) - span, *blocks.shape[2:]), strict=True)
     ]
     pixels = 3 * side_y * side_x * np.einsum("i,j,k->ijk", *members)
-    scores[1:] = change / pixels
+    scores[0 if before else 1 :] = change / pixels
     return scores
 
 

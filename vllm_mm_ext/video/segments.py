@@ -269,6 +269,9 @@ def segments_of(
 ) -> list[Segment]:
     """The segments of a video.
 
+    Which cells of a segment stay under ``reduction.static`` depends on the video before it as well:
+    its first cells are compared with the last ones of the segment before.
+
     Args:
         layout, reduction, target: As for ``cut_video``.
         pixels: Returns frames of the video at their final size; called only for a
@@ -282,18 +285,24 @@ def segments_of(
     if known is not None and len(known) != len(cuts):
         raise ValueError(f"{len(known)} segments are known of a video that has {len(cuts)}")
     segments = []
+    height, width, patch = layout.height, layout.width, layout.temporal_patch
+    # The places of the grid at which a token of an earlier segment stays.
+    shown = np.zeros(reduction.grid(1, height, width)[1:], dtype=bool)
     for number, cut in enumerate(cuts):
-        grids, height, width = cut.grids[1] - cut.grids[0], layout.height, layout.width
+        grids = cut.grids[1] - cut.grids[0]
         merged, rows, columns = reduction.grid(grids, height, width)
         kept, left = None, (rows * columns,) * merged
         if reduction.static != "none" and grids:
-            patch = layout.temporal_patch
             if known is not None:
                 kept = _checked(known[number], merged * rows * columns, reduction)
             else:
-                frames = pixels(slice(cut.grids[0] * patch, cut.grids[1] * patch))
-                scores = static_scores(frames, height, width, patch, reduction)
+                begin, end = (grid * patch for grid in cut.grids)
+                before = min(begin, patch * reduction.temporal)
+                frames = pixels(slice(begin - before, end))
+                scores = static_scores(frames, height, width, patch, reduction, before)
+                scores[0, ~shown] = np.inf
                 kept = kept_cells(scores, reduction)
+                shown.flat[kept % shown.size] = True
             left = tuple(np.bincount(kept // (rows * columns), minlength=merged).tolist())
         runs = cut.runs
         if not reduction.is_identity:

@@ -13,9 +13,11 @@ Indices = npt.NDArray[np.int64]
 def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indices:
     """The cells with the highest scores; of equal scores, the cell with the lower index.
 
-    ``scores.static_scores`` gives the cells of the first grid infinite scores, so these cells stay
-    before any later one. If fewer cells than the first grid has may stay, cells spread evenly over
-    the first grid stay.
+    Cells of the first grid with infinite scores are the first of the video at their places. They
+    stay before any later cell that has not changed at all, and get up to half of what may stay
+    where later cells have changed: else a grid as large as what may stay would let nothing else
+    through, however much the picture changes. If not all of them may stay, those at places where
+    no later cell stays come first, spread evenly.
 
     Args:
         scores: ``[grids, height, width]`` of the pooled and merged grid, without NaN.
@@ -26,8 +28,18 @@ def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indice
     """
     flat = scores.reshape(-1)
     quota = reduction.kept(flat.size)
-    first = np.flatnonzero(np.isinf(flat))
-    if quota < len(first):
-        spread: Indices = first[(2 * np.arange(quota) + 1) * len(first) // (2 * quota)]
-        return spread
-    return np.sort(np.argsort(-flat, kind="stable")[:quota]).astype(np.int64)
+    new = np.flatnonzero(np.isinf(flat))
+    changed = np.count_nonzero(flat) - len(new)
+    share = min(len(new), max(quota - changed, -(-quota // 2)))
+    best = np.argsort(-flat, kind="stable")[len(new) :][: quota - share]
+    again = np.isin(new, best % scores[0].size)
+    alone = _spread(new[~again], share)
+    more = _spread(new[again], share - len(alone))
+    return np.sort(np.concatenate([alone, more, best])).astype(np.int64)
+
+
+def _spread(cells: Indices, count: int) -> Indices:
+    """So many of the cells, spread evenly; all of them if there are not as many."""
+    if count >= len(cells):
+        return cells
+    return cells[(2 * np.arange(count) + 1) * len(cells) // (2 * max(count, 1))]

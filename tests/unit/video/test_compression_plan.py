@@ -153,15 +153,52 @@ def test_kept_cells_are_as_many_as_counted_sorted_and_the_highest(
         assert better.all()
 
 
-def test_every_place_keeps_its_first_cell_before_any_later_cell_is_kept() -> None:
-    frames = noise(2, 6, 64, 64, 3)
-    scores = static_scores(frames, 4, 4, 1, NO_REDUCTION)
-    few = kept_cells(scores, Reduction(static="prune", keep=10 / 96))
+def first_and_later(first: int, later: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Scores of a video's first segment: so many first cells, and rows of later ones."""
+    return np.concatenate([np.full((1, first), np.inf), later]).reshape(-1, 1, first)
+
+
+def test_first_cells_stay_before_later_ones_that_have_not_changed() -> None:
+    still = first_and_later(16, np.zeros((5, 16)))
+    few = kept_cells(still, Reduction(static="prune", keep=10 / 96))
     # Not enough for all places: spread over the first grid.
     assert few.tolist() == [0, 2, 4, 5, 7, 8, 10, 12, 13, 15]
-    more = kept_cells(scores, Reduction(static="prune", keep=20 / 96))
-    assert more[:16].tolist() == list(range(16))
-    assert len(more) == 20
+    more = kept_cells(still, Reduction(static="prune", keep=20 / 96))
+    assert more.tolist() == list(range(20))
+
+
+def test_first_cells_leave_half_to_later_ones_that_have_changed() -> None:
+    later = np.zeros((5, 16))
+    later[2] = 10
+    later[4, :3] = 20
+    kept = kept_cells(first_and_later(16, later), Reduction(static="prune", keep=16 / 96))
+    assert np.bincount(kept // 16, minlength=6).tolist() == [8, 0, 0, 5, 0, 3]
+    # The later cells stand for places 0 to 4; the first ones are spread over the rest.
+    assert kept[:8].tolist() == [5, 7, 8, 9, 11, 12, 13, 15]
+    assert kept[8:].tolist() == [*range(48, 53), *range(80, 83)]
+
+
+def test_changed_cells_take_no_more_from_the_first_ones_than_they_are() -> None:
+    later = np.zeros((5, 16))
+    later[3, 7] = 1
+    kept = kept_cells(first_and_later(16, later), Reduction(static="prune", keep=16 / 96))
+    assert kept.tolist() == [*range(7), *range(8, 16), 64 + 7]
+
+
+def test_scores_of_a_later_segment_are_those_in_the_whole_video() -> None:
+    frames, reduction = noise(3, 16, 64, 64, 3), Reduction(pool=2, temporal=2)
+    whole = static_scores(frames, 4, 4, 2, reduction)
+    later = static_scores(frames[4:13], 4, 4, 2, reduction, before=4)
+    np.testing.assert_array_equal(later[0], whole[2])
+    assert later.shape == (2, 2, 2)
+
+
+def test_a_segment_after_less_than_a_cell_is_compared_with_what_there_is() -> None:
+    frames = np.zeros((5, 64, 64, 3), dtype=np.uint8)
+    frames[3:] = 8
+    scores = static_scores(frames, 4, 4, 1, Reduction(temporal=3), before=2)
+    # One of three frames is as those before.
+    np.testing.assert_allclose(scores, np.full((1, 4, 4), 16 / 3), rtol=1e-6)
 
 
 @given(grid=grids, start=st.integers(0, 50), step=st.integers(0, 9))
