@@ -145,6 +145,9 @@ inputs in the processor cache (`processor`) and lie wholly in the cached prefix 
 | `long_video...cost.cached_tokens`, `seconds` | Prompt tokens that the prefix cache held; from \
 sending the prompts to their replies, added up. |
 
+vLLM's own `usage` tells cached tokens where the server has `--enable-prompt-tokens-details`, which
+no planned `--config` file has, and in `/v1/responses` always.
+
 Without that setting, a kept note is told with what it cost when it was made, in `usage` too.
 
 `stages_ms` and `Server-Timing` then also have the stages that only media go through which no cache

@@ -14,5 +14,6 @@ class ReportsConfig(Section):
         False,
         description="Tell clients what caches held of their media: `decoded_cache` and `cache` of "
         "the `mm_ext` block, `cached` of `X-MM-Ext`. Caches serve all clients, so a hit can tell "
-        "one of them that another has sent the same media; times can tell it too, if less surely.",
+        "one of them that another has sent the same media; times can tell it too, if less surely. "
+        "vLLM's `--enable-prompt-tokens-details` tells it as well.",
     )

@@ -228,9 +228,8 @@ def _media(page: _Page, plan: Plan, mm_processor_kwargs: Mapping[str, Any]) -> N
         page.put_json("mm-processor-kwargs", mm_processor_kwargs)
     page.say("Inputs of the encoders of all planned requests, for their next turns.")
     page.put("mm-processor-cache-gb", plan.front.processor_cache_gb)
-    page.say("The next turn of a conversation finds its KV and shows so in `usage`.")
+    page.say("The next turn of a conversation finds its KV.")
     page.put("enable-prefix-caching", True)
-    page.put("enable-prompt-tokens-details", True)
 
 
 def _plugin(page: _Page, plan: Plan) -> None:

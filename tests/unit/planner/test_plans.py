@@ -262,11 +262,13 @@ def test_every_value_of_the_written_file_has_a_reason_and_the_plugin_takes_its_s
     assert config.media.sampling.max_frames == plan.delivery.max_frames
     assert config.compression.reduction == plan.delivery.reduction
     assert settings_read["max-num-seqs"] == 3
+    # Its `usage` would tell clients of cache hits, which `reports.cache_hits` is for.
+    assert "enable-prompt-tokens-details" not in settings_read
     lines = text.splitlines()
     sections = ("additional-config:", "mm_ext:", "quality:", "media:")
     for before, line in pairwise(lines):
         said = before.lstrip().startswith("#")
-        follows = line.split(":")[0] in ("enable-prompt-tokens-details", "ec-transfer-config")
+        follows = line.startswith("ec-transfer-config:")
         heads = any(before.strip().startswith(word) for word in sections)
         inside = line.strip().startswith(("#", *sections)) or heads
         assert said or follows or inside, line
