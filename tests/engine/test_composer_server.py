@@ -12,13 +12,14 @@ from typing import Any
 import openai
 import pytest
 
+import vllm_mm_ext
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_audio, make_clip
 from vllm_mm_ext.testing.server import Server, serve
 
 pytestmark = pytest.mark.engine
 
-CONFIG = Path(__file__).parents[2] / "configs" / "composer-tiny.yaml"
+CONFIG = Path(vllm_mm_ext.__file__).parent / "assets" / "composer-tiny" / "serve.yaml"
 SECONDS = 6
 FRAMES = 4 * SECONDS
 SIDE = 4

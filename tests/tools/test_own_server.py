@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from server_environment import environment, flags
 from typer.testing import CliRunner
 
 from vllm_mm_ext.testing import media, named_model, server
 from vllm_mm_ext.testing.media import make_clip
+from vllm_mm_ext.tools.cli.demo import shipped_model
 from vllm_mm_ext.tools.cli.main import app
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -58,6 +60,20 @@ def test_vllm_sizes_and_compiles_a_model_that_is_named_unless_it_runs_on_a_cpu(
     given = flags(arguments, tmp_path, monkeypatch)
     assert "org/model" in given
     assert SMALL & set(given) == (SMALL if on_cpu else set())
+
+
+@pytest.mark.parametrize("command", ["demo --clip", "describe", "live --ask x --camera"])
+def test_the_shipped_model_has_its_settings_outside_a_checkout_too(
+    command: str, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = flags([*command.split(), clip], tmp_path, monkeypatch)
+    config = Path(given[given.index("--config") + 1])
+    model = shipped_model()
+    assert model is not None
+    assert config == model / "serve.yaml"
+    prompts = yaml.safe_load(config.read_text())["additional-config"]["mm_ext"]["long_video"]
+    assert prompts["prompts"]["note"] == "Note what happens."
 
 
 @pytest.mark.parametrize("command", ["demo", "fleet"])

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import vllm_mm_ext
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.tools.calibration.calibrating import Model, Setting, server_arguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+COMPOSER = Path(vllm_mm_ext.__file__).parent / "assets" / "composer-tiny" / "serve.yaml"
+TINY = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
 
 
 def test_configs_are_shipped_for_the_promised_models() -> None:
@@ -39,7 +42,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
     return found
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*CONFIGS, COMPOSER], ids=lambda path: path.name)
 def test_vllm_and_the_plugin_accept_the_config_file(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +61,16 @@ def test_vllm_and_the_plugin_accept_the_config_file(
     )
     assert engine_args.max_num_batched_tokens == raw["max-num-batched-tokens"]
     assert engine_args.limit_mm_per_prompt["video"] >= 1
+
+
+@pytest.mark.parametrize("path", [COMPOSER, TINY], ids=lambda path: path.name)
+def test_a_small_config_says_how_large_the_kv_cache_is_and_the_command_line_wins(
+    path: Path,
+) -> None:
+    """On a CPU vLLM would else take nearly all memory, or not start."""
+    assert parsed("--config", str(path)).kv_cache_memory_bytes == 1 << 30
+    asked = parsed("--config", str(path), "--kv-cache-memory-bytes", "2G")
+    assert asked.kv_cache_memory_bytes == 2 << 30
 
 
 def test_a_plan_of_several_replicas_is_calibrated_on_one(tmp_path: Path) -> None:

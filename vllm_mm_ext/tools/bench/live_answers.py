@@ -88,7 +88,7 @@ def answers(study: Study) -> list[Row]:
         f"answers: {_CLIPS * study.context.repeats} held-out clips of {_DURATIONS[0]} to "
         f"{_DURATIONS[-1]} s, {len(same)} questions; live: {COMPOSER_FPS:g} JPEG pictures a second "
         f"and sound, {_SPEED:g} times real time; stock column: the same file in a chat completion, "
-        f"frames as configs/composer-tiny.yaml says; {100 * mean(same):.0f} % of answers are equal"
+        f"frames as composer-tiny/serve.yaml says; {100 * mean(same):.0f} % of answers are equal"
     )
     return [
         Row.of(

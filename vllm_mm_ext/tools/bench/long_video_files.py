@@ -88,9 +88,9 @@ def composer_server(
     Raises:
         RuntimeError: There is no trained checkpoint, or no file of its configuration.
     """
-    model, config = shipped_model(), config_for(None, Path("configs"))
+    model, config = shipped_model(), config_for(None, Path())
     if model is None or config is None:
-        raise RuntimeError("needs the trained composer and configs/ in the working directory")
+        raise RuntimeError("the package has no trained composer")
     with tempfile.TemporaryDirectory(prefix="long-video-") as scratch:
         file = Path(scratch) / "config.yaml"
         loaded = yaml.safe_load(config.read_text())

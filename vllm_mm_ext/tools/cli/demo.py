@@ -36,9 +36,13 @@ def shipped_model() -> Path | None:
 
 
 def config_for(model: str | None, configs: Path) -> Path | None:
-    """The ``--config`` file shipped for a model; without one, for the model of the demo."""
+    """The ``--config`` file shipped for a model; without one, for the model of the demo.
+
+    That of the composer inside the package lies beside it, so it is there outside a checkout too.
+    """
     if model is None:
-        path = configs / ("tiny-cpu.yaml" if shipped_model() is None else "composer-tiny.yaml")
+        shipped = shipped_model()
+        path = configs / "tiny-cpu.yaml" if shipped is None else shipped / "serve.yaml"
         return path if path.exists() else None
     for path in sorted(configs.glob("*.yaml")):
         if f"\nmodel: {model}\n" in path.read_text():
@@ -66,7 +70,9 @@ def demo(
             file_okay=False, callback=folder_to_make, help="Directory for the inspect page."
         ),
     ] = Path("out"),
-    configs: Annotated[Path, typer.Option(help="Directory of --config files.")] = Path("configs"),
+    configs: Annotated[Path, typer.Option(help="Directory of --config files, for --model.")] = Path(
+        "configs"
+    ),
 ) -> None:
     """Serve a model with the plugin and talk to it about clips with sound.
 

@@ -26,7 +26,6 @@ def fleet(
     once: Annotated[
         bool, typer.Option("--once", help="Ask one question about a clip, twice, and end.")
     ] = False,
-    configs: Annotated[Path, typer.Option(help="Directory of --config files.")] = Path("configs"),
 ) -> None:
     """Run a small fleet on this machine: an encoder, engines that share its outputs, a router."""
     import yaml  # type: ignore[import-untyped]
@@ -37,9 +36,9 @@ def fleet(
     from vllm_mm_ext.tools.cli.demo_quiz import usual_clip
 
     console = Console()
-    model, config = shipped_model(), config_for(None, configs)
+    model, config = shipped_model(), config_for(None, Path())
     if model is None or config is None:
-        raise typer.BadParameter("needs the trained composer and the directory configs/")
+        raise typer.BadParameter("the package has no trained composer")
     settings = yaml.safe_load(config.read_text())["additional-config"]["mm_ext"]
     with server_errors(), ExitStack() as stack:
         clip = usual_clip(Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()

@@ -44,7 +44,7 @@ ApiKey = Annotated[
     typer.Option(envvar="VLLM_API_KEY", help="Key of the server at --url.", show_default=False),
 ]
 Configs = Annotated[
-    Path, typer.Option(help="Directory of --config files, for a server started here.")
+    Path, typer.Option(help="Directory of --config files, for --model of a server started here.")
 ]
 
 
