@@ -29,7 +29,7 @@ def kept_cells(scores: npt.NDArray[np.floating], reduction: Reduction) -> Indice
     flat = scores.reshape(-1)
     quota = reduction.kept(flat.size)
     new = np.flatnonzero(np.isinf(flat))
-    changed = np.count_nonzero(flat) - len(new)
+    changed = int(np.count_nonzero(flat)) - len(new)
     share = min(len(new), max(quota - changed, -(-quota // 2)))
     best = np.argsort(-flat, kind="stable")[len(new) :][: quota - share]
     again = np.isin(new, best % scores[0].size)
@@ -42,4 +42,5 @@ def _spread(cells: Indices, count: int) -> Indices:
     """So many of the cells, spread evenly; all of them if there are not as many."""
     if count >= len(cells):
         return cells
-    return cells[(2 * np.arange(count) + 1) * len(cells) // (2 * max(count, 1))]
+    spread: Indices = cells[(2 * np.arange(count) + 1) * len(cells) // (2 * max(count, 1))]
+    return spread
