@@ -124,7 +124,8 @@ def test_pictures_of_a_few_pixels_have_scores() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (200, 6, 6)).astype(np.uint8)
     for height, width in ((2, 2), (2, 6), (4, 4), (4, 2)):
         seen = planes(noise[:, : height * 3 // 2, :width])
-        motion, transient = motion_score(seen, np.arange(200) * 0.13)
+        time = np.arange(200) * 0.13
+        motion, transient = motion_score(seen, time, time)
         assert np.isfinite(motion).all()
         assert np.isfinite(transient[10:-10]).all()
 

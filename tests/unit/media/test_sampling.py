@@ -445,7 +445,7 @@ def test_motion_score_is_the_mean_difference_and_blind_to_fades() -> None:
     time = np.arange(100) * 0.15
     fading = np.stack([(still * (0.6 + 0.004 * k)).astype(np.uint8) for k in range(100)])
     fading[50, 4:8, 4:8] = 255
-    motion, transient = motion_score(planes(in_gray(fading)), time)
+    motion, transient = motion_score(planes(in_gray(fading)), time, time)
     assert transient[np.isfinite(transient)].argmax() == 50 - np.isfinite(transient).argmax()
     others = np.delete(motion, [0, 50, 51])
     assert others.max() < 0.01 < motion[50] < 1.0

@@ -41,7 +41,7 @@ def test_a_faint_box_counts_for_more_than_what_moves_all_the_time() -> None:
     small[:, 5:20, 5:20] += rng.integers(0, 60, (300, 15, 15), np.uint8)
     event = (time >= 20) & (time < 20.6)
     small[event, 25:30, 45:55] += 12
-    _, transient = motion_score(planes(in_gray(small)), time)
+    _, transient = motion_score(planes(in_gray(small)), time, time)
     inside, around = transient[event], np.nan_to_num(transient[~event])
     assert inside.min() > around.max()
 
@@ -51,7 +51,7 @@ def test_the_last_thumbnails_count_like_the_others() -> None:
     small = np.random.default_rng(4).integers(98, 103, (290, 36, 64)).astype(np.uint8)
     for first in (100, 276):
         small[first : first + 4, 10:16, 10:20] += 60
-    _, transient = motion_score(planes(in_gray(small)), time)
+    _, transient = motion_score(planes(in_gray(small)), time, time)
     assert transient[276:280].min() > transient[100:104].min() / 2
 
 
@@ -68,7 +68,7 @@ def test_what_appears_counts_for_more_than_what_moves_past() -> None:
         picture[disc(32 + 26 * np.cos(0.7 * at), 18 + 13 * np.sin(1.1 * at), 4)] = 200
         if here:
             picture[disc(12, 9, 2)] = 180
-    _, transient = motion_score(planes(in_gray(small)), time)
+    _, transient = motion_score(planes(in_gray(small)), time, time)
     assert transient[event].max() > 2 * np.nanmax(transient[~event])
 
 
@@ -84,7 +84,7 @@ def test_what_appears_in_another_colour_counts_like_what_appears_in_another_shad
             chroma[event, plane - 1, 5:8, 5:10] += 60
         else:
             luma[event, 10:16, 10:20] += 60
-        _, transient = motion_score(planes(small), time)
+        _, transient = motion_score(planes(small), time, time)
         peaks.append(transient[event].min())
         assert np.nanmax(transient[~event]) < peaks[-1] / 4
     assert min(peaks) > 0.9 * max(peaks)

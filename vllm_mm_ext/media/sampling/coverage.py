@@ -11,13 +11,14 @@ much as one taken frame accounts for on average, times the strength of the event
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_mm_ext.media.sampling.timeline import Indices, Times, second_of
+from vllm_mm_ext.media.sampling.timeline import Indices, Times, distinct, second_of
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -26,7 +27,7 @@ Mask = npt.NDArray[np.bool_]
 # differ less. It spreads the frames of a still picture evenly.
 _UNSEEN = 0.1
 # Weaker events than these are left aside, step by step, until events use up no more than half of
-# what the best choice gains over an even one. The strongest events always count.
+# what the best choice gains over an even one.
 _LEAST_STRENGTHS = (0.0, 2.0, 4.0)
 # Rounds in which seconds that get too many frames are found; two are usual.
 _MOST_ROUNDS = 8
@@ -173,27 +174,42 @@ class _Gaps:
         self._last = np.where(
             position >= closes, ahead[np.minimum(rest, longest), position], np.inf
         )
-        self._time = time
-        self._events, self._left, self._right = looked.events, left, right
+        self._looked, self._slope = looked, slope
+        self._left, self._right = left, right
 
     def best(self, count: int, allowed: Mask) -> Indices | None:
         """The positions of the best choice; None if there is none within the limits."""
         plain, fewer = self._solve(count, allowed), self._solve(max(1, count - 1), allowed)
-        if plain is None or fewer is None or not self._events:
+        events = self._looked.events
+        if plain is None or fewer is None or not events:
             return None if plain is None else plain[0]
-        most = max((self._even_error(count) + plain[1]) / 2, plain[1])
-        found = plain
+        even, price = max(self._even_error(count), plain[1]), fewer[1] - plain[1]
+
+        def showing(least: float) -> Indices:
+            found = self._solve(count, allowed, self._missed(least, price))
+            return plain[0] if found is None else found[0]
+
         for least in _LEAST_STRENGTHS:
-            missed = self._missed(least, fewer[1] - plain[1])
-            found = self._solve(count, allowed, missed) or plain
-            if self._error(found[0]) <= most:
-                break
-        return found[0]
+            found = showing(least)
+            if self._error(found) <= (even + plain[1]) / 2:
+                return found
+        # The strongest events, as many as do not cost more than the gain, or than one frame.
+        most, strengths = max(even, fewer[1]), sorted({event.strength for event in events})
+        low, high = bisect.bisect_left(strengths, _LEAST_STRENGTHS[-1]), len(strengths)
+        found = plain[0]
+        while low < high:
+            middle = (low + high) // 2
+            trial = showing(strengths[middle])
+            if self._error(trial) <= most:
+                found, high = trial, middle
+            else:
+                low = middle + 1
+        return found
 
     def _missed(self, least: float, price: float) -> tuple[Floats, Floats, Floats]:
         """The price of events of at least a strength: before a choice, in each gap, after it."""
         ended, begun = np.zeros(len(self._first)), np.zeros(len(self._first))
-        for event in self._events:
+        for event in self._looked.events:
             if event.strength >= least:
                 ended[event.last + 1 :] += price * event.strength
                 begun[event.first :] += price * event.strength
@@ -210,10 +226,13 @@ class _Gaps:
         return float(self._first[chosen[0]] + between.sum() + self._last[chosen[-1]])
 
     def _even_error(self, count: int) -> float:
-        """The error of frames at even moments, from the first to the last."""
-        moments = np.linspace(self._time[0], self._time[-1], count)
-        chosen = np.searchsorted((self._time[1:] + self._time[:-1]) / 2, moments)
-        return self._error(chosen) if (np.diff(chosen) > 0).all() else np.inf
+        """The error of frames at even moments, from the first to the last, whatever the gaps."""
+        time = self._looked.time
+        moments = np.linspace(time[0], time[-1], count)
+        chosen = distinct(np.searchsorted((time[1:] + time[:-1]) / 2, moments), len(time))
+        nearest = chosen[np.searchsorted((time[chosen[1:]] + time[chosen[:-1]]) / 2, time)]
+        differs = _differences(self._looked, nearest, np.arange(len(time)), self._slope)
+        return float(self._looked.weight @ differs)
 
     def _solve(
         self, count: int, allowed: Mask, missed: tuple[Floats, Floats, Floats] | None = None
@@ -245,6 +264,16 @@ class _Gaps:
         return np.array(chosen[::-1], np.int64), float(total[at])
 
 
+def _differences(
+    looked: Looked, some: Indices | slice, others: Indices | slice, slope: float
+) -> Floats:
+    """How much frames differ from others, float64 ``[n]``."""
+    differs = slope * np.abs(looked.time[others] - looked.time[some])
+    if looked.pixels.shape[1]:
+        differs = differs + np.abs(looked.pixels[others] - looked.pixels[some]).mean(axis=1)
+    return np.asarray(differs, np.float64)
+
+
 def _running(looked: Looked, longest: int, slope: float) -> tuple[Floats, Floats]:
     """Error of the ``l`` frames after and before each frame, if that frame represents them.
 
@@ -255,9 +284,7 @@ def _running(looked: Looked, longest: int, slope: float) -> tuple[Floats, Floats
     size = len(looked.time)
     ahead, behind = np.zeros((longest + 1, size)), np.zeros((longest + 1, size))
     for lag in range(1, longest + 1):
-        differs = slope * (looked.time[lag:] - looked.time[:-lag])
-        if looked.pixels.shape[1]:
-            differs = differs + np.abs(looked.pixels[lag:] - looked.pixels[:-lag]).mean(axis=1)
+        differs = _differences(looked, slice(-lag), slice(lag, None), slope)
         ahead[lag], behind[lag] = ahead[lag - 1], behind[lag - 1]
         ahead[lag, :-lag] += looked.weight[lag:] * differs
         behind[lag, lag:] += looked.weight[:-lag] * differs

@@ -12,11 +12,14 @@ from vllm_mm_ext.media.sampling.container_profile import Scores, baseline
 from vllm_mm_ext.media.sampling.coverage import Event
 from vllm_mm_ext.media.sampling.thumbnail_planes import Planes
 from vllm_mm_ext.media.sampling.thumbnail_scan import REACH_S
-from vllm_mm_ext.media.sampling.timeline import Indices
+from vllm_mm_ext.media.sampling.timeline import Indices, Times
 
 # Pixels by which something moves from one thumbnail to the next, at most, to count as moving: a
 # picture's width in two seconds. What is faster, or was not there, appears.
 _STEP = 4
+# At the ends of a clip, where nothing is known REACH_S away, a thumbnail is compared with the first
+# or last one if that is at least so many seconds away.
+_LEAST_REACH_S = 0.3
 # Comparisons needed to know what is usual in a clip.
 FEWEST = 32
 # Comparisons before and after a thumbnail that show what is usual there: of a long clip of many
@@ -69,7 +72,7 @@ def events(transient: Scores, count: int) -> list[Event]:
     return found
 
 
-def motion_score(seen: Planes, time: npt.NDArray[np.float64]) -> tuple[Scores, Scores]:
+def motion_score(seen: Planes, time: Times, until: Times) -> tuple[Scores, Scores]:
     """Score thumbnails by how much each shows that is there neither before nor after it.
 
     Brightness and colours count alike: what appears may be as bright as what it hides.
@@ -77,6 +80,7 @@ def motion_score(seen: Planes, time: npt.NDArray[np.float64]) -> tuple[Scores, S
     Args:
         seen: The ``planes`` of ``k`` thumbnails.
         time: float64 ``[k]`` times of the thumbnails in seconds, increasing.
+        until: float64 ``[k]`` seconds until when each picture is on screen.
 
     Returns:
         ``(motion, transient)``, float64 ``[k]`` each. ``motion`` is the mean absolute pixel
@@ -84,18 +88,14 @@ def motion_score(seen: Planes, time: npt.NDArray[np.float64]) -> tuple[Scores, S
         takes out fades and flicker. ``transient`` counts the robust deviations of a thumbnail from
         those before and after it (about 0 to 3 is usual), with what moves and without; NaN where it
         is not known: where there is none before or after it, or where fewer than ``FEWEST`` have
-        both.
+        both. A picture on screen for longer is before or after itself, and scores 0.
     """
     count = len(time)
     motion, transient = np.zeros(count), np.full(count, np.nan)
     if count < 3:
         return motion, transient
-    before = np.searchsorted(time, time - REACH_S + 1e-6, side="right") - 1
-    after = np.searchsorted(time, time + REACH_S - 1e-6)
-    known = (before >= 0) & (after < count)
-    known &= time - time[np.maximum(before, 0)] < 2 * REACH_S
-    known &= time[np.minimum(after, count - 1)] - time < 2 * REACH_S
-    rows = np.flatnonzero(known)
+    before, after = _references(time, until)
+    rows = np.flatnonzero((before >= 0) & (after < count))
     enough = len(rows) >= FEWEST
     changes = np.zeros((3, len(rows)))
     for plane in seen:
@@ -113,6 +113,22 @@ def motion_score(seen: Planes, time: npt.NDArray[np.float64]) -> tuple[Scores, S
         scores = [_deviations(*pair) for pair in zip(changes, floors, strict=True)]
         transient[rows] = np.maximum.reduce(scores)
     return motion, transient
+
+
+def _references(time: Times, until: Times) -> tuple[Indices, Indices]:
+    """The thumbnails ``REACH_S`` before and after each one, -1 and ``k`` where there are none."""
+    count = len(time)
+    before = np.searchsorted(time, time - REACH_S + 1e-6, side="right") - 1
+    at_start = (before < 0) & (time - time[0] >= _LEAST_REACH_S)
+    before = np.where(at_start, 0, before)
+    before[time - until[np.maximum(before, 0)] >= 2 * REACH_S] = -1
+    after = np.searchsorted(time, time + REACH_S - 1e-6)
+    # Where the next one is too late, the picture on screen then may be one that was looked at.
+    late = (after == count) | (time[np.minimum(after, count - 1)] - time >= 2 * REACH_S)
+    shown = until[after - 1] >= time + REACH_S - 1e-6
+    at_end = (after == count) & (time[-1] - time >= _LEAST_REACH_S)
+    after[late] = np.where(shown | at_end, after - 1, count)[late]
+    return before, after
 
 
 @dataclass(frozen=True, eq=False)

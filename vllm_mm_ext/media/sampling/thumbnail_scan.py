@@ -28,8 +28,11 @@ _ANCHOR_S = 0.1
 # Thumbnails for each frame to choose, so that there is something to choose from: where the clip is
 # short, and where it is so long that not all of it is looked at every STRIDE_S.
 _CLOSE, _SPARSE = 8, 4
-# Most thumbnails of one window, or _SPARSE for each frame if these are more; each costs scaling and
-# a copy besides its decoding.
+# Thumbnails of a clip so short that fewer would not show what is usual in it.
+_FEWEST = 64
+# Most thumbnails, or _SPARSE for each frame if these are more; each costs scaling and a copy
+# besides its decoding. Where frames are chosen window by window, the first windows have as many
+# together, the others _SPARSE for each frame.
 MAX_THUMBNAILS = 960
 # Of the thumbnails, those whose frames can be chosen are _SPARSE for each frame to choose, but so
 # many at least, evenly spread. With all of them, footage is represented 1 % better.
@@ -37,34 +40,39 @@ _FEWEST_ELIGIBLE = 128
 # A thumbnail is compared with thumbnails this many seconds before and after it, beyond the ends of
 # the events looked for (under a second).
 REACH_S = 0.9
+# A clip's first and last frame are at most this many seconds from a chosen one.
+ENDS_S = 1.0
 
 
-def plan(packets: PacketTable, score: Scores, count: int) -> Indices:
+def plan(packets: PacketTable, score: Scores, count: int, most: int = MAX_THUMBNAILS) -> Indices:
     """Which frames to look at.
 
     A clip of up to two minutes is looked at all along. In a longer one some frames are spread over
     the clip, keyframes where there are any, and the others are where stage 1 saw most.
 
     Args:
-        packets: The clip's packet table, ``n`` rows.
+        packets: The clip's packet table, ``n`` rows, at least one.
         score: float64 ``[n]`` stage-1 score of each frame.
-        count: How many frames will be chosen.
+        count: How many frames will be chosen, at least one.
+        most: How many to look at, at most, or ``_SPARSE * count`` if these are more.
 
     Returns:
-        int64 ``[k]`` sorted frame indices, ``count <= k``, and ``k`` at most ``MAX_THUMBNAILS`` or
-        ``_SPARSE * count``. To decode them never costs more than one sequential decode.
+        int64 ``[k]`` sorted frame indices, ``min(n, count) <= k``. The first frame is among them,
+        and one of the last ``ENDS_S`` seconds. To decode them never costs more than one sequential
+        decode.
     """
     size, time = len(packets), packets.time
-    capacity = min(size, max(MAX_THUMBNAILS, _SPARSE * count))
+    capacity = min(size, max(most, _SPARSE * count))
     duration = float(time[-1] - time[0])
-    stride = min(STRIDE_S, duration / (_CLOSE * count))
+    stride = min(STRIDE_S, duration / max(_FEWEST, _CLOSE * count))
     steps = size if stride <= 0 else math.ceil(duration / stride)
     if steps >= size <= capacity:
         return np.arange(size)
     if steps < capacity:
         found = np.unique(_cheaper(packets, _shown_evenly(time, steps + 1)))
     else:
-        found = _spread(packets, _SPARSE * count)
+        ends = _ends(packets)
+        found = np.union1d(_spread(packets, _SPARSE * count - len(ends)), ends)
         found = _dense(packets, score, found, capacity)
     if len(found) < min(capacity, _SPARSE * count):
         # Many frames in little time: evenly spaced moments show few of them.
@@ -95,6 +103,13 @@ def eligible(time: Times, count: int) -> npt.NDArray[np.bool_]:
 
 def _shown_evenly(time: Times, count: int) -> Indices:
     return shown_at(time, np.linspace(time[0], time[-1], count))
+
+
+def _ends(packets: PacketTable) -> Indices:
+    """The first frame, and of the last ``ENDS_S`` seconds the frame that is cheapest to decode."""
+    late = np.flatnonzero(packets.time >= packets.time[-1] - ENDS_S)
+    key, reordered = packets.is_key[late], is_reordered(packets)[late]
+    return np.array([0, late[np.lexsort((late, reordered, ~key))[0]]], np.int64)
 
 
 def _spread(packets: PacketTable, count: int) -> Indices:

@@ -2,6 +2,9 @@
 
 The frames chosen in a window follow from what the clip shows up to the window's end alone. So a
 clip that is extended keeps the frames of all its full windows.
+
+Whether something is seen for a short time only shows after it. So a window leaves the frames of its
+last ``LATER_S`` seconds to the next window, which chooses among them as well.
 """
 
 from __future__ import annotations
@@ -14,46 +17,72 @@ import numpy as np
 
 from vllm_mm_ext.media.sampling.timeline import (
     asked_count,
+    clip_duration,
     gop_starts,
     is_unbound,
     target_count,
 )
 from vllm_mm_ext.media.types import MediaInfo, PacketTable, SamplingSpec
 
-# Seconds of a window at least. Shorter windows leave little to choose from; of longer ones more has
-# to be chosen anew when a clip is extended.
+# Seconds and frames of a window at least. Shorter windows leave little to choose from; of longer
+# ones more has to be chosen anew when a clip is extended.
 _SHORTEST_S = 8.0
+_FEWEST = 8
+# Seconds that a window leaves to the next: REACH_S of ``thumbnail_scan``, and the way to a
+# thumbnail. Whole seconds where windows are, as no second may have too many frames.
+LATER_S = 1.0
 # Seconds before a window that also show what is usual in the clip.
 _LOOK_BACK_S = 16.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """Frames ``low`` to ``high`` (exclusive) of a clip, and how many of them to choose.
+    """A part of a clip, and how many frames to choose there.
 
     Attributes:
-        low, high: Presentation-order frame indices.
-        back: First frame that shows what is usual, at most ``low``.
-        count: Frames to choose, at most ``high - low``.
+        low, high: The frames to choose from: presentation-order indices, ``high`` exclusive.
+        first, last: The frames of the window itself, ``last`` exclusive; at least as late as these.
+        back: First frame that shows what is usual, at most ``first``.
+        end: The moment in seconds at which the window ends: nothing after it is known.
+        wanted: Frames to choose, if there are so many.
         is_rest: A longer clip would have another window here: this one is what is left behind the
             full windows, or the whole clip, as ``min_frames`` or ``max_frames`` binds.
     """
 
     low: int
     high: int
+    first: int
+    last: int
     back: int
-    count: int
+    end: float
+    wanted: int
     is_rest: bool = False
+
+    @property
+    def count(self) -> int:
+        """Frames to choose."""
+        return min(self.wanted, self.high - self.low)
 
 
 def length(fps: float, multiple_of: int) -> tuple[float, int]:
     """Seconds and frames of a full window.
 
-    A window is the shortest of at least ``_SHORTEST_S`` in which ``fps`` frames per second come to
-    a whole multiple of ``multiple_of`` frames.
+    A window is the shortest of at least ``_SHORTEST_S`` and ``_FEWEST`` frames in which ``fps``
+    frames per second come to a whole multiple of ``multiple_of`` frames.
     """
-    frames = multiple_of * max(1, math.ceil(_SHORTEST_S * fps / multiple_of - 1e-9))
+    frames = multiple_of * math.ceil(max(_SHORTEST_S * fps, _FEWEST) / multiple_of - 1e-9)
     return frames / fps, frames
+
+
+def full_windows(asked: int, frames: int, multiple_of: int) -> int:
+    """How many of a clip's windows do not change if the clip is extended.
+
+    Args:
+        asked: How many frames ``fps`` asks for in the whole clip.
+        frames: Frames of a full window.
+        multiple_of: The clip's last two frames at least, or so many, are in the rest behind them.
+    """
+    return max(0, (asked - max(2, multiple_of)) // frames)
 
 
 def windows_of(info: MediaInfo, spec: SamplingSpec) -> list[Window]:
@@ -65,32 +94,38 @@ def windows_of(info: MediaInfo, spec: SamplingSpec) -> list[Window]:
     """
     packets = info.packets
     assert packets is not None
+    size, duration = len(packets), clip_duration(info)
     if is_unbound(info, spec):
-        windows = list(_cut(packets, asked_count(info, spec), spec))
+        windows = list(_cut(packets, duration, asked_count(info, spec), spec))
         # Frames may come in bursts, so that there are windows with fewer than wanted.
-        if sum(window.count for window in windows) >= min(spec.min_frames, len(packets)):
+        if sum(window.count for window in windows) >= min(spec.min_frames, size):
             return windows
-    return [Window(0, len(packets), 0, target_count(info, spec), is_rest=True)]
+    return [Window(0, size, 0, size, 0, duration, target_count(info, spec), is_rest=True)]
 
 
-def _cut(packets: PacketTable, asked: int, spec: SamplingSpec) -> Iterator[Window]:
-    """Full windows, then the rest of the clip as a shorter window."""
+def _cut(packets: PacketTable, duration: float, asked: int, spec: SamplingSpec) -> Iterator[Window]:
+    """Full windows, then the rest of the clip as a window of another length."""
     time, starts = packets.time, gop_starts(packets)
     seconds, frames = length(spec.fps, spec.multiple_of)
-    full = asked // frames
-    bounds = np.searchsorted(time, np.arange(full + 1) * seconds - 1e-6)
-    edges = [*bounds.tolist(), len(time)]
+    full = full_windows(asked, frames, spec.multiple_of)
+    low = first = given = 0
     for number in range(full + 1):
-        low, high = edges[number], edges[number + 1]
-        wanted = frames if number < full else asked - full * frames
-        wanted -= wanted % spec.multiple_of
-        if low == high:
+        is_rest = number == full
+        end, high, last, due = duration, len(time), len(time), asked
+        if not is_rest:
+            end = (number + 1) * seconds
+            high, last = np.searchsorted(time, np.array([end - LATER_S, end]) - 1e-6).tolist()
+            due = math.floor((end - LATER_S) * spec.fps + 1e-6)
+        wanted = due - due % spec.multiple_of - given
+        given += wanted
+        if low == high and first == last:
             continue
-        back = int(np.searchsorted(time, time[low] - _LOOK_BACK_S))
+        back = int(np.searchsorted(time, number * seconds - _LOOK_BACK_S))
         # From a keyframe on: of a GOP that is cut, stage 1 would see a wrong length.
         later = starts[np.searchsorted(starts, back) :]
-        back = int(later[0]) if len(later) and later[0] <= low else back
-        yield Window(low, high, back, min(wanted, high - low), is_rest=number == full)
+        back = int(later[0]) if len(later) and later[0] <= first else min(back, first)
+        yield Window(low, high, first, last, back, end, wanted, is_rest)
+        low, first = high, last
 
 
 def rows(packets: PacketTable, low: int, high: int) -> PacketTable:
