@@ -78,6 +78,49 @@ def test_many_events_do_not_make_a_choice_worse_than_an_even_one() -> None:
     assert error(looked, take(looked, 8)) <= error(looked, even)
 
 
+@pytest.mark.parametrize("count", [8, 16, 32])
+def test_strong_events_cost_no_more_than_a_frame_or_than_an_even_choice(count: int) -> None:
+    rng = np.random.default_rng(1)
+    pixels = np.cumsum(rng.normal(0, 3, (600, 16)), axis=0).astype(np.float32)
+    marked = [Event(i, i, float(rng.uniform(20, 40))) for i in range(3, 600, 15)]
+    for event in marked:
+        pixels[event.first] = 240
+    looked = look(pixels, *marked)
+    even = np.linspace(0, 599, count).astype(int).tolist()
+    worst = max(error(looked, even), error(looked, take(look(pixels), count - 1)))
+    # In a clip that hardly moves, the choice is bound to differences that are assumed, too.
+    assert error(looked, take(looked, count)) <= 1.01 * worst
+
+
+@pytest.mark.parametrize("count", [8, 16, 32])
+def test_cuts_at_random_are_represented_as_well_as_by_an_even_choice(count: int) -> None:
+    rng = np.random.default_rng(2)
+    lengths = np.maximum(1, np.round(8 * rng.exponential(3.0, 33))).astype(int)
+    scenes = np.repeat(rng.uniform(0, 255, (33, 16)), lengths, axis=0).astype(np.float32)
+    ends = np.cumsum(lengths)
+    marked = [
+        Event(int(end - long), int(end) - 1, 20.0)
+        for end, long in zip(ends, lengths, strict=True)
+        if long < 7
+    ]
+    looked = look(scenes, *marked)
+    even = np.linspace(0, len(scenes) - 1, count).astype(int).tolist()
+    assert len(marked) >= 6
+    assert error(looked, take(looked, count)) <= error(looked, even)
+
+
+def test_events_are_bounded_though_even_moments_share_a_picture() -> None:
+    rng = np.random.default_rng(3)
+    pixels = np.cumsum(rng.normal(0, 3, (200, 16)), axis=0).astype(np.float32)
+    marked = [Event(i, i, 20.0) for i in range(3, 40, 4)]
+    time = np.concatenate([np.arange(100) / 8, 100 + np.arange(100) / 8])
+    looked = Looked(time, np.ones(200), pixels, marked)
+    plain = Looked(time, np.ones(200), pixels)
+    # Three of eight even moments lie in the hole between the two halves.
+    even = [0, 98, 99, 100, 101, 114, 199]
+    assert error(looked, take(looked, 8)) <= max(error(looked, even), error(plain, take(plain, 7)))
+
+
 def test_a_second_with_all_the_change_gets_no_more_than_the_ceiling() -> None:
     pixels = np.zeros((80, 4), np.float32)
     pixels[40:48] = np.random.default_rng(0).normal(0, 99, (8, 4))

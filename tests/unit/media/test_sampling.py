@@ -248,6 +248,41 @@ def test_the_first_and_the_last_second_have_a_chosen_frame(info: MediaInfo, coun
     assert time[-1] - selection.times[-1] <= 1.0 + 1e-6
 
 
+@pytest.mark.parametrize("hours", [0.05, 2.0])
+@pytest.mark.parametrize("frames", [4, 8, 32])
+def test_the_first_and_the_last_second_of_a_long_clip_have_a_frame(
+    hours: float, frames: int
+) -> None:
+    count = int(hours * 3600 * 24)
+    selection = chosen(even(count, 24.0, gop=250), policy="adaptive", max_frames=frames)
+    assert len(selection.times) == frames
+    assert selection.times[0] <= 1
+    assert selection.times[-1] >= count / 24 - 1 - 1 / 24
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2])
+@pytest.mark.parametrize("fps", [0.1, 0.25, 0.3, 1.0])
+def test_the_look_is_bounded_and_happens_where_windows_have_few_frames(
+    fps: float, multiple_of: int
+) -> None:
+    looks: list[int] = []
+
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
+        looks.append(len(indices))
+        return np.random.default_rng(0).integers(0, 256, (len(indices), 12, 16), np.uint8)
+
+    spec = SamplingSpec("adaptive", fps=fps, max_frames=768, multiple_of=multiple_of)
+    for seconds in (120, 600):
+        looks.clear()
+        times = select(even(24 * seconds, 24.0), spec, thumbnails).times
+        assert len(times) == timeline.target_count(even(24 * seconds, 24.0), spec)
+        assert len(looks) == 1
+        most = thumbnail_scan.MAX_THUMBNAILS + 4 * fps * seconds
+        assert len(times) < looks[0] <= most
+        assert times[0] <= 1
+        assert times[-1] >= seconds - 1 - 1 / 24
+
+
 def changing(first: float, last: float, fps: float = 25.0) -> Thumbnails:
     """Thumbnails of a clip that changes four times a second between two moments, else never."""
 

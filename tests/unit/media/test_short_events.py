@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.unit.media.test_sampling import even, in_gray, look
-from vllm_mm_ext.media.sampling import select
+from tests.unit.media.test_sampling import even, in_gray, look, media
+from vllm_mm_ext.media.sampling import Thumbnails, select
 from vllm_mm_ext.media.sampling.short_events import motion_score
 from vllm_mm_ext.media.sampling.thumbnail_planes import planes
 from vllm_mm_ext.media.types import SamplingSpec
@@ -32,6 +32,73 @@ def test_a_flash_in_a_still_picture_is_shown(start: float) -> None:
 
     chosen = select(info, SamplingSpec("adaptive", max_frames=32), thumbnails).times
     assert ((chosen >= start) & (chosen < start + 0.21)).any()
+
+
+def marked(count: int, fps: float, start: float) -> Thumbnails:
+    """Thumbnails in which a box moves all the time, and another one is shown for 0.3 s."""
+    still = np.random.default_rng(6).integers(40, 200, (9, 16)).repeat(4, 0).repeat(4, 1)
+    small = still + np.random.default_rng(7).normal(0, 1.5, (count, 36, 64))
+    for picture, moment in zip(small, np.arange(count) / fps, strict=True):
+        across = int(6 * moment) % 56
+        picture[20:26, across : across + 6] = 230
+        if start <= moment < start + 0.3:
+            picture[6:16, 40:52] = 250
+    luma = np.clip(np.rint(small), 0, 255).astype(np.uint8)
+    return lambda indices, _likely: in_gray(luma[np.asarray(indices)])
+
+
+@pytest.mark.parametrize("fps", [0.5, 1.0])
+@pytest.mark.parametrize(
+    "start", [0.3, 0.6, 6.5, 6.9, 7.1, 7.5, 7.8, 14.7, 15.2, 15.6, 23.1, 30.7, 31.3]
+)
+def test_an_event_at_the_end_of_a_window_or_of_the_clip_is_shown(start: float, fps: float) -> None:
+    spec = SamplingSpec("adaptive", fps=fps, max_frames=32, multiple_of=2)
+    times = select(even(768, 24.0), spec, marked(768, 24.0, start)).times
+    assert len(times) == 32 * fps
+    assert ((times >= start) & (times < start + 0.3)).any()
+
+
+@pytest.mark.parametrize("seconds", [3, 5])
+def test_most_events_of_a_clip_of_a_few_seconds_are_shown(seconds: int) -> None:
+    count = 24 * seconds
+    starts = np.arange(0.4, seconds - 0.7, 0.2)
+    spec = SamplingSpec("adaptive", fps=1.0, max_frames=4, min_frames=4)
+    shown = 0
+    for start in starts:
+        times = select(even(count, 24.0), spec, marked(count, 24.0, start)).times
+        shown += bool(((times >= start) & (times < start + 0.3)).any())
+    assert shown >= 0.75 * len(starts)
+
+
+@pytest.mark.parametrize(("frames", "slides"), [(8, 6), (16, 11), (32, 11)])
+@pytest.mark.parametrize("start", [3.0, 29.0, 61.0, 82.0, 98.0])
+def test_pictures_count_by_the_seconds_that_they_are_on_screen(
+    start: float, frames: int, slides: int
+) -> None:
+    """A recording of a screen: slides of one packet each, a moving picture, and a pop-up."""
+    shown = {8.0 * k: k for k in range(8)} | {8.0 * k + 4: k for k in range(9, 14)}
+    shown |= {64 + k / 30: 100 + k for k in range(300)}
+    shown |= {start: -1, start + 0.4: -2}
+    time, what = (np.array(values) for values in zip(*sorted(shown.items()), strict=True))
+    rng = np.random.default_rng(1)
+    still = {k: rng.integers(20, 220, (9, 16)).repeat(4, 0).repeat(4, 1) for k in range(14)}
+    small = np.zeros((len(time), 36, 64), np.uint8)
+    for number, kind in enumerate(what.tolist()):
+        if kind >= 100:
+            small[number] = np.roll(still[8], (kind - 100) // 4, 1)
+        elif kind >= 0:
+            small[number] = still[kind]
+        else:
+            small[number] = small[number + kind]
+    small[what == -1, 8:24, 16:44] = 250
+    info = media(time, key=np.arange(len(time)) == 0)
+    spec = SamplingSpec("adaptive", max_frames=frames, multiple_of=2)
+    chosen = what[
+        select(info, spec, lambda rows, _likely: in_gray(small[np.asarray(rows)])).indices
+    ]
+    # With as few frames as there are slides, an event may cost too much.
+    assert -1 in chosen or frames < 13
+    assert ((chosen >= 0) & (chosen < 14)).sum() >= slides
 
 
 def test_a_faint_box_counts_for_more_than_what_moves_all_the_time() -> None:
