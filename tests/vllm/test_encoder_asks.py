@@ -19,7 +19,13 @@ from vllm_mm_ext.adapters.serving.encoder_asks import OUTCOMES, UTILITY, Encoder
 from vllm_mm_ext.adapters.serving.encoders_apart import without_answer
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
 from vllm_mm_ext.adapters.sight.api_server_sight import ApiServerSight
-from vllm_mm_ext.fleet.encode_request import ENCODE_HEADER, LEVELS_HEADER, SEEN
+from vllm_mm_ext.fleet.encode_request import (
+    ENCODE_HEADER,
+    ITEM_TOKENS_HEADER,
+    LEVELS_HEADER,
+    SEEN,
+    item_tokens_in,
+)
 from vllm_mm_ext.fleet.pairing import differing_parts
 from vllm_mm_ext.fleet.rendezvous import ranked
 from vllm_mm_ext.fleet.route_key import route_key
@@ -69,12 +75,14 @@ def saying(status: int, seen: list[Any] | None = None) -> Any:
     return answer
 
 
-async def ask(asks: EncoderAsks, core: Core, levels: tuple[int, ...] = ()) -> Any:
+async def ask(
+    asks: EncoderAsks, core: Core, levels: tuple[int, ...] = (), item_tokens: int = 0
+) -> Any:
     job = asks.job(BODY, SENT, HEADERS, core)
     assert job is not None
-    job.begin(levels)
+    job.begin(levels, item_tokens)
     # Once only, whatever renders the conversation again.
-    job.begin(levels)
+    job.begin(levels, item_tokens)
     while asks._tasks:
         await asyncio.sleep(0.01)
     return job
@@ -85,11 +93,12 @@ async def test_an_encoder_is_asked_as_the_client_asked_and_told_the_plan() -> No
     core = Core()
     async with encoder(saying(200, seen)) as url:
         asks = EncoderAsks([url], PLAN, 30.0)
-        job = await ask(asks, core, (0, 2))
+        job = await ask(asks, core, (0, 2), 16384)
     ((headers, body),) = seen
     assert body == BODY
     assert differing_parts(PLAN, headers[ENCODE_HEADER]) == []
     assert headers[LEVELS_HEADER] == "0,2"
+    assert item_tokens_in(headers[ITEM_TOKENS_HEADER]) == 16384
     assert headers["Authorization"] == "Bearer t"
     assert "Cookie" not in headers
     assert asks.counts == dict.fromkeys(OUTCOMES, 0) | {"encoded": 1}
@@ -113,7 +122,7 @@ async def test_one_that_cannot_is_not_the_last_that_is_asked(
         job = asks.job(last, SENT, {}, core)
         assert job is not None
         with caplog.at_level(logging.WARNING, logger="vllm.mm_ext"):
-            job.begin(())
+            job.begin((), 0)
             while asks._tasks:
                 await asyncio.sleep(0.01)
     assert asks.counts["encoded"] == 1
@@ -133,7 +142,7 @@ async def test_a_proxy_may_say_in_any_encoding_that_an_encoder_is_gone() -> None
         asks = EncoderAsks(urls, PLAN, 30.0)
         job = asks.job(first, SENT, {}, core)
         assert job is not None
-        job.begin(())
+        job.begin((), 0)
         while asks._tasks:
             await asyncio.sleep(0.01)
         assert asks.counts["encoded"] == 1
@@ -215,7 +224,7 @@ async def test_an_encoder_that_hangs_is_left_alone_and_one_that_fails_for_a_requ
         asks = EncoderAsks([hangs], PLAN, 0.05)
         job = asks.job(BODY, SENT, {}, core)
         assert job is not None
-        job.begin(())
+        job.begin((), 0)
         while asks._choice.candidates(""):
             await asyncio.sleep(0.01)
         job.end()
@@ -233,7 +242,7 @@ async def test_no_more_than_so_many_requests_are_asked_for_at_a_time(
         jobs = [asks.job(BODY, SENT, HEADERS, Core()) for _ in range(3)]
         for job in jobs:
             assert job is not None
-            job.begin(())
+            job.begin((), 0)
         assert [job is not None and job.name is not None for job in jobs] == [True, True, False]
         for job in jobs:
             assert job is not None

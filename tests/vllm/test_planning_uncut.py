@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import front as front_module
 import pytest
 from front import CONTEXT, Front, Rendered, opened
 from vllm.exceptions import VLLMValidationError
@@ -14,6 +16,7 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 
 from vllm_mm_ext.adapters.processors.segment_info import largest_item
 from vllm_mm_ext.adapters.serving import planning
+from vllm_mm_ext.request.context import RequestContext
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import Tone, make_clip
 
@@ -109,14 +112,66 @@ def test_a_video_that_the_request_s_options_leave_whole_fits_the_encoder_cache(
         assert "limit" in {entry["why"] for entry in whole.videos[0]["lowered"]}
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("family", "limits"),
+    [
+        ("qwen2_5_omni", {}),
+        ("qwen3_vl", {}),
+        ("qwen2_5_vl", {}),
+        ("qwen3_vl", {"image": 0}),
+        ("qwen2_5_vl", {"image": 0}),
+    ],
+)
 def test_a_whole_video_may_have_as_much_as_the_encoder_cache_of_vllm_holds(
-    files: Path, family: str
+    files: Path, monkeypatch: pytest.MonkeyPatch, family: str, limits: dict[str, int]
 ) -> None:
-    with opened(files, model=str(checkpoint(family)), max_num_batched_tokens=512) as made:
+    arguments: dict[str, Any] = {
+        "max_num_batched_tokens": 512,
+        "limit_mm_per_prompt": {"video": 3} | limits,
+    }
+    with opened(files, model=str(checkpoint(family)), **arguments) as made:
         config, info = made.renderer.config, made.renderer.mm_processor.info
+        # Pictures of real checkpoints may have more tokens than segments.
+        monkeypatch.setattr(type(info), "get_max_image_tokens", lambda _: 4096)
         holds = MultiModalBudget(config, MULTIMODAL_REGISTRY).encoder_cache_size
         assert largest_item(config, info, cut=False) == holds
+
+
+class Asked:
+    """What an encoder was asked."""
+
+    name: str | None = None
+    takes_records = False
+    used_records = 0
+    whole: Any = None
+    is_open = False
+    item_tokens = 0
+
+    def begin(self, _: Any, item_tokens: int) -> None:
+        self.item_tokens = item_tokens
+
+    def end(self) -> None: ...
+
+
+def test_an_encoder_makes_items_no_larger_than_the_server_that_asks_takes_them(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Unreduced, the clip has more tokens than either server takes as one item.
+    config = {"media": CONFIG["media"], "segments": {"tokens": 0}}
+
+    def planned(most: int, **known: Any) -> Any:
+        monkeypatch.setattr(front_module, "RequestContext", partial(RequestContext, **known))
+        arguments = {"max_num_batched_tokens": most, "additional_config": {"mm_ext": config}}
+        with opened(files, **arguments) as made:
+            video = made.render("long.mp4").videos[0]
+        return {key: video[key] for key in ("frames", "size", "lowered")}
+
+    asked = Asked()
+    engine = planned(512, elsewhere=asked)
+    assert planned(1024) != engine
+    assert planned(1024, item_tokens=asked.item_tokens) == engine
+    # An encoder that takes less plans by itself; the engine encodes what is larger.
+    assert planned(512, item_tokens=1024) == engine
 
 
 def test_no_sound_of_a_video_is_counted_or_made_where_sound_comes_as_embeddings(

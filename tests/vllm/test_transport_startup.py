@@ -209,3 +209,23 @@ def test_the_plan_has_what_changes_outputs_and_not_where_they_are_made(
     found = made_plan(config)
     differ = {key for key in found if found[key] != before[key]}
     assert differ == {"hf_overrides", "mm_encoder_attn_dtype", "mm_encoder_fp8_scales"}
+
+
+@pytest.mark.parametrize(
+    ("quality", "part"),
+    [
+        ({"tiers": {"resolution": [448, 336, 112]}}, "quality.tiers.resolution"),
+        ({"tiers": {"frame_rate": [1.0, 0.5, 0.5]}}, "quality.tiers.frame_rate"),
+        ({"bounds": {"max_total_tokens": 1000}}, "quality.bounds.max_total_tokens"),
+        ({"tiers": {"hold_s": 1.0}, "bounds": {"max_fps": 4.0}}, None),
+    ],
+)
+def test_the_plan_has_what_decides_the_size_of_a_video(
+    config: Any, quality: dict[str, Any], part: str | None
+) -> None:
+    other = copy.copy(config)
+    other.additional_config = {"mm_ext": {"quality": quality}}
+    config = copy.copy(config)
+    config.additional_config = {}
+    found, before = made_plan(other), made_plan(config)
+    assert {key for key in found if found[key] != before[key]} == ({part} if part else set())

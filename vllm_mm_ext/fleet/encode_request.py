@@ -13,6 +13,8 @@ from typing import Any, Final
 ENCODE_HEADER: Final = "X-MM-Encode"
 # The load tier of each video, as the server that asks has decided it.
 LEVELS_HEADER: Final = "X-MM-Levels"
+# Tokens that an mm item may have at most at the server that asks, by which it has planned.
+ITEM_TOKENS_HEADER: Final = "X-MM-Item-Tokens"
 # Fields of a chat completion that decide what the model is to see. The others say how an answer is
 # made and told, which an encoder does not do.
 SEEN: Final = frozenset(
@@ -73,6 +75,12 @@ def levels_in(header: str | None) -> tuple[int, ...] | None:
     # Python refuses to read numbers of thousands of digits.
     known = all(level.isdecimal() and len(level) <= 2 for level in levels)
     return tuple(map(int, levels)) if known else None
+
+
+def item_tokens_in(header: str | None) -> int:
+    """The limit that a header tells of; 0 if it tells of none."""
+    known = header is not None and header.isdecimal() and len(header) <= 9
+    return int(header) if header and known else 0
 
 
 def _media_parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:

@@ -45,8 +45,8 @@ class EncodeJob(Protocol):
     def is_open(self) -> bool:
         """Whether an encoder is at work."""
 
-    def begin(self, levels: Sequence[int]) -> None:
-        """Ask for it, now that the load tier of each video is decided."""
+    def begin(self, levels: Sequence[int], item_tokens: int) -> None:
+        """Ask for it, now that the load tier of each video is decided, and how large items are."""
 
     def end(self) -> None:
         """Stop asking: the request has ended."""
@@ -72,6 +72,8 @@ class RequestContext:
             most servers.
         levels: Load tiers of the request's videos that are decided already: by another instance
             for which this one encodes, or earlier in the same request; None where they are not.
+        item_tokens: Tokens of an mm item at most, as another instance or the planning of the
+            request has decided; 0 while they have not, and where there is no limit.
         disaggregated: One server prefills the request's prompt and another one answers it. Each
             plans the videos, and both must come to the same plan.
         unreported: The hashes of its mm items are all that is kept of it: a prompt of a live
@@ -91,6 +93,7 @@ class RequestContext:
     contents: Mapping[str, MediaRef] = field(default_factory=dict)
     elsewhere: EncodeJob | None = None
     levels: tuple[int, ...] | None = None
+    item_tokens: int = 0
     disaggregated: bool = False
     unreported: bool = False
     sends_once: bool = False
@@ -130,7 +133,16 @@ class RequestContext:
         """
         # What the plugin asks about a part of a video is encoded here.
         if self.elsewhere is not None and self.span is None:
-            self.elsewhere.begin(levels)
+            self.elsewhere.begin(levels, self.item_tokens)
+
+    def limit_items(self, tokens: int) -> int:
+        """Tokens of an mm item at most, here and at the instance for which this one encodes.
+
+        Args:
+            tokens: The limit here; 0 for none.
+        """
+        self.item_tokens = min(tokens, self.item_tokens or tokens)
+        return self.item_tokens
 
     def claim_anew(self) -> None:
         """Forget which items vLLM has asked for: it begins anew."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Sections of the configuration that decide which segments there are and what they hold.
 _MEDIA_PARTS = ("enabled", "resize", "sampling", "audio", "picture")
+# What a load tier makes of a video.
+_TIER_PARTS = ("resolution", "frame_rate")
 
 
 def join_shared_store(vllm_config: VllmConfig) -> None:
@@ -86,6 +88,9 @@ def made_plan(vllm_config: VllmConfig) -> dict[str, Any]:
         # The server's default counts also where it is what it would be anyway.
         "compression.reduction": settings.compression.default_reduction(None).key(),
         "quality.budget": settings.quality.budget.model_dump(mode="json"),
+        # Who asks an encoder tells the number of the tier, and each looks up what that means.
+        **{f"quality.tiers.{name}": getattr(settings.quality.tiers, name) for name in _TIER_PARTS},
+        "quality.bounds.max_total_tokens": settings.quality.bounds.max_total_tokens,
     }
 
 

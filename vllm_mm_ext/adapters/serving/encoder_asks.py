@@ -18,6 +18,7 @@ import aiohttp
 from vllm_mm_ext.adapters.vllm_compat import logger
 from vllm_mm_ext.fleet.encode_request import (
     ENCODE_HEADER,
+    ITEM_TOKENS_HEADER,
     LEVELS_HEADER,
     has_media,
     takes_records,
@@ -82,7 +83,7 @@ class EncoderAsks:
         job.takes_records = takes_records(body)
         return job
 
-    def start(self, job: Job, levels: Sequence[int]) -> asyncio.Task[None] | None:
+    def start(self, job: Job, levels: Sequence[int], item_tokens: int) -> asyncio.Task[None] | None:
         """Ask for a job in the background; None if no encoder is up, or too many asks are open."""
         candidates = self._choice.candidates(job.key)
         if not candidates or len(self._tasks) >= _MOST_ASKS:
@@ -90,17 +91,21 @@ class EncoderAsks:
             return None
         # In the request's own context the task would keep its media.
         task = asyncio.get_running_loop().create_task(
-            self._ask(job, levels, candidates), context=contextvars.Context()
+            self._ask(job, levels, item_tokens, candidates), context=contextvars.Context()
         )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _ask(self, job: Job, levels: Sequence[int], candidates: Sequence[str]) -> None:
+    async def _ask(
+        self, job: Job, levels: Sequence[int], item_tokens: int, candidates: Sequence[str]
+    ) -> None:
         headers = {name: job.headers[name] for name in _PASSED_ON if name in job.headers}
         headers |= {ENCODE_HEADER: self._header, "content-type": "application/json"}
         if levels:
             headers[LEVELS_HEADER] = ",".join(map(str, levels))
+        if item_tokens:
+            headers[ITEM_TOKENS_HEADER] = str(item_tokens)
         outcome = "failed"
         try:
             timeout = aiohttp.ClientTimeout(total=_ANSWER_S, sock_connect=_CONNECT_S)
@@ -210,17 +215,18 @@ class Job:
         task = self._task
         return task is not None and not task.done()
 
-    def begin(self, levels: Sequence[int]) -> None:
+    def begin(self, levels: Sequence[int], item_tokens: int) -> None:
         """Ask an encoder, once.
 
         Args:
             levels: The load tier of each planned video.
+            item_tokens: Tokens of an mm item at most; 0 for no limit.
         """
         if self._begun:
             return
         self._begun = True
         self.name = uuid4().hex
-        self._task = self._asks.start(self, levels)
+        self._task = self._asks.start(self, levels, item_tokens)
         if self._task is None:
             self.name = None
 

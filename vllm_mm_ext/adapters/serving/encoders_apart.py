@@ -17,10 +17,12 @@ from vllm_mm_ext.adapters.serving.requests import moves_kv
 from vllm_mm_ext.errors import EncodeOnlyError, PairError
 from vllm_mm_ext.fleet.encode_request import (
     ENCODE_HEADER,
+    ITEM_TOKENS_HEADER,
     LEVELS_HEADER,
     SEEN,
     has_media,
     is_encode_request,
+    item_tokens_in,
     levels_in,
 )
 from vllm_mm_ext.fleet.pairing import differing_parts
@@ -73,6 +75,7 @@ def _apart(original: Callable[..., Any]) -> Callable[..., Any]:
                 with client_errors():
                     check_encode_request(body, headers, config)
                 context.levels = levels_in(headers.get(LEVELS_HEADER.lower()))
+                context.item_tokens = item_tokens_in(headers.get(ITEM_TOKENS_HEADER.lower()))
                 if ENCODE_HEADER.lower() in headers:
                     request = without_answer(request)
             elif asks is not None and raw_request.url.path.endswith("/v1/chat/completions"):

@@ -317,12 +317,13 @@ class Conversation:
         # All videos of a server are sampled alike.
         plan = videos[0].plan
         countable, info = costs.knows_tokens, self.renderer.mm_processor.info
+        largest = largest_item(self.renderer.config, info, cut=self._cut)
         family = Family(
             resizable=plan.size.kind != "fixed",
             reducible=countable and self._cut,
             countable=countable,
             frame_multiple=traits.frame_multiple,
-            max_item_tokens=largest_item(self.renderer.config, info, cut=self._cut),
+            max_item_tokens=self.context.limit_items(largest),
             trained=traits.trained,
         )
         sampling = plan.sampling
