@@ -104,11 +104,12 @@ def largest_item(config: Any, info: Any, *, cut: bool = True) -> int:
     """
     tokens: int = config.scheduler_config.max_num_batched_tokens
     if not cut:
-        # The cache holds the largest item of any modality.
+        # The cache holds the largest item of any modality that is served; some families tell the
+        # sizes of others as well.
         served = dict.fromkeys((kind for kind, limit in info.allowed_mm_limits.items() if limit), 1)
         length = config.model_config.max_model_len
         largest: Mapping[str, int] = info.get_mm_max_tokens_per_item(length, served) or {}
-        return max(tokens, *largest.values(), 0)
+        return max(tokens, *(largest.get(kind, 0) for kind in served))
     if not vllm_compat.settings_of(config.model_config).segments.tokens:
         return tokens
     return max(tokens, info.largest_segment() or 0) if isinstance(info, SegmentInfo) else 0
