@@ -71,9 +71,9 @@ def start_warnings(scheduler: Any) -> Iterator[str]:
             "encoder before it is asked, unless their kv_transfer_params say do_remote_prefill"
         )
     slots = int(scheduler.max_num_active_reqs)
-    if scheduler.settings.text_slots > slots // 4:
+    if scheduler._settings.text_slots > slots // 4:
         yield (
-            f"scheduler.text_slots is {scheduler.settings.text_slots}, but at most a quarter of "
+            f"scheduler.text_slots is {scheduler._settings.text_slots}, but at most a quarter of "
             f"the {slots} slots (--max-num-seqs) is kept for text: {slots // 4}"
         )
     if getattr(scheduler, CADENCE_ATTRIBUTES[0], 1) > 1:
@@ -81,7 +81,7 @@ def start_warnings(scheduler: Any) -> Iterator[str]:
             "--prefill-schedule-interval holds back prompts and encoder work, which the "
             "scheduler spreads between decodes already: first tokens come later"
         )
-    if not scheduler.limits_prefill:
+    if not scheduler._limits_prefill:
         yield (
             "prefill is not limited while something decodes: chunked prefill is off, "
             "mm items must not be chunked, or prompts are computed in whole Mamba blocks"

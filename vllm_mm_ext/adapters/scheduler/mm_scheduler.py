@@ -55,13 +55,13 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         if vllm_config.model_config.is_diffusion:
             raise ValueError("mm_ext: diffusion models need vLLM's own scheduler")
         # Not what the plugin left at the model's configuration: it may not be in VLLM_PLUGINS.
-        self.settings = MMExtConfig.from_additional_config(vllm_config.additional_config).scheduler
+        self._settings = MMExtConfig.from_additional_config(vllm_config.additional_config).scheduler
         self._clock: Callable[[], float] = time.monotonic
         self._times = StepTimes()
         self._plans_encoder = self.max_num_encoder_input_tokens > 0 and not self.is_encoder_decoder
         self._shift = awaited_ahead(vllm_config)
         # Where vLLM must compute prompts or blocks in one piece, a limit could stop them for good.
-        self.limits_prefill = not (
+        self._limits_prefill = not (
             self.need_mamba_block_aligned_split
             or self.scheduler_config.disable_chunked_mm_input
             or not self.scheduler_config.enable_chunked_prefill
@@ -69,7 +69,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         for warning in start_warnings(self):
             logger.warning("mm_ext: %s", warning)
         self._prompts = Prompts(
-            self, aging_s=self.settings.aging_s, plans_encoder=self._plans_encoder
+            self, aging_s=self._settings.aging_s, plans_encoder=self._plans_encoder
         )
         self._admission = Admission(self, self._prompts)
         self.waiting = ArrangedQueue(self._prompts.order, self._prompts.first_rank)
@@ -162,7 +162,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
 
     def _filled(self, candidates: list[Candidate], decoding: list[Any]) -> StepPlan:
         """What the candidates are granted in a step beside those that decode."""
-        settings, times = self.settings, self._times
+        settings, times = self._settings, self._times
         # None where their tokens are under way, as in every other step of two pipeline stages.
         decodes = sum(map(decode_tokens, decoding))
         base = times.base_s(decodes, prompts=True)
@@ -191,7 +191,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
             most_kept=max(1, slots // 4),
             shift=self._shift,
             late_s=self._late_s,
-            prefill_counts=self.limits_prefill,
+            prefill_counts=self._limits_prefill,
             whole=not self.scheduler_config.enable_chunked_prefill,
             together=bound if hasattr(self.encoder_cache_manager, "overdraws") else math.inf,
         )
@@ -311,7 +311,7 @@ class MMExtScheduler(Scheduler):  # type: ignore[misc]
         grant = self._plan.grants.get(request.request_id)
         # The last token of a prompt, which vLLM has padded to the size of a speculating decode.
         padded = num_computed_tokens + num_new_tokens > request.num_tokens
-        if self.limits_prefill and (grant or request.is_prefill_chunk) and not padded:
+        if self._limits_prefill and (grant or request.is_prefill_chunk) and not padded:
             num_new_tokens = min(num_new_tokens, grant.tokens if grant else 0)
         return int(super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens))
 
