@@ -74,11 +74,15 @@ class Chat:
             renderer=front.renderer,
             input_processor=None,
             get_weight_version=self.get_weight_version,
+            is_paused=self.is_paused,
             notify_kv_transfer_request_rejected=notify,
             errored=False,
             check_admission=lambda _: None,
         )
         self.serving = chat_route(engine)
+
+    async def is_paused(self) -> bool:
+        return False
 
     async def get_weight_version(self) -> str:
         return self.weights
