@@ -105,7 +105,8 @@ def test_uniform_gives_an_extended_clip_the_same_leading_frames(
 def kept_until(asked: int, fps: float, multiple_of: int) -> float:
     """Seconds of a clip in which ``adaptive`` frames stay if the clip is extended."""
     seconds, frames = windows.length(fps, multiple_of)
-    return seconds * windows.full_windows(asked, frames, multiple_of) - windows.LATER_S - 1e-6
+    later = windows.handed_on(fps, multiple_of) / fps
+    return seconds * windows.full_windows(asked, frames, multiple_of) - later - 1e-6
 
 
 @pytest.mark.parametrize("fps", [1.0, 0.75])

@@ -4,7 +4,7 @@ The frames chosen in a window follow from what the clip shows up to the window's
 clip that is extended keeps the frames of all its full windows.
 
 Whether something is seen for a short time only shows after it. So a window leaves the frames of its
-last ``LATER_S`` seconds to the next window, which chooses among them as well.
+last second, or more, to the next window, which chooses among them as well.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from vllm_mm_ext.media.types import MediaInfo, PacketTable, SamplingSpec
 # ones more has to be chosen anew when a clip is extended.
 _SHORTEST_S = 8.0
 _FEWEST = 8
-# Seconds that a window leaves to the next: REACH_S of ``thumbnail_scan``, and the way to a
-# thumbnail. Whole seconds where windows are, as no second may have too many frames.
-LATER_S = 1.0
+# Seconds at least that a window leaves to the next: REACH_S of ``thumbnail_scan``, and the way to a
+# thumbnail.
+_LATER_S = 1.0
 # Seconds before a window that also show what is usual in the clip.
 _LOOK_BACK_S = 16.0
 
@@ -74,6 +74,15 @@ def length(fps: float, multiple_of: int) -> tuple[float, int]:
     return frames / fps, frames
 
 
+def handed_on(fps: float, multiple_of: int) -> int:
+    """Frames that are due in the last seconds of a window, which it leaves to the next window.
+
+    A whole multiple of ``multiple_of``: so each window has the seconds for the frames due in it,
+    however few frames a second may have.
+    """
+    return multiple_of * math.ceil(max(_LATER_S * fps, 1) / multiple_of - 1e-9)
+
+
 def full_windows(asked: int, frames: int, multiple_of: int) -> int:
     """How many of a clip's windows do not change if the clip is extended.
 
@@ -108,16 +117,16 @@ def _cut(packets: PacketTable, duration: float, asked: int, spec: SamplingSpec) 
     time, starts = packets.time, gop_starts(packets)
     seconds, frames = length(spec.fps, spec.multiple_of)
     full = full_windows(asked, frames, spec.multiple_of)
+    handed = handed_on(spec.fps, spec.multiple_of)
     low = first = given = 0
     for number in range(full + 1):
         is_rest = number == full
-        end, high, last, due = duration, len(time), len(time), asked
+        end, high, last, due = duration, len(time), len(time), asked - asked % spec.multiple_of
         if not is_rest:
             end = (number + 1) * seconds
-            high, last = np.searchsorted(time, np.array([end - LATER_S, end]) - 1e-6).tolist()
-            due = math.floor((end - LATER_S) * spec.fps + 1e-6)
-        wanted = due - due % spec.multiple_of - given
-        given += wanted
+            high, last = np.searchsorted(time, np.array([end - handed / spec.fps, end]) - 1e-6)
+            due = (number + 1) * frames - handed
+        wanted, given = due - given, due
         if low == high and first == last:
             continue
         back = int(np.searchsorted(time, number * seconds - _LOOK_BACK_S))
