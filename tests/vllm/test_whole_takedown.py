@@ -6,6 +6,7 @@ vLLM's scheduler and its own encoder cache are real; of the engine only the mode
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import kv_harness
 import pytest
 import torch
+from blake3 import blake3
 from scheduler_harness import Play, make_scheduler, request
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
@@ -28,10 +30,11 @@ from vllm_mm_ext.base.peers import Peers
 from vllm_mm_ext.config.root import MMExtConfig
 from vllm_mm_ext.media.traits import ModelTraits
 from vllm_mm_ext.policies.kv.control import NoBlockPoolError
-from vllm_mm_ext.request.media_items import MediaItem
+from vllm_mm_ext.request.media_items import ImageItem, MediaItem
 from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.sight.request_log import Arrival, RequestLog, record_of
 from vllm_mm_ext.sight.running_requests import RunningRequests
+from vllm_mm_ext.sight.seen_media import unknown_digest
 
 URL, DIGEST, OTHER_DIGEST, THIRD_DIGEST = "http://host/clip.mp4", "ab" * 32, "cd" * 32, "ef" * 32
 FILE, OTHER = "file#video0", "other#video0"
@@ -425,6 +428,42 @@ async def test_an_item_that_comes_again_after_a_takedown_is_not_that_of_the_file
     asyncio.get_running_loop().call_later(0.05, service.running.end, running, 0)
     done = await service.whole.take_down(None, DIGEST)
     assert (done["complete"], done["requests_ended"], done["items"]) == (True, 1, 2)
+
+
+@pytest.mark.parametrize("first", [DIGEST, unknown_digest(URL)], ids=["read", "not read"])
+async def test_an_item_of_a_url_that_served_two_files_is_not_that_of_the_file_always_sent_along(
+    service: Service, first: str
+) -> None:
+    seen = service.runtime.seen
+    assert seen is not None
+    along = MediaItem("video", "http://host/logo", digest=OTHER_DIGEST)
+    for digest in (first, THIRD_DIGEST):
+        known = None if ":" in digest else digest
+        seen.note_all([MediaItem("video", URL, digest=known), along], [], {"cam", "logo"})
+    trace = RequestTrace(tokens={"video": 1}, named={"cam"})
+    running = service.running.begin("/v1/chat/completions", trace)
+    assert running is not None
+    running.task = None
+    asyncio.get_running_loop().call_later(0.05, service.running.end, running, 0)
+    done = await service.whole.take_down(URL, None)
+    assert (done["requests_ended"], done["items"]) == (1, 2)
+    assert running.taken_down
+
+
+async def test_what_is_told_of_many_requests_with_many_files_is_no_more_than_a_message_holds(
+    service: Service,
+) -> None:
+    seen = service.runtime.seen
+    assert seen is not None
+    for one in range(820):
+        files = [DIGEST, *(blake3(b"%d %d" % (one, n)).hexdigest() for n in range(39))]
+        seen.note_all(
+            [], [ImageItem("", file) for file in files], [f"item {file}" for file in files]
+        )
+    hashes = seen.hashes_of([DIGEST])
+    assert len(hashes) > 30_000
+    (told,) = await service.whole._servers("made_of", digests=[DIGEST], hashes=sorted(hashes))
+    assert len(json.dumps(told)) < 8 << 20
 
 
 async def test_a_file_is_not_forgotten_while_a_request_that_found_it_by_its_uuid_goes_on(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,6 +51,22 @@ class _Use(NamedTuple):
     @property
     def places(self) -> int:
         return len(self.digests) + len(self.hashes)
+
+
+class Made(NamedTuple):
+    """What is known of the files of which an mm item may have been made.
+
+    An item is another file's for sure only if it has such ``files`` and is ``apart``: a file that
+    is always sent along is a common one too, and no use tells its items from those of the files.
+
+    Attributes:
+        files: Digests of the files that all requests with the item used. There are none if a client
+            gave one `uuid` to several files.
+        apart: Whether a request with the item used none of the files that are asked about.
+    """
+
+    files: frozenset[str]
+    apart: bool
 
 
 class SeenMedia:
@@ -138,18 +154,16 @@ class SeenMedia:
             known = (self._media[digest] for digest in digests if digest in self._media)
             return {one for medium in known for use in medium.uses for one in use.hashes}
 
-    def made_of(self, hashes: Iterable[str]) -> dict[str, frozenset[str]]:
-        """Digests of the files of which some mm items may have been made.
+    def made_of(self, digests: Collection[str], hashes: Iterable[str]) -> dict[str, Made]:
+        """Of which files some mm items may have been made, as far as they are known.
 
         Args:
+            digests: Of the files that are asked about.
             hashes: vLLM's hashes of the items.
-
-        Returns:
-            Of each item that is known, the files that all its requests used. There are none if a
-            client gave one `uuid` to several files.
         """
+        asked = frozenset(digests)
         with self._lock:
-            return {one: self._made_of(one) for one in hashes if one in self._of_hash}
+            return {one: self._made_of(asked, one) for one in hashes if one in self._of_hash}
 
     def medium_of(self, mm_hash: str, modality: str) -> Medium | None:
         """The file that an mm item was made of; None where it is not known for sure.
@@ -161,7 +175,7 @@ class SeenMedia:
         with self._lock:
             if mm_hash not in self._of_hash:
                 return None
-            media = [self._media[digest] for digest in self._made_of(mm_hash)]
+            media = [self._media[digest] for digest in self._made_of(frozenset(), mm_hash).files]
         if len(media) > 1:
             media = [medium for medium in media if medium.modality == modality]
         return media[0] if len(media) == 1 else None
@@ -176,10 +190,12 @@ class SeenMedia:
         with self._lock:
             known = (self._media[digest] for digest in digests if digest in self._media)
             gone = frozenset(medium.digest for medium in known if medium.noted < before)
-            for use in {use for digest in gone for use in self._media[digest].uses}:
-                # The other files are still known. An item may have been made of those that are gone
-                # unless a request had it without them.
-                left = _Use(use.digests - gone, frozenset(self._used_without(gone, use.hashes)))
+            uses = {use for digest in gone for use in self._media[digest].uses}
+            made = {one: self._made_of(gone, one) for use in uses for one in use.hashes}
+            of_others = {one for one, (files, apart) in made.items() if files and apart}
+            for use in uses:
+                # The other files are still known.
+                left = _Use(use.digests - gone, use.hashes & of_others)
                 if left.digests:
                     self._add(left)
                 self._drop(use)
@@ -210,15 +226,10 @@ class SeenMedia:
             del medium.urls[oldest]
             self._chars -= len(oldest)
 
-    def _made_of(self, mm_hash: str) -> frozenset[str]:
-        """The files that were there each time that a request had an item, which is known."""
-        return frozenset.intersection(*(use.digests for use in self._of_hash[mm_hash]))
-
-    def _used_without(self, digests: frozenset[str], hashes: Iterable[str]) -> Iterator[str]:
-        """Those of some items that a request had which used none of some files."""
-        for one in hashes:
-            if any(use.digests.isdisjoint(digests) for use in self._of_hash[one]):
-                yield one
+    def _made_of(self, digests: frozenset[str], mm_hash: str) -> Made:
+        """As ``made_of``, of one item, which is known."""
+        files = [use.digests for use in self._of_hash[mm_hash]]
+        return Made(frozenset.intersection(*files), any(used.isdisjoint(digests) for used in files))
 
     def _add(self, use: _Use) -> None:
         if use in self._uses:

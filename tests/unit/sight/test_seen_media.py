@@ -107,12 +107,23 @@ def test_to_forget_a_file_leaves_what_requests_without_it_tell_of_those_it_was_u
         seen.note_all([], [ImageItem("", digest) for digest in digests], hashes)
     seen.forget(gone, before=math.inf)
     seen.check_integrity()
-    told = {one for digests, hashes in requests if gone.isdisjoint(digests) for one in hashes}
     left = {digest for digests, _ in requests for digest in digests} - gone
     assert len(seen) == len(left)
-    for digest in DIGESTS:
-        used = {one for digests, hashes in requests if digest in digests for one in hashes}
-        assert seen.hashes_of([digest]) == (used & told if digest in left else set())
+
+    def is_of_others(one: str) -> bool:
+        uses = [{*digests} for digests, hashes in requests if one in hashes]
+        return bool(set.intersection(*uses)) and any(map(gone.isdisjoint, uses))
+
+    for digest in left:
+        kept = {
+            one
+            for digests, hashes in requests
+            if digest in digests
+            for one in hashes
+            if gone.isdisjoint(digests) or is_of_others(one)
+        }
+        assert seen.hashes_of([digest]) == kept
+    assert not seen.hashes_of(gone)
 
 
 def test_an_item_is_ascribed_to_a_file_where_only_one_can_be_it() -> None:
@@ -149,13 +160,15 @@ def test_requests_tell_of_which_files_an_item_may_have_been_made() -> None:
         (DIGESTS[3:4], ["named twice"]),
     ):
         seen.note_all([], [ImageItem("", digest) for digest in digests], hashes)
-    assert seen.made_of(["own", "named anew", "either", "other", "named twice", "unknown"]) == {
-        "own": {*DIGESTS[:1]},
-        "named anew": set(),
-        "either": {*DIGESTS[:2]},
-        "other": {*DIGESTS[1:2]},
-        "named twice": set(),
+    asked = ["own", "named anew", "either", "other", "named twice", "unknown"]
+    assert seen.made_of(DIGESTS[:1], asked) == {
+        "own": ({*DIGESTS[:1]}, False),
+        "named anew": (set(), True),
+        "either": ({*DIGESTS[:2]}, False),
+        "other": ({*DIGESTS[1:2]}, True),
+        "named twice": (set(), True),
     }
+    assert seen.made_of(DIGESTS[:3], ["other"]) == {"other": ({*DIGESTS[1:2]}, False)}
 
 
 def test_an_item_of_a_file_that_was_forgotten_is_not_ascribed_to_the_file_beside_it() -> None:
@@ -165,10 +178,13 @@ def test_an_item_of_a_file_that_was_forgotten_is_not_ascribed_to_the_file_beside
     seen.note_all([], second, ["of the second"])
     seen.forget(DIGESTS[:1], before=math.inf)
     asked = ["of the first", "of the second"]
-    assert seen.made_of(asked) == {"of the second": {DIGESTS[1]}}
+    assert seen.made_of((), asked) == {"of the second": ({DIGESTS[1]}, True)}
     seen.note_all([], first + third, ["of the first", "of the third"])
     seen.note_all([], first + second, asked)
-    assert seen.made_of(asked) == {"of the first": {DIGESTS[0]}, "of the second": {DIGESTS[1]}}
+    assert seen.made_of((), asked) == {
+        "of the first": ({DIGESTS[0]}, True),
+        "of the second": ({DIGESTS[1]}, True),
+    }
 
 
 def test_a_file_that_came_again_is_not_forgotten() -> None:

@@ -19,7 +19,7 @@ from vllm_mm_ext.base.heap_scrub import scrub, scrub_here
 from vllm_mm_ext.request.trace import RequestTrace
 from vllm_mm_ext.sight.request_log import RequestLog
 from vllm_mm_ext.sight.running_requests import RunningRequests
-from vllm_mm_ext.sight.seen_media import SeenMedia, unknown_digest
+from vllm_mm_ext.sight.seen_media import Made, SeenMedia, unknown_digest
 
 # Seconds for requests about media that are taken down to end.
 _END_S = 15.0
@@ -123,9 +123,7 @@ class OwnPart:
             "hashes": sorted(hashes),
         }
 
-    async def made_of(
-        self, digests: Collection[str], hashes: Collection[str]
-    ) -> dict[str, list[str]]:
+    async def made_of(self, digests: Collection[str], hashes: Collection[str]) -> dict[str, Any]:
         """Of which files some mm items may have been made.
 
         Args:
@@ -133,13 +131,24 @@ class OwnPart:
             hashes: vLLM's hashes of the items.
 
         Returns:
-            As ``SeenMedia.made_of``. An item of a live session with one of the files may have been
-            made of that one, whatever else had it.
+            ``items`` of which ``SeenMedia.made_of`` tells the same: places of their files among
+            ``files``, whether they are apart, and their hashes. Each item by itself with digests of
+            its files would be more than one API server takes from another. An item of a live
+            session with one of the files may have been made of that one, whatever else had it.
         """
-        found = {one: sorted(files) for one, files in self._seen.made_of(hashes).items()}
+        found = self._seen.made_of(digests, hashes)
         if self._live is not None:
-            found |= {one: [] for one in self._live.hashes_of(digests)}
-        return found
+            found |= dict.fromkeys(self._live.hashes_of(digests), Made(frozenset(), False))
+        alike: dict[Made, list[str]] = {}
+        for one, made in found.items():
+            alike.setdefault(made, []).append(one)
+        files = sorted(frozenset().union(*(made.files for made in alike)))
+        places = {file: place for place, file in enumerate(files)}
+        items = [
+            ([places[file] for file in made.files], made.apart, those)
+            for made, those in alike.items()
+        ]
+        return {"files": files, "items": items}
 
     async def end(
         self, digests: Collection[str], urls: Collection[str], hashes: Collection[str]

@@ -228,11 +228,15 @@ class WholeService:
     async def _of_others(self, digests: Collection[str], hashes: Collection[str]) -> set[str]:
         """Those of some mm items that were made of other files than these for sure."""
         found = await self._servers("made_of", digests=sorted(digests), hashes=sorted(hashes))
-        made_of: dict[str, set[str]] = {}
+        # Files of all uses of each item, and the items that have a use without these files.
+        common: dict[str, set[str]] = {}
+        apart: set[str] = set()
         for each in found:
-            for one, files in each.items():
-                made_of[one] = made_of.get(one, {*files}).intersection(files)
-        return {one for one, files in made_of.items() if files and files.isdisjoint(digests)}
+            for places, is_apart, items in each["items"]:
+                files = {each["files"][place] for place in places}
+                common |= {one: common.get(one, files) & files for one in items}
+                apart.update(items if is_apart else ())
+        return {one for one in apart if common[one]}
 
     async def _overview(self) -> dict[str, Any]:
         state = state_for(self._config)
