@@ -41,8 +41,8 @@ _ABSENT_S, _AWAITED_S = 1.0, 0.01
 # Shares of the capacity: the store is looked through after a writer has added so much, and files
 # are evicted down to so much.
 _GROWTH, _EVICT_TO = 0.05, 0.9
-# Where the disk has no room, seconds between two evictions for it. If the first does not help,
-# nothing is written until the second: each try takes a step of the engine longer.
+# Where the disk has no room, seconds between two evictions for it, or between two tries to write.
+# If an eviction does not help, others fill the disk: none follows until a write has succeeded.
 _FULL_S: Final = 60.0
 # Of more held files those go that were found longest ago. Of no more files it is known that they
 # were seen, or were absent.
@@ -93,6 +93,7 @@ class OutputStore:
         self._written = 0
         # When files were last evicted for a full disk, and until when nothing is written for one.
         self._made_room = self._no_room_until = -math.inf
+        self._room_helped = True  # A write has succeeded since.
         # Held while the store is looked through.
         self._sweeping = Lock()
         self._shown = clock()
@@ -141,6 +142,7 @@ class OutputStore:
                 return False
             path.parent.mkdir(exist_ok=True)
             os.replace(part, path)
+            self._room_helped = True
         except (OSError, SafetensorError) as error:
             if lacks_room(error):
                 self._make_room()
@@ -156,11 +158,11 @@ class OutputStore:
     def _make_room(self) -> None:
         """Evict for a disk that others fill too, or that is smaller than the capacity."""
         now = self._clock()
-        if now - self._made_room >= _FULL_S:
+        if self._room_helped and now - self._made_room >= _FULL_S:
             if self._sweep_apart(full=True):
-                self._made_room = now
+                self._made_room, self._room_helped = now, False
         elif not self._sweeping.locked():
-            self._no_room_until = self._made_room + _FULL_S
+            self._no_room_until = now + _FULL_S
 
     def _sweep_apart(self, *, full: bool) -> bool:
         """Whether a thread begins to look through the store now; else a later write has one.

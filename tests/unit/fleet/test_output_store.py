@@ -9,6 +9,7 @@ import shutil
 import struct
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -222,6 +223,30 @@ def test_a_disk_that_is_full_below_the_capacity_is_made_room_on(
         store.put("yet more", fail)
     assert left() == list(range(2, 10))
     assert put(store, "yet more")
+
+
+def test_a_disk_that_others_keep_full_takes_the_store_no_more_than_one_eviction(
+    tmp_path: Path,
+) -> None:
+    clock, tries = Clock(), []
+    store = OutputStore(tmp_path, 100 * CAPACITY, clock=clock)
+    for number in range(20):
+        put(store, str(number), 500)
+
+    def fail(path: Path) -> None:
+        tries.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for _ in range(30 * 6):
+        with suppress(OSError):
+            store.put("more", fail)
+        while any(thread.name.startswith("output-sweep") for thread in threading.enumerate()):
+            time.sleep(0.01)
+        clock.now += 10.0
+    assert store.figures()[0] >= 0.8 * 20
+    assert 25 < len(tries) < 35, "whether there is room again is tried once a minute"
+    clock.now += 60.0
+    assert put(store, "more")
 
 
 def test_what_a_reader_holds_outlives_its_eviction(tmp_path: Path) -> None:

@@ -227,8 +227,9 @@ class SharedStoreConnector(ECExampleConnector):  # type: ignore[misc]
             safetensors.torch.save_file(tensors, path)
 
         try:
-            self.stored += self.files.put(key, write)
-            self._told_of_failure = False
+            if self.files.put(key, write):
+                self.stored += 1
+                self._told_of_failure = False
         except OSError as error:
             # Consumers encode what they do not find.
             if not self._told_of_failure:
