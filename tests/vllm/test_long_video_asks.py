@@ -226,6 +226,23 @@ async def test_a_pause_of_the_engine_uses_up_no_attempt(
     assert model.first_error is None
 
 
+async def test_a_prompt_that_meets_an_engine_which_shuts_down_ends_as_one_to_be_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_model, "_BUSY_PAUSE_S", 0.0)
+    model = model_of("salt", ReportsConfig())
+    monkeypatch.setattr(model, "_enter", lambda *_: RequestContext())
+    refused = create_error_response(RetryableRequestError("The server shuts down."))
+    model._create = AsyncMock(return_value=refused)
+    # As vLLM's client of engines says it.
+    gone = AsyncMock(side_effect=Exception("The engine is shutting down."))
+    model._serving.engine_client = SimpleNamespace(is_paused=gone)
+    with pytest.raises(AskFailedError, match="shuts down"):
+        await model.ask(Ask(WINDOW, Look("note"), ("Note.",), max_tokens=20))
+    assert model.first_error.error.code == 503
+    assert not await model.sat_out_pause()
+
+
 async def test_a_takedown_finds_the_items_of_a_window_by_the_clients_request() -> None:
     model = model_of("salt", ReportsConfig())
     trace = model._enter(WINDOW, Look("note")).trace

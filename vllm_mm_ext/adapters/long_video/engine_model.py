@@ -246,10 +246,17 @@ class EngineModel:
         vLLM 0.32 has prompts wait meanwhile, 0.33 refuses them unless the pause's mode is `keep`.
         """
         paused = False
-        while await self._serving.engine_client.is_paused():
+        while await self._is_paused():
             paused = True
             await asyncio.sleep(_BUSY_PAUSE_S)
         return paused
+
+    async def _is_paused(self) -> bool:
+        try:
+            return bool(await self._serving.engine_client.is_paused())
+        except Exception:
+            # An engine that shuts down tells nothing more; vLLM's answer to a prompt says why.
+            return False
 
     # --- each in a task of its own, as its context is its own -------------------------------------
 

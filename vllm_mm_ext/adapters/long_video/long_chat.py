@@ -319,7 +319,7 @@ class _LongChat:
             for evidence in outcome.evidence
         }
         request = _with_texts(self._request, texts)
-        # What was found is not to be lost to it.
+        # vLLM 0.33 may refuse requests while the engine is paused.
         await self._model.sat_out_pause()
         return await self._create(self._serving, request, self._raw_request)
 
