@@ -15,6 +15,7 @@ from scheduler_harness import Costs, Play, make_scheduler, request
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_mm_ext.adapters.encoder_cache import never_served
 from vllm_mm_ext.adapters.scheduler.queue import LOOKED_AT
 
 AGING_S = 30.0
@@ -46,6 +47,21 @@ def test_a_picture_and_its_sound_that_vllms_own_cache_never_holds_end_their_requ
     assert not play.timings["large"].tokens
     assert all(timing.ended is not None for timing in play.timings.values())
     assert all(len(play.timings[name].tokens) == 4 for name in ("fits", "text"))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_that_a_request_never_fits_is_said_once(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, ...]] = []
+    monkeypatch.setattr(never_served.logger, "error", lambda *args: said.append(args))
+    play = Play(make_scheduler(encoder_tokens=1024, asynchronous=depth > 1), depth=depth)
+    play.add(request("text", answer=40))
+    play.step()
+    play.add(request("large", items=[1200], sound=400))
+    play.run(most=2000)
+    assert play.timings["large"].ended is not None
+    assert [args[1] for args in said] == ["large"]
 
 
 @pytest.mark.parametrize("video", [18, 30])

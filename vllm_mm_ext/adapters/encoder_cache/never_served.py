@@ -39,6 +39,9 @@ def refuse_what_never_fits(
     """
     if scheduler.is_encoder_decoder or hasattr(scheduler.encoder_cache_manager, "overdraws"):
         return False
+    if request.request_id in scheduler.encoder_cache_mismatch_reqs:
+        # It ends with the step that is under way.
+        return True
     features = request.mm_features
     if missing is not None:
         # The others are asked about when it is their turn.
