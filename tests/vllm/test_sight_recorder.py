@@ -223,6 +223,21 @@ def test_each_prompt_of_a_request_is_counted_once_by_what_it_has(
         assert counted == sum(prompt.tokens[modality] for prompt in trace.prompts)
 
 
+@pytest.mark.parametrize("decoder", [None, "a text", {"prompt_token_ids": [1]}])
+def test_a_prompt_for_an_encoder_decoder_is_followed_whatever_its_decoder_begins_with(
+    front: Front, decoder: Any
+) -> None:
+    trace = front.render("a.mp4").trace
+
+    async def answered() -> None:
+        enter_request(RequestContext(renderer=front.renderer, trace=trace))
+        prompt = {"encoder_prompt": "heard", "decoder_prompt": decoder}
+        assert observer("chat-8", prompt) is not None
+
+    asyncio.run(answered())
+    assert trace.request_id == "chat-8"
+
+
 def test_each_turn_of_a_response_is_followed(front: Front) -> None:
     trace = front.render("a.mp4").trace
 

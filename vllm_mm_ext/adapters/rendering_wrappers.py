@@ -242,6 +242,17 @@ def after_clearing(cleared: Callable[[Any], None]) -> None:
     wrap(BaseRenderer, "clear_mm_cache_async", make)
 
 
+def part_with_media(engine_input: Any) -> Mapping[str, Any]:
+    """The part of vLLM's input for the engine that has the media: an encoder-decoder's decoder.
+
+    Empty where a text, or nothing, stands in its place.
+    """
+    part = engine_input
+    if isinstance(part, Mapping):
+        part = part.get("decoder_prompt", part)
+    return part if isinstance(part, Mapping) else {}
+
+
 def around_preprocessing(
     before: Callable[[], Any],
     after: Callable[[Any, Any, Mapping[str, list[Span]], Sequence[int]], None],
@@ -258,8 +269,7 @@ def around_preprocessing(
     @contextmanager
     def observed(renderer: Any, prompt: Any, tok_params: Any) -> Iterator[Callable[[Any], None]]:
         def told(engine_input: Any) -> None:
-            # The decoder of an encoder-decoder has the media.
-            engine_input = engine_input.get("decoder_prompt", engine_input)
+            engine_input = part_with_media(engine_input)
             hashes = engine_input.get("mm_hashes") or {}
             spans = {
                 modality: [

@@ -9,6 +9,7 @@ from typing import Any
 from blake3 import blake3
 
 from vllm_mm_ext.adapters.error_answers import client_errors
+from vllm_mm_ext.adapters.rendering_wrappers import part_with_media
 from vllm_mm_ext.adapters.runtime import runtime_of
 from vllm_mm_ext.adapters.serving.requests import (
     moves_kv,
@@ -193,11 +194,7 @@ def observer(request_id: str, prompt: Any) -> _Followed | None:
     if trace is None or context is None or trace.cached_tokens is not None:
         return None
     trace.request_id = request_id
-    token_ids = None
-    if isinstance(prompt, dict):
-        # The decoder of an encoder-decoder has the media.
-        token_ids = prompt.get("decoder_prompt", prompt).get("prompt_token_ids")
-    own = trace.of_prompt(token_ids, request_id)
+    own = trace.of_prompt(part_with_media(prompt).get("prompt_token_ids"), request_id)
     return _Followed(trace, own, runtime_of(context.renderer).recorder)
 
 
