@@ -28,8 +28,10 @@ class Service:
         self.asked: list[Any] = []
         self.left: list[str] = []
         self.keeps_kv = True
+        self.most_requests: int | None = None
 
-    async def overview(self) -> dict[str, Any]:
+    async def overview(self, requests: int) -> dict[str, Any]:
+        self.most_requests = requests
         return {"requests": []}
 
     async def record(self, request_id: str) -> dict[str, Any] | None:
@@ -78,6 +80,18 @@ def test_a_server_without_the_page_has_none_of_it() -> None:
         assert answer.status_code == 404
         assert "mm_ext.sight.page" in answer.json()["error"]["message"]
     assert asking.post("/mm_ext/media/drop", json={"digest": DIGEST}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("", 200), ("?requests=1", 1), ("?requests=40000", 40000)]
+    + [(f"?requests={one}", None) for one in ("0", "-1", "", "x", "1.5", "²", "9" * 5000)],
+)
+def test_the_number_of_requests_to_show_is_a_whole_number(asked: str, expected: int | None) -> None:
+    asking, service = client(SightSettings(page=True))
+    answer = asking.get(f"/mm_ext/sight{asked}")
+    assert answer.status_code == (400 if expected is None else 200)
+    assert service.most_requests == expected
 
 
 def test_who_may_only_look_changes_nothing() -> None:
@@ -179,7 +193,7 @@ def test_pages_of_other_origins_neither_see_nor_change_anything() -> None:
 def test_texts_that_are_no_unicode_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     asking, service = client(SightSettings(page=True, admin=True))
 
-    async def overview() -> dict[str, Any]:
+    async def overview(_: int) -> dict[str, Any]:
         return {"model": "half \ud800 of a pair"}
 
     monkeypatch.setattr(service, "overview", overview)

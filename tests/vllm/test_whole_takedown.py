@@ -508,7 +508,7 @@ async def test_a_file_that_nobody_knows_is_told_from_one_that_is_gone(service: S
         assert (await service.whole.take_down(*asked))["known"]
 
 
-async def test_all_requests_that_are_remembered_are_listed(
+async def test_as_many_requests_as_are_asked_for_are_listed_the_latest_first(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert service.running.log is not None
@@ -518,8 +518,11 @@ async def test_all_requests_that_are_remembered_are_listed(
     idle = SimpleNamespace(tier=lambda: SimpleNamespace(level=0), loads=lambda _: {})
     monkeypatch.setattr(whole_service, "state_for", lambda _: idle)
     service.whole._config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
-    shown = await service.whole.overview()
-    assert [one["id"] for one in shown["requests"]] == [f"0-{n}" for n in reversed(range(300))]
+    latest = [f"0-{n}" for n in reversed(range(300))]
+    # What was said a moment ago is shown again, but for more requests.
+    for most in (200, 1000, 3):
+        shown = await service.whole.overview(most)
+        assert [one["id"] for one in shown["requests"]] == latest[:most]
 
 
 @pytest.fixture

@@ -72,8 +72,12 @@ class OwnPart:
         }
         return await answers[arguments.pop("do")](**arguments)
 
-    async def state(self) -> dict[str, Any]:
-        """Everything that the page shows of this API server."""
+    async def state(self, requests: int) -> dict[str, Any]:
+        """Everything that the page shows of this API server.
+
+        Args:
+            requests: The number of requests that have ended, the latest ones.
+        """
         return {
             "server": self._index,
             "pid": os.getpid(),
@@ -81,7 +85,7 @@ class OwnPart:
             "live": {} if self._live is None else self._live.stats(),
             "sessions": [] if self._live is None else self._live.listing(),
             "running": self._running.now(),
-            "requests": self._log.summaries(),
+            "requests": self._log.summaries()[:requests],
         }
 
     async def record(self, request_id: str) -> dict[str, Any] | None:

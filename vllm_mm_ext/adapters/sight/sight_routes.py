@@ -40,6 +40,8 @@ logger = logging.getLogger("vllm.mm_ext")
 PAGE_PATH = "/mm_ext/"
 _MOST_BODY = 1 << 20
 _RETRY_S = "5"
+# Requests that the page shows at first.
+_REQUESTS = 200
 
 
 class SightRoutes:
@@ -125,7 +127,7 @@ class SightRoutes:
 
     async def _overview(self, request: Request) -> Response:
         async def answer(service: WholeService) -> Response:
-            found = await service.overview()
+            found = await service.overview(_most_requests(request))
             return _answered(found | {"admin": self._settings.admin})
 
         return await self._for_operator(request, answer)
@@ -223,6 +225,15 @@ class _BadRequestError(Exception):
 def page() -> str:
     """The page as HTML; it loads nothing but itself, and asks the server that sent it."""
     return files("vllm_mm_ext.adapters.sight").joinpath("sight.html").read_text(encoding="utf-8")
+
+
+def _most_requests(request: Request) -> int:
+    """How many requests that have ended the page wants to show, of which there are more."""
+    asked = request.query_params.get("requests", str(_REQUESTS))
+    # More digits than that name no number of requests.
+    if not (asked.isascii() and asked.isdigit() and len(asked) < 10 and int(asked)):
+        raise _BadRequestError(f"requests={asked[:20]!r} is no whole number from 1 to 999999999")
+    return int(asked)
 
 
 def _action(request: Request, actions: Any) -> Any:

@@ -53,18 +53,23 @@ class WholeService:
         self._taking_down = asyncio.Lock()
         self._shown: dict[str, Any] = {}
         self._shown_at = -_FRESH_S
+        self._most_requests = 0
 
     async def begin(self) -> None:
         """Prepare the engines for takedowns."""
         await self._engines("begin", {})
 
-    async def overview(self) -> dict[str, Any]:
-        """Everything that the page shows but the details of a request."""
+    async def overview(self, requests: int) -> dict[str, Any]:
+        """Everything that the page shows but the details of a request.
+
+        Args:
+            requests: The number of requests that have ended, the latest ones of all API servers.
+        """
         async with self._asking:
-            if time.monotonic() - self._shown_at >= _FRESH_S:
-                self._shown = await self._overview()
-                self._shown_at = time.monotonic()
-            return self._shown
+            if time.monotonic() - self._shown_at >= _FRESH_S or requests > self._most_requests:
+                self._shown = await self._overview(requests)
+                self._shown_at, self._most_requests = time.monotonic(), requests
+            return self._shown | {"requests": self._shown["requests"][:requests]}
 
     async def record(self, request_id: str) -> dict[str, Any] | None:
         """All that is known of a finished request; None if that is nothing."""
@@ -238,10 +243,10 @@ class WholeService:
                 apart.update(items if is_apart else ())
         return {one for one in apart if common[one]}
 
-    async def _overview(self) -> dict[str, Any]:
+    async def _overview(self, most: int) -> dict[str, Any]:
         state = state_for(self._config)
         servers, engines = await asyncio.gather(
-            self._servers("state"), self._engines("look", {}, _ANSWER_S)
+            self._servers("state", requests=most), self._engines("look", {}, _ANSWER_S)
         )
         requests = [row for server in servers for row in server.pop("requests")]
         requests.sort(key=lambda row: -row["began"])
