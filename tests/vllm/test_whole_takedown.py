@@ -438,7 +438,7 @@ async def test_an_item_of_a_url_that_served_two_files_is_not_that_of_the_file_al
     assert seen is not None
     along = MediaItem("video", "http://host/logo", digest=OTHER_DIGEST)
     for digest in (first, THIRD_DIGEST):
-        known = None if ":" in digest else digest
+        known = "" if ":" in digest else digest
         seen.note_all([MediaItem("video", URL, digest=known), along], [], {"cam", "logo"})
     trace = RequestTrace(tokens={"video": 1}, named={"cam"})
     running = service.running.begin("/v1/chat/completions", trace)
