@@ -11,7 +11,7 @@ much as one taken frame accounts for on average, times the strength of the event
 
 from __future__ import annotations
 
-import bisect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +29,8 @@ _UNSEEN = 0.1
 # Weaker events than these are left aside, step by step, until events use up no more than half of
 # what the best choice gains over an even one.
 _LEAST_STRENGTHS = (0.0, 2.0, 4.0)
+# The lowest price tried of the strongest event, in frames less, and how finely prices are tried.
+_LEAST_PRICE, _FINENESS = 0.1, 1.2
 # Rounds in which seconds that get too many frames are found; two are usual.
 _MOST_ROUNDS = 8
 # Most additions of one dynamic programme, about a second of work.
@@ -185,25 +187,28 @@ class _Gaps:
             return None if plain is None else plain[0]
         even, price = max(self._even_error(count), plain[1]), fewer[1] - plain[1]
 
-        def showing(least: float) -> Indices:
+        def showing(least: float, price: float) -> Indices:
             found = self._solve(count, allowed, self._missed(least, price))
             return plain[0] if found is None else found[0]
 
         for least in _LEAST_STRENGTHS:
-            found = showing(least)
+            found = showing(least, price)
             if self._error(found) <= (even + plain[1]) / 2:
                 return found
-        # The strongest events, as many as do not cost more than the gain, or than one frame.
-        most, strengths = max(even, fewer[1]), sorted({event.strength for event in events})
-        low, high = bisect.bisect_left(strengths, _LEAST_STRENGTHS[-1]), len(strengths)
+        # Of the strongest events, those that are shown at the highest price at which all together
+        # cost no more than the gain, or than one frame. As prices fall, dear events go first.
+        most, strongest = max(even, fewer[1]), max(event.strength for event in events)
+        low, high, found = _LEAST_PRICE / strongest, 1.0, showing(least, price)
+        if self._error(found) <= most:
+            return found
         found = plain[0]
-        while low < high:
-            middle = (low + high) // 2
-            trial = showing(strengths[middle])
+        while high > _FINENESS * low:
+            factor = math.sqrt(low * high)
+            trial = showing(least, factor * price)
             if self._error(trial) <= most:
-                found, high = trial, middle
+                found, low = trial, factor
             else:
-                low = middle + 1
+                high = factor
         return found
 
     def _missed(self, least: float, price: float) -> tuple[Floats, Floats, Floats]:
