@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vllm_mm_ext.media.sampling.coverage import Event, Looked, _Gaps, choose
 from vllm_mm_ext.media.sampling.short_events import events, motion_score
 from vllm_mm_ext.media.sampling.thumbnail_planes import planes
+from vllm_mm_ext.media.sampling.timeline import distinct
 
 Floats = npt.NDArray[np.float64]
 
@@ -116,8 +117,9 @@ def test_events_are_bounded_though_even_moments_share_a_picture() -> None:
     time = np.concatenate([np.arange(100) / 8, 100 + np.arange(100) / 8])
     looked = Looked(time, np.ones(200), pixels, marked)
     plain = Looked(time, np.ones(200), pixels)
-    # Three of eight even moments lie in the hole between the two halves.
-    even = [0, 98, 99, 100, 101, 114, 199]
+    # Six of eight even moments lie in the hole between the two halves.
+    moments = np.linspace(0, time[-1], 8)
+    even = distinct(np.searchsorted((time[1:] + time[:-1]) / 2, moments), 200).tolist()
     assert error(looked, take(looked, 8)) <= max(error(looked, even), error(plain, take(plain, 7)))
 
 
