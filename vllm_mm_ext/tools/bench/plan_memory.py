@@ -74,8 +74,7 @@ def workload_of(seed: int) -> tuple[str, Workload]:
         videos=videos,
         audios=(rng.choice([3.0, 20.0]),) if "audio" in able and rng.random() < 0.4 else (),
         images=(Image(640, 480),) if "image" in able and rng.random() < 0.4 else (),
-        # So long that all requests run together, however slowly their media are prepared.
-        output=1024,
+        output=rng.choice([16, 64]),
         concurrency=rng.choice([2, 4, 8]),
     )
 
