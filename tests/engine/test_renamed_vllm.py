@@ -57,7 +57,7 @@ def test_an_engine_on_a_changed_vllm_answers_as_stock(tmp_path: Path) -> None:
         "DO_NOT_TRACK": "1",
     }
     found = run_script(
-        "renamed_vllm_engine.py", checkpoint("qwen2_5_vl"), clip, timeout_s=400, env=env
+        "renamed_vllm_engine.py", checkpoint("qwen2_5_vl"), clip, timeout_s=400, env=env, fresh=True
     )
     assert found["tokens"] == 8
     assert found["active"] == []
