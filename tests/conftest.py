@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,3 +125,12 @@ def planned_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planned
     model = checkpoint("qwen2_5_vl")
     with serve(model, plugin=True, args=args, additional_config={"mm_ext": config}) as server:
         yield PlannedServer(server, server.client(), files)
+
+
+def pytest_collection_finish() -> None:
+    """Spare every later collection of garbage what vLLM and torch made when they were imported."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -81,16 +81,12 @@ class VllmName:
         spec = importlib.util.find_spec(module_name)
         if spec is None or spec.origin is None:
             raise IncompatibleError(f"{self.path} is not there: no module {module_name}")
-        found: Any = _parsed(spec.origin)
-        for part in attributes.split("."):
-            # What an import brings has no body here.
-            body = getattr(found, "body", ())
-            named = [node for node in body if part in _names_bound(node)]
-            if not named:
-                raise IncompatibleError(f"{self.path} is not there")
-            found = named[-1]
-        if isinstance(found, ast.FunctionDef) and self.params:
-            self._check_parameters(_taken_by_source(found.args))
+        names = _names_in(spec.origin)
+        if attributes not in names:
+            raise IncompatibleError(f"{self.path} is not there")
+        taken = names[attributes]
+        if taken is not None and self.params:
+            self._check_parameters(taken)
 
     def _check_parameters(self, taken: Parameters) -> None:
         missing = sorted(set(self.params) - taken.named)
@@ -144,10 +140,24 @@ def _taken_by_source(arguments: ast.arguments) -> Parameters:
     )
 
 
-# One family's names are checked one after the other; a tree is large, so only that one is kept.
-@lru_cache(maxsize=1)
-def _parsed(source: str) -> ast.Module:
-    return ast.parse(Path(source).read_text())
+# Kept, as tests load the plugin many times in a process.
+@cache
+def _names_in(source: str) -> dict[str, Parameters | None]:
+    """What a module and its classes bind, as ``Class.method``; of functions, what they take."""
+    found: dict[str, Parameters | None] = {}
+
+    def read(body: list[ast.stmt], prefix: str) -> None:
+        for statement in body:
+            taken = None
+            if isinstance(statement, ast.FunctionDef):
+                taken = _taken_by_source(statement.args)
+            for name in _names_bound(statement):
+                found[prefix + name] = taken
+            if isinstance(statement, ast.ClassDef):
+                read(statement.body, f"{prefix}{statement.name}.")
+
+    read(ast.parse(Path(source).read_text()).body, "")
+    return found
 
 
 def _names_bound(statement: ast.stmt) -> list[str]:
