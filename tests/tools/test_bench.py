@@ -127,6 +127,7 @@ def test_load_follows_how_fast_the_engine_is_within_what_stock_has_room_for() ->
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_a_measuring_engine_answers_until_it_fails_and_says_why() -> None:
     model = str(checkpoint("qwen2_5_vl"))
     with Measurer("mixed_engine", "plugin", [model, "50", "4", "1024"]) as engine:

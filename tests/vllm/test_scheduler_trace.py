@@ -125,7 +125,7 @@ def test_nobody_waits_longer_than_the_aging_bound(policy: str, seed: int) -> Non
     assert not watch.passed
 
 
-@pytest.mark.parametrize("blocks", [900, 750])
+@pytest.mark.parametrize("blocks", [750, pytest.param(900, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_nobody_waits_longer_where_blocks_are_so_few_that_requests_are_preempted(
