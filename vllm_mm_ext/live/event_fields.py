@@ -132,12 +132,14 @@ class EventFields:
         """Refuse a field of the protocol that live sessions do not have.
 
         Args:
-            field: ``null``, an empty array and the values in ``off`` ask for nothing and pass.
+            field: ``null``, ``false``, an empty array and the values in ``off`` ask for nothing
+                and pass.
             why: What there is instead, as a sentence.
             off: Words that mean the same as no field.
         """
         value = self.take(field)
-        if value is None or value == [] or (isinstance(value, str) and value in off):
+        nothing = value is None or value is False or value == []
+        if nothing or (isinstance(value, str) and value in off):
             return
         name = self.name(field)
         raise WireError(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_sessions import LiveDriver, error_of
+from live_sessions import LiveDriver, error_of, kinds
 from openai._utils import maybe_transform
 from openai.types import realtime as official
 from openai.types.realtime import RealtimeClientEventParam
@@ -382,6 +382,13 @@ def test_unsupported_fields_of_the_protocol_are_refused_by_name_and_none_is_igno
     for name in answers:
         param = error_of(driver.respond(**{name: given[name]}))["param"]
         assert param.startswith(f"response.{name}")
+
+
+def test_a_client_that_wants_no_parallel_tool_calls_asks_for_nothing() -> None:
+    driver = LiveDriver()
+    assert "error" not in str(driver.update(parallel_tool_calls=False))
+    driver.say("Hello")
+    assert "error" not in kinds(driver.respond(parallel_tool_calls=False))
 
 
 @pytest.mark.parametrize("name", ["transcription", "noise_reduction"])
