@@ -103,10 +103,12 @@ class Listener:
         return self._heard(position, resampled, windows)
 
     def flush(self) -> Heard:
-        """What the resampler held back, for a commit; the next sound is a new stream to it.
+        """What the resampler held back, for a client's commit; a begun sample is forgotten.
 
-        The speech detector goes on with the next sound as if there had been no commit.
+        The next sound is a new stream to the resampler. The speech detector goes on with it as if
+        there had been no commit.
         """
+        self._begun = b""
         position = self._position()
         resampled = self._sound.flush()
         windows: list[VoiceWindow] = []

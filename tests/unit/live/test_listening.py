@@ -131,6 +131,17 @@ def test_a_commit_leaves_no_gap_and_no_repeat_in_what_the_detector_hears() -> No
     assert len(windows) == 8000 // VOICE_WINDOW
 
 
+def test_a_commit_ends_a_begun_sample_with_the_sound_that_it_ends() -> None:
+    tone = (np.sin(np.arange(4800) * 0.05) * 2**14).astype("<i2").tobytes()
+    listener, other = Listener(16_000, AudioFormat.PCM16), Listener(16_000, AudioFormat.PCM16)
+    for hears, sound in ((listener, bytes(4801)), (other, bytes(4800))):
+        hears.hear(sound)
+        hears.flush()
+    heard, expected = listener.hear(tone), other.hear(tone)
+    assert heard.received == expected.received
+    np.testing.assert_array_equal(heard.pieces[0].samples, expected.pieces[0].samples)
+
+
 def test_after_a_clear_a_begun_sample_is_gone_and_the_clock_goes_on() -> None:
     listener = Listener(16_000, AudioFormat.PCM16)
     listener.hear(b"\x01" * 4801)
