@@ -228,6 +228,9 @@ async def test_a_session_remembers_the_files_that_it_could_read() -> None:
         assert remembers(senses, first)
         assert remembers(senses, second)
         assert not remembers(senses, damaged)
+        # After a clear it is no wrong time.
+        senses.clear()
+        await senses.see(VideoAppend(None, first, 4.0))
 
 
 async def test_a_session_takes_no_more_files_than_it_can_remember() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # Sound that is not followed by more for this long has ended; frames go on without it.
 _PAUSE_S = 2.0
-# Frames whose times jump by more than this are placed by their arrival.
-_JUMP_S = 30.0
+#: Frames whose times jump by more than this are placed by their arrival.
+JUMP_S = 30.0
 
 
 class SessionClock:
@@ -26,8 +26,9 @@ class SessionClock:
         self._offset = 0.0
         self._heard_at: float | None = None
         self._last_frame = 0.0
-        # Of the client's times of frames; None before the first one.
+        # Of the client's times of frames, and the last of them; None before the first one.
         self._client_offset: float | None = None
+        self._client_s = 0.0
 
     def of_sample(self, position: int) -> float:
         """The time of a sample of what sounds, or sounded last, in seconds.
@@ -73,15 +74,21 @@ class SessionClock:
         if time_s is None:
             place = here
         else:
-            if self._client_offset is None:
+            # The client's clock goes back only where it begins anew: the watcher sees to that.
+            if self._client_offset is None or time_s < self._client_s:
                 self._client_offset = here - time_s
+            self._client_s = time_s
             ahead = time_s + self._client_offset - here
             # A microphone's clock, or lost sound, can leave the sound more and more behind.
-            if ahead > (_PAUSE_S if self.sounds(now) else _JUMP_S) or ahead < -_JUMP_S:
+            if ahead > (_PAUSE_S if self.sounds(now) else JUMP_S) or ahead < -JUMP_S:
                 self._client_offset = here - time_s
             place = time_s + self._client_offset
         self._last_frame = max(self._last_frame, place)
         return self._last_frame
+
+    def forget_client(self) -> None:
+        """The client's clock of frames may begin anew."""
+        self._client_offset = None
 
     def time(self, now: float) -> float:
         """The present time of the session in seconds.

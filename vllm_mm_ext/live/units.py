@@ -182,6 +182,7 @@ class UnitCutter:
         self._ring.clear()
         self._waiting_sound.clear()
         self._waiting_sights.take_all()
+        self._clock.forget_client()
         self._speaks = False
         self._cut, self._sound_samples, self._frames = None, 0, 0
 

@@ -22,6 +22,7 @@ from vllm_mm_ext.errors import (
 from vllm_mm_ext.live.client_events import VideoAppend
 from vllm_mm_ext.live.family import MAX_STRETCH_S, FamilyTraits
 from vllm_mm_ext.live.prompt import Picture
+from vllm_mm_ext.live.session_clock import JUMP_S
 from vllm_mm_ext.live.thumbnails import NOISE, Thumbnail, change, thumbnail_of
 from vllm_mm_ext.media.sizing import target_size
 
@@ -81,10 +82,12 @@ class Watcher:
 
         Raises:
             MediaError: Not a JPEG, PNG or WebP file, damaged, cut short, too large, or of a shape
-                that the model does not take; or the time is before the last frame's.
+                that the model does not take; or the time is a little before the last frame's.
         """
         time_s, last_time_s = event.time_s, self._last_time_s
-        if time_s is not None and last_time_s is not None and time_s < last_time_s:
+        # After a longer step back the client's clock goes on from there: a single wrong time must
+        # not make all later ones wrong.
+        if time_s is not None and last_time_s is not None and 0 < last_time_s - time_s <= JUMP_S:
             raise MediaError(
                 f"The frame's time {time_s} is before the last frame's, {last_time_s}.",
                 parameter="time_s",
@@ -113,6 +116,10 @@ class Watcher:
         # Resizing takes most of the time, so frames of what stands still share their pixels.
         self._last = last
         return replace(last, time_s=time_s)
+
+    def clear(self) -> None:
+        """Let the client's clock begin anew."""
+        self._last_time_s = None
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         try:

@@ -79,6 +79,27 @@ def test_a_camera_ahead_of_a_slow_microphone_is_placed_anew() -> None:
         assert place - clock.sound_end <= 2.001
 
 
+def test_a_clients_clock_that_was_set_back_is_placed_anew() -> None:
+    clock = SessionClock(RATE, 0.0)
+    clock.hear(RATE, 1.0)
+    clock.place(40.0, 1.0)
+    clock.hear(2 * RATE, 2.0)
+    assert clock.place(42.5, 2.0) == pytest.approx(3.5)
+    # By less than what would be placed anew for lagging behind the sound.
+    for second in (3.0, 4.0, 5.0):
+        clock.hear(round(second * RATE), second)
+        assert clock.place(second + 9.2, second) == pytest.approx(max(second, 3.5))
+
+
+def test_a_clients_clock_is_placed_anew_after_it_was_forgotten() -> None:
+    clock = SessionClock(RATE, 0.0)
+    for second in range(1, 21):
+        clock.place(float(second), float(second))
+    clock.forget_client()
+    assert clock.place(0.5, 21.0) == 21.0
+    assert clock.place(1.5, 22.0) == 22.0
+
+
 @given(
     steps=st.lists(
         st.tuples(

@@ -368,6 +368,16 @@ def test_a_clear_drops_what_was_heard_and_seen(client: Client) -> None:
     assert client.cutter.commit() == ()
 
 
+def test_a_camera_may_begin_its_clock_anew_after_a_clear(client: Client) -> None:
+    for seconds in (20, 4):
+        client.cutter.clear()
+        for second in range(seconds):
+            client.sound(0.5)
+            client.frame(float(second))
+            client.sound(0.5)
+    assert shape_of(client.cutter.commit()) == [[(2.0, 2), (2.0, 2)]]
+
+
 def test_a_session_that_is_dropped_leaves_nothing_behind(client: Client) -> None:
     client.both(5)
     pixels = weakref.ref(client.cutter.stretches()[0].units[0].frames[0].pixels)

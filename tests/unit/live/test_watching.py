@@ -273,3 +273,20 @@ def test_the_time_of_frames_does_not_go_back() -> None:
     with pytest.raises(MediaError, match="JPEG"):
         watcher.see(VideoAppend(None, b"?", 9.0))
     assert watcher.see(VideoAppend(None, image, 5.0)).time_s == 5.0
+
+
+def test_a_frame_with_a_wrong_time_does_not_stop_the_camera() -> None:
+    watcher = Watcher(family(SizeRule()), MAX_PIXELS)
+    image = encoded(picture(), "PNG")
+    times = (1.0, 2.0, 3000.0, 3.0, 4.0)
+    assert [watcher.see(VideoAppend(None, image, time_s)).time_s for time_s in times] == [*times]
+    with pytest.raises(MediaError, match=r"3\.5 is before the last frame's, 4\.0"):
+        watcher.see(VideoAppend(None, image, 3.5))
+
+
+def test_after_a_clear_the_time_of_frames_may_begin_anew() -> None:
+    watcher = Watcher(family(SizeRule()), MAX_PIXELS)
+    image = encoded(picture(), "PNG")
+    watcher.see(VideoAppend(None, image, 20.0))
+    watcher.clear()
+    assert watcher.see(VideoAppend(None, image, 0.0)).time_s == 0.0

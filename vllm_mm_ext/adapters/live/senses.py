@@ -162,8 +162,9 @@ class Senses:
             return Watcher(self._traits, self._max_pixels).see(frame)
 
     def clear(self) -> None:
-        """Forget sound that has not been told yet."""
+        """Forget sound that has not been told yet; the times of frames may begin anew."""
         self._listener.clear()
+        self._watcher.clear()
 
     def follow(self, options: SessionOptions) -> None:
         """Take sound in the session's format, and detect speech if the session wants that."""
