@@ -18,7 +18,7 @@ from vllm_mm_ext.live.client_events import (
 )
 from vllm_mm_ext.live.family import FamilyTraits
 from vllm_mm_ext.live.new_items import ItemReader, Media, shown_media
-from vllm_mm_ext.live.open_message import OpenMessage
+from vllm_mm_ext.live.open_message import LEAST_SOUND_MS, OpenMessage
 from vllm_mm_ext.live.prompt import Message, Prompt, Text
 from vllm_mm_ext.live.server_events import Event
 from vllm_mm_ext.live.session_items import Item, Scales, SessionItems, Weighed, cut_text, messages
@@ -33,8 +33,6 @@ from vllm_mm_ext.live.wire_error import WireError
 
 # The part of the limit that stays when old turns go: each time costs a prefill of what stays.
 _RETENTION = 0.75
-#: The protocol's shortest commit.
-LEAST_SOUND_MS = 100
 
 
 def new_id(kind: str) -> str:

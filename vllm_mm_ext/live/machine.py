@@ -26,9 +26,9 @@ from vllm_mm_ext.live.client_events import (
 from vllm_mm_ext.live.effects import Append, Close, Effect, Send, TurnEnd, Usage, sends
 from vllm_mm_ext.live.family import FamilyTraits
 from vllm_mm_ext.live.listening import Heard
-from vllm_mm_ext.live.live_conversation import LEAST_SOUND_MS, LiveConversation
+from vllm_mm_ext.live.live_conversation import LiveConversation
 from vllm_mm_ext.live.new_items import Media, check_lengths, check_media, no_media
-from vllm_mm_ext.live.open_message import Change, Grew, Paused, Started, Stopped
+from vllm_mm_ext.live.open_message import LEAST_SOUND_MS, Change, Grew, Paused, Started, Stopped
 from vllm_mm_ext.live.prompt import Message
 from vllm_mm_ext.live.server_events import Event
 from vllm_mm_ext.live.session_options import (
@@ -300,8 +300,8 @@ class SessionMachine:
     def _prompt_user(self, silent_from_ms: int, now: float) -> list[Effect]:
         """Nobody spoke for long after a response: let the model say something."""
         open_message = self._conversation.open
-        if open_message.at_ms - silent_from_ms < LEAST_SOUND_MS:
-            # The microphone is off; there is no silence to be heard.
+        if min(open_message.at_ms - silent_from_ms, open_message.silence_ms) < LEAST_SOUND_MS:
+            # The microphone is off, or all was cleared; there is no silence to be heard.
             return []
         event = server_events.timeout_triggered(
             silent_from_ms, open_message.at_ms, self._conversation.speech_item

@@ -20,6 +20,8 @@ from vllm_mm_ext.live.turn_detector import (
 from vllm_mm_ext.live.units import UnitCutter
 from vllm_mm_ext.live.watching import Sight
 
+#: The protocol's shortest commit.
+LEAST_SOUND_MS = 100
 # After so much silence the turn is shown to the engine as it would be committed, and this much of
 # the silence is part of it.
 PAUSE_MS = 200
@@ -101,7 +103,7 @@ class OpenMessage:
             self._cutter.gate(None)
             return
         self._detector.options = _detector_options(detection)
-        self._cutter.gate(self._samples(self._detector.options.prefix_padding_ms))
+        self._cutter.gate(self._padding(self._detector.options.prefix_padding_ms))
 
     @property
     def speaking(self) -> bool:
@@ -117,6 +119,11 @@ class OpenMessage:
     def sound_ms(self) -> float:
         """Milliseconds of sound in the message."""
         return self._cutter.sound_samples * 1000 / self._rate
+
+    @property
+    def silence_ms(self) -> float:
+        """Milliseconds of sound held for ``take_silence``."""
+        return self._cutter.padding_samples * 1000 / self._rate
 
     @property
     def frames(self) -> int:
@@ -194,7 +201,7 @@ class OpenMessage:
     def take_silence(self) -> None:
         """Let the message have the padding's sound, though nobody spoke."""
         if isinstance(self._detection, ServerVad) and not self.speaking:
-            padding = self._detection.prefix_padding_ms * self._rate // 1000
+            padding = self._padding(self._detection.prefix_padding_ms)
             self._cutter.begin_speech(max(0, self.position - padding))
             self._cutter.end_speech(self.position)
 
@@ -275,6 +282,10 @@ class OpenMessage:
         if self._pause_cut is not None:
             self._pause_cut = None
             self._grown |= self._cutter.resume()
+
+    def _padding(self, milliseconds: int) -> int:
+        """Samples that are held of sound outside speech: enough for a commit, in any case."""
+        return self._samples(max(milliseconds, LEAST_SOUND_MS))
 
     def _samples(self, milliseconds: int) -> int:
         return milliseconds * self._rate // 1000

@@ -45,6 +45,11 @@ class UnitCutter:
         return self._sound_samples
 
     @property
+    def padding_samples(self) -> int:
+        """Samples that are kept for the start of the next speech."""
+        return len(self._ring)
+
+    @property
     def frames(self) -> int:
         """Frames that came into the open message, those left out too."""
         return self._frames

@@ -601,6 +601,38 @@ def test_a_silent_user_is_spoken_to_after_the_idle_timeout() -> None:
     assert driver.wait(60.0) == []
 
 
+def test_a_silence_is_heard_where_speech_has_no_padding() -> None:
+    driver = LiveDriver()
+    idle = {"type": "server_vad", "prefix_padding_ms": 0, "idle_timeout_ms": 5000}
+    driver.detect(idle)
+    driver.say("Hello")
+    driver.respond()
+    driver.write("Hi")
+    driver.end()
+    # In pieces that end elsewhere than the windows of the detector.
+    for _ in range(70):
+        driver.speak(0.07, 0.0)
+    events = driver.wait(0.2)
+    assert kinds(events)[-1] == "response.created"
+    (prompt,) = driver.prompts.values()
+    assert [message.role for message in prompt.messages] == ["user", "assistant", "user"]
+    # The shortest sound that can be committed.
+    assert samples_of(prompt) == list(range(48 * 1600, 49 * 1600))
+
+
+def test_a_silence_that_the_client_cleared_is_not_answered() -> None:
+    driver = LiveDriver()
+    driver.detect({"type": "server_vad", "idle_timeout_ms": 5000})
+    driver.say("Hello")
+    driver.respond()
+    driver.write("Hi")
+    driver.end()
+    driver.speak(4.95, 0.0)
+    driver.send({"type": "input_audio_buffer.clear"})
+    assert driver.wait(60.0) == []
+    assert len(driver.protocol.items) == 2
+
+
 def test_answers_outside_the_conversation_do_not_make_the_user_silent() -> None:
     driver = LiveDriver()
     driver.detect({"type": "server_vad", "idle_timeout_ms": 5000})
