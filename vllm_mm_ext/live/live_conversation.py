@@ -22,17 +22,9 @@ from vllm_mm_ext.live.open_message import LEAST_SOUND_MS, OpenMessage
 from vllm_mm_ext.live.prompt import Message, Prompt, Text
 from vllm_mm_ext.live.server_events import Event
 from vllm_mm_ext.live.session_items import Item, Scales, SessionItems, Weighed, cut_text, messages
-from vllm_mm_ext.live.session_options import (
-    RetentionRatio,
-    SessionLimits,
-    Truncation,
-    TurnDetection,
-)
-from vllm_mm_ext.live.truncation import Removal, removals
+from vllm_mm_ext.live.session_options import SessionLimits, Truncation, TurnDetection
+from vllm_mm_ext.live.truncation import Excess, Removal, byte_excess, removals, token_excess
 from vllm_mm_ext.live.wire_error import WireError
-
-# The part of the limit that stays when old turns go: each time costs a prefill of what stays.
-_RETENTION = 0.75
 
 
 def new_id(kind: str) -> str:
@@ -257,18 +249,13 @@ class LiveConversation:
         if truncation == "disabled":
             return []
         fixed = self._instruction_tokens + self.items.system_tokens
-        limit, ratio = self._limits.prompt_tokens, _RETENTION
-        if isinstance(truncation, RetentionRatio):
-            ratio = truncation.ratio
-            if truncation.token_limit is not None:
-                limit = min(limit, fixed + truncation.token_limit)
         events: list[Event] = []
-        if (tokens := self.tokens) > limit:
-            excess = tokens - fixed - int(ratio * (limit - fixed))
-            events += self._remove_oldest(excess, lambda removal: removal.tokens)
-        if (nbytes := self.nbytes + others) > self._limits.max_bytes:
-            excess = nbytes - int(_RETENTION * self._limits.max_bytes)
-            events += self._remove_oldest(excess, lambda removal: removal.nbytes)
+        over = token_excess(truncation, self.tokens, fixed, self._limits.prompt_tokens)
+        if over is not None:
+            events += self._remove_oldest(over, lambda removal: removal.tokens)
+        over = byte_excess(self.nbytes + others, self._limits.max_bytes)
+        if over is not None:
+            events += self._remove_oldest(over, lambda removal: removal.nbytes)
         return events
 
     def check_bytes(self, others: int) -> None:
@@ -295,18 +282,18 @@ class LiveConversation:
     def _tokens_with(self, parts: Iterable[Weighed]) -> int:
         return self._instruction_tokens + self.items.tokens + sum(part.tokens for part in parts)
 
-    def _remove_oldest(self, excess: int, size: Callable[[Removal], int]) -> list[Event]:
-        gone = removals(list(self.items), self.open.parts(), excess, size, self._limits.keep_frames)
+    def _remove_oldest(self, over: Excess, size: Callable[[Removal], int]) -> list[Event]:
+        gone = removals(list(self.items), self.open.parts(), over, size, self._limits.keep_frames)
         if not gone:
             return []
         self.open.drop_first(sum(removal.item is None for removal in gone))
-        items: list[str] = []
+        deleted: list[str] = []
         for removal in gone:
             if removal.item is None:
                 continue
             if removal.part is None:
                 self.items.remove(removal.item)
-                items.append(removal.item.item_id)
+                deleted.append(removal.item.item_id)
                 continue
             with self.items.changing(removal.item):
                 removal.item.parts = tuple(
@@ -314,8 +301,8 @@ class LiveConversation:
                 )
         tokens = sum(removal.tokens for removal in gone)
         return [
-            *(server_events.item_deleted(item_id) for item_id in items),
-            server_events.conversation_truncated(items, tokens),
+            *(server_events.item_deleted(item_id) for item_id in deleted),
+            server_events.conversation_truncated(deleted, tokens),
         ]
 
     def _close_open(self) -> Item:

@@ -7,6 +7,56 @@ from dataclasses import dataclass
 
 from vllm_mm_ext.live.prompt import Stretch
 from vllm_mm_ext.live.session_items import Item, Weighed
+from vllm_mm_ext.live.session_options import RetentionRatio, Truncation
+
+# The part of the limit that stays when old turns go: each time costs a prefill of what stays.
+_RETENTION = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """How much of a conversation is too much.
+
+    Attributes:
+        least: So much has to go.
+        wanted: So much is to go, so that it will be a while until more has to.
+    """
+
+    least: int
+    wanted: int
+
+
+def token_excess(truncation: Truncation, tokens: int, fixed: int, most: int) -> Excess | None:
+    """How many tokens are too many; None: they fit, or the client wants none to go.
+
+    Args:
+        truncation: The session's option.
+        tokens: Of the conversation.
+        fixed: Of these, the system's, which stay.
+        most: Of a prompt.
+    """
+    if truncation == "disabled":
+        return None
+    ratio = _RETENTION
+    if isinstance(truncation, RetentionRatio):
+        ratio = truncation.ratio
+        if truncation.token_limit is not None:
+            most = min(most, fixed + truncation.token_limit)
+    if tokens <= most:
+        return None
+    return Excess(tokens - most, tokens - fixed - int(ratio * (most - fixed)))
+
+
+def byte_excess(nbytes: int, most: int) -> Excess | None:
+    """How many bytes are too many; None: they fit.
+
+    Args:
+        nbytes: That the session holds.
+        most: That it may hold.
+    """
+    if nbytes <= most:
+        return None
+    return Excess(nbytes - most, nbytes - int(_RETENTION * most))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,34 +89,38 @@ class Removal:
 def removals(
     items: Sequence[Item],
     open_parts: Sequence[Weighed],
-    excess: int,
+    over: Excess,
     size: Callable[[Removal], int],
     keep_frames: int,
 ) -> list[Removal]:
-    """What goes, oldest first, so that at least ``excess`` goes if so much can.
+    """What goes, oldest first, so that as much goes as is wanted if so much can.
 
     Messages go whole, answers with what they answer. The last turn stays, which is the open
     message, or the user's last item if nothing is open, and what follows it. So does the item that
     is being answered, and the user's last item while no answer follows it. Of their media the
-    oldest stretches can go, never the last one. Messages of the system stay, as do the stretches
-    with the latest frames, unless there is no other way.
+    oldest stretches can go, never the last one. Messages of the system stay. Unless there is no
+    other way, so do the stretches with the latest frames, and as much of the user's items right
+    before one that stays: the model is shown them as one message with it.
 
     Args:
         items: The conversation.
         open_parts: The stretches of the open message.
-        excess: How much has to go.
+        over: How much has to go, and how much is to go.
         size: Tokens or bytes of a removal.
         keep_frames: How many of the latest frames stay.
     """
-    for kept in (_latest_frames(items, open_parts, keep_frames), frozenset[int]()):
+    latest, none = _latest_frames(items, open_parts, keep_frames), frozenset[int]()
+    # What is wanted beyond the least is no reason to cut a message in two.
+    ways = ((latest, True, over.least), (latest, False, over.wanted), (none, False, 0))
+    for kept, runs, enough in ways:
         chosen: list[Removal] = []
-        left = excess
-        for removal in _oldest_first(items, open_parts, kept):
-            if left <= 0 and not _is_answer(removal):
+        gone = 0
+        for removal in _oldest_first(items, open_parts, kept, runs=runs):
+            if gone >= over.wanted and not _is_answer(removal):
                 break
             chosen.append(removal)
-            left -= size(removal)
-        if left <= 0:
+            gone += size(removal)
+        if gone >= enough:
             break
     return chosen
 
@@ -91,24 +145,36 @@ def _latest_frames(
 
 
 def _oldest_first(
-    items: Sequence[Item], open_parts: Sequence[Weighed], kept: frozenset[int]
+    items: Sequence[Item], open_parts: Sequence[Weighed], kept: frozenset[int], *, runs: bool
 ) -> Iterator[Removal]:
+    """What can go; ``runs``: nothing of the user's items right before one that stays."""
     users = [i for i, item in enumerate(items) if item.role == "user"]
-    last_turn = users[-1] if users and not open_parts else len(items)
     answers = [i for i, item in enumerate(items) if item.role == "assistant"]
     # An answer has no place yet when room is made for it.
     place = len(items) if users[-1:] > answers[-1:] else 0
     answer = next((i for i in answers if items[i].status == "in_progress"), place)
     answered = next((i for i in reversed(users) if i < answer), None)
+    staying: set[int] = set()
+    if users and not open_parts:
+        staying.update(range(_first(items, users[-1], runs), len(items)))
+    if answered is not None:
+        staying.update(range(_first(items, answered, runs), answered + 1))
     for index, item in enumerate(items):
         if item.role == "system" or item.status == "in_progress":
             continue
-        goes = index < last_turn and index != answered
+        goes = index not in staying
         if goes and not any(id(part) in kept for part in item.parts):
             yield Removal(item, None)
         elif item.role == "user":
             yield from _old_stretches(item, item.parts, kept, whole=goes)
     yield from _old_stretches(None, open_parts, kept, whole=False)
+
+
+def _first(items: Sequence[Item], index: int, runs: bool) -> int:
+    """The first of the user's items that end with this one, where runs of them are one."""
+    while runs and index and items[index - 1].role == "user":
+        index -= 1
+    return index
 
 
 def _old_stretches(

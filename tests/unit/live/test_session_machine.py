@@ -846,6 +846,24 @@ def test_the_latest_frames_stay_whatever_goes() -> None:
     assert isinstance(prompt.messages[0].parts[0], Stretch)
 
 
+def test_what_a_question_is_about_stays_with_it() -> None:
+    driver = manual(prompt_tokens=400)
+    driver.say("Hello")
+    driver.respond()
+    driver.write("Hi")
+    driver.end()
+    driver.speak(13.0, 0.9)
+    driver.commit()
+    events = driver.say("word " * 60)
+    assert "mm_ext.truncated" in kinds(events)
+    driver.respond()
+    (prompt,) = driver.prompts.values()
+    (message,) = prompt.messages
+    # The old turn went, and the first of the sound.
+    assert samples_of(prompt)[-1] == 13 * 16_000 - 1
+    assert message.parts[-1] == Text("word " * 60)
+
+
 def test_an_item_that_cannot_fit_is_refused_and_changes_nothing() -> None:
     driver = manual(prompt_tokens=400)
     assert error_of(driver.say("word " * 500))["code"] == "context_length_exceeded"
