@@ -23,7 +23,7 @@ from vllm_mm_ext.live.prompt import Message, Prompt, Text
 from vllm_mm_ext.live.server_events import Event
 from vllm_mm_ext.live.session_items import Item, Scales, SessionItems, Weighed, cut_text, messages
 from vllm_mm_ext.live.session_options import SessionLimits, Truncation, TurnDetection
-from vllm_mm_ext.live.truncation import Excess, Removal, byte_excess, removals, token_excess
+from vllm_mm_ext.live.truncation import Excess, Removal, byte_excess, latest, removals, token_excess
 from vllm_mm_ext.live.wire_error import WireError
 
 
@@ -195,8 +195,10 @@ class LiveConversation:
             return None
         return Prompt(shown, open=goes_on)
 
-    def asked(self, request: ResponseRequest, media: Sequence[Media]) -> Asked:
-        """What a response answers.
+    def asked(
+        self, request: ResponseRequest, media: Sequence[Media], truncation: Truncation
+    ) -> Asked:
+        """What a response answers. Its own instructions can leave no room for the oldest turns.
 
         Raises:
             WireError: It is too long, or there is nothing to answer.
@@ -205,9 +207,11 @@ class LiveConversation:
         if request.instructions is not None:
             instructions = request.instructions
             tokens = self._system_tokens(instructions)
-        items: Sequence[Item] = list(self.items)
         nbytes = 0
-        if request.input is not None:
+        if request.input is None:
+            most, keep_frames = self._limits.prompt_tokens, self._limits.keep_frames
+            items = latest(list(self.items), tokens, truncation, most, keep_frames)
+        else:
             items = self._input_items(request.input, iter(media), tokens)
             nbytes = sum(item.nbytes for item in items if not self.items.holds(item.item_id))
         tokens += sum(item.tokens for item in items if item.status != "in_progress")

@@ -323,7 +323,7 @@ class SessionMachine:
                 effects += sends(self._conversation.commit_frames())
             held = self._responses.nbytes
             effects += sends(self._conversation.make_room(self.options.truncation, held))
-            asked = self._conversation.asked(request, media)
+            asked = self._conversation.asked(request, media, self.options.truncation)
             self._conversation.check_bytes(held + asked.nbytes)
         except WireError as error:
             error.event_id = None if event is None else event.event_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_mm_ext.live.prompt import Stretch
 from vllm_mm_ext.live.session_items import Item, Weighed
@@ -123,6 +123,40 @@ def removals(
         if gone >= enough:
             break
     return chosen
+
+
+def latest(
+    items: Sequence[Item],
+    instruction_tokens: int,
+    truncation: Truncation,
+    most: int,
+    keep_frames: int,
+) -> Sequence[Item]:
+    """What fits of a conversation into one prompt. The items themselves stay as they are.
+
+    Args:
+        items: The conversation.
+        instruction_tokens: Tokens of the prompt's instructions.
+        truncation: The session's option.
+        most: Tokens of a prompt at most.
+        keep_frames: As for ``removals``.
+    """
+    written = [item for item in items if item.status != "in_progress"]
+    tokens = instruction_tokens + sum(item.tokens for item in written)
+    system = sum(item.tokens for item in items if item.role == "system")
+    over = token_excess(truncation, tokens, instruction_tokens + system, most)
+    if over is None:
+        return items
+    # The next prompt has all items again, so no more is left out than has to be.
+    least = Excess(over.least, over.least)
+    gone = removals(items, (), least, lambda removal: removal.tokens, keep_frames)
+    whole = {id(removal.item) for removal in gone if removal.part is None}
+    parts = {id(removal.part) for removal in gone}
+    return [
+        replace(item, parts=tuple(part for part in item.parts if id(part) not in parts))
+        for item in items
+        if id(item) not in whole
+    ]
 
 
 def _is_answer(removal: Removal) -> bool:

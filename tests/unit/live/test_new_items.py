@@ -47,7 +47,7 @@ def test_items_of_a_response_that_follow_too_many_tokens_are_not_tokenized() -> 
     conversation = LiveConversation(FAMILY, LIMITS, counted, None, 0.0)
     items = (NewItem(None, "user", (LONG,) * 10),) * 50
     with pytest.raises(WireError, match=r"'response.input\[3\]', there are more than 2000 tokens"):
-        conversation.asked(ResponseRequest(input=items), ())
+        conversation.asked(ResponseRequest(input=items), (), "auto")
     assert counted.messages == 32
 
 
@@ -62,7 +62,7 @@ def test_texts_that_were_counted_ahead_are_not_tokenized_again() -> None:
     # With the instructions, and one more than fit.
     assert counted.messages == 33
     with pytest.raises(WireError, match="more than 2000 tokens"):
-        conversation.asked(request, ())
+        conversation.asked(request, (), "auto")
     assert counted.messages == 33
     item = ItemCreate(None, None, items[0])
     conversation.create(item, ())

@@ -146,6 +146,8 @@ def respond(session: RandomSession) -> None:
         response["conversation"] = "none"
     if session.random.random() < 0.2:
         response["input"] = [{"type": "item_reference", "id": session.item_id()}]
+    if session.random.random() < 0.2:
+        response["instructions"] = "word " * session.random.randrange(100)
     session.driver.respond(**response)
 
 

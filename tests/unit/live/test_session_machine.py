@@ -846,6 +846,42 @@ def test_the_latest_frames_stay_whatever_goes() -> None:
     assert isinstance(prompt.messages[0].parts[0], Stretch)
 
 
+@pytest.mark.parametrize("where", [{}, {"conversation": "none"}])
+def test_the_oldest_turns_make_room_for_the_instructions_of_an_answer(
+    where: dict[str, Any],
+) -> None:
+    driver = manual(prompt_tokens=400)
+    for turn in range(20):
+        driver.say(f"word{turn} " * 40)
+        before = list(driver.protocol.items)
+        driver.respond(instructions="brief " * 60, **where)
+        (prompt,) = driver.prompts.values()
+        system, user = prompt.messages
+        assert system.parts == (Text("brief " * 60),)
+        assert user.parts[-1] == Text(f"word{turn} " * 40)
+        driver.send({"type": "response.cancel", "response_id": driver.protocol.active[-1]})
+        # Those that were left out are there for other answers.
+        assert driver.protocol.items == before
+    driver.respond(**where)
+    (prompt,) = driver.prompts.values()
+    assert len(prompt.messages[0].parts) == len(driver.protocol.items)
+
+
+def test_instructions_of_an_answer_that_leave_no_room_are_refused() -> None:
+    driver = manual(prompt_tokens=400)
+    for _ in range(8):
+        driver.say("word " * 40)
+    before = list(driver.protocol.items)
+    error = error_of(driver.respond(instructions="brief " * 370))
+    assert error["code"] == "context_length_exceeded"
+    driver.update(truncation="disabled")
+    error = error_of(driver.respond(instructions="brief " * 200))
+    assert error["code"] == "context_length_exceeded"
+    assert driver.protocol.items == before
+    driver.update(truncation="auto")
+    assert kinds(driver.respond(instructions="brief " * 200)) == ["response.created"]
+
+
 def test_what_a_question_is_about_stays_with_it() -> None:
     driver = manual(prompt_tokens=400)
     driver.say("Hello")

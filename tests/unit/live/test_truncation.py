@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_mm_ext.live.prompt import Frame, Part, Stretch, Text, Unit
 from vllm_mm_ext.live.session_items import Item, Weighed
-from vllm_mm_ext.live.truncation import Excess, Removal, removals
+from vllm_mm_ext.live.truncation import Excess, Removal, latest, removals
 
 
 def stretch(frames: int) -> Stretch:
@@ -146,6 +146,25 @@ def test_what_the_last_question_is_about_stays_as_long_as_there_is_another_way()
     answer = Item("e", "assistant", status="in_progress")
     gone = removals([*held, answer], [since], Excess(140, 150), tokens, 0)
     assert [(r.item and r.item.item_id, r.part) for r in gone][-1] == ("c", heard.parts[0])
+
+
+def test_what_is_left_out_of_one_prompt_stays_in_the_conversation() -> None:
+    old = Item("a", "user", (weighed(Text("old"), 50),))
+    said = Item("b", "assistant", (weighed(Text("said"), 50),))
+    heard = Item("c", "user", (weighed(stretch(0), 50), weighed(stretch(0), 50)))
+    held = [old, said, heard]
+    parts_held = [item.parts for item in held]
+
+    def shown(instruction_tokens: int) -> list[tuple[str, int]]:
+        fit = latest(held, instruction_tokens, "auto", 400, 0)
+        assert [item.parts for item in held] == parts_held
+        return [(item.item_id, len(item.parts)) for item in fit]
+
+    assert shown(200) == [("a", 1), ("b", 1), ("c", 2)]
+    assert shown(201) == [("c", 2)]
+    assert shown(300) == [("c", 2)]
+    assert shown(350) == [("c", 1)]
+    assert latest(held, 350, "disabled", 400, 0) == held
 
 
 def test_the_latest_frames_stay_while_anything_else_can_go() -> None:
