@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -50,6 +50,7 @@ class Client:
     """Answers each prompt with one token, whose chance is a quarter."""
 
     model_config = SimpleNamespace(max_model_len=100)
+    vllm_config = SimpleNamespace(speculative_config=None)
     engine_core: Any
 
     def __init__(self) -> None:
@@ -94,6 +95,7 @@ class Maker:
     """Makes a prompt of five tokens."""
 
     family = SimpleNamespace(traits=None, turn_end=END, token_ids={"video": 8})
+    token_texts: ClassVar = {"video": "<video>"}
 
     def make(self, prompt: Prompt, stretches: dict[str, Any]) -> dict[str, Any]:
         # As the real one does: what a prompt does not show is dropped.
@@ -166,7 +168,8 @@ def _live(client: Any, models: Any = None, **parallel: int) -> LiveEngine:
                 "_api_process_rank": 0,
                 **parallel,
             }
-        )
+        ),
+        speculative_config=None,
     )
     return LiveEngine(client, CHAT, models, Maker(), None)  # type: ignore[arg-type]
 
@@ -226,6 +229,25 @@ async def test_an_answer_is_sampled_as_a_chat_completion(
     (params,) = client.params
     assert {name: getattr(params, name) for name in sampling} == sampling
     assert params.max_tokens == gets
+
+
+@pytest.mark.parametrize("drafter", [None, SimpleNamespace()])
+async def test_an_answer_has_no_token_of_a_medium_with_a_drafter_too(drafter: Any) -> None:
+    client, listener = Client(), Listener()
+    client.vllm_config = SimpleNamespace(speculative_config=drafter)
+    with ThreadPoolExecutor(1) as threads:
+        session = _session(client, listener, threads)
+        session.respond(Respond("one", PROMPT, ResponseOptions(None, None)))
+        await listener.answered.get()
+        await session.close()
+    (params,) = client.params
+    params._validate_spec_decode(drafter)
+    tokenizer = SimpleNamespace(
+        encode=lambda text, **_: [8] if text == "<video>" else [1, 8], max_token_id=100
+    )
+    params.update_from_tokenizer(tokenizer)
+    assert set(params.logit_bias or ()) == ({8} if drafter is None else set())
+    assert params.bad_words_token_ids == (None if drafter is None else [[8]])
 
 
 class Cutting(Maker):

@@ -10,6 +10,9 @@ from vllm_mm_ext.adapters.live.live_prompt import PromptMaker
 from vllm_mm_ext.live.effects import TurnEnd, Usage
 from vllm_mm_ext.live.reasoning import Reasoning
 
+# vLLM's least bias of a token: it is never sampled.
+_NEVER = -100.0
+
 
 class EngineListener(Protocol):
     """Is told what becomes of a session's prompts; called on the event loop, never reentrantly."""
@@ -65,3 +68,10 @@ class Engine:
         """Most tokens of a prompt and its answer together."""
         length: int = self.client.model_config.max_model_len
         return length
+
+    def never_written(self) -> dict[str, Any]:
+        """Sampling parameters by which an answer has no token that stands for a medium."""
+        # With a drafter vLLM takes no bias; a bias costs less, as it asks for no earlier tokens.
+        if self.client.vllm_config.speculative_config is not None:
+            return {"bad_words": list(self.maker.token_texts.values())}
+        return {"logit_bias": dict.fromkeys(self.maker.family.token_ids.values(), _NEVER)}

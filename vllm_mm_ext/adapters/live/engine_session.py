@@ -41,8 +41,6 @@ _SAMPLING = (
     "top_p",
     "min_p",
 )
-# vLLM's least bias of a token: it is never sampled.
-_NEVER = -100.0
 # Seconds that stopped work may take to end; an engine that is gone may keep it for ever.
 _END_S = 10.0
 
@@ -235,7 +233,7 @@ class EngineSession:
         chosen = {key: default[key] for key in _SAMPLING if key in default}
         if options.temperature is not None:
             chosen["temperature"] = options.temperature
-        banned = engine.maker.family.token_ids
+        banned, unwritten = engine.maker.family.token_ids, engine.never_written()
         reasoning = engine.reasoning
         answer = None if reasoning is None else AnswerOnly(reasoning)
 
@@ -249,7 +247,7 @@ class EngineSession:
                     default,
                     engine.chat.override_max_tokens,
                 ),
-                logit_bias=dict.fromkeys(banned.values(), _NEVER),
+                **unwritten,
                 output_kind=RequestOutputKind.DELTA,
                 # Where the reasoning ends is looked for in the text, too.
                 skip_special_tokens=reasoning is None or not reasoning.special,

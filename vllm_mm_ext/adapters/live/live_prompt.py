@@ -52,6 +52,7 @@ class PromptMaker:
     ) -> None:
         self._pieces = pieces
         self.family = family
+        self.token_texts = token_texts
         self._encode = encode
         self._placeholders = placeholders
         # What stands before and after the token of each medium.

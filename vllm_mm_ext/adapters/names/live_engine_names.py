@@ -73,6 +73,7 @@ LIVE_ENGINE_NAMES: tuple[Checked, ...] = (
         "vllm.sampling_params:SamplingParams",
         (
             "allowed_token_ids",
+            "bad_words",
             "detokenize",
             "frequency_penalty",
             "logit_bias",
