@@ -222,7 +222,7 @@ class LiveDriver:
             np.full(RATE // 2, -1.0, np.float32)
             if hasattr(content, "audio")
             else Picture(Image.new("RGB", (8, 8)), "digest")
-            for content in media_contents(read)
+            for _, content in media_contents(read)
         ]
         return self.take(self.machine.handle(read, self.now, media))
 

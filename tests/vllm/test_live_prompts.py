@@ -203,6 +203,19 @@ def test_texts_and_pictures_stand_as_in_a_chat_completion(served: Any) -> None:
         assert made["prompt_token_ids"] == chat["prompt_token_ids"]
 
 
+def test_an_answer_that_was_cut_within_a_token_stands_as_it_was_said(served: Any) -> None:
+    live, renderer = served
+    tokenizer = renderer.get_tokenizer()
+    made = Generated(tuple(tokenizer.encode("One,", add_special_tokens=False)), "One,")
+    cut = Message("assistant", (made, Text(" tw ")))
+    ask = Message("user", (Text("Go on."),))
+    ids = maker_of(live).make(Prompt((ask, cut, ask), open=False), {})["prompt_token_ids"]
+    said = "One, tw" if maker_of(live)._pieces.trims else "One, tw "
+    whole = Message("assistant", (Text(said),))
+    expected = maker_of(live).make(Prompt((ask, whole, ask), open=False), {})["prompt_token_ids"]
+    assert tokenizer.decode(ids) == tokenizer.decode(expected)
+
+
 # As those of Qwen3 models that think: of past answers, what follows the reasoning is shown.
 THINKING = """
 {%- macro said(message) %}

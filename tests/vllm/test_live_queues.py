@@ -187,11 +187,17 @@ async def test_small_files_of_large_pictures_are_decoded_up_to_the_sessions_byte
         lane = Lane(threads)
         options = default_options("model", TRAITS, LIMITS)
         senses = Senses(TRAITS, options, VoicePool(0), lane, 0, 1 << 20)
-        assert len(await senses.read([picture, AudioContent(bytes(4800), None), picture])) == 3
+        assert len(await senses.read(named(picture, AudioContent(bytes(4800), None), picture))) == 3
         # What follows is not looked at: it would be another error.
         with pytest.raises(WireError, match="1 MiB") as refused:
-            await senses.read([picture, picture, picture, ImageContent(b"no picture")])
+            await senses.read(named(picture, picture, picture, ImageContent(b"no picture")))
         assert refused.value.code == "session_too_large"
+        assert refused.value.param == "item.content[2]"
+
+
+def named(*contents: ImageContent | AudioContent) -> list[tuple[str, ImageContent | AudioContent]]:
+    """Media as those of an item."""
+    return [(f"item.content[{index}]", content) for index, content in enumerate(contents)]
 
 
 def picture(grey: int) -> bytes:
@@ -212,15 +218,17 @@ async def test_a_session_remembers_the_files_that_it_could_read() -> None:
         senses = Senses(TRAITS, options, VoicePool(0), Lane(threads), 0, 1 << 20)
         first, second, damaged = picture(1), picture(2), picture(3)[:40]
         await senses.see(VideoAppend(None, first, 5.0))
-        await senses.read([ImageContent(second), AudioContent(bytes(4800), None)])
+        await senses.read(named(ImageContent(second), AudioContent(bytes(4800), None)))
         assert senses.files_seen == 3
         for bad in (damaged, b"", b"no picture"):
             with pytest.raises(WireError):
                 await senses.see(VideoAppend(None, bad, None))
-            with pytest.raises(WireError):
-                await senses.read([ImageContent(bad)])
-        with pytest.raises(WireError):
-            await senses.read([AudioContent(b"odd", None)])
+            with pytest.raises(WireError) as refused:
+                await senses.read(named(ImageContent(second), ImageContent(bad)))
+            assert refused.value.param == "item.content[1]"
+        with pytest.raises(WireError) as refused:
+            await senses.read(named(AudioContent(b"odd", None)))
+        assert refused.value.param == "item.content[0]"
         # Known before, it stays so though it comes with a wrong time.
         with pytest.raises(WireError, match="before the last frame's"):
             await senses.see(VideoAppend(None, first, 4.0))
@@ -238,7 +246,7 @@ async def test_a_session_takes_no_more_files_than_it_can_remember() -> None:
         options = default_options("model", TRAITS, LIMITS)
         senses = Senses(TRAITS, options, VoicePool(0), Lane(threads), 0, 4000)
         for grey in range(5):
-            await senses.read([ImageContent(picture(grey))])
+            await senses.read(named(ImageContent(picture(grey))))
         with pytest.raises(WireError, match="5 different pictures") as refused:
             await senses.see(VideoAppend(None, picture(5), None))
         assert refused.value.code == "session_too_large"

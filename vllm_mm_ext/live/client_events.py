@@ -233,6 +233,13 @@ def texts(event: ClientEvent) -> Iterator[tuple[str, Role, str]]:
             yield f"{name}.text", role, content.text
 
 
-def media_contents(event: ClientEvent) -> tuple[ImageContent | AudioContent, ...]:
-    """The pictures and sounds within the items of an event, in the order they stand there."""
-    return tuple(content for _, content in contents(event) if not isinstance(content, TextContent))
+def media_contents(event: ClientEvent) -> tuple[tuple[str, ImageContent | AudioContent], ...]:
+    """The pictures and sounds within the items of an event, in the order they stand there.
+
+    Each comes with the name of its field.
+    """
+    return tuple(
+        (f"{name}.{'image_url' if isinstance(content, ImageContent) else 'audio'}", content)
+        for name, content in contents(event)
+        if not isinstance(content, TextContent)
+    )

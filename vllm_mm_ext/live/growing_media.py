@@ -282,7 +282,8 @@ class GrowingMedia:
         begins = bool(growing.units) and shape != growing.shape
         stretch_start = unit_start if begins else growing.start_s
         start_s = len(growing.units) * family.unit_s if not begins else 0.0
-        last_s = start_s + duration_s - _MOMENT_S
+        # The sound of a unit may be shorter than a moment.
+        last_s = max(start_s, start_s + duration_s - _MOMENT_S)
         frames = [
             sight.frame(min(max(sight.time_s - stretch_start, start_s), last_s)) for sight in sights
         ]

@@ -224,7 +224,7 @@ def whole_sound(audio: bytes, audio_format: AudioFormat, audio_rate: int) -> Sam
         raise UnreadableMediaError(
             f"The audio has {len(audio)} bytes; {audio_format.value} takes a multiple of "
             f"{audio_format.sample_bytes}, and at least one sample.",
-            parameter="item.content.audio",
+            parameter="audio",
         )
     resampler = StreamResampler(audio_format.rate, audio_rate)
     samples = resampler.push(audio_format.samples(audio))

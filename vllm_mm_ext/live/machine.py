@@ -120,7 +120,7 @@ class SessionMachine:
         Args:
             event: What the client sent, admitted.
             now: Monotonic seconds.
-            media: ``media_contents(event)``, decoded, in their order.
+            media: Those of ``media_contents(event)``, decoded, in their order.
         """
         assert len(media) == len(media_contents(event))
         if self._closed:

@@ -120,7 +120,11 @@ class ItemReader:
         parts: list[Weighed] = []
         for index, content in enumerate(new.content):
             for part in self._parts(content, media, f"{item_id}.{index}"):
-                parts.append(self._scales.weigh(new.role, part))
+                try:
+                    parts.append(self._scales.weigh(new.role, part))
+                except WireError as error:
+                    error.param = f"{name}.content[{index}].{error.param}"
+                    raise
                 tokens += parts[-1].tokens
             # What follows is not weighed for nothing: that takes the event loop's time.
             if tokens > self._most_tokens:

@@ -210,10 +210,16 @@ def test_media_of_items_are_listed_in_their_order(url: str) -> None:
     content = [{"type": "input_image", "image_url": url}, {"type": "input_audio", "audio": SOUND}]
     item = {"type": "message", "role": "user", "content": content}
     create = read_event(json.dumps({"type": "conversation.item.create", "item": item}))
-    assert media_contents(create) == (ImageContent(b"PNG"), AudioContent(b"\x01\x02\x03", None))
+    media = ImageContent(b"PNG"), AudioContent(b"\x01\x02\x03", None)
+    names = "content[0].image_url", "content[1].audio"
+    assert media_contents(create) == tuple(
+        (f"item.{name}", one) for name, one in zip(names, media, strict=True)
+    )
     response = {"input": [{"type": "item_reference", "id": "i"}, item]}
     event = read_event(json.dumps({"type": "response.create", "response": response}))
-    assert media_contents(event) == media_contents(create)
+    assert media_contents(event) == tuple(
+        (f"response.input[1].{name}", one) for name, one in zip(names, media, strict=True)
+    )
 
 
 def message(*content: dict[str, Any], role: str = "user", **fields: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import gc
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,19 @@ def test_frames_lie_at_their_times_in_units_of_sound(client: Client) -> None:
         pytest.approx([4.5, 4.5]),
     ]
     check([stretch])
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_frame_beside_a_single_sample_lies_within_its_unit(whole: int) -> None:
+    rate = 16_000
+    cutter = UnitCutter(replace(FAMILY, audio_rate=rate), 0.0)
+    count = whole * round(FAMILY.unit_s * rate) + 1
+    cutter.see(sight(20, whole * FAMILY.unit_s), whole * FAMILY.unit_s)
+    cutter.hear(Piece(0, np.zeros(count, np.float32), None), count, count / rate)
+    (stretch,) = cutter.commit()
+    (unit,) = (unit for unit in stretch.units if len(unit.samples) == 1)
+    assert unit.frames
+    assert all(whole * FAMILY.unit_s <= frame.time_s for frame in unit.frames)
 
 
 def test_frames_alone_are_complete_by_the_next_frame_or_by_the_clock(client: Client) -> None:

@@ -149,7 +149,7 @@ class PromptMaker:
             parts.sort(key=lambda one: not isinstance(one[1], Picture | Stretch))
         for place, (index, part) in enumerate(parts):
             beside = pieces.media_first and isinstance(parts[place - 1][1], Picture | Stretch)
-            if place and not beside:
+            if place and not beside and not _goes_on(message, index):
                 made.text(pieces.separator)
             last = is_open and place == len(parts) - 1
             if isinstance(part, Text):
@@ -175,7 +175,10 @@ class PromptMaker:
         (found,) = marked([{"content": parts}], self._placeholders)
         made = {i: part["text"] for i, part in enumerate(found["content"]) if "text" in part}
         if self._pieces.trims:
-            made = {i: text.strip() for i, text in made.items()}
+            made = {
+                i: text.rstrip() if _goes_on(message, i) else text.strip()
+                for i, text in made.items()
+            }
         return made
 
     def _stretch(
@@ -258,6 +261,12 @@ class _Made:
             if text:
                 self._ids += self._tokens(text)
         self._run = []
+
+
+def _goes_on(message: Message, index: int) -> bool:
+    """Whether a part is the rest of an answer that was cut within a token."""
+    parts = message.parts
+    return index > 0 and isinstance(parts[index], Text) and isinstance(parts[index - 1], Generated)
 
 
 def _modality(part: Picture | Stretch) -> str:

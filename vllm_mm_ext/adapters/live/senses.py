@@ -132,13 +132,22 @@ class Senses:
         with self._noted(event.image):
             return self._watcher.see(event)
 
-    async def read(self, contents: Sequence[ImageContent | AudioContent]) -> list[Media]:
-        """The pictures and the samples, at the model's rate, of items of a conversation."""
+    async def read(
+        self, contents: Sequence[tuple[str, ImageContent | AudioContent]]
+    ) -> list[Media]:
+        """The pictures and the samples, at the model's rate, of items of a conversation.
+
+        Args:
+            contents: Each with the name of its field.
+
+        Raises:
+            WireError: One cannot be read, or all take more than a session holds.
+        """
         # A file of a few hundred bytes can hold a picture of as many megabytes as are allowed.
         media: list[Media] = []
         left = self._max_bytes
-        for content in contents:
-            with _wire_errors():
+        for name, content in contents:
+            with _wire_errors(name):
                 medium = await self.lane.run(self._read, content)
             left -= (medium.pixels if isinstance(medium, Sight) else medium).nbytes
             if left < 0:
@@ -146,6 +155,7 @@ class Senses:
                     f"The pictures and sounds of the event take more than {self._max_bytes >> 20} "
                     "MiB, which is what a session holds (mm_ext.live.session_mb).",
                     code="session_too_large",
+                    param=name,
                 )
             media.append(medium)
         return media
@@ -189,8 +199,9 @@ class Senses:
 
 
 @contextmanager
-def _wire_errors() -> Iterator[None]:
+def _wire_errors(name: str | None = None) -> Iterator[None]:
+    """Make errors of media those of a client's field, by its name if it is of an item."""
     try:
         yield
     except MediaError as error:
-        raise WireError(error.message, code=error.code, param=error.parameter) from None
+        raise WireError(error.message, code=error.code, param=name or error.parameter) from None
