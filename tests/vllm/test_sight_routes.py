@@ -28,11 +28,14 @@ class Service:
         self.asked: list[Any] = []
         self.left: list[str] = []
         self.keeps_kv = True
-        self.most_requests: int | None = None
+        self.before: float | None = None
 
-    async def overview(self, requests: int) -> dict[str, Any]:
-        self.most_requests = requests
+    async def overview(self) -> dict[str, Any]:
         return {"requests": []}
+
+    async def requests(self, before: float) -> list[dict[str, Any]]:
+        self.before = before
+        return []
 
     async def record(self, request_id: str) -> dict[str, Any] | None:
         if request_id == "down":
@@ -75,7 +78,7 @@ def client(settings: SightSettings, *, keys: Any = None) -> tuple[TestClient, Se
 
 def test_a_server_without_the_page_has_none_of_it() -> None:
     asking, _ = client(SightSettings())
-    for path in ("/mm_ext/", "/mm_ext/sight", "/mm_ext/requests/0-1"):
+    for path in ("/mm_ext/", "/mm_ext/sight", "/mm_ext/requests?before=1", "/mm_ext/requests/0-1"):
         answer = asking.get(path)
         assert answer.status_code == 404
         assert "mm_ext.sight.page" in answer.json()["error"]["message"]
@@ -84,14 +87,14 @@ def test_a_server_without_the_page_has_none_of_it() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [("", 200), ("?requests=1", 1), ("?requests=40000", 40000)]
-    + [(f"?requests={one}", None) for one in ("0", "-1", "", "x", "1.5", "²", "9" * 5000)],
+    [("?before=1700000000.123", 1700000000.123), ("?before=-1", -1.0)]
+    + [(asked, None) for asked in ("", "?before=", "?before=x", "?before=nan", "?before=1e999")],
 )
-def test_the_number_of_requests_to_show_is_a_whole_number(asked: str, expected: int | None) -> None:
+def test_older_requests_are_asked_for_by_a_time(asked: str, expected: float | None) -> None:
     asking, service = client(SightSettings(page=True))
-    answer = asking.get(f"/mm_ext/sight{asked}")
+    answer = asking.get(f"/mm_ext/requests{asked}")
     assert answer.status_code == (400 if expected is None else 200)
-    assert service.most_requests == expected
+    assert service.before == expected
 
 
 def test_who_may_only_look_changes_nothing() -> None:
@@ -193,7 +196,7 @@ def test_pages_of_other_origins_neither_see_nor_change_anything() -> None:
 def test_texts_that_are_no_unicode_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     asking, service = client(SightSettings(page=True, admin=True))
 
-    async def overview(_: int) -> dict[str, Any]:
+    async def overview() -> dict[str, Any]:
         return {"model": "half \ud800 of a pair"}
 
     monkeypatch.setattr(service, "overview", overview)

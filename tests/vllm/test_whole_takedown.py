@@ -508,21 +508,30 @@ async def test_a_file_that_nobody_knows_is_told_from_one_that_is_gone(service: S
         assert (await service.whole.take_down(*asked))["known"]
 
 
-async def test_as_many_requests_as_are_asked_for_are_listed_the_latest_first(
+async def test_requests_are_listed_200_at_a_time_the_latest_first(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert service.running.log is not None
+    log = service.running.log
+    assert log is not None
+    # Each request began before the one that ended before it.
     for number in range(300):
-        arrival = Arrival(f"0-{number}", "/v1/chat/completions", float(number))
-        service.running.log.add(record_of(arrival, RequestTrace(), 0.1, 200))
+        arrival = Arrival(f"0-{number}", "/v1/chat/completions", 1000.0 - number)
+        log.add(record_of(arrival, RequestTrace(), 2.0 * number, 200))
     idle = SimpleNamespace(tier=lambda: SimpleNamespace(level=0), loads=lambda _: {})
     monkeypatch.setattr(whole_service, "state_for", lambda _: idle)
     service.whole._config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
-    latest = [f"0-{n}" for n in reversed(range(300))]
-    # What was said a moment ago is shown again, but for more requests.
-    for most in (200, 1000, 3):
-        shown = await service.whole.overview(most)
-        assert [one["id"] for one in shown["requests"]] == latest[:most]
+    own = OwnPart(0, None, service.running, log, None)
+    rows = (await service.whole.overview())["requests"]
+    pages = [rows]
+    while len(rows) == 200:
+        before = min(row["began"] + row["seconds"] for row in rows)
+        rows = await service.whole.requests(before)
+        assert rows == await own.requests(before)
+        pages.append(rows)
+    assert [len(rows) for rows in pages] == [200, 101]
+    # The last row of a page is the first one of the next, with others of its time.
+    seen = dict.fromkeys(row["id"] for rows in pages for row in rows)
+    assert list(seen) == [f"0-{number}" for number in reversed(range(300))]
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import heapq
 import json
+import math
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from vllm_mm_ext.request.media_items import AudioReport, MediaItem, VideoReport
 from vllm_mm_ext.request.trace import RequestTrace
 
+# Rows of the table of requests at a time: servers make, send and read them on their event loops.
+MAX_ROWS = 200
 # Of all records of a log together, with their pictures.
 MAX_BYTES = 64 << 20
 # What a record lists at most: media, times of frames, stages, windows of a long video.
@@ -70,9 +74,9 @@ class RequestLog:
         ):
             self.num_bytes -= len(self._entries.popleft().body)
 
-    def summaries(self) -> list[dict[str, Any]]:
-        """The rows of the table, the latest first."""
-        return [entry.summary for entry in reversed(self._entries)]
+    def summaries(self, before: float = math.inf) -> list[dict[str, Any]]:
+        """Rows of the table, ``MAX_ROWS`` at most: see ``latest``."""
+        return latest((entry.summary for entry in reversed(self._entries)), before)
 
     def record(self, request_id: str) -> dict[str, Any] | None:
         """A whole record; None if it is not there any more."""
@@ -124,6 +128,21 @@ class RequestLog:
 def _file_of(medium: Mapping[str, Any]) -> str:
     """What tells the file of a medium of a record: its digest, or its URL."""
     return str(medium.get("digest") or medium.get("url", ""))
+
+
+def latest(rows: Iterable[dict[str, Any]], before: float = math.inf) -> list[dict[str, Any]]:
+    """Those ``MAX_ROWS`` of some rows whose requests ended last, the latest first.
+
+    Args:
+        rows: Of the table of requests.
+        before: Seconds since the epoch; rows of requests that ended later are left out.
+    """
+    return heapq.nlargest(MAX_ROWS, (row for row in rows if _ended(row) <= before), key=_ended)
+
+
+def _ended(row: Mapping[str, Any]) -> float:
+    # The page computes the same number of a row.
+    return float(row["began"] + row["seconds"])
 
 
 def summary_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class OwnPart:
         arguments = dict(question)
         answers: dict[str, Callable[..., Awaitable[Any]]] = {
             "state": self.state,
+            "requests": self.requests,
             "record": self.record,
             "names": self.names,
             "media": self.media,
@@ -72,12 +73,8 @@ class OwnPart:
         }
         return await answers[arguments.pop("do")](**arguments)
 
-    async def state(self, requests: int) -> dict[str, Any]:
-        """Everything that the page shows of this API server.
-
-        Args:
-            requests: The number of requests that have ended, the latest ones.
-        """
+    async def state(self) -> dict[str, Any]:
+        """Everything that the page shows of this API server, with the latest requests."""
         return {
             "server": self._index,
             "pid": os.getpid(),
@@ -85,8 +82,12 @@ class OwnPart:
             "live": {} if self._live is None else self._live.stats(),
             "sessions": [] if self._live is None else self._live.listing(),
             "running": self._running.now(),
-            "requests": self._log.summaries()[:requests],
+            "requests": self._log.summaries(),
         }
+
+    async def requests(self, before: float) -> list[dict[str, Any]]:
+        """Rows of requests that ended at a time or before: see ``RequestLog.summaries``."""
+        return self._log.summaries(before)
 
     async def record(self, request_id: str) -> dict[str, Any] | None:
         """All that is known of a finished request; None if that is nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from functools import cache
@@ -40,8 +41,6 @@ logger = logging.getLogger("vllm.mm_ext")
 PAGE_PATH = "/mm_ext/"
 _MOST_BODY = 1 << 20
 _RETRY_S = "5"
-# Requests that the page shows at first.
-_REQUESTS = 200
 
 
 class SightRoutes:
@@ -65,6 +64,7 @@ class SightRoutes:
         shown = {"methods": ["GET"], "include_in_schema": False}
         app.add_api_route(PAGE_PATH, self._page, response_class=HTMLResponse, **shown)
         app.add_api_route("/mm_ext/sight", self._overview, **shown)
+        app.add_api_route("/mm_ext/requests", self._older, **shown)
         app.add_api_route("/mm_ext/requests/{request_id}", self._record, **shown)
         changed = {"methods": ["POST"], "include_in_schema": False}
         app.add_api_route("/mm_ext/sessions/{action}", self._act_on_session, **changed)
@@ -127,8 +127,13 @@ class SightRoutes:
 
     async def _overview(self, request: Request) -> Response:
         async def answer(service: WholeService) -> Response:
-            found = await service.overview(_most_requests(request))
-            return _answered(found | {"admin": self._settings.admin})
+            return _answered(await service.overview() | {"admin": self._settings.admin})
+
+        return await self._for_operator(request, answer)
+
+    async def _older(self, request: Request) -> Response:
+        async def answer(service: WholeService) -> Response:
+            return _answered({"requests": await service.requests(_before(request))})
 
         return await self._for_operator(request, answer)
 
@@ -227,13 +232,16 @@ def page() -> str:
     return files("vllm_mm_ext.adapters.sight").joinpath("sight.html").read_text(encoding="utf-8")
 
 
-def _most_requests(request: Request) -> int:
-    """How many requests that have ended the page wants to show, of which there are more."""
-    asked = request.query_params.get("requests", str(_REQUESTS))
-    # More digits than that name no number of requests.
-    if not (asked.isascii() and asked.isdigit() and len(asked) < 10 and int(asked)):
-        raise _BadRequestError(f"requests={asked[:20]!r} is no whole number from 1 to 999999999")
-    return int(asked)
+def _before(request: Request) -> float:
+    """When the requests had ended that the page asks for, as seconds since the epoch."""
+    asked = request.query_params.get("before", "")
+    try:
+        before = float(asked)
+    except ValueError:
+        before = math.nan
+    if not math.isfinite(before):
+        raise _BadRequestError(f"before={asked[:20]!r} is no number of seconds since 1970")
+    return before
 
 
 def _action(request: Request, actions: Any) -> Any:

@@ -12,7 +12,7 @@ from vllm_mm_ext.adapters.quality.service import state_for
 from vllm_mm_ext.adapters.sight.engine_part import UTILITY
 from vllm_mm_ext.base.peers import Peers
 from vllm_mm_ext.policies.kv.control import KVClient, NoBlockPoolError
-from vllm_mm_ext.sight.request_log import shown_url
+from vllm_mm_ext.sight.request_log import latest, shown_url
 
 # Seconds for which what all processes said is shown again, however many pages ask.
 _FRESH_S = 1.0
@@ -53,23 +53,27 @@ class WholeService:
         self._taking_down = asyncio.Lock()
         self._shown: dict[str, Any] = {}
         self._shown_at = -_FRESH_S
-        self._most_requests = 0
 
     async def begin(self) -> None:
         """Prepare the engines for takedowns."""
         await self._engines("begin", {})
 
-    async def overview(self, requests: int) -> dict[str, Any]:
-        """Everything that the page shows but the details of a request.
+    async def overview(self) -> dict[str, Any]:
+        """Everything that the page shows at first, with the latest requests."""
+        async with self._asking:
+            if time.monotonic() - self._shown_at >= _FRESH_S:
+                self._shown = await self._overview()
+                self._shown_at = time.monotonic()
+            return self._shown
+
+    async def requests(self, before: float) -> list[dict[str, Any]]:
+        """Older requests, the latest of those that ended at a time or before.
 
         Args:
-            requests: The number of requests that have ended, the latest ones of all API servers.
+            before: Seconds since the epoch.
         """
-        async with self._asking:
-            if time.monotonic() - self._shown_at >= _FRESH_S or requests > self._most_requests:
-                self._shown = await self._overview(requests)
-                self._shown_at, self._most_requests = time.monotonic(), requests
-            return self._shown | {"requests": self._shown["requests"][:requests]}
+        found = await self._servers("requests", before=before)
+        return latest(row for rows in found for row in rows)
 
     async def record(self, request_id: str) -> dict[str, Any] | None:
         """All that is known of a finished request; None if that is nothing."""
@@ -243,13 +247,12 @@ class WholeService:
                 apart.update(items if is_apart else ())
         return {one for one in apart if common[one]}
 
-    async def _overview(self, most: int) -> dict[str, Any]:
+    async def _overview(self) -> dict[str, Any]:
         state = state_for(self._config)
         servers, engines = await asyncio.gather(
-            self._servers("state", requests=most), self._engines("look", {}, _ANSWER_S)
+            self._servers("state"), self._engines("look", {}, _ANSWER_S)
         )
-        requests = [row for server in servers for row in server.pop("requests")]
-        requests.sort(key=lambda row: -row["began"])
+        requests = latest(row for server in servers for row in server.pop("requests"))
         loads = state.loads(self._config.parallel_config.data_parallel_size)
         items = {
             item["hash"]: item["modality"]
