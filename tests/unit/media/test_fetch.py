@@ -794,13 +794,13 @@ class TestFile:
             "shrinks": BODY[1:],
         }
 
-        def changing(fd: int, size: int, stop: threading.Event) -> Blob:
+        def changing(fd: int, size: int, go_on: Callable[[], None]) -> Blob:
             if change == "grows":
                 with path.open("ab") as file:
                     file.write(b"more")
             if change == "is cut before it is read":
                 os.truncate(path, 1)
-            blob = reading(fd, size, stop)
+            blob = reading(fd, size, go_on)
             if change == "is renamed":
                 path.rename(path.with_name("b")).rename(path)
             elif change in rewritten:
@@ -828,7 +828,7 @@ class TestFile:
         path.write_bytes(b"a" * 1000)
         first, second = budget.claim(), budget.claim()
         lease = await first.acquire(9_500)
-        source = FileSource(tmp_path, threads=readers(), max_bytes=None)
+        source = FileSource(tmp_path, threads=readers(), lookups=readers(), max_bytes=None)
         reading = asyncio.create_task(
             source.fetch(path, timeout_s=1.0, max_bytes=None, load=True, claim=second)
         )
@@ -848,7 +848,7 @@ class TestFile:
         path.write_bytes(b"a" * 1000)
         first, second, third = budget.claim(), budget.claim(), budget.claim()
         leases = [await first.acquire(5_000), await third.acquire(4_500)]
-        source = FileSource(tmp_path, threads=readers(), max_bytes=None)
+        source = FileSource(tmp_path, threads=readers(), lookups=readers(), max_bytes=None)
         reading = asyncio.create_task(
             source.fetch(path, timeout_s=1.0, max_bytes=None, load=True, claim=second)
         )
@@ -869,7 +869,7 @@ class TestFile:
     ) -> None:
         path, budget = tmp_path / "a", MediaBudget(10_000)
         path.write_bytes(b"a" * 1000)
-        source = FileSource(tmp_path, threads=readers(), max_bytes=2000)
+        source = FileSource(tmp_path, threads=readers(), lookups=readers(), max_bytes=2000)
         look = source._look
 
         def looking(*asked: Any) -> Any:
@@ -1170,7 +1170,7 @@ async def test_a_server_without_descriptors_is_busy_and_the_file_is_not_at_fault
 ) -> None:
     path = tmp_path / "a"
     path.write_bytes(BODY)
-    source = FileSource(tmp_path, threads=readers(), max_bytes=None)
+    source = FileSource(tmp_path, threads=readers(), lookups=readers(), max_bytes=None)
     with without_descriptors():
         with pytest.raises(BusyError):
             BlobWriter()
@@ -1202,6 +1202,38 @@ async def test_bytes_that_a_request_uses_serve_others_though_no_cache_holds_them
         del held, part
     assert (await (await get(fetcher, path.as_uri())).open()).read() == BODY
     assert fetcher.stats()["file_reads"] == 2
+
+
+@pytest.mark.usefixtures("settled")
+async def test_files_that_are_read_slowly_are_waited_for_and_hold_up_none_that_is_known(
+    tmp_path: Path, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetcher = make_fetcher(budget=MediaBudget(1 << 30, max_wait_s=0.3))
+    known, slow = tmp_path / "known", [tmp_path / f"{number}" for number in range(17)]
+    known.write_bytes(BODY)
+    assert (await get(fetcher, known.as_uri())).digest == DIGEST
+    chunk = 1 << 20
+    for number, path in enumerate(slow):
+        path.write_bytes(bytes([number]) * 12 * chunk)
+    begun, go_on, really = threading.Semaphore(0), threading.Event(), os.read
+
+    def read(fd: int, size: int) -> bytes:
+        if size == chunk:
+            begun.release()
+            go_on.wait()
+            time.sleep(0.1)
+        return really(fd, size)
+
+    monkeypatch.setattr(os, "read", read)
+    try:
+        reading = [asyncio.create_task(get(fetcher, path.as_uri())) for path in slow]
+        for _ in range(16):
+            await asyncio.to_thread(begun.acquire)
+        found = await asyncio.wait_for(get(fetcher, known.as_uri()), 10)
+        assert found.digest == DIGEST
+    finally:
+        go_on.set()
+    assert len({ref.digest for ref in await asyncio.gather(*reading)}) == 17
 
 
 @pytest.mark.parametrize("call", ["lstat", "open"])

@@ -15,7 +15,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from vllm_mm_ext.errors import FULL_DISK, BusyError
 from vllm_mm_ext.media.bounded_threads import BoundedThreads
 from vllm_mm_ext.media.fetch.blob import Blob, check_size
 from vllm_mm_ext.media.fetch.byte_gate import Claim
-from vllm_mm_ext.media.fetch.file_source import FileIdentity, read_blob
+from vllm_mm_ext.media.fetch.file_source import FileIdentity, Reading, read_blob
 from vllm_mm_ext.media.fetch.source import Fetched, Source, tighter
 
 logger = logging.getLogger("vllm.mm_ext")
@@ -172,9 +172,9 @@ class CachedDownloads:
         """The bytes of a download on disk; None if they are gone meanwhile."""
         # The file is not open meanwhile: descriptors are scarcer than requests.
         lease = await claim.acquire(found.size)
-        stop = threading.Event()
+        reading = Reading(self._threads)
         try:
-            read = partial(self._read, url, found, stop)
+            read = partial(self._read, url, found, reading.go_on)
             blob = await self._threads.run(read, claim.max_wait_s)
             if blob is None:
                 lease.release()
@@ -185,9 +185,9 @@ class CachedDownloads:
             lease.release()
             raise
         finally:
-            stop.set()  # If this task was cancelled, the thread ends at its next chunk.
+            reading.stop()  # If this task was cancelled, the thread ends at its next chunk.
 
-    def _read(self, url: str, found: FileIdentity, stop: threading.Event) -> Blob | None:
+    def _read(self, url: str, found: FileIdentity, go_on: Callable[[], None]) -> Blob | None:
         try:
             fd = os.open(self._path_of(url), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -196,7 +196,7 @@ class CachedDownloads:
             # Not its times: others who use the file at the same time touch it too.
             if FileIdentity.of(os.fstat(fd))[:3] != found[:3]:
                 return None
-            blob = read_blob(fd, found.size, stop)
+            blob = read_blob(fd, found.size, go_on)
             with self._lock:
                 self.counts["disk_hits"] += 1
                 self._known[FileIdentity.of(os.fstat(fd))] = blob.digest

@@ -29,8 +29,9 @@ from vllm_mm_ext.media.loop_thread import LoopThread
 
 __all__ = ["BusyError", "MediaChangedError", "MediaFetcher", "MediaRef"]
 
-# Files that are read at a time, and as many of the download cache.
+# Files that are read at a time; as many that are looked up, and as many of the download cache.
 _READERS = 16
+_FILES = "files of too many other requests"
 
 
 class MediaRef:
@@ -159,7 +160,8 @@ class MediaFetcher:
         self.budget = budget
         self._files = FileSource(
             allowed_local_media_path,
-            threads=loop.threads(_READERS, "files", "files of too many other requests"),
+            threads=loop.threads(_READERS, "files", _FILES),
+            lookups=loop.threads(_READERS, "lookups", _FILES),
             max_bytes=local_limit_bytes,
             max_known=max_known,
         )

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +75,8 @@ class FileSource:
     Args:
         allowed_path: Only files below this directory are read; None forbids all.
         threads: For reading, as a directory may be that of a server that is gone.
+        lookups: Threads for all else that is asked of the disk: nobody waits for others' reads to
+            learn that a file is known.
         max_bytes: Limit on the size of one file, None for none.
         max_known: How many digests of files are remembered.
 
@@ -87,6 +89,7 @@ class FileSource:
         allowed_path: Path | None,
         *,
         threads: BoundedThreads,
+        lookups: BoundedThreads,
         max_bytes: int | None,
         max_known: int = 4096,
     ) -> None:
@@ -96,6 +99,7 @@ class FileSource:
                 raise ValueError(f"`{_FLAG}` must be an existing directory, got {allowed_path}")
         self._allowed = allowed_path
         self._threads = threads
+        self._lookups = lookups
         self._max_bytes = max_bytes
         self._known: LRUCache[FileIdentity, str] = LRUCache(max_known)
         self._lock = threading.Lock()
@@ -111,7 +115,7 @@ class FileSource:
         spec = parse_url(url)
         try:
             path = Path(url2pathname((spec.netloc or "") + (spec.path or "")))
-            resolved = await self._threads.run(path.resolve, claim.max_wait_s)
+            resolved = await self._lookups.run(path.resolve, claim.max_wait_s)
         except BusyError:  # A kind of ValueError.
             raise
         except (ValueError, OSError, RuntimeError):  # null byte; too long; a loop of links
@@ -126,16 +130,18 @@ class FileSource:
         del timeout_s
         limit = tighter(self._max_bytes, max_bytes)
         look = partial(self._look, location, limit, load)
-        found = await self._threads.run(look, claim.max_wait_s)
+        found = await self._lookups.run(look, claim.max_wait_s)
         if isinstance(found, Fetched):
             return found
         # The file is not open meanwhile: descriptors are scarcer than requests.
         lease = await claim.acquire(found.size)
-        stop = threading.Event()
+        reading = Reading(self._threads)
         try:
             # The file may have grown while the budget was waited for, and grows on if something is
             # being recorded to it.
-            while isinstance(read := await self._reading(location, limit, lease, stop, claim), int):
+            while isinstance(
+                read := await self._reading(location, limit, lease, reading, claim), int
+            ):
                 if not claim.grow(lease, read - lease.num_bytes, spare=_READ_CHUNK):
                     lease.release()
                     lease = await claim.acquire(read + _READ_CHUNK, sure=read)
@@ -144,7 +150,7 @@ class FileSource:
             lease.release()
             raise
         finally:
-            stop.set()  # If this task was cancelled, the thread ends at its next chunk.
+            reading.stop()  # If this task was cancelled, the thread ends at its next chunk.
         return Fetched.of(read)
 
     def forget(self, digests: Collection[str]) -> None:
@@ -170,13 +176,13 @@ class FileSource:
         return identity
 
     async def _reading(
-        self, path: Path, max_bytes: int | None, lease: Lease, stop: threading.Event, claim: Claim
+        self, path: Path, max_bytes: int | None, lease: Lease, reading: Reading, claim: Claim
     ) -> Blob | int:
-        read = partial(self._read, path, max_bytes, lease.num_bytes, stop)
+        read = partial(self._read, path, max_bytes, lease.num_bytes, reading.go_on)
         return await self._threads.run(read, claim.max_wait_s)
 
     def _read(
-        self, path: Path, max_bytes: int | None, room: int, stop: threading.Event
+        self, path: Path, max_bytes: int | None, room: int, go_on: Callable[[], None]
     ) -> Blob | int:
         """The bytes that the file has when it is opened; their number where it is above ``room``.
 
@@ -190,9 +196,9 @@ class FileSource:
             check_size(before.size, max_bytes, "The file")
             if before.size > room:
                 return before.size
-            blob = read_blob(fd, before.size, stop)
+            blob = read_blob(fd, before.size, go_on)
             after = FileIdentity.of(os.fstat(fd))
-            if after != before and not _begins_with(fd, before.size, blob, stop):
+            if after != before and not _begins_with(fd, before.size, blob, go_on):
                 raise _changed()
         except OSError as error:
             raise UnreachableMediaError(f"The file cannot be read: {error.strerror}.") from None
@@ -232,19 +238,45 @@ class FileSource:
             raise ForbiddenMediaError(f"The file path must be below the server's `{_FLAG}`.")
 
 
-def read_blob(fd: int, size: int, stop: threading.Event) -> Blob:
+class Reading:
+    """A read of a file in one of some threads, which another thread may stop.
+
+    Args:
+        threads: Of the read.
+    """
+
+    def __init__(self, threads: BoundedThreads) -> None:
+        self._threads = threads
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End the read at its next chunk."""
+        self._stopped = True
+
+    def go_on(self) -> None:
+        """Note that a chunk was read.
+
+        Raises:
+            asyncio.CancelledError: The read shall end.
+        """
+        if self._stopped:
+            raise asyncio.CancelledError
+        self._threads.note_progress()
+
+
+def read_blob(fd: int, size: int, go_on: Callable[[], None]) -> Blob:
     """Copy the beginning of an open file into memory.
 
     Args:
         fd: Descriptor open for reading.
         size: Most bytes to copy; the blob has fewer where the file ends before.
-        stop: Ends the copy between two chunks when it is set.
+        go_on: Called for each chunk; what it raises ends the copy.
 
     Raises:
         OSError: The file cannot be read.
     """
     with BlobWriter() as writer:
-        for chunk in _chunks(fd, size, stop):
+        for chunk in _chunks(fd, size, go_on):
             writer.append(chunk)
         return writer.finish()
 
@@ -263,33 +295,32 @@ def digest_of(path: Path, size: int) -> str:
         OSError: The file cannot be read.
     """
     with path.open("rb", buffering=0) as file:
-        return _digest(file.fileno(), size, threading.Event())
+        return _digest(file.fileno(), size, lambda: None)
 
 
-def _begins_with(fd: int, size: int, blob: Blob, stop: threading.Event) -> bool:
+def _begins_with(fd: int, size: int, blob: Blob, go_on: Callable[[], None]) -> bool:
     """Whether a blob is still the first ``size`` bytes of a file that changed while it was read.
 
     That is so of a recording in progress, and where no more than rights or a name changed. A file
     that somebody writes anew may grow as well.
     """
-    return blob.size == size and blob.digest == _digest(fd, size, stop)
+    return blob.size == size and blob.digest == _digest(fd, size, go_on)
 
 
-def _digest(fd: int, size: int, stop: threading.Event) -> str:
+def _digest(fd: int, size: int, go_on: Callable[[], None]) -> str:
     """Digest of what ``_chunks`` reads."""
     digest = blake3()
-    for chunk in _chunks(fd, size, stop):
+    for chunk in _chunks(fd, size, go_on):
         digest.update(chunk)
     return str(digest.hexdigest())
 
 
-def _chunks(fd: int, size: int, stop: threading.Event) -> Iterator[bytes]:
+def _chunks(fd: int, size: int, go_on: Callable[[], None]) -> Iterator[bytes]:
     """The first ``size`` bytes of an open file, or all where it has fewer."""
     os.lseek(fd, 0, os.SEEK_SET)
     left = size
     while chunk := os.read(fd, min(_READ_CHUNK, left)):
-        if stop.is_set():
-            raise asyncio.CancelledError
+        go_on()
         left -= len(chunk)
         yield chunk
 
