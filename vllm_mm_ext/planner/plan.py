@@ -158,6 +158,12 @@ class Plan:
         return encoder_cache_bytes(self.facts, self.request.embeddings * self.per_engine)
 
     @property
+    def kv(self) -> Part:
+        """The KV cache of each GPU, or of the engine on a CPU."""
+        blocks = f"{self.kv_blocks:,} blocks of {self.block_size} tokens"
+        return Part("KV cache", self.kv_bytes, blocks)
+
+    @property
     def host(self) -> tuple[Part, ...]:
         """Memory of the machine.
 
@@ -168,8 +174,7 @@ class Plan:
         working = front.in_flight_mb << 20
         budget = Part("media that are worked on", working, "media.cache.in_flight_mb")
         if site.gpu.is_cpu:
-            kv = Part("KV cache", self.kv_bytes, "as planned")
-            return (*front.memory, budget, *self.engine, kv)
+            return (*front.memory, budget, *self.engine, self.kv)
         # With one GPU the core is the worker.
         processes = site.tp + 1 if site.tp > 1 else 1
         each = [

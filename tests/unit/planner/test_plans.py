@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planner_facts import LLAMA_70B
+from rich.console import Console
 
 from vllm_mm_ext.config.media_settings import DecodeConfig
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
@@ -28,6 +30,7 @@ from vllm_mm_ext.planner.plan_yaml import plan_yaml, serve_command
 from vllm_mm_ext.planner.request_tokens import MediumTokens, RequestTokens
 from vllm_mm_ext.planner.video_tokens import EncoderShape, video_tokens
 from vllm_mm_ext.planner.workload import Video, Workload
+from vllm_mm_ext.tools.cli.plan_tables import show_plan
 from vllm_mm_ext.video.segments import VideoLayout
 
 FACTS = replace(
@@ -217,6 +220,14 @@ def test_the_memory_of_the_machine_has_all_that_the_written_file_lets_media_take
     names = {"encoded files", "frames and sound", "media that are worked on"}
     # Each size is written in whole MiB.
     assert sum(part.num_bytes for part in plan.host if part.name in names) > written - 3 << 20
+
+
+@pytest.mark.parametrize("gpu", ["cpu", "h100-80gb"])
+def test_a_plan_is_shown_with_each_part_of_the_machine_s_memory(gpu):
+    plan, shown = planned(site(gpu), Workload((Video(60),), concurrency=4)), io.StringIO()
+    show_plan(Console(file=shown, width=200), plan, (), None)
+    assert "media.cache.in_flight_mb" in shown.getvalue()
+    assert all(part.name in shown.getvalue() for part in plan.host)
 
 
 def test_a_container_gets_more_than_the_plan_counts_and_shared_memory_for_the_host_tiers():

@@ -86,17 +86,9 @@ def show_plan(
     console.print(f"[bold]{plan.facts.name}[/] on {where}", highlight=False)
     console.print(_tokens(plan))
     console.print(_request(plan))
-    title = "processes of the engine" if site.gpu.is_cpu else "memory of each GPU"
-    kv = Part(
-        "KV cache",
-        plan.kv_bytes,
-        f"{plan.kv_blocks:,} blocks of {plan.block_size} tokens",
-    )
-    console.print(_memory(title, [*plan.engine, kv]))
-    if site.gpu.is_cpu:
-        console.print(_memory("memory of the API server", plan.front.memory))
-    else:
-        console.print(_memory("memory of the machine", plan.host))
+    if not site.gpu.is_cpu:
+        console.print(_memory("memory of each GPU", [*plan.engine, plan.kv]))
+    console.print(_memory("memory of the machine", plan.host))
     console.print(str(plan.container), highlight=False, style="dim")
     if expected is not None:
         console.print(_estimates(expected))
