@@ -187,7 +187,8 @@ class RequestOptions(Options):
         min_length=1,
         max_length=256,
         description="What routers send the request by ([fleet.md](fleet.md)), any name; null: its "
-        "first medium. All routes take it, and it changes no answer.",
+        "first medium. It changes no answer. All routes take it but `/v1/decisions` and the forms "
+        "of `/v1/audio/*`.",
     )
 
     @model_validator(mode="before")
