@@ -198,9 +198,9 @@ class FetchConfig(Section):
         4096,
         ge=1,
         le=1 << 20,
-        description="Of a local file, or of a `data:` URL, MiB: larger video is refused. For "
-        "`audio_url` and `input_audio`, VLLM_MAX_AUDIO_CLIP_FILESIZE_MB (25) holds, wherever the "
-        "file is. All of a file is in memory while it is decoded.",
+        description="Of a local file, or of a `data:` URL, MiB: larger ones are refused. For "
+        "`audio_url` and `input_audio`, VLLM_MAX_AUDIO_CLIP_FILESIZE_MB (25) holds as well, "
+        "wherever the file is. All of a file is in memory while it is decoded.",
     )
 
 
