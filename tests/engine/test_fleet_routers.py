@@ -22,7 +22,7 @@ from vllm_mm_ext.fleet.key_headers import with_route_key
 from vllm_mm_ext.fleet.route_key import named_key
 from vllm_mm_ext.testing.checkpoints import checkpoint
 from vllm_mm_ext.testing.media import make_clip
-from vllm_mm_ext.testing.routers import ROUTERS, installed, router
+from vllm_mm_ext.testing.routers import ROUTERS, missing, router
 from vllm_mm_ext.testing.scraped import Scraped
 from vllm_mm_ext.testing.server import MODEL_NAME, Server, serve
 from vllm_mm_ext.tools.bench.live_load import live_stats
@@ -63,8 +63,8 @@ def servers(media: Path) -> Iterator[list[Server]]:
 
 @pytest.fixture(scope="module", params=sorted(ROUTERS))
 def routed(request: pytest.FixtureRequest, servers: list[Server]) -> Iterator[tuple[str, Server]]:
-    if not installed(request.param):
-        pytest.skip(f"no {request.param} on the PATH")
+    if (reason := missing(request.param)) is not None:
+        pytest.skip(reason)
     with router(request.param, [server.url for server in servers]) as running:
         yield request.param, running
 

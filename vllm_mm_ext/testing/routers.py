@@ -21,9 +21,13 @@ _START_S = 60.0
 _NGINX_FOLDERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
-def installed(name: str) -> bool:
-    """Whether a router's program is on the PATH, and its configuration in this repository."""
-    return shutil.which(name) is not None and CONFIGS.is_dir()
+def missing(name: str) -> str | None:
+    """What a router cannot be started without and is not there; None if all is there."""
+    if shutil.which(name) is None:
+        return f"no `{name}` on the PATH (the extra `fleet` has `envoy`, `vllm-router` and `smg`)"
+    if not CONFIGS.is_dir():
+        return "no configurations of routers, which are in the repository and not in the package"
+    return None
 
 
 @contextlib.contextmanager

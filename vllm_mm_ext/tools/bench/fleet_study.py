@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_mm_ext.testing.engine_arguments import EVERY_PART, as_flags
-from vllm_mm_ext.testing.routers import installed
+from vllm_mm_ext.testing.routers import missing
 from vllm_mm_ext.testing.server import MODEL_NAME, Server, serve, together
 from vllm_mm_ext.tools.bench.bench_clips import other_pictures
 from vllm_mm_ext.tools.bench.chat import ask, conversation
@@ -59,13 +59,13 @@ class FleetStudy:
     @cached_property
     def has_envoy(self) -> bool:
         """Whether Envoy can be started; a note says so if it cannot."""
-        found = installed("envoy")
-        if not found:
+        reason = missing("envoy")
+        if reason is not None:
             self.notes.append(
-                "no `envoy` on the PATH (it comes with the extra `fleet`): the client chose the "
-                "replica itself, by rendezvous hashing or in turn; what needs Envoy was left out"
+                f"{reason}: the client chose the replica itself, by rendezvous hashing or in turn; "
+                "what needs Envoy was left out"
             )
-        return found
+        return reason is None
 
     def in_orders(self, sides: Sequence[str]) -> Iterator[str]:
         """The sides once a repeat, in every other repeat the last one first."""

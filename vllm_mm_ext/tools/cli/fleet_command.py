@@ -31,7 +31,7 @@ def fleet(
     import yaml  # type: ignore[import-untyped]
 
     from vllm_mm_ext.testing.apart_servers import apart
-    from vllm_mm_ext.testing.routers import installed, router
+    from vllm_mm_ext.testing.routers import missing, router
     from vllm_mm_ext.tools.cli.demo import config_for, shipped_model
     from vllm_mm_ext.tools.cli.demo_quiz import usual_clip
 
@@ -62,11 +62,11 @@ def fleet(
         for name, server in (("encoder", found.encoders[0]), *_named(found.engines)):
             console.print(f"  {name} at {server.url}, healthy after {server.startup_s:.0f} s")
         front = found.engines[0]
-        if installed("envoy"):
+        if (reason := missing("envoy")) is None:
             front = stack.enter_context(router("envoy", [one.url for one in found.engines]))
             console.print(f"  Envoy at {front.url}")
         else:
-            console.print("  no `envoy` on the PATH (it comes with the extra `fleet`): no router")
+            console.print(f"  {reason}: no router")
         for _ in range(2):
             said = _ask(front, clip)
             console.print(f"  {said['seconds']:.1f} s, {said['cached']} of {said['prompt']} cached")
