@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_mm_ext.composer.training.questions import Question
-from vllm_mm_ext.tools.bench import long_video_bench
+from vllm_mm_ext.tools.bench import long_video_bench, long_video_text
 from vllm_mm_ext.tools.bench.bench_cli import app
 from vllm_mm_ext.tools.bench.commands import LongVideoPart
 from vllm_mm_ext.tools.bench.harness import BenchContext, BenchResult, Row
@@ -188,3 +188,20 @@ def test_repeated_answers_are_counted_as_equal_of_all() -> None:
         "10 min: equal answers": (2, 1, 0.5),
         "10 min: equal notes of windows": (4, 3, 0.75),
     }
+
+
+def test_texts_after_the_end_of_the_videos_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ending:
+        def __init__(self, _: object) -> None:
+            pass
+
+        def follow(self, *_: object) -> int:
+            return 0
+
+    monkeypatch.setattr(long_video_text, "Asker", Ending)
+    server: Any = None
+    with (
+        pytest.raises(RuntimeError, match="the videos were over before the texts"),
+        long_video_text._looked_through(server, [Path("a.mp4"), Path("b.mp4")]),
+    ):
+        pass

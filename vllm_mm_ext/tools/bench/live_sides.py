@@ -29,6 +29,8 @@ _ARGS = (
     *("--block-size", "32"),
     "--enable-prompt-tokens-details",
 )
+# All pictures of a feed, of which stock takes the first 32 by default.
+_STOCK_ARGS = ("--media-io-kwargs", '{"video": {"num_frames": -1}}')
 COMPOSER_FPS = 4.0
 """Frames per second of the composer, as it was trained."""
 
@@ -72,7 +74,11 @@ def omni_server(
     with serve(
         checkpoint("qwen2_5_omni"),
         plugin=plugin,
-        args=[*_ARGS, *([LOGGED] if logged else []), *(as_flags(SCHEDULER) if plugin else [])],
+        args=[
+            *_ARGS,
+            *([LOGGED] if logged else []),
+            *(as_flags(SCHEDULER) if plugin else _STOCK_ARGS),
+        ],
         env={
             # On the engine's core, others would stop all of its threads.
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +30,8 @@ from vllm_mm_ext.tools.bench.mixed_traffic import SLOTS, TARGET_OF_TEXT
 _SECONDS = 40.0
 _CALIBRATIONS = 5
 _STEP_TOKENS = 512
+# Videos that are looked through beside the texts of a repeat.
+_FILMS = 3
 # The texts begin once so many windows are done.
 _WINDOWS_FIRST = 2
 
@@ -56,11 +57,14 @@ def text(study: Study) -> list[Row]:
         # The server loads what it needs, and learns what steps cost.
         Asker(server).ask(study.films.film(759, 1).path, QUESTION, options=MAP_REDUCE)
         for repeat in range(study.context.repeats):
-            film = study.films.film(760 + repeat, study.minutes[-1])
+            films = [
+                study.films.film(760 + _FILMS * repeat + number, study.minutes[-1]).path
+                for number in range(_FILMS)
+            ]
             texts = Texts(server, 1 + repeat)
             every_s = TEXT_EVERY_TOKENS * texts.alone()[0]
             alone.append(1e3 * percentile(texts.stream(every_s), 99))
-            with _looked_through(server, film.path) as seen:
+            with _looked_through(server, films) as seen:
                 beside.append(1e3 * percentile(texts.stream(every_s), 99))
                 windows.append(seen())
     study.notes.append(
@@ -99,18 +103,33 @@ def _server(study: Study, model: Path, target_ms: float) -> Iterator[Server]:
 
 
 @contextmanager
-def _looked_through(server: Server, path: Path) -> Iterator[Any]:
-    """Have a video looked through while the block runs; yields what counts the windows done."""
+def _looked_through(server: Server, paths: Sequence[Path]) -> Iterator[Callable[[], int]]:
+    """Have videos looked through one by one while the block runs; yields what counts their windows.
+
+    Raises:
+        RuntimeError: They were over before the block was.
+    """
     seen, ready, ended = [0], threading.Event(), threading.Event()
 
-    def progress(done: int) -> bool:
-        seen[0] = done
-        if done >= _WINDOWS_FIRST:
-            ready.set()
-        return ended.is_set()
+    def watch() -> None:
+        for path in paths:
+            before = seen[0]
+
+            def progress(done: int, before: int = before) -> bool:
+                seen[0] = before + done
+                if seen[0] >= _WINDOWS_FIRST:
+                    ready.set()
+                return ended.is_set()
+
+            Asker(server).follow(path, QUESTION, MAP_REDUCE, progress)
+            if ended.is_set():
+                return
+        raise RuntimeError(
+            "the videos were over before the texts were; --minutes makes them longer"
+        )
 
     with ThreadPoolExecutor(1) as pool:
-        watched = pool.submit(Asker(server).follow, path, QUESTION, MAP_REDUCE, progress)
+        watched = pool.submit(watch)
         watched.add_done_callback(lambda _: ready.set())
         ready.wait()
         try:

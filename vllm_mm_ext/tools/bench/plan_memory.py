@@ -33,6 +33,8 @@ from vllm_mm_ext.tools.bench.plan_engine import messages
 _MIB = 1 << 20
 _POLL_S = 0.05
 _QUESTION = "What happens here?"
+# Tokens of an answer: so long that all requests of a workload come while the first are answered.
+_OUTPUT = 1024
 _FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen2_5_omni", "qwen3_omni", "llava_onevision", "composer")
 _NUMBER = re.compile(
     r"^vllm:(num_requests_running|num_requests_waiting|num_preemptions_total)\{.*\} (\S+)$", re.M
@@ -74,7 +76,7 @@ def workload_of(seed: int) -> tuple[str, Workload]:
         videos=videos,
         audios=(rng.choice([3.0, 20.0]),) if "audio" in able and rng.random() < 0.4 else (),
         images=(Image(640, 480),) if "image" in able and rng.random() < 0.4 else (),
-        output=rng.choice([16, 64]),
+        output=_OUTPUT,
         concurrency=rng.choice([2, 4, 8]),
     )
 
