@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from aiohttp import ClientPayloadError
+from msgspec import structs
 from planner_facts import LLAMA_70B
 from server_environment import environment
 from typer.testing import CliRunner
@@ -124,6 +125,70 @@ def test_what_fits_is_told_as_json_and_written(tmp_path):
         50,
     )
     assert "max-num-seqs: 4" in file.read_text()
+
+
+def estimated(*arguments: object) -> dict[str, object]:
+    """The estimate of a plan of the composer on H100s."""
+    code, out, error = run(
+        *(
+            COMPOSER,
+            "--gpu",
+            "h100-80gb",
+            "--video",
+            "20s@2fps:480p",
+            "--price-per-hour",
+            3,
+            "--json",
+        ),
+        *("--estimate", *arguments),
+    )
+    assert code == 0, error
+    return json.loads(out)["estimate"]
+
+
+def test_replicas_beyond_the_clients_serve_nobody():
+    alone = estimated("--concurrency", 1, "--dp", 1, "--cores", 8)
+    four = estimated("--concurrency", 1, "--dp", 4, "--cores", 32)
+    for name in ("requests a second", "seconds to the first token, median"):
+        assert four["figures"][name] == pytest.approx(alone["figures"][name])
+    price = "price of 1,000 requests"
+    assert four["figures"][price] == pytest.approx([4 * one for one in alone["figures"][price]])
+    five = estimated("--concurrency", 5, "--dp", 4, "--cores", 32)
+    rate = "requests a second"
+    assert alone["figures"][rate][1] < five["figures"][rate][1]
+    assert five["figures"][rate][1] < 5.01 * alone["figures"][rate][1]
+    assert max(alone["busy"].values()) <= 1
+
+
+def test_decoding_is_counted_in_seconds_of_cores(tmp_path):
+    def planned(threads):
+        rates = roofline(LLAMA_70B, gpu_of("h100-80gb", 0), 1)
+        each = [
+            structs.replace(one, host=structs.replace(one.host, decode_threads=threads))
+            for one in (rates.low, rates.middle, rates.high)
+        ]
+        file = tmp_path / f"{threads}.json"
+        by = (VERSION, str(COMPOSER), "x86_64", "NVIDIA H100 80GB HBM3", 1, "0.32", "2026-11-30")
+        write(Calibration(*by, 9, 0.0, 0.1, type(rates)(*each)), file)
+        return estimated("--concurrency", 2, "--calibration", file)["figures"]
+
+    one, two = planned(1.0), planned(2.0)
+    name = "CPU seconds of decoding, a request"
+    # What is probed takes one thread.
+    assert all(1.5 * a < b < 2.0 * a for a, b in zip(one[name], two[name], strict=True))
+
+
+def test_a_calibration_of_other_weights_is_told_of(tmp_path):
+    rates = roofline(LLAMA_70B, gpu_of("h100-80gb", 0), 1)
+    file = tmp_path / "calibration.json"
+    by = (VERSION, str(COMPOSER), "x86_64", "cpu", 1, "0.32", "2026-11-30", 9, 0.0, 0.1)
+    for dtype, told in (("", False), ("float64", True)):
+        write(Calibration(*by, rates, dtype), file)
+        _, _, error = run(
+            *(COMPOSER, "--gpu", "cpu", "--video", "2s:240p", "--out", 2, "--calibration", file),
+            *("--host-gib", 8),
+        )
+        assert ("weights in float64" in error) == told
 
 
 def test_a_plan_by_the_configuration_file_of_a_model_serves_the_folder(tmp_path):

@@ -81,3 +81,13 @@ def test_a_plan_of_several_replicas_is_calibrated_on_one(tmp_path: Path) -> None
     args = parsed(*server_arguments(Model(str(checkpoint("qwen2_5_omni")), setting), setting))
     assert (args.data_parallel_size, args.api_server_count) == (1, 1)
     assert args.max_num_seqs == planned["max-num-seqs"]
+
+
+def test_what_a_plan_does_not_serve_is_not_calibrated(tmp_path: Path) -> None:
+    planned = yaml.safe_load(CONFIGS[0].read_text())
+    planned["limit-mm-per-prompt"] = {"video": 1, "image": 0}
+    config = tmp_path / "plan.yaml"
+    config.write_text(yaml.safe_dump(planned))
+    setting = Setting.of(config)
+    args = parsed(*server_arguments(Model(str(checkpoint("qwen2_5_omni")), setting), setting))
+    assert args.limit_mm_per_prompt == {"audio": 0, "image": 0, "video": 4}

@@ -26,6 +26,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         held_up: Share of these that something else held up; they do not count.
         step_error: Median of how far the others are from what the rates add up to, as a share.
         rates: The rates.
+        dtype: Type of the weights and activations that were served; empty in older files.
     """
 
     version: int
@@ -39,6 +40,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     held_up: float
     step_error: float
     rates: RatesRange
+    dtype: str = ""
 
 
 def write(calibration: Calibration, file: Path) -> None:

@@ -110,11 +110,23 @@ class Estimate:
         """The part of the server that is busiest."""
         return max(self.busy, key=self.busy.__getitem__)
 
-    def times(self, replicas: int) -> Estimate:
-        """The same for so many servers like this one, each with its own clients."""
+    def times(self, servers: int, others: Estimate | None = None, count: int = 0) -> Estimate:
+        """The same for several servers, each with its own clients.
+
+        Args:
+            servers: Servers like this one.
+            others: Those with fewer clients, which do not wait longer; None if there are none.
+            count: Number of the others.
+        """
+        own = self.low, self.middle, self.high
+        added = (None,) * 3 if others is None else (others.low, others.middle, others.high)
         low, middle, high = (
-            replace(one, requests_per_s=replicas * one.requests_per_s)
-            for one in (self.low, self.middle, self.high)
+            replace(
+                one,
+                requests_per_s=servers * one.requests_per_s
+                + (0.0 if more is None else count * more.requests_per_s),
+            )
+            for one, more in zip(own, added, strict=True)
         )
         return Estimate(low, middle, high, self.busy)
 

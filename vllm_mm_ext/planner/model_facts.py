@@ -90,6 +90,7 @@ class ModelFacts:
         whole_bytes: Bytes of weights that each GPU holds whole.
         expert_bytes: Bytes of the experts of a mixture of experts, which all GPUs of all replicas
             divide among themselves.
+        quantization: vLLM's name of how weights are quantised; empty if they are not.
     """
 
     name: str
@@ -105,6 +106,7 @@ class ModelFacts:
     dtype: str = "bfloat16"
     whole_bytes: int = 0
     expert_bytes: int = 0
+    quantization: str = ""
 
     def undivided(self, tp: int, dp: int = 1) -> str:
         """Why GPUs cannot share the model: heads or widths that do not divide; empty if they can.

@@ -59,9 +59,10 @@ def roofline(
         decodes: Requests of a replica that decode at a time.
 
     Returns:
-        The rates; None where the GPU's figures are not known, or there is none.
+        The rates; None where the GPU's figures are not known, where there is none, and for
+        quantised weights, which are read and multiplied at other rates.
     """
-    if gpu.bf16_flops is None or gpu.bandwidth is None:
+    if gpu.bf16_flops is None or gpu.bandwidth is None or facts.quantization:
         return None
     text = facts.text
     flops, bytes_s = gpu.bf16_flops * tp, gpu.bandwidth * _MEMORY

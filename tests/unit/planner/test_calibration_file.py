@@ -132,5 +132,9 @@ def test_more_gpus_make_each_step_shorter() -> None:
         assert four.middle.step.seconds(contents) < one.middle.step.seconds(contents)
 
 
+def test_there_is_no_roofline_of_quantised_weights() -> None:
+    assert roofline(replace(FACTS, quantization="awq"), GPU, 1) is None
+
+
 def test_there_is_no_roofline_of_a_machine_whose_figures_are_not_known() -> None:
     assert roofline(FACTS, GpuFacts("24gb", "a GPU with 24 GiB", 24 << 30), 1) is None

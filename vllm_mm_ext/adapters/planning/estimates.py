@@ -88,7 +88,7 @@ def estimate_load(
 def estimate_plan(vllm_config: Any, plan: Plan, rates: RatesRange) -> Estimate:
     """Estimate what clients see of a plan's server.
 
-    Replicas share the machine and the clients evenly, so one of them is looked at.
+    Replicas share the machine evenly, and the clients as evenly as their number allows.
 
     Args:
         vllm_config: vLLM's configuration for the model.
@@ -110,6 +110,13 @@ def estimate_plan(vllm_config: Any, plan: Plan, rates: RatesRange) -> Estimate:
         # As in the plan's file.
         scheduler={"text_slots": 0},
     )
-    workload = replace(plan.workload, concurrency=plan.per_engine)
-    found = estimate_load(vllm_config, serving, workload, plan.request, rates)
-    return found.times(replicas)
+
+    def with_clients(count: int) -> Estimate:
+        workload = replace(plan.workload, concurrency=count)
+        return estimate_load(vllm_config, serving, workload, plan.request, rates)
+
+    fewest, more = divmod(plan.workload.concurrency, replicas)
+    if not more:
+        return with_clients(fewest).times(replicas)
+    others = with_clients(fewest) if fewest else None
+    return with_clients(fewest + 1).times(more, others, replicas - more)

@@ -17,6 +17,8 @@ from vllm_mm_ext.policies.encoder_cache.items import deepstack_levels
 
 # The project's names of the families, by the module of their processor.
 _MODULE = "vllm_mm_ext.adapters.processors."
+# What configurations call the number of a mixture's experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def model_facts(name: str, loaded: LoadedModel) -> ModelFacts:
@@ -80,6 +82,7 @@ def _facts(name: str, loaded: LoadedModel, model: Any, spec: Any, layers: int) -
         dtype=str(model_config.dtype).removeprefix("torch."),
         whole_bytes=weights - experts - sum(divided.values()),
         expert_bytes=experts,
+        quantization=str(model_config.quantization or ""),
     )
 
 
@@ -146,7 +149,9 @@ def _kv_spec(name: str, config: Any) -> tuple[Any, int]:
 
 
 def _text_facts(config: Any, model: Any, spec: Any, layers: int, parameters: int) -> TextFacts:
-    experts = int(getattr(config, "num_experts", 0) or 0)
+    experts = next((int(count) for name in _EXPERTS if (count := getattr(config, name, 0))), 0)
+    if not experts and _experts(model):
+        raise CannotPlanError(f"the config does not say how many experts it has: {_EXPERTS}")
     chosen = int(getattr(config, "num_experts_per_tok", 0) or 0) if experts else 0
     of_experts = sum(parameter.numel() for parameter in _experts(model))
     table = int(config.vocab_size) * int(config.hidden_size)

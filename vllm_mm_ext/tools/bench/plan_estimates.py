@@ -151,7 +151,7 @@ def _calibrated(server: Server, log: Path, folder: Path, model: Model, setting: 
     limits = Limits(model.modalities, hears, setting.context, setting.slots)
     seen = asyncio.run(observe(server, log, folder, limits, model.tokens_of))
     found = fitted(seen, model.tokens_of)
-    write(calibration(model.planner.facts.name, setting, found), folder / _CALIBRATION)
+    write(calibration(model.facts.name, model.facts, setting, found), folder / _CALIBRATION)
     return found
 
 

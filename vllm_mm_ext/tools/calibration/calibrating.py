@@ -42,6 +42,7 @@ class Setting:
         mm_processor_kwargs: ``--mm-processor-kwargs``.
         settings: The plugin's, ``additional_config.mm_ext``.
         arguments: Arguments of ``vllm serve`` that are not among these.
+        dtype: Type of weights and activations; ``auto``: the model's own.
     """
 
     tp: int
@@ -52,6 +53,7 @@ class Setting:
     mm_processor_kwargs: dict[str, Any]
     settings: dict[str, Any]
     arguments: tuple[str, ...]
+    dtype: str = "auto"
 
     @classmethod
     def usual(cls, *, is_cpu: bool) -> Setting:
@@ -63,7 +65,8 @@ class Setting:
         # How frames are chosen decides what is decoded; planning is for even choices.
         sampling = {"policy": "uniform", "fps": 1.0, "max_frames": 64}
         # Without instructions for bfloat16 a CPU converts operands, in small steps dearly.
-        cpu = ("--enforce-eager", "--dtype", "float32") if is_cpu else ()
+        dtype = "float32" if is_cpu else "auto"
+        cpu = ("--enforce-eager", "--dtype", dtype) if is_cpu else ()
         return cls(
             tp=1,
             context=_CONTEXT,
@@ -73,6 +76,7 @@ class Setting:
             mm_processor_kwargs={},
             settings={"media": {"sampling": sampling}},
             arguments=cpu,
+            dtype=dtype,
         )
 
     @classmethod
@@ -99,6 +103,7 @@ class Setting:
             mm_processor_kwargs=given.get("mm-processor-kwargs", {}),
             settings=given.get("additional-config", {}).get("mm_ext", {}),
             arguments=("--config", str(config)),
+            dtype=str(given.get("dtype", "auto")),
         )
 
 
@@ -153,8 +158,13 @@ class Model:
     @property
     def modalities(self) -> frozenset[str]:
         """Media that it takes, as it is served."""
-        limits = self.planner.loaded.processor.info.get_supported_mm_limits()
-        return frozenset(limits) & (frozenset(limits) if self._served is None else self._served)
+        supported = self.supported
+        return supported if self._served is None else supported & self._served
+
+    @property
+    def supported(self) -> frozenset[str]:
+        """Media that it can take."""
+        return frozenset(self.planner.loaded.processor.info.get_supported_mm_limits())
 
     def tokens_of(self, workload: Workload) -> RequestTokens:
         """What a request becomes in the engine."""
@@ -167,6 +177,8 @@ def server_arguments(model: Model, setting: Setting) -> list[str]:
     """Arguments of ``vllm serve``: one engine and one API server, of which an estimate is."""
     kv = model.facts.kv_bytes_per_token(setting.tp) * setting.context * _CONTEXTS_OF_KV
     kwargs = setting.mm_processor_kwargs
+    # Of a kind that is not named, vLLM takes any number.
+    counts = {kind: 4 * (kind in model.modalities) for kind in sorted(model.supported)}
     return [
         *setting.arguments,
         *("--tensor-parallel-size", str(setting.tp)),
@@ -175,7 +187,7 @@ def server_arguments(model: Model, setting: Setting) -> list[str]:
         *("--max-num-seqs", str(setting.slots)),
         *("--max-num-batched-tokens", str(setting.step_tokens)),
         *("--kv-cache-memory-bytes", str(max(KV_CACHE_BYTES, kv))),
-        *("--limit-mm-per-prompt", json.dumps(dict.fromkeys(sorted(model.modalities), 4))),
+        *("--limit-mm-per-prompt", json.dumps(counts)),
         *(("--mm-processor-kwargs", json.dumps(kwargs)) if kwargs else ()),
     ]
 
@@ -211,14 +223,15 @@ def calibrate(
         hears = model.planner.loaded.traits.hears_video
         limits = Limits(model.modalities, bool(hears), setting.context, min(_SLOTS, setting.slots))
         seen = asyncio.run(observe(server, log, folder, limits, model.tokens_of))
-    return calibration(name, setting, fitted(seen, model.tokens_of))
+    return calibration(name, model.facts, setting, fitted(seen, model.tokens_of))
 
 
-def calibration(name: str, setting: Setting, found: Fitted) -> Calibration:
+def calibration(name: str, facts: ModelFacts, setting: Setting, found: Fitted) -> Calibration:
     """What goes into the file.
 
     Args:
         name: The model's name or path.
+        facts: Its sizes.
         setting: How it was served.
         found: What was measured.
     """
@@ -237,4 +250,5 @@ def calibration(name: str, setting: Setting, found: Fitted) -> Calibration:
         held_up=found.steps.held_up,
         step_error=found.steps.error,
         rates=found.rates,
+        dtype=facts.dtype if setting.dtype == "auto" else setting.dtype,
     )

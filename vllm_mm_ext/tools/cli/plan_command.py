@@ -204,7 +204,12 @@ def _expected(
         found,
         source,
         per_hour,
-        decode_s=at_each(lambda each: sum(one.decode_s(each.host) for one in work)),
+        decode_s=at_each(
+            lambda each: sum(
+                one.probe_s(each.host) + one.decode_s(each.host) * each.host.decode_threads
+                for one in work
+            )
+        ),
         follow_up_s=at_each(lambda each: follow_up_s(work, made.request, each)),
     )
 

@@ -38,6 +38,11 @@ def chosen_rates(plan: Plan, model: str, calibration: Path | None) -> tuple[Rate
     if calibration is None:
         bound = roofline(facts, site.gpu, site.tp, site.dp, decodes=plan.per_engine)
         source = "from the GPU's data sheet; `vllm-mm calibrate` measures"
+        if facts.quantization and site.gpu.bf16_flops is not None:
+            _warn(
+                f"no estimate of weights quantised by {facts.quantization} from a data sheet; "
+                "`vllm-mm calibrate` measures them for --calibration"
+            )
         return None if bound is None else (bound, source)
     try:
         measured = read(calibration)
@@ -56,6 +61,15 @@ def _check(measured: Calibration, facts: ModelFacts, model: str, gpu: GpuFacts, 
     known = gpu.bf16_flops is not None
     other_gpu = known and gpu.name.partition("-")[0] not in measured.device.lower()
     if other_gpu or measured.model not in (model, facts.name):
-        console = Console(stderr=True)
-        other = f"{was}, the plan is for {facts.name} on {gpu.title}: estimates may be far off"
-        console.print(f"[yellow]{escape(other)}[/]", highlight=False, soft_wrap=True)
+        _warn(f"{was}, the plan is for {facts.name} on {gpu.title}: estimates may be far off")
+    if measured.dtype not in ("", facts.dtype):
+        _warn(
+            f"--calibration: it is of weights in {measured.dtype}, the plan's are in "
+            f"{facts.dtype}: estimates may be off; `vllm-mm calibrate --config` measures a plan's "
+            "own server"
+        )
+
+
+def _warn(text: str) -> None:
+    console = Console(stderr=True)
+    console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)

@@ -92,6 +92,9 @@ def show_plan(
     console.print(str(plan.container), highlight=False, style="dim")
     if expected is not None:
         console.print(_estimates(expected))
+        busiest = expected.estimate.limit
+        share = f"{expected.estimate.busy[busiest]:.0%}"
+        console.print(f"Busiest: {busiest}, {share} of the time.", highlight=False)
         console.print(f"Estimates are {expected.source}.", highlight=False, style="dim")
     _verdict(console, plan, found)
 
@@ -270,6 +273,7 @@ def as_dict(plan: Plan, found: Sequence[Lever], expected: Expected | None) -> di
         else {
             "source": expected.source,
             "figures": {name: values for name, *values in expected.rows()},
+            "busy": expected.estimate.busy,
         },
         "levers": [
             {
