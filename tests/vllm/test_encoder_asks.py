@@ -8,13 +8,15 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
+from starlette.requests import Request
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from vllm_mm_ext.adapters.serving import encoder_asks
+from vllm_mm_ext.adapters.serving import encoder_asks, encoders_apart
 from vllm_mm_ext.adapters.serving.encoder_asks import OUTCOMES, UTILITY, EncoderAsks
 from vllm_mm_ext.adapters.serving.encoders_apart import without_answer
 from vllm_mm_ext.adapters.serving.middleware import TraceMiddleware
@@ -103,6 +105,40 @@ async def test_an_encoder_is_asked_as_the_client_asked_and_told_the_plan() -> No
     assert "Cookie" not in headers
     assert asks.counts == dict.fromkeys(OUTCOMES, 0) | {"encoded": 1}
     assert core.told == [(UTILITY, job.name)]
+
+
+async def test_the_encoder_plans_by_what_the_server_that_asks_has_decided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+    async with encoder(saying(200, seen)) as url:
+        await ask(EncoderAsks([url], PLAN, 30.0), Core(), (0, 2), 16384)
+    ((headers, body),) = seen
+    planned: list[Any] = []
+
+    async def answer(_: Any, request: ChatCompletionRequest, *__: Any) -> None:
+        planned.append((current_request(), request))
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    asked = Request(
+        {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": raw}, receive
+    )
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(mm_ext_plan=PLAN),
+        ec_transfer_config=SimpleNamespace(is_ec_producer=True, is_ec_consumer=False),
+    )
+    chat = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config, renderer=None))
+    # An encoder asks no other one.
+    idle = SimpleNamespace(encoder_asks=None)
+    monkeypatch.setattr(encoders_apart, "runtime_of", lambda _: idle)
+    request = ChatCompletionRequest.model_validate(body)
+    await encoders_apart._apart(answer)(chat, request, asked)
+    ((context, request),) = planned
+    assert (context.levels, context.item_tokens) == ((0, 2), 16384)
+    assert not request.stream
 
 
 @pytest.mark.parametrize("status", [302, 401, 404, 409, 421, 429, 500, 503])
