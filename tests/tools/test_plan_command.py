@@ -130,17 +130,8 @@ def test_what_fits_is_told_as_json_and_written(tmp_path):
 def estimated(*arguments: object) -> dict[str, object]:
     """The estimate of a plan of the composer on H100s."""
     code, out, error = run(
-        *(
-            COMPOSER,
-            "--gpu",
-            "h100-80gb",
-            "--video",
-            "20s@2fps:480p",
-            "--price-per-hour",
-            3,
-            "--json",
-        ),
-        *("--estimate", *arguments),
+        *(COMPOSER, "--gpu", "h100-80gb", "--video", "20s@2fps:480p", "--price-per-hour", 3),
+        *("--estimate", "--json", *arguments),
     )
     assert code == 0, error
     return json.loads(out)["estimate"]
