@@ -283,6 +283,27 @@ def test_the_look_is_bounded_and_happens_where_windows_have_few_frames(
         assert times[-1] >= seconds - 1 - 1 / 24
 
 
+def with_pauses(*parts: tuple[float, float]) -> MediaInfo:
+    """A clip of 30 fps that shows new frames between pairs of moments alone; one GOP."""
+    numbers = [np.arange(round(30 * first), round(30 * last)) for first, last in parts]
+    time = np.concatenate(numbers) / 30.0
+    return media(time, key=np.arange(len(time)) == 0)
+
+
+@pytest.mark.parametrize(
+    ("fps", "multiple_of", "seconds", "resumes"),
+    [(1.0, 1, 135.04, 152), (1.0, 1, 135.1, 152), (2.0, 1, 79.04, 96), (2.0, 2, 79.04, 96)],
+)
+def test_a_window_that_has_only_what_the_one_before_left_to_it_can_choose(
+    fps: float, multiple_of: int, seconds: float, resumes: int
+) -> None:
+    clip = with_pauses((0, seconds), (resumes, resumes + 8))
+    selection = chosen(clip, policy="adaptive", fps=fps, max_frames=768, multiple_of=multiple_of)
+    assert selection.times[-1] >= resumes + 7 - 1 / 30
+    # At least what is due in the seconds that have frames, but for a window that is cut short.
+    assert len(selection.times) >= fps * (int(seconds) - 8)
+
+
 def changing(first: float, last: float, fps: float = 25.0) -> Thumbnails:
     """Thumbnails of a clip that changes four times a second between two moments, else never."""
 

@@ -82,11 +82,17 @@ class _Clip:
             score[first:last] = known[first - window.back :]
             own, count = rows(packets, first, last), max(1, window.wanted)
             found = thumbnail_scan.plan(own, score[first:last], count, left)
+            likely = first + found[thumbnail_scan.eligible(own.time[found], count)]
+            # What the window leaves to the next is all that the next may have.
+            likely = thumbnail_scan.at_least(likely, first, window.high, window.wanted)
+            likely = thumbnail_scan.at_least(likely, window.high, last, window.later)
+            found = np.union1d(first + found, likely)
             left = max(0, left - len(found))
-            looked_at.append(first + found)
-            eligible.append(thumbnail_scan.eligible(own.time[found], count))
-        found, likely = np.concatenate(looked_at), np.concatenate(eligible)
-        return cls(packets, until, windows, score, found, likely)
+            looked_at.append(found)
+            eligible.append(np.isin(found, likely))
+        return cls(
+            packets, until, windows, score, np.concatenate(looked_at), np.concatenate(eligible)
+        )
 
     def places(self, first: int, last: int) -> slice:
         """Which of the frames looked at are ``first`` to ``last`` (exclusive)."""

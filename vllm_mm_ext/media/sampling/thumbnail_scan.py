@@ -101,6 +101,18 @@ def eligible(time: Times, count: int) -> npt.NDArray[np.bool_]:
     return first if first.sum() >= count else np.ones(len(time), np.bool_)
 
 
+def at_least(looked_at: Indices, low: int, high: int, count: int) -> Indices:
+    """``looked_at``, and an even choice of frames where ``low`` to ``high`` (exclusive) lack some.
+
+    Returns:
+        Sorted frame indices, of which ``min(count, high - low)`` are in ``low..high - 1``.
+    """
+    count = min(count, high - low)
+    if np.count_nonzero((looked_at >= low) & (looked_at < high)) >= count:
+        return looked_at
+    return np.union1d(looked_at, np.linspace(low, high - 1, count, dtype=np.int64))
+
+
 def _shown_evenly(time: Times, count: int) -> Indices:
     return shown_at(time, np.linspace(time[0], time[-1], count))
 

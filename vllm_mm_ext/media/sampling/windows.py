@@ -45,6 +45,7 @@ class Window:
         back: First frame that shows what is usual, at most ``first``.
         end: The moment in seconds at which the window ends: nothing after it is known.
         wanted: Frames to choose, if there are so many.
+        later: Frames due in what the window leaves to the next one.
         is_rest: A longer clip would have another window here: this one is what is left behind the
             full windows, or the whole clip, as ``min_frames`` or ``max_frames`` binds.
     """
@@ -56,6 +57,7 @@ class Window:
     back: int
     end: float
     wanted: int
+    later: int = 0
     is_rest: bool = False
 
     @property
@@ -133,7 +135,8 @@ def _cut(packets: PacketTable, duration: float, asked: int, spec: SamplingSpec) 
         # From a keyframe on: of a GOP that is cut, stage 1 would see a wrong length.
         later = starts[np.searchsorted(starts, back) :]
         back = int(later[0]) if len(later) and later[0] <= first else min(back, first)
-        yield Window(low, high, first, last, back, end, wanted, is_rest)
+        left = 0 if is_rest else handed
+        yield Window(low, high, first, last, back, end, wanted, left, is_rest)
         low, first = high, last
 
 
