@@ -17,7 +17,7 @@ from vllm_mm_ext.errors import MediaError, NoSuchStreamError
 from vllm_mm_ext.media.decode.decoders.base import thumbnail_size
 from vllm_mm_ext.media.decode.decoders.pyav_decoder import PyAVDecoder
 from vllm_mm_ext.media.decode.probe import probe
-from vllm_mm_ext.media.sampling import basic, select, thumbnail_scan, timeline
+from vllm_mm_ext.media.sampling import basic, select, thumbnail_scan, timeline, windows
 from vllm_mm_ext.media.sampling.adaptive import Thumbnails
 from vllm_mm_ext.media.sampling.short_events import motion_score
 from vllm_mm_ext.media.sampling.thumbnail_planes import planes
@@ -302,6 +302,53 @@ def test_a_window_that_has_only_what_the_one_before_left_to_it_can_choose(
     assert selection.times[-1] >= resumes + 7 - 1 / 30
     # At least what is due in the seconds that have frames, but for a window that is cut short.
     assert len(selection.times) >= fps * (int(seconds) - 8)
+
+
+@pytest.mark.parametrize("within", [(), ((12.0, 12.05),)])
+def test_the_second_before_a_pause_gets_no_frames_for_the_pause(
+    within: tuple[tuple[float, float], ...],
+) -> None:
+    clip = with_pauses((0, 8), *within, (60, 80))
+    times = chosen(clip, policy="adaptive", max_frames=768).times
+    seconds = np.bincount(timeline.second_of(times), minlength=80)
+    assert seconds[7] <= 2
+    assert seconds[60:].sum() >= 18
+
+
+@settings(max_examples=30)
+@given(
+    pauses=st.lists(st.tuples(st.floats(0.1, 20), st.floats(0, 30)), min_size=1, max_size=8),
+    fps=st.sampled_from([0.5, 1.0, 2.0, 3.0]),
+    min_frames=st.sampled_from([0, 4, 100, 300]),
+    multiple_of=st.sampled_from([1, 2, 4]),
+)
+def test_windows_of_long_clips_with_pauses_choose_as_many_frames_as_they_have(
+    pauses: list[tuple[float, float]], fps: float, min_frames: int, multiple_of: int
+) -> None:
+    parts = [(0.0, 130 / fps)]
+    for seconds, pause in pauses:
+        resumes = parts[-1][1] + pause
+        parts.append((resumes, resumes + seconds))
+    clip = with_pauses(*parts)
+    assert clip.packets is not None
+    likely = np.zeros(0, np.int64)
+
+    def thumbnails(indices: Sequence[int], some: Sequence[int]) -> npt.NDArray[np.uint8]:
+        nonlocal likely
+        likely = np.array(some)
+        return np.zeros((len(indices), 12, 16), np.uint8)
+
+    spec = SamplingSpec(
+        *("adaptive", fps),
+        max_frames=2000,
+        min_frames=min_frames,
+        max_fps=30.0,
+        multiple_of=multiple_of,
+    )
+    indices = select(clip, spec, thumbnails).indices
+    assert len(indices) >= min(min_frames, len(clip.packets)) - multiple_of + 1
+    for window in windows.windows_of(clip, spec):
+        assert np.count_nonzero((likely >= window.low) & (likely < window.high)) >= window.count
 
 
 def changing(first: float, last: float, fps: float = 25.0) -> Thumbnails:

@@ -128,7 +128,9 @@ def _cut(packets: PacketTable, duration: float, asked: int, spec: SamplingSpec) 
             end = (number + 1) * seconds
             high, last = np.searchsorted(time, np.array([end - handed / spec.fps, end]) - 1e-6)
             due = (number + 1) * frames - handed
-        wanted, given = due - given, due
+        # Frames that the window lacks are not made up for by more of the second before it.
+        most = (handed if number else 0) + high - first
+        wanted, given = min(due - given, most), due
         if low == high and first == last:
             continue
         back = int(np.searchsorted(time, number * seconds - _LOOK_BACK_S))
