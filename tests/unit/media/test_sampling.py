@@ -277,7 +277,7 @@ def test_the_look_is_bounded_and_happens_where_windows_have_few_frames(
         times = select(even(24 * seconds, 24.0), spec, thumbnails).times
         assert len(times) == timeline.target_count(even(24 * seconds, 24.0), spec)
         assert len(looks) == 1
-        most = thumbnail_scan.MAX_THUMBNAILS + 4 * fps * seconds
+        most = thumbnail_scan.MAX_THUMBNAILS + 6 * fps * seconds
         assert len(times) < looks[0] <= most
         assert times[0] <= 1
         assert times[-1] >= seconds - 1 - 1 / 24
@@ -403,6 +403,23 @@ def test_a_long_clip_is_looked_at_at_keyframes_and_where_packets_are_large() -> 
     assert len(looked) <= thumbnail_scan.MAX_THUMBNAILS
     assert sum(index % 60 == 0 for index in looked) >= 4 * 32
     assert sum(17_000 <= index < 17_009 for index in looked) >= 2
+
+
+def test_later_windows_of_a_long_clip_show_what_large_packets_hold() -> None:
+    time = np.arange(300 * 24) / 24.0
+    starts = np.linspace(150, 284, 8)
+    shown = ((time[:, None] >= starts) & (time[:, None] < starts + 0.25)).any(axis=1)
+    size = np.random.default_rng(0).integers(900, 1100, len(time)) * np.where(shown, 8, 1)
+    still = np.random.default_rng(1).integers(60, 160, (36, 64)).astype(np.uint8)
+
+    def thumbnails(indices: Sequence[int], _likely: Sequence[int]) -> npt.NDArray[np.uint8]:
+        small = np.stack([still] * len(indices))
+        small[shown[np.array(indices)], 10:20, 10:24] = 250
+        return in_gray(small)
+
+    spec = SamplingSpec("adaptive", fps=0.5, max_frames=768, multiple_of=2)
+    times = select(media(time, size, np.arange(len(time)) % 250 == 0), spec, thumbnails).times
+    assert all(((times >= start) & (times < start + 0.25)).any() for start in starts)
 
 
 def test_uniform_equals_the_choice_of_stock_loaders_where_a_budget_binds() -> None:

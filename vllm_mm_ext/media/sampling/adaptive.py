@@ -81,7 +81,8 @@ class _Clip:
             known = container_profile.innovation(rows(packets, window.back, last))
             score[first:last] = known[first - window.back :]
             own, count = rows(packets, first, last), max(1, window.wanted)
-            found = thumbnail_scan.plan(own, score[first:last], count, left)
+            most = max(left, thumbnail_scan.LATER_THUMBNAILS * count) if first else left
+            found = thumbnail_scan.plan(own, score[first:last], count, most)
             likely = first + found[thumbnail_scan.eligible(own.time[found], count)]
             # What the window leaves to the next is all that the next may have.
             likely = thumbnail_scan.at_least(likely, first, window.high, window.wanted)

@@ -32,8 +32,10 @@ _CLOSE, _SPARSE = 8, 4
 _FEWEST = 64
 # Most thumbnails, or _SPARSE for each frame if these are more; each costs scaling and a copy
 # besides its decoding. Where frames are chosen window by window, the first windows have as many
-# together, the others _SPARSE for each frame.
+# together, and later ones LATER_THUMBNAILS for each frame: _SPARSE of these spread over the window,
+# as with fewer footage is represented worse, and the others where stage 1 saw most.
 MAX_THUMBNAILS = 960
+LATER_THUMBNAILS = 6
 # Of the thumbnails, those whose frames can be chosen are _SPARSE for each frame to choose, but so
 # many at least, evenly spread. With all of them, footage is represented 1 % better.
 _FEWEST_ELIGIBLE = 128
