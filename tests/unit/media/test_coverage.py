@@ -190,3 +190,32 @@ def test_a_gap_pays_for_the_events_inside_it_alone() -> None:
         for column, left in enumerate(gaps._left[right].tolist()):
             missed = sum(2.0 * e.strength for e in counted if left < e.first and e.last < right)
             assert inside[right, column] == pytest.approx(missed)
+
+
+@pytest.mark.parametrize("ceiling", [1, 2])
+def test_what_strong_events_may_cost_is_found_once_though_seconds_are_full(
+    ceiling: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[int] = []
+    best, solve = _Gaps.best, _Gaps._solve
+
+    def begun(gaps: _Gaps, count: int, allowed: npt.NDArray[np.bool_]) -> object:
+        rounds.append(0)
+        return best(gaps, count, allowed)
+
+    def counted(gaps: _Gaps, *args: object) -> object:
+        rounds[-1] += 1
+        return solve(gaps, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_Gaps, "best", begun)
+    monkeypatch.setattr(_Gaps, "_solve", counted)
+    rng = np.random.default_rng(0)
+    pixels = np.cumsum(rng.normal(0, 3, (200, 16)), axis=0).astype(np.float32)
+    frames = [8 * second + frame for second in (2, 6, 7, 13) for frame in (0, 2, 4, 6)]
+    marked = [Event(frame, frame, float(rng.uniform(5, 40))) for frame in frames]
+    pixels[frames] += rng.normal(0, 40, (16, 16))
+    take(look(pixels, *marked), 12, ceiling=ceiling)
+    assert len(rounds) > 1
+    # One frame less and no price, three strengths; the price, only in the first round.
+    assert rounds[0] <= 11
+    assert max(rounds[1:]) <= 6

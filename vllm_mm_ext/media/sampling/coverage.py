@@ -178,6 +178,9 @@ class _Gaps:
         )
         self._looked, self._slope = looked, slope
         self._left, self._right = left, right
+        # The price of the strongest events, over that of one frame less. It does not rise again
+        # where fewer frames are allowed: each price tried costs a solution.
+        self._factor = 1.0
 
     def best(self, count: int, allowed: Mask) -> Indices | None:
         """The positions of the best choice; None if there is none within the limits."""
@@ -198,7 +201,9 @@ class _Gaps:
         # Of the strongest events, those that are shown at the highest price at which all together
         # cost no more than the gain, or than one frame. As prices fall, dear events go first.
         most, strongest = max(even, fewer[1]), max(event.strength for event in events)
-        low, high, found = _LEAST_PRICE / strongest, 1.0, showing(least, price)
+        low, high = _LEAST_PRICE / strongest, self._factor
+        if high < 1.0:
+            found = showing(least, high * price)
         if self._error(found) <= most:
             return found
         found = plain[0]
@@ -209,6 +214,7 @@ class _Gaps:
                 found, low = trial, factor
             else:
                 high = factor
+        self._factor = low
         return found
 
     def _missed(self, least: float, price: float) -> tuple[Floats, Floats, Floats]:
