@@ -16,6 +16,7 @@ import numpy.typing as npt
 from vllm_mm_ext.config.options import Reduction
 
 Scores = npt.NDArray[np.float32]
+Blocks = npt.NDArray[np.int32]
 
 # The pixels of a token are averaged over 4 x 4 blocks: the noise of single pixels averages out, an
 # edge that moves by a few pixels does not.
@@ -25,7 +26,8 @@ _MAX_BLOCK = 256
 
 
 def static_scores(
-    frames: npt.NDArray[np.uint8],
+    blocks: Blocks,
+    size: tuple[int, int],
     height: int,
     width: int,
     temporal_patch: int,
@@ -40,8 +42,9 @@ def static_scores(
     frames of the cell and of the cell before it, so a longer version of a segment keeps its scores.
 
     Args:
-        frames: uint8 ``[frames, rows, columns, 3]``, at least as many rows and columns as tokens:
-            the frames of the segment, and before them those of the cells before its first.
+        blocks: The ``frame_blocks`` of the segment's frames, and before them of those of the cells
+            before its first.
+        size: Rows and columns of a frame.
         height, width: Tokens of one temporal grid vertically and horizontally, before reduction.
         temporal_patch: Frames per temporal grid.
         reduction: ``pool`` and ``temporal`` of the reduction say how large a cell is.
@@ -51,42 +54,52 @@ def static_scores(
     Returns:
         float32 ``[merged grids, pooled height, pooled width]`` in grey levels, 0 to 255; infinite
         for the first merged grid of a video, which has no grid before it.
-
-    Raises:
-        ValueError: The frames have fewer rows or columns than tokens.
     """
-    if frames.shape[1] < height or frames.shape[2] < width:
-        raise ValueError(f"frames of {frames.shape[1:3]} cannot hold {height} x {width} tokens")
-    own = len(frames) - before
+    own = len(blocks) - before
     grid = reduction.grid(math.ceil(own / temporal_patch), height, width)
     scores = np.full(grid, np.inf, dtype=np.float32)
     span = temporal_patch * reduction.temporal
     if not before and own <= span:
         return scores
-    side_y, side_x = _block(frames.shape[1], height), _block(frames.shape[2], width)
-    # A plain array: SampledFrames would run its own code for every slice.
-    blocks = block_sums(np.asarray(frames), side_y, side_x)
+    side_y, side_x = _block(size[0], height), _block(size[1], width)
     if before:
         blocks = np.concatenate([blocks[:1].repeat(span - before, axis=0), blocks])
     # Integers until the last division, so that every machine ranks cells alike.
     change = np.abs(blocks[span:] - blocks[:-span]).sum(axis=1)
     firsts = (
         np.arange(0, len(change), span),
-        _first_blocks(blocks.shape[2], side_y, frames.shape[1], height, reduction.pool),
-        _first_blocks(blocks.shape[3], side_x, frames.shape[2], width, reduction.pool),
+        _first_blocks(blocks.shape[2], side_y, size[0], height, reduction.pool),
+        _first_blocks(blocks.shape[3], side_x, size[1], width, reduction.pool),
     )
     for axis, first in enumerate(firsts):
         change = np.add.reduceat(change, first, axis=axis, dtype=np.int64)
     members = [
-        np.diff(first, append=size)
-        for first, size in zip(firsts, (len(blocks) - span, *blocks.shape[2:]), strict=True)
+        np.diff(first, append=end)
+        for first, end in zip(firsts, (len(blocks) - span, *blocks.shape[2:]), strict=True)
     ]
     pixels = 3 * side_y * side_x * np.einsum("i,j,k->ijk", *members)
     scores[0 if before else 1 :] = change / pixels
     return scores
 
 
-def block_sums(frames: npt.NDArray[np.uint8], side_y: int, side_x: int) -> npt.NDArray[np.int32]:
+def frame_blocks(frames: npt.NDArray[np.uint8], height: int, width: int) -> Blocks:
+    """What ``static_scores`` compares of frames: ``block_sums``, several blocks to a token.
+
+    Args:
+        frames: uint8 ``[frames, rows, columns, 3]``, at least as many rows and columns as tokens.
+        height, width: Tokens of one temporal grid vertically and horizontally, before reduction.
+
+    Raises:
+        ValueError: The frames have fewer rows or columns than tokens.
+    """
+    rows, columns = frames.shape[1:3]
+    if rows < height or columns < width:
+        raise ValueError(f"frames of {(rows, columns)} cannot hold {height} x {width} tokens")
+    # A plain array: SampledFrames would run its own code for every slice.
+    return block_sums(np.asarray(frames), _block(rows, height), _block(columns, width))
+
+
+def block_sums(frames: npt.NDArray[np.uint8], side_y: int, side_x: int) -> Blocks:
     """Sum of the pixels of each block, per channel.
 
     Args:

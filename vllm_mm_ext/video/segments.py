@@ -26,7 +26,7 @@ from vllm_mm_ext.video.cuts import (
     cut_units,
     reduced_runs,
 )
-from vllm_mm_ext.video.scores import static_scores
+from vllm_mm_ext.video.scores import Blocks, frame_blocks, static_scores
 from vllm_mm_ext.video.select import kept_cells
 
 Indices = npt.NDArray[np.int64]
@@ -275,7 +275,7 @@ def segments_of(
     Args:
         layout, reduction, target: As for ``cut_video``.
         pixels: Returns frames of the video at their final size; called only for a
-            ``reduction.static`` that compares pixels.
+            ``reduction.static`` that compares pixels, and once for each frame.
         known: For each segment the cells that such a reduction keeps, if that is known already.
 
     Raises:
@@ -288,6 +288,8 @@ def segments_of(
     height, width, patch = layout.height, layout.width, layout.temporal_patch
     # The places of the grid at which a token of an earlier segment stays.
     shown = np.zeros(reduction.grid(1, height, width)[1:], dtype=bool)
+    # Of the frames before a segment: as many as a cell has.
+    earlier: Blocks | None = None
     for number, cut in enumerate(cuts):
         grids = cut.grids[1] - cut.grids[0]
         merged, rows, columns = reduction.grid(grids, height, width)
@@ -297,9 +299,11 @@ def segments_of(
                 kept = _checked(known[number], merged * rows * columns, reduction)
             else:
                 begin, end = (grid * patch for grid in cut.grids)
-                before = min(begin, patch * reduction.temporal)
-                frames = pixels(slice(begin - before, end))
-                scores = static_scores(frames, height, width, patch, reduction, before)
+                blocks, before = frame_blocks(pixels(slice(begin, end)), height, width), 0
+                if earlier is not None:
+                    blocks, before = np.concatenate([earlier, blocks]), len(earlier)
+                earlier = blocks[-patch * reduction.temporal :]
+                scores = static_scores(blocks, layout.size, height, width, patch, reduction, before)
                 scores[0, ~shown] = np.inf
                 kept = kept_cells(scores, reduction)
                 shown.flat[kept % shown.size] = True

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm_mm_ext.adapters.models.mrope import vision_positions
 from vllm_mm_ext.config.options import NO_REDUCTION, Reduction
 from vllm_mm_ext.video.positions import reduced_positions
-from vllm_mm_ext.video.scores import block_sums, static_scores
+from vllm_mm_ext.video.scores import Scores, block_sums, frame_blocks, static_scores
 from vllm_mm_ext.video.select import kept_cells
 
 Frames = npt.NDArray[np.uint8]
@@ -58,6 +58,18 @@ def slow_score(frames: Frames, at: tuple[int, int, int], span: int, side: tuple[
     return float(np.mean(differences))
 
 
+def scores_of(
+    frames: npt.NDArray[np.uint8],
+    height: int,
+    width: int,
+    patch: int,
+    reduction: Reduction,
+    before: int = 0,
+) -> Scores:
+    blocks, (_, rows, columns, _) = frame_blocks(frames, height, width), frames.shape
+    return static_scores(blocks, (rows, columns), height, width, patch, reduction, before)
+
+
 @given(seed=st.integers(0, 99), pool=st.integers(1, 3), temporal=st.integers(1, 3))
 @settings(max_examples=15)
 def test_a_score_is_the_mean_difference_of_a_cells_blocks_to_the_cell_before(
@@ -65,7 +77,7 @@ def test_a_score_is_the_mean_difference_of_a_cells_blocks_to_the_cell_before(
 ) -> None:
     height, width, patch, factor = 3, 4, 2, 28
     frames = noise(seed, 11, height * factor, width * factor, 3)
-    scores = static_scores(frames, height, width, patch, Reduction(pool=pool, temporal=temporal))
+    scores = scores_of(frames, height, width, patch, Reduction(pool=pool, temporal=temporal))
     side = (pool * factor, pool * factor)
     for at in np.ndindex(scores.shape):
         if at[0]:
@@ -79,7 +91,7 @@ def test_scores_have_one_value_per_cell_of_the_reduced_grid(
 ) -> None:
     count = grid[0] * patch - odd * (patch - 1)
     frames = noise(0, count, grid[1] * 3 + 1, grid[2] * 5, 3)
-    scores = static_scores(frames, grid[1], grid[2], patch, reduction)
+    scores = scores_of(frames, grid[1], grid[2], patch, reduction)
     assert scores.shape == reduction.grid(*grid)
     assert np.isinf(scores[0]).all()
     assert np.isfinite(scores[1:]).all()
@@ -89,7 +101,7 @@ def test_scores_have_one_value_per_cell_of_the_reduced_grid(
 def test_still_frames_score_zero_and_only_the_cell_that_changes_scores() -> None:
     frames = np.full((6, 112, 112, 3), 90, dtype=np.uint8)
     frames[4:, 28:56, 84:112] = 190
-    scores = static_scores(frames, 4, 4, 2, NO_REDUCTION)
+    scores = scores_of(frames, 4, 4, 2, NO_REDUCTION)
     assert scores[2, 1, 3] == 100
     scores[2, 1, 3] = 0
     assert not scores[1:].any()
@@ -98,22 +110,22 @@ def test_still_frames_score_zero_and_only_the_cell_that_changes_scores() -> None
 def test_scores_do_not_depend_on_what_follows() -> None:
     frames = noise(1, 12, 64, 64, 3)
     reduction = Reduction(pool=2, temporal=2)
-    whole = static_scores(frames, 4, 4, 2, reduction)
-    start = static_scores(frames[:8], 4, 4, 2, reduction)
+    whole = scores_of(frames, 4, 4, 2, reduction)
+    start = scores_of(frames[:8], 4, 4, 2, reduction)
     np.testing.assert_array_equal(start, whole[:2])
 
 
 def test_tokens_that_no_whole_number_of_pixels_fits_are_all_scored() -> None:
     frames = np.zeros((2, 384, 384, 3), dtype=np.uint8)
     frames[1, 383 - 13 :, 383 - 13 :] = 255
-    scores = static_scores(frames, 14, 14, 1, NO_REDUCTION)
+    scores = scores_of(frames, 14, 14, 1, NO_REDUCTION)
     assert scores[1, 13, 13] > 0
     assert scores[1].argmax() == 14 * 14 - 1
 
 
 def test_fewer_pixels_than_tokens_is_an_error() -> None:
     with pytest.raises(ValueError, match="cannot hold"):
-        static_scores(noise(0, 4, 3, 8, 3), 4, 4, 2, NO_REDUCTION)
+        scores_of(noise(0, 4, 3, 8, 3), 4, 4, 2, NO_REDUCTION)
 
 
 @given(side_y=st.integers(1, 9), side_x=st.integers(1, 9), seed=st.integers(0, 9))
@@ -187,8 +199,8 @@ def test_changed_cells_take_no_more_from_the_first_ones_than_they_are() -> None:
 
 def test_scores_of_a_later_segment_are_those_in_the_whole_video() -> None:
     frames, reduction = noise(3, 16, 64, 64, 3), Reduction(pool=2, temporal=2)
-    whole = static_scores(frames, 4, 4, 2, reduction)
-    later = static_scores(frames[4:13], 4, 4, 2, reduction, before=4)
+    whole = scores_of(frames, 4, 4, 2, reduction)
+    later = scores_of(frames[4:13], 4, 4, 2, reduction, before=4)
     np.testing.assert_array_equal(later[0], whole[2])
     assert later.shape == (2, 2, 2)
 
@@ -196,7 +208,7 @@ def test_scores_of_a_later_segment_are_those_in_the_whole_video() -> None:
 def test_a_segment_after_less_than_a_cell_is_compared_with_what_there_is() -> None:
     frames = np.zeros((5, 64, 64, 3), dtype=np.uint8)
     frames[3:] = 8
-    scores = static_scores(frames, 4, 4, 1, Reduction(temporal=3), before=2)
+    scores = scores_of(frames, 4, 4, 1, Reduction(temporal=3), before=2)
     # One of three frames is as those before.
     np.testing.assert_allclose(scores, np.full((1, 4, 4), 16 / 3), rtol=1e-6)
 

@@ -77,6 +77,20 @@ def test_each_place_of_a_still_video_is_shown_by_the_second_segment() -> None:
     assert set(np.concatenate(kept).tolist()) == set(range(16))
 
 
+@pytest.mark.parametrize("temporal", [1, 2, 3])
+def test_each_frame_is_asked_for_once(temporal: int) -> None:
+    frames, asked = noise(7, 24, 56, 56, 3), []
+
+    def pixels(part: slice) -> Frames:
+        asked.extend(range(*part.indices(len(frames))))
+        return frames[part]
+
+    layout = VideoLayout((56, 56), 12, 4, 4, PATCH)
+    reduction = Reduction(static="prune", keep=0.5, temporal=temporal)
+    assert len(segments_of(layout, reduction, 16, pixels)) > 1
+    assert asked == list(range(24))
+
+
 reductions = st.builds(
     Reduction,
     pool=st.integers(1, 2),
