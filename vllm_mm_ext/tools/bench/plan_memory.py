@@ -190,7 +190,8 @@ def _serve(family: str, workload: Workload, seed: int, folder: Path) -> Watched:
     with serve(checkpoint(family), plugin=True, args=arguments, kv_cache_bytes=None) as server:
         watched = Watched()
         with _watching(server, watched), ThreadPoolExecutor(workload.concurrency + 1) as pool:
-            client = server.client(timeout=300.0)
+            # As clients do by default: items may get lost between vLLM's two processor caches.
+            client = server.client(timeout=300.0, max_retries=2)
 
             def ask(conversation: Any) -> int:
                 answer = client.chat.completions.create(
