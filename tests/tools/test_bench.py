@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import pytest
+from click import unstyle
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -81,6 +82,49 @@ def test_list_names_every_benchmark_with_what_it_shows() -> None:
 def test_every_benchmark_names_an_existing_function() -> None:
     for benchmark in registry.BENCHMARKS.values():
         assert callable(benchmark.load())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit"],
+        ["conversations"],
+        ["window-decode"],
+        ["media-robustness"],
+        ["sampling", "--footage"],
+    ],
+    ids=" ".join,
+)
+def test_repeats_are_refused_where_nothing_is_repeated(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> BenchResult:
+        return BenchResult("measured", [])
+
+    monkeypatch.setattr(registry.Benchmark, "load", lambda _: run)
+    monkeypatch.setattr("vllm_mm_ext.tools.bench.footage.run", run)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    refused = CliRunner().invoke(app, [*arguments, "--repeats", "2"])
+    assert refused.exit_code == 2
+    assert "--repeats" in unstyle(refused.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "repeats"),
+    [(["followup"], 3), (["followup", "--repeats", "2"], 2), (["sampling", "--repeats", "4"], 4)],
+)
+def test_other_benchmarks_repeat_as_they_are_told(
+    arguments: list[str], repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    def run(context: BenchContext) -> BenchResult:
+        told.append(context.repeats)
+        return BenchResult("measured", [])
+
+    monkeypatch.setattr(registry.Benchmark, "load", lambda _: run)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert told == [repeats]
 
 
 def test_context_refuses_no_repeats(tmp_path: Path) -> None:

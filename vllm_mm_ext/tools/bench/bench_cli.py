@@ -45,7 +45,10 @@ _WorkDir = Annotated[Path | None, typer.Option(help="Where generated media is ke
 
 
 def _add(benchmark: Benchmark) -> None:
-    def command(
+    def once(json: _Json = None, work_dir: _WorkDir = None) -> None:
+        _show(benchmark.load()(_context(1, work_dir)), json)
+
+    def repeated(
         json: _Json = None,
         repeats: Annotated[
             int, typer.Option(min=1, help="Repeats of each measurement.")
@@ -54,6 +57,7 @@ def _add(benchmark: Benchmark) -> None:
     ) -> None:
         _show(benchmark.load()(_context(repeats, work_dir)), json)
 
+    command = repeated if benchmark.repeatable else once
     app.command(benchmark.name, help=benchmark.shows)(command)
 
 
@@ -139,13 +143,17 @@ def sampling(
         typer.Option("--footage", help="How well the chosen frames stand for real footage."),
     ] = False,
     json: _Json = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 1,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Repeats, else 1; not with --footage.")
+    ] = None,
     work_dir: _WorkDir = None,
 ) -> None:
     """Of the benchmarks with options of their own."""
     from vllm_mm_ext.tools.bench import footage as on_footage
 
-    context = _context(repeats, work_dir)
+    if footage and repeats is not None:
+        raise typer.BadParameter("--footage measures once: --repeats is not for it")
+    context = _context(repeats or 1, work_dir)
     if footage:
         _show(on_footage.run(context, files or ()), json)
     elif files:

@@ -80,12 +80,14 @@ class Benchmark:
         shows: One line: what it shows.
         target: ``module:function`` under ``vllm_mm_ext.tools.bench``; takes a ``BenchContext``.
         repeats: Default number of repeats.
+        repeatable: Whether it can be told to repeat its measurements.
     """
 
     name: str
     shows: str
     target: str
     repeats: int = 3
+    repeatable: bool = True
 
     def load(self) -> Callable[[BenchContext], BenchResult]:
         """Import and return its function."""
@@ -139,6 +141,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "2,000 damaged files, impostors and bombs through the server; text alongside.",
                 "robustness:run",
                 repeats=1,
+                repeatable=False,
             ),
             Benchmark(
                 "sampling",
@@ -166,6 +169,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "Two hours of video asked of a 32k context: fitted, or refused before decoding.",
                 "fit_bench:run",
                 repeats=1,
+                repeatable=False,
             ),
             Benchmark(
                 "load-ramp",
@@ -190,6 +194,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "12 conversations about their own videos with KV for half: what is found again.",
                 "conversations:run",
                 repeats=1,
+                repeatable=False,
             ),
             Benchmark(
                 "kv-replay",
@@ -264,6 +269,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
                 "10 min to 2 h in windows: CPU against one sequential decode, memory of workers.",
                 "window_decode:run",
                 repeats=1,
+                repeatable=False,
             ),
             Benchmark(
                 "plan-memory",
