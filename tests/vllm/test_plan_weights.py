@@ -6,15 +6,17 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import divided_weights
 import pytest
+import torch
 from released_models import MODELS, released
 
 from vllm_mm_ext import plugin
-from vllm_mm_ext.adapters.planning.loading import load
-from vllm_mm_ext.adapters.planning.model_sizes import model_facts
-from vllm_mm_ext.planner.model_facts import ModelFacts
+from vllm_mm_ext.adapters.planning.loading import CannotPlanError, load
+from vllm_mm_ext.adapters.planning.model_sizes import _text_facts, model_facts
+from vllm_mm_ext.planner.model_facts import ModelFacts, TextFacts
 from vllm_mm_ext.testing.checkpoints import checkpoint
 
 
@@ -50,6 +52,35 @@ def test_experts_are_counted_by_themselves() -> None:
     assert 0 < facts.expert_bytes < facts.text.parameters * facts.dtype_bytes
     assert facts.weights_per_gpu(1, 2) == facts.weight_bytes - facts.expert_bytes // 2
     assert tiny("qwen2_5_omni").expert_bytes == 0
+
+
+def mixture(**of_experts: int) -> TextFacts:
+    """The sizes of a text model with 8 experts of 16 parameters, as a configuration counts them."""
+    config = SimpleNamespace(
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=4,
+        num_attention_heads=1,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+        **of_experts,
+    )
+    model = torch.nn.Module()
+    model.mlp = torch.nn.Module()
+    model.mlp.experts = torch.nn.Linear(16, 8, bias=False)
+    return _text_facts(config, model, SimpleNamespace(num_kv_heads=1, head_size=4), 1, 1000)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts", "n_routed_experts"])
+def test_a_mixture_is_known_by_every_name_of_its_number_of_experts(name: str) -> None:
+    facts = mixture(**{name: 8})
+    assert (facts.experts, facts.experts_per_token) == (8, 2)
+    assert facts.active_parameters == 1000 - 128 + 128 * 2 // 8
+
+
+def test_a_mixture_that_does_not_say_its_number_of_experts_is_not_planned() -> None:
+    with pytest.raises(CannotPlanError, match="how many experts"):
+        mixture()
 
 
 @pytest.mark.parametrize(
