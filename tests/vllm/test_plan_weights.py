@@ -79,7 +79,7 @@ def test_a_mixture_is_known_by_every_name_of_its_number_of_experts(name: str) ->
 
 
 def test_a_mixture_that_does_not_say_its_number_of_experts_is_not_planned() -> None:
-    with pytest.raises(CannotPlanError, match="how many experts"):
+    with pytest.raises(CannotPlanError, match="the model has experts, of which"):
         mixture()
 
 

@@ -151,7 +151,9 @@ def _kv_spec(name: str, config: Any) -> tuple[Any, int]:
 def _text_facts(config: Any, model: Any, spec: Any, layers: int, parameters: int) -> TextFacts:
     experts = next((int(count) for name in _EXPERTS if (count := getattr(config, name, 0))), 0)
     if not experts and _experts(model):
-        raise CannotPlanError(f"the config does not say how many experts it has: {_EXPERTS}")
+        raise CannotPlanError(
+            f"the model has experts, of which its config.json has no number ({', '.join(_EXPERTS)})"
+        )
     chosen = int(getattr(config, "num_experts_per_tok", 0) or 0) if experts else 0
     of_experts = sum(parameter.numel() for parameter in _experts(model))
     table = int(config.vocab_size) * int(config.hidden_size)
