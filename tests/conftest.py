@@ -58,6 +58,8 @@ def pytest_runtest_setup() -> None:
     vLLM then keeps the records of its loggers to itself, and the tests of commands that log only
     errors make it drop all others.
     """
+    # What vLLM imports for its SageMaker routes lets the root logger log errors alone.
+    logging.getLogger().setLevel(logging.WARNING)
     logger = logging.getLogger("vllm")
     logger.propagate = True
     if logger.level > logging.INFO:
