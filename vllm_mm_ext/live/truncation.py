@@ -109,9 +109,9 @@ def removals(
         size: Tokens or bytes of a removal.
         keep_frames: How many of the latest frames stay.
     """
-    latest, none = _latest_frames(items, open_parts, keep_frames), frozenset[int]()
+    frames, none = _latest_frames(items, open_parts, keep_frames), frozenset[int]()
     # What is wanted beyond the least is no reason to cut a message in two.
-    ways = ((latest, True, over.least), (latest, False, over.wanted), (none, False, 0))
+    ways = ((frames, True, over.least), (frames, False, over.wanted), (none, False, 0))
     for kept, runs, enough in ways:
         chosen: list[Removal] = []
         gone = 0

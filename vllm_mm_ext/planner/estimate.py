@@ -110,25 +110,27 @@ class Estimate:
         """The part of the server that is busiest."""
         return max(self.busy, key=self.busy.__getitem__)
 
-    def times(self, servers: int, others: Estimate | None = None, count: int = 0) -> Estimate:
-        """The same for several servers, each with its own clients.
 
-        Args:
-            servers: Servers like this one.
-            others: Those with fewer clients, which do not wait longer; None if there are none.
-            count: Number of the others.
-        """
-        own = self.low, self.middle, self.high
-        added = (None,) * 3 if others is None else (others.low, others.middle, others.high)
-        low, middle, high = (
-            replace(
-                one,
-                requests_per_s=servers * one.requests_per_s
-                + (0.0 if more is None else count * more.requests_per_s),
-            )
-            for one, more in zip(own, added, strict=True)
-        )
-        return Estimate(low, middle, high, self.busy)
+def side_by_side(servers: Sequence[tuple[Estimate, int]]) -> Estimate:
+    """The estimate of several servers, each with its own clients.
+
+    Args:
+        servers: The estimate of one server, and how many are like it; those with the most clients
+            first, as what one client sees is of these.
+    """
+    estimates = [each for each, _ in servers]
+
+    def together(figures: Sequence[Figures]) -> Figures:
+        counted = zip(figures, servers, strict=True)
+        rate = sum(count * one.requests_per_s for one, (_, count) in counted)
+        return replace(figures[0], requests_per_s=rate)
+
+    return Estimate(
+        together([each.low for each in estimates]),
+        together([each.middle for each in estimates]),
+        together([each.high for each in estimates]),
+        estimates[0].busy,
+    )
 
 
 def estimate(service: Service, rates: RatesRange, engine: Callable[[], SteppedEngine]) -> Estimate:

@@ -11,7 +11,7 @@ from vllm_mm_ext.adapters.names.names_check import problem
 from vllm_mm_ext.adapters.names.scheduler_names import SCHEDULER_NAMES
 from vllm_mm_ext.adapters.planning.loading import CannotPlanError
 from vllm_mm_ext.adapters.planning.simulated_engine import EngineShape, SimulatedEngine
-from vllm_mm_ext.planner.estimate import Estimate, Service, estimate
+from vllm_mm_ext.planner.estimate import Estimate, Service, estimate, side_by_side
 from vllm_mm_ext.planner.host_work import host_work
 from vllm_mm_ext.planner.plan import Plan
 from vllm_mm_ext.planner.rates import RatesRange
@@ -116,7 +116,5 @@ def estimate_plan(vllm_config: Any, plan: Plan, rates: RatesRange) -> Estimate:
         return estimate_load(vllm_config, serving, workload, plan.request, rates)
 
     fewest, more = divmod(plan.workload.concurrency, replicas)
-    if not more:
-        return with_clients(fewest).times(replicas)
-    others = with_clients(fewest) if fewest else None
-    return with_clients(fewest + 1).times(more, others, replicas - more)
+    shares = (fewest + 1, more), (fewest, replicas - more)
+    return side_by_side([(with_clients(n), count) for n, count in shares if n and count])
